@@ -1,0 +1,212 @@
+"""The arithmetic of LinearQuant, written once.
+
+The CPU kernel of `lq_graph` and the operators of `cann_host` both call these functions, so
+what runs eagerly on a laptop and what a compiled graph computes there cannot drift apart.
+Nothing here validates: `lq_graph.plan` has done that before.
+
+Sources: aclnnQuantMatmulV4 / aclnnTransQuantParamV2 documents of CANN (hicann/ops-nn,
+`matmul/quant_batch_matmul_v3/docs`, `quant/trans_quant_param_v2`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "INT4_PER_INT32",
+    "matmul_int32",
+    "nd_to_nz",
+    "nz_to_nd",
+    "pack_int4",
+    "pack_scale",
+    "quant_matmul",
+    "s19",
+    "unpack_int4",
+    "unpack_scale",
+]
+
+INT4_PER_INT32 = 8
+
+# Layout of the packed 64-bit quantization parameter.
+_SCALE_MASK = 0xFFFFE000  # the float32 bits the fixed-point pipe keeps: sign, exponent, 10 mantissa
+_OFFSET_SHIFT = 37
+_OFFSET_MASK = 0x1FF
+_VALID_BIT = 1 << 46
+
+_FLOAT16_MAX = 65504.0
+
+
+def s19(scale: Tensor) -> Tensor:
+    """Truncate float32 to the 19 bits the fixed-point pipe keeps (sign, exponent, 10 mantissa).
+
+    Args:
+        scale: float32, any shape.
+
+    Returns:
+        float32, the same shape.
+    """
+    bits = scale.contiguous().view(torch.int32)
+    # the mask as a signed int32
+    return (bits & (_SCALE_MASK - (1 << 32))).view(torch.float32)
+
+
+def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
+    """Fold a scale and an offset into the 64-bit parameter QuantBatchMatmul reads.
+
+    Bits 13..31 hold the scale's top 19 bits, bits 37..45 the offset as 9-bit two's complement
+    (rounded half to even, clamped to [-256, 255]), bit 46 is set.
+
+    Args:
+        scale: float32, (1,), (n,) or (1, n).
+        offset: float32, broadcastable with scale, or None.
+        round_mode: 0 truncates the scale to 19 bits, 1 rounds it half to even.
+
+    Returns:
+        int64, the broadcast shape of scale and offset.
+    """
+    bits = scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    if round_mode == 1:
+        bits = bits + 0xFFF + ((bits >> 13) & 1)
+    packed = (bits & _SCALE_MASK) | _VALID_BIT
+    if offset is not None:
+        offset9 = torch.round(offset).clamp(-256, 255).to(torch.int64) & _OFFSET_MASK
+        packed = packed | (offset9 << _OFFSET_SHIFT)
+    return packed
+
+
+def unpack_scale(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Read back what `pack_scale` wrote.
+
+    Args:
+        packed: int64 (or uint64), any shape.
+
+    Returns:
+        The 19-bit scale as float32 and the offset as int32, both of packed's shape.
+    """
+    word = packed.view(torch.int64)
+    low = word & _SCALE_MASK
+    # int64 -> int32 must wrap, not saturate: go through the signed value
+    scale = torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32).view(torch.float32)
+    offset = (word >> _OFFSET_SHIFT) & _OFFSET_MASK
+    return scale, torch.where(offset >= 256, offset - 512, offset).to(torch.int32)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Pack groups of eight int4 values of the last dim into int32; see `unpack_int4`.
+
+    Args:
+        values: int8, (..., k) with k a multiple of 8 and values in -8..7 (not checked here).
+
+    Returns:
+        int32, (..., k / 8).
+    """
+    shifts = torch.arange(0, 32, 4, dtype=torch.int64, device=values.device)
+    grouped = values.to(torch.int64).unflatten(-1, (-1, INT4_PER_INT32)) & 0xF
+    word = (grouped << shifts).sum(-1)
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Unpack int32 carrying eight int4 each; value i sits in bits 4i..4i+3, two's complement.
+
+    Args:
+        packed: int32, (..., k / 8).
+
+    Returns:
+        int8, (..., k), values in -8..7.
+    """
+    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=packed.device)
+    # shift the nibble to the top, then arithmetically down: sign extension for free
+    nibbles = (packed.unsqueeze(-1) << shifts) >> 28
+    return nibbles.to(torch.int8).flatten(-2)
+
+
+def nd_to_nz(x: Tensor, c0: int) -> Tensor:
+    """Lay out ND (..., R, C) as FRACTAL_NZ, (..., ceil(C/c0), ceil(R/16), 16, c0), zero padded."""
+    rows, cols = x.shape[-2:]
+    x = torch.nn.functional.pad(x, (0, -cols % c0, 0, -rows % 16))
+    x = x.unflatten(-1, (-1, c0)).unflatten(-3, (-1, 16))  # (..., R/16, 16, C/c0, c0)
+    return x.movedim(-2, -4).contiguous()
+
+
+def nz_to_nd(x: Tensor, rows: int, cols: int) -> Tensor:
+    """Inverse of `nd_to_nz`: (..., C/c0, R/16, 16, c0) to (..., rows, cols), padding dropped."""
+    x = x.movedim(-4, -2).flatten(-2).flatten(-3, -2)
+    return x[..., :rows, :cols].contiguous()
+
+
+def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
+    """Exact int32 product of int8 matrices, the weight untransposed.
+
+    Args:
+        x1: int8, (..., m, k).
+        weight: int8, (..., n, k); batch dims broadcast with those of x1.
+
+    Returns:
+        int32, (..., m, n), batch dims broadcast.
+    """
+    if weight.dim() == 2:
+        flat = torch._int_mm(x1.reshape(-1, x1.shape[-1]), weight.t())
+        return flat.view(*x1.shape[:-1], weight.shape[0])
+    batch = torch.broadcast_shapes(x1.shape[:-2], weight.shape[:-2])
+    left = x1.expand(*batch, *x1.shape[-2:]).reshape(-1, *x1.shape[-2:])
+    right = weight.expand(*batch, *weight.shape[-2:]).reshape(-1, *weight.shape[-2:])
+    out = torch.empty(
+        left.shape[0], x1.shape[-2], weight.shape[-2], dtype=torch.int32, device=x1.device
+    )
+    for i in range(left.shape[0]):
+        torch._int_mm(left[i], right[i].t(), out=out[i])
+    return out.view(*batch, *out.shape[-2:])
+
+
+def quant_matmul(
+    x1: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """Quantized matmul with LinearQuant's epilogue.
+
+    Every case ends in one rounding to the output dtype, half to even.
+
+    Args:
+        x1: int8, (..., m, k); int4 comes unpacked.
+        weight: int8, (..., n, k).
+        scale: (1,) or (n,). The packed int64 form for int8 output and for float16 output
+            without pertoken_scale; float32 or bfloat16 otherwise (read only for a float output).
+        bias: int32 (added to the accumulator) or a float dtype (added last); (n,) or
+            (batch, 1, n).
+        pertoken_scale: float32, (m,).
+        output_dtype: torch.int8, float16, bfloat16 or int32.
+
+    Returns:
+        output_dtype, (..., m, n).
+    """
+    acc = matmul_int32(x1, weight)
+    if bias is not None and bias.dtype == torch.int32:
+        acc = acc.add_(bias) if acc.dim() >= bias.dim() else acc + bias
+        bias = None
+    if output_dtype == torch.int32:
+        return acc
+
+    value = acc.to(torch.float32)
+    if scale.dtype in (torch.int64, torch.uint64):
+        fixed_scale, offset = unpack_scale(scale)
+        value.mul_(fixed_scale)
+        if output_dtype == torch.int8:
+            # 9-bit clip first, the offset after it: 400 with offset -200 gives 55, not 127
+            value.round_().clamp_(-256, 255).add_(offset).clamp_(-128, 127)
+        else:
+            value.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
+        return value.to(output_dtype)
+
+    value.mul_(scale.to(torch.float32))
+    if pertoken_scale is not None:
+        value.mul_(pertoken_scale.unsqueeze(-1))
+    if bias is not None:
+        value.add_(bias.to(torch.float32))
+    return value.to(output_dtype)

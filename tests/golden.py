@@ -1,0 +1,91 @@
+"""The independent golden: LinearQuant in plain integer numpy, straight from the specification.
+
+Shares no code with `lq_graph` or `cann_host`, on purpose. Slow and boring, on purpose. bfloat16
+has no numpy dtype: such tensors come in and go out as float32 holding exact bfloat16 values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def unpack_int4(packed: Array) -> Array:
+    """int32 (..., k/8) -> int64 (..., k)."""
+    words = packed.astype(np.int64)[..., None]
+    nibbles = (words >> (4 * np.arange(8))) & 0xF
+    signed = np.where(nibbles > 7, nibbles - 16, nibbles)
+    return signed.reshape(*packed.shape[:-1], -1)
+
+
+def pack_int4(values: Array) -> Array:
+    """int (..., k) -> int32 (..., k/8)."""
+    nibbles = (values.astype(np.int64) & 0xF).reshape(*values.shape[:-1], -1, 8)
+    words = (nibbles << (4 * np.arange(8))).sum(-1)
+    return words.astype(np.uint32).view(np.int32)
+
+
+def bfloat16(x: Array) -> Array:
+    """Round float32 to bfloat16, half to even; the value as float32."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return np.where(np.isnan(x), np.float32(np.nan), bits.astype(np.uint32).view(np.float32))
+
+
+def trans_quant_param(scale: Array, offset: Array | None = None, round_mode: int = 0) -> Array:
+    bits = scale.astype(np.float32).view(np.uint32).astype(np.int64)
+    if round_mode == 1:  # to 10 mantissa bits, half to even
+        tail, kept = bits & 0x1FFF, bits >> 13
+        bits = (kept + ((tail > 0x1000) | ((tail == 0x1000) & (kept & 1 == 1)))) << 13
+    word = (bits & 0xFFFFE000) + (1 << 46)
+    if offset is not None:
+        nine = np.clip(np.rint(offset.astype(np.float64)), -256, 255).astype(np.int64)
+        word = word + ((nine & 0x1FF) << 37)
+    return word
+
+
+def linear_quant(
+    x1: Array,
+    weight: Array,
+    scale: Array,
+    offset: Array | None = None,
+    pertoken_scale: Array | None = None,
+    bias: Array | None = None,
+    output_dtype: str = "int8",
+    packed: bool = False,
+) -> Array:
+    """x1 (..., m, k), weight (..., n, k) int8, or int32 carrying int4; packed: scale is int64."""
+    if x1.dtype == np.int32:
+        x1, weight = unpack_int4(x1), unpack_int4(weight)
+    acc = np.matmul(x1.astype(np.int64), np.swapaxes(weight.astype(np.int64), -1, -2))
+    assert np.abs(acc).max(initial=0) < 2**31, "accumulator left int32"
+    int_bias = bias is not None and np.issubdtype(bias.dtype, np.integer)
+    if int_bias:
+        acc = acc + bias.astype(np.int64)
+    if output_dtype == "int32":
+        return acc.astype(np.int32)
+    f32 = np.float32
+    value = acc.astype(np.int32).astype(f32)
+
+    if output_dtype == "int8" or (output_dtype == "float16" and pertoken_scale is None):
+        word = scale.astype(np.int64) if packed else trans_quant_param(scale, offset)
+        s = (word & 0xFFFFE000).astype(np.uint32).view(f32)
+        nine = (word >> 37) & 0x1FF
+        nine = np.where(nine > 255, nine - 512, nine)
+        value = value * s
+        if output_dtype == "float16":
+            return np.clip(value, f32(-65504), f32(65504)).astype(np.float16)
+        t = np.clip(np.rint(value), -256, 255).astype(np.int64)
+        return np.clip(t + nine, -128, 127).astype(np.int8)
+
+    value = value * scale.astype(f32)
+    if pertoken_scale is not None:
+        value = value * pertoken_scale.astype(f32)[:, None]
+    if bias is not None and not int_bias:
+        value = value + bias.astype(f32)
+    if output_dtype == "float16":
+        with np.errstate(over="ignore"):
+            return value.astype(np.float16)
+    assert output_dtype == "bfloat16", output_dtype
+    return bfloat16(value)
