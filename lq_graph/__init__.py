@@ -1,0 +1,48 @@
+"""lq_graph: quantized linear layers (LinearQuant) from PyTorch to the Ascend NPU.
+
+    import lq_graph
+    layer = lq_graph.LinearQuant(512, 128, output_dtype=torch.float16)
+
+The op runs eagerly on CPU and NPU, under fake tensors, in torch.compile and through torchair.
+"""
+
+from __future__ import annotations
+
+try:
+    import torch
+except RuntimeError as error:
+    # torch loads torch_npu by itself, which fails on a machine without CANN
+    if "torch_npu" not in str(error):
+        raise
+    raise ImportError(
+        "lq_graph: torch_npu is installed, but neither CANN nor cann_host is active in this "
+        "process, so torch itself cannot be imported. What to do: with an NPU, source CANN's "
+        "set_env.sh first; without one, run `python -m cann_host your_script.py` (a stand-in for "
+        "CANN that computes on the CPU); for plain CPU use, set TORCH_DEVICE_BACKEND_AUTOLOAD=0."
+    ) from None
+
+from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from .module import LinearQuant
+from .ops import linear_quant, trans_quant_param
+from .plan import Plan, plan
+from .product import get_product, set_product
+from .weights import pack_int4, unpack_int4
+
+__all__ = [
+    "LinearQuant",
+    "LinearQuantError",
+    "LinearQuantTypeError",
+    "LinearQuantValueError",
+    "Plan",
+    "get_product",
+    "linear_quant",
+    "pack_int4",
+    "plan",
+    "set_product",
+    "trans_quant_param",
+    "unpack_int4",
+]
+
+__version__ = "0.1.0"
+
+del torch

@@ -1,0 +1,30 @@
+"""torchair converters of lq_graph's operators.
+
+`import converters` registers them. It is rarely needed: `import lq_graph` arranges that torchair
+finds them when it lowers the first graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import lq_graph  # noqa: F401  (defines the operators)
+
+from . import linear_quant as _builders
+from ._torchair import register_fx_node_ge_converter
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Register every converter with torchair; registering again changes nothing.
+
+    Source: torchair's register_fx_node_ge_converter.
+    """
+    register_fx_node_ge_converter(torch.ops.lq_graph.linear_quant.default)(_builders.linear_quant)
+    register_fx_node_ge_converter(torch.ops.lq_graph.trans_quant_param.default)(
+        _builders.trans_quant_param
+    )
+
+
+register()

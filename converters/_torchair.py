@@ -1,0 +1,25 @@
+"""Every private name of torchair this package uses, in one place.
+
+Known to work with the torchair inside torch_npu 2.13.0. `ge_apis` and the converter decorator
+have kept these names since torchair 6.0.rc3.
+"""
+
+from __future__ import annotations
+
+import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+from torchair import register_fx_node_ge_converter
+from torchair._ge_concrete_graph import ge_apis as ge
+from torchair.ge import Const, DataType, Tensor, TensorSpec
+from torchair.ge._ge_graph import _ge_dtype_to_ge_proto_dtype as ge_dtype_to_proto
+from torchair.ge._ge_graph import torch_type_to_ge_type
+
+__all__ = [
+    "Const",
+    "DataType",
+    "Tensor",
+    "TensorSpec",
+    "ge",
+    "ge_dtype_to_proto",
+    "register_fx_node_ge_converter",
+    "torch_type_to_ge_type",
+]

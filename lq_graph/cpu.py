@@ -1,0 +1,52 @@
+"""CPU kernels: validate with plan(), compute with numerics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .errors import LinearQuantValueError
+from .plan import plan, plan_trans_quant_param
+
+__all__ = ["linear_quant", "trans_quant_param"]
+
+
+def linear_quant(
+    x1: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
+    if p.m == 0:
+        return x1.new_empty(p.output_shape, dtype=p.output_dtype)
+    if p.int4:
+        x1, weight = numerics.unpack_int4(x1), numerics.unpack_int4(weight)
+    if p.fold_scale:
+        scale = trans_quant_param(scale, offset)
+    return numerics.quant_matmul(
+        x1,
+        weight,
+        scale,
+        bias=bias,
+        pertoken_scale=pertoken_scale,
+        output_dtype=p.output_dtype,
+    )
+
+
+def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
+    """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
+    plan_trans_quant_param(scale, offset, round_mode)
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise LinearQuantValueError(
+                f"trans_quant_param: {name} holds NaN or infinity, which the packed form cannot "
+                "carry. What to do: check the calibration that produced it."
+            )
+    return numerics.pack_scale(scale, offset, round_mode)

@@ -1,0 +1,198 @@
+"""LinearQuant, the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from .errors import LinearQuantTypeError, LinearQuantValueError
+from .formats import STORAGE_DTYPES, dtype_name
+from .ops import linear_quant
+
+__all__ = ["LinearQuant"]
+
+_PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
+
+
+class LinearQuant(nn.Module):
+    """Quantized linear layer, drop-in for torch_npu.contrib.module.LinearQuant.
+
+    Takes an int8 input (or int32 carrying eight int4 each) and a weight of the same dtype,
+    multiplies exactly in int32 and scales into the output dtype. Inference only; runs eagerly
+    on CPU and NPU and in graphs.
+
+    Parameters, all with requires_grad=False:
+        weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8);
+            (..., n, k) may be assigned. Untransposed.
+        scale: float32 (out_features,); float32, bfloat16 or packed int64, (1,) or
+            (out_features,) may be assigned.
+        offset: float32 (out_features,), or None.
+        pertoken_scale: float32 (1,), or None: one value for each row of the input, to be
+            assigned or given to forward.
+        bias: int32 (out_features,), or None; a float dtype may be assigned where the support
+            table has it.
+
+    A parameter takes the dtype and the shape of whatever is assigned to its `.data`, and of the
+    tensor a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module and
+    leave its dtypes alone: they are part of the quantization.
+
+    Args:
+        in_features: k, the size of each input row (counted in int4 values for int4).
+        out_features: n.
+        bias, offset, pertoken_scale: whether that parameter takes part.
+        output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
+        device: where to allocate the parameters.
+        dtype: of the weight, torch.int8 (default) or torch.int32 for int4.
+        x1_dtype, x2_dtype: dtype of input and weight as the vendor's page names them; None, or
+            equal to dtype.
+        group_size: None or 0; per-group scales have no row in the support table.
+
+    Shape:
+        input (..., m, in_features) to output (..., m, out_features).
+
+    Raises:
+        LinearQuantTypeError, LinearQuantValueError: at construction for the arguments, at
+            forward for what `lq_graph.linear_quant` refuses.
+
+    Source: torch_npu.contrib.module.LinearQuant, its page and torch_npu 2.13's signature.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    pertoken_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        offset: bool = False,
+        pertoken_scale: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        output_dtype: torch.dtype | None = None,
+        x1_dtype: torch.dtype | None = None,
+        x2_dtype: torch.dtype | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        storage = _storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
+        if group_size:
+            raise LinearQuantValueError(
+                f"LinearQuant: group_size is {group_size}; per-group scales have no row in the "
+                "support table. What to do: leave it None, and give one scale for each channel."
+            )
+        pack = STORAGE_DTYPES[storage]
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size <= 0 or size % pack:
+                raise LinearQuantValueError(
+                    f"LinearQuant: {name} is {size}; allowed is a positive multiple of {pack}"
+                    + (" for int4" if pack > 1 else "")
+                    + ". What to do: pad with zeros."
+                )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.output_dtype = output_dtype
+
+        def parameter(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Parameter:
+            return Parameter(torch.full(shape, fill, dtype=dtype, device=device), False)
+
+        self.weight = parameter((out_features, in_features // pack), storage)
+        self.scale = parameter((out_features,), torch.float32, 1)
+        self.offset = parameter((out_features,), torch.float32) if offset else None
+        self.pertoken_scale = parameter((1,), torch.float32, 1) if pertoken_scale else None
+        self.bias = parameter((out_features,), torch.int32) if bias else None
+
+    def forward(self, x1: Tensor, pertoken_scale: Tensor | None = None) -> Tensor:
+        """Apply the layer; contract in `lq_graph.linear_quant`.
+
+        Args:
+            x1: int8 (..., m, k) or int32 (..., m, k/8).
+            pertoken_scale: float32 (m,), in place of the parameter of that name.
+        """
+        if pertoken_scale is None:
+            pertoken_scale = self.pertoken_scale
+        return linear_quant(
+            x1,
+            self.weight,
+            self.scale,
+            self.offset,
+            pertoken_scale,
+            self.bias,
+            output_dtype=self.output_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        """Every quantization setting: torchair's cache_compile keys its cache on it."""
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+        for name in _PARAMETERS:
+            tensor = getattr(self, name)
+            setting = (
+                None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
+            )
+            parts.append(f"{name}={setting}")
+        parts.append(f"output_dtype={dtype_name(self.output_dtype or torch.int8)}")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint decides between int8 and int4, float32 and packed scale, (1,) and (n,).
+        for name in _PARAMETERS:
+            current, loaded = getattr(self, name), state_dict.get(prefix + name)
+            if current is None or not isinstance(loaded, Tensor):
+                continue
+            if self._holds(name, loaded) and (
+                loaded.dtype != current.dtype or loaded.shape != current.shape
+            ):
+                current.data = torch.empty_like(loaded, device=current.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor from a state dict may become this parameter, by dtype and size."""
+        n, k = self.out_features, self.in_features
+        if name == "weight":
+            pack = STORAGE_DTYPES.get(tensor.dtype)
+            return pack is not None and tuple(tensor.shape[-2:]) == (n, k // pack)
+        if name == "pertoken_scale":
+            return tensor.dtype == torch.float32 and tensor.dim() == 1
+        if name == "scale":
+            dtypes = (torch.float32, torch.bfloat16, torch.int64)
+            return tensor.dtype in dtypes and tuple(tensor.shape) in ((1,), (n,))
+        if name == "offset":
+            return tensor.dtype == torch.float32 and tuple(tensor.shape) in ((1,), (n,))
+        dtypes = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
+        return tensor.dtype in dtypes and tensor.shape[-1:] == (n,)
+
+
+def _storage_dtype(**given: torch.dtype | None) -> torch.dtype:
+    """The one dtype the constructor's three dtype arguments agree on; int8 if none is given."""
+    chosen: dict[str, torch.dtype] = {k: v for k, v in given.items() if v is not None}
+    for name, dtype in chosen.items():
+        if dtype not in STORAGE_DTYPES:
+            raise LinearQuantTypeError(
+                f"LinearQuant: {name} is {dtype}; allowed are torch.int8 and torch.int32 (eight "
+                "int4 each). What to do: leave it None for int8. The output's dtype is "
+                "output_dtype."
+            )
+    if len(set(chosen.values())) > 1:
+        listed = ", ".join(f"{name}={dtype_name(dtype)}" for name, dtype in chosen.items())
+        raise LinearQuantTypeError(
+            f"LinearQuant: {listed}; input and weight have one dtype. What to do: give one of them."
+        )
+    return next(iter(chosen.values()), torch.int8)
