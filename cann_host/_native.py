@@ -1,0 +1,55 @@
+"""Finds and loads the native libraries of the stand-in."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+# libcann_host holds all the code; the others carry the names torch_npu and torchair look for.
+NAMES = (
+    "libcann_host.so",
+    "libascendcl.so",
+    "libacl_op_compiler.so",
+    "libacl_tdt_channel.so",
+    "libhccl.so",
+    "libgraph.so",
+    "libge_runner.so",
+    "libfmk_parser.so",
+    "libascend_protobuf.so",
+    "libopapi.so",
+)
+
+
+def library_directory() -> Path | None:
+    """The folder that holds the libraries, or None if they were not built.
+
+    An editable install keeps the Python files in the checkout and the libraries in
+    site-packages; the package's path lists both.
+    """
+    import cann_host
+
+    for folder in cann_host.__path__:
+        candidate = Path(folder) / "lib"
+        if all((candidate / name).is_file() for name in NAMES):
+            return candidate
+    return None
+
+
+def loaded_libraries(name: str) -> list[Path]:
+    """Paths of the libraries of this file name that the process has mapped."""
+    paths = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line[line.find("/") :] if "/" in line else ""
+        if path.rpartition("/")[2].startswith(name):
+            paths.add(Path(path))
+    return sorted(paths)
+
+
+def load(directory: Path) -> ctypes.CDLL:
+    """Load every library by its absolute path and return the one with the code.
+
+    Once a library with a SONAME is in the process, the loader gives that one to everybody who asks
+    for the name, so no LD_LIBRARY_PATH is needed.
+    """
+    libraries = [ctypes.CDLL(str(directory / name)) for name in NAMES]
+    return libraries[0]

@@ -1,0 +1,61 @@
+// Symbols the wheel's libraries are linked against but nobody has implemented. Calling one fails
+// with a text that names it; functions that return a pointer return null.
+// The C ABI lets a definition without parameters stand for any signature.
+#include "core.h"
+
+#define CANN_HOST_FAILS(symbol) \
+  extern "C" int symbol() { return cann_host::Unimplemented(#symbol); }
+
+#define CANN_HOST_RETURNS_NULL(symbol)  \
+  extern "C" void* symbol() {           \
+    cann_host::Unimplemented(#symbol);  \
+    return nullptr;                     \
+  }
+
+// Dumps.
+CANN_HOST_FAILS(aclmdlInitDump)
+CANN_HOST_FAILS(aclmdlSetDump)
+CANN_HOST_FAILS(aclmdlFinalizeDump)
+CANN_HOST_FAILS(aclopStartDumpArgs)
+CANN_HOST_FAILS(aclopStopDumpArgs)
+
+// Kernels for a real chip.
+CANN_HOST_FAILS(aclrtBinaryGetFunction)
+CANN_HOST_FAILS(aclrtBinaryLoadFromData)
+CANN_HOST_FAILS(aclrtGetFunctionAddr)
+CANN_HOST_FAILS(rtDevBinaryRegister)
+CANN_HOST_FAILS(rtFunctionRegister)
+CANN_HOST_FAILS(rtGetC2cCtrlAddr)
+CANN_HOST_FAILS(rtKernelLaunch)
+
+// Memory that is mapped or shared between devices and processes.
+CANN_HOST_FAILS(aclrtDeviceEnablePeerAccess)
+CANN_HOST_FAILS(aclrtDeviceGetBareTgid)
+CANN_HOST_FAILS(aclrtFreePhysical)
+CANN_HOST_FAILS(aclrtMallocPhysical)
+CANN_HOST_FAILS(aclrtMapMem)
+CANN_HOST_FAILS(aclrtMemExportToShareableHandle)
+CANN_HOST_FAILS(aclrtMemImportFromShareableHandle)
+CANN_HOST_FAILS(aclrtMemSetPidToShareableHandle)
+CANN_HOST_FAILS(aclrtReleaseMemAddress)
+CANN_HOST_FAILS(aclrtReserveMemAddress)
+CANN_HOST_FAILS(aclrtUnmapMem)
+
+// Host callbacks that another thread collects.
+CANN_HOST_FAILS(aclrtProcessReport)
+
+// Channels from the device to the host.
+CANN_HOST_RETURNS_NULL(acltdtCreateChannelWithCapacity)
+CANN_HOST_RETURNS_NULL(acltdtCreateDataset)
+CANN_HOST_RETURNS_NULL(acltdtGetDataAddrFromItem)
+CANN_HOST_RETURNS_NULL(acltdtGetDataItem)
+CANN_HOST_FAILS(acltdtDestroyChannel)
+CANN_HOST_FAILS(acltdtDestroyDataset)
+CANN_HOST_FAILS(acltdtGetDimsFromItem)
+CANN_HOST_FAILS(acltdtReceiveTensor)
+
+// These four return what they read, not a code: with no dataset there is nothing to read.
+extern "C" long acltdtGetDataSizeFromItem() { return 0; }
+extern "C" int acltdtGetDataTypeFromItem() { return -1; }  // ACL_DT_UNDEFINED
+extern "C" long acltdtGetDatasetSize() { return 0; }
+extern "C" long acltdtGetDimNumFromItem() { return 0; }
