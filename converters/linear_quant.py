@@ -64,7 +64,8 @@ def trans_quant_param(
     round_mode: int = 0,
     meta_outputs: TensorSpec = None,
 ) -> Tensor:
-    """NB: lq_graph::trans_quant_param(Tensor scale, Tensor? offset=None, int round_mode=0) -> Tensor
+    """NB: lq_graph::trans_quant_param(Tensor scale, Tensor? offset=None, int round_mode=0)
+    -> Tensor
 
     One TransQuantParamV2. Its InferShape takes the scale's shape for the result, so a scale of
     one value beside n offsets is expanded first.

@@ -14,6 +14,8 @@ from torch._ops import OpOverload
 
 __all__ = ["install"]
 
+_ATTRIBUTE = "_ge_converter"
+
 
 class _Placeholder:
     """Stands for the converter of one operator until torchair asks for it."""
@@ -25,14 +27,13 @@ class _Placeholder:
         self._op = op
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        import converters
+        import converters  # noqa: F401  (its registration replaces self)
 
-        converters.register()
-        return self._op._ge_converter(*args, **kwargs)
+        return getattr(self._op, _ATTRIBUTE)(*args, **kwargs)
 
 
 def install(*ops: OpOverload) -> None:
     """Put a placeholder on each operator that has no converter yet."""
     for op in ops:
-        if not hasattr(op, "_ge_converter"):
-            op._ge_converter = _Placeholder(op)  # type: ignore[attr-defined]
+        if not hasattr(op, _ATTRIBUTE):
+            setattr(op, _ATTRIBUTE, _Placeholder(op))

@@ -131,9 +131,7 @@ ROWS: tuple[Row, ...] = (
 @cache
 def rows_of(product: Product, storage: torch.dtype | None = None) -> tuple[Row, ...]:
     """The rows a product supports, in table order, for one storage dtype or all."""
-    return tuple(
-        row for row in ROWS if product in row.products and storage in (None, row.storage)
-    )
+    return tuple(row for row in ROWS if product in row.products and storage in (None, row.storage))
 
 
 def product_by_name(name: str) -> Product | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .errors import LinearQuantTypeError, LinearQuantValueError
-from .formats import STORAGE_DTYPES, dtype_name
+from .formats import ROWS, STORAGE_DTYPES, dtype_name
 from .ops import linear_quant
 
 __all__ = ["LinearQuant"]
@@ -134,9 +134,7 @@ class LinearQuant(nn.Module):
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
         for name in _PARAMETERS:
             tensor = getattr(self, name)
-            setting = (
-                None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
-            )
+            setting = None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
             parts.append(f"{name}={setting}")
         parts.append(f"output_dtype={dtype_name(self.output_dtype or torch.int8)}")
         return ", ".join(parts)
@@ -150,34 +148,73 @@ class LinearQuant(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         # A checkpoint decides between int8 and int4, float32 and packed scale, (1,) and (n,).
-        for name in _PARAMETERS:
-            current, loaded = getattr(self, name), state_dict.get(prefix + name)
-            if current is None or not isinstance(loaded, Tensor):
-                continue
-            if self._holds(name, loaded) and (
-                loaded.dtype != current.dtype or loaded.shape != current.shape
-            ):
-                current.data = torch.empty_like(loaded, device=current.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # Anything else is refused before a copy could cast it to something that looks right.
+        found: dict[str, Tensor] = {
+            name: state_dict[prefix + name]
+            for name in _PARAMETERS
+            if getattr(self, name) is not None and prefix + name in state_dict
+        }
+        refused = [
+            f"{prefix}{name} is {dtype_name(tensor.dtype)} {tuple(tensor.shape)} in the state "
+            f"dict; allowed is {self._allowed(name)}."
+            for name, tensor in found.items()
+            if not self._holds(name, tensor)
+        ]
+        if refused:
+            error_msgs.extend(refused)
+            return
+        for name, tensor in found.items():
+            current = getattr(self, name)
+            if tensor.dtype != current.dtype or tensor.shape != current.shape:
+                current.data = torch.empty_like(tensor, device=current.device)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def _holds(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor from a state dict may become this parameter, by dtype and size."""
-        n, k = self.out_features, self.in_features
+        if tensor.dtype not in _dtypes_of(name):
+            return False
         if name == "weight":
-            pack = STORAGE_DTYPES.get(tensor.dtype)
-            return pack is not None and tuple(tensor.shape[-2:]) == (n, k // pack)
+            k = self.in_features // STORAGE_DTYPES[tensor.dtype]
+            return tuple(tensor.shape[-2:]) == (self.out_features, k)
+        if name == "bias":
+            return tuple(tensor.shape[-1:]) == (self.out_features,)
         if name == "pertoken_scale":
-            return tensor.dtype == torch.float32 and tensor.dim() == 1
-        if name == "scale":
-            dtypes = (torch.float32, torch.bfloat16, torch.int64)
-            return tensor.dtype in dtypes and tuple(tensor.shape) in ((1,), (n,))
-        if name == "offset":
-            return tensor.dtype == torch.float32 and tuple(tensor.shape) in ((1,), (n,))
-        dtypes = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
-        return tensor.dtype in dtypes and tensor.shape[-1:] == (n,)
+            return tensor.dim() == 1
+        return tuple(tensor.shape) in ((1,), (self.out_features,))
+
+    def _allowed(self, name: str) -> str:
+        dtypes = " or ".join(dtype_name(d) for d in _dtypes_of(name))
+        n, k = self.out_features, self.in_features
+        shape = {
+            "weight": f"({n}, {k}), in int32 ({n}, {k} / 8)",
+            "bias": f"(..., {n})",
+            "pertoken_scale": "(m,)",
+        }.get(name, f"(1,) or ({n},)")
+        return f"{dtypes}, {shape}"
+
+
+def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """Every dtype some row of the tables allows for a tensor."""
+    columns = ((row.storage,) if name == "weight" else getattr(row, name) for row in ROWS)
+    return tuple(dict.fromkeys(d for column in columns for d in column if d is not None))
 
 
 def _storage_dtype(**given: torch.dtype | None) -> torch.dtype:

@@ -99,9 +99,10 @@ def linear_quant(
 
     Source: torch_npu.contrib.module.LinearQuant; aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
-    return _linear_quant(
+    out: Tensor = _linear_quant(
         x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
     )
+    return out
 
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
@@ -124,4 +125,5 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
     Source: aclnnTransQuantParamV2 and V3 (hicann/ops-nn, quant/trans_quant_param_v2).
     """
-    return _trans_quant_param(scale, offset, round_mode)
+    out: Tensor = _trans_quant_param(scale, offset, round_mode)
+    return out

@@ -96,7 +96,7 @@ def _names(dtypes: Sequence[torch.dtype | None]) -> str:
     """'float32, int64 or absent' for a list of choices."""
     words = sorted({dtype_name(d) for d in dtypes if d is not None})
     if None in dtypes:
-        words.append("none at all" if not words else "absent")
+        words.append("absent")
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
@@ -135,6 +135,7 @@ def _find_row(product: Product, given: dict[str, torch.dtype | None], rows: Sequ
     advice = _ADVICE[column]
     if isinstance(advice, dict):
         advice = advice.get(cast(torch.dtype, dtype), "see the support table in README")
+    allowed = f"takes no {column}" if choices == [None] else f"allows {_names(choices)}"
     storage = "int4 (in int32)" if nearest.storage == torch.int32 else "int8"
     what = "is absent" if dtype is None else f"is {dtype_name(dtype)}"
     others = ", ".join(
@@ -144,7 +145,7 @@ def _find_row(product: Product, given: dict[str, torch.dtype | None], rows: Sequ
     )
     _type_error(
         f"{column} {what}; with {storage} x1 and weight, {dtype_name(nearest.output)} output"
-        f"{' and ' + others if others else ''}, {product} allows {column} {_names(choices)}. "
+        f"{' and ' + others if others else ''}, {product} {allowed}. "
         f"What to do: {advice}."
     )
 

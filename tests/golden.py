@@ -21,7 +21,7 @@ def unpack_int4(packed: Array) -> Array:
 
 def pack_int4(values: Array) -> Array:
     """int (..., k) -> int32 (..., k/8)."""
-    nibbles = (values.astype(np.int64) & 0xF).reshape(*values.shape[:-1], -1, 8)
+    nibbles = (values.astype(np.int64) & 0xF).reshape(*values.shape[:-1], values.shape[-1] // 8, 8)
     words = (nibbles << (4 * np.arange(8))).sum(-1)
     return words.astype(np.uint32).view(np.int32)
 
