@@ -10,10 +10,11 @@ import torch
 
 import lq_graph  # noqa: F401  (defines the operators)
 
+from . import graph
 from . import linear_quant as _builders
 from ._torchair import register_fx_node_ge_converter
 
-__all__ = ["register"]
+__all__ = ["graph", "register"]
 
 
 def register() -> None:

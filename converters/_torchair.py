@@ -10,12 +10,14 @@ import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 from torchair import register_fx_node_ge_converter
 from torchair._ge_concrete_graph import ge_apis as ge
 from torchair.ge import Const, DataType, Tensor, TensorSpec
+from torchair.ge._ge_graph import GraphDef, ProtoDataType, torch_type_to_ge_type
 from torchair.ge._ge_graph import _ge_dtype_to_ge_proto_dtype as ge_dtype_to_proto
-from torchair.ge._ge_graph import torch_type_to_ge_type
 
 __all__ = [
     "Const",
     "DataType",
+    "GraphDef",
+    "ProtoDataType",
     "Tensor",
     "TensorSpec",
     "ge",

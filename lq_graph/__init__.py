@@ -26,7 +26,7 @@ from .module import LinearQuant
 from .ops import linear_quant, trans_quant_param
 from .plan import Plan, plan
 from .product import get_product, set_product
-from .weights import pack_int4, unpack_int4
+from .weights import pack_int4, unpack_int4, use_internal_format_weight
 
 __all__ = [
     "LinearQuant",
@@ -41,6 +41,7 @@ __all__ = [
     "set_product",
     "trans_quant_param",
     "unpack_int4",
+    "use_internal_format_weight",
 ]
 
 __version__ = "0.1.0"

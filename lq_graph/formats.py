@@ -52,12 +52,15 @@ class Product:
         key: short name, accepted by LQ_GRAPH_PRODUCT and `set_product`.
         soc_prefixes: how `torch.npu.get_device_name()` begins on it.
         ge_op: the GE operator LinearQuant lowers to.
+        nz_storage: weight dtypes the product has FRACTAL_NZ kernels for in every CANN release
+            (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
     """
 
     name: str
     key: str
     soc_prefixes: tuple[str, ...]
     ge_op: str = "QuantBatchMatmulV3"
+    nz_storage: tuple[torch.dtype, ...] = (torch.int8,)
 
     def __str__(self) -> str:
         return self.name

@@ -1,16 +1,22 @@
-"""Weight preparation: int4 packing."""
+"""Weight preparation: int4 packing, scale folding, FRACTAL_NZ."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import numerics
 from .errors import LinearQuantTypeError, LinearQuantValueError
-from .formats import dtype_name
+from .formats import FRACTAL_NZ, dtype_name
+from .module import LinearQuant
 from .numerics import INT4_PER_INT32
+from .ops import trans_quant_param
+from .plan import plan
+from .product import get_product
 
-__all__ = ["pack_int4", "unpack_int4"]
+__all__ = ["Prepared", "pack_int4", "unpack_int4", "use_internal_format_weight"]
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -70,3 +76,98 @@ def unpack_int4(packed: Tensor) -> Tensor:
     if packed.dim() == 0:
         raise LinearQuantValueError("unpack_int4: packed has no dims; allowed is (..., k/8).")
     return numerics.unpack_int4(packed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What use_internal_format_weight did to one layer.
+
+    Attributes:
+        name: the module's qualified name.
+        scale: dtype of the scale after preparation.
+        weight_format: "FRACTAL_NZ" or "ND".
+        done: what changed, or why nothing did.
+    """
+
+    name: str
+    scale: str
+    weight_format: str
+    done: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: scale {self.scale}, weight {self.weight_format} ({self.done})"
+
+
+def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
+    """Prepare every LinearQuant of a model for graph mode on the NPU, once.
+
+    Folds a float32 scale with its offset into the packed int64 scale where the layer's row reads
+    that, and casts int8 weights to FRACTAL_NZ; int4 stays ND. Everything else in the model
+    (Linear, Conv2d, the vendor's own modules) is handed to torchair's function of the same name.
+    Calling it again changes nothing. Layers are changed only once all of them are known to be
+    legal.
+
+    Args:
+        model: on the NPU.
+
+    Returns:
+        One `Prepared` for each LinearQuant, in the order of `named_modules`.
+
+    Raises:
+        LinearQuantValueError: the model is not on the NPU.
+        LinearQuantTypeError: a layer has no row in the product's table. Nothing is changed.
+
+    Source: torchair's use_internal_format_weight.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LinearQuant)]
+    for name, layer in layers:
+        if layer.weight.device.type != "npu":
+            raise LinearQuantValueError(
+                f"use_internal_format_weight: {name or 'the model'} is on {layer.weight.device}; "
+                "FRACTAL_NZ exists on the NPU only. What to do: call model.npu() first."
+            )
+    import torch_npu
+    import torchair
+
+    folds = [_folds_scale(layer) for _, layer in layers]
+
+    report = []
+    for (name, layer), fold in zip(layers, folds, strict=True):
+        done = []
+        if fold:
+            layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
+            done.append("scale folded")
+        nz = layer.weight.dtype in get_product().nz_storage
+        if nz and torch_npu.get_npu_format(layer.weight) != FRACTAL_NZ:
+            layer.weight.data = torch_npu.npu_format_cast(layer.weight.data, FRACTAL_NZ)
+            done.append("weight cast")
+        is_nz = torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ
+        if nz and not is_nz:
+            done = [*done[:-1], "cast ignored: torch.npu.config.allow_internal_format is off"]
+        elif not nz:
+            done.append(f"{dtype_name(layer.weight.dtype)} weights stay ND")
+        report.append(
+            Prepared(
+                name,
+                dtype_name(layer.scale.dtype),
+                "FRACTAL_NZ" if is_nz else "ND",
+                ", ".join(done) or "already prepared",
+            )
+        )
+    torchair.use_internal_format_weight(model)
+    return report
+
+
+def _folds_scale(layer: LinearQuant) -> bool:
+    """Whether the layer's row of the table reads the packed scale and it is still float32."""
+    rows = 1 if layer.pertoken_scale is None else layer.pertoken_scale.shape[0]
+    x1 = torch.empty(rows, layer.weight.shape[-1], dtype=layer.weight.dtype, device="meta")
+    return plan(
+        x1,
+        layer.weight,
+        layer.scale,
+        layer.offset,
+        layer.pertoken_scale,
+        layer.bias,
+        output_dtype=layer.output_dtype,
+    ).fold_scale

@@ -1,0 +1,161 @@
+"""Look at what a model became: the GE nodes torchair lowered it to.
+
+    config = torchair.CompilerConfig()
+    with converters.graph.capture(config) as graphs:
+        torch.compile(model, backend=torchair.get_npu_backend(compiler_config=config))(x)
+    print(graphs[0])
+
+Uses torchair's public graph dump (`config.debug.graph_dump`, type txt), which is protobuf text.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+
+from ._torchair import GraphDef, ProtoDataType
+
+__all__ = ["Edge", "Graph", "Node", "capture", "read"]
+
+# nodes that hold or hand over tensors and compute nothing
+PASSIVE = frozenset({"Const", "ConstPlaceHolder", "Data", "FileConstant", "NetOutput", "RefData"})
+_FORMATS = {2: "ND", 29: "FRACTAL_NZ"}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor between two nodes. shape: None where the graph does not say; -1 or a symbol for
+    a size known only at run time."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...] | None
+    format: str = "ND"
+
+    def __str__(self) -> str:
+        shape = "?" if self.shape is None else ", ".join(map(str, self.shape))
+        layout = "" if self.format == "ND" else f" {self.format}"
+        return f"{self.name} {self.dtype}[{shape}]{layout}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One GE node. An optional input that is absent is not listed."""
+
+    op: str
+    name: str
+    inputs: tuple[Edge, ...]
+    outputs: tuple[Edge, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        flags = "".join(
+            f" {key}" for key in ("transpose_x1", "transpose_x2") if self.attrs.get(key)
+        )
+        inputs = ", ".join(map(str, self.inputs))
+        outputs = ", ".join(map(str, self.outputs))
+        return f"{self.op}{flags} ({inputs}) -> {outputs}"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A lowered graph, nodes in order."""
+
+    name: str
+    nodes: tuple[Node, ...]
+
+    @property
+    def compute(self) -> tuple[Node, ...]:
+        """The nodes that do work on the device."""
+        return tuple(node for node in self.nodes if node.op not in PASSIVE)
+
+    def ops(self) -> list[str]:
+        """GE op types of the compute nodes, in order."""
+        return [node.op for node in self.compute]
+
+    def __str__(self) -> str:
+        return "\n".join(str(node) for node in self.compute)
+
+
+def read(path: str | Path) -> Graph:
+    """Read a graph dump of type txt.
+
+    Args:
+        path: a file torchair wrote with `config.debug.graph_dump.type = "txt"`.
+
+    Raises:
+        google.protobuf.text_format.ParseError: not such a dump.
+    """
+    proto = GraphDef()
+    text_format.Parse(Path(path).read_text(), proto)
+    produced = {
+        f"{op.name}:{i}": _edge(desc) for op in proto.op for i, desc in enumerate(op.output_desc)
+    }
+    nodes = []
+    for op in proto.op:
+        inputs = []
+        for source, desc in zip(op.input, op.input_desc, strict=False):
+            if not source:  # an optional input left out
+                continue
+            origin = produced.get(source)
+            inputs.append(Edge(desc.name, *_type_of(origin or _edge(desc))))
+        outputs = tuple(produced[f"{op.name}:{i}"] for i in range(len(op.output_desc)))
+        attrs = {key: _attr(value) for key, value in op.attr.items() if not key.startswith("_")}
+        nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs))
+    return Graph(proto.name, tuple(nodes))
+
+
+@contextmanager
+def capture(config: Any) -> Iterator[list[Graph]]:
+    """Collect the graphs torchair lowers inside the block, in order.
+
+    Args:
+        config: the torchair.CompilerConfig given to get_npu_backend. Its graph_dump settings
+            are put back at the end.
+
+    Yields:
+        A list, filled when the block ends.
+    """
+    graphs: list[Graph] = []
+    dump = config.debug.graph_dump
+    before = dump.type.value, dump._path.value
+    with tempfile.TemporaryDirectory(prefix="lq_graph_") as folder:
+        dump.type, dump.path = "txt", folder
+        try:
+            yield graphs
+        finally:
+            dump.type.value, dump._path.value = before
+            files = sorted(Path(folder).glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
+            graphs.extend(read(file) for file in files)
+
+
+def _edge(desc: Any) -> Edge:
+    """dtype, shape and format of a tensor descriptor. torchair notes the fake tensor it lowered
+    from in `_meta`, which knows the shape before GE has inferred any."""
+    number = desc.attr["format_for_int"].i if "format_for_int" in desc.attr else 2
+    layout = _FORMATS.get(number, str(number))
+    dtype = ProtoDataType.Name(desc.dtype).removeprefix("DT_").lower()
+    meta = desc.attr["_meta"].s.decode() if "_meta" in desc.attr else ""
+    if found := re.search(r"shape=torch\.Size\(\[(.*?)\]\)", meta):
+        sizes = [size.strip() for size in found[1].split(",") if size.strip()]
+        shape = tuple(int(size) if size.isdigit() else size for size in sizes)
+        return Edge(desc.name, dtype, shape, layout)
+    dims = tuple(desc.shape.dim)
+    return Edge(desc.name, dtype, dims or None, layout)
+
+
+def _type_of(edge: Edge) -> tuple[str, tuple[int | str, ...] | None, str]:
+    return edge.dtype, edge.shape, edge.format
+
+
+def _attr(value: Any) -> Any:
+    """The one field an attribute holds."""
+    kind = value.WhichOneof("value")
+    return None if kind is None else getattr(value, kind)
