@@ -27,6 +27,7 @@ TILING = 561002  # ACLNN_ERR_INNER_TILING_ERROR
 NO_KERNEL = 561003  # ACLNN_ERR_INNER_FIND_KERNEL_ERROR
 
 LAST_DIM_MAX = 65535  # [tiling] LAST_AXIS_LIMIT
+INT32_MAX = 2**31 - 1
 DIMS = range(2, 7)  # [base] MIN_DIM_NUM_ND, MAX_DIM_NUM_ND
 
 ND = "ND"
@@ -215,6 +216,8 @@ def check_quant_matmul(
             )
     m, k = (x1_shape[-1], x1_shape[-2]) if transpose_x1 else (x1_shape[-2], x1_shape[-1])
     k2, n = (x2_shape[-1], x2_shape[-2]) if transpose_x2 else (x2_shape[-2], x2_shape[-1])
+    if max(*x1_shape, *x2_shape) > INT32_MAX:  # [tiling] CheckShapeInBoundary
+        return refuse(f"a dim of x1 {tuple(x1_shape)} or x2 {tuple(x2_shape)} exceeds int32")
     if 0 in x1_shape or 0 in x2_shape:
         return refuse(f"x1 is {tuple(x1_shape)} and x2 {tuple(x2_shape)}; they cannot be empty")
     if k != k2:
