@@ -1,0 +1,190 @@
+"""The lowering: which GE nodes, with which dtypes and attributes, and that they compute the
+right values. Read from torchair's own dump of the real graph."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+import torch_npu
+import torchair
+from cases import BF16, F16, F32, I8, I32, I64, ROW_CASES, SHAPE_CASES, Case
+from test_module import module_for
+
+import converters
+import lq_graph
+from converters.graph import Graph
+
+TRANS = "TransQuantParamV2"
+MATMUL = "QuantBatchMatmulV3"
+
+
+def lower(model, *inputs: torch.Tensor, dynamic: bool = False) -> tuple[torch.Tensor, Graph]:
+    """Compile with the real torchair; the result and the one graph it became."""
+    torch._dynamo.reset()
+    config = torchair.CompilerConfig()
+    backend = torchair.get_npu_backend(compiler_config=config)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+    with converters.graph.capture(config) as graphs:
+        out = compiled(*inputs)
+    (graph,) = graphs
+    return out, graph
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", ROW_CASES + SHAPE_CASES, ids=str)
+def test_graph_equals_golden(case: Case, dynamic: bool) -> None:
+    inputs = cases.make(case)
+    layer = module_for(inputs).npu()
+    out, _ = lower(layer, inputs["x1"].npu(), dynamic=dynamic)
+    cases.assert_equal(out, inputs)
+
+
+@pytest.mark.parametrize(
+    ("case", "ops"),
+    [
+        # the scale is packed, or the row reads it as it is: one node
+        (Case(scale=I64), [MATMUL]),
+        (Case(scale=I64, offset=True, bias=I32), [MATMUL]),
+        (Case(scale=I64, output=F16), [MATMUL]),
+        (Case(output=BF16, bias=BF16, pertoken=True), [MATMUL]),
+        (Case(output=F16, bias=F16, pertoken=True), [MATMUL]),
+        (Case(output=I32), [MATMUL]),
+        # a float32 scale that has to be packed
+        (Case(), [TRANS, MATMUL]),
+        (Case(offset=True), [TRANS, MATMUL]),
+        (Case(output=F16), [TRANS, MATMUL]),
+        # InferShape of TransQuantParamV2 follows the scale: expand it first
+        (Case(offset=True, scalar_scale=True), ["BroadcastTo", TRANS, MATMUL]),
+        (Case(offset=True, scalar_offset=True, scalar_scale=True), [TRANS, MATMUL]),
+        # int4
+        (Case(x=I32, scale=I64, output=F16), ["Bitcast", "Reshape"] * 2 + [MATMUL]),
+        (Case(x=I32, output=F16), ["Bitcast", "Reshape"] * 2 + [TRANS, MATMUL]),
+    ],
+    ids=lambda v: str(v) if isinstance(v, Case) else "",
+)
+def test_nodes(case: Case, ops: list[str]) -> None:
+    inputs = cases.make(case)
+    _, graph = lower(module_for(inputs).npu(), inputs["x1"].npu())
+    assert graph.ops() == ops
+
+
+@pytest.mark.parametrize("case", ROW_CASES, ids=str)
+def test_matmul_node_fields(case: Case) -> None:
+    inputs = cases.make(case)
+    _, graph = lower(module_for(inputs).npu(), inputs["x1"].npu())
+    node = graph.compute[-1]
+    assert node.op == MATMUL
+    assert node.attrs["transpose_x2"] is True
+    assert not node.attrs["transpose_x1"]
+    ge = converters._torchair.torch_type_to_ge_type
+    assert node.attrs["dtype"] == ge(case.output)
+
+    names = {I8: "int8", I32: "int32", I64: "int64", F16: "float16", BF16: "bf16", F32: "float"}
+    logical = "int4" if case.x == I32 else "int8"
+    folded = case.output == I8 or (case.output == F16 and not case.pertoken)
+    want = {"x1": logical, "x2": logical, "scale": "int64" if folded else names[case.scale]}
+    if case.offset:
+        want["offset"] = "float"
+    if case.bias:
+        want["bias"] = names[case.bias]
+    if case.pertoken:
+        want["pertoken_scale"] = "float"
+    assert {edge.name: edge.dtype for edge in node.inputs} == want
+    assert [edge.name for edge in node.inputs] == list(want)
+    (out,) = node.outputs
+    assert (out.dtype, out.shape) == (names[case.output], (case.m, case.n))
+
+
+def test_vendor_module_needs_three_nodes_where_ours_needs_one() -> None:
+    inputs = cases.make(Case(scale=F32, output=F16))
+    theirs = torch_npu.contrib.module.LinearQuant(40, 24, bias=False, output_dtype=F16).npu()
+    theirs.weight.data = inputs["weight"].npu()
+    theirs.scale.data = inputs["scale"].npu()
+    theirs_out, theirs_graph = lower(theirs, inputs["x1"].npu())
+    assert theirs_graph.ops() == [TRANS, "Transpose", MATMUL]
+
+    ours = module_for(inputs).npu()
+    lq_graph.use_internal_format_weight(ours)
+    ours_out, ours_graph = lower(ours, inputs["x1"].npu())
+    assert ours_graph.ops() == [MATMUL]
+    cases.assert_equal(ours_out, inputs)
+    assert torch.equal(ours_out.cpu(), theirs_out.cpu())
+
+
+def test_int8_chain_keeps_int8_between_layers() -> None:
+    first = cases.make(Case(scale=I64, offset=True, n=40))
+    second = cases.make(Case(scale=I64, output=F16), seed=1)
+    chain = torch.nn.Sequential(module_for(first), module_for(second)).npu()
+    out, graph = lower(chain, first["x1"].npu())
+    assert graph.ops() == [MATMUL, MATMUL]
+    assert graph.compute[1].inputs[0].dtype == "int8"
+    second["x1"] = torch.from_numpy(cases.expected(first))
+    cases.assert_equal(out, second)
+
+
+def test_one_dynamic_graph_serves_every_m() -> None:
+    torch._dynamo.reset()
+    config = torchair.CompilerConfig()
+    inputs = cases.make(Case(x=I32, output=F16, scale=I64))
+    layer = module_for(inputs).npu()
+    backend = torchair.get_npu_backend(compiler_config=config)
+    compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
+    with converters.graph.capture(config) as graphs:
+        for m in (3, 7, 64):
+            more = cases.make(Case(x=I32, output=F16, scale=I64, m=m), seed=m)
+            inputs["x1"] = more["x1"]
+            cases.assert_equal(compiled(inputs["x1"].npu()), inputs)
+    assert len(graphs) == 1
+
+
+def test_trans_quant_param_in_a_graph() -> None:
+    scale, offset = torch.rand(24), torch.randn(24) * 50
+    out, graph = lower(lq_graph.trans_quant_param, scale.npu(), offset.npu())
+    assert graph.ops() == [TRANS]
+    assert torch.equal(out.cpu(), lq_graph.trans_quant_param(scale, offset))
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_prepared_weights_are_fractal_nz_in_the_graph(m: int) -> None:
+    torch.npu.config.allow_internal_format = True
+    inputs = cases.make(Case(m=m, k=64, n=48, offset=True, bias=I32))
+    layer = module_for(inputs).npu()
+    first = lq_graph.use_internal_format_weight(layer)
+    assert [(r.scale, r.weight_format) for r in first] == [("int64", "FRACTAL_NZ")]
+    again = lq_graph.use_internal_format_weight(layer)
+    assert again[0].done == "already prepared"
+    out, graph = lower(layer, inputs["x1"].npu())
+    assert graph.ops() == [MATMUL]
+    weight = graph.compute[0].inputs[1]
+    assert (weight.format, weight.shape) == ("FRACTAL_NZ", (48, 64))
+    cases.assert_equal(out, inputs)
+    cases.assert_equal(layer(inputs["x1"].npu()), inputs)
+
+
+def test_int4_weights_stay_nd() -> None:
+    inputs = cases.make(Case(x=I32, output=F16))
+    layer = module_for(inputs).npu()
+    (report,) = lq_graph.use_internal_format_weight(layer)
+    assert (report.scale, report.weight_format) == ("int64", "ND")
+    assert "int32 weights stay ND" in report.done
+    cases.assert_equal(layer(inputs["x1"].npu()), inputs)
+
+
+def test_preparation_on_cpu_is_refused_and_changes_nothing() -> None:
+    layer = module_for(cases.make(Case()))
+    before = str(layer)
+    with pytest.raises(lq_graph.LinearQuantValueError, match=r"is on cpu; .*model\.npu\(\)"):
+        lq_graph.use_internal_format_weight(torch.nn.Sequential(layer))
+    assert str(layer) == before
+
+
+def test_preparation_changes_nothing_when_one_layer_is_illegal() -> None:
+    good = module_for(cases.make(Case())).npu()
+    bad = module_for(cases.make(Case(output=BF16))).npu()
+    bad.scale.data = bad.scale.data.half()
+    model = torch.nn.Sequential(good, bad)
+    before = str(model)
+    with pytest.raises(lq_graph.LinearQuantTypeError, match="scale is float16"):
+        lq_graph.use_internal_format_weight(model)
+    assert str(model) == before

@@ -1,0 +1,72 @@
+"""Importing in every situation a user can be in, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROW = "lq_graph.LinearQuant(16, 8)(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)"
+
+
+def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CANN_", "TORCH_DEVICE"))}
+    return subprocess.run(
+        [sys.executable, *args, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**clean, **env},
+    )
+
+
+def test_without_torch_npu() -> None:
+    result = python(
+        "import sys; sys.modules['torch_npu'] = sys.modules['torchair'] = None\n"
+        "import torch, lq_graph\n"
+        f"assert {ROW}\n"
+        "layer = lq_graph.LinearQuant(16, 8)\n"
+        "compiled = torch.compile(layer, fullgraph=True)\n"
+        "assert compiled(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)\n",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(
+    os.environ.get("LQ_GRAPH_TEST_NPU") == "1", reason="this machine has CANN: import works"
+)
+def test_with_torch_npu_but_no_cann_says_what_to_do() -> None:
+    result = python("import lq_graph")
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: lq_graph: torch_npu is installed, but neither CANN nor")
+    assert "set_env.sh" in message
+    assert "python -m cann_host" in message
+    assert "lib" + "hccl.so" not in result.stderr  # no stack of loader errors
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lq_graph, torch_npu, torchair",
+        "import torch_npu, torchair, lq_graph",
+        "import torch_npu, torchair, converters",
+    ],
+)
+def test_any_import_order_lowers(imports: str) -> None:
+    result = python(
+        "import os\n"
+        "if os.environ.get('LQ_GRAPH_TEST_NPU') != '1':\n"
+        "    import cann_host; cann_host.activate()\n"
+        f"{imports}\n"
+        "import torch, lq_graph, torchair as tng\n"
+        "layer = lq_graph.LinearQuant(16, 8).npu()\n"
+        "x = torch.ones(2, 16, dtype=torch.int8).npu()\n"
+        "backend = tng.get_npu_backend(compiler_config=tng.CompilerConfig())\n"
+        "compiled = torch.compile(layer, backend=backend, dynamic=False, fullgraph=True)\n"
+        "assert torch.equal(compiled(x).cpu(), layer(x).cpu())\n"
+    )
+    assert result.returncode == 0, result.stderr
