@@ -1,0 +1,55 @@
+"""README's support table is the data of formats.py, and its error is the real one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lq_graph
+from lq_graph.formats import PRODUCTS, ROWS, Row, dtype_name
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def table() -> str:
+    """The support table in Markdown."""
+
+    def cell(choices: tuple[torch.dtype | None, ...]) -> str:
+        return ", ".join(dtype_name(dtype) for dtype in choices)
+
+    def line(row: Row) -> str:
+        x1 = "int32 (int4)" if row.storage == torch.int32 else dtype_name(row.storage)
+        cells = [x1, *map(cell, (row.scale, row.offset, row.bias, row.pertoken_scale))]
+        marks = ["yes" if product in row.products else "" for product in PRODUCTS]
+        return "| " + " | ".join([*cells, dtype_name(row.output), *marks]) + " |"
+
+    head = ["x1, weight", "scale", "offset", "bias", "pertoken_scale", "output"]
+    head += [product.name for product in PRODUCTS]
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(line(row) for row in ROWS)]
+    )
+
+
+def test_support_table() -> None:
+    shown = README.split("<!-- table: support -->")[1].split("\n\n")[1]
+    assert shown == table(), f"README should show:\n{table()}"
+
+
+def test_error_shown_is_the_real_one() -> None:
+    shown = re.search(r"```\n(LinearQuantTypeError.*?)```", README, re.DOTALL)
+    assert shown
+    layer = lq_graph.LinearQuant(512, 128, offset=True, output_dtype=torch.float16)
+    with pytest.raises(lq_graph.LinearQuantTypeError) as caught:
+        layer(torch.zeros(4, 512, dtype=torch.int8))
+    assert " ".join(shown[1].split()) == f"LinearQuantTypeError: {caught.value}"
+
+
+def test_the_two_commands_come_first() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert [block.strip() for block in blocks[:2]] == [
+        'pip install -e ".[npu]" && python -m cann_host examples/graph_mode.py',
+        'pip install -e ".[test]" && python -m pytest',
+    ]
