@@ -1,0 +1,458 @@
+"""The operators of libopapi, computed by torch on CPU tensors over the same memory.
+
+`csrc/aclnn.cpp` calls `_run` twice for each operator: to check, on the thread that asked, and to
+compute, on torch_npu's queue thread. What is not in `OPERATORS` is not in libopapi either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cann_host import rules
+from lq_graph import numerics
+
+__all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "over_memory", "uninstall"]
+
+NULL_POINTER = 161001  # ACLNN_ERR_PARAM_NULLPTR
+INVALID = 161002  # ACLNN_ERR_PARAM_INVALID
+INNER = 561000  # ACLNN_ERR_INNER
+
+FRACTAL_NZ = 29
+BASE_FORMATS = {0: "NCHW", 1: "NHWC", 2: "ND", 27: "NDHWC", 30: "NCDHW", 47: "NCL"}
+
+# aclDataType of the public header acl_base_rt.h
+ACL_DTYPES: dict[int, torch.dtype] = {
+    0: torch.float32,
+    1: torch.float16,
+    2: torch.int8,
+    3: torch.int32,
+    4: torch.uint8,
+    6: torch.int16,
+    7: torch.uint16,
+    8: torch.uint32,
+    9: torch.int64,
+    10: torch.uint64,
+    11: torch.float64,
+    12: torch.bool,
+    16: torch.complex64,
+    17: torch.complex128,
+    27: torch.bfloat16,
+    33: torch.complex32,
+    35: torch.float8_e5m2,
+    36: torch.float8_e4m3fn,
+}
+
+
+class Refused(Exception):  # noqa: N818 - the answer of the operator, not a fault of this program
+    """A call CANN would refuse, with CANN's code."""
+
+    def __init__(self, text: str, code: int = INVALID) -> None:
+        super().__init__(text if "CANN error" in text else f"{text} (CANN error {code})")
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class AclTensor:
+    """A copy of an aclTensor: a strided view of device memory, or of a FRACTAL_NZ storage."""
+
+    address: int
+    dtype_code: int
+    format: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        try:
+            return ACL_DTYPES[self.dtype_code]
+        except KeyError:
+            raise Refused(f"cann_host does not know aclDataType {self.dtype_code}") from None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the last two dims are a transposed view of contiguous memory, by CANN's rule."""
+        if len(self.shape) < 2:
+            return False
+        rows, columns = self.shape[-2:]
+        return self.strides[-2] == 1 and self.strides[-1] == rows and (rows, columns) != (1, 1)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape with the last two dims in the order the memory has."""
+        if self.is_transposed:
+            return (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return self.shape
+
+    def view(self) -> Tensor:
+        """A tensor over the memory, no copy."""
+        return over_memory(self.address, self.dtype, self.shape, self.strides, self.offset)
+
+    def nz_view(self) -> Tensor:
+        """A tensor over the FRACTAL_NZ storage, no copy."""
+        strides = [1] * len(self.storage)
+        for i in range(len(self.storage) - 2, -1, -1):
+            strides[i] = strides[i + 1] * self.storage[i + 1]
+        return over_memory(self.address, self.dtype, self.storage, tuple(strides), 0)
+
+
+_memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
+_memoryview.restype = ctypes.py_object
+_memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+
+def over_memory(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int = 0,
+) -> Tensor:
+    """A CPU tensor over raw memory, which must outlive it.
+
+    Args:
+        address: of the storage.
+        dtype: of the elements.
+        shape: any.
+        strides: in elements.
+        offset: of the first element, in elements.
+    """
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    memory = _memoryview(
+        address + offset * dtype.itemsize, reach * dtype.itemsize, _WRITABLE
+    )
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+# An argument of an operator: a tensor, None for an absent one, or a number.
+Argument = AclTensor | int | None
+
+
+def _unpack(words: list[int]) -> list[Argument]:
+    """Read the words that csrc/aclnn.cpp describes."""
+    arguments: list[Argument] = []
+    at = 0
+    while at < len(words):
+        kind = words[at]
+        if kind == 0:
+            arguments.append(None)
+            at += 1
+        elif kind == 2:
+            arguments.append(words[at + 1])
+            at += 2
+        else:
+            address, dtype, format_, offset, rank = words[at + 1 : at + 6]
+            at += 6
+            shape = tuple(words[at : at + rank])
+            strides = tuple(words[at + rank : at + 2 * rank])
+            at += 2 * rank
+            storage = tuple(words[at + 1 : at + 1 + words[at]])
+            at += 1 + len(storage)
+            arguments.append(AclTensor(address, dtype, format_, offset, shape, strides, storage))
+    return arguments
+
+
+def _need(name: str, tensor: AclTensor | None) -> AclTensor:
+    if tensor is None:
+        raise Refused(f"{name} is null", NULL_POINTER)
+    return tensor
+
+
+def _need_base_format(**tensors: AclTensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.format not in BASE_FORMATS:
+            raise Refused(f"{name} has the internal format {tensor.format}; it must be ND")
+
+
+# ---- quantized matmul ----
+
+
+def _check_trans_quant_param(
+    scale: AclTensor, offset: AclTensor | None, round_mode: int, out: AclTensor
+) -> None:
+    """By quant/trans_quant_param_v2/op_host/op_api of hicann/ops-nn."""
+    _need("scale", scale)
+    _need("out", out)
+    _need_base_format(scale=scale, offset=offset, out=out)
+    if scale.dtype != torch.float32:
+        raise Refused(f"scale is {scale.dtype_name}; it must be float32")
+    if offset is not None and offset.dtype != torch.float32:
+        raise Refused(f"offset is {offset.dtype_name}; it must be float32")
+    if out.dtype not in (torch.int64, torch.uint64):
+        raise Refused(f"out is {out.dtype_name}; it must be int64 or uint64")
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is None:
+            continue
+        shape = tensor.shape
+        if len(shape) not in (1, 2) or 0 in shape or (len(shape) == 2 and shape[0] != 1):
+            raise Refused(f"{name} has shape {shape}; it must be (n,) or (1, n)")
+    if offset is not None:
+        lengths = (scale.shape[-1], offset.shape[-1])
+        if 1 not in lengths and lengths[0] != lengths[1]:
+            raise Refused(
+                f"offset has shape {offset.shape} but scale {scale.shape}; "
+                "they must agree or have one element"
+            )
+    if round_mode not in (0, 1):
+        raise Refused(f"round_mode is {round_mode}; it must be 0 or 1")
+
+
+def _trans_quant_param(
+    scale: AclTensor, offset: AclTensor | None, round_mode: int, out: AclTensor
+) -> None:
+    offset_value = None if offset is None else offset.view()
+    packed = numerics.pack_scale(scale.view(), offset_value, round_mode)
+    out.view().view(torch.int64).copy_(packed.reshape(out.shape))
+
+
+def _logical(tensor: AclTensor) -> tuple[str, tuple[int, ...]]:
+    """Dtype name and stored shape, with int32 counted as the eight int4 it carries."""
+    shape = tensor.stored_shape
+    if tensor.dtype == torch.int32:
+        return "int4", (*shape[:-1], shape[-1] * numerics.INT4_PER_INT32)
+    return tensor.dtype_name, shape
+
+
+def _optional(tensor: AclTensor | None) -> tuple[str | None, tuple[int, ...] | None]:
+    return (None, None) if tensor is None else (tensor.dtype_name, tensor.shape)
+
+
+def _present(tensor: AclTensor | None) -> AclTensor | None:
+    """torch_npu passes an empty tensor for some absent arguments."""
+    return None if tensor is None or 0 in tensor.shape else tensor
+
+
+def _check_quant_matmul(
+    x1: AclTensor,
+    x2: AclTensor,
+    x1_scale: AclTensor | None,
+    x2_scale: AclTensor,
+    y_scale: AclTensor | None,
+    x1_offset: AclTensor | None,
+    x2_offset: AclTensor | None,
+    y_offset: AclTensor | None,
+    bias: AclTensor | None,
+    transpose_x1: int,
+    transpose_x2: int,
+    group_size: int,
+    out: AclTensor,
+) -> None:
+    for name, needed in (("x1", x1), ("x2", x2), ("x2_scale", x2_scale), ("out", out)):
+        _need(name, needed)
+    unsupported = {"y_scale": y_scale, "x1_offset": x1_offset, "y_offset": y_offset}
+    for name, tensor in unsupported.items():
+        if _present(tensor) is not None:
+            raise Refused(f"cann_host does not implement {name}")
+    if group_size:
+        raise Refused(f"cann_host does not implement group_size {group_size}")
+    if transpose_x1 or transpose_x2:
+        raise Refused("cann_host takes transposition from the strides, as torch_npu passes it")
+    _need_base_format(
+        x1=x1, x1_scale=x1_scale, x2_scale=x2_scale, x2_offset=x2_offset, bias=bias, out=out
+    )
+    is_nz = x2.format == FRACTAL_NZ
+    if not is_nz:
+        _need_base_format(x2=x2)
+    x1_dtype, x1_shape = _logical(x1)
+    x2_dtype, x2_shape = _logical(x2)
+    storage: tuple[int, ...] | None = None
+    if is_nz:
+        packed = numerics.INT4_PER_INT32 if x2_dtype == "int4" else 1
+        storage = (*x2.storage[:-1], x2.storage[-1] * packed)
+    offset_dtype, offset_shape = _optional(x2_offset)
+    bias_dtype, bias_shape = _optional(bias)
+    pertoken_dtype, pertoken_shape = _optional(x1_scale)
+    refusal = rules.check_quant_matmul(
+        soc=_soc,
+        x1_dtype=x1_dtype,
+        x1_shape=x1_shape,
+        x2_dtype=x2_dtype,
+        x2_shape=x2_shape,
+        scale_dtype=x2_scale.dtype_name,
+        scale_shape=x2_scale.shape,
+        out_dtype=out.dtype_name,
+        offset_dtype=offset_dtype,
+        offset_shape=offset_shape,
+        bias_dtype=bias_dtype,
+        bias_shape=bias_shape,
+        pertoken_dtype=pertoken_dtype,
+        pertoken_shape=pertoken_shape,
+        transpose_x1=x1.is_transposed,
+        transpose_x2=x2.is_transposed,
+        x2_format="FRACTAL_NZ" if is_nz else "ND",
+        x2_storage_shape=storage,
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+
+
+def _untransposed_weight(x2: AclTensor) -> Tensor:
+    """x2 as int8 (..., n, k), whatever its layout."""
+    rows, columns = x2.stored_shape[-2:]
+    stored = (
+        numerics.nz_to_nd(x2.nz_view(), rows, columns)
+        if x2.format == FRACTAL_NZ
+        else x2.view().mT
+        if x2.is_transposed
+        else x2.view()
+    )
+    if x2.dtype == torch.int32:
+        stored = numerics.unpack_int4(stored)
+    return stored if x2.is_transposed else stored.mT.contiguous()
+
+
+def _quant_matmul(
+    x1: AclTensor,
+    x2: AclTensor,
+    x1_scale: AclTensor | None,
+    x2_scale: AclTensor,
+    y_scale: AclTensor | None,
+    x1_offset: AclTensor | None,
+    x2_offset: AclTensor | None,
+    y_offset: AclTensor | None,
+    bias: AclTensor | None,
+    transpose_x1: int,
+    transpose_x2: int,
+    group_size: int,
+    out: AclTensor,
+) -> None:
+    del y_scale, x1_offset, y_offset, transpose_x1, transpose_x2, group_size  # refused above
+    del x2_offset  # the chip reads only the offset bits packed in the scale
+    x = x1.view()
+    if x1.dtype == torch.int32:
+        x = numerics.unpack_int4(x)
+    out.view().copy_(
+        numerics.quant_matmul(
+            x,
+            _untransposed_weight(x2),
+            x2_scale.view(),
+            bias=None if bias is None else bias.view(),
+            pertoken_scale=None if x1_scale is None else x1_scale.view(),
+            output_dtype=out.dtype,
+        )
+    )
+
+
+# ---- copies, casts, formats ----
+
+
+def _check_copy(self: AclTensor, source: AclTensor) -> None:
+    _need_base_format(self=self, source=source)
+    _ = self.dtype, source.dtype
+    try:
+        fits = torch.broadcast_shapes(self.shape, source.shape) == self.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise Refused(f"source has shape {source.shape}, which does not expand to {self.shape}")
+
+
+def _copy(self: AclTensor, source: AclTensor) -> None:
+    self.view().copy_(source.view())
+
+
+def _check_cast(self: AclTensor, dtype: int, out: AclTensor) -> None:
+    _check_copy(out, self)
+    if dtype != out.dtype_code:
+        raise Refused(f"out has aclDataType {out.dtype_code}, not {dtype}")
+
+
+def _cast(self: AclTensor, dtype: int, out: AclTensor) -> None:
+    del dtype  # it is out's
+    out.view().copy_(self.view())
+
+
+def _check_zero(self: AclTensor) -> None:
+    _need_base_format(self=self)
+
+
+def _zero(self: AclTensor) -> None:
+    self.view().zero_()
+
+
+def _check_format_cast(source: AclTensor, out: AclTensor) -> None:
+    formats = (source.format, out.format)
+    if not (
+        (source.format in BASE_FORMATS and out.format == FRACTAL_NZ)
+        or (source.format == FRACTAL_NZ and out.format in BASE_FORMATS)
+    ):
+        raise Refused(f"cann_host casts between ND and FRACTAL_NZ, not format {formats}")
+    if source.dtype != out.dtype:
+        raise Refused(f"source is {source.dtype_name} and out {out.dtype_name}")
+
+
+def _format_cast(source: AclTensor, out: AclTensor) -> None:
+    if out.format == FRACTAL_NZ:
+        blocks = numerics.nd_to_nz(source.view(), out.storage[-1])
+        out.nz_view().copy_(blocks.reshape(out.storage))
+    else:
+        rows, columns = source.shape[-2:]
+        out.view().copy_(numerics.nz_to_nd(source.nz_view(), rows, columns).reshape(out.shape))
+
+
+# name: (check, compute). Both get the arguments in the order of CANN's own header.
+OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "aclnnCast": (_check_cast, _cast),
+    "aclnnInplaceCopy": (_check_copy, _copy),
+    "aclnnInplaceZero": (_check_zero, _zero),
+    "aclnnNpuFormatCast": (_check_format_cast, _format_cast),
+    "aclnnQuantMatmulV5": (_check_quant_matmul, _quant_matmul),
+    "aclnnQuantMatmulWeightNz": (_check_quant_matmul, _quant_matmul),
+    "aclnnTransQuantParamV2": (_check_trans_quant_param, _trans_quant_param),
+    "aclnnTransQuantParamV3": (_check_trans_quant_param, _trans_quant_param),
+}
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
+)
+_library: ctypes.CDLL
+_soc: str
+
+
+def _run(op: bytes, phase: int, words: ctypes._Pointer[ctypes.c_int64], count: int) -> int:
+    """Phase 0 checks, phase 1 computes. Returns CANN's code; the text goes to the library."""
+    name = op.decode()
+    try:
+        # A default device or a function mode of the caller must not reach these tensors.
+        with torch._C.DisableTorchFunction():
+            OPERATORS[name][phase](*_unpack(words[:count]))
+    except Refused as refusal:
+        _library.cann_host_set_error(f"{name}: {refusal}".encode())
+        return refusal.code
+    except Exception as error:
+        text = f"{name}: cann_host failed: {type(error).__name__}: {error}"
+        _library.cann_host_set_error(text.encode())
+        return INNER
+    return 0
+
+
+_callback = _CALLBACK(_run)  # referenced for ever: the library keeps its address
+
+
+def install(library: ctypes.CDLL, soc: str) -> None:
+    """Give the library its operators."""
+    global _library, _soc
+    _library, _soc = library, soc
+    library.cann_host_set_error.argtypes = (ctypes.c_char_p,)
+    library.cann_host_set_error.restype = None
+    library.cann_host_set_aclnn_executor.argtypes = (ctypes.c_void_p,)
+    library.cann_host_set_aclnn_executor.restype = None
+    library.cann_host_set_aclnn_executor(ctypes.cast(_callback, ctypes.c_void_p))
+
+
+def uninstall() -> None:
+    """Take them away: a late launch then fails by name instead of entering a dying interpreter."""
+    _library.cann_host_set_aclnn_executor(None)

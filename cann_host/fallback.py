@@ -1,0 +1,220 @@
+"""Ordinary aten operators on npu tensors: copy to the CPU, compute, copy back.
+
+torch_npu registers its own kernels for some 900 aten operators; each ends in an aclnn kernel that
+this stand-in does not have. They are replaced here. Operators that only allocate, copy or make
+views work as they are and stay; operators that PyTorch itself builds from others are built from
+others again, so their gradients come from PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["install"]
+
+# They work natively: allocation, copies, formats, bookkeeping of storages.
+KEPT = frozenset(
+    {
+        "_copy_from",
+        "_copy_from_and_resize",
+        "_lazy_clone",
+        "_local_scalar_dense",
+        "_pin_memory",
+        "_reshape_alias",
+        "_to_copy",
+        "as_strided",
+        "as_strided_",
+        "clone",
+        "contiguous",
+        "copy_",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "is_pinned",
+        "is_set_to",
+        "new_empty_strided",
+        "record_stream",
+        "resize_",
+        "resize_as_",
+        "set_",
+    }
+)
+
+_IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
+_library: torch.library.Library  # registrations live as long as this object
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu() if value.device.type == "npu" else value
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "npu" else value
+    if isinstance(value, torch.Generator):
+        return _cpu_generator(value) if value.device.type == "npu" else value
+    if isinstance(value, (list, tuple)):
+        return [_to_cpu(item) for item in value]
+    return value
+
+
+def _cpu_generator(generator: torch.Generator) -> torch.Generator:
+    """A CPU generator for one call: the same seed and offset give the same numbers."""
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # the offset moves in fours
+    seed = (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % (1 << 63)
+    return torch.Generator().manual_seed(seed)
+
+
+def _find_device(values: list[Any]) -> torch.device:
+    for value in values:
+        if isinstance(value, (Tensor, torch.Generator)) and value.device.type == "npu":
+            return value.device
+        if isinstance(value, torch.device) and value.type == "npu":
+            return value
+        if isinstance(value, (list, tuple)) and value:
+            device = _find_device(list(value))
+            if device.type == "npu":
+                return device
+    return torch.device("npu")
+
+
+def _write_back(target: Any, result: Any) -> None:
+    """Bring an argument the operator wrote to from the CPU copy to the npu tensor."""
+    if isinstance(target, (list, tuple)):
+        for one_target, one_result in zip(target, result):
+            _write_back(one_target, one_result)
+    elif isinstance(target, Tensor) and target is not result:
+        if target.shape != result.shape:
+            target.resize_(result.shape)
+        target.copy_(result)
+
+
+def _to_npu(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_npu(item, device) for item in value)
+    return value
+
+
+class _CpuKernel:
+    """The fallback of one operator overload."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        self.op = op
+        schema = op._schema
+        self.written = [
+            (i, argument.name)
+            for i, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        sets = {
+            name: frozenset(schema.arguments[i].alias_info.before_set)
+            for i, name in self.written
+        }
+        # For each result, the written argument it is, if it is one.
+        self.returned: list[str | None] = []
+        for result in schema.returns:
+            result_set = frozenset(result.alias_info.before_set if result.alias_info else ())
+            self.returned.append(
+                next((name for name, one in sets.items() if one & result_set), None)
+            )
+        self.names = [argument.name for argument in schema.arguments]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A deterministic fill of fresh memory is not wanted twice, and a default device of the
+        # caller must not reach the CPU computation.
+        cpu_args = [_to_cpu(value) for value in args]
+        cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
+        if "device" in self.names and cpu_kwargs.get("device") is None:
+            cpu_kwargs["device"] = torch.device("cpu")
+        result = self.op(*cpu_args, **cpu_kwargs)
+
+        written: dict[str, Any] = {}
+        for i, name in self.written:
+            target, value = (
+                (args[i], cpu_args[i]) if i < len(args) else (kwargs[name], cpu_kwargs[name])
+            )
+            _write_back(target, value)
+            written[name] = target
+        if not self.returned:
+            return None
+        results = result if len(self.returned) > 1 else (result,)
+        device: torch.device | None = None
+        out = []
+        for value, name in zip(results, self.returned):
+            if name is not None:
+                out.append(written[name])
+            else:
+                device = device or _find_device([*args, *kwargs.values()])
+                out.append(_to_npu(value, device))
+        return tuple(out) if len(out) > 1 else out[0]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return type(value) in (Tensor, torch.nn.Parameter)
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return True
+
+
+def _decompose(
+    op: torch._ops.OpOverload, vendor: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Build a composite operator from its parts, as PyTorch does on a CPU.
+
+    While a graph is traced the vendor's own kernel decides, so that the graph is the one a real
+    device would get.
+    """
+    if all(_is_plain(value) for value in (*args, *kwargs.values())):
+        return op._op_dk(_IMPLICIT, *args, **kwargs)
+    return vendor(keyset, *args, **kwargs)
+
+
+def _overloads() -> list[tuple[str, torch._ops.OpOverload]]:
+    """The aten overloads torch_npu has a kernel for, by full name."""
+    found = []
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+        if not name.startswith("aten::"):
+            continue
+        base, _, overload = name.removeprefix("aten::").partition(".")
+        packet = getattr(torch.ops.aten, base, None)
+        op = getattr(packet, overload or "default", None) if packet is not None else None
+        if op is not None:
+            found.append((name, op))
+    return found
+
+
+def _makes_view(op: torch._ops.OpOverload) -> bool:
+    return any(
+        result.alias_info is not None and not result.alias_info.is_write
+        for result in op._schema.returns
+    )
+
+
+def install() -> int:
+    """Replace torch_npu's aten kernels; returns how many."""
+    global _library
+    _library = torch.library.Library("aten", "IMPL")
+    autograd = set(torch._C._dispatch_get_registrations_for_dispatch_key("AutogradPrivateUse1"))
+    count = 0
+    for name, op in _overloads():
+        if op._schema.name.removeprefix("aten::") in KEPT or _makes_view(op):
+            continue
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
+            for key in ("PrivateUse1", "AutogradPrivateUse1"):
+                if key == "PrivateUse1" or name in autograd:
+                    vendor = torch.library.get_kernel(op, key)
+                    kernel = partial(_decompose, op, vendor.call_boxed)
+                    _library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+        elif torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
+            _library.impl(name, _CpuKernel(op), "PrivateUse1", allow_override=True)
+        else:
+            continue
+        count += 1
+    return count
