@@ -68,12 +68,14 @@ def activate(soc: str | None = None) -> None:
     if _active is not None:
         if soc is not None and soc != _active["soc"]:
             raise CannHostError(
-                f"cann_host is already active as {_active['soc']}; "
-                f"start another process for {soc}."
+                f"cann_host is already active as {_active['soc']}; start another process for {soc}."
             )
         return
     soc = soc or os.environ.get(SOC_VARIABLE) or DEFAULT_SOC
     library = _load(soc)
+    # With its task queue on, torch_npu reports the first failed launch late and then drops every
+    # later launch in silence, leaving garbage in the results. Without, each one fails where it is.
+    os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     _import_torch_npu()
 
     from cann_host import aclnn, fallback

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class Refused(Exception):  # noqa: N818 - the answer of the operator, not a faul
         self.code = code
 
 
-@dataclass(frozen=True, slots=True)
-class AclTensor:
+class AclTensor(NamedTuple):
     """A copy of an aclTensor: a strided view of device memory, or of a FRACTAL_NZ storage."""
 
     address: int
@@ -130,10 +129,8 @@ def over_memory(
     """
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
-    memory = _memoryview(
-        address + offset * dtype.itemsize, reach * dtype.itemsize, _WRITABLE
-    )
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = _memoryview(address + offset * dtype.itemsize, reach * dtype.itemsize, _WRITABLE)
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
@@ -384,18 +381,24 @@ def _zero(self: AclTensor) -> None:
 
 
 def _check_format_cast(source: AclTensor, out: AclTensor) -> None:
-    formats = (source.format, out.format)
-    if not (
-        (source.format in BASE_FORMATS and out.format == FRACTAL_NZ)
-        or (source.format == FRACTAL_NZ and out.format in BASE_FORMATS)
-    ):
-        raise Refused(f"cann_host casts between ND and FRACTAL_NZ, not format {formats}")
+    for name, tensor in (("source", source), ("out", out)):
+        if tensor.format != FRACTAL_NZ and tensor.format not in BASE_FORMATS:
+            raise Refused(f"{name} has format {tensor.format}; cann_host knows ND and FRACTAL_NZ")
     if source.dtype != out.dtype:
         raise Refused(f"source is {source.dtype_name} and out {out.dtype_name}")
 
 
 def _format_cast(source: AclTensor, out: AclTensor) -> None:
-    if out.format == FRACTAL_NZ:
+    if (source.format == FRACTAL_NZ) == (out.format == FRACTAL_NZ):
+        # torch_npu asks for ND to ND when internal formats are not allowed: see
+        # torch.npu.config.allow_internal_format.
+        source_view, out_view = (
+            (source.nz_view(), out.nz_view())
+            if out.format == FRACTAL_NZ
+            else (source.view(), out.view())
+        )
+        out_view.copy_(source_view)
+    elif out.format == FRACTAL_NZ:
         blocks = numerics.nd_to_nz(source.view(), out.storage[-1])
         out.nz_view().copy_(blocks.reshape(out.storage))
     else:

@@ -85,7 +85,7 @@ def _find_device(values: list[Any]) -> torch.device:
 def _write_back(target: Any, result: Any) -> None:
     """Bring an argument the operator wrote to from the CPU copy to the npu tensor."""
     if isinstance(target, (list, tuple)):
-        for one_target, one_result in zip(target, result):
+        for one_target, one_result in zip(target, result, strict=True):
             _write_back(one_target, one_result)
     elif isinstance(target, Tensor) and target is not result:
         if target.shape != result.shape:
@@ -113,8 +113,9 @@ class _CpuKernel:
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         sets = {
-            name: frozenset(schema.arguments[i].alias_info.before_set)
-            for i, name in self.written
+            argument.name: frozenset(argument.alias_info.before_set)
+            for argument in schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
         }
         # For each result, the written argument it is, if it is one.
         self.returned: list[str | None] = []
@@ -126,8 +127,6 @@ class _CpuKernel:
         self.names = [argument.name for argument in schema.arguments]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A deterministic fill of fresh memory is not wanted twice, and a default device of the
-        # caller must not reach the CPU computation.
         cpu_args = [_to_cpu(value) for value in args]
         cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
         if "device" in self.names and cpu_kwargs.get("device") is None:
@@ -146,9 +145,9 @@ class _CpuKernel:
         results = result if len(self.returned) > 1 else (result,)
         device: torch.device | None = None
         out = []
-        for value, name in zip(results, self.returned):
-            if name is not None:
-                out.append(written[name])
+        for value, source in zip(results, self.returned, strict=True):
+            if source is not None:
+                out.append(written[source])
             else:
                 device = device or _find_device([*args, *kwargs.values()])
                 out.append(_to_npu(value, device))
