@@ -342,6 +342,6 @@ def _broadcast(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | N
     """Broadcast batch dims; None if they do not."""
     size = max(len(left), len(right))
     padded = [(1,) * (size - len(dims)) + tuple(dims) for dims in (left, right)]
-    if any(a != b and 1 not in (a, b) for a, b in zip(*padded)):
+    if any(a != b and 1 not in (a, b) for a, b in zip(*padded, strict=True)):
         return None
-    return tuple(max(a, b) for a, b in zip(*padded))
+    return tuple(max(a, b) for a, b in zip(*padded, strict=True))

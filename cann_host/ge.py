@@ -1,0 +1,551 @@
+"""The graph engine's Python half: compiles serialized graphs into plans and runs them.
+
+`libcann_host.so` (csrc/ge.cpp) calls in here through ctypes: once to compile a graph, then once per
+run with the addresses of inputs and outputs. What the operators compute is in `executor`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import itertools
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lq_graph.numerics import nz_to_nd
+
+from . import executor
+from .executor import DTYPES, FractalNZ, GraphError, Op, ShapeUnknownError, Value
+
+__all__ = ["Plan", "compile_graph", "install"]
+
+FORMAT_ND = 2
+FORMAT_FRACTAL_NZ = 29
+# Formats whose storage is the plain row-major tensor: NCHW, NHWC, ND, NCDHW, ...
+_PLAIN_FORMATS = frozenset({0, 1, 2, 27, 30, 35, 47})
+_INT64, _UINT64 = 9, 10
+
+
+class Slot(NamedTuple):
+    """Where a value of a plan lives: output number `port` of a node."""
+
+    node: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of a plan.
+
+    Attributes:
+        op: what it computes.
+        node: name of the node, for messages.
+        inputs: slot, or list of slots of a dynamic input, by input name.
+        attrs: attributes by name.
+        last_use: slots nobody reads after this step.
+    """
+
+    op: Op
+    node: str
+    inputs: dict[str, Slot | list[Slot]]
+    attrs: dict[str, Any]
+    last_use: list[Slot] = field(default_factory=list)
+
+    def run(self, values: dict[Slot, Any]) -> list[Any]:
+        """Compute the step's outputs from the values so far."""
+        inputs = {
+            name: [values[s] for s in slot] if isinstance(slot, list) else values[slot]
+            for name, slot in self.inputs.items()
+        }
+        try:
+            return executor.run_op(self.op, inputs, self.attrs)
+        except ShapeUnknownError:
+            raise
+        except GraphError as error:
+            raise GraphError(f"node {self.node} ({self.op.type}): {error}") from None
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise GraphError(f"node {self.node} ({self.op.type}): {text}") from error
+
+
+class TensorInfo(NamedTuple):
+    """GE dtype and shape of a graph's input or output; -1 is a dim known only at run time."""
+
+    dtype: int
+    shape: tuple[int, ...]
+
+    @property
+    def known(self) -> bool:
+        return all(dim >= 0 for dim in self.shape)
+
+
+@dataclass
+class Plan:
+    """A compiled graph.
+
+    Attributes:
+        name: of the graph.
+        inputs: slot of each graph input, in the order of the caller's inputs.
+        constants: values known at compile time.
+        steps: what is left to compute on every run.
+        outputs: slots of the results.
+        output_infos: what the summary says about them.
+        is_static: whether every shape is known.
+    """
+
+    name: str
+    inputs: list[Slot]
+    constants: dict[Slot, Any]
+    steps: list[Step]
+    outputs: list[Slot]
+    output_infos: list[TensorInfo]
+    is_static: bool
+
+    def run(self, inputs: Sequence[Value]) -> list[Tensor]:
+        """Compute the graph's outputs.
+
+        Args:
+            inputs: one value per graph input.
+
+        Returns:
+            One tensor per graph output.
+        """
+        if len(inputs) != len(self.inputs):
+            raise GraphError(f"the graph has {len(self.inputs)} inputs but got {len(inputs)}")
+        values: dict[Slot, Any] = dict(self.constants)
+        values.update(zip(self.inputs, inputs, strict=True))
+        for step in self.steps:
+            for index, value in enumerate(step.run(values)):
+                values[Slot(step.node, index)] = value
+            for slot in step.last_use:
+                values.pop(slot, None)
+        return [_output(values[slot], i) for i, slot in enumerate(self.outputs)]
+
+
+def _output(value: Value, index: int) -> Tensor:
+    if isinstance(value, FractalNZ):
+        value = value.nd
+    if not isinstance(value, Tensor):
+        raise GraphError(f"output {index} is int4, which torch cannot hold")
+    return value
+
+
+# ---- From the serialized graph to a plan ----
+
+
+def _attributes(op: Op, node: Any) -> dict[str, Any]:
+    attrs: dict[str, Any] = {}
+    for name, attr in node.attr.items():
+        if name.startswith("_"):  # notes of torchair and GE, not part of the operator
+            continue
+        if name not in op.attrs:
+            raise GraphError(
+                f"node {node.name} ({node.type}): attribute {name} is not implemented by cann_host"
+            )
+        attrs[name] = _attribute(attr)
+    return attrs
+
+
+def _attribute(attr: Any) -> Any:
+    kind = attr.WhichOneof("value")
+    if kind is None:
+        return None
+    value = getattr(attr, kind)
+    if kind == "s":
+        return value.decode()
+    if kind == "list":
+        fields = [list(items) for _, items in value.ListFields() if not isinstance(items, int)]
+        return fields[0] if fields else []
+    return value
+
+
+def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
+    inputs: dict[str, Slot | list[Slot]] = {}
+    many: list[Slot] = []
+    for position, source in enumerate(node.input):
+        producer, _, index = source.rpartition(":")
+        if not source or index == "-1":  # an absent optional input, an ordering-only edge
+            continue
+        slot = Slot(producer, int(index))
+        name = node.input_desc[position].name if position < len(node.input_desc) else ""
+        if name in op.inputs and name != op.dynamic:
+            inputs[name] = slot
+        elif op.dynamic and name.removeprefix(op.dynamic).isdecimal():
+            many.append(slot)
+        else:
+            raise GraphError(f"node {node.name} ({node.type}): unknown input {name or position}")
+    if op.dynamic:
+        inputs[op.dynamic] = many
+    return inputs
+
+
+def _data_info(node: Any) -> TensorInfo:
+    desc = node.output_desc[0]
+    shape = desc.shape.dim
+    if desc.attr["origin_shape_initialized"].b:  # a tensor with an internal format
+        shape = desc.attr["origin_shape"].list.i
+    return TensorInfo(_proto_dtype(desc.dtype), tuple(shape))
+
+
+def _proto_dtype(number: int) -> int:
+    """GE dtype of a dtype of the serialized form, which counts differently."""
+    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
+    from torchair.ge._ge_graph import DataType as GeDataType
+
+    name = DataType.Name(number)
+    return int(getattr(GeDataType, name))
+
+
+def _torch_dtype(code: int, what: str) -> torch.dtype:
+    if code not in DTYPES:
+        raise GraphError(f"{what} has GE dtype {code}, which is not implemented by cann_host")
+    return DTYPES[code]
+
+
+def _constant(node: Any) -> Tensor:
+    tensor = node.attr["value"].t
+    dtype = _torch_dtype(_proto_dtype(tensor.desc.dtype), f"constant {node.name}")
+    shape = tuple(tensor.desc.shape.dim)
+    if not tensor.data:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(shape)
+
+
+def compile_graph(model: bytes) -> Plan:
+    """Check a serialized ModelDef and make a plan of it.
+
+    Raises:
+        GraphError: an operator is unknown or refuses its inputs.
+    """
+    from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
+
+    parsed = ModelDef()
+    parsed.ParseFromString(model)
+    if not parsed.graph:
+        raise GraphError("the model holds no graph")
+    graph = parsed.graph[0]
+
+    data: dict[int, Slot] = {}
+    infos: dict[Slot, TensorInfo] = {}
+    formats: dict[Slot, int] = {}
+    constants: dict[Slot, Any] = {}
+    steps: list[Step] = []
+    outputs: list[Slot] = []
+    declared: list[TensorInfo] = []
+    for node in graph.op:
+        slot = Slot(node.name, 0)
+        if node.type in ("Data", "RefData"):
+            data[node.attr["index"].i] = slot
+            infos[slot] = _data_info(node)
+            formats[slot] = node.output_desc[0].attr["format_for_int"].i
+        elif node.type in ("Const", "Constant"):
+            constants[slot] = _constant(node)
+        elif node.type == "ConstPlaceHolder":
+            constants[slot] = _placeholder(node)
+        elif node.type == "NetOutput":
+            for source, desc in zip(node.input, node.input_desc, strict=True):
+                producer, _, index = source.rpartition(":")
+                if index == "-1":
+                    continue
+                outputs.append(Slot(producer, int(index)))
+                declared.append(TensorInfo(_proto_dtype(desc.dtype), tuple(desc.shape.dim)))
+        else:
+            op = _known_op(node)
+            steps.append(Step(op, node.name, _inputs(op, node), _attributes(op, node)))
+    if sorted(data) != list(range(len(data))):
+        raise GraphError(f"graph inputs are numbered {sorted(data)}, not from 0 without gaps")
+    inputs = [data[index] for index in range(len(data))]
+
+    steps = _sorted(steps, {*inputs, *constants}, graph.name)
+    static = all(info.known for info in infos.values())
+    if static:
+        steps = _predict(steps, constants, infos, formats, outputs, declared)
+    static = static and all(info.known for info in declared)
+    _mark_last_uses(steps, outputs)
+    return Plan(graph.name, inputs, constants, steps, outputs, declared, static)
+
+
+def _known_op(node: Any) -> Op:
+    try:
+        return executor.find_op(node.type)
+    except GraphError as error:
+        raise GraphError(f"node {node.name} ({node.type}): {error}") from None
+
+
+def _sources(step: Step) -> Iterable[Slot]:
+    for slots in step.inputs.values():
+        yield from slots if isinstance(slots, list) else [slots]
+
+
+def _sorted(steps: list[Step], known: set[Slot], graph: str) -> list[Step]:
+    """The steps in an order in which every input is computed before it is read."""
+    nodes = {slot.node for slot in known}
+    ordered: list[Step] = []
+    waiting = steps
+    while waiting:
+        ready = []
+        blocked = []
+        for step in waiting:
+            if all(slot.node in nodes for slot in _sources(step)):
+                ready.append(step)
+                nodes.add(step.node)
+            else:
+                blocked.append(step)
+        if not ready:
+            names = ", ".join(step.node for step in blocked)
+            raise GraphError(f"graph {graph}: inputs of {names} are never computed")
+        ordered += ready
+        waiting = blocked
+    return ordered
+
+
+def _predict(
+    steps: list[Step],
+    constants: dict[Slot, Any],
+    infos: dict[Slot, TensorInfo],
+    formats: dict[Slot, int],
+    outputs: list[Slot],
+    declared: list[TensorInfo],
+) -> list[Step]:
+    """Run a static graph on meta tensors: every operator checks its inputs, as GE does.
+
+    Values that turn out constant join `constants` and their steps go; `declared` takes the shapes
+    and dtypes the operators really give, which torchair compares with what torch expects.
+
+    Returns:
+        The steps left to run.
+    """
+    values: dict[Slot, Any] = dict(constants)
+    for slot, info in infos.items():
+        dtype = _torch_dtype(info.dtype, f"input {slot.node}")
+        value: Value = torch.empty(info.shape, dtype=dtype, device="meta")
+        if formats[slot] == FORMAT_FRACTAL_NZ:
+            value = FractalNZ(value, None)  # type: ignore[arg-type]
+        values[slot] = value
+    left: list[Step] = []
+    for step in steps:
+        try:
+            results = step.run(values)
+        except ShapeUnknownError:
+            return steps  # shapes that depend on values: GE makes such a graph a dynamic one
+        slots = [Slot(step.node, index) for index in range(len(results))]
+        values.update(zip(slots, results, strict=True))
+        if any(executor.is_meta(result) for result in results):
+            left.append(step)
+        else:
+            constants.update(zip(slots, results, strict=True))
+    for index, slot in enumerate(outputs):
+        result = _output(values[slot], index)
+        declared[index] = TensorInfo(
+            _ge_dtype(result, declared[index].dtype, index), tuple(result.shape)
+        )
+    return left
+
+
+def _ge_dtype(result: Tensor, declared: int, index: int) -> int:
+    """GE dtype of a result; the declared one decides between two with the same bits."""
+    if DTYPES.get(declared) == result.dtype:
+        return declared
+    for code, dtype in DTYPES.items():
+        if dtype == result.dtype:
+            return code
+    raise GraphError(f"output {index} has dtype {result.dtype}, which GE does not know")
+
+
+def _mark_last_uses(steps: list[Step], outputs: list[Slot]) -> None:
+    seen = set(outputs)
+    for step in reversed(steps):
+        fresh = {slot for slot in _sources(step) if slot not in seen}
+        step.last_use.extend(fresh)
+        seen |= fresh
+
+
+# ---- The caller's memory ----
+
+
+def _wrap(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The memory at an address as a tensor, without a copy."""
+    count = 1
+    for dim in shape:
+        count *= dim
+    if count == 0:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if not address:
+        raise GraphError(f"a tensor of shape {shape} has no memory")
+    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+
+
+def _with_format(
+    address: int, dtype: torch.dtype, form: int, shape: tuple[int, ...], storage: tuple[int, ...]
+) -> Tensor | FractalNZ:
+    form &= 0xFF  # the bits above hold sub-formats
+    if form in _PLAIN_FORMATS:
+        return _wrap(address, dtype, shape)
+    if form != FORMAT_FRACTAL_NZ:
+        raise GraphError(f"a tensor of shape {shape} has format {form}, which is not implemented")
+    if len(storage) != len(shape) + 2:
+        raise GraphError(f"a FRACTAL_NZ tensor of shape {shape} has storage shape {storage}")
+    return FractalNZ(nz_to_nd(_wrap(address, dtype, storage), *shape[-2:]), storage)
+
+
+def _placeholder(node: Any) -> Value:
+    """ConstPlaceHolder: a constant that lives in the caller's memory."""
+    attr = node.attr
+    dtype = _torch_dtype(attr["dtype"].dt, f"constant {node.name}")
+    shape, storage = (tuple(attr[name].list.i) for name in ("origin_shape", "storage_shape"))
+    return _with_format(attr["addr"].i, dtype, attr["storage_format"].i, shape, storage)
+
+
+class _GeTensor(ctypes.Structure):
+    """cann_host_ge_tensor of csrc/ge.cpp."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+        ("dim_count", ctypes.c_int32),
+        ("origin_dim_count", ctypes.c_int32),
+        ("has_origin", ctypes.c_int32),
+        ("placement", ctypes.c_int32),
+        ("dims", ctypes.POINTER(ctypes.c_int64)),
+        ("origin_dims", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+
+_Compile = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_uint64),
+)
+_Run = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_uint64, ctypes.POINTER(_GeTensor), ctypes.c_size_t, ctypes.c_void_p
+)
+_Release = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
+
+
+class _Bridge:
+    """The three functions csrc/ge.cpp calls, and the plans they share."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self.lib = lib
+        self.plans: dict[int, Plan] = {}
+        self.numbers = itertools.count(1)
+        lib.cann_host_ge_output.restype = ctypes.c_void_p
+        lib.cann_host_ge_output.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_size_t,
+            ctypes.c_size_t,
+        ]
+        lib.cann_host_ge_add_output.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_size_t,
+        ]
+        lib.cann_host_ge_set_static.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        lib.cann_host_ge_fail.argtypes = [ctypes.c_char_p]
+        # Native code keeps the addresses, so these must live as long as the process.
+        self.callbacks = (_Compile(self.compile), _Run(self.run), _Release(self.release))
+        self.register_ops()
+        lib.cann_host_set_ge_executor(*self.callbacks)
+        # Past this point the interpreter is gone but torchair's statics still remove their graphs.
+        atexit.register(lib.cann_host_set_ge_executor, None, None, None)
+
+    def register_ops(self) -> None:
+        for op in executor.OPS.values():
+            names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
+            self.lib.cann_host_ge_register_op(*(name.encode() for name in names))
+
+    def fail(self, error: BaseException) -> int:
+        if isinstance(error, GraphError):
+            text = f"cann_host: {error}"
+        else:
+            text = "cann_host: " + "".join(traceback.format_exception(error))
+        self.lib.cann_host_ge_fail(text.encode())
+        return 1
+
+    def compile(self, model: int, size: int, summary: int, number: Any) -> int:
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                plan = compile_graph(ctypes.string_at(model, size))
+            self.lib.cann_host_ge_set_static(summary, plan.is_static)
+            for info in plan.output_infos:
+                self.lib.cann_host_ge_add_output(
+                    summary, info.dtype, _int64s(info.shape), len(info.shape)
+                )
+            number[0] = next(self.numbers)
+            self.plans[number[0]] = plan
+        except BaseException as error:
+            return self.fail(error)
+        return 0
+
+    def run(self, number: int, inputs: Any, count: int, outputs: int) -> int:
+        try:
+            plan = self.plans[number]
+            # The caller may be inside `with torch.device("npu")` or a mode of its own.
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                results = plan.run([_read(inputs[i]) for i in range(count)])
+                for index, (result, info) in enumerate(
+                    zip(results, plan.output_infos, strict=True)
+                ):
+                    if not self.write(outputs, index, result, info):
+                        return 1
+        except BaseException as error:
+            return self.fail(error)
+        return 0
+
+    def write(self, outputs: int, index: int, result: Tensor, info: TensorInfo) -> bool:
+        result = result.contiguous()
+        size = result.numel() * result.element_size()
+        dtype = _ge_dtype(result, info.dtype, index)
+        if dtype != info.dtype:
+            raise GraphError(f"output {index} has GE dtype {dtype}; the graph says {info.dtype}")
+        target = self.lib.cann_host_ge_output(
+            outputs, index, dtype, _int64s(result.shape), result.dim(), size
+        )
+        if target is None:
+            return False
+        ctypes.memmove(target, result.data_ptr(), size)
+        return True
+
+    def release(self, number: int) -> None:
+        self.plans.pop(number, None)
+
+
+def _int64s(dims: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(dims))(*dims)
+
+
+def _read(tensor: _GeTensor) -> Value:
+    dims = tuple(tensor.dims[: tensor.dim_count])
+    shape = tuple(tensor.origin_dims[: tensor.origin_dim_count]) if tensor.has_origin else dims
+    dtype = _torch_dtype(tensor.dtype, "an input")
+    return _with_format(tensor.data or 0, dtype, tensor.format, shape, dims)
+
+
+_bridge: _Bridge | None = None
+
+
+def install(lib: ctypes.CDLL) -> None:
+    """Connect the native graph engine with this module. Later calls do nothing.
+
+    Args:
+        lib: libcann_host.so.
+    """
+    global _bridge
+    if _bridge is not None:
+        return
+    lib.aclrtGetSocName.restype = ctypes.c_char_p
+    executor.soc_name = lambda: lib.aclrtGetSocName().decode()
+    _bridge = _Bridge(lib)
