@@ -6,6 +6,10 @@ have kept these names since torchair 6.0.rc3.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 from torchair import register_fx_node_ge_converter
 from torchair._ge_concrete_graph import ge_apis as ge
@@ -20,8 +24,22 @@ __all__ = [
     "ProtoDataType",
     "Tensor",
     "TensorSpec",
+    "dump_to",
     "ge",
     "ge_dtype_to_proto",
     "register_fx_node_ge_converter",
     "torch_type_to_ge_type",
 ]
+
+
+@contextmanager
+def dump_to(config: Any, folder: str) -> Iterator[None]:
+    """Let torchair write every graph it lowers as text into a folder. The options' setters do not
+    take back None, hence the private fields."""
+    dump = config.debug.graph_dump
+    before = dump.type._value, dump._path._value
+    dump.type, dump.path = "txt", folder
+    try:
+        yield
+    finally:
+        dump.type._value, dump._path._value = before

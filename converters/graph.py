@@ -20,7 +20,7 @@ from typing import Any
 
 from google.protobuf import text_format
 
-from ._torchair import GraphDef, ProtoDataType
+from ._torchair import GraphDef, ProtoDataType, dump_to
 
 __all__ = ["Edge", "Graph", "Node", "capture", "read"]
 
@@ -124,16 +124,11 @@ def capture(config: Any) -> Iterator[list[Graph]]:
         A list, filled when the block ends.
     """
     graphs: list[Graph] = []
-    dump = config.debug.graph_dump
-    before = dump.type.value, dump._path.value
     with tempfile.TemporaryDirectory(prefix="lq_graph_") as folder:
-        dump.type, dump.path = "txt", folder
-        try:
+        with dump_to(config, folder):
             yield graphs
-        finally:
-            dump.type.value, dump._path.value = before
-            files = sorted(Path(folder).glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
-            graphs.extend(read(file) for file in files)
+        files = sorted(Path(folder).glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
+        graphs.extend(read(file) for file in files)
 
 
 def _edge(desc: Any) -> Edge:
