@@ -27,6 +27,8 @@ __all__ = ["Edge", "Graph", "Node", "capture", "read"]
 # nodes that hold or hand over tensors and compute nothing
 PASSIVE = frozenset({"Const", "ConstPlaceHolder", "Data", "FileConstant", "NetOutput", "RefData"})
 _FORMATS = {2: "ND", 29: "FRACTAL_NZ"}
+# GE's names where torch has others
+_DTYPES = {"float": "float32", "bf16": "bfloat16", "double": "float64"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def capture(config: Any) -> Iterator[list[Graph]]:
     with tempfile.TemporaryDirectory(prefix="lq_graph_") as folder:
         with dump_to(config, folder):
             yield graphs
-        files = sorted(Path(folder).glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
+        files = sorted(
+            Path(folder).glob("dynamo_optimized_*.txt"), key=lambda file: file.stat().st_mtime_ns
+        )
         graphs.extend(read(file) for file in files)
 
 
@@ -137,6 +141,7 @@ def _edge(desc: Any) -> Edge:
     number = desc.attr["format_for_int"].i if "format_for_int" in desc.attr else 2
     layout = _FORMATS.get(number, str(number))
     dtype = ProtoDataType.Name(desc.dtype).removeprefix("DT_").lower()
+    dtype = _DTYPES.get(dtype, dtype)
     meta = desc.attr["_meta"].s.decode() if "_meta" in desc.attr else ""
     if found := re.search(r"shape=torch\.Size\(\[(.*?)\]\)", meta):
         sizes = [size.strip() for size in found[1].split(",") if size.strip()]

@@ -6,6 +6,8 @@ a plain function over GE tensors, so a test can call it inside a graph context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lq_graph.numerics import INT4_PER_INT32
@@ -72,9 +74,9 @@ def trans_quant_param(
     """
     shape = plan_trans_quant_param(scale.meta, _meta(offset), round_mode)
     if tuple(scale.meta.shape) != shape:
-        scale = _declare(ge.BroadcastTo(scale, list(shape)), DataType.DT_FLOAT)
+        scale = _declare(ge.BroadcastTo(scale, list(shape)), DataType.DT_FLOAT, shape)
     packed = ge.TransQuantParamV2(scale, offset, round_mode=round_mode)
-    return _declare(packed, DataType.DT_INT64)
+    return _declare(packed, DataType.DT_INT64, shape)
 
 
 def _meta(tensor: Tensor | None) -> torch.Tensor | None:
@@ -82,24 +84,30 @@ def _meta(tensor: Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.meta
 
 
-def _declare(tensor: Tensor, dtype: int) -> Tensor:
-    """Write the dtype GE will infer into an inner node's output, or dumps show DT_FLOAT."""
+def _declare(tensor: Tensor, dtype: int, shape: Sequence[int]) -> Tensor:
+    """Note on an inner node's output what GE will infer, as torchair does on every node that has
+    a fake tensor: without it, dumps show DT_FLOAT and no shape."""
     tensor.desc.dtype = ge_dtype_to_proto(dtype)
+    tensor.desc.attr["_meta"].s = f"shape=torch.Size({list(shape)})".encode()
     return tensor
 
 
 def _as_int4(packed: Tensor) -> Tensor:
     """int32 (..., k/8) as GE int4 (..., k). Bitcast to a smaller dtype appends a dim of 8."""
     *rows, words = packed.meta.shape
-    int4 = _declare(ge.Bitcast(packed, type=DataType.DT_INT4), DataType.DT_INT4)
     shape = [*rows, words * INT4_PER_INT32]
+    int4 = _declare(
+        ge.Bitcast(packed, type=DataType.DT_INT4),
+        DataType.DT_INT4,
+        (*rows, words, INT4_PER_INT32),
+    )
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) <= 1:
         # one symbolic size, usually m, is what -1 stands for
         target = Const([-1 if i in unknown else size for i, size in enumerate(shape)])
     else:
         target = ge.Mul(ge.Shape(packed), Const([1] * len(rows) + [INT4_PER_INT32]))
-    return _declare(ge.Reshape(int4, target), DataType.DT_INT4)
+    return _declare(ge.Reshape(int4, target), DataType.DT_INT4, shape)
 
 
 def _quant_batch_matmul(

@@ -14,6 +14,7 @@ from test_module import module_for
 import converters
 import lq_graph
 from converters.graph import Graph
+from lq_graph.formats import dtype_name
 
 TRANS = "TransQuantParamV2"
 MATMUL = "QuantBatchMatmulV3"
@@ -80,20 +81,19 @@ def test_matmul_node_fields(case: Case) -> None:
     ge = converters._torchair.torch_type_to_ge_type
     assert node.attrs["dtype"] == ge(case.output)
 
-    names = {I8: "int8", I32: "int32", I64: "int64", F16: "float16", BF16: "bf16", F32: "float"}
     logical = "int4" if case.x == I32 else "int8"
     folded = case.output == I8 or (case.output == F16 and not case.pertoken)
-    want = {"x1": logical, "x2": logical, "scale": "int64" if folded else names[case.scale]}
+    want = {"x1": logical, "x2": logical, "scale": "int64" if folded else dtype_name(case.scale)}
     if case.offset:
-        want["offset"] = "float"
+        want["offset"] = "float32"
     if case.bias:
-        want["bias"] = names[case.bias]
+        want["bias"] = dtype_name(case.bias)
     if case.pertoken:
-        want["pertoken_scale"] = "float"
+        want["pertoken_scale"] = "float32"
     assert {edge.name: edge.dtype for edge in node.inputs} == want
     assert [edge.name for edge in node.inputs] == list(want)
     (out,) = node.outputs
-    assert (out.dtype, out.shape) == (names[case.output], (case.m, case.n))
+    assert (out.dtype, out.shape) == (dtype_name(case.output), (case.m, case.n))
 
 
 def test_vendor_module_needs_three_nodes_where_ours_needs_one() -> None:
