@@ -22,7 +22,7 @@ from lq_graph.numerics import nz_to_nd
 from . import executor
 from .executor import DTYPES, FractalNZ, GraphError, Op, ShapeUnknownError, Value
 
-__all__ = ["Plan", "compile_graph", "install"]
+__all__ = ["Plan", "compile_graph", "install", "is_installed", "live_plans"]
 
 FORMAT_ND = 2
 FORMAT_FRACTAL_NZ = 29
@@ -549,3 +549,13 @@ def install(lib: ctypes.CDLL) -> None:
     lib.aclrtGetSocName.restype = ctypes.c_char_p
     executor.soc_name = lambda: lib.aclrtGetSocName().decode()
     _bridge = _Bridge(lib)
+
+
+def is_installed() -> bool:
+    """Whether graphs of this process come here."""
+    return _bridge is not None
+
+
+def live_plans() -> int:
+    """How many compiled graphs are alive."""
+    return 0 if _bridge is None else len(_bridge.plans)

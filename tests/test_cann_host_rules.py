@@ -1,0 +1,145 @@
+"""What cann_host refuses, row by row, and that it says why with CANN's error code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cann_host.rules import KERNELS, NZ, check_quant_matmul, check_trans_quant_param, soc_family
+
+M, K, N = 16, 64, 32
+SOCS = {"Atlas A2/A3": "Ascend910B2", "Atlas inference (310P)": "Ascend310P3"}
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A8W8 to int8 on A2, with changes."""
+    return {
+        "soc": "Ascend910B2",
+        "x1_dtype": "int8",
+        "x1_shape": (M, K),
+        "x2_dtype": "int8",
+        "x2_shape": (K, N),
+        "scale_dtype": "int64",
+        "scale_shape": (N,),
+        "out_dtype": "int8",
+        **changes,
+    }
+
+
+PERTOKEN = {"pertoken_dtype": "float32", "pertoken_shape": (M,)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_kernel_is_accepted(kernel) -> None:
+    base = arguments(
+        soc=SOCS[kernel.family],
+        x1_dtype=kernel.x,
+        x2_dtype=kernel.x,
+        x2_shape=(N, K),
+        transpose_x2=True,
+        out_dtype=kernel.out,
+        **(PERTOKEN if kernel.pertoken else {}),
+    )
+    for scale in kernel.scale:
+        for bias in (None, *kernel.bias):
+            for x2_format in kernel.x2_formats:
+                changes = {"scale_dtype": scale, "x2_format": x2_format}
+                if bias:
+                    changes |= {"bias_dtype": bias, "bias_shape": (N,)}
+                assert check_quant_matmul(**{**base, **changes}) is None
+
+
+# changes to an accepted call, and what the refusal says
+REFUSED = {
+    "mixed-dtypes": ({"x2_dtype": "int4"}, "x1 is int8 and x2 is int4"),
+    "float-x": ({"x1_dtype": "float16", "x2_dtype": "float16"}, "x1 dtype float16"),
+    "float32-scale-int8": ({"scale_dtype": "float32"}, "scale dtype float32"),
+    "float32-scale-fp16": ({"scale_dtype": "float32", "out_dtype": "float16"}, "scale dtype"),
+    "packed-scale-bf16": ({"out_dtype": "bfloat16"}, "scale dtype int64"),
+    "packed-scale-int32": ({"out_dtype": "int32"}, "scale dtype int64"),
+    "output": ({"out_dtype": "float32"}, "output dtype float32"),
+    "offset-fp16": (
+        {"out_dtype": "float16", "offset_dtype": "float32", "offset_shape": (N,)},
+        "offset given",
+    ),
+    "offset-dtype": ({"offset_dtype": "int32", "offset_shape": (N,)}, "offset is int32"),
+    "offset-length": ({"offset_dtype": "float32", "offset_shape": (N - 1,)}, "offset has shape"),
+    "pertoken-int8": (PERTOKEN, "output dtype int8"),
+    "pertoken-length": (
+        {
+            "out_dtype": "float16",
+            "scale_dtype": "float32",
+            "pertoken_dtype": "float32",
+            "pertoken_shape": (1,),
+        },
+        "pertoken_scale has shape",
+    ),
+    "float-bias-int8": ({"bias_dtype": "float32", "bias_shape": (N,)}, "bias dtype float32"),
+    "bias-length": ({"bias_dtype": "int32", "bias_shape": (1,)}, "bias has shape"),
+    "bias-3d-without-batch": ({"bias_dtype": "int32", "bias_shape": (1, 1, N)}, "bias has shape"),
+    "k-mismatch": ({"x2_shape": (K + 1, N)}, "k is 64 in x1"),
+    "one-dim": ({"x1_shape": (K,)}, "2 to 6"),
+    "seven-dims": ({"x1_shape": (1, 1, 1, 1, 1, M, K)}, "2 to 6"),
+    "empty": ({"x1_shape": (0, K)}, "cannot be empty"),
+    "batches": ({"x1_shape": (2, M, K), "x2_shape": (3, K, N)}, "batch dims"),
+    "k-too-long": ({"x1_shape": (M, 65536), "x2_shape": (65536, N)}, "65535"),
+    "n-too-long": ({"x2_shape": (K, 65536), "scale_shape": (1,)}, "65535"),
+    "scale-length": ({"scale_shape": (N + 1,)}, "scale has shape"),
+    "nz-narrow": ({"x2_shape": (K, 1), "scale_shape": (1,), "x2_format": NZ}, "neither may be 1"),
+    "nz-storage": ({"x2_format": NZ, "x2_storage_shape": (2, 4, 16, 16)}, "storage shape"),
+    "int4-int8": ({"x1_dtype": "int4", "x2_dtype": "int4"}, "output dtype int8"),
+    "int4-odd": (
+        {"x1_dtype": "int4", "x2_dtype": "int4", "out_dtype": "float16", "x2_shape": (K, 31)},
+        "must be even",
+    ),
+    "int4-batched-weight": (
+        {"x1_dtype": "int4", "x2_dtype": "int4", "out_dtype": "float16", "x2_shape": (1, K, N)},
+        "must have 2",
+    ),
+    "310P-nd": ({"soc": "Ascend310P3"}, "x2 format ND"),
+    "310P-bf16": ({"soc": "Ascend310P3", "out_dtype": "bfloat16"}, "output dtype bfloat16"),
+    "310P-int4": ({"soc": "Ascend310P3", "x1_dtype": "int4", "x2_dtype": "int4"}, "x1 dtype int4"),
+    "310P-untransposed": ({"soc": "Ascend310P3", "x2_format": NZ}, "transpose_x2=True"),
+}
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(changes: dict[str, Any], message: str, graph: bool) -> None:
+    assert check_quant_matmul(**arguments()) is None
+    text = check_quant_matmul(**arguments(**changes), graph=graph)
+    assert text is not None
+    assert message in text
+    assert ("561002" if graph else "161002") in text
+
+
+def test_unknown_product_is_refused() -> None:
+    assert soc_family("Ascend910_9391") == soc_family("Ascend910B4")
+    text = check_quant_matmul(**arguments(soc="Ascend950PR"))
+    assert text is not None
+    assert "no rules for this SoC" in text
+    assert "561003" in text
+
+
+def test_pertoken_lifts_the_limit_of_the_last_dim() -> None:
+    changes = {"x1_shape": (M, 70000), "x2_shape": (70000, N), "out_dtype": "bfloat16"}
+    assert check_quant_matmul(**arguments(**changes, scale_dtype="float32", **PERTOKEN)) is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "refused"),
+    [
+        ((N,), None, None),
+        ((1,), (1,), None),
+        ((N,), (1,), None),
+        ((1, N), (1, N), None),
+        ((1,), (N,), "expand scale first"),
+        ((N,), (N + 1,), "must agree"),
+        ((2, N), None, "(n,) or (1, n)"),
+    ],
+    ids=str,
+)
+def test_trans_quant_param(scale, offset, refused) -> None:
+    text = check_trans_quant_param(scale, offset)
+    assert (text is None) if refused is None else (text is not None and refused in text)
