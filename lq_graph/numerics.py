@@ -146,6 +146,9 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
     Returns:
         int32, (..., m, n), batch dims broadcast.
     """
+    if x1.shape[-1] == 1:
+        # torch._int_mm (2.13, CPU) gives garbage for k = 1 and n > 1
+        return x1.to(torch.int32) * weight.to(torch.int32).transpose(-1, -2)
     if weight.dim() == 2:
         flat = torch._int_mm(x1.reshape(-1, x1.shape[-1]), weight.t())
         return flat.view(*x1.shape[:-1], weight.shape[0])

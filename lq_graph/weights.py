@@ -137,25 +137,35 @@ def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
         if fold:
             layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
             done.append("scale folded")
-        nz = layer.weight.dtype in get_product().nz_storage
-        if nz and torch_npu.get_npu_format(layer.weight) != FRACTAL_NZ:
+        why_nd = _why_nd(layer)
+        if not why_nd and torch_npu.get_npu_format(layer.weight) != FRACTAL_NZ:
             layer.weight.data = torch_npu.npu_format_cast(layer.weight.data, FRACTAL_NZ)
-            done.append("weight cast")
-        is_nz = torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ
-        if nz and not is_nz:
-            done = [*done[:-1], "cast ignored: torch.npu.config.allow_internal_format is off"]
-        elif not nz:
-            done.append(f"{dtype_name(layer.weight.dtype)} weights stay ND")
+            if torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ:
+                done.append("weight cast")
+            else:
+                why_nd = "weight stays ND: torch.npu.config.allow_internal_format is off"
+        if why_nd:
+            done.append(why_nd)
         report.append(
             Prepared(
                 name,
                 dtype_name(layer.scale.dtype),
-                "FRACTAL_NZ" if is_nz else "ND",
+                "ND" if why_nd else "FRACTAL_NZ",
                 ", ".join(done) or "already prepared",
             )
         )
     torchair.use_internal_format_weight(model)
     return report
+
+
+def _why_nd(layer: LinearQuant) -> str | None:
+    """Why a weight is not cast to FRACTAL_NZ; None if it is."""
+    if layer.weight.dtype not in get_product().nz_storage:
+        return f"{dtype_name(layer.weight.dtype)} weight stays ND"
+    if 1 in layer.weight.shape[-2:]:
+        # quant_matmul_checker.cpp (hicann/ops-nn) refuses NZ there
+        return "weight stays ND: n or k is 1"
+    return None
 
 
 def _folds_scale(layer: LinearQuant) -> bool:

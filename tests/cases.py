@@ -172,6 +172,8 @@ ROW_CASES: list[Case] = [
 # Shapes, on a few rows.
 SHAPE_CASES: list[Case] = [
     Case(m=1, k=1, n=1),
+    Case(k=1, n=7, bias=I32),
+    Case(batch=(2,), weight_batch=(2,), k=1, n=7, output=I32),
     Case(m=1, k=512, n=128, offset=True, bias=I32),
     Case(m=17, k=33, n=65, output=F16),
     Case(batch=(2,), output=F16, bias=I32),

@@ -167,7 +167,31 @@ def test_int4_weights_stay_nd() -> None:
     layer = module_for(inputs).npu()
     (report,) = lq_graph.use_internal_format_weight(layer)
     assert (report.scale, report.weight_format) == ("int64", "ND")
-    assert "int32 weights stay ND" in report.done
+    assert "int32 weight stays ND" in report.done
+    cases.assert_equal(layer(inputs["x1"].npu()), inputs)
+
+
+@pytest.mark.parametrize("shape", [dict(n=1), dict(k=1)])
+def test_weights_with_n_or_k_of_1_stay_nd(shape: dict[str, int]) -> None:
+    inputs = cases.make(Case(**shape))
+    layer = module_for(inputs).npu()
+    (report,) = lq_graph.use_internal_format_weight(layer)
+    assert (report.weight_format, report.scale) == ("ND", "int64")
+    out, _ = lower(layer, inputs["x1"].npu())
+    cases.assert_equal(out, inputs)
+    cases.assert_equal(layer(inputs["x1"].npu()), inputs)
+
+
+def test_preparation_without_internal_formats_says_so() -> None:
+    torch.npu.config.allow_internal_format = False
+    try:
+        inputs = cases.make(Case())
+        layer = module_for(inputs).npu()
+        (report,) = lq_graph.use_internal_format_weight(layer)
+    finally:
+        torch.npu.config.allow_internal_format = True
+    assert report.weight_format == "ND"
+    assert "allow_internal_format is off" in report.done
     cases.assert_equal(layer(inputs["x1"].npu()), inputs)
 
 

@@ -66,6 +66,14 @@ def test_nine_bit_clip_comes_before_the_offset() -> None:
     assert out.item() == 55
 
 
+@pytest.mark.parametrize("m", [1, 2, 5, 17, 33])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 31, 63, 65])
+@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 65])
+def test_accumulator_is_exact_at_odd_sizes(m: int, k: int, n: int) -> None:
+    inputs = cases.make(Case(m=m, k=k, n=n, output=I32), seed=m * k * n)
+    cases.assert_equal(lq_graph.linear_quant(**inputs), inputs)
+
+
 def test_accumulator_is_exact_at_the_largest_k() -> None:
     k = 65535
     x1 = torch.full((1, k), -128, dtype=I8)
