@@ -58,12 +58,10 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        flags = "".join(
-            f" {key}" for key in ("transpose_x1", "transpose_x2") if self.attrs.get(key)
-        )
+        flags = [key for key in ("transpose_x1", "transpose_x2") if self.attrs.get(key)]
+        outputs = ", ".join(str(edge).partition(" ")[2] for edge in self.outputs)
         inputs = ", ".join(map(str, self.inputs))
-        outputs = ", ".join(map(str, self.outputs))
-        return f"{self.op}{flags} ({inputs}) -> {outputs}"
+        return f"{' '.join([self.op, *flags])} -> {outputs}\n    {inputs}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Anywhere else:          python -m cann_host examples/graph_mode.py
 
 from __future__ import annotations
 
+import textwrap
 import time
 
 import torch
@@ -93,8 +94,7 @@ def main() -> None:
         torch.npu.synchronize()
         first = time.perf_counter() - start
     print(f"\nlowered to {len(graphs[0].compute)} GE nodes, first call {first:.2f} s")
-    for node in graphs[0].compute:
-        print("  ", node)
+    print(textwrap.indent(str(graphs[0]), "   "))
 
     print("\ncompared with the integer golden, element for element")
     for name, a, b in zip(("A8W8 to int8 to float16", "A4W4 to float16"), got, want, strict=True):
