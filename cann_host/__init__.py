@@ -14,6 +14,7 @@ documents say. It does not show what a chip does.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.util
 import os
@@ -74,18 +75,16 @@ def activate(soc: str | None = None) -> None:
     soc = soc or os.environ.get(SOC_VARIABLE) or DEFAULT_SOC
     library = _load(soc)
     # With its task queue on, torch_npu reports the first failed launch late and then drops every
-    # later launch in silence, leaving garbage in the results. Without, each one fails where it is.
+    # later launch in silence, leaving garbage in the results; and some of its waits hold the
+    # interpreter lock that the queue's thread needs here. Without, each launch fails where it is.
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     _import_torch_npu()
 
-    from cann_host import aclnn, fallback
+    from cann_host import aclnn, fallback, ge
 
     aclnn.install(library, soc)
+    ge.install(library)
     count = fallback.install()
-    if importlib.util.find_spec("cann_host.ge") is not None:
-        from cann_host import ge
-
-        ge.install(library)
     _active = {"soc": soc, "aten_fallbacks": count}
     print(
         f"cann_host: no NPU here; a stand-in for CANN {CANN_VERSION} ({soc}) computes on the CPU",
@@ -149,21 +148,32 @@ class _WithoutLine:
 
 
 def _import_torch_npu() -> None:
-    # Registered before torch_npu's own handlers, so it runs after them: they drain its queue.
-    import atexit
-
-    def leave() -> None:
-        from cann_host import aclnn
-
-        aclnn.uninstall()
-
     stdout = sys.stdout
     # torch_npu warns on stdout that no CANN is installed, which is the point of this package.
     line = "Warning: ASCEND_HOME_PATH environment variable is not set."
     sys.stdout = _WithoutLine(stdout, line)
+    # At exit handlers run in reverse: _drain, torch_npu's own, _leave.
+    atexit.register(_leave)
     try:
-        atexit.register(leave)
         import torch  # noqa: F401 - loads torch_npu too, unless autoload is off
         import torch_npu  # noqa: F401
     finally:
         sys.stdout = stdout
+    atexit.register(_drain)
+
+
+def _drain() -> None:
+    """Finish the launches in torch_npu's queue while their Python can still run.
+
+    torch_npu would wait for them with the interpreter lock held, for ever.
+    """
+    import torch
+
+    if torch.npu.is_initialized():
+        torch.npu.synchronize()
+
+
+def _leave() -> None:
+    from cann_host import aclnn
+
+    aclnn.uninstall()

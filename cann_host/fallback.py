@@ -95,7 +95,7 @@ def _write_back(target: Any, result: Any) -> None:
 
 def _to_npu(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.contiguous().to(device)  # the vendor's kernels give contiguous results too
     if isinstance(value, (list, tuple)):
         return type(value)(_to_npu(item, device) for item in value)
     return value
@@ -162,17 +162,23 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _decompose(
-    op: torch._ops.OpOverload, vendor: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any
+def _prefer(
+    stock: Callable[..., Any], vendor: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Build a composite operator from its parts, as PyTorch does on a CPU.
+    """PyTorch's own kernel in eager mode.
 
-    While a graph is traced the vendor's own kernel decides, so that the graph is the one a real
+    While a graph is traced the vendor's kernel decides, so that the graph is the one a real
     device would get.
     """
     if all(_is_plain(value) for value in (*args, *kwargs.values())):
-        return op._op_dk(_IMPLICIT, *args, **kwargs)
+        return stock(keyset, *args, **kwargs)
     return vendor(keyset, *args, **kwargs)
+
+
+def _decompose(op: torch._ops.OpOverload, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build a composite operator from its parts, as PyTorch does on a CPU."""
+    del keyset
+    return op._op_dk(_IMPLICIT, *args, **kwargs)
 
 
 def _overloads() -> list[tuple[str, torch._ops.OpOverload]]:
@@ -200,20 +206,29 @@ def install() -> int:
     """Replace torch_npu's aten kernels; returns how many."""
     global _library
     _library = torch.library.Library("aten", "IMPL")
-    autograd = set(torch._C._dispatch_get_registrations_for_dispatch_key("AutogradPrivateUse1"))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    has_computed_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     count = 0
     for name, op in _overloads():
         if op._schema.name.removeprefix("aten::") in KEPT or _makes_view(op):
             continue
-        if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
-            for key in ("PrivateUse1", "AutogradPrivateUse1"):
-                if key == "PrivateUse1" or name in autograd:
-                    vendor = torch.library.get_kernel(op, key)
-                    kernel = partial(_decompose, op, vendor.call_boxed)
-                    _library.impl(name, kernel, key, with_keyset=True, allow_override=True)
-        elif torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
+        stock: Callable[..., Any]
+        if has_kernel(name, "CompositeImplicitAutograd"):
+            stock = partial(_decompose, op)
+            keys = [key for key in ("PrivateUse1", "AutogradPrivateUse1") if has_kernel(name, key)]
+        elif has_computed_kernel(name, "CPU"):
             _library.impl(name, _CpuKernel(op), "PrivateUse1", allow_override=True)
+            if not has_kernel(name, "AutogradPrivateUse1"):
+                count += 1
+                continue
+            # The vendor's gradient would call the vendor's backward kernels.
+            stock = torch.library.get_kernel(op, "AutogradCPU").call_boxed
+            keys = ["AutogradPrivateUse1"]
         else:
             continue
+        for key in keys:
+            vendor = torch.library.get_kernel(op, key).call_boxed
+            kernel = partial(_prefer, stock, vendor)
+            _library.impl(name, kernel, key, with_keyset=True, allow_override=True)
         count += 1
     return count
