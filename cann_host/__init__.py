@@ -167,10 +167,10 @@ def _drain() -> None:
 
     torch_npu would wait for them with the interpreter lock held, for ever.
     """
-    import torch
+    import torch_npu
 
-    if torch.npu.is_initialized():
-        torch.npu.synchronize()
+    if torch_npu.npu.is_initialized():
+        torch_npu.npu.synchronize()
 
 
 def _leave() -> None:

@@ -1,0 +1,658 @@
+"""cann_host in eager mode: tensors, copies, aten operators, the aclnn operators, refusals, launcher.
+
+Everything goes through the real torch_npu; what is compared with is `golden`, plain numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import golden
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import cann_host
+
+pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+
+torch_npu = pytest.importorskip("torch_npu")
+
+ND, FRACTAL_NZ = 2, 29
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+]
+
+
+@pytest.fixture
+def internal_formats() -> Any:
+    """Let tensors have FRACTAL_NZ, as the vendor's examples do."""
+    torch.npu.config.allow_internal_format = True
+    yield
+    torch.npu.config.allow_internal_format = False  # its default on this product; not readable
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 50).to(dtype)
+
+
+# ---- what it says it is ----
+
+
+def test_says_what_it_is() -> None:
+    info = cann_host.info()
+    assert info["active"]
+    assert info["soc"] == "Ascend910B2" == torch.npu.get_device_name()
+    assert info["cann_version"] == "9.1.0"
+    assert torch.npu.device_count() == 1
+
+
+def test_activate_again_does_nothing_but_cannot_change_the_product() -> None:
+    cann_host.activate()
+    cann_host.activate(soc=cann_host.info()["soc"])
+    with pytest.raises(cann_host.CannHostError, match="already active as Ascend910B2"):
+        cann_host.activate(soc="Ascend310P3")
+
+
+# ---- tensors and copies ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (2, 3, 4, 5)], ids=str)
+def test_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = values(*shape, dtype=dtype)
+    there = x.npu()
+    assert there.device.type == "npu"
+    assert there.dtype == dtype
+    assert torch.equal(there.cpu(), x)
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "transpose": lambda x: x.t().contiguous(),
+    "columns": lambda x: x[:, 1::2].contiguous(),
+    "row": lambda x: x[2],
+    "expand": lambda x: x[0].expand(3, -1).contiguous(),
+    "flatten": lambda x: x.t().reshape(-1),
+    "clone of a view": lambda x: x[1:, :3].clone(),
+    "cast of a view": lambda x: x.t().to(torch.int32),
+    "into a view": lambda x: x.clone().t().copy_(x.t() + 1),
+    "set item": lambda x: x.clone().index_fill_(0, torch.tensor([1], device=x.device), 9),
+    "view as another dtype": lambda x: x.view(torch.int32),
+    "half and back": lambda x: x.half().float(),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies(name: str) -> None:
+    x = values(4, 6)
+    assert torch.equal(COPIES[name](x.npu()).cpu(), COPIES[name](x))
+
+
+def test_copy_between_host_and_device_with_strides_and_cast() -> None:
+    x = values(4, 6)
+    assert torch.equal(x.t().npu().cpu(), x.t())
+    half = torch.empty(4, 6, dtype=torch.float16, device="npu").copy_(x)
+    assert torch.equal(half.cpu(), x.half())
+    pinned = x.pin_memory()
+    assert pinned.is_pinned()
+    assert torch.equal(pinned.npu(non_blocking=True).cpu(), x)
+
+
+# ---- ordinary operators ----
+
+ATEN: dict[str, Callable[[Tensor], Any]] = {
+    "add": lambda x: x + x,
+    "scalar": lambda x: 1 - x * 2.5,
+    "in place": lambda x: x.clone().mul_(2).add_(x),
+    "in place on a view": lambda x: (y := x.clone(), y[1:].sub_(1))[0],
+    "out": lambda x: torch.add(x, x, out=torch.empty_like(x)),
+    "out resized": lambda x: torch.add(x, x, out=x.new_empty(0)),
+    "compare": lambda x: x >= 0,
+    "where": lambda x: torch.where(x > 0, x, -x),
+    "sum": lambda x: x.sum(),
+    "mean": lambda x: x.mean(0, keepdim=True),
+    "max": lambda x: x.max(1),
+    "argmax": lambda x: x.argmax(-1),
+    "any": lambda x: (x > 1).any(),
+    "index": lambda x: x[[2, 0]],
+    "index by mask": lambda x: x[x > 0],
+    "assign by mask": lambda x: (y := x.clone(), y.__setitem__(y > 0, 0))[0],
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "gather": lambda x: x.gather(1, x.argsort(1)),
+    "sort": lambda x: x.sort(-1),
+    "topk": lambda x: x.topk(2),
+    "cat": lambda x: torch.cat([x, x], 1),
+    "stack": lambda x: torch.stack([x, x]),
+    "matmul": lambda x: x @ x.t(),
+    "batched matmul": lambda x: torch.matmul(x.expand(3, -1, -1), x.t()),
+    "linear": lambda x: torch.nn.functional.linear(x, x[:2], x[:2, 0]),
+    "softmax": lambda x: x.softmax(-1),
+    "layer norm": lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:]),
+    "gelu": torch.nn.functional.gelu,
+    "round": torch.round,
+    "clamp": lambda x: x.clamp(-1, 1),
+    "bits": lambda x: (x.int() << 2) & 0xFF,
+    "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
+    "foreach": lambda x: torch._foreach_add([x, x], 1.0),
+    "composite": lambda x: torch.nn.functional.cross_entropy(x, x.argmax(1)),
+}
+
+
+def same(got: Any, expected: Any) -> None:
+    if isinstance(expected, (tuple, list)):
+        assert len(got) == len(expected)
+        for one_got, one_expected in zip(got, expected, strict=True):
+            same(one_got, one_expected)
+    else:
+        assert got.device.type == "npu"
+        assert got.dtype == expected.dtype
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", ATEN)
+def test_aten(name: str) -> None:
+    x = values(4, 6)
+    same(ATEN[name](x.npu()), ATEN[name](x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(3, 4, device="npu"),
+        lambda: torch.full((3, 4), 2.0, device="npu"),
+        lambda: torch.ones_like(torch.empty(3, 4, device="npu")),
+        lambda: torch.rand(3, 4, device="npu"),
+        lambda: torch.randint(-5, 5, (3, 4), device="npu"),
+        lambda: torch.arange(12, device="npu").view(3, 4),
+        lambda: torch.empty(3, 4, device="npu").normal_(),
+    ],
+)
+def test_factories(make: Callable[[], Tensor]) -> None:
+    made = make()
+    assert (made.device.type, tuple(made.shape)) == ("npu", (3, 4))
+    assert bool((made.cpu() < 20).all())
+
+
+def test_random_numbers_repeat() -> None:
+    torch.manual_seed(3)
+    first = torch.randn(5, device="npu")
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.randn(5, device="npu"))
+    generator = torch.Generator("npu").manual_seed(3)
+    one, two = (torch.randn(5, device="npu", generator=generator) for _ in range(2))
+    assert not torch.equal(one, two)
+    generator.manual_seed(3)
+    assert torch.equal(one, torch.randn(5, device="npu", generator=generator))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(3), torch.ones(2, 2, dtype=torch.int8), torch.tensor(True), values(50, 60)]
+)
+def test_printing(x: Tensor) -> None:
+    assert repr(x.npu()).replace(", device='npu:0'", "") == repr(x)
+
+
+def test_gradients() -> None:
+    weight = values(3, 6) / 50
+    grads = []
+    for device in ("cpu", "npu"):
+        layer = torch.nn.Linear(6, 3, bias=False).to(device)
+        layer.weight.data.copy_(weight)
+        layer(values(4, 6).to(device)).softmax(-1).pow(2).sum().backward()
+        grads.append(layer.weight.grad.cpu())
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_a_default_device_does_not_leak_into_the_stand_in() -> None:
+    torch.set_default_device("npu")
+    try:
+        packed = torch_npu.npu_trans_quant_param(torch.ones(3))
+        assert (torch.ones(3) + 1).device.type == packed.device.type == "npu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_events_measure_time() -> None:
+    start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.ones(1000, device="npu").sum()
+    end.record()
+    torch.npu.synchronize()
+    assert 0 < start.elapsed_time(end) < 60_000
+
+
+# ---- the aclnn operators ----
+
+
+def pack(x: Tensor) -> Tensor:
+    return torch.from_numpy(golden.pack_int4(x.numpy()))
+
+
+def as_numpy(x: Tensor | None) -> np.ndarray | None:
+    if x is None:
+        return None
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+I8, I32, F16, BF16, F32 = (
+    torch.int8,
+    torch.int32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+)
+
+# The A2 table: x dtype, scale dtype ("packed": by npu_trans_quant_param first), offset, bias
+# dtypes, pertoken, output dtype.
+ROWS: list[tuple[torch.dtype, Any, bool, list[torch.dtype | None], bool, torch.dtype]] = [
+    (I8, "packed", False, [None, I32], False, F16),
+    (I8, F32, False, [None, I32], False, F16),
+    (I8, "packed", True, [None, I32], False, I8),
+    (I8, F32, True, [None, I32], False, I8),
+    (I8, F32, False, [None, I32], False, I8),
+    (I8, F32, False, [None, I32, BF16, F32], False, BF16),
+    (I8, BF16, False, [None, I32, BF16, F32], False, BF16),
+    (I8, F32, False, [None, I32, BF16, F32], True, BF16),
+    (I8, BF16, False, [None, I32, BF16, F32], True, BF16),
+    (I8, F32, False, [None, I32, F16, F32], True, F16),
+    (I32, "packed", False, [None, I32], False, F16),
+    (I32, F32, False, [None, I32], False, F16),
+    (I8, F32, False, [None, I32], False, I32),
+    (I8, BF16, False, [None, I32], False, I32),
+]
+CASES = [
+    pytest.param(x, scale, offset, bias, pertoken, out, id=f"{i}-{bias}")
+    for i, (x, scale, offset, biases, pertoken, out) in enumerate(ROWS)
+    for bias in biases
+]
+
+
+class Inputs:
+    """Random inputs of one row, on the host."""
+
+    def __init__(
+        self,
+        x: torch.dtype = I8,
+        scale: Any = F32,
+        offset: bool = False,
+        bias: torch.dtype | None = None,
+        pertoken: bool = False,
+        m: int = 5,
+        k: int = 64,
+        n: int = 48,
+        batch: tuple[int, ...] = (),
+        scale_length: int | None = None,
+    ) -> None:
+        generator = torch.Generator().manual_seed(m + k + n)
+        low, high = (-8, 8) if x == I32 else (-128, 128)
+        self.x1 = torch.randint(low, high, (*batch, m, k), dtype=I8, generator=generator)
+        self.weight = torch.randint(low, high, (n, k), dtype=I8, generator=generator)
+        if x == I32:
+            self.x1, self.weight = pack(self.x1), pack(self.weight)
+        size = 0.003 if x == I8 else 0.5
+        self.scale = torch.rand(scale_length or n, generator=generator) * size + size / 10
+        self.packed = scale == "packed"
+        if scale == BF16:
+            self.scale = self.scale.to(BF16)
+        self.offset = torch.rand(n, generator=generator) * 300 - 150 if offset else None
+        self.pertoken = torch.rand(m, generator=generator) if pertoken else None
+        self.bias = None
+        if bias is not None:
+            self.bias = (torch.randn(n, generator=generator) * 100).to(bias)
+
+    def on_npu(self, out: torch.dtype, weight_format: int = ND) -> Tensor:
+        def there(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.npu()
+
+        weight = self.weight.npu()
+        if weight_format != ND:
+            weight = torch_npu.npu_format_cast(weight, weight_format)
+            assert torch_npu.get_npu_format(weight) == weight_format
+        scale, offset = self.scale.npu(), there(self.offset)
+        if self.packed:
+            scale = torch_npu.npu_trans_quant_param(scale, offset)
+        return torch_npu.npu_quant_matmul(
+            self.x1.npu(),
+            weight.transpose(-1, -2),
+            scale,
+            offset=offset,
+            pertoken_scale=there(self.pertoken),
+            bias=there(self.bias),
+            output_dtype=out,
+        )
+
+    def by_golden(self, out: torch.dtype) -> np.ndarray:
+        return golden.linear_quant(
+            self.x1.numpy(),
+            self.weight.numpy(),
+            as_numpy(self.scale),
+            as_numpy(self.offset),
+            as_numpy(self.pertoken),
+            as_numpy(self.bias),
+            str(out).removeprefix("torch."),
+        )
+
+
+def assert_same(got: Tensor, expected: np.ndarray) -> None:
+    assert got.device.type == "npu"
+    host = as_numpy(got.cpu())
+    assert host.shape == expected.shape
+    np.testing.assert_array_equal(host, expected)
+
+
+@pytest.mark.parametrize(("x", "scale", "offset", "bias", "pertoken", "out"), CASES)
+def test_quant_matmul(
+    x: torch.dtype,
+    scale: Any,
+    offset: bool,
+    bias: torch.dtype | None,
+    pertoken: bool,
+    out: torch.dtype,
+) -> None:
+    inputs = Inputs(x, scale, offset, bias, pertoken)
+    assert_same(inputs.on_npu(out), inputs.by_golden(out))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"m": 1, "k": 32, "n": 16},
+        {"m": 33, "k": 100, "n": 7},
+        {"m": 3, "k": 64, "n": 64, "batch": (2,)},
+        {"m": 3, "k": 40, "n": 24, "batch": (2, 3)},
+        {"scale_length": 1},
+    ],
+    ids=str,
+)
+def test_quant_matmul_shapes(shape: dict[str, Any]) -> None:
+    inputs = Inputs(bias=I32, **shape)
+    assert_same(inputs.on_npu(I8), inputs.by_golden(I8))
+
+
+@pytest.mark.usefixtures("internal_formats")
+@pytest.mark.parametrize("shape", [(48, 64), (16, 32), (50, 70), (128, 512)], ids=str)
+def test_quant_matmul_with_fractal_nz_weight(shape: tuple[int, int]) -> None:
+    inputs = Inputs(offset=True, bias=I32, n=shape[0], k=shape[1])
+    assert_same(inputs.on_npu(I8, FRACTAL_NZ), inputs.by_golden(I8))
+
+
+def test_quant_matmul_with_an_untransposed_weight() -> None:
+    inputs = Inputs(bias=I32)
+    result = torch_npu.npu_quant_matmul(
+        inputs.x1.npu(),
+        inputs.weight.t().contiguous().npu(),
+        inputs.scale.npu(),
+        bias=inputs.bias.npu(),
+        output_dtype=I8,
+    )
+    assert_same(result, inputs.by_golden(I8))
+
+
+@pytest.mark.parametrize("round_mode", [0, 1])
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [((1,), None), ((7,), None), ((7,), (7,)), ((1,), (7,)), ((7,), (1,)), ((1, 7), None)],
+    ids=str,
+)
+def test_trans_quant_param(
+    scale: tuple[int, ...], offset: tuple[int, ...] | None, round_mode: int
+) -> None:
+    s = values(*scale).abs() / 100
+    o = None if offset is None else values(*offset, seed=1) * 10
+    got = torch_npu.npu_trans_quant_param(
+        s.npu(), None if o is None else o.npu(), round_mode=round_mode
+    )
+    assert got.dtype == torch.int64
+    assert_same(got, golden.trans_quant_param(as_numpy(s), as_numpy(o), round_mode))
+
+
+@pytest.mark.usefixtures("internal_formats")
+@pytest.mark.parametrize(("dtype", "c0"), [(I8, 32), (F16, 16), (BF16, 16), (I32, 16), (F32, 16)])
+@pytest.mark.parametrize("shape", [(16, 32), (50, 70), (3, 20, 33)], ids=str)
+def test_format_cast(dtype: torch.dtype, c0: int, shape: tuple[int, ...]) -> None:
+    x = values(*shape, dtype=dtype)
+    nz = torch_npu.npu_format_cast(x.npu(), FRACTAL_NZ)
+    assert torch_npu.get_npu_format(nz) == FRACTAL_NZ
+    rows, columns = shape[-2:]
+    blocks = (*shape[:-2], -(-columns // c0), -(-rows // 16), 16, c0)
+    assert nz.untyped_storage().nbytes() >= np.prod(blocks) * dtype.itemsize
+    assert torch.equal(nz.cpu(), x)  # torch_npu casts it back on the way
+    back = torch_npu.npu_format_cast(nz, ND)
+    assert torch_npu.get_npu_format(back) == ND
+    assert torch.equal(back.cpu(), x)
+
+
+# ---- what it refuses ----
+
+
+def refused(message: str) -> Any:
+    return pytest.raises(RuntimeError, match=message)
+
+
+REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
+    "offset with a float output": (
+        lambda: Inputs(offset=True).on_npu(F16),
+        "(?s)161002.*offset given is not supported",
+    ),
+    "scale of another length": (
+        lambda: Inputs(scale_length=5).on_npu(I8),
+        r"(?s)161002.*scale has shape \(5,\)",
+    ),
+    "bias of a dtype outside the row": (
+        lambda: Inputs(bias=F16).on_npu(I8),
+        "(?s)161002.*bias dtype float16",
+    ),
+    "bfloat16 scale for float16": (
+        lambda: Inputs(scale=BF16).on_npu(F16),
+        "(?s)161002.*scale dtype bfloat16",
+    ),
+    "scale for trans_quant_param in half": (
+        lambda: torch_npu.npu_trans_quant_param(torch.ones(4, dtype=F16).npu()),
+        "(?s)161002.*scale is float16",
+    ),
+    "an operator nobody implemented, through aclnn": (
+        lambda: torch_npu.npu_swiglu_quant(torch.ones(4, 8, device="npu")),
+        "SwiGluQuant",
+    ),
+    "an operator nobody implemented, through aclop": (
+        lambda: torch_npu.npu_rms_norm(torch.ones(3, 4, device="npu"), torch.ones(4, device="npu")),
+        "RmsNorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    call, message = REFUSALS[name]
+    with refused(message):
+        call()
+    # The refusal leaves the device as it was.
+    assert_same(Inputs().on_npu(I8), Inputs().by_golden(I8))
+
+
+def test_k_mismatch_is_refused() -> None:
+    x, weight = torch.ones(4, 64, dtype=I8), torch.ones(96, 16, dtype=I8)
+    with refused("(?s)161002.*k is 64 in x1 .* and 96 in x2"):
+        torch_npu.npu_quant_matmul(x.npu(), weight.npu(), torch.ones(1).npu(), output_dtype=I8)
+
+
+@pytest.mark.usefixtures("internal_formats")
+def test_int4_cast_like_an_int32_tensor_is_refused() -> None:
+    with refused("(?s)161002.*FRACTAL_NZ with storage shape"):
+        Inputs(x=I32).on_npu(F16, FRACTAL_NZ)
+
+
+# ---- for how long and from where ----
+
+
+def test_threads() -> None:
+    inputs = Inputs(offset=True, bias=I32)
+    expected = inputs.by_golden(I8)
+    wrong: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                assert_same(inputs.on_npu(I8), expected)
+                torch.npu.synchronize()
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def resident_kilobytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") // 1024
+
+
+def test_memory_stays() -> None:
+    x, weight = (torch.ones(size, 32, dtype=I8, device="npu") for size in (4, 16))
+    scale = torch_npu.npu_trans_quant_param(torch.ones(16, device="npu"))
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            torch_npu.npu_quant_matmul(x, weight.t(), scale, output_dtype=I8)
+
+    call(500)
+    before = resident_kilobytes()
+    call(3000)
+    assert resident_kilobytes() - before < 1000  # a leak of one descriptor a call is 1,500
+
+
+# ---- the launcher, in processes of its own ----
+
+
+def launch(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **(environment or {})},
+        check=False,
+    )
+
+
+def test_launcher_runs_a_script(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("ANSWER = 42\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, helper\n"
+        "print(sys.argv[1:], __name__, helper.ANSWER, torch.npu.get_device_name())\n"
+        "print((torch.ones(3, device='npu') + 1).tolist())\n"
+        "sys.exit(7)\n"
+    )
+    done = launch(
+        "-m", "cann_host", str(script), "--flag", "x", environment={"CANN_HOST_SOC": "Ascend910B4"}
+    )
+    assert done.returncode == 7
+    assert done.stdout == "['--flag', 'x'] __main__ 42 Ascend910B4\n[2.0, 2.0, 2.0]\n"
+    said = [line for line in done.stderr.splitlines() if line.startswith("cann_host:")]
+    assert len(said) == 1
+    assert "CANN 9.1.0 (Ascend910B4) computes on the CPU" in said[0]
+
+
+def test_launcher_runs_a_module_and_shows_its_exception(tmp_path: Path) -> None:
+    (tmp_path / "boom.py").write_text(
+        "import sys\nprint(sys.argv[1:])\nraise ValueError('from the script')\n"
+    )
+    done = launch("-m", "cann_host", "-m", "boom", "y", environment={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stdout.startswith("['y']\n")  # torch_npu adds a line of its own
+    assert done.stderr.rstrip().endswith("ValueError: from the script")
+
+
+def test_launcher_alone_says_what_it_is() -> None:
+    done = launch("-m", "cann_host")
+    assert done.returncode == 0
+    assert "usage: python -m cann_host script.py" in done.stdout
+    assert "soc: Ascend910B2" in done.stdout
+
+
+PROCESSES: dict[str, tuple[str, str]] = {
+    "torch first": (
+        "import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\n"
+        "import torch, cann_host\n"
+        "cann_host.activate()\n",
+        "torch is already imported: call cann_host.activate",
+    ),
+    "no libraries": (
+        "import cann_host, cann_host._native as native\n"
+        "native.library_directory = lambda: None\n"
+        "cann_host.activate()\n",
+        "native libraries were not built, because no C\\+\\+ compiler was found",
+    ),
+    "no torch_npu": (
+        "import importlib.util, cann_host\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'torch_npu' else find(name)\n"
+        "cann_host.activate()\n",
+        'torch_npu is not installed: pip install "lq-graph\\[npu\\]"',
+    ),
+    "another platform": (
+        "import sys, cann_host\nsys.platform = 'darwin'\ncann_host.activate()\n",
+        "runs on Linux only, and this is darwin",
+    ),
+    "a CANN is loaded": (
+        "import ctypes, cann_host, cann_host._native as native\n"
+        "for name in ('libcann_host.so', 'libascendcl.so'):\n"
+        "    ctypes.CDLL(str(native.library_directory() / name))\n"
+        "cann_host.activate()\n",
+        "a CANN is already loaded in this process .*libascendcl.so",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_activation_says_in_one_sentence_why_not(name: str) -> None:
+    program, message = PROCESSES[name]
+    done = launch("-c", program)
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("cann_host.CannHostError: ")
+    assert re.search(message, last), last
+
+
+@pytest.mark.parametrize("queue", ["0", "1", "2"])
+def test_exit_with_launches_in_flight(queue: str) -> None:
+    """torch_npu's task queue runs our Python on its own thread; leaving must not hang or crash."""
+    program = (
+        "import cann_host\ncann_host.activate()\nimport torch, torch_npu\n"
+        "x = torch.ones(64, 64, dtype=torch.int8, device='npu')\n"
+        "s = torch_npu.npu_trans_quant_param(torch.ones(64, device='npu'))\n"
+        "for _ in range(300):\n"
+        "    y = torch_npu.npu_quant_matmul(x, x.t(), s, output_dtype=torch.int8)\n"
+        "print(y.sum().item())\n"
+        "for _ in range(300):\n"
+        "    y = torch_npu.npu_quant_matmul(x, x.t(), s, output_dtype=torch.int8)\n"
+    )
+    done = launch("-c", program, environment={"TASK_QUEUE_ENABLE": queue})
+    assert (done.returncode, done.stdout) == (0, f"{64 * 64 * 64}\n"), done.stderr
