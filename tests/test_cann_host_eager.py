@@ -1,4 +1,4 @@
-"""cann_host in eager mode: tensors, copies, aten operators, the aclnn operators, refusals, launcher.
+"""cann_host in eager mode: tensors, copies, aten and aclnn operators, refusals, the launcher.
 
 Everything goes through the real torch_npu; what is compared with is `golden`, plain numpy.
 """
