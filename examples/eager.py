@@ -7,9 +7,10 @@ Without, on the real torch_npu:   python -m cann_host examples/eager.py
 
 from __future__ import annotations
 
-import torch
+import lq_graph  # first: where CANN is missing, it says so in one sentence
 
-import lq_graph
+# isort: split
+import torch
 
 
 def a8w8(device: str) -> torch.Tensor:

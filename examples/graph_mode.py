@@ -6,6 +6,9 @@ Anywhere else:          python -m cann_host examples/graph_mode.py
 
 from __future__ import annotations
 
+import lq_graph  # first: where CANN is missing, it says so in one sentence
+
+# isort: split
 import textwrap
 import time
 
@@ -15,7 +18,6 @@ import torchair as tng
 from torch import Tensor, nn
 
 import converters
-import lq_graph
 from lq_graph import LinearQuant
 
 torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights

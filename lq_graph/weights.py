@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +106,10 @@ def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
     Folds a float32 scale with its offset into the packed int64 scale where the layer's row reads
     that, and casts int8 weights to FRACTAL_NZ; int4 stays ND. Everything else in the model
     (Linear, Conv2d, the vendor's own modules) is handed to torchair's function of the same name.
-    Calling it again changes nothing. Layers are changed only once all of them are known to be
-    legal.
+    Calling it again changes nothing. All or nothing: whatever fails, the layers are as before.
+
+    A layer whose pertoken_scale comes as an argument of forward has to be made with
+    pertoken_scale=True, or its float16 output reads as the row without one, and is folded.
 
     Args:
         model: on the NPU.
@@ -132,30 +136,46 @@ def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
     folds = [_folds_scale(layer) for _, layer in layers]
 
     report = []
-    for (name, layer), fold in zip(layers, folds, strict=True):
-        done = []
-        if fold:
-            layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
-            done.append("scale folded")
-        why_nd = _why_nd(layer)
-        if not why_nd and torch_npu.get_npu_format(layer.weight) != FRACTAL_NZ:
-            layer.weight.data = torch_npu.npu_format_cast(layer.weight.data, FRACTAL_NZ)
-            if torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ:
-                done.append("weight cast")
-            else:
-                why_nd = "weight stays ND: torch.npu.config.allow_internal_format is off"
-        if why_nd:
-            done.append(why_nd)
-        report.append(
-            Prepared(
-                name,
-                dtype_name(layer.scale.dtype),
-                "ND" if why_nd else "FRACTAL_NZ",
-                ", ".join(done) or "already prepared",
+    undo: list[Callable[[], None]] = []
+    try:
+        for (name, layer), fold in zip(layers, folds, strict=True):
+            done = []
+            if fold:
+                undo.append(partial(setattr, layer.scale, "data", layer.scale.data))
+                layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
+                done.append("scale folded")
+            why_nd = _why_nd(layer)
+            if not why_nd and torch_npu.get_npu_format(layer.weight) != FRACTAL_NZ:
+                undo.append(partial(_cast, layer, torch_npu.get_npu_format(layer.weight)))
+                _cast(layer, FRACTAL_NZ)
+                if torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ:
+                    done.append("weight cast")
+                else:
+                    why_nd = "weight stays ND: torch.npu.config.allow_internal_format is off"
+            if why_nd:
+                done.append(why_nd)
+            report.append(
+                Prepared(
+                    name,
+                    dtype_name(layer.scale.dtype),
+                    "ND" if why_nd else "FRACTAL_NZ",
+                    ", ".join(done) or "already prepared",
+                )
             )
-        )
-    torchair.use_internal_format_weight(model)
+        torchair.use_internal_format_weight(model)
+    except BaseException:
+        # A cast is undone by casting back, so that no second copy of the weights is kept.
+        for step in reversed(undo):
+            step()
+        raise
     return report
+
+
+def _cast(layer: LinearQuant, acl_format: int) -> None:
+    import torch_npu
+
+    if torch_npu.get_npu_format(layer.weight) != acl_format:
+        layer.weight.data = torch_npu.npu_format_cast(layer.weight.data, acl_format)
 
 
 def _why_nd(layer: LinearQuant) -> str | None:
@@ -171,7 +191,9 @@ def _why_nd(layer: LinearQuant) -> str | None:
 def _folds_scale(layer: LinearQuant) -> bool:
     """Whether the layer's row of the table reads the packed scale and it is still float32."""
     rows = 1 if layer.pertoken_scale is None else layer.pertoken_scale.shape[0]
-    x1 = torch.empty(rows, layer.weight.shape[-1], dtype=layer.weight.dtype, device="meta")
+    # a 3-dim bias says that the input has a batch dim
+    batch = layer.bias.shape[:1] if layer.bias is not None and layer.bias.dim() == 3 else ()
+    x1 = torch.empty(*batch, rows, layer.weight.shape[-1], dtype=layer.weight.dtype, device="meta")
     return plan(
         x1,
         layer.weight,

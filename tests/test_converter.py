@@ -212,3 +212,32 @@ def test_preparation_changes_nothing_when_one_layer_is_illegal() -> None:
     with pytest.raises(lq_graph.LinearQuantTypeError, match="scale is float16"):
         lq_graph.use_internal_format_weight(model)
     assert str(model) == before
+
+
+def test_preparation_that_fails_midway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.npu.config.allow_internal_format = True
+    first, second = (cases.make(Case(offset=True), seed=seed) for seed in (0, 1))
+    model = torch.nn.Sequential(module_for(first), module_for(second)).npu()
+    cast, before = torch_npu.npu_format_cast, str(model)
+
+    def fails_on_the_second(tensor: torch.Tensor, acl_format: int) -> torch.Tensor:
+        if tensor.data_ptr() == model[1].weight.data_ptr():
+            raise RuntimeError("out of memory")
+        return cast(tensor, acl_format)
+
+    monkeypatch.setattr(torch_npu, "npu_format_cast", fails_on_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lq_graph.use_internal_format_weight(model)
+    assert str(model) == before
+    assert [torch_npu.get_npu_format(layer.weight) for layer in model] == [2, 2]
+    cases.assert_equal(model[0](first["x1"].npu()), first)
+    cases.assert_equal(model[1](second["x1"].npu()), second)
+
+
+def test_preparation_with_a_batch_bias() -> None:
+    inputs = cases.make(Case(batch=(2,), weight_batch=(2,), bias=I32, batch_bias=True))
+    inputs["weight"] = inputs["weight"][:1].contiguous()
+    layer = module_for(inputs).npu()
+    (report,) = lq_graph.use_internal_format_weight(layer)
+    assert report.scale == "int64"
+    cases.assert_equal(layer(inputs["x1"].npu()), inputs)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 ROW = "lq_graph.LinearQuant(16, 8)(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)"
 
@@ -70,3 +74,31 @@ def test_any_import_order_lowers(imports: str) -> None:
         "assert torch.equal(compiled(x).cpu(), layer(x).cpu())\n"
     )
     assert result.returncode == 0, result.stderr
+
+
+# package -> what its modules may import outside functions, beside the standard library
+LAYERS = {
+    "lq_graph": {"torch", "lq_graph"},
+    "converters": {"torch", "torch_npu", "torchair", "google", "lq_graph", "converters"},
+    "cann_host": {"torch", "lq_graph.numerics", "cann_host"},
+}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_dependencies_point_one_way(package: str) -> None:
+    found = set()
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                module = node.module or ""
+                found |= {f"{module}.{alias.name}" for alias in node.names}
+    strangers = {
+        name
+        for name in found
+        if name.partition(".")[0] not in sys.stdlib_module_names
+        and not any(f"{name}.".startswith(f"{allowed}.") for allowed in LAYERS[package])
+    }
+    assert found
+    assert not strangers

@@ -237,7 +237,7 @@ int aclrtDeviceCanAccessPeer(int32_t* can_access, int32_t, int32_t) {
   return kSuccess;
 }
 
-// The numbers of the product's public data sheet; the scheduler of a real chip is not imitated.
+// Plausible sizes of such a chip. torch_npu only hands them on; nothing here depends on them.
 int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
   const bool inference = SocStartsWith("Ascend310P");
   switch (info) {
