@@ -167,3 +167,22 @@ def test_round_mode_differs_where_it_should() -> None:
     above_half = torch.tensor([1 + 2.0**-11 + 2.0**-20], dtype=F32)
     truncated, rounded = (lq_graph.trans_quant_param(above_half, None, r).item() for r in (0, 1))
     assert rounded - truncated == 1 << 13
+
+
+def test_runs_under_inference_mode_and_autocast() -> None:
+    inputs = cases.make(Case(output=F16))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+        cases.assert_equal(lq_graph.linear_quant(**inputs), inputs)
+
+
+def test_torch_export_keeps_the_op_and_the_value() -> None:
+    inputs = cases.make(Case(offset=True, bias=I32))
+    layer = lq_graph.LinearQuant(40, 24, offset=True)
+    for name in ("weight", "scale", "offset", "bias"):
+        getattr(layer, name).data = inputs[name]
+    m = torch.export.Dim("m", min=2, max=64)
+    program = torch.export.export(layer, (inputs["x1"],), dynamic_shapes=({0: m},))
+    assert LINEAR_QUANT in [node.target for node in program.graph.nodes]
+    longer = cases.make(Case(m=9))["x1"]
+    assert torch.equal(program.module()(longer), layer(longer))
+    cases.assert_equal(program.module()(inputs["x1"]), inputs)
