@@ -100,6 +100,14 @@ def _names(dtypes: Sequence[torch.dtype | None]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
+def _storages(product: Product) -> str:
+    """'int8 or int32 (eight int4 each)': what x1 and weight may be on a product."""
+    notes = {torch.int32: "int32 (eight int4 each)"}
+    return " or ".join(
+        notes.get(dtype, dtype_name(dtype)) for dtype in STORAGE_DTYPES if rows_of(product, dtype)
+    )
+
+
 _ADVICE = {
     "scale": {
         torch.int64: "an int64 scale is the packed form (lq_graph.trans_quant_param) and only "
@@ -171,7 +179,8 @@ def _check_bias(bias: TensorLike, plan_shape: tuple[int, ...], int4: bool) -> No
     if len(bias.shape) == 1:
         if _differ(bias.shape[0], n):
             _value_error(
-                f"bias has {bias.shape[0]} values; allowed is n = {n}, one for each row of weight."
+                f"bias has {bias.shape[0]} values; allowed is n = {n}, one for each row of weight. "
+                "What to do: pass one value for each output channel, or no bias."
             )
         return
     if len(bias.shape) == 3 and len(plan_shape) == 3 and not int4:
@@ -184,7 +193,8 @@ def _check_bias(bias: TensorLike, plan_shape: tuple[int, ...], int4: bool) -> No
         if len(plan_shape) == 3:
             allowed += f" = ({plan_shape[0]}, 1, {n})"
     _value_error(
-        f"bias has shape {_shape(bias)} and the output {tuple(plan_shape)}; allowed is {allowed}."
+        f"bias has shape {_shape(bias)} and the output {tuple(plan_shape)}; allowed is {allowed}. "
+        "What to do: reshape it, or add it after the layer."
     )
 
 
@@ -245,34 +255,29 @@ def plan(
     output = torch.int8 if output_dtype is None else output_dtype
 
     # dtypes
-    supported = {row.storage for row in rows_of(product)}
-    storage_names = " or ".join(
-        "int32 (eight int4 each)" if d == torch.int32 else dtype_name(d)
-        for d in STORAGE_DTYPES
-        if d in supported
-    )
-    if x1.dtype not in supported:
+    of_storage = rows_of(product, x1.dtype)
+    if not of_storage:
         _type_error(
-            f"x1 is {dtype_name(x1.dtype)}; {product} allows {storage_names}. What to do: quantize "
-            "the activation first (int8), or pack int4 values with lq_graph.pack_int4."
+            f"x1 is {dtype_name(x1.dtype)}; {product} allows {_storages(product)}. What to do: "
+            "quantize the activation first (int8), or pack int4 values with lq_graph.pack_int4."
         )
     if weight.dtype != x1.dtype:
         _type_error(
             f"weight is {dtype_name(weight.dtype)} and x1 is {dtype_name(x1.dtype)}; both must be "
-            f"of one dtype, {storage_names}. What to do: load or convert the weight as "
+            f"of one dtype, {_storages(product)}. What to do: load or convert the weight as "
             f"{dtype_name(x1.dtype)}."
         )
-    rows = [row for row in rows_of(product, x1.dtype) if row.output == output]
     int4 = x1.dtype == torch.int32
+    rows = [row for row in of_storage if row.output == output]
     if not rows:
-        outputs = dict.fromkeys(row.output for row in rows_of(product, x1.dtype))
+        outputs = tuple(dict.fromkeys(row.output for row in of_storage))
         _type_error(
             f"output_dtype is {dtype_name(output)}; with {'int4 (in int32)' if int4 else 'int8'} "
-            f"x1 and weight, {product} allows {_names(tuple(outputs))}"
+            f"x1 and weight, {product} allows {_names(outputs)}. What to do: "
             + (
-                ". What to do: pass output_dtype=torch.float16."
-                if int4 and output_dtype is None
-                else ". What to do: choose one of these and convert the result."
+                f"pass output_dtype={outputs[0]}."
+                if output_dtype is None
+                else "choose one of these and convert the result."
             )
         )
     given = {
@@ -314,7 +319,10 @@ def plan(
         )
     for name, size in (("k", k), ("n", n)):
         if guard_or_false(size == 0):
-            _value_error(f"{name} is 0, x1 {_shape(x1)}, weight {_shape(weight)}; at least 1.")
+            _value_error(
+                f"{name} is 0, x1 {_shape(x1)}, weight {_shape(weight)}; allowed is 1 or more. "
+                "What to do: skip the layer."
+            )
     if int4 and guard_or_false(n % pack != 0):
         _value_error(
             f"weight has n = {n} rows; int4 needs n and k to be multiples of {pack}. What to do: "
@@ -337,7 +345,7 @@ def plan(
     ):
         _value_error(
             f"pertoken_scale has shape {_shape(pertoken_scale)}; allowed is (m,) = ({m},), one "
-            "value for each row of x1."
+            "value for each row of x1. What to do: pass the scales this input was quantized with."
         )
     if bias is not None:
         _check_bias(bias, shape, int4)
