@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from cann_host import rules
+from cann_host.memory import FRACTAL_NZ, over_memory
 from lq_graph import numerics
 
-__all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "over_memory", "uninstall"]
+__all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
 
 NULL_POINTER = 161001  # ACLNN_ERR_PARAM_NULLPTR
 INVALID = 161002  # ACLNN_ERR_PARAM_INVALID
 INNER = 561000  # ACLNN_ERR_INNER
 
-FRACTAL_NZ = 29
 BASE_FORMATS = {0: "NCHW", 1: "NHWC", 2: "ND", 27: "NDHWC", 30: "NCDHW", 47: "NCL"}
 
 # aclDataType of the public header acl_base_rt.h
@@ -99,39 +99,7 @@ class AclTensor(NamedTuple):
 
     def nz_view(self) -> Tensor:
         """A tensor over the FRACTAL_NZ storage, no copy."""
-        strides = [1] * len(self.storage)
-        for i in range(len(self.storage) - 2, -1, -1):
-            strides[i] = strides[i + 1] * self.storage[i + 1]
-        return over_memory(self.address, self.dtype, self.storage, tuple(strides), 0)
-
-
-_memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
-_memoryview.restype = ctypes.py_object
-_memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_WRITABLE = 0x200  # PyBUF_WRITE
-
-
-def over_memory(
-    address: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    offset: int = 0,
-) -> Tensor:
-    """A CPU tensor over raw memory, which must outlive it.
-
-    Args:
-        address: of the storage.
-        dtype: of the elements.
-        shape: any.
-        strides: in elements.
-        offset: of the first element, in elements.
-    """
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    memory = _memoryview(address + offset * dtype.itemsize, reach * dtype.itemsize, _WRITABLE)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+        return over_memory(self.address, self.dtype, self.storage)
 
 
 # An argument of an operator: a tensor, None for an absent one, or a number.

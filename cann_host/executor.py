@@ -23,7 +23,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -259,9 +258,6 @@ def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mod
     return pack_scale(scale, offset, round_mode)
 
 
-_check_quant_matmul = lru_cache(maxsize=4096)(check_quant_matmul)
-
-
 def soc_name() -> str:
     """The SoC the stand-in reports; `cann_host.ge.install` replaces this."""
     return "Ascend910B2"
@@ -293,7 +289,7 @@ def _quant_batch_matmul(
     for name, value in optional.items():
         described[f"{name}_dtype"] = None if value is None else dtype_name(value)
         described[f"{name}_shape"] = None if value is None else tuple(value.shape)
-    refusal = _check_quant_matmul(
+    refusal = check_quant_matmul(
         soc=soc_name(),
         x1_dtype=dtype_name(x1),
         x1_shape=tuple(x1.shape),

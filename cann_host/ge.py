@@ -21,11 +21,11 @@ from lq_graph.numerics import nz_to_nd
 
 from . import executor
 from .executor import DTYPES, FractalNZ, GraphError, Op, ShapeUnknownError, Value
+from .memory import FRACTAL_NZ, over_memory
 
 __all__ = ["Plan", "compile_graph", "install", "is_installed", "live_plans"]
 
 FORMAT_ND = 2
-FORMAT_FRACTAL_NZ = 29
 # Formats whose storage is the plain row-major tensor: NCHW, NHWC, ND, NCDHW, ...
 _PLAIN_FORMATS = frozenset({0, 1, 2, 27, 30, 35, 47})
 _INT64, _UINT64 = 9, 10
@@ -324,7 +324,7 @@ def _predict(
     for slot, info in infos.items():
         dtype = _torch_dtype(info.dtype, f"input {slot.node}")
         value: Value = torch.empty(info.shape, dtype=dtype, device="meta")
-        if formats[slot] == FORMAT_FRACTAL_NZ:
+        if formats[slot] == FRACTAL_NZ:
             value = FractalNZ(value, None)  # type: ignore[arg-type]
         values[slot] = value
     left: list[Step] = []
@@ -369,16 +369,9 @@ def _mark_last_uses(steps: list[Step], outputs: list[Slot]) -> None:
 
 
 def _wrap(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The memory at an address as a tensor, without a copy."""
-    count = 1
-    for dim in shape:
-        count *= dim
-    if count == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    if not address:
+    if not address and 0 not in shape:
         raise GraphError(f"a tensor of shape {shape} has no memory")
-    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+    return over_memory(address, dtype, shape)
 
 
 def _with_format(
@@ -387,7 +380,7 @@ def _with_format(
     form &= 0xFF  # the bits above hold sub-formats
     if form in _PLAIN_FORMATS:
         return _wrap(address, dtype, shape)
-    if form != FORMAT_FRACTAL_NZ:
+    if form != FRACTAL_NZ:
         raise GraphError(f"a tensor of shape {shape} has format {form}, which is not implemented")
     if len(storage) != len(shape) + 2:
         raise GraphError(f"a FRACTAL_NZ tensor of shape {shape} has storage shape {storage}")

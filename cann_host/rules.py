@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["KERNELS", "Kernel", "check_quant_matmul", "check_trans_quant_param", "soc_family"]
 
@@ -104,27 +105,28 @@ def soc_family(soc: str) -> str | None:
     return next((family for prefix, family in _SOC_PREFIXES if soc.startswith(prefix)), None)
 
 
+@lru_cache(maxsize=4096)  # a model asks the same few questions on every call
 def check_quant_matmul(
     *,
     soc: str,
     x1_dtype: str,
-    x1_shape: Sequence[int],
+    x1_shape: tuple[int, ...],
     x2_dtype: str,
-    x2_shape: Sequence[int],
+    x2_shape: tuple[int, ...],
     scale_dtype: str,
-    scale_shape: Sequence[int],
+    scale_shape: tuple[int, ...],
     out_dtype: str,
     offset_dtype: str | None = None,
-    offset_shape: Sequence[int] | None = None,
+    offset_shape: tuple[int, ...] | None = None,
     bias_dtype: str | None = None,
-    bias_shape: Sequence[int] | None = None,
+    bias_shape: tuple[int, ...] | None = None,
     pertoken_dtype: str | None = None,
-    pertoken_shape: Sequence[int] | None = None,
+    pertoken_shape: tuple[int, ...] | None = None,
     transpose_x1: bool = False,
     transpose_x2: bool = False,
     x1_format: str = ND,
     x2_format: str = ND,
-    x2_storage_shape: Sequence[int] | None = None,
+    x2_storage_shape: tuple[int, ...] | None = None,
     graph: bool = False,
 ) -> str | None:
     """Say why CANN would refuse this quantized matmul.

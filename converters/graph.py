@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def read(path: str | Path) -> Graph:
             if not source:  # an optional input left out
                 continue
             origin = produced.get(source)
-            inputs.append(Edge(desc.name, *_type_of(origin or _edge(desc))))
+            inputs.append(replace(origin or _edge(desc), name=desc.name))
         outputs = tuple(produced[f"{op.name}:{i}"] for i in range(len(op.output_desc)))
         attrs = {key: _attr(value) for key, value in op.attr.items() if not key.startswith("_")}
         nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs))
@@ -147,10 +147,6 @@ def _edge(desc: Any) -> Edge:
         return Edge(desc.name, dtype, shape, layout)
     dims = tuple(desc.shape.dim)
     return Edge(desc.name, dtype, dims or None, layout)
-
-
-def _type_of(edge: Edge) -> tuple[str, tuple[int | str, ...] | None, str]:
-    return edge.dtype, edge.shape, edge.format
 
 
 def _attr(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 
 from .errors import LinearQuantValueError
 from .formats import A2, PRODUCTS, Product, product_by_name, product_of_soc
@@ -14,7 +15,6 @@ ENV = "LQ_GRAPH_PRODUCT"
 _DEFAULT = A2
 
 _chosen: Product | None = None
-_detected: Product | None = None
 
 
 def _parse(name: str, where: str) -> Product:
@@ -28,12 +28,11 @@ def _parse(name: str, where: str) -> Product:
     return product
 
 
+@cache
 def _detect() -> Product | None:
-    """The product of the device torch_npu sees. torch_npu is never imported for this."""
-    npu = getattr(sys.modules.get("torch"), "npu", None)
-    if "torch_npu" not in sys.modules or npu is None or not npu.is_available():
-        return None
-    return product_of_soc(npu.get_device_name())
+    """The product of the device torch_npu sees; None if there is none or it is unknown."""
+    npu = sys.modules["torch"].npu
+    return product_of_soc(npu.get_device_name()) if npu.is_available() else None
 
 
 def get_product() -> Product:
@@ -42,14 +41,13 @@ def get_product() -> Product:
     Raises:
         LinearQuantValueError: LQ_GRAPH_PRODUCT names no known product.
     """
-    global _detected
     if _chosen is not None:
         return _chosen
     if name := os.environ.get(ENV):
         return _parse(name, ENV)
-    if _detected is None:
-        _detected = _detect()
-    return _detected or _DEFAULT
+    # torch_npu is never imported for this: without it there is no device to ask
+    detected = _detect() if sys.modules.get("torch_npu") else None
+    return detected or _DEFAULT
 
 
 def set_product(product: Product | str | None) -> None:

@@ -130,38 +130,16 @@ def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
                 f"use_internal_format_weight: {name or 'the model'} is on {layer.weight.device}; "
                 "FRACTAL_NZ exists on the NPU only. What to do: call model.npu() first."
             )
-    import torch_npu
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
     import torchair
 
     folds = [_folds_scale(layer) for _, layer in layers]
-
-    report = []
     undo: list[Callable[[], None]] = []
     try:
-        for (name, layer), fold in zip(layers, folds, strict=True):
-            done = []
-            if fold:
-                undo.append(partial(setattr, layer.scale, "data", layer.scale.data))
-                layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
-                done.append("scale folded")
-            why_nd = _why_nd(layer)
-            if not why_nd and torch_npu.get_npu_format(layer.weight) != FRACTAL_NZ:
-                undo.append(partial(_cast, layer, torch_npu.get_npu_format(layer.weight)))
-                _cast(layer, FRACTAL_NZ)
-                if torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ:
-                    done.append("weight cast")
-                else:
-                    why_nd = "weight stays ND: torch.npu.config.allow_internal_format is off"
-            if why_nd:
-                done.append(why_nd)
-            report.append(
-                Prepared(
-                    name,
-                    dtype_name(layer.scale.dtype),
-                    "ND" if why_nd else "FRACTAL_NZ",
-                    ", ".join(done) or "already prepared",
-                )
-            )
+        report = [
+            _prepare(name, layer, fold, undo)
+            for (name, layer), fold in zip(layers, folds, strict=True)
+        ]
         torchair.use_internal_format_weight(model)
     except BaseException:
         # A cast is undone by casting back, so that no second copy of the weights is kept.
@@ -169,6 +147,34 @@ def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
             step()
         raise
     return report
+
+
+def _prepare(name: str, layer: LinearQuant, fold: bool, undo: list[Callable[[], None]]) -> Prepared:
+    """Fold and cast one layer; what takes it back is added to undo before each change."""
+    import torch_npu
+
+    done = []
+    if fold:
+        undo.append(partial(setattr, layer.scale, "data", layer.scale.data))
+        layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
+        done.append("scale folded")
+    why_nd = _why_nd(layer)
+    before = torch_npu.get_npu_format(layer.weight)
+    if not why_nd and before != FRACTAL_NZ:
+        undo.append(partial(_cast, layer, before))
+        _cast(layer, FRACTAL_NZ)
+        if torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ:
+            done.append("weight cast")
+        else:
+            why_nd = "weight stays ND: torch.npu.config.allow_internal_format is off"
+    if why_nd:
+        done.append(why_nd)
+    return Prepared(
+        name,
+        dtype_name(layer.scale.dtype),
+        "ND" if why_nd else "FRACTAL_NZ",
+        ", ".join(done) or "already prepared",
+    )
 
 
 def _cast(layer: LinearQuant, acl_format: int) -> None:

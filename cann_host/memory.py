@@ -1,0 +1,46 @@
+"""Raw memory as torch tensors."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+__all__ = ["FRACTAL_NZ", "over_memory"]
+
+FRACTAL_NZ = 29  # the number aclFormat and GE's Format give it
+
+_memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
+_memoryview.restype = ctypes.py_object
+_memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+
+def over_memory(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """A CPU tensor over raw memory, no copy; the memory must outlive it.
+
+    Args:
+        address: of the storage.
+        dtype: of the elements.
+        shape: any.
+        strides: in elements; None for row-major.
+        offset: of the first element, in elements.
+    """
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if strides is None:
+        reach = 1
+        for size in shape:
+            reach *= size
+    else:
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = _memoryview(address + offset * dtype.itemsize, reach * dtype.itemsize, _WRITABLE)
+    flat = torch.frombuffer(memory, dtype=dtype)
+    return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
