@@ -40,9 +40,9 @@ def linear_quant(
     """NB: lq_graph::linear_quant(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None,
     Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) -> Tensor
 
-    One QuantBatchMatmulV3 with transpose_x2, the weight staying (n, k). Before it, only where
-    needed: TransQuantParamV2 for a float32 scale that must be folded, Bitcast and Reshape for
-    int4 (GE knows int4 as a dtype, torch carries it in int32).
+    One QuantBatchMatmulV3 (V4 on Ascend 950) with transpose_x2, the weight staying (n, k). Before
+    it, only where needed: TransQuantParamV2 for a float32 scale that must be folded, Bitcast and
+    Reshape for int4 (GE knows int4 as a dtype, torch carries it in int32).
     """
     p = plan(
         x1.meta,
@@ -119,14 +119,34 @@ def _quant_batch_matmul(
     pertoken_scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    return ge.QuantBatchMatmulV3(
-        x1,
-        weight,
-        scale,
-        offset,
-        bias,
-        pertoken_scale,
-        dtype=torch_type_to_ge_type(p.output_dtype),
-        transpose_x1=False,
-        transpose_x2=True,
-    )
+    dtype = torch_type_to_ge_type(p.output_dtype)
+    if p.product.ge_op == "QuantBatchMatmulV4":
+        out = ge.QuantBatchMatmulV4(
+            x1,
+            weight,
+            bias=bias,
+            x1_scale=pertoken_scale,
+            x2_scale=scale,
+            y_scale=None,
+            x1_offset=None,
+            x2_offset=offset,
+            y_offset=None,
+            x2_table=None,
+            dtype=dtype,
+            transpose_x1=False,
+            transpose_x2=True,
+            group_size=0,
+        )
+    else:
+        out = ge.QuantBatchMatmulV3(
+            x1,
+            weight,
+            scale,
+            offset,
+            bias,
+            pertoken_scale,
+            dtype=dtype,
+            transpose_x1=False,
+            transpose_x2=True,
+        )
+    return _declare(out, dtype, p.output_shape)

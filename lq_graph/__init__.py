@@ -8,6 +8,13 @@ The op runs eagerly on CPU and NPU, under fake tensors, in torch.compile and thr
 
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.argv[:2] == ["-m", "check"] and "lq_graph" in sys.orig_argv:
+    # `python -m lq_graph check` asks no device, and must work where torch_npu has no CANN.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
 try:
     import torch
 except RuntimeError as error:
@@ -21,6 +28,7 @@ except RuntimeError as error:
         "CANN that computes on the CPU); for plain CPU use, set TORCH_DEVICE_BACKEND_AUTOLOAD=0."
     ) from None
 
+from .check import Check, check
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .module import LinearQuant
 from .ops import linear_quant, trans_quant_param
@@ -29,11 +37,13 @@ from .product import get_product, set_product
 from .weights import pack_int4, unpack_int4, use_internal_format_weight
 
 __all__ = [
+    "Check",
     "LinearQuant",
     "LinearQuantError",
     "LinearQuantTypeError",
     "LinearQuantValueError",
     "Plan",
+    "check",
     "get_product",
     "linear_quant",
     "pack_int4",
@@ -46,4 +56,4 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-del torch
+del os, sys, torch

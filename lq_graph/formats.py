@@ -6,6 +6,7 @@ README's table is tested against this file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +17,10 @@ from .numerics import INT4_PER_INT32
 __all__ = [
     "A2",
     "A3",
+    "ASCEND_950",
     "ATLAS_INFERENCE",
+    "COLUMNS",
+    "DIM_MAX",
     "FRACTAL_NZ",
     "LAST_DIM_MAX",
     "MAX_DIMS",
@@ -30,6 +34,7 @@ __all__ = [
     "product_by_name",
     "product_of_soc",
     "rows_of",
+    "storage_name",
 ]
 
 MIN_DIMS = 2
@@ -37,6 +42,7 @@ MAX_DIMS = 6
 # "The last dim of x1 and of x2", aclnnQuantMatmulV4.md. x2 stays (n, k) here and is transposed
 # by the operator, so only k is a last dim; n has no such limit.
 LAST_DIM_MAX = 65535
+DIM_MAX = 2**31 - 1  # quant_batch_matmul_v3_tiling.cpp (hicann/ops-nn), CheckShapeInBoundary
 FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
 
 # storage dtype of x1 and weight -> logical values per element of the last dim
@@ -54,6 +60,8 @@ class Product:
         ge_op: the GE operator LinearQuant lowers to.
         nz_storage: weight dtypes the product has FRACTAL_NZ kernels for in every CANN release
             (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
+        limits_k: whether k is limited to LAST_DIM_MAX.
+        empty_m: whether an x1 of no rows gives an output of no rows; elsewhere it is refused.
     """
 
     name: str
@@ -61,6 +69,8 @@ class Product:
     soc_prefixes: tuple[str, ...]
     ge_op: str = "QuantBatchMatmulV3"
     nz_storage: tuple[torch.dtype, ...] = (torch.int8,)
+    limits_k: bool = True
+    empty_m: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -69,9 +79,23 @@ class Product:
 ATLAS_INFERENCE = Product("Atlas inference (310P)", "310P", ("Ascend310P",))
 A2 = Product("Atlas A2", "A2", ("Ascend910B",))
 A3 = Product("Atlas A3", "A3", ("Ascend910_93",))
-PRODUCTS = (ATLAS_INFERENCE, A2, A3)
+# arch35: aclnnQuantMatmulV4.md and V5.md, sections Ascend 950PR / 950DT. torchair lowers to V4
+# there; GE turns the integer cases back into V3 (quant_batch_matmul_v4_to_v3_fusion_pass.cpp).
+ASCEND_950 = Product(
+    "Ascend 950",
+    "950",
+    ("Ascend950", "Ascend910_95"),
+    ge_op="QuantBatchMatmulV4",
+    limits_k=False,
+    empty_m=True,
+)
+PRODUCTS = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
 
 Choice = tuple["torch.dtype | None", ...]
+
+# What a row decides besides x1's dtype, in the order a refusal blames them: what is easiest to
+# change comes first.
+COLUMNS = ("offset", "pertoken_scale", "bias", "scale", "output_dtype")
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,9 @@ class Row:
 
     Attributes:
         storage: dtype of x1 and of weight; int32 carries eight int4.
+        scale, offset, bias, pertoken_scale: dtypes each tensor may have.
+        output_dtype: the one dtype of the result, as a choice like the others.
+        products: those that have the row.
         folds_scale: the kernel reads the packed int64 scale (offset inside), so a float32 scale
             has to be folded with trans_quant_param before it.
         source: the document the row is taken from.
@@ -90,45 +117,60 @@ class Row:
     offset: Choice
     bias: Choice
     pertoken_scale: Choice
-    output: torch.dtype
+    output_dtype: Choice
     products: tuple[Product, ...]
     folds_scale: bool
     source: str
 
-    def allows(self, name: str, dtype: torch.dtype | None) -> bool:
-        """Whether the tensor `name` may have `dtype` (None: be absent) in this row."""
-        choices: Choice = getattr(self, name)
-        return dtype in choices
+    @property
+    def output(self) -> torch.dtype:
+        """The dtype of the result."""
+        (dtype,) = self.output_dtype
+        assert dtype is not None
+        return dtype
+
+    def choices(self, column: str) -> Choice:
+        """The dtypes (None: absent) a column of COLUMNS may have in this row."""
+        found: Choice = getattr(self, column)
+        return found
+
+    def misses(self, given: Mapping[str, torch.dtype | None]) -> tuple[str, ...]:
+        """The columns whose given dtype this row does not have."""
+        return tuple(column for column in COLUMNS if given[column] not in self.choices(column))
 
 
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
 _ABSENT: Choice = (None,)
-_DOC = "torch_npu.contrib.module.LinearQuant"
-_ACLNN = "hicann/ops-nn matmul/quant_batch_matmul_v3/docs/aclnnQuantMatmulV4.md"
-_ALL = (ATLAS_INFERENCE, A2, A3)
+_INT_BIAS: Choice = (_I32, None)
+_BF16_BIAS: Choice = (_I32, _BF16, _F32, None)
+_F16_BIAS: Choice = (_I32, _F16, _F32, None)
+_MODULE = "torch_npu.contrib.module.LinearQuant, support table"
+_ACLNN = "hicann/ops-nn matmul/quant_batch_matmul_v3/docs/aclnnQuantMatmulV4.md, "
+_ALL = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
+_NEWER = (A2, A3, ASCEND_950)
 
 # Order matters where rows overlap: the first match is taken.
+# fmt: off
 ROWS: tuple[Row, ...] = (
-    Row(_I8, (_I64, _F32), _ABSENT, (_I32, None), _ABSENT, _F16, _ALL, True, _DOC),
-    Row(_I8, (_I64, _F32), (_F32, None), (_I32, None), _ABSENT, _I8, _ALL, True, _DOC),
-    Row(
-        _I8,
-        (_F32, _BF16),
-        _ABSENT,
-        (_I32, _BF16, _F32, None),
-        (_F32, None),
-        _BF16,
-        (A2, A3),
-        False,
-        _DOC,
-    ),
+    # storage, scale, offset, bias, pertoken_scale, output, products, folds_scale, source
+    Row(_I8, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _ALL, True, _MODULE),
+    Row(_I8, (_I64, _F32), (_F32, None), _INT_BIAS, _ABSENT, (_I8,), _ALL, True, _MODULE),
+    Row(_I8, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32, None), (_BF16,), _NEWER, False, _MODULE),
     # The module's page lists pertoken as optional here; aclnn requires it (without it, a float32
     # scale is folded and the first row applies).
-    Row(_I8, (_F32,), _ABSENT, (_I32, _F16, _F32, None), (_F32,), _F16, (A2, A3), False, _ACLNN),
-    Row(_I32, (_I64, _F32), _ABSENT, (_I32, None), _ABSENT, _F16, (A2, A3), True, _DOC),
-    Row(_I8, (_F32, _BF16), _ABSENT, (_I32, None), _ABSENT, _I32, (A2, A3), False, _DOC),
+    Row(_I8, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False, _ACLNN + "row 4"),
+    Row(_I32, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _NEWER, True, _MODULE),
+    Row(_I8, (_F32, _BF16), _ABSENT, _INT_BIAS, _ABSENT, (_I32,), _NEWER, False, _MODULE),
+    # Newer CANN than the module's page.
+    Row(_I32, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32,), (_BF16,), _NEWER, False,
+        _ACLNN + "A4W4 with pertokenScaleOptional, bfloat16"),
+    Row(_I32, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False,
+        _ACLNN + "A4W4 with pertokenScaleOptional, float16"),
+    Row(_I8, (_I64,), _ABSENT, _INT_BIAS, _ABSENT, (_BF16,), (ASCEND_950,), True,
+        _ACLNN + "Ascend 950PR/950DT, row 1"),
 )
+# fmt: on
 
 
 @cache
@@ -157,3 +199,8 @@ def product_of_soc(soc: str) -> Product | None:
 def dtype_name(dtype: torch.dtype | None) -> str:
     """How messages and tables write a dtype: "int8", "-" for absent."""
     return "-" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def storage_name(dtype: torch.dtype) -> str:
+    """The dtype of x1 and weight with what it carries: "int8", "int32 (int4)"."""
+    return f"{dtype_name(dtype)} (int4)" if dtype == torch.int32 else dtype_name(dtype)

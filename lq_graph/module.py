@@ -47,8 +47,9 @@ class LinearQuant(nn.Module):
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
         device: where to allocate the parameters.
         dtype: of the weight, torch.int8 (default) or torch.int32 for int4.
-        x1_dtype, x2_dtype: dtype of input and weight as the vendor's page names them; None, or
-            equal to dtype.
+        x1_dtype, x2_dtype: what input and weight are, as the vendor's page names them: None,
+            torch.int8 or torch.int32, the same in both. A stated dtype is held against the
+            tensors at every call.
         group_size: None or 0; per-group scales have no row in the support table.
 
     Shape:
@@ -84,7 +85,7 @@ class LinearQuant(nn.Module):
     ) -> None:
         super().__init__()
         storage = _storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
-        if group_size:
+        if group_size not in (None, 0):
             raise LinearQuantValueError(
                 f"LinearQuant: group_size is {group_size}; per-group scales have no row in the "
                 "support table. What to do: leave it None, and give one scale for each channel."
@@ -100,6 +101,8 @@ class LinearQuant(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.output_dtype = output_dtype
+        self.x1_dtype = x1_dtype
+        self.x2_dtype = x2_dtype
 
         def parameter(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Parameter:
             return Parameter(torch.full(shape, fill, dtype=dtype, device=device), False)
@@ -119,6 +122,8 @@ class LinearQuant(nn.Module):
         """
         if pertoken_scale is None:
             pertoken_scale = self.pertoken_scale
+        _check_stated("x1", x1, self.x1_dtype)
+        _check_stated("x2", self.weight, self.x2_dtype)
         return linear_quant(
             x1,
             self.weight,
@@ -209,6 +214,17 @@ class LinearQuant(nn.Module):
             "pertoken_scale": "(m,)",
         }.get(name, f"(1,) or ({n},)")
         return f"{dtypes}, {shape}"
+
+
+def _check_stated(name: str, tensor: Tensor, stated: torch.dtype | None) -> None:
+    """Hold a tensor against the dtype the constructor was told."""
+    if stated is not None and tensor.dtype != stated:
+        tensor_name = "weight" if name == "x2" else name
+        raise LinearQuantTypeError(
+            f"LinearQuant: {tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made "
+            f"with {name}_dtype={dtype_name(stated)}. What to do: pass {dtype_name(stated)}, or "
+            f"leave {name}_dtype at None. (aclnn would report 161002)"
+        )
 
 
 def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:

@@ -180,7 +180,8 @@ def quant_matmul(
         x1: int8, (..., m, k); int4 comes unpacked.
         weight: int8, (..., n, k).
         scale: (1,) or (n,). The packed int64 form for int8 output and for float16 output
-            without pertoken_scale; float32 or bfloat16 otherwise (read only for a float output).
+            without pertoken_scale, and possibly for bfloat16; float32 or bfloat16 otherwise (read
+            only for a float output).
         bias: int32 (added to the accumulator) or a float dtype (added last); (n,) or
             (batch, 1, n).
         pertoken_scale: float32, (m,).
@@ -203,7 +204,7 @@ def quant_matmul(
         if output_dtype == torch.int8:
             # 9-bit clip first, the offset after it: 400 with offset -200 gives 55, not 127
             value.round_().clamp_(-256, 255).add_(offset).clamp_(-128, 127)
-        else:
+        elif output_dtype == torch.float16:
             value.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
         return value.to(output_dtype)
 

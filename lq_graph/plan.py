@@ -6,32 +6,34 @@ checks of their own, so all four refuse the same input with the same sentence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, cast
+from functools import lru_cache
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import (
+    COLUMNS,
+    DIM_MAX,
     LAST_DIM_MAX,
     MAX_DIMS,
     MIN_DIMS,
+    PRODUCTS,
     STORAGE_DTYPES,
     Product,
     Row,
     dtype_name,
     rows_of,
+    storage_name,
 )
 from .product import get_product
 
-__all__ = ["Plan", "TensorLike", "plan", "plan_trans_quant_param"]
+__all__ = ["Plan", "TensorLike", "nearest_rows", "plan", "plan_trans_quant_param"]
 
 _PARAM_INVALID = "161002"  # ACLNN_ERR_PARAM_INVALID
-
-# the dtype columns of a row, in the order a message should blame them
-_COLUMNS = ("scale", "offset", "pertoken_scale", "bias")
 
 
 class TensorLike(Protocol):
@@ -79,14 +81,19 @@ def _value_error(text: str) -> NoReturn:
 
 
 def _shape(tensor: TensorLike) -> str:
-    return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
+    return str(tuple(tensor.shape))
+
+
+def _sure(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition is known to hold; what only run time can tell counts as no."""
+    return condition if type(condition) is bool else guard_or_false(condition)
 
 
 def _differ(a: int, b: int) -> bool:
     """a != b. Sizes only known at run time are taken to agree, and recorded as such."""
     if isinstance(a, int) and isinstance(b, int):
         return a != b
-    if guard_or_false(a != b):
+    if _sure(a != b):
         return True
     torch._check(a == b)
     return False
@@ -102,60 +109,167 @@ def _names(dtypes: Sequence[torch.dtype | None]) -> str:
 
 def _storages(product: Product) -> str:
     """'int8 or int32 (eight int4 each)': what x1 and weight may be on a product."""
-    notes = {torch.int32: "int32 (eight int4 each)"}
-    return " or ".join(
-        notes.get(dtype, dtype_name(dtype)) for dtype in STORAGE_DTYPES if rows_of(product, dtype)
-    )
+    return " or ".join(storage_name(dtype) for dtype in STORAGE_DTYPES if rows_of(product, dtype))
 
 
-_ADVICE = {
-    "scale": {
-        torch.int64: "an int64 scale is the packed form (lq_graph.trans_quant_param) and only "
-        "serves int8 output and float16 output without pertoken_scale; pass the float scale",
-        torch.bfloat16: "convert it with scale.float()",
-        torch.float16: "convert it with scale.float()",
-        torch.float64: "convert it with scale.float()",
-        torch.float32: "pack it with lq_graph.trans_quant_param",
-    },
-    "offset": "only int8 output takes an offset: drop it, or leave output_dtype at torch.int8",
-    "pertoken_scale": "only float16 and bfloat16 outputs take one, and it is float32",
+# said of a refused column, before what to do
+_WHY = {
+    "offset": "only int8 output takes an offset",
+    "pertoken_scale": "float16 and bfloat16 outputs take one, with a float scale",
     "bias": "an int32 bias is added before the scale, a float bias after it",
 }
+_WHY_PACKED = (
+    "int64 is the packed form (lq_graph.trans_quant_param) and serves int8 output and, without "
+    "pertoken_scale, float16 output"
+)
+
+Given = dict[str, "torch.dtype | None"]
 
 
-def _find_row(product: Product, given: dict[str, torch.dtype | None], rows: Sequence[Row]) -> Row:
-    """The matching row, or an error that blames the one column that is furthest from the table."""
-    for row in rows:
-        if all(row.allows(column, given[column]) for column in _COLUMNS):
-            return row
+@lru_cache(maxsize=1024)
+def _row_for(
+    product: Product,
+    storage: torch.dtype,
+    output: torch.dtype,
+    scale: torch.dtype,
+    offset: torch.dtype | None,
+    pertoken_scale: torch.dtype | None,
+    bias: torch.dtype | None,
+) -> Row | None:
+    """The first row that has these dtypes. Cached: a model asks the same few on every call."""
+    given = _given(output, scale, offset, pertoken_scale, bias)
+    return next((row for row in rows_of(product, storage) if not row.misses(given)), None)
 
-    def misses(row: Row) -> list[str]:
-        return [column for column in _COLUMNS if not row.allows(column, given[column])]
 
-    nearest = min(rows, key=lambda row: len(misses(row)))
-    column = misses(nearest)[0]
-    # all rows that would match if only this column were right
-    choices: list[torch.dtype | None] = []
-    for row in rows:
-        if set(misses(row)) <= {*misses(nearest)}:
-            choices += [c for c in getattr(row, column) if c not in choices]
-    dtype = given[column]
-    advice = _ADVICE[column]
-    if isinstance(advice, dict):
-        advice = advice.get(cast(torch.dtype, dtype), "see the support table in README")
-    allowed = f"takes no {column}" if choices == [None] else f"allows {_names(choices)}"
-    storage = "int4 (in int32)" if nearest.storage == torch.int32 else "int8"
-    what = "is absent" if dtype is None else f"is {dtype_name(dtype)}"
-    others = ", ".join(
-        f"{name} {dtype_name(given[name])}"
-        for name in _COLUMNS
-        if name != column and given[name] is not None
+def _given(
+    output: torch.dtype,
+    scale: torch.dtype,
+    offset: torch.dtype | None,
+    pertoken_scale: torch.dtype | None,
+    bias: torch.dtype | None,
+) -> Given:
+    return {
+        "scale": scale,
+        "offset": offset,
+        "pertoken_scale": pertoken_scale,
+        "bias": bias,
+        "output_dtype": output,
+    }
+
+
+def nearest_rows(product: Product, storage: torch.dtype, given: Given) -> list[Row]:
+    """A product's rows for one storage dtype, those with the fewest wrong columns first; among
+    equals, those that have the output asked for."""
+    return sorted(
+        rows_of(product, storage),
+        key=lambda row: (len(row.misses(given)), "output_dtype" in row.misses(given)),
     )
+
+
+def _refuse_dtypes(product: Product, storage: torch.dtype, given: Given) -> NoReturn:
+    """Blame one column if changing it alone would do, else those the nearest row misses."""
+    fixes: dict[str, tuple[torch.dtype | None, ...]] = {}
+    for row in rows_of(product, storage):
+        misses = row.misses(given)
+        if len(misses) == 1:
+            fixes[misses[0]] = (*fixes.get(misses[0], ()), *row.choices(misses[0]))
+    blamed: tuple[str, ...]
+    if fixes:
+        blamed = (min(fixes.items(), key=_order(given))[0],)
+    else:
+        nearest = nearest_rows(product, storage, given)[0]
+        blamed = nearest.misses(given)
+        fixes = {column: nearest.choices(column) for column in blamed}
+
+    def is_given(column: str) -> str:
+        dtype = given[column]
+        return f"{column} is {'absent' if dtype is None else dtype_name(dtype)}"
+
+    others = [
+        f"{column} {dtype_name(given[column])}"
+        for column in ("scale", "offset", "pertoken_scale", "bias")
+        if column not in blamed and given[column] is not None
+    ]
+    context = f"{storage_name(storage)} x1 and weight"
+    if "output_dtype" not in blamed:
+        context += f", {dtype_name(given['output_dtype'])} output"
+    allowed = " and ".join(
+        _allowed(column, fixes[column], named=len(blamed) > 1) for column in blamed
+    )
+    packed = "scale" in blamed and given["scale"] == torch.int64
+    why = _WHY_PACKED if packed else _WHY.get(blamed[0]) if len(blamed) == 1 else None
+    together = " and ".join(_advice(column, given[column], fixes[column]) for column in blamed)
+    instead = [
+        _advice(column, given[column], choices)
+        for column, choices in sorted(fixes.items(), key=_order(given))
+        if column not in blamed
+    ]
+    takers = [
+        str(other)
+        for other in PRODUCTS
+        if other is not product and any(not row.misses(given) for row in rows_of(other, storage))
+    ]
     _type_error(
-        f"{column} {what}; with {storage} x1 and weight, {dtype_name(nearest.output)} output"
-        f"{' and ' + others if others else ''}, {product} {allowed}. "
-        f"What to do: {advice}."
+        f"{' and '.join(map(is_given, blamed))}; with {context}"
+        f"{' and ' + ', '.join(others) if others else ''}, {product} {allowed}"
+        + (f" ({why})" if why else "")
+        + f". What to do: {', or '.join([together, *instead])}."
+        + (f" {', '.join(takers)} would take it as it is." if takers else "")
     )
+
+
+def _order(given: Given) -> Callable[[tuple[str, Any]], tuple[bool, int]]:
+    """Blame what was given before what is absent, then by COLUMNS."""
+    return lambda fix: (given[fix[0]] is None, COLUMNS.index(fix[0]))
+
+
+def _allowed(column: str, choices: Sequence[torch.dtype | None], *, named: bool) -> str:
+    if set(choices) == {None}:
+        return f"takes no {column}"
+    return f"allows {column + ' ' if named else ''}{_names(choices)}"
+
+
+def _advice(column: str, given: torch.dtype | None, choices: Sequence[torch.dtype | None]) -> str:
+    """What to do about one column."""
+    present = [dtype for dtype in choices if dtype is not None]
+    if not present:
+        return f"drop {column}"
+    if column == "output_dtype":
+        return f"ask for output_dtype {_names(present)} and convert the result"
+    if given is not None and given.is_floating_point and torch.float32 in present:
+        return f"pass {column}.float()"
+    packed = column == "scale" and given == torch.int64 and torch.int64 not in present
+    return f"pass {column} as {_names(present)}" + (", as it was before packing" if packed else "")
+
+
+def _check_not_empty(product: Product, name: str, tensor: TensorLike) -> None:
+    """No dim is 0, except m where the product gives an empty output for it."""
+    for dim, size in enumerate(tensor.shape):
+        if _sure(size == 0):
+            is_m = name == "x1" and dim == len(tensor.shape) - 2
+            if is_m and product.empty_m:
+                continue
+            what = {1: "k", 2: "m" if name == "x1" else "n"}.get(len(tensor.shape) - dim, "a batch")
+            _value_error(
+                f"{name} has shape {_shape(tensor)}, {what} is 0; {product} takes no empty {name}. "
+                "What to do: skip the layer when there is nothing to compute."
+            )
+
+
+def _check_contiguous(name: str, tensor: TensorLike) -> None:
+    """int4 is read as packed memory: aclnn counts the elements of an int32 view eight times over
+    without looking at its strides (aclnn_quant_matmul_v4.cpp, hicann/ops-nn)."""
+    if not isinstance(tensor, torch.Tensor):
+        return
+    expected: int = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not _sure(size == 1) and _sure(stride != expected):
+            _value_error(
+                f"{name} has shape {_shape(tensor)} with strides {tuple(tensor.stride())}; "
+                "int32 (int4) must be contiguous. What to do: pass {name}.contiguous(), having "
+                "made sure that k is what was packed."
+            )
+        expected = expected * size
 
 
 def _check_vector(name: str, tensor: TensorLike, n: int) -> None:
@@ -166,7 +280,7 @@ def _check_vector(name: str, tensor: TensorLike, n: int) -> None:
             f"What to do: pass {name}.reshape(-1) if it holds 1 or n values."
         )
     size = tensor.shape[0]
-    if not guard_or_false(size == 1) and _differ(size, n):
+    if not _sure(size == 1) and _differ(size, n):
         _value_error(
             f"{name} has {size} values; allowed is 1 (per-tensor) or n = {n} (per-channel, one "
             f"for each row of weight). What to do: pass one value or one for each output channel."
@@ -205,9 +319,9 @@ def _broadcast(x1: TensorLike, weight: TensorLike) -> tuple[int, ...]:
     right = (1,) * (width - len(right)) + right
     batch = []
     for a, b in zip(left, right, strict=True):
-        if guard_or_false(a == 1):
+        if _sure(a == 1):
             batch.append(b)
-        elif guard_or_false(b == 1) or not _differ(a, b):
+        elif _sure(b == 1) or not _differ(a, b):
             batch.append(a)
         else:
             _value_error(
@@ -268,25 +382,16 @@ def plan(
             f"{dtype_name(x1.dtype)}."
         )
     int4 = x1.dtype == torch.int32
-    rows = [row for row in of_storage if row.output == output]
-    if not rows:
-        outputs = tuple(dict.fromkeys(row.output for row in of_storage))
-        _type_error(
-            f"output_dtype is {dtype_name(output)}; with {'int4 (in int32)' if int4 else 'int8'} "
-            f"x1 and weight, {product} allows {_names(outputs)}. What to do: "
-            + (
-                f"pass output_dtype={outputs[0]}."
-                if output_dtype is None
-                else "choose one of these and convert the result."
-            )
-        )
-    given = {
-        "scale": scale.dtype,
-        "offset": None if offset is None else offset.dtype,
-        "pertoken_scale": None if pertoken_scale is None else pertoken_scale.dtype,
-        "bias": None if bias is None else bias.dtype,
-    }
-    row = _find_row(product, given, rows)
+    dtypes = (
+        output,
+        scale.dtype,
+        None if offset is None else offset.dtype,
+        None if pertoken_scale is None else pertoken_scale.dtype,
+        None if bias is None else bias.dtype,
+    )
+    row = _row_for(product, x1.dtype, *dtypes)
+    if row is None:
+        _refuse_dtypes(product, x1.dtype, _given(*dtypes))
 
     # shapes
     for name, tensor in (("x1", x1), ("weight", weight)):
@@ -307,7 +412,7 @@ def plan(
     m, k = x1.shape[-2], x1.shape[-1] * pack
     if _differ(x1.shape[-1], words):
         counted = f" ({k} and {words * pack} int4 values)" if int4 else ""
-        transposed = guard_or_false(weight.shape[-2] == x1.shape[-1])
+        transposed = _sure(weight.shape[-2] == x1.shape[-1])
         hint = (
             "the weight looks transposed: pass it as (n, k)"
             if transposed
@@ -317,24 +422,29 @@ def plan(
             f"x1 {_shape(x1)} and weight {_shape(weight)} differ in k: {x1.shape[-1]} and "
             f"{words}{counted}. What to do: {hint}."
         )
-    for name, size in (("k", k), ("n", n)):
-        if guard_or_false(size == 0):
-            _value_error(
-                f"{name} is 0, x1 {_shape(x1)}, weight {_shape(weight)}; allowed is 1 or more. "
-                "What to do: skip the layer."
-            )
-    if int4 and guard_or_false(n % pack != 0):
+    for name, tensor in (("x1", x1), ("weight", weight)):
+        _check_not_empty(product, name, tensor)
+        if int4:
+            _check_contiguous(name, tensor)
+    if int4 and _sure(n % pack != 0):
         _value_error(
             f"weight has n = {n} rows; int4 needs n and k to be multiples of {pack}. What to do: "
             "pad the output channels with zeros and slice the result."
         )
-    unlimited = not int4 and not row.folds_scale and pertoken_scale is not None
-    if not unlimited and guard_or_false(k > LAST_DIM_MAX):
+    exempt = not int4 and not row.folds_scale and pertoken_scale is not None
+    if product.limits_k and not exempt and _sure(k > LAST_DIM_MAX):
+        same = [r for r in rows_of(product, torch.int8) if r.output == row.output and not int4]
+        pertoken = any(torch.float32 in r.pertoken_scale for r in same)
         _value_error(
             f"k is {k}; the last dim of x1 and weight is at most {LAST_DIM_MAX} on {product}"
-            + (" unless pertoken_scale is given" if not int4 else "")
-            + ". What to do: split k over two layers with int32 output and add them."
+            + (" unless a float scale comes with pertoken_scale" if pertoken else "")
+            + ". What to do: split k over two layers and add their results."
         )
+    for name, size in (("m", m), ("k", k), ("n", n)):
+        if _sure(size > DIM_MAX):
+            _value_error(
+                f"{name} is {size}; no dim may exceed {DIM_MAX}. What to do: split the layer."
+            )
     shape = (*_broadcast(x1, weight), m, n)
 
     _check_vector("scale", scale, n)
@@ -389,12 +499,12 @@ def plan_trans_quant_param(
                 f"What to do: convert it with {name}.float(). {code}"
             )
         dims = len(tensor.shape)
-        if dims not in (1, 2) or (dims == 2 and guard_or_false(tensor.shape[0] != 1)):
+        if dims not in (1, 2) or (dims == 2 and _sure(tensor.shape[0] != 1)):
             raise LinearQuantValueError(
                 f"trans_quant_param: {name} has shape {_shape(tensor)}; allowed are (1,), (n,) and "
                 f"(1, n). {code}"
             )
-        if guard_or_false(tensor.shape[-1] == 0):
+        if _sure(tensor.shape[-1] == 0):
             raise LinearQuantValueError(f"trans_quant_param: {name} is empty. {code}")
     if round_mode not in (0, 1):
         raise LinearQuantValueError(
@@ -405,9 +515,9 @@ def plan_trans_quant_param(
         return tuple(scale.shape)
     fits = len(scale.shape) == len(offset.shape)
     if fits and len(scale.shape) == 1:
-        if guard_or_false(scale.shape[0] == 1):
+        if _sure(scale.shape[0] == 1):
             return tuple(offset.shape)
-        if guard_or_false(offset.shape[0] == 1):
+        if _sure(offset.shape[0] == 1):
             return tuple(scale.shape)
     if not fits or _differ(scale.shape[-1], offset.shape[-1]):
         raise LinearQuantValueError(

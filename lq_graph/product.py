@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from functools import cache
 
 from .errors import LinearQuantValueError
 from .formats import A2, PRODUCTS, Product, product_by_name, product_of_soc
 
-__all__ = ["ENV", "get_product", "set_product"]
+__all__ = ["ENV", "get_product", "parse_product", "set_product"]
 
 ENV = "LQ_GRAPH_PRODUCT"
 _DEFAULT = A2
@@ -17,7 +18,18 @@ _DEFAULT = A2
 _chosen: Product | None = None
 
 
-def _parse(name: str, where: str) -> Product:
+def parse_product(name: Product | str, where: str) -> Product:
+    """A product by key ("A2"), name or SoC name; a Product is returned as it is.
+
+    Args:
+        name: what was given.
+        where: who asks, for the message.
+
+    Raises:
+        LinearQuantValueError: no such product.
+    """
+    if isinstance(name, Product):
+        return name
     product = product_by_name(name)
     if product is None:
         known = ", ".join(p.key for p in PRODUCTS)
@@ -30,9 +42,20 @@ def _parse(name: str, where: str) -> Product:
 
 @cache
 def _detect() -> Product | None:
-    """The product of the device torch_npu sees; None if there is none or it is unknown."""
+    """The product of the device torch_npu sees; None if there is none, or, with a warning, if no
+    table is known for it."""
     npu = sys.modules["torch"].npu
-    return product_of_soc(npu.get_device_name()) if npu.is_available() else None
+    if not npu.is_available():
+        return None
+    name = npu.get_device_name()
+    product = product_of_soc(name)
+    if product is None:
+        warnings.warn(
+            f"lq_graph knows no support table for {name}; it reads that of {_DEFAULT}. Set "
+            f"{ENV} or lq_graph.set_product to choose another.",
+            stacklevel=2,
+        )
+    return product
 
 
 def get_product() -> Product:
@@ -44,7 +67,7 @@ def get_product() -> Product:
     if _chosen is not None:
         return _chosen
     if name := os.environ.get(ENV):
-        return _parse(name, ENV)
+        return parse_product(name, ENV)
     # torch_npu is never imported for this: without it there is no device to ask
     detected = _detect() if sys.modules.get("torch_npu") else None
     return detected or _DEFAULT
@@ -54,10 +77,10 @@ def set_product(product: Product | str | None) -> None:
     """Set the product for this process; None goes back to the environment and the device.
 
     Args:
-        product: a `Product`, its key ("310P", "A2", "A3"), its name, or a SoC name.
+        product: a `Product`, its key ("310P", "A2", "A3", "950"), its name, or a SoC name.
 
     Raises:
         LinearQuantValueError: no such product.
     """
     global _chosen
-    _chosen = _parse(product, "set_product") if isinstance(product, str) else product
+    _chosen = None if product is None else parse_product(product, "set_product")

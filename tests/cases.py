@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import golden
 import numpy as np
 import torch
+from table import BF16, F16, F32, I8, I32, I64, TABLE
 from torch import Tensor
 
-I8, I32, I64 = torch.int8, torch.int32, torch.int64
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+import lq_graph
 
 # Inputs of one call, by the op's argument names; output_dtype among them.
 Inputs = dict[str, "Tensor | torch.dtype | None"]
@@ -137,40 +137,34 @@ def assert_equal(actual: Tensor, inputs: Inputs) -> None:
     np.testing.assert_array_equal(as_numpy(actual), want)
 
 
-# Every row of the Atlas A2 / A3 table, each optional tensor present and absent.
-ROW_CASES: list[Case] = [
-    # int8 -> float16
-    Case(output=F16),
-    Case(output=F16, scale=I64, bias=I32),
-    Case(output=F16, bias=I32, scalar_scale=True),
-    # int8 -> int8
-    Case(),
-    Case(offset=True),
-    Case(offset=True, bias=I32),
-    Case(scale=I64, offset=True, bias=I32),
-    Case(scale=I64),
-    Case(scalar_scale=True, offset=True, bias=I32),
-    Case(scalar_scale=True, scalar_offset=True, offset=True),
-    # int8 -> bfloat16
-    *(
-        Case(output=BF16, scale=scale, bias=bias, pertoken=pertoken)
-        for scale in (F32, BF16)
-        for bias in (None, I32, BF16, F32)
-        for pertoken in (False, True)
-    ),
-    # int8 -> float16 with pertoken
-    *(Case(output=F16, bias=bias, pertoken=True) for bias in (None, I32, F16, F32)),
-    # int4 -> float16
-    Case(x=I32, output=F16),
-    Case(x=I32, output=F16, scale=I64, bias=I32),
-    Case(x=I32, output=F16, bias=I32, scalar_scale=True),
-    # int8 -> int32
-    Case(output=I32),
-    Case(output=I32, scale=BF16, bias=I32),
-]
+def rows_of(product: str) -> list[Case]:
+    """Every combination of dtypes of every row a product has."""
+    return [
+        Case(
+            x=c.x,
+            scale=c.scale,
+            offset=c.offset is not None,
+            bias=c.bias,
+            pertoken=c.pertoken_scale is not None,
+            output=c.output_dtype,
+        )
+        for row in TABLE
+        if product in row.products.split()
+        for c in row.combinations()
+    ]
+
+
+# The product the tests run on: cann_host's, or the card's.
+PRODUCT = lq_graph.get_product().key
+ROW_CASES = rows_of(PRODUCT)
 
 # Shapes, on a few rows.
 SHAPE_CASES: list[Case] = [
+    Case(scalar_scale=True, offset=True, bias=I32),
+    Case(scalar_scale=True, scalar_offset=True, offset=True),
+    Case(output=F16, bias=I32, scalar_scale=True),
+    Case(output=BF16, scale=BF16, scalar_scale=True, pertoken=True),
+    Case(x=I32, output=F16, bias=I32, scalar_scale=True),
     Case(m=1, k=1, n=1),
     Case(k=1, n=7, bias=I32),
     Case(batch=(2,), weight_batch=(2,), k=1, n=7, output=I32),
@@ -188,8 +182,3 @@ SHAPE_CASES: list[Case] = [
 ]
 
 ALL_CASES = ROW_CASES + SHAPE_CASES
-
-
-def only(case: Case, **changes: object) -> Case:
-    """A case with some fields replaced."""
-    return replace(case, **changes)  # type: ignore[arg-type]

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -15,3 +19,22 @@ if os.environ.get("LQ_GRAPH_TEST_NPU") != "1":
     import cann_host
 
     cann_host.activate()  # before anything imports torch
+
+_counts: Counter[str] = Counter()
+
+
+@pytest.fixture
+def tally() -> Callable[..., None]:
+    """Count what a test went through; the totals end the run's output."""
+
+    def count(what: str, times: int = 1) -> None:
+        _counts[what] += times
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _counts:
+        terminalreporter.section("counted")
+        for what, times in sorted(_counts.items()):
+            terminalreporter.write_line(f"{times:7,}  {what}")

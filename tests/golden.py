@@ -68,7 +68,8 @@ def linear_quant(
     f32 = np.float32
     value = acc.astype(np.int32).astype(f32)
 
-    if output_dtype == "int8" or (output_dtype == "float16" and pertoken_scale is None):
+    folded = output_dtype == "int8" or (output_dtype == "float16" and pertoken_scale is None)
+    if folded or packed:
         word = scale.astype(np.int64) if packed else trans_quant_param(scale, offset)
         s = (word & 0xFFFFE000).astype(np.uint32).view(f32)
         nine = (word >> 37) & 0x1FF
@@ -76,6 +77,8 @@ def linear_quant(
         value = value * s
         if output_dtype == "float16":
             return np.clip(value, f32(-65504), f32(65504)).astype(np.float16)
+        if output_dtype == "bfloat16":  # Ascend 950 only
+            return bfloat16(value)
         t = np.clip(np.rint(value), -256, 255).astype(np.int64)
         return np.clip(t + nine, -128, 127).astype(np.int8)
 

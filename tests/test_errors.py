@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import cases
 import pytest
@@ -39,6 +40,15 @@ def cut(name: str, *index: object) -> Change:
     return change
 
 
+def stored_transposed(name: str) -> Change:
+    """The same values, in memory column by column."""
+
+    def change(inputs: cases.Inputs) -> None:
+        inputs[name] = inputs[name].t().contiguous().t()  # type: ignore[union-attr]
+
+    return change
+
+
 TYPE, VALUE = LinearQuantTypeError, LinearQuantValueError
 ones = torch.ones
 A4W4 = Case(x=I32, output=F16)
@@ -46,22 +56,22 @@ A4W4 = Case(x=I32, output=F16)
 # (case that is legal, one change, error, what the sentence must say)
 REFUSED = [
     # dtypes
-    (Case(), cast("x1", F32), TYPE, r"x1 is float32; Atlas A2 allows int8 or int32 \(eight int4"),
+    (Case(), cast("x1", F32), TYPE, r"x1 is float32; Atlas A2 allows int8 or int32 \(int4\)\."),
     (Case(), cast("weight", I32), TYPE, r"weight is int32 and x1 is int8; both must be of one"),
     (Case(), cast("weight", F16), TYPE, r"weight is float16 and x1 is int8; .* as int8"),
     (Case(), put("output_dtype", F32), TYPE, r"output_dtype is float32; .* allows bfloat16, float"),
-    (A4W4, put("output_dtype", None), TYPE, r"output_dtype is int8; with int4 .* allows float16"),
-    (A4W4, put("output_dtype", I32), TYPE, r"output_dtype is int32; with int4 .* allows float16"),
+    (A4W4, put("output_dtype", None), TYPE, r"output_dtype is int8; .*int32 \(int4\).* float16"),
+    (A4W4, put("output_dtype", I32), TYPE, r"output_dtype is int32; .*int32 \(int4\).* float16"),
     (Case(), cast("scale", BF16), TYPE, r"scale is bfloat16; .* allows float32 or int64"),
     (Case(), cast("scale", F16), TYPE, r"scale is float16; .* allows float32 or int64"),
     (Case(output=BF16), cast("scale", I64), TYPE, r"scale is int64; .* bfloat16 or float32.*pac"),
     (Case(output=I32), cast("scale", I64), TYPE, r"scale is int64; .* bfloat16 or float32"),
     (A4W4, cast("scale", BF16), TYPE, r"scale is bfloat16; .* allows float32 or int64"),
-    (Case(output=F16), put("offset", ones(24)), TYPE, r"offset is float32; .* only int8 output"),
-    (Case(output=BF16), put("offset", ones(24)), TYPE, r"offset is float32; .* only int8 output"),
+    (Case(output=F16), put("offset", ones(24)), TYPE, r"offset is float32; .* \(only int8 out"),
+    (Case(output=BF16), put("offset", ones(24)), TYPE, r"offset is float32; .* \(only int8 out"),
     (Case(offset=True), cast("offset", F16), TYPE, r"offset is float16; .* allows float32 or abs"),
     (Case(), put("pertoken_scale", ones(3)), TYPE, r"pertoken_scale is float32; with int8 .* int8"),
-    (A4W4, put("pertoken_scale", ones(3)), TYPE, r"pertoken_scale is float32; .* takes no perto"),
+    (replace(A4W4, scale=I64), put("pertoken_scale", ones(3)), TYPE, r"pertoken_scale is float3"),
     (Case(output=BF16, pertoken=True), cast("pertoken_scale", F16), TYPE, r"pertoken_scale is flo"),
     (Case(bias=I32), cast("bias", F32), TYPE, r"bias is float32; .* allows int32 or absent"),
     (Case(output=F16, bias=I32), cast("bias", F32), TYPE, r"bias is float32; .* int32 or absent"),
@@ -71,7 +81,7 @@ REFUSED = [
     (Case(), cut("x1", ..., slice(8)), VALUE, r"differ in k: 8 and 40.*weight is \(n, k\)"),
     (Case(), lambda i: i.update(weight=i["weight"].t()), VALUE, r"weight looks transposed"),
     (A4W4, cut("x1", ..., slice(2)), VALUE, r"differ in k: 2 and 5 \(16 and 40 int4 values\)"),
-    (Case(), cut("x1", 0), VALUE, r"x1 has 1 dims, shape \(40\); allowed are 2 to 6"),
+    (Case(), cut("x1", 0), VALUE, r"x1 has 1 dims, shape \(40,\); allowed are 2 to 6"),
     (Case(), cut("x1", *(None,) * 5), VALUE, r"x1 has 7 dims"),
     (Case(), cut("weight", 0), VALUE, r"weight has 1 dims"),
     (A4W4, cut("weight", None), VALUE, r"an int4 weight has exactly 2 dims"),
@@ -92,7 +102,11 @@ REFUSED = [
         r"bias has shape \(1, 1, 24\) .* \(2, 1, 24\)",
     ),
     (Case(), lambda i: i.update(x1=i["x1"][:, :0], weight=i["weight"][:, :0]), VALUE, r"k is 0"),
-    (Case(), cut("weight", slice(0)), VALUE, r"n is 0"),
+    (Case(), cut("weight", slice(0)), VALUE, r"weight has shape \(0, 40\), n is 0; Atlas A2 takes"),
+    (Case(), cut("x1", slice(0)), VALUE, r"x1 has shape \(0, 40\), m is 0; Atlas A2 takes no"),
+    (Case(batch=(2,)), cut("x1", slice(0)), VALUE, r"x1 has shape \(0, 3, 40\), a batch is 0"),
+    (A4W4, stored_transposed("x1"), VALUE, r"x1 has .* strides \(1, 3\); int32 \(int4\) must"),
+    (A4W4, stored_transposed("weight"), VALUE, r"weight has .* strides \(1, 24\); .*contiguous"),
     (Case(k=65536, m=1, n=1), lambda i: None, VALUE, r"k is 65536; .* at most 65535 on Atlas A2"),
     (Case(x=I32, k=65536, m=1, n=8, output=F16), lambda i: None, VALUE, r"k is 65536; .* at most"),
 ]  # fmt: skip
@@ -159,7 +173,7 @@ def test_k_beyond_the_limit_is_legal_with_pertoken() -> None:
         ((ones(2, 4),), VALUE, r"scale has shape \(2, 4\); allowed are \(1,\), \(n,\) and \(1, n"),
         ((torch.tensor(1.0),), VALUE, r"scale has shape \(\)"),
         ((ones(0),), VALUE, "scale is empty"),
-        ((ones(4), ones(3)), VALUE, r"scale \(4\) and offset \(3\) do not fit"),
+        ((ones(4), ones(3)), VALUE, r"scale \(4,\) and offset \(3,\) do not fit"),
         ((ones(1, 4), ones(4)), VALUE, "do not fit"),
         ((ones(4), None, 2), VALUE, "round_mode is 2; allowed are 0"),
     ],
@@ -186,6 +200,12 @@ def test_errors_are_the_builtin_kinds_too() -> None:
         ("310P", A4W4, False),
         ("A3", A4W4, True),
         ("Ascend910_9392", Case(output=BF16), True),
+        ("A2", Case(output=BF16, scale=I64), False),
+        ("950", Case(output=BF16, scale=I64), True),
+        ("Ascend950PR_9579", Case(x=I32, output=BF16, pertoken=True), True),
+        ("A2", Case(m=0), False),
+        ("950", Case(m=0), True),
+        ("950", Case(k=65536, m=1, n=1), True),
     ],
 )
 def test_product_decides(product: str, case: Case, legal: bool) -> None:
@@ -204,7 +224,9 @@ def test_product_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LQ_GRAPH_PRODUCT", "310p")
     assert lq_graph.get_product().key == "310P"
     monkeypatch.setenv("LQ_GRAPH_PRODUCT", "H100")
-    with pytest.raises(LinearQuantValueError, match=r"LQ_GRAPH_PRODUCT: 'H100' .* 310P, A2, A3"):
+    with pytest.raises(
+        LinearQuantValueError, match=r"LQ_GRAPH_PRODUCT: 'H100' .* 310P, A2, A3, 950"
+    ):
         lq_graph.get_product()
 
 

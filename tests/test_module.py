@@ -87,6 +87,8 @@ def test_both_signatures(kwargs, dtype, shape) -> None:
     [
         ((16, 8), dict(dtype=F16), LinearQuantTypeError, "dtype is torch.float16; allowed are"),
         ((16, 8), dict(x1_dtype=I8, x2_dtype=I32), LinearQuantTypeError, "x1_dtype=int8, x2_dtype"),
+        ((16, 8), dict(x1_dtype=1), LinearQuantTypeError, "x1_dtype is 1; allowed are torch.int8"),
+        ((16, 8), dict(x2_dtype=F16), LinearQuantTypeError, "x2_dtype is torch.float16; allowed"),
         ((16, 8), dict(group_size=128), LinearQuantValueError, "group_size is 128; per-group"),
         ((12, 8), dict(dtype=I32), LinearQuantValueError, "in_features is 12; .* multiple of 8"),
         ((16, 9), dict(dtype=I32), LinearQuantValueError, "out_features is 9; .* multiple of 8"),
@@ -96,6 +98,21 @@ def test_both_signatures(kwargs, dtype, shape) -> None:
 def test_constructor_refuses(args, kwargs, error, match) -> None:
     with pytest.raises(error, match=match):
         LinearQuant(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("stated", "x1", "weight", "match"),
+    [
+        (dict(x1_dtype=I8), I32, I32, r"x1 is int32, .* x1_dtype=int8. What to do: pass int8"),
+        (dict(x2_dtype=I32), I8, I8, r"weight is int8, .* x2_dtype=int32\. What to do"),
+        (dict(x1_dtype=I8, x2_dtype=I8), I8, I32, "weight is int32"),
+    ],
+)
+def test_tensors_are_held_against_the_stated_dtypes(stated, x1, weight, match) -> None:
+    layer = LinearQuant(16, 8, bias=False, output_dtype=F16, **stated)
+    layer.weight.data = torch.zeros(8, 16 if weight == I8 else 2, dtype=weight)
+    with pytest.raises(LinearQuantTypeError, match=match):
+        layer(torch.zeros(3, 16 if x1 == I8 else 2, dtype=x1))
 
 
 @pytest.mark.parametrize("case", cases.ROW_CASES, ids=str)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import lq_graph
-from lq_graph.formats import PRODUCTS, ROWS, Row, dtype_name
+from lq_graph import __main__ as command_line
+from lq_graph.formats import PRODUCTS, ROWS, Row, dtype_name, storage_name
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -21,8 +22,10 @@ def table() -> str:
         return ", ".join(dtype_name(dtype) for dtype in choices)
 
     def line(row: Row) -> str:
-        x1 = "int32 (int4)" if row.storage == torch.int32 else dtype_name(row.storage)
-        cells = [x1, *map(cell, (row.scale, row.offset, row.bias, row.pertoken_scale))]
+        cells = [
+            storage_name(row.storage),
+            *map(cell, (row.scale, row.offset, row.bias, row.pertoken_scale)),
+        ]
         marks = ["yes" if product in row.products else "" for product in PRODUCTS]
         return "| " + " | ".join([*cells, dtype_name(row.output), *marks]) + " |"
 
@@ -53,3 +56,10 @@ def test_the_two_commands_come_first() -> None:
         'pip install -e ".[npu]" && python -m cann_host examples/graph_mode.py',
         'pip install -e ".[test]" && python -m pytest',
     ]
+
+
+def test_check_shown_is_the_real_one(capsys) -> None:
+    shown = re.search(r"```\n\$ python -m lq_graph (check .*)\n([^`]*)```", README)
+    assert shown
+    command_line.main(shown[1].split())
+    assert capsys.readouterr().out == shown[2]

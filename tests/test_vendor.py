@@ -116,8 +116,3 @@ def test_trans_quant_param_on_npu_equals_cpu(with_offset: bool, round_mode: int)
     assert torch.equal(lq_graph.trans_quant_param(scale.npu(), moved, round_mode).cpu(), want)
     assert torch.equal(torch_npu.npu_trans_quant_param(scale.npu(), moved, round_mode).cpu(), want)
     assert want.dtype == I64
-
-
-def test_empty_m_on_npu() -> None:
-    layer = lq_graph.LinearQuant(16, 8).npu()
-    assert layer(torch.empty(0, 16, dtype=I8).npu()).shape == (0, 8)

@@ -1,0 +1,99 @@
+"""`python -m lq_graph check ...`: ask about a configuration from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+import torch
+
+from .check import Spec, check
+from .errors import LinearQuantValueError
+from .formats import PRODUCTS, STORAGE_DTYPES
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
+_DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _dtype(text: str) -> torch.dtype:
+    try:
+        return _DTYPES[text]
+    except KeyError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no dtype; write int8, int4, float32, bfloat16, ..."
+        ) from None
+
+
+def _tensor(text: str) -> torch.dtype | Spec:
+    """int8, int8[16,512] or, for eight int4 in each int32, int4[16,512]."""
+    found = re.fullmatch(r"(\w+)(?:\[([\d,\s]*)\])?", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form int8 or int8[16,512]")
+    name, sizes = found.groups()
+    int4 = name == "int4"
+    dtype = torch.int32 if int4 else _dtype(name)
+    if sizes is None:
+        return dtype
+    shape = [int(size) for size in sizes.split(",") if size.strip()]
+    if int4 and shape:
+        pack = STORAGE_DTYPES[torch.int32]
+        if shape[-1] % pack:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: k of int4 is a multiple of {pack}, because int32 carries it"
+            )
+        shape[-1] //= pack
+    return Spec(dtype, tuple(shape))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lq_graph")
+    commands = parser.add_subparsers(dest="command", required=True)
+    asking = commands.add_parser(
+        "check",
+        help="is a configuration legal, on which products, and why not",
+        description="Ask whether linear_quant takes a configuration. Nothing runs. A tensor is "
+        "written as a dtype, int8, or as a dtype and a shape, int8[16,512]; int4 is int32 "
+        "carrying eight int4. What is left out is absent.",
+        epilog="Exit status: 0 if a product takes it, 1 if none does, 2 for a mistake in the "
+        "command.",
+    )
+    asking.add_argument("--x1", type=_tensor, default=torch.int8, help="default int8")
+    asking.add_argument("--weight", type=_tensor, help="(..., n, k), untransposed; default as x1")
+    asking.add_argument("--scale", type=_tensor, default=torch.float32, help="default float32")
+    asking.add_argument("--offset", type=_tensor)
+    asking.add_argument("--pertoken-scale", "--pertoken", type=_tensor)
+    asking.add_argument("--bias", type=_tensor)
+    asking.add_argument("--output", type=_dtype, default=torch.int8, help="default int8")
+    keys = ", ".join(product.key for product in PRODUCTS)
+    asking.add_argument("--product", help=f"one of {keys}, or a SoC name; default all")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    try:
+        answer = check(
+            asked.x1,
+            asked.weight,
+            asked.scale,
+            asked.offset,
+            asked.pertoken_scale,
+            asked.bias,
+            output_dtype=asked.output,
+            product=asked.product,
+        )
+    except LinearQuantValueError as error:
+        parser.error(str(error))
+    print(answer)
+    return 0 if answer else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The vendor's support tables once more, by hand: what lq_graph.formats is held against.
+
+Written from the pages of torch_npu.contrib.module.LinearQuant (310P, A2, A3) and of
+aclnnQuantMatmulV4 (950, and A4W4 with a per-token scale). None: may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+I8, I32, I64 = torch.int8, torch.int32, torch.int64
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+NO = None
+DType = torch.dtype | None
+
+
+class Combination(NamedTuple):
+    """The dtypes of one call; None: absent."""
+
+    x: torch.dtype
+    scale: torch.dtype
+    offset: DType
+    bias: DType
+    pertoken_scale: DType
+    output_dtype: torch.dtype
+
+
+class Row(NamedTuple):
+    products: str
+    x: torch.dtype
+    scale: tuple[torch.dtype, ...]
+    offset: tuple[DType, ...]
+    bias: tuple[DType, ...]
+    pertoken_scale: tuple[DType, ...]
+    output_dtype: torch.dtype
+
+    def combinations(self) -> Iterator[Combination]:
+        choices = (self.scale, self.offset, self.bias, self.pertoken_scale)
+        for scale, offset, bias, pertoken in product(*choices):
+            yield Combination(self.x, scale, offset, bias, pertoken, self.output_dtype)
+
+
+TABLE = [
+    Row("310P A2 A3 950", I8, (I64, F32), (NO,), (I32, NO), (NO,), F16),
+    Row("310P A2 A3 950", I8, (I64, F32), (F32, NO), (I32, NO), (NO,), I8),
+    Row("A2 A3 950", I8, (F32, BF16), (NO,), (I32, BF16, F32, NO), (F32, NO), BF16),
+    Row("A2 A3 950", I8, (F32,), (NO,), (I32, F16, F32, NO), (F32,), F16),
+    Row("A2 A3 950", I32, (I64, F32), (NO,), (I32, NO), (NO,), F16),
+    Row("A2 A3 950", I8, (F32, BF16), (NO,), (I32, NO), (NO,), I32),
+    Row("A2 A3 950", I32, (F32, BF16), (NO,), (I32, BF16, F32, NO), (F32,), BF16),
+    Row("A2 A3 950", I32, (F32,), (NO,), (I32, F16, F32, NO), (F32,), F16),
+    Row("950", I8, (I64,), (NO,), (I32, NO), (NO,), BF16),
+]
+PRODUCTS = ("310P", "A2", "A3", "950")
+LEGAL = {
+    key: {c for row in TABLE if key in row.products.split() for c in row.combinations()}
+    for key in PRODUCTS
+}
+
+# every value a field is changed to
+_ANY = (F32, BF16, F16, I8, I32, I64, torch.float64, torch.uint8)
+FIELDS: dict[str, tuple[DType, ...]] = {
+    "x": (I8, I32, F32, F16, BF16, I64, torch.uint8),
+    "scale": _ANY,
+    "offset": (*_ANY, NO),
+    "bias": (*_ANY, NO),
+    "pertoken_scale": (*_ANY, NO),
+    "output_dtype": _ANY,
+}
+
+
+def mutations(legal: Combination) -> Iterator[tuple[str, Combination]]:
+    """Every combination that differs from a legal one in one field."""
+    for field, values in FIELDS.items():
+        for value in values:
+            if value != getattr(legal, field):
+                yield field, legal._replace(**{field: value})
