@@ -138,6 +138,21 @@ def test_one_dynamic_graph_serves_every_m() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("name", ["x1", "weight"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_int8_stored_column_by_column(name: str, dynamic: bool) -> None:
+    inputs = cases.make(Case(m=8, k=16, n=24, offset=True))
+    layer = module_for(inputs).npu()
+    x1 = inputs["x1"].npu()
+    if name == "x1":
+        x1 = x1.t().contiguous().t()
+    else:
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    cases.assert_equal(layer(x1), inputs)
+    out, _ = lower(layer, x1, dynamic=dynamic)
+    cases.assert_equal(out, inputs)
+
+
 def test_trans_quant_param_in_a_graph() -> None:
     scale, offset = torch.rand(24), torch.randn(24) * 50
     out, graph = lower(lq_graph.trans_quant_param, scale.npu(), offset.npu())

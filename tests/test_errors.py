@@ -12,8 +12,11 @@ import pytest
 import torch
 from cases import BF16, F16, F32, I8, I32, I64, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchair.ge._ge_graph import GeGraph
 
 import lq_graph
+from converters import _torchair
+from converters.linear_quant import linear_quant as linear_quant_converter
 from lq_graph import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 
 Change = Callable[[cases.Inputs], None]
@@ -113,6 +116,27 @@ REFUSED = [
 IDS = [f"{i}-{case}" for i, (case, *_) in enumerate(REFUSED)]
 
 
+def in_converter(inputs: cases.Inputs) -> LinearQuantError:
+    """What the converter says of GE tensors with these dtypes and shapes."""
+    ge = _torchair.ge
+
+    def data(index: int, tensor: torch.Tensor) -> object:
+        dtype = _torchair.torch_type_to_ge_type(tensor.dtype)
+        shape = list(tensor.shape)
+        found = ge.Data(index=index, dtype=dtype, shape=shape, placement="NPU")
+        found.set_meta(tensor.to("meta"))
+        return found
+
+    with GeGraph():
+        given = {
+            name: data(index, value) if torch.is_tensor(value) else value
+            for index, (name, value) in enumerate(inputs.items())
+        }
+        with pytest.raises(LinearQuantError) as caught:
+            linear_quant_converter(**given)
+    return caught.value
+
+
 def refused(inputs: cases.Inputs) -> LinearQuantError:
     with pytest.raises(LinearQuantError) as caught:
         lq_graph.linear_quant(**inputs)
@@ -123,6 +147,7 @@ def refused(inputs: cases.Inputs) -> LinearQuantError:
 def test_refused_with_one_sentence_everywhere(case, change, error, match) -> None:
     inputs = cases.make(case)
     change(inputs)
+    before = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
     on_cpu = refused(inputs)
     assert type(on_cpu) is error
     with pytest.raises(error, match=match):
@@ -136,6 +161,9 @@ def test_refused_with_one_sentence_everywhere(case, change, error, match) -> Non
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in inputs.items()}
         assert str(refused(fake)) == text
+    assert str(in_converter(inputs)) == text
+    for name, value in inputs.items():
+        assert value is before[name] or torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize(
