@@ -55,7 +55,7 @@ def pack_int4(values: Tensor) -> Tensor:
                 f"pack_int4: values range over {low}..{high}; int4 holds -8..7. What to do: clamp "
                 "after rounding, or quantize with a larger scale."
             )
-    return numerics.pack_int4(values)
+    return numerics.pack_int4(values.to(torch.int8))
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
