@@ -82,8 +82,7 @@ def main() -> None:
 
     model = model.npu()
     print("weights prepared")
-    for line in lq_graph.use_internal_format_weight(model):
-        print("  ", line)
+    print(textwrap.indent(str(lq_graph.use_internal_format_weight(model)), "   "))
 
     config = tng.CompilerConfig()
     npu_backend = tng.get_npu_backend(compiler_config=config)

@@ -33,8 +33,10 @@ from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueErro
 from .module import LinearQuant
 from .ops import linear_quant, trans_quant_param
 from .plan import Plan, plan
+from .prepare import use_internal_format_weight
 from .product import get_product, set_product
-from .weights import pack_int4, unpack_int4, use_internal_format_weight
+from .vendor import convert
+from .weights import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
 
 __all__ = [
     "Check",
@@ -44,11 +46,14 @@ __all__ = [
     "LinearQuantValueError",
     "Plan",
     "check",
+    "convert",
+    "from_fractal_nz",
     "get_product",
     "linear_quant",
     "pack_int4",
     "plan",
     "set_product",
+    "to_fractal_nz",
     "trans_quant_param",
     "unpack_int4",
     "use_internal_format_weight",

@@ -14,6 +14,7 @@ from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueErro
 from .formats import PRODUCTS, STORAGE_DTYPES, Product, Row, dtype_name, storage_name
 from .plan import Plan, nearest_rows, plan
 from .product import parse_product
+from .text import table
 
 __all__ = ["Check", "Spec", "Verdict", "check"]
 
@@ -217,8 +218,4 @@ def _table(rows: Sequence[Row], given: dict[str, torch.dtype | None] | None = No
         if given and given["x1"] != row.storage:
             storage += "*"
         lines.append([storage, *cells, products])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    return table(lines, "  ")

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .errors import LinearQuantValueError
-from .plan import plan, plan_trans_quant_param
+from .plan import check_finite, plan, plan_trans_quant_param
 
 __all__ = ["linear_quant", "trans_quant_param"]
 
@@ -43,10 +42,5 @@ def linear_quant(
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
     plan_trans_quant_param(scale, offset, round_mode)
-    for name, tensor in (("scale", scale), ("offset", offset)):
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            raise LinearQuantValueError(
-                f"trans_quant_param: {name} holds NaN or infinity, which the packed form cannot "
-                "carry. What to do: check the calibration that produced it."
-            )
+    check_finite(scale, offset)
     return numerics.pack_scale(scale, offset, round_mode)

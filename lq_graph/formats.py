@@ -25,6 +25,7 @@ __all__ = [
     "LAST_DIM_MAX",
     "MAX_DIMS",
     "MIN_DIMS",
+    "ND",
     "PRODUCTS",
     "ROWS",
     "STORAGE_DTYPES",
@@ -43,6 +44,7 @@ MAX_DIMS = 6
 # by the operator, so only k is a last dim; n has no such limit.
 LAST_DIM_MAX = 65535
 DIM_MAX = 2**31 - 1  # quant_batch_matmul_v3_tiling.cpp (hicann/ops-nn), CheckShapeInBoundary
+ND = 2  # ACL_FORMAT_ND
 FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
 
 # storage dtype of x1 and weight -> logical values per element of the last dim

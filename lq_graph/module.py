@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .errors import LinearQuantTypeError, LinearQuantValueError
-from .formats import ROWS, STORAGE_DTYPES, dtype_name
-from .ops import linear_quant
+from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from .formats import ND, ROWS, STORAGE_DTYPES, dtype_name
+from .npu import cast_format, format_of
+from .ops import linear_quant, trans_quant_param
+from .plan import check_finite
 
-__all__ = ["LinearQuant"]
+__all__ = ["PARAMETERS", "LinearQuant"]
 
-_PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
+PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
 
 
 class LinearQuant(nn.Module):
@@ -104,14 +106,21 @@ class LinearQuant(nn.Module):
         self.x1_dtype = x1_dtype
         self.x2_dtype = x2_dtype
 
-        def parameter(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Parameter:
-            return Parameter(torch.full(shape, fill, dtype=dtype, device=device), False)
+        def parameter(
+            name: str, wanted: bool, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0
+        ) -> None:
+            value = Parameter(torch.full(shape, fill, dtype=dtype, device=device), False)
+            self.register_parameter(name, value if wanted else None)
 
-        self.weight = parameter((out_features, in_features // pack), storage)
-        self.scale = parameter((out_features,), torch.float32, 1)
-        self.offset = parameter((out_features,), torch.float32) if offset else None
-        self.pertoken_scale = parameter((1,), torch.float32, 1) if pertoken_scale else None
-        self.bias = parameter((out_features,), torch.int32) if bias else None
+        n = out_features
+        parameter("weight", True, (n, in_features // pack), storage)
+        parameter("scale", True, (n,), torch.float32, 1)
+        parameter("offset", offset, (n,), torch.float32)
+        parameter("pertoken_scale", pertoken_scale, (1,), torch.float32, 1)
+        parameter("bias", bias, (n,), torch.int32)
+        # The float32 scale behind one that fold_scale packed: what a state dict holds. It is no
+        # state of its own, so neither parameter nor buffer.
+        self._float_scale: Tensor | None = None
 
     def forward(self, x1: Tensor, pertoken_scale: Tensor | None = None) -> Tensor:
         """Apply the layer; contract in `lq_graph.linear_quant`.
@@ -134,10 +143,33 @@ class LinearQuant(nn.Module):
             output_dtype=self.output_dtype,
         )
 
+    def fold_scale(self) -> None:
+        """Replace the float32 scale by the packed int64 form, with the offset in it.
+
+        State dicts keep holding the float32 scale, and loading one folds it again.
+
+        Raises:
+            LinearQuantTypeError: the scale is not float32.
+            LinearQuantValueError: it holds NaN or infinity.
+        """
+        packed = _pack(self.scale.data, self.offset)
+        self._float_scale = self.scale.data
+        self.scale.data = packed
+
+    def _scale_before_folding(self) -> Tensor | None:
+        """The float32 scale this layer's packed scale was made of, if it still is."""
+        kept = self._float_scale
+        if kept is None or self.scale.dtype != torch.int64:
+            return None
+        kept = kept.to(self.scale.device)
+        if kept.is_meta or torch.equal(trans_quant_param(kept, self.offset), self.scale):
+            return kept
+        return None  # another scale or offset has been assigned since
+
     def extra_repr(self) -> str:
         """Every quantization setting: torchair's cache_compile keys its cache on it."""
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
-        for name in _PARAMETERS:
+        for name in PARAMETERS:
             tensor = getattr(self, name)
             setting = None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
             parts.append(f"{name}={setting}")
@@ -166,7 +198,7 @@ class LinearQuant(nn.Module):
         # Anything else is refused before a copy could cast it to something that looks right.
         found: dict[str, Tensor] = {
             name: state_dict[prefix + name]
-            for name in _PARAMETERS
+            for name in PARAMETERS
             if getattr(self, name) is not None and prefix + name in state_dict
         }
         refused = [
@@ -178,9 +210,25 @@ class LinearQuant(nn.Module):
         if refused:
             error_msgs.extend(refused)
             return
+        scale = found.get("scale")
+        refold = self._float_scale is not None and scale is not None and scale.is_floating_point()
+        if refold:
+            assert scale is not None
+            device, offset = self.scale.device, found.get("offset", self.offset)
+            try:
+                packed = _pack(scale.to(device), None if offset is None else offset.to(device))
+            except LinearQuantError as error:
+                error_msgs.append(f"{prefix}scale: {error}")
+                return
+            state_dict = {**state_dict, prefix + "scale": packed}
+            found["scale"] = packed
+        acl_format = format_of(self.weight)
         for name, tensor in found.items():
             current = getattr(self, name)
-            if tensor.dtype != current.dtype or tensor.shape != current.shape:
+            # torch_npu 2.13 ignores a copy from the host into an internal format: it casts the
+            # destination, not the source. So a FRACTAL_NZ weight is loaded as ND and cast again.
+            internal = name == "weight" and acl_format != ND
+            if tensor.dtype != current.dtype or tensor.shape != current.shape or internal:
                 current.data = torch.empty_like(tensor, device=current.device)
         super()._load_from_state_dict(
             state_dict,
@@ -191,6 +239,18 @@ class LinearQuant(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        if "weight" in found and self.weight.device.type == "npu":
+            self.weight.data = cast_format(self.weight.data, acl_format)
+        if "scale" in found:
+            self._float_scale = scale.detach().clone() if refold and scale is not None else None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        scale = self._scale_before_folding()
+        if scale is not None:
+            destination[prefix + "scale"] = scale
 
     def _holds(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor from a state dict may become this parameter, by dtype and size."""
@@ -214,6 +274,11 @@ class LinearQuant(nn.Module):
             "pertoken_scale": "(m,)",
         }.get(name, f"(1,) or ({n},)")
         return f"{dtypes}, {shape}"
+
+
+def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:
+    check_finite(scale, offset)
+    return trans_quant_param(scale, offset)
 
 
 def _check_stated(name: str, tensor: Tensor, stated: torch.dtype | None) -> None:

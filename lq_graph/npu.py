@@ -1,4 +1,5 @@
-"""NPU (PrivateUse1) kernels: validate with plan(), then one aclnn call through torch_npu.
+"""Everything that calls torch_npu: the NPU (PrivateUse1) kernels, which validate with plan() and
+make one aclnn call, and the storage formats of npu tensors.
 
 torch_npu is imported at the first call: an npu tensor cannot exist without it.
 """
@@ -8,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .formats import FRACTAL_NZ, ND
 from .plan import plan, plan_trans_quant_param
 
-__all__ = ["linear_quant", "trans_quant_param"]
+__all__ = ["cast_format", "format_of", "linear_quant", "trans_quant_param"]
+
+_ACL_INT32 = 3  # aclDataType
 
 
 def linear_quant(
@@ -48,4 +52,31 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
     plan_trans_quant_param(scale, offset, round_mode)
     out: Tensor = torch_npu.npu_trans_quant_param(scale, offset, round_mode)
+    return out
+
+
+def format_of(tensor: Tensor) -> int:
+    """The storage format of a tensor, as aclFormat numbers it; ND for one not on the NPU."""
+    if tensor.device.type != "npu":
+        return ND
+    import torch_npu
+
+    return int(torch_npu.get_npu_format(tensor))
+
+
+def cast_format(tensor: Tensor, acl_format: int) -> Tensor:
+    """An npu tensor in another storage format; itself if it has it already.
+
+    An int32 tensor is taken to carry int4: its FRACTAL_NZ blocks have rows of 8 words, 64 int4, and
+    not the 16 words of a plain cast (torch_npu-npu_format_cast.md, customize_dtype).
+    """
+    import torch_npu
+
+    if format_of(tensor) == acl_format:
+        return tensor
+    out: Tensor
+    if tensor.dtype == torch.int32 and acl_format == FRACTAL_NZ:
+        out = torch_npu.npu_format_cast(tensor, acl_format, customize_dtype=_ACL_INT32)
+    else:
+        out = torch_npu.npu_format_cast(tensor, acl_format)
     return out

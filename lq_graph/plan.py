@@ -31,7 +31,14 @@ from .formats import (
 )
 from .product import get_product
 
-__all__ = ["Plan", "TensorLike", "nearest_rows", "plan", "plan_trans_quant_param"]
+__all__ = [
+    "Plan",
+    "TensorLike",
+    "check_finite",
+    "nearest_rows",
+    "plan",
+    "plan_trans_quant_param",
+]
 
 _PARAM_INVALID = "161002"  # ACLNN_ERR_PARAM_INVALID
 
@@ -525,3 +532,18 @@ def plan_trans_quant_param(
             f"allowed are equal shapes, or 1 dim each with length 1 in one of them. {code}"
         )
     return tuple(scale.shape)
+
+
+def check_finite(scale: torch.Tensor, offset: torch.Tensor | None) -> None:
+    """Refuse a scale or offset that trans_quant_param cannot pack. Reads the values, so on the
+    NPU it waits for them: for preparation, not for a forward.
+
+    Raises:
+        LinearQuantValueError: NaN or infinity.
+    """
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise LinearQuantValueError(
+                f"trans_quant_param: {name} holds NaN or infinity, which the packed form cannot "
+                "carry. What to do: check the calibration that produced it."
+            )

@@ -1,24 +1,16 @@
-"""Weight preparation: int4 packing, scale folding, FRACTAL_NZ."""
+"""Layouts of weights, without a device: int4 in int32, and FRACTAL_NZ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import numerics
 from .errors import LinearQuantTypeError, LinearQuantValueError
-from .formats import FRACTAL_NZ, dtype_name
-from .module import LinearQuant
+from .formats import STORAGE_DTYPES, dtype_name, storage_name
 from .numerics import INT4_PER_INT32
-from .ops import trans_quant_param
-from .plan import plan
-from .product import get_product
 
-__all__ = ["Prepared", "pack_int4", "unpack_int4", "use_internal_format_weight"]
+__all__ = ["from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"]
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -80,132 +72,68 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return numerics.unpack_int4(packed)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What use_internal_format_weight did to one layer.
+def to_fractal_nz(weight: Tensor) -> Tensor:
+    """The blocks of FRACTAL_NZ (ACL format 29), laid out on any device; `from_fractal_nz` inverts.
 
-    Attributes:
-        name: the module's qualified name.
-        scale: dtype of the scale after preparation.
-        weight_format: "FRACTAL_NZ" or "ND".
-        done: what changed, or why nothing did.
-    """
-
-    name: str
-    scale: str
-    weight_format: str
-    done: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: scale {self.scale}, weight {self.weight_format} ({self.done})"
-
-
-def use_internal_format_weight(model: nn.Module) -> list[Prepared]:
-    """Prepare every LinearQuant of a model for graph mode on the NPU, once.
-
-    Folds a float32 scale with its offset into the packed int64 scale where the layer's row reads
-    that, and casts int8 weights to FRACTAL_NZ; int4 stays ND. Everything else in the model
-    (Linear, Conv2d, the vendor's own modules) is handed to torchair's function of the same name.
-    Calling it again changes nothing. All or nothing: whatever fails, the layers are as before.
-
-    A layer whose pertoken_scale comes as an argument of forward has to be made with
-    pertoken_scale=True, or its float16 output reads as the row without one, and is folded.
+    The bytes are those `torch_npu.npu_format_cast(weight, 29)` gives, for int32 (int4) with
+    customize_dtype=3.
 
     Args:
-        model: on the NPU.
+        weight: int8 (..., n, k), or int32 (..., n, k/8) carrying int4.
 
     Returns:
-        One `Prepared` for each LinearQuant, in the order of `named_modules`.
+        The dtype of weight, (..., ceil(k/C0), ceil(n/16), 16, C0), zero padded; C0 is 32 for int8
+        and 8 words, 64 int4, for int32.
 
     Raises:
-        LinearQuantValueError: the model is not on the NPU.
-        LinearQuantTypeError: a layer has no row in the product's table. Nothing is changed.
+        LinearQuantTypeError: another dtype.
+        LinearQuantValueError: fewer than 2 dims, or an empty weight.
 
-    Source: torchair's use_internal_format_weight.
+    Source: CANN's description of FRACTAL_NZ; torch_npu-npu_format_cast.md for C0.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LinearQuant)]
-    for name, layer in layers:
-        if layer.weight.device.type != "npu":
-            raise LinearQuantValueError(
-                f"use_internal_format_weight: {name or 'the model'} is on {layer.weight.device}; "
-                "FRACTAL_NZ exists on the NPU only. What to do: call model.npu() first."
-            )
-    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
-    import torchair
-
-    folds = [_folds_scale(layer) for _, layer in layers]
-    undo: list[Callable[[], None]] = []
-    try:
-        report = [
-            _prepare(name, layer, fold, undo)
-            for (name, layer), fold in zip(layers, folds, strict=True)
-        ]
-        torchair.use_internal_format_weight(model)
-    except BaseException:
-        # A cast is undone by casting back, so that no second copy of the weights is kept.
-        for step in reversed(undo):
-            step()
-        raise
-    return report
+    c0 = _c0("to_fractal_nz", weight)
+    if weight.dim() < 2 or weight.numel() == 0:
+        raise LinearQuantValueError(
+            f"to_fractal_nz: weight has shape {tuple(weight.shape)}; allowed is (..., n, k), not "
+            "empty."
+        )
+    return numerics.nd_to_nz(weight, c0)
 
 
-def _prepare(name: str, layer: LinearQuant, fold: bool, undo: list[Callable[[], None]]) -> Prepared:
-    """Fold and cast one layer; what takes it back is added to undo before each change."""
-    import torch_npu
+def from_fractal_nz(blocks: Tensor, n: int, k: int) -> Tensor:
+    """Inverse of `to_fractal_nz`.
 
-    done = []
-    if fold:
-        undo.append(partial(setattr, layer.scale, "data", layer.scale.data))
-        layer.scale.data = trans_quant_param(layer.scale.data, layer.offset)
-        done.append("scale folded")
-    why_nd = _why_nd(layer)
-    before = torch_npu.get_npu_format(layer.weight)
-    if not why_nd and before != FRACTAL_NZ:
-        undo.append(partial(_cast, layer, before))
-        _cast(layer, FRACTAL_NZ)
-        if torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ:
-            done.append("weight cast")
-        else:
-            why_nd = "weight stays ND: torch.npu.config.allow_internal_format is off"
-    if why_nd:
-        done.append(why_nd)
-    return Prepared(
-        name,
-        dtype_name(layer.scale.dtype),
-        "ND" if why_nd else "FRACTAL_NZ",
-        ", ".join(done) or "already prepared",
-    )
+    Args:
+        blocks: int8 or int32, (..., k1, n1, 16, C0).
+        n: rows of the weight, n1 = ceil(n/16).
+        k: values in a row, int4 values for int32; k1 = ceil(k/32) for int8, ceil(k/64) for int4.
 
+    Returns:
+        int8 (..., n, k) or int32 (..., n, k/8).
 
-def _cast(layer: LinearQuant, acl_format: int) -> None:
-    import torch_npu
-
-    if torch_npu.get_npu_format(layer.weight) != acl_format:
-        layer.weight.data = torch_npu.npu_format_cast(layer.weight.data, acl_format)
+    Raises:
+        LinearQuantTypeError: another dtype.
+        LinearQuantValueError: blocks that n and k do not give.
+    """
+    c0 = _c0("from_fractal_nz", blocks)
+    pack = STORAGE_DTYPES[blocks.dtype]
+    columns, rest = divmod(k, pack)
+    wanted = (-(-columns // c0), -(-n // 16), 16, c0)
+    if rest or n < 1 or k < 1 or tuple(blocks.shape[-4:]) != wanted:
+        raise LinearQuantValueError(
+            f"from_fractal_nz: blocks have shape {tuple(blocks.shape)}; for n = {n} and k = {k} of "
+            f"{storage_name(blocks.dtype)} it must end in {wanted}"
+            + (f", and k be a multiple of {pack}" if rest else "")
+            + ". What to do: pass the n and k of the weight before padding."
+        )
+    return numerics.nz_to_nd(blocks, n, columns)
 
 
-def _why_nd(layer: LinearQuant) -> str | None:
-    """Why a weight is not cast to FRACTAL_NZ; None if it is."""
-    if layer.weight.dtype not in get_product().nz_storage:
-        return f"{dtype_name(layer.weight.dtype)} weight stays ND"
-    if 1 in layer.weight.shape[-2:]:
-        # quant_matmul_checker.cpp (hicann/ops-nn) refuses NZ there
-        return "weight stays ND: n or k is 1"
-    return None
-
-
-def _folds_scale(layer: LinearQuant) -> bool:
-    """Whether the layer's row of the table reads the packed scale and it is still float32."""
-    rows = 1 if layer.pertoken_scale is None else layer.pertoken_scale.shape[0]
-    # a 3-dim bias says that the input has a batch dim
-    batch = layer.bias.shape[:1] if layer.bias is not None and layer.bias.dim() == 3 else ()
-    x1 = torch.empty(*batch, rows, layer.weight.shape[-1], dtype=layer.weight.dtype, device="meta")
-    return plan(
-        x1,
-        layer.weight,
-        layer.scale,
-        layer.offset,
-        layer.pertoken_scale,
-        layer.bias,
-        output_dtype=layer.output_dtype,
-    ).fold_scale
+def _c0(name: str, tensor: Tensor) -> int:
+    """Elements in a row of a block: 32 bytes."""
+    if tensor.dtype not in STORAGE_DTYPES:
+        raise LinearQuantTypeError(
+            f"{name}: the weight is {dtype_name(tensor.dtype)}; allowed are "
+            f"{' and '.join(map(storage_name, STORAGE_DTYPES))}."
+        )
+    return 32 // tensor.element_size()

@@ -1,12 +1,17 @@
-"""int4 packing: exact inverses, against the golden and by hand."""
+"""Layouts: int4 packing and FRACTAL_NZ, exact inverses, against the golden, the formula and
+torch_npu."""
 
 from __future__ import annotations
+
+import ctypes
 
 import golden
 import numpy as np
 import pytest
 import torch
+import torch_npu
 
+import cann_host
 import lq_graph
 from lq_graph import LinearQuantTypeError, LinearQuantValueError, numerics
 
@@ -87,3 +92,75 @@ def test_fractal_nz_puts_each_element_where_the_formula_says(shape, c0: int) -> 
                 assert flat[batch, index] == matrix[r, c]
         assert (flat[batch] != 0).sum() == rows * cols  # padding is zero
     assert torch.equal(numerics.nz_to_nd(numerics.nd_to_nz(x, c0), rows, cols), x)
+
+
+def nz_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The storage of an npu tensor as it is; cann_host's device memory is the host's."""
+    size = tensor.untyped_storage().nbytes()
+    raw = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+@pytest.mark.skipif(not cann_host.is_active(), reason="reads device memory")
+@pytest.mark.parametrize("shape", [(16, 32), (17, 40), (48, 64), (3, 512), (2, 24, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32], ids=str)
+def test_fractal_nz_is_bit_equal_to_torch_npus(shape, dtype) -> None:
+    torch.npu.config.allow_internal_format = True
+    g = torch.Generator().manual_seed(0)
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    weight = torch.randint(low, high, shape, dtype=dtype, generator=g)
+    customize = {"customize_dtype": 3} if dtype == torch.int32 else {}
+    theirs = torch_npu.npu_format_cast(weight.npu(), 29, **customize)
+    assert torch_npu.get_npu_format(theirs) == 29
+    ours = lq_graph.to_fractal_nz(weight)
+    assert torch.equal(ours.flatten().view(torch.uint8), nz_bytes(theirs))
+    k = shape[-1] * (8 if dtype == torch.int32 else 1)
+    assert torch.equal(lq_graph.from_fractal_nz(ours, shape[-2], k), weight)
+    assert torch.equal(theirs.cpu(), weight)
+
+
+def test_layout_of_a_slice_that_is_not_aligned() -> None:
+    flat = torch.arange(4 * 33 + 3, dtype=torch.int8)
+    weight = flat[3:].view(4, 33)[:, 1:]
+    assert torch.equal(lq_graph.from_fractal_nz(lq_graph.to_fractal_nz(weight), 4, 32), weight)
+    values = (flat[3 : 3 + 64] % 8).view(2, 32)
+    assert torch.equal(lq_graph.unpack_int4(lq_graph.pack_int4(values)), values)
+
+
+INT8 = torch.int8
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: lq_graph.to_fractal_nz(torch.zeros(4, 4)), LinearQuantTypeError, "is float32; al"),
+        (
+            lambda: lq_graph.to_fractal_nz(torch.zeros(4, dtype=INT8)),
+            LinearQuantValueError,
+            r"\(4,",
+        ),
+        (
+            lambda: lq_graph.to_fractal_nz(torch.zeros(0, 4, dtype=INT8)),
+            LinearQuantValueError,
+            "emp",
+        ),
+        (
+            lambda: lq_graph.from_fractal_nz(torch.zeros(1, 1, 16, 32, dtype=INT8), 17, 32),
+            LinearQuantValueError,
+            r"for n = 17 and k = 32 of int8 it must end in \(1, 2, 16, 32\)",
+        ),
+        (
+            lambda: lq_graph.from_fractal_nz(torch.zeros(1, 1, 16, 32, dtype=INT8), 16, -1),
+            LinearQuantValueError,
+            "k = -1",
+        ),
+        (
+            lambda: lq_graph.from_fractal_nz(torch.zeros(1, 1, 16, 8, dtype=torch.int32), 16, 60),
+            LinearQuantValueError,
+            "and k be a multiple of 8",
+        ),
+    ],
+)
+def test_fractal_nz_refuses(call, error, match) -> None:
+    with pytest.raises(error, match=match):
+        call()

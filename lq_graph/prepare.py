@@ -1,0 +1,225 @@
+"""use_internal_format_weight: every quantized linear layer of a model made ready for the NPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .errors import LinearQuantError, LinearQuantValueError
+from .formats import FRACTAL_NZ, ND, Product, dtype_name, storage_name
+from .module import LinearQuant
+from .npu import cast_format, format_of
+from .ops import trans_quant_param
+from .plan import check_finite, plan
+from .product import get_product
+from .text import table
+from .vendor import vendor_layers
+
+__all__ = ["Prepared", "Report", "use_internal_format_weight"]
+
+_PROGRESS_FROM = 16  # layers: fewer are done before a bar could be read
+_FORMATS = {ND: "ND", FRACTAL_NZ: "FRACTAL_NZ"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What use_internal_format_weight did to one layer.
+
+    Attributes:
+        name: the module's qualified name.
+        before, after: weight dtype and format, and dtype of the scale.
+        bytes: of the weight's storage, padding included.
+        note: what was left and why; empty if nothing was.
+    """
+
+    name: str
+    before: str
+    after: str
+    bytes: int
+    note: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was done to the layer."""
+        return self.before != self.after
+
+
+class Report(list[Prepared]):
+    """What use_internal_format_weight did, a layer each; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no LinearQuant in this model"
+        head = ["module", "before", "after", "bytes", ""]
+        rows = [
+            [r.name or "(model)", r.before, r.after if r.changed else "as it was", r.bytes, r.note]
+            for r in self
+        ]
+        changed = sum(r.changed for r in self)
+        total = sum(r.bytes for r in self)
+        summary = f"{len(self)} layers, {changed} changed, {total:,} bytes of weights"
+        return "\n".join([*table([head, *rows]), summary])
+
+
+def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Report:
+    """Prepare every LinearQuant of a model for the NPU, once.
+
+    Folds a float32 scale with its offset into the packed int64 scale where the layer's row reads
+    that, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and the vendor's
+    LinearQuant and LinearA8W8Quant; everything else (Linear, Conv2d, ...) is handed to torchair's
+    function of the same name.
+
+    Calling it again changes nothing. All or nothing: whatever fails, the model is as before. One
+    layer at a time, so the most it takes beside the model is one weight.
+
+    A layer whose pertoken_scale comes as an argument of forward has to be made with
+    pertoken_scale=True, or its float16 output reads as the row without one, and is folded.
+
+    Args:
+        model: on the NPU.
+        int4_nz: cast int4 weights to FRACTAL_NZ too. Whether kernels exist for it depends on the
+            CANN version (newest public releases have them for Atlas A2 and A3), so the default is
+            to leave them, or bring them back, ND.
+
+    Returns:
+        A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
+
+    Raises:
+        LinearQuantValueError: the model is not on the NPU, or a scale holds NaN.
+        LinearQuantTypeError: a layer has no row in the product's table.
+
+    Source: torchair's use_internal_format_weight.
+    """
+    kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
+    # the vendor's modules have the attributes of ours, so they go by our type
+    layers = [
+        (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
+    ]
+    folds = [_check(name or "the model", layer) for name, layer in layers]
+
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+    import torchair
+
+    report = Report()
+    # None: no bar where the output is no terminal
+    bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
+    with ExitStack() as undo:  # on an error, takes back what was done, last first
+        for (name, layer), fold in zip(bar, folds, strict=True):
+            report.append(_prepare(name, layer, fold, int4_nz, undo))
+        for rest in _others(model, kinds):
+            for parameter in rest.parameters():
+                # torchair casts weights and folds scales, which are short enough to keep
+                scale = parameter.data if parameter.dim() < 2 else None
+                undo.callback(_restore, parameter, format_of(parameter), scale)
+            torchair.use_internal_format_weight(rest)
+        undo.pop_all()
+    if any(_OFF in prepared.note for prepared in report):
+        warnings.warn(
+            "use_internal_format_weight: weights stay ND, because "
+            "torch.npu.config.allow_internal_format is off. What to do: set it to True before.",
+            stacklevel=2,
+        )
+    return report
+
+
+_OFF = "allow_internal_format is off"
+
+
+def _check(name: str, layer: LinearQuant) -> bool:
+    """Whether a layer's scale is to be folded; refuses one that cannot be prepared."""
+    if layer.weight.device.type != "npu":
+        raise LinearQuantValueError(
+            f"use_internal_format_weight: {name} is on {layer.weight.device}; FRACTAL_NZ exists on "
+            "the NPU only. What to do: call model.npu() first."
+        )
+    try:
+        fold = folds_scale(layer)
+        if fold:
+            check_finite(layer.scale, layer.offset)
+        return fold
+    except LinearQuantError as error:
+        raise type(error)(f"use_internal_format_weight: {name}: {error}") from None
+
+
+def folds_scale(layer: LinearQuant) -> bool:
+    """Whether a layer's row of the table reads the packed scale and it is still float32.
+
+    Args:
+        layer: lq_graph's, or one of the vendor's with the same attributes.
+
+    Raises:
+        LinearQuantTypeError, LinearQuantValueError: the layer has no row.
+    """
+    weight, pertoken, bias = layer.weight, layer.pertoken_scale, layer.bias
+    rows = 1 if pertoken is None else pertoken.shape[0]
+    # a 3-dim bias says that the input has a batch dim
+    batch = bias.shape[:1] if bias is not None and bias.dim() == 3 else ()
+    x1 = torch.empty(*batch, rows, weight.shape[-1], dtype=weight.dtype, device="meta")
+    return plan(
+        x1, weight, layer.scale, layer.offset, pertoken, bias, output_dtype=layer.output_dtype
+    ).fold_scale
+
+
+def _prepare(name: str, layer: LinearQuant, fold: bool, int4_nz: bool, undo: ExitStack) -> Prepared:
+    """Fold and cast one layer. What takes a step back is noted before the step."""
+    weight, scale = layer.weight, layer.scale
+    before = _describe(layer)
+    if fold:
+        undo.callback(_restore, scale, ND, scale.data)
+        if isinstance(layer, LinearQuant):
+            undo.callback(setattr, layer, "_float_scale", layer._float_scale)
+            layer.fold_scale()
+        else:
+            scale.data = trans_quant_param(scale.data, layer.offset)
+    note = _why_nd(weight, get_product(), int4_nz)
+    wanted = ND if note else FRACTAL_NZ
+    if (was := format_of(weight)) != wanted:
+        undo.callback(_cast, weight, was)
+        _cast(weight, wanted)
+        if format_of(weight) != wanted:
+            note = f"weight stays ND: torch.npu.config.{_OFF}"
+    return Prepared(name, before, _describe(layer), weight.untyped_storage().nbytes(), note)
+
+
+def _describe(layer: LinearQuant) -> str:
+    acl_format = format_of(layer.weight)
+    layout = _FORMATS.get(acl_format, f"format {acl_format}")
+    return f"{storage_name(layer.weight.dtype)} {layout}, scale {dtype_name(layer.scale.dtype)}"
+
+
+def _cast(parameter: Tensor, acl_format: int) -> None:
+    parameter.data = cast_format(parameter.data, acl_format)
+
+
+def _restore(parameter: Tensor, acl_format: int, scale: Tensor | None) -> None:
+    """Take back a fold, or a cast; a cast by casting back, so that no weight is held twice."""
+    if scale is not None and parameter.dtype != scale.dtype:
+        parameter.data = scale
+    elif format_of(parameter) != acl_format:
+        _cast(parameter, acl_format)
+
+
+def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
+    """Why a weight is not to be FRACTAL_NZ; empty if it is."""
+    if weight.dtype not in product.nz_storage and not int4_nz:
+        return "weight stays ND: int4_nz=True casts it, where the CANN version has the kernels"
+    if 1 in weight.shape[-2:]:
+        # quant_matmul_checker.cpp (hicann/ops-nn) refuses FRACTAL_NZ there
+        return "weight stays ND: n or k is 1"
+    return ""
+
+
+def _others(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
+    """The largest parts of a model without one of our layers, for torchair's own function."""
+    if not any(isinstance(m, kinds) for m in module.modules()):
+        yield module
+    elif not isinstance(module, kinds):
+        for child in module.children():
+            yield from _others(child, kinds)
