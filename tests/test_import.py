@@ -78,7 +78,7 @@ def test_any_import_order_lowers(imports: str) -> None:
 
 # package -> what its modules may import outside functions, beside the standard library
 LAYERS = {
-    "lq_graph": {"torch", "lq_graph"},
+    "lq_graph": {"torch", "tqdm", "lq_graph"},
     "converters": {"torch", "torch_npu", "torchair", "google", "lq_graph", "converters"},
     "cann_host": {"torch", "lq_graph.numerics", "cann_host"},
 }
