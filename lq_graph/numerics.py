@@ -62,14 +62,17 @@ def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0)
     Args:
         scale: float32, (1,), (n,) or (1, n).
         offset: float32, broadcastable with scale, or None.
-        round_mode: 0 truncates the scale to 19 bits, 1 rounds it half to even.
+        round_mode: 0 truncates the scale to 19 bits, 1 rounds it half to even and subnormals to
+            zero.
 
     Returns:
         int64, the broadcast shape of scale and offset.
     """
     bits = scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     if round_mode == 1:
-        bits = bits + 0xFFF + ((bits >> 13) & 1)
+        rounded = bits + 0xFFF + ((bits >> 13) & 1)
+        # the kernel flushes subnormals to zero in this mode (trans_quant_param_v2.h)
+        bits = torch.where(bits & 0x7F800000 == 0, bits & 0x80000000, rounded)
     packed = (bits & _SCALE_MASK) | _VALID_BIT
     if offset is not None:
         offset9 = torch.round(offset).clamp(-256, 255).to(torch.int64) & _OFFSET_MASK

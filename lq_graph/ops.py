@@ -113,7 +113,7 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
         offset: float32, as scale; rounded half to even and clamped to [-256, 255]. With 1 dim
             each, one of length 1 broadcasts.
         round_mode: 0 truncates the scale to 19 bits (sign, exponent, 10 mantissa bits), 1
-            rounds it half to even.
+            rounds it half to even, and subnormals to zero.
 
     Returns:
         int64, shape of the longer operand.

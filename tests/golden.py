@@ -37,7 +37,9 @@ def trans_quant_param(scale: Array, offset: Array | None = None, round_mode: int
     bits = scale.astype(np.float32).view(np.uint32).astype(np.int64)
     if round_mode == 1:  # to 10 mantissa bits, half to even
         tail, kept = bits & 0x1FFF, bits >> 13
-        bits = (kept + ((tail > 0x1000) | ((tail == 0x1000) & (kept & 1 == 1)))) << 13
+        rounded = (kept + ((tail > 0x1000) | ((tail == 0x1000) & (kept & 1 == 1)))) << 13
+        subnormal = (bits >> 23) & 0xFF == 0
+        bits = np.where(subnormal, bits & 0x80000000, rounded)
     word = (bits & 0xFFFFE000) + (1 << 46)
     if offset is not None:
         nine = np.clip(np.rint(offset.astype(np.float64)), -256, 255).astype(np.int64)

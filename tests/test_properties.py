@@ -1,0 +1,212 @@
+"""Properties that hold for every input: plan()'s manners, packing, layouts, bits of the packed
+scale."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+import golden
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from table import LEGAL, PRODUCTS
+
+import lq_graph
+from lq_graph import LinearQuantError, LinearQuantValueError, numerics, plan
+from lq_graph.check import Spec
+from lq_graph.formats import product_by_name
+
+settings.register_profile("tests", derandomize=True, deadline=None, max_examples=400)
+settings.load_profile("tests")
+
+DTYPES = sorted(
+    {d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str
+)  # every dtype torch has
+sizes = st.one_of(st.integers(0, 9), st.sampled_from([16, 64, 65535, 65536, 2**31 - 1, 2**31]))
+shapes = st.lists(sizes, max_size=8).map(tuple)
+specs = st.builds(Spec, st.sampled_from(DTYPES), shapes)
+products = st.sampled_from(PRODUCTS).map(product_by_name)
+
+
+# ---- plan() ----
+
+
+@given(
+    x1=specs,
+    weight=specs,
+    scale=specs,
+    offset=st.none() | specs,
+    pertoken_scale=st.none() | specs,
+    bias=st.none() | specs,
+    output_dtype=st.none() | st.sampled_from(DTYPES),
+    product=products,
+)
+def test_plan_takes_anything_and_raises_only_its_own(**call) -> None:
+    try:
+        plan(**call)
+    except LinearQuantError as error:
+        check_sentence(str(error))
+
+
+def check_sentence(text: str) -> None:
+    assert "\n" not in text and "What to do: " in text
+    assert text.startswith("linear_quant: ") and text.endswith("(aclnn would report 161002)")
+
+
+@st.composite
+def legal_calls(draw: st.DrawFn) -> dict:
+    """A legal call by the table, of any size."""
+    key = draw(st.sampled_from(PRODUCTS))
+    c = draw(st.sampled_from(sorted(LEGAL[key], key=str)))
+    int4 = c.x == torch.int32
+    m, n, k = (draw(st.integers(1, 300)) for _ in range(3))
+    n = n * 8 if int4 else n
+    batch = tuple(draw(st.lists(st.integers(1, 4), max_size=4)))
+    kept = draw(st.lists(st.booleans(), min_size=len(batch), max_size=len(batch)))
+    weight_batch = tuple(b if keep else 1 for b, keep in zip(batch, kept, strict=True))
+    weight_batch = () if int4 else weight_batch[draw(st.integers(0, len(batch))) :]
+    optional = {"offset": c.offset, "bias": c.bias}
+    call = {name: dtype and Spec(dtype, (n,)) for name, dtype in optional.items()}
+    return {
+        **call,
+        "x1": Spec(c.x, (*batch, m, k)),
+        "weight": Spec(c.x, (*weight_batch, n, k)),
+        "scale": Spec(c.scale, (draw(st.sampled_from([1, n])),)),
+        "pertoken_scale": c.pertoken_scale and Spec(c.pertoken_scale, (m,)),
+        "output_dtype": c.output_dtype,
+        "product": product_by_name(key),
+    }
+
+
+@given(legal_calls())
+def test_legal_at_one_size_is_legal_at_any(call) -> None:
+    p = plan(**call)
+    m, n = call["x1"].shape[-2], call["weight"].shape[-2]
+    batch = np.broadcast_shapes(call["x1"].shape[:-2], call["weight"].shape[:-2])
+    assert p.output_shape == (*batch, m, n) and p.output_dtype == call["output_dtype"]
+    assert (p.m, p.n) == (m, n) and p.k == call["x1"].shape[-1] * (8 if p.int4 else 1)
+    assert plan(**call) == p
+
+
+@given(legal_calls(), st.sampled_from(["scale", "offset", "pertoken_scale", "bias"]), shapes)
+def test_a_wrong_shape_is_blamed_by_name(call, name: str, shape: tuple[int, ...]) -> None:
+    if call[name] is None:
+        return
+    n, right = call["weight"].shape[-2], {call[name].shape}
+    if name in ("scale", "offset"):
+        right |= {(1,), (n,)}
+    batch = plan(**call).output_shape[:-2]
+    if name == "bias" and len(batch) == 1:
+        right.add((*batch, 1, n))
+    if shape in right:
+        return
+    with pytest.raises(LinearQuantValueError, match=rf"linear_quant: {name} has ") as caught:
+        plan(**{**call, name: Spec(call[name].dtype, shape)})
+    check_sentence(str(caught.value))
+
+
+# ---- layouts ----
+
+
+@given(st.lists(st.lists(st.integers(-8, 7), min_size=8, max_size=8), min_size=1, max_size=20))
+def test_int4_round_trip_and_bits(groups: list[list[int]]) -> None:
+    values = torch.tensor(groups, dtype=torch.int8)
+    packed = lq_graph.pack_int4(values)
+    assert torch.equal(lq_graph.unpack_int4(packed), values)
+    for group, word in zip(groups, packed.flatten().tolist(), strict=True):
+        assert word & 0xFFFFFFFF == sum((v & 0xF) << 4 * i for i, v in enumerate(group))
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40))
+def test_any_word_unpacks_and_packs_to_itself(words: list[int]) -> None:
+    packed = torch.tensor(words, dtype=torch.int32)
+    assert torch.equal(lq_graph.pack_int4(lq_graph.unpack_int4(packed)), packed)
+
+
+@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from([torch.int8, torch.int32]))
+def test_fractal_nz_round_trip_and_index(n: int, words: int, dtype: torch.dtype) -> None:
+    weight = torch.arange(n * words, dtype=torch.int64).to(dtype).view(n, words)
+    blocks = lq_graph.to_fractal_nz(weight)
+    k = words * (8 if dtype == torch.int32 else 1)
+    assert torch.equal(lq_graph.from_fractal_nz(blocks, n, k), weight)
+    c0, n1 = 32 // dtype.itemsize, -(-n // 16)
+    flat = blocks.flatten()
+    r, c = n - 1, words - 1
+    assert flat[((c // c0 * n1 + r // 16) * 16 + r % 16) * c0 + c % c0] == weight[r, c]
+
+
+# ---- the packed scale ----
+
+finite_bits = st.integers(0, 2**32 - 1).filter(lambda b: (b >> 23) & 0xFF != 0xFF)
+
+
+def float_of(bits: int) -> torch.Tensor:
+    return torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
+
+
+def by_hand(bits: int, offset: float | None, round_mode: int) -> int:
+    """The word from the specification, one bit field at a time, in exact arithmetic."""
+    sign, exponent, mantissa = bits >> 31, (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    if round_mode == 0:
+        kept = mantissa >> 13
+    elif exponent == 0:
+        kept = 0
+    else:
+        kept = round(Fraction(mantissa, 1 << 13))  # Fraction rounds half to even
+        exponent, kept = exponent + (kept >> 10), kept & 0x3FF
+    word = (sign << 31 | exponent << 23 | kept << 13) | 1 << 46
+    if offset is not None:
+        nine = max(-256, min(255, round(Fraction(offset))))
+        word |= (nine & 0x1FF) << 37
+    return word
+
+
+@given(finite_bits, st.none() | st.floats(-1e6, 1e6, width=32), st.sampled_from([0, 1]))
+@example(0x00000001, None, 1)  # the smallest subnormal
+@example(0x807FFFFF, None, 0)  # the largest, negative
+@example(0x80000000, -0.0, 1)  # minus zero
+@example(0x3F801000, None, 1)  # half way, to even: down
+@example(0x3F803000, None, 1)  # half way, to even: up
+@example(0x3F7FF000, None, 1)  # carries into the exponent
+@example(0x7F7FFFFF, None, 1)  # the largest float32 carries into infinity's exponent
+@example(0x3F800000, 255.5, 0)
+@example(0x3F800000, -256.5, 0)
+@example(0x3F800000, 0.5, 0)
+@example(0x3F800000, 1.5, 0)
+def test_packed_word_bit_by_bit(bits: int, offset: float | None, round_mode: int) -> None:
+    shift = None if offset is None else torch.tensor([offset])
+    scale = float_of(bits)
+    word = lq_graph.trans_quant_param(scale, shift, round_mode).item()
+    assert word == by_hand(bits, offset, round_mode)
+    numpy_shift = None if shift is None else shift.numpy()
+    assert word == golden.trans_quant_param(scale.numpy(), numpy_shift, round_mode).item()
+    back, nine = numerics.unpack_scale(torch.tensor([word]))
+    assert back.view(torch.int32).item() & 0xFFFFFFFF == word & 0xFFFFE000
+    assert nine.item() == (0 if offset is None else max(-256, min(255, round(Fraction(offset)))))
+    if round_mode == 0:
+        assert torch.equal(back.view(torch.int32), numerics.s19(scale).view(torch.int32))
+
+
+@given(st.sampled_from([float("nan"), float("inf"), float("-inf")]), st.booleans())
+def test_what_is_not_finite_is_refused(bad: float, in_offset: bool) -> None:
+    one, other = torch.ones(3), torch.tensor([1.0, bad, 2.0])
+    scale, offset = (one, other) if in_offset else (other, one)
+    blamed = "offset" if in_offset else "scale"
+    with pytest.raises(LinearQuantValueError, match=re.escape(f"{blamed} holds NaN or infinity")):
+        lq_graph.trans_quant_param(scale, offset)
+
+
+# ---- values ----
+
+
+@settings(max_examples=150)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 40), st.integers(0, 2**31))
+def test_accumulator_is_exact(m: int, k: int, n: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x1 = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=g)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=g)
+    out = lq_graph.linear_quant(x1, weight, torch.ones(1), output_dtype=torch.int32)
+    np.testing.assert_array_equal(out.numpy(), x1.long().numpy() @ weight.long().numpy().T)
