@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lq_graph.numerics import pack_scale, quant_matmul, unpack_int4
 
-from .rules import ND, NZ, check_quant_matmul, check_trans_quant_param
+from .rules import ND, NZ, check_quant_matmul, check_trans_quant_param, soc_family
 
 __all__ = [
     "DTYPES",
@@ -323,6 +323,57 @@ def _quant_batch_matmul(
         bias=bias,
         pertoken_scale=pertoken_scale,
         output_dtype=out_dtype,
+    )
+
+
+@_op("QuantBatchMatmulV4", special=True)
+def _quant_batch_matmul_v4(
+    x1: Any,
+    x2: Any,
+    bias: Tensor | None = None,
+    x1_scale: Tensor | None = None,
+    x2_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    x1_offset: Tensor | None = None,
+    x2_offset: Tensor | None = None,
+    y_offset: Tensor | None = None,
+    x2_table: Tensor | None = None,
+    *,
+    dtype: int,
+    compute_type: int = -1,
+    transpose_x1: bool = False,
+    transpose_x2: bool = False,
+    group_size: int = -1,
+) -> Tensor:
+    """On Ascend 950 a fusion pass turns the int8 and int4 cases into V3
+    (quant_batch_matmul_v4_to_v3_fusion_pass.cpp); the kernels of V4 itself are not here."""
+    if soc_family(soc_name()) != "Ascend 950":
+        raise GraphError(
+            "QuantBatchMatmulV4 has no kernel for these inputs (CANN error 561003, kernel not "
+            f"found; {soc_name()})"
+        )
+    others = {
+        "y_scale": y_scale,
+        "x1_offset": x1_offset,
+        "y_offset": y_offset,
+        "x2_table": x2_table,
+    }
+    for name, tensor in others.items():
+        if tensor is not None:
+            raise GraphError(f"QuantBatchMatmulV4's {name} is not implemented by cann_host")
+    if x2_scale is None:
+        raise GraphError("QuantBatchMatmulV4 needs x2_scale (CANN error 561002, tiling)")
+    return _quant_batch_matmul(
+        x1,
+        x2,
+        x2_scale,
+        x2_offset,
+        bias,
+        x1_scale,
+        dtype=dtype,
+        transpose_x1=transpose_x1,
+        transpose_x2=transpose_x2,
+        group_size=max(group_size, 0),
     )
 
 

@@ -9,6 +9,8 @@ Sources, in the public repository hicann/ops-nn under `matmul/quant_batch_matmul
 
     [check]  op_api/quant_matmul_checker.cpp                     dtype and shape checks of aclnn
     [tiling] op_host/op_tiling/quant_batch_matmul_v3_tiling.cpp  the same of the graph operator
+    [arch35] op_host/op_tiling/arch35/quant_batch_matmul_v3_checker.cpp  and of Ascend 950's
+    [v5]     ../quant_batch_matmul_v4/op_host/op_api/aclnn_quant_matmul_v5.cpp
     [base]   op_host/op_tiling/quant_batch_matmul_v3_tiling_base.cpp
     [bin]    op_host/config/<soc>/quant_batch_matmul_v3_binary.json  kernels that exist
     [doc]    docs/aclnnQuantMatmulV4.md
@@ -67,6 +69,7 @@ class Kernel:
 
 _A2 = "Atlas A2/A3"
 _310P = "Atlas inference (310P)"
+_950 = "Ascend 950"
 _BOTH = (ND, NZ)
 _PT_BF16 = ("int32", "bfloat16", "float32")
 _PT_FP16 = ("int32", "float16", "float32")
@@ -77,6 +80,8 @@ _A4W4 = (
     "[check] CheckDtypeValidOnOnlyL0c2outForA4W4, [tiling] CheckDtypeOnOnlyL0c2outForA4W4, [bin]"
 )
 _L0C2UB = "[tiling] CheckDtypeOnOnlyL0c2ub, [bin] ascend310p"
+_ARCH35 = "[check] CheckL0c2outOrL0c2ubPertensorPerchannel4Int8Input, [arch35], [bin] ascend950"
+_ARCH35_PT = "[check] CheckL0c2outOrL0c2ubPertoken, [arch35] CheckScaleDtypeWithPertoken, [bin]"
 
 KERNELS: tuple[Kernel, ...] = (
     # family, x, pertoken, scale, bias, offset, out, x2 formats, source
@@ -89,6 +94,16 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(_A2, "int4", False, _PACKED, _INT, False, "float16", _BOTH, _A4W4),
     Kernel(_A2, "int4", True, _FLOATS, _PT_BF16, False, "bfloat16", _BOTH, _PT),
     Kernel(_A2, "int4", True, ("float32",), _PT_FP16, False, "float16", _BOTH, _PT),
+    Kernel(_950, "int8", False, _PACKED, _INT, True, "int8", _BOTH, _ARCH35),
+    Kernel(_950, "int8", False, _PACKED, _INT, False, "float16", _BOTH, _ARCH35),
+    Kernel(_950, "int8", False, _PACKED, _INT, False, "bfloat16", _BOTH, _ARCH35),
+    Kernel(_950, "int8", False, _FLOATS, _PT_BF16, False, "bfloat16", _BOTH, _ARCH35),
+    Kernel(_950, "int8", False, _FLOATS, _INT, False, "int32", _BOTH, _ARCH35),
+    Kernel(_950, "int8", True, _FLOATS, _PT_BF16, False, "bfloat16", _BOTH, _ARCH35_PT),
+    Kernel(_950, "int8", True, ("float32",), _PT_FP16, False, "float16", _BOTH, _ARCH35_PT),
+    Kernel(_950, "int4", False, _PACKED, _INT, False, "float16", (ND,), _ARCH35),
+    Kernel(_950, "int4", True, _FLOATS, _PT_BF16, False, "bfloat16", (ND,), _ARCH35_PT),
+    Kernel(_950, "int4", True, ("float32",), _PT_FP16, False, "float16", (ND,), _ARCH35_PT),
     Kernel(_310P, "int8", False, _PACKED, _INT, True, "int8", (NZ,), _L0C2UB),
     Kernel(_310P, "int8", False, _PACKED, _INT, False, "float16", (NZ,), _L0C2UB),
 )
@@ -97,6 +112,8 @@ _SOC_PREFIXES = (
     ("Ascend910_93", _A2),
     ("Ascend910B", _A2),
     ("Ascend310P", _310P),
+    ("Ascend910_95", _950),
+    ("Ascend950", _950),
 )
 
 
@@ -127,6 +144,7 @@ def check_quant_matmul(
     x1_format: str = ND,
     x2_format: str = ND,
     x2_storage_shape: tuple[int, ...] | None = None,
+    out_shape: tuple[int, ...] | None = None,
     graph: bool = False,
 ) -> str | None:
     """Say why CANN would refuse this quantized matmul.
@@ -154,6 +172,7 @@ def check_quant_matmul(
         x1_format: "ND" or "FRACTAL_NZ".
         x2_format: "ND" or "FRACTAL_NZ".
         x2_storage_shape: the storage shape of a FRACTAL_NZ x2, if known.
+        out_shape: shape of the tensor an eager call writes to, if any.
         graph: the check happens inside a graph, where tiling reports what aclnn's own parameter
             check reports for an eager call.
 
@@ -171,6 +190,13 @@ def check_quant_matmul(
         known = ", ".join(prefix for prefix, _ in _SOC_PREFIXES)
         return refuse(f"cann_host has no rules for this SoC; it knows {known}", NO_KERNEL)
 
+    arch35 = family == _950
+    if arch35 and not graph and min(len(x1_shape), len(x2_shape)) >= 2:
+        # [v5] returns before any other check; with a FRACTAL_NZ x2 for m = 0 only
+        m = x1_shape[-1 if transpose_x1 else -2]
+        n = x2_shape[-2 if transpose_x2 else -1]
+        if m == 0 or (n == 0 and x2_format == ND):
+            return None
     if x1_dtype != x2_dtype:
         return refuse(f"x1 is {x1_dtype} and x2 is {x2_dtype}; they must be the same")
     has_pertoken = pertoken_dtype is not None
@@ -209,7 +235,7 @@ def check_quant_matmul(
         # [proto] and [check] CheckShapeInt4
         if transpose_x1:
             return refuse("transpose_x1 is not possible with int4 inputs")
-        if len(x2_shape) != 2 and not (graph and has_pertoken):
+        if len(x2_shape) != 2 and not (graph and (has_pertoken or arch35)):
             return refuse(f"int4 x2 has {len(x2_shape)} dims; it must have 2")
         if x1_shape[-1] % 2 or x2_shape[-1] % 2:
             return refuse(
@@ -224,8 +250,10 @@ def check_quant_matmul(
         return refuse(f"x1 is {tuple(x1_shape)} and x2 {tuple(x2_shape)}; they cannot be empty")
     if k != k2:
         return refuse(f"k is {k} in x1 {tuple(x1_shape)} and {k2} in x2 {tuple(x2_shape)}")
-    # [tiling] CheckShapeInBoundary, [doc] constraints: pertoken with a 1-D float scale is exempt
-    exempt = family == _A2 and x1_dtype == "int8" and has_pertoken and len(scale_shape) == 1
+    # [tiling] CheckShapeInBoundary, [doc] constraints: pertoken with a 1-D float scale is exempt,
+    # and [arch35] has no such limit
+    pertoken_1d = x1_dtype == "int8" and has_pertoken and len(scale_shape) == 1
+    exempt = arch35 or (family == _A2 and pertoken_1d)
     if max(x1_shape[-1], x2_shape[-1]) > LAST_DIM_MAX and not exempt:
         return refuse(
             f"the last dims of x1 and x2 are {x1_shape[-1]} and {x2_shape[-1]}; "
@@ -246,11 +274,18 @@ def check_quant_matmul(
     if bias_shape is not None:
         allowed: list[tuple[int, ...]] = [(n,)]
         # [check] CheckBiasShape: a 3-D bias needs exactly one batch dim in the result
-        if len(batch) == 1 and x1_dtype != "int4":
+        if len(batch) == 1 and (x1_dtype != "int4" or (graph and arch35)):
             allowed.append((batch[0], 1, n))
         if tuple(bias_shape) not in allowed:
             shapes = " or ".join(map(str, allowed))
             return refuse(f"bias has shape {tuple(bias_shape)}; it must be {shapes}")
+
+    if out_shape is not None:
+        # [check] CheckOutShape: for 2-D inputs out may also be (m, 1, n)
+        wanted_out = [(*batch, m, n)] + ([(m, 1, n)] if len(x1_shape) == len(x2_shape) == 2 else [])
+        if tuple(out_shape) not in wanted_out:
+            shapes = " or ".join(map(str, wanted_out))
+            return refuse(f"out has shape {tuple(out_shape)}; it must be {shapes}")
 
     if x2_format == NZ:
         # [check] CheckDimValue, [base] CheckShape4WeightNz
