@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from cann_host.executor import GraphError, find_op, run_op
 from cann_host.rules import KERNELS, NZ, check_quant_matmul, check_trans_quant_param, soc_family
 
 M, K, N = 16, 64, 32
@@ -116,6 +118,50 @@ def test_refused(changes: dict[str, Any], message: str, graph: bool) -> None:
     assert text is not None
     assert message in text
     assert ("561002" if graph else "161002") in text
+
+
+ON_950 = {"soc": "Ascend950PR_9579"}
+INT4 = {"x1_dtype": "int4", "x2_dtype": "int4", "out_dtype": "float16"}
+NARROW_NZ = {"x2_format": NZ, "x2_storage_shape": (10, 10, 16, 32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "eager", "graph"),
+    [
+        # what Ascend 950 takes and the older products do not
+        ({**ON_950, "out_dtype": "bfloat16"}, True, True),
+        ({"out_dtype": "bfloat16"}, False, False),
+        ({**ON_950, "x1_shape": (M, 70000), "x2_shape": (70000, N)}, True, True),
+        # empty: aclnn returns at once there, the tiling of a graph wants 1 or more
+        ({**ON_950, "x1_shape": (0, K)}, True, False),
+        ({**ON_950, "x2_shape": (K, 0), "scale_shape": (1,)}, True, False),
+        ({**ON_950, "x1_shape": (M, 0), "x2_shape": (0, N)}, False, False),
+        # int4: FRACTAL_NZ has kernels on Atlas A2, none on 950; its blocks are 64 wide
+        (INT4 | {"x2_format": NZ}, True, True),
+        (INT4 | {"x2_format": NZ} | ON_950, False, False),
+        (INT4 | NARROW_NZ, False, False),
+        # the tensor an eager call writes to
+        ({"out_shape": (M, N)}, True, True),
+        ({"out_shape": (M, 1, N)}, True, True),
+        ({"out_shape": (1, M, N)}, False, False),
+        ({"out_shape": (M, N + 1)}, False, False),
+        ({"out_shape": (N,)}, False, False),
+        ({"x1_shape": (2, M, K), "out_shape": (2, M, N)}, True, True),
+        ({"x1_shape": (2, M, K), "out_shape": (1, M, N)}, False, False),
+    ],
+    ids=str,
+)
+def test_taken_or_not(changes: dict[str, Any], eager: bool, graph: bool) -> None:
+    for in_graph, taken in ((False, eager), (True, graph)):
+        text = check_quant_matmul(**arguments(**changes), graph=in_graph)
+        assert (text is None) == taken, text
+
+
+def test_v4_has_no_kernel_for_these_inputs_before_950() -> None:
+    x = torch.zeros(4, 32, dtype=torch.int8)
+    inputs = {"x1": x, "x2": x, "x2_scale": torch.ones(4)}
+    with pytest.raises(GraphError, match=r"QuantBatchMatmulV4 has no kernel .* 561003"):
+        run_op(find_op("QuantBatchMatmulV4"), inputs, {"dtype": 27, "transpose_x2": True})
 
 
 def test_unknown_product_is_refused() -> None:
