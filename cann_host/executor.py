@@ -700,6 +700,11 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.sqrt()
 
 
+@_op("Reciprocal")
+def _reciprocal(x: Tensor) -> Tensor:
+    return x.reciprocal()
+
+
 @_op("Rsqrt")
 def _rsqrt(x: Tensor) -> Tensor:
     return x.rsqrt()
@@ -767,6 +772,14 @@ def _reduce_mean(
 @_op("ReduceMax")
 def _reduce_max(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
     return x.amax(_ints(axes), keep_dims)
+
+
+@_op("ArgMaxWithValue")
+def _arg_max_with_value(
+    x: Tensor, *, dimension: int, keep_dims: bool = False
+) -> tuple[Tensor, Tensor]:
+    values, indices = x.max(dimension, keepdim=keep_dims)
+    return indices.to(torch.int32), values
 
 
 @_op("RmsNorm")

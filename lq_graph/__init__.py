@@ -29,29 +29,36 @@ except RuntimeError as error:
     ) from None
 
 from .check import Check, check
+from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint_write import save_checkpoint
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .module import LinearQuant
 from .ops import linear_quant, trans_quant_param
 from .plan import Plan, plan
 from .prepare import use_internal_format_weight
 from .product import get_product, set_product
+from .quantized_linear import QuantizedLinear
 from .vendor import convert
 from .weights import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
 
 __all__ = [
     "Check",
+    "CheckpointError",
     "LinearQuant",
     "LinearQuantError",
     "LinearQuantTypeError",
     "LinearQuantValueError",
     "Plan",
+    "QuantizedLinear",
     "check",
     "convert",
     "from_fractal_nz",
     "get_product",
     "linear_quant",
+    "load_checkpoint",
     "pack_int4",
     "plan",
+    "save_checkpoint",
     "set_product",
     "to_fractal_nz",
     "trans_quant_param",

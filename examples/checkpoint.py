@@ -1,0 +1,102 @@
+"""A W8A8 checkpoint on disk, to a compiled model.
+
+With an NPU and CANN:   python examples/checkpoint.py [FOLDER]
+Anywhere else:          python -m cann_host examples/checkpoint.py
+
+FOLDER is a checkpoint of the model below; without one, a small one is made.
+"""
+
+from __future__ import annotations
+
+import lq_graph  # first: where CANN is missing, it says so in one sentence
+
+# isort: split
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import torch
+import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+import torchair as tng
+from torch import Tensor, nn
+
+import converters
+from lq_graph import LinearQuant, QuantizedLinear
+
+torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
+
+
+class Block(nn.Module):
+    """The feed-forward half of a transformer layer."""
+
+    def __init__(self, width: int = 256, inner: int = 512) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, dtype=torch.float16)
+        self.up = nn.Linear(width, inner, dtype=torch.float16)
+        self.down = nn.Linear(inner, width, dtype=torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def quantized(linear: nn.Linear) -> QuantizedLinear:
+    """Per-channel int8 weights; the input is quantized per token, as it comes."""
+    n, k = linear.weight.shape
+    weight = linear.weight.detach().float()
+    scale = weight.abs().amax(1) / 127
+    layer = LinearQuant(k, n, pertoken_scale=True, output_dtype=torch.float16)
+    layer.weight.data = (weight / scale[:, None]).round().to(torch.int8)
+    layer.scale.data = scale
+    layer.bias.data = linear.bias.detach().clone()
+    return QuantizedLinear(layer)
+
+
+def make_checkpoint(folder: Path) -> Block:
+    """A checkpoint as msmodelslim would leave it, and the float model it was made of."""
+    torch.manual_seed(0)
+    model, source = Block(), Block()
+    source.load_state_dict(model.state_dict())
+    source.up, source.down = quantized(model.up), quantized(model.down)
+    lq_graph.save_checkpoint(source, folder, "msmodelslim")
+    return model
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else made)
+        original = make_checkpoint(folder) if len(sys.argv) < 2 else None
+        print("files")
+        for file in sorted(folder.iterdir()):
+            print(f"   {file.name:42s} {file.stat().st_size:>9,} bytes")
+
+        with torch.device("meta"):  # no memory until the file is read
+            model = Block()
+        print("\nloaded")
+        print(textwrap.indent(str(lq_graph.load_checkpoint(model, folder)), "   "))
+
+    x = torch.randn(16, 256, dtype=torch.float16)
+    on_cpu = model(x)
+    model = model.npu()
+    print("\nprepared")
+    print(textwrap.indent(str(lq_graph.use_internal_format_weight(model)), "   "))
+
+    config = tng.CompilerConfig()
+    backend = tng.get_npu_backend(compiler_config=config)
+    compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    with converters.graph.capture(config) as graphs, torch.no_grad():
+        out = compiled(x.npu()).cpu()
+    ops = graphs[0].ops()
+    print(f"\ncompiled to {len(ops)} GE nodes, {ops.count('QuantBatchMatmulV3')} of them matmuls")
+    print(f"   largest difference to the same model on the CPU: {(out - on_cpu).abs().max():.1e}")
+    if original is not None:
+        with torch.no_grad():
+            want = original.float()(x.float())
+        cosine = nn.functional.cosine_similarity(out.float(), want).min()
+        print(f"   lowest cosine similarity to the float model:     {cosine:.5f}")
+        if cosine < 0.999:
+            raise SystemExit("the quantized model is not the float one")
+
+
+if __name__ == "__main__":
+    main()
