@@ -8,9 +8,10 @@ import sys
 
 import torch
 
-from .check import Spec, check
+from .check import check
 from .errors import LinearQuantValueError
 from .formats import PRODUCTS, STORAGE_DTYPES
+from .plan import Spec
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype

@@ -5,30 +5,19 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .formats import PRODUCTS, STORAGE_DTYPES, Product, Row, dtype_name, storage_name
-from .plan import Plan, nearest_rows, plan
+from .plan import Plan, Spec, nearest_rows, plan
 from .product import parse_product
 from .text import table
 
-__all__ = ["Check", "Spec", "Verdict", "check"]
+__all__ = ["Check", "Verdict", "check"]
 
 _M, _N, _K = 16, 64, 64  # where the caller gives no shape; any legal sizes would do
-
-
-class Spec(NamedTuple):
-    """A tensor as plan() sees it: a dtype and a shape."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)}{list(self.shape)}"
 
 
 # a tensor, a dtype (a shape that fits is assumed), or a dtype with a shape

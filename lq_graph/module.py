@@ -12,11 +12,12 @@ from torch.nn.parameter import Parameter
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .formats import ND, ROWS, STORAGE_DTYPES, dtype_name
 from .npu import cast_format, format_of
-from .ops import linear_quant, trans_quant_param
+from .ops import trans_quant_param
 from .plan import check_finite
 
 __all__ = ["PARAMETERS", "LinearQuant"]
 
+_linear_quant = torch.ops.lq_graph.linear_quant.default
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
 
 
@@ -129,19 +130,29 @@ class LinearQuant(nn.Module):
             x1: int8 (..., m, k) or int32 (..., m, k/8).
             pertoken_scale: float32 (m,), in place of the parameter of that name.
         """
-        if pertoken_scale is None:
-            pertoken_scale = self.pertoken_scale
-        _check_stated("x1", x1, self.x1_dtype)
-        _check_stated("x2", self.weight, self.x2_dtype)
-        return linear_quant(
+        own: dict[str, Any] = self._parameters  # type: ignore[assignment]
+        # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. A parametrized layer
+        # has no other way.
+        if len(own) == len(PARAMETERS):
+            weight, scale, offset = own["weight"], own["scale"], own["offset"]
+            pertoken, bias = own["pertoken_scale"], own["bias"]
+        else:
+            weight, scale, offset = self.weight, self.scale, self.offset
+            pertoken, bias = self.pertoken_scale, self.bias
+        if self.x1_dtype is not None:
+            _check_stated("x1", x1, self.x1_dtype)
+        if self.x2_dtype is not None:
+            _check_stated("x2", weight, self.x2_dtype)
+        out: Tensor = _linear_quant(
             x1,
-            self.weight,
-            self.scale,
-            self.offset,
-            pertoken_scale,
-            self.bias,
+            weight,
+            scale,
+            offset,
+            pertoken if pertoken_scale is None else pertoken_scale,
+            bias,
             output_dtype=self.output_dtype,
         )
+        return out
 
     def fold_scale(self) -> None:
         """Replace the float32 scale by the packed int64 form, with the offset in it.
@@ -281,9 +292,9 @@ def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:
     return trans_quant_param(scale, offset)
 
 
-def _check_stated(name: str, tensor: Tensor, stated: torch.dtype | None) -> None:
+def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
     """Hold a tensor against the dtype the constructor was told."""
-    if stated is not None and tensor.dtype != stated:
+    if tensor.dtype != stated:
         tensor_name = "weight" if name == "x2" else name
         raise LinearQuantTypeError(
             f"LinearQuant: {tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made "

@@ -6,6 +6,9 @@ torch_npu is imported at the first call: an npu tensor cannot exist without it.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,16 @@ from .plan import plan, plan_trans_quant_param
 __all__ = ["cast_format", "format_of", "linear_quant", "trans_quant_param"]
 
 _ACL_INT32 = 3  # aclDataType
+# c10::ScalarType, which npu_quant_matmul's `int? output_dtype` holds
+_SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
+
+
+@cache
+def _quant_matmul() -> Any:
+    """The overload itself: torch_npu.npu_quant_matmul looks for it on every call."""
+    import torch_npu
+
+    return torch_npu.npu_quant_matmul.default
 
 
 def linear_quant(
@@ -28,21 +41,20 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """NPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
-    import torch_npu
-
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
+    # Only what is there is passed, and the dtype as torch numbers it: each None and each
+    # torch.dtype costs an eager call a microsecond or more.
+    given: dict[str, Any] = {"output_dtype": _SCALAR_TYPES[p.output_dtype]}
+    if offset is not None:
+        given["offset"] = offset
+    if pertoken_scale is not None:
+        given["pertoken_scale"] = pertoken_scale
+    if bias is not None:
+        given["bias"] = bias
     # A float32 scale that has to be folded is folded inside, by torch_npu itself.
-    out: Tensor = torch_npu.npu_quant_matmul(
-        x1,
-        weight.transpose(-1, -2),
-        scale,
-        offset=offset,
-        pertoken_scale=pertoken_scale,
-        bias=bias,
-        output_dtype=p.output_dtype,
-    )
+    out: Tensor = _quant_matmul()(x1, weight.transpose(-1, -2), scale, **given)
     return out
 
 

@@ -6,10 +6,10 @@ checks of their own, so all four refuse the same input with the same sentence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -33,6 +33,7 @@ from .product import get_product
 
 __all__ = [
     "Plan",
+    "Spec",
     "TensorLike",
     "check_finite",
     "nearest_rows",
@@ -41,6 +42,16 @@ __all__ = [
 ]
 
 _PARAM_INVALID = "161002"  # ACLNN_ERR_PARAM_INVALID
+
+
+class Spec(NamedTuple):
+    """A dtype and a shape: all that is decided by."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}{list(self.shape)}"
 
 
 class TensorLike(Protocol):
@@ -374,6 +385,37 @@ def plan(
     """
     product = product or get_product()
     output = torch.int8 if output_dtype is None else output_dtype
+    # one flat key of dtypes and shapes: what a look-up costs is what every eager call pays
+    key = (
+        product,
+        output,
+        x1.dtype,
+        x1.shape,
+        weight.dtype,
+        weight.shape,
+        scale.dtype,
+        scale.shape,
+        *((None, None) if offset is None else (offset.dtype, offset.shape)),
+        *((None, None) if pertoken_scale is None else (pertoken_scale.dtype, pertoken_scale.shape)),
+        *((None, None) if bias is None else (bias.dtype, bias.shape)),
+    )
+    try:
+        found = _cached_decision(*key)
+    except TypeError as error:
+        if isinstance(error, LinearQuantTypeError):
+            raise
+        found = _decide(*key)  # symbolic sizes cannot be looked up
+    if found.int4:
+        _check_contiguous("x1", x1)
+        _check_contiguous("weight", weight)
+    return found
+
+
+def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
+    """plan(), from dtypes and shapes alone: those of the six tensors in turn, None if absent."""
+    given = [None if dtype is None else Spec(dtype, tuple(shape)) for dtype, shape in _pairs(key)]
+    x1, weight, scale, offset, pertoken_scale, bias = given
+    assert x1 is not None and weight is not None and scale is not None
 
     # dtypes
     of_storage = rows_of(product, x1.dtype)
@@ -431,8 +473,6 @@ def plan(
         )
     for name, tensor in (("x1", x1), ("weight", weight)):
         _check_not_empty(product, name, tensor)
-        if int4:
-            _check_contiguous(name, tensor)
     if int4 and _sure(n % pack != 0):
         _value_error(
             f"weight has n = {n} rows; int4 needs n and k to be multiples of {pack}. What to do: "
@@ -478,6 +518,14 @@ def plan(
         int4=int4,
         fold_scale=row.folds_scale and scale.dtype == torch.float32,
     )
+
+
+def _pairs(key: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(key[::2], key[1::2], strict=True)
+
+
+# A model asks the same few questions on every call. A refusal is not kept.
+_cached_decision = lru_cache(maxsize=4096)(_decide)
 
 
 def plan_trans_quant_param(

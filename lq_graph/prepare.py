@@ -171,7 +171,7 @@ def _prepare(name: str, layer: LinearQuant, fold: bool, int4_nz: bool, undo: Exi
     """Fold and cast one layer. What takes a step back is noted before the step."""
     weight, scale = layer.weight, layer.scale
     before = _describe(layer)
-    if fold:
+    if fold and scale.dtype == torch.float32:  # two layers may share one scale
         undo.callback(_restore, scale, ND, scale.data)
         if isinstance(layer, LinearQuant):
             undo.callback(setattr, layer, "_float_scale", layer._float_scale)

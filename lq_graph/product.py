@@ -40,7 +40,6 @@ def parse_product(name: Product | str, where: str) -> Product:
     return product
 
 
-@cache
 def _detect() -> Product | None:
     """The product of the device torch_npu sees; None if there is none, or, with a warning, if no
     table is known for it."""
@@ -58,19 +57,24 @@ def _detect() -> Product | None:
     return product
 
 
+@cache
+def _found(with_npu: bool) -> Product:
+    """What the environment or the device says; asked once, because every call needs it. torch_npu
+    is never imported for this: without it there is no device to ask."""
+    if name := os.environ.get(ENV):
+        return parse_product(name, ENV)
+    return (_detect() if with_npu else None) or _DEFAULT
+
+
 def get_product() -> Product:
     """The product in force: set in code, else LQ_GRAPH_PRODUCT, else the device, else Atlas A2.
+
+    The environment and the device are asked at the first call, and again after `set_product(None)`.
 
     Raises:
         LinearQuantValueError: LQ_GRAPH_PRODUCT names no known product.
     """
-    if _chosen is not None:
-        return _chosen
-    if name := os.environ.get(ENV):
-        return parse_product(name, ENV)
-    # torch_npu is never imported for this: without it there is no device to ask
-    detected = _detect() if sys.modules.get("torch_npu") else None
-    return detected or _DEFAULT
+    return _chosen or _found("torch_npu" in sys.modules)
 
 
 def set_product(product: Product | str | None) -> None:
@@ -84,3 +88,4 @@ def set_product(product: Product | str | None) -> None:
     """
     global _chosen
     _chosen = None if product is None else parse_product(product, "set_product")
+    _found.cache_clear()

@@ -250,12 +250,17 @@ def test_product_decides(product: str, case: Case, legal: bool) -> None:
 
 def test_product_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LQ_GRAPH_PRODUCT", "310p")
+    lq_graph.set_product(None)
     assert lq_graph.get_product().key == "310P"
     monkeypatch.setenv("LQ_GRAPH_PRODUCT", "H100")
+    lq_graph.set_product(None)
     with pytest.raises(
         LinearQuantValueError, match=r"LQ_GRAPH_PRODUCT: 'H100' .* 310P, A2, A3, 950"
     ):
         lq_graph.get_product()
+    monkeypatch.undo()
+    lq_graph.set_product(None)
+    assert lq_graph.get_product().key == cases.PRODUCT
 
 
 def test_int8_dtype_is_what_the_default_means() -> None:

@@ -197,3 +197,16 @@ def test_packed_scale_state_dict_loads_into_a_float_one() -> None:
     layer = LinearQuant(40, 24, bias=False, offset=True)
     layer.load_state_dict(module_for(inputs).state_dict())
     cases.assert_equal(layer(inputs["x1"]), inputs)
+
+
+def test_a_parametrized_layer_runs() -> None:
+    class Negative(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return -weight
+
+    inputs = cases.make(Case(output=I32))
+    inputs["weight"] = inputs["weight"].clamp(-127)
+    layer = module_for(inputs)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Negative(), unsafe=True)
+    inputs["weight"] = -inputs["weight"]
+    cases.assert_equal(layer(inputs["x1"]), inputs)

@@ -10,8 +10,8 @@ import torch
 from table import FIELDS, I32, LEGAL, PRODUCTS, TABLE, Combination, Row, mutations
 
 from lq_graph import LinearQuantTypeError, plan
-from lq_graph.check import Spec
 from lq_graph.formats import ROWS, dtype_name, product_by_name
+from lq_graph.plan import Spec
 
 M, K, N = 4, 64, 16
 ROWS_OF = [(key, row) for key in PRODUCTS for row in TABLE if key in row.products.split()]
