@@ -130,7 +130,7 @@ class LinearQuant(nn.Module):
             x1: int8 (..., m, k) or int32 (..., m, k/8).
             pertoken_scale: float32 (m,), in place of the parameter of that name.
         """
-        own: dict[str, Any] = self._parameters  # type: ignore[assignment]
+        own: dict[str, Any] = self._parameters
         # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. A parametrized layer
         # has no other way.
         if len(own) == len(PARAMETERS):
