@@ -84,7 +84,7 @@ def activate(soc: str | None = None) -> None:
 
     aclnn.install(library, soc)
     ge.install(library)
-    count = fallback.install()
+    count = fallback.install(library)
     _active = {"soc": soc, "aten_fallbacks": count}
     print(
         f"cann_host: no NPU here; a stand-in for CANN {CANN_VERSION} ({soc}) computes on the CPU",

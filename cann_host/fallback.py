@@ -8,6 +8,7 @@ others again, so their gradients come from PyTorch.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ KEPT = frozenset(
 
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 _library: torch.library.Library  # registrations live as long as this object
+_is_capturing: Callable[[], int]
 
 
 def _to_cpu(value: Any) -> Any:
@@ -127,6 +129,11 @@ class _CpuKernel:
         self.names = [argument.name for argument in schema.arguments]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_capturing():
+            raise RuntimeError(
+                f"cann_host: {self.op} runs on the CPU here, which a captured graph cannot hold; "
+                "only what is launched through aclnn is captured."
+            )
         cpu_args = [_to_cpu(value) for value in args]
         cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
         if "device" in self.names and cpu_kwargs.get("device") is None:
@@ -202,9 +209,10 @@ def _makes_view(op: torch._ops.OpOverload) -> bool:
     )
 
 
-def install() -> int:
+def install(native: ctypes.CDLL) -> int:
     """Replace torch_npu's aten kernels; returns how many."""
-    global _library
+    global _library, _is_capturing
+    _is_capturing = native.cann_host_is_capturing
     _library = torch.library.Library("aten", "IMPL")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     has_computed_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key

@@ -255,6 +255,17 @@ int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
   }
 }
 
+// No limit is set on a stream, so it may use the device's cores: types 0 and 1 are the same there.
+int aclrtGetStreamResLimit(void*, int type, uint32_t* value) {
+  int64_t cores = 0;
+  if (value == nullptr || type < 0 || type > 1) {
+    return Fail(kInvalidParam, "aclrtGetStreamResLimit: unknown resource %d", type);
+  }
+  const int code = aclGetDeviceCapability(0, type, &cores);
+  *value = static_cast<uint32_t>(cores);
+  return code;
+}
+
 int aclrtSynchronizeDevice() { return kSuccess; }
 int aclrtSynchronizeDeviceWithTimeout(int32_t) { return kSuccess; }
 
@@ -321,14 +332,15 @@ int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attribute
 int aclrtMemcpy(void* dst, size_t dst_size, const void* src, size_t count, int) {
   return Copy(dst, dst_size, src, count);
 }
-int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, int, void*) {
-  return Copy(dst, dst_size, src, count);
+int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, int,
+                     void* stream) {
+  return cann_host::RunOrCapture(stream, [=] { return Copy(dst, dst_size, src, count); });
 }
 int aclrtMemset(void* dst, size_t dst_size, int32_t value, size_t count) {
   return Set(dst, dst_size, value, count);
 }
-int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void*) {
-  return Set(dst, dst_size, value, count);
+int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
+  return cann_host::RunOrCapture(stream, [=] { return Set(dst, dst_size, value, count); });
 }
 
 // ---- streams and events ----

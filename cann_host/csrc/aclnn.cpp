@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "core.h"
@@ -89,11 +91,12 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   return kSuccess;
 }
 
-int Launch(aclOpExecutor* executor) {
+int Launch(aclOpExecutor* executor, void* stream) {
   if (executor == nullptr) return Fail(kNullPointer, "an operator was launched without executor");
-  const int code = Call(executor->op, kRun, executor->words);
-  delete executor;
-  return code;
+  const std::unique_ptr<aclOpExecutor> owned(executor);
+  return cann_host::RunOrCapture(stream, [op = owned->op, words = std::move(owned->words)] {
+    return Call(op, kRun, words);
+  });
 }
 
 // Bytes of one element of the dtypes FRACTAL_NZ is made for; 0 for others.
@@ -122,8 +125,8 @@ int64_t ElementBytes(int dtype) {
 extern "C" void cann_host_set_aclnn_executor(Run run) { run_in_python = run; }
 
 #define CANN_HOST_LAUNCH(op)                                                              \
-  extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void*) {                    \
-    return Launch(executor);                                                              \
+  extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {             \
+    return Launch(executor, stream);                                                      \
   }
 
 extern "C" {

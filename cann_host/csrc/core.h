@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace cann_host {
 
@@ -25,6 +26,10 @@ int Unimplemented(const char* symbol);
 // The text for aclGetRecentErrMsg and GEGetErrorMsg; empty if nothing failed yet.
 // The pointer stays valid until this thread asks again.
 const char* RecentError();
+
+// Work on a stream: done at once, or kept while a graph is captured on it.
+using Task = std::function<int()>;
+int RunOrCapture(void* stream, Task task);
 
 // The CANN version and the product this process pretends to run on.
 const char* CannVersion();
