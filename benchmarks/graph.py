@@ -1,5 +1,7 @@
 """Graph mode and eager calls, ours beside the vendor's: `python -m cann_host benchmarks/graph.py`.
 
+`... benchmarks/graph.py --write` also rewrites benchmarks/graph.txt, which holds the last results.
+
 Both run in this process, in turns; what is printed are medians and their ratios. Under cann_host
 the times are the wheels' Python and C++ plus the stand-in's arithmetic, never a chip's: read the
 ratios.
@@ -8,10 +10,15 @@ ratios.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import io
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch_npu
@@ -173,13 +180,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, nargs="*", default=[1, 8, 32, 96, 256])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep the output in graph.txt")
     asked = parser.parse_args()
+    if not asked.write:
+        return report(asked.layers, asked.rounds)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        report(asked.layers, asked.rounds)
+    print(output.getvalue(), end="")
+    Path(__file__).with_suffix(".txt").write_text(output.getvalue())
+    return None
+
+
+def report(layers: list[int], rounds: int) -> None:
+    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}", end=", ")
     threads = torch.get_num_threads()
     print(f"{torch.npu.get_device_name()}, torch_npu {torch_npu.__version__}, {threads} threads")
     nodes()
     eager_calls(400)
     print()
-    compile_times(asked.layers, asked.rounds)
+    compile_times(layers, rounds)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ _DTYPES = {"float": "float32", "bf16": "bfloat16", "double": "float64"}
 @dataclass(frozen=True)
 class Edge:
     """A tensor between two nodes. shape: None where the graph does not say; -1 or a symbol for
-    a size known only at run time."""
+    a size known only at run time. source: name of the node it comes from, for an input."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...] | None
     format: str = "ND"
+    source: str = ""
 
     def __str__(self) -> str:
         shape = "?" if self.shape is None else ", ".join(map(str, self.shape))
@@ -105,7 +106,8 @@ def read(path: str | Path) -> Graph:
             if not source:  # an optional input left out
                 continue
             origin = produced.get(source)
-            inputs.append(replace(origin or _edge(desc), name=desc.name))
+            edge = origin or _edge(desc)
+            inputs.append(replace(edge, name=desc.name, source=source.rpartition(":")[0]))
         outputs = tuple(produced[f"{op.name}:{i}"] for i in range(len(op.output_desc)))
         attrs = {key: _attr(value) for key, value in op.attr.items() if not key.startswith("_")}
         nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs))

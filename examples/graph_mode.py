@@ -52,6 +52,14 @@ def fill(model: Model) -> None:
     model.a4w4.scale.data = torch.rand(256) * 1e-2
 
 
+def example() -> tuple[Model, tuple[Tensor, Tensor]]:
+    """The model and inputs, for `python -m lq_graph explain examples/graph_mode.py:example`."""
+    model = Model()
+    fill(model)
+    x = torch.randint(-128, 128, (16, 512), dtype=torch.int8)
+    return model, (x, lq_graph.pack_int4(torch.randint(-8, 8, (16, 512), dtype=torch.int8)))
+
+
 def golden(layer: LinearQuant, x: Tensor) -> Tensor:
     """The layer in plain int64 arithmetic, independent of lq_graph's kernels."""
     weight = layer.weight.data
@@ -74,10 +82,7 @@ def unpack(words: Tensor) -> Tensor:
 
 def main() -> None:
     print(f"device   {torch.npu.get_device_name()}, torch_npu {torch_npu.__version__}\n")
-    model = Model()
-    fill(model)
-    x = torch.randint(-128, 128, (16, 512), dtype=torch.int8)
-    x_int4 = lq_graph.pack_int4(torch.randint(-8, 8, (16, 512), dtype=torch.int8))
+    model, (x, x_int4) = example()
     want = golden(model.down, golden(model.up, x)), golden(model.a4w4, x_int4)
 
     model = model.npu()

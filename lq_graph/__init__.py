@@ -32,6 +32,7 @@ from .check import Check, check
 from .checkpoint import CheckpointError, load_checkpoint
 from .checkpoint_write import save_checkpoint
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from .explain import explain
 from .module import LinearQuant
 from .ops import linear_quant, trans_quant_param
 from .plan import Plan, plan
@@ -52,6 +53,7 @@ __all__ = [
     "QuantizedLinear",
     "check",
     "convert",
+    "explain",
     "from_fractal_nz",
     "get_product",
     "linear_quant",

@@ -1,15 +1,20 @@
-"""`python -m lq_graph check ...`: ask about a configuration from the command line."""
+"""`python -m lq_graph check ...` asks about a configuration, `... explain ...` about a model."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
+import runpy
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from .check import check
-from .errors import LinearQuantValueError
+from .errors import LinearQuantError, LinearQuantValueError
+from .explain import explain, require_npu
 from .formats import PRODUCTS, STORAGE_DTYPES
 from .plan import Spec
 
@@ -72,13 +77,64 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--output", type=_dtype, default=torch.int8, help="default int8")
     keys = ", ".join(product.key for product in PRODUCTS)
     asking.add_argument("--product", help=f"one of {keys}, or a SoC name; default all")
+
+    explaining = commands.add_parser(
+        "explain",
+        help="what a model becomes on the device, beside the vendor's lowering",
+        description="Lower a model and tell what each LinearQuant layer becomes. Without an NPU: "
+        "python -m cann_host -m lq_graph explain ...",
+    )
+    explaining.add_argument(
+        "model",
+        help="FILE.py:FUNCTION or package.module:FUNCTION; the function returns the model and a "
+        "tuple of its inputs",
+    )
+    explaining.add_argument(
+        "--html", metavar="FILE", help="also write a page with the graphs drawn"
+    )
     return parser
+
+
+def _load(where: str) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
+    """What FILE.py:FUNCTION or package.module:FUNCTION returns."""
+    file, colon, name = where.rpartition(":")
+    if not colon or not file or not name:
+        raise LinearQuantValueError(f"explain: {where!r} is not FILE.py:FUNCTION")
+    if file.endswith(".py"):
+        if not Path(file).is_file():
+            raise LinearQuantValueError(f"explain: there is no file {file}")
+        found = runpy.run_path(file)
+    else:
+        try:
+            found = vars(importlib.import_module(file))
+        except ModuleNotFoundError as error:
+            raise LinearQuantValueError(f"explain: {error}") from None
+    if not callable(found.get(name)):
+        raise LinearQuantValueError(f"explain: {file} has no function {name}")
+    made = found[name]()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
+        raise LinearQuantValueError(
+            f"explain: {where} returned {type(made).__name__}; it has to return the model and a "
+            "tuple of its inputs"
+        )
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     asked = parser.parse_args(arguments)
+    if asked.command == "explain":
+        try:
+            require_npu()
+            story = explain(*_load(asked.model))
+        except LinearQuantError as error:
+            parser.error(str(error))
+        print(story)
+        if asked.html:
+            story.html(asked.html)
+            print(f"\nwritten: {asked.html}")
+        return 0
     try:
         answer = check(
             asked.x1,

@@ -26,9 +26,11 @@ __all__ = [
     "MAX_DIMS",
     "MIN_DIMS",
     "ND",
+    "PEAKS",
     "PRODUCTS",
     "ROWS",
     "STORAGE_DTYPES",
+    "Peak",
     "Product",
     "Row",
     "dtype_name",
@@ -92,6 +94,37 @@ ASCEND_950 = Product(
     empty_m=True,
 )
 PRODUCTS = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Published peak figures of one chip of a product, for estimates.
+
+    Attributes:
+        chip: which.
+        int8_ops: dense int8 operations a second, two a multiply-accumulate.
+        bytes_per_second: memory bandwidth.
+        source: where they are published.
+    """
+
+    chip: str
+    int8_ops: float
+    bytes_per_second: float
+    source: str
+
+    def __str__(self) -> str:
+        tops, gigabytes = self.int8_ops / 1e12, self.bytes_per_second / 1e9
+        return f"{self.chip} at {tops:g} TOPS int8 and {gigabytes:g} GB/s ({self.source})"
+
+
+# Rough: chips of one family differ, public figures disagree, and no kernel reaches its peak.
+_ROUGH = "commonly published figures"
+PEAKS: dict[str, Peak] = {
+    "310P": Peak("Atlas 300I Pro", 140e12, 204.8e9, _ROUGH),
+    "A2": Peak("Ascend 910B", 640e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
+    "A3": Peak("one die of Ascend 910C", 800e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
+    "950": Peak("Ascend 950PR", 1000e12, 1600e9, "Huawei Connect 2025, at 8 bits"),
+}
 
 Choice = tuple["torch.dtype | None", ...]
 

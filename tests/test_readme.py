@@ -63,3 +63,11 @@ def test_check_shown_is_the_real_one(capsys) -> None:
     assert shown
     command_line.main(shown[1].split())
     assert capsys.readouterr().out == shown[2]
+
+
+def test_explain_shown_is_the_real_one(capsys) -> None:
+    shown = re.search(r"```\n\$ python -m cann_host -m lq_graph explain [^\n]*\n([^`]*)```", README)
+    assert shown
+    example = Path(__file__).parents[1] / "examples/graph_mode.py"
+    command_line.main(["explain", f"{example}:example"])
+    assert capsys.readouterr().out.startswith(shown[1].removesuffix("...\n"))
