@@ -53,7 +53,7 @@ FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
 STORAGE_DTYPES: dict[torch.dtype, int] = {torch.int8: 1, torch.int32: INT4_PER_INT32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object each: looked up by identity on every call
 class Product:
     """A family of Ascend chips that share one support table.
 

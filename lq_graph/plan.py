@@ -362,7 +362,8 @@ def plan(
 ) -> Plan:
     """Decide what a LinearQuant call is, or say why it is none.
 
-    Looks only at dtypes and shapes, so it costs the same for real, fake and symbolic tensors.
+    Looks only at dtypes, shapes and, for int4, strides, so it answers alike for real, fake and
+    symbolic tensors. An answer for sizes that are numbers is kept.
 
     Args:
         x1: int8 (..., m, k), or int32 (..., m, k/8) carrying int4; 2 to 6 dims.
