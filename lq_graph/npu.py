@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import FRACTAL_NZ, ND
+from .formats import FRACTAL_NZ, LAST_DIM_MAX, ND
 from .plan import plan, plan_trans_quant_param
 
 __all__ = ["cast_format", "format_of", "linear_quant", "trans_quant_param"]
@@ -20,6 +20,14 @@ __all__ = ["cast_format", "format_of", "linear_quant", "trans_quant_param"]
 _ACL_INT32 = 3  # aclDataType
 # c10::ScalarType, which npu_quant_matmul's `int? output_dtype` holds
 _SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
+
+
+def _usual_strides(x: Tensor) -> Tensor:
+    """A contiguous tensor with the strides that row-major has. A dim of 1 may have any other, which
+    CANN may read as transposed."""
+    if x.stride()[-2:] == (x.shape[-1], 1):
+        return x
+    return x.reshape(-1).view(x.shape)
 
 
 @cache
@@ -44,6 +52,12 @@ def linear_quant(
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
+    if p.int4:
+        x1, weight = _usual_strides(x1), _usual_strides(weight)
+    elif p.m > LAST_DIM_MAX and not x1.is_contiguous():
+        x1 = x1.contiguous()  # transposed, m would be the last dim, which CANN limits
+    if p.n > LAST_DIM_MAX and not weight.is_contiguous():
+        weight = weight.contiguous()
     # Only what is there is passed, and the dtype as torch numbers it: each None and each
     # torch.dtype costs an eager call a microsecond or more.
     given: dict[str, Any] = {"output_dtype": _SCALAR_TYPES[p.output_dtype]}

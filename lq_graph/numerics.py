@@ -124,7 +124,10 @@ def unpack_int4(packed: Tensor) -> Tensor:
     Returns:
         int8, (..., k), values in -8..7.
     """
-    pairs = packed.contiguous().view(torch.uint8).reshape(-1)
+    packed = packed.contiguous()
+    if packed.dim() and packed.stride(-1) != 1:  # a dim of 1 may have any stride
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    pairs = packed.view(torch.uint8).reshape(-1)
     values = torch.empty(2 * pairs.numel(), dtype=torch.int8, device=packed.device)
     words = values.view(torch.int16)
     for part in _cache_sized(pairs.numel()):
@@ -172,6 +175,13 @@ def nz_to_nd(x: Tensor, rows: int, cols: int) -> Tensor:
     return words.contiguous().view(x.dtype)[..., :rows, :cols].contiguous()
 
 
+def _no_overlap(x: Tensor) -> Tensor:
+    """torch._int_mm (2.13, CPU) gives garbage for rows or columns that share memory."""
+    rows, cols = x.stride()[-2:]
+    plain = (cols == 1 and rows >= x.shape[-1]) or (rows == 1 and cols >= x.shape[-2])
+    return x if plain else x.clone(memory_format=torch.contiguous_format)
+
+
 def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
     """Exact int32 product of int8 matrices, the weight untransposed.
 
@@ -186,7 +196,7 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
         # torch._int_mm (2.13, CPU) gives garbage for k = 1 and n > 1
         return x1.to(torch.int32) * weight.to(torch.int32).transpose(-1, -2)
     if weight.dim() == 2:
-        flat = torch._int_mm(x1.reshape(-1, x1.shape[-1]), weight.t())
+        flat = torch._int_mm(_no_overlap(x1.reshape(-1, x1.shape[-1])), _no_overlap(weight).t())
         return flat.view(*x1.shape[:-1], weight.shape[0])
     batch = torch.broadcast_shapes(x1.shape[:-2], weight.shape[:-2])
     left = x1.expand(*batch, *x1.shape[-2:]).reshape(-1, *x1.shape[-2:])
@@ -195,7 +205,7 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
         left.shape[0], x1.shape[-2], weight.shape[-2], dtype=torch.int32, device=x1.device
     )
     for i in range(left.shape[0]):
-        torch._int_mm(left[i], right[i].t(), out=out[i])
+        torch._int_mm(_no_overlap(left[i]), _no_overlap(right[i]).t(), out=out[i])
     return out.view(*batch, *out.shape[-2:])
 
 

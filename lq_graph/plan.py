@@ -277,14 +277,14 @@ def _check_not_empty(product: Product, name: str, tensor: TensorLike) -> None:
 def _check_contiguous(name: str, tensor: TensorLike) -> None:
     """int4 is read as packed memory: aclnn counts the elements of an int32 view eight times over
     without looking at its strides (aclnn_quant_matmul_v4.cpp, hicann/ops-nn)."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, torch.Tensor) or any(_sure(size == 0) for size in tensor.shape):
         return
     expected: int = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if not _sure(size == 1) and _sure(stride != expected):
             _value_error(
                 f"{name} has shape {_shape(tensor)} with strides {tuple(tensor.stride())}; "
-                "int32 (int4) must be contiguous. What to do: pass {name}.contiguous(), having "
+                f"int32 (int4) must be contiguous. What to do: pass {name}.contiguous(), having "
                 "made sure that k is what was packed."
             )
         expected = expected * size
