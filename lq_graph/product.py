@@ -74,7 +74,7 @@ def get_product() -> Product:
     Raises:
         LinearQuantValueError: LQ_GRAPH_PRODUCT names no known product.
     """
-    return _chosen or _found("torch_npu" in sys.modules)
+    return _chosen or _found(sys.modules.get("torch_npu") is not None)
 
 
 def set_product(product: Product | str | None) -> None:

@@ -20,7 +20,7 @@ _TARGETS = ("lq_graph", "torch_npu")
 def vendor_layers() -> tuple[type[nn.Module], ...]:
     """torch_npu's LinearQuant and LinearA8W8Quant; nothing where torch_npu is not imported, for a
     model can hold none there."""
-    if "torch_npu" not in sys.modules:
+    if sys.modules.get("torch_npu") is None:
         return ()
     from torch_npu.contrib.module import LinearA8W8Quant
     from torch_npu.contrib.module import LinearQuant as VendorLinearQuant

@@ -19,7 +19,6 @@ import lq_graph
 from lq_graph import LinearQuantError, LinearQuantValueError, numerics, plan
 from lq_graph.formats import product_by_name
 from lq_graph.plan import Spec
-from lq_graph.plan import Spec
 
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=400)
 settings.load_profile("tests")
