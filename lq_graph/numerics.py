@@ -5,7 +5,8 @@ what runs eagerly on a laptop and what a compiled graph computes there cannot dr
 Nothing here validates: `lq_graph.plan` has done that before.
 
 Sources: aclnnQuantMatmulV4 / aclnnTransQuantParamV2 documents of CANN (hicann/ops-nn,
-`matmul/quant_batch_matmul_v3/docs`, `quant/trans_quant_param_v2`).
+`matmul/quant_batch_matmul_v3/docs`, `quant/trans_quant_param_v2`), and the kernels of
+`quant/dynamic_quant` and `quant/ascend_quant_v2`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "INT4_PER_INT32",
+    "dynamic_quant",
     "matmul_int32",
     "nd_to_nz",
     "nz_to_nd",
@@ -24,6 +26,7 @@ __all__ = [
     "pack_scale",
     "quant_matmul",
     "s19",
+    "static_quant",
     "unpack_int4",
     "unpack_scale",
 ]
@@ -37,6 +40,9 @@ _OFFSET_MASK = 0x1FF
 _VALID_BIT = 1 << 46
 
 _FLOAT16_MAX = 65504.0
+
+# the range of a quantized value: int8, and int4 (held as int8 until it is packed)
+_LIMITS = {8: (-128, 127), 4: (-8, 7)}
 
 
 def s19(scale: Tensor) -> Tensor:
@@ -260,3 +266,47 @@ def quant_matmul(
     if bias is not None:
         value.add_(bias.to(torch.float32))
     return value.to(output_dtype)
+
+
+def _to_integer(value: Tensor, bits: int) -> Tensor:
+    """float32 to int8 values, rounded half to even and clamped; NaN becomes 0, as on the chip."""
+    low, high = _LIMITS[bits]
+    return value.round_().nan_to_num_(0.0).clamp_(low, high).to(torch.int8)
+
+
+def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Quantize each row of the last dim by its largest magnitude, symmetric.
+
+    The arithmetic is that of the A2 kernels (quant/dynamic_quant/op_kernel): one multiplication by
+    127 / peak, and a scale of peak * (1 / 127), both in float32. A row of zeros gives zeros and a
+    scale of 0; one that holds infinity or NaN gives zeros and a scale that is infinite or NaN.
+
+    Args:
+        x: float16 or bfloat16, (..., k).
+        bits: 8, or 4 with 7 in place of 127.
+
+    Returns:
+        int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
+    """
+    top = _LIMITS[bits][1]
+    value = x.to(torch.float32)
+    peak = value.abs().amax(-1)
+    steps = value * (top / peak).unsqueeze(-1)
+    return _to_integer(steps, bits), peak * (1 / top)
+
+
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Quantize with a scale that is known: x * scale_reciprocal + offset, in float32.
+
+    Args:
+        x: float, (..., k).
+        scale_reciprocal: float, (1,) or (k,).
+        offset: float, as scale_reciprocal, or None.
+
+    Returns:
+        int8, x's shape.
+    """
+    value = x.to(torch.float32) * scale_reciprocal.to(torch.float32)
+    if offset is not None:
+        value.add_(offset.to(torch.float32))
+    return _to_integer(value, 8)
