@@ -22,10 +22,14 @@ def register() -> None:
 
     Source: torchair's register_fx_node_ge_converter.
     """
-    register_fx_node_ge_converter(torch.ops.lq_graph.linear_quant.default)(_builders.linear_quant)
-    register_fx_node_ge_converter(torch.ops.lq_graph.trans_quant_param.default)(
-        _builders.trans_quant_param
-    )
+    ops = torch.ops.lq_graph
+    for op, builder in (
+        (ops.linear_quant.default, _builders.linear_quant),
+        (ops.trans_quant_param.default, _builders.trans_quant_param),
+        (ops.dynamic_quant.default, _builders.dynamic_quant),
+        (ops.static_quant.default, _builders.static_quant),
+    ):
+        register_fx_node_ge_converter(op)(builder)
 
 
 register()

@@ -6,12 +6,13 @@ a plain function over GE tensors, so a test can call it inside a graph context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from lq_graph.numerics import INT4_PER_INT32
 from lq_graph.plan import Plan, plan, plan_trans_quant_param
+from lq_graph.plan_quant import plan_dynamic_quant, plan_static_quant
 
 from ._torchair import (
     Const,
@@ -23,7 +24,7 @@ from ._torchair import (
     torch_type_to_ge_type,
 )
 
-__all__ = ["linear_quant", "trans_quant_param"]
+__all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
 
 def linear_quant(
@@ -79,6 +80,48 @@ def trans_quant_param(
     return _declare(packed, DataType.DT_INT64, shape)
 
 
+def dynamic_quant(
+    x: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    meta_outputs: Sequence[TensorSpec] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """NB: lq_graph::dynamic_quant(Tensor x, *, ScalarType? dtype=None) -> (Tensor, Tensor)
+
+    One DynamicQuant. int4 leaves it as int4: Reshape and Bitcast carry it into the int32 that torch
+    sees, and a linear_quant that takes it at once takes the int4 itself, which leaves those dead.
+    """
+    p = plan_dynamic_quant(x.meta, dtype)
+    ge_dtype = DataType.DT_INT4 if p.int4 else DataType.DT_INT8
+    quantized, scale = ge.DynamicQuant(x, smooth_scales=None, group_index=None, dst_type=ge_dtype)
+    _declare(scale, DataType.DT_FLOAT, p.scale_shape)
+    _declare(quantized, ge_dtype, tuple(x.meta.shape))
+    return (_as_int32(quantized, p.output_shape) if p.int4 else quantized), scale
+
+
+def static_quant(
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    meta_outputs: TensorSpec = None,
+) -> Tensor:
+    """NB: lq_graph::static_quant(Tensor x, Tensor scale_reciprocal, Tensor? offset=None) -> Tensor
+
+    One AscendQuantV2.
+    """
+    p = plan_static_quant(x.meta, scale_reciprocal.meta, _meta(offset))
+    quantized = ge.AscendQuantV2(
+        x,
+        scale_reciprocal,
+        offset,
+        sqrt_mode=False,
+        round_mode="round",
+        dst_type=DataType.DT_INT8,
+        axis=-1,
+    )
+    return _declare(quantized, DataType.DT_INT8, p.output_shape)
+
+
 def _meta(tensor: Tensor | None) -> torch.Tensor | None:
     """What plan() looks at: the fake tensor torchair keeps beside a GE tensor."""
     return None if tensor is None else tensor.meta
@@ -92,8 +135,28 @@ def _declare(tensor: Tensor, dtype: int, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
+# where a packed tensor keeps the int4 tensor it was made of
+_INT4 = "_lq_graph_int4"
+
+
+def _as_int32(int4: Tensor, shape: Sequence[int]) -> Tensor:
+    """GE int4 (..., k) as int32 (..., k/8). Bitcast to a larger dtype takes away a dim of 8."""
+
+    def in_eights() -> Tensor:
+        eighth = Const([1] * (len(shape) - 1) + [INT4_PER_INT32], dtype=DataType.DT_INT32)
+        words = ge.FloorDiv(ge.Shape(int4), eighth)
+        return ge.ConcatV2([words, Const([INT4_PER_INT32], dtype=DataType.DT_INT32)], 0, N=2)
+
+    parts = _reshape(int4, (*shape, INT4_PER_INT32), in_eights)
+    packed = _declare(ge.Bitcast(parts, type=DataType.DT_INT32), DataType.DT_INT32, shape)
+    setattr(packed, _INT4, int4)
+    return packed
+
+
 def _as_int4(packed: Tensor) -> Tensor:
     """int32 (..., k/8) as GE int4 (..., k). Bitcast to a smaller dtype appends a dim of 8."""
+    if (int4 := getattr(packed, _INT4, None)) is not None:
+        return int4
     *rows, words = packed.meta.shape
     shape = [*rows, words * INT4_PER_INT32]
     int4 = _declare(
@@ -101,13 +164,19 @@ def _as_int4(packed: Tensor) -> Tensor:
         DataType.DT_INT4,
         (*rows, words, INT4_PER_INT32),
     )
+    eightfold = Const([1] * len(rows) + [INT4_PER_INT32])
+    return _reshape(int4, shape, lambda: ge.Mul(ge.Shape(packed), eightfold))
+
+
+def _reshape(x: Tensor, shape: Sequence[int], dynamic: Callable[[], Tensor]) -> Tensor:
+    """Reshape of int4. One symbolic size, usually m, is what -1 stands for; with more of them the
+    target has to be computed."""
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) <= 1:
-        # one symbolic size, usually m, is what -1 stands for
         target = Const([-1 if i in unknown else size for i, size in enumerate(shape)])
     else:
-        target = ge.Mul(ge.Shape(packed), Const([1] * len(rows) + [INT4_PER_INT32]))
-    return _declare(ge.Reshape(int4, target), DataType.DT_INT4, shape)
+        target = dynamic()
+    return _declare(ge.Reshape(x, target), DataType.DT_INT4, shape)
 
 
 def _quant_batch_matmul(

@@ -34,15 +34,19 @@ from .checkpoint_write import save_checkpoint
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .explain import explain
 from .module import LinearQuant
-from .ops import linear_quant, trans_quant_param
+from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
 from .plan import Plan, plan
 from .prepare import use_internal_format_weight
 from .product import get_product, set_product
+from .quantize import A4W4Dynamic, A8W8Dynamic, A8W8Static, quantize
 from .quantized_linear import QuantizedLinear
 from .vendor import convert
 from .weights import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
 
 __all__ = [
+    "A4W4Dynamic",
+    "A8W8Dynamic",
+    "A8W8Static",
     "Check",
     "CheckpointError",
     "LinearQuant",
@@ -53,6 +57,7 @@ __all__ = [
     "QuantizedLinear",
     "check",
     "convert",
+    "dynamic_quant",
     "explain",
     "from_fractal_nz",
     "get_product",
@@ -60,8 +65,10 @@ __all__ = [
     "load_checkpoint",
     "pack_int4",
     "plan",
+    "quantize",
     "save_checkpoint",
     "set_product",
+    "static_quant",
     "to_fractal_nz",
     "trans_quant_param",
     "unpack_int4",

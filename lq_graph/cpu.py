@@ -7,8 +7,9 @@ from torch import Tensor
 
 from . import numerics
 from .plan import check_finite, plan, plan_trans_quant_param
+from .plan_quant import plan_dynamic_quant, plan_static_quant
 
-__all__ = ["linear_quant", "trans_quant_param"]
+__all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
 
 def linear_quant(
@@ -44,3 +45,16 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
     plan_trans_quant_param(scale, offset, round_mode)
     check_finite(scale, offset)
     return numerics.pack_scale(scale, offset, round_mode)
+
+
+def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
+    p = plan_dynamic_quant(x, dtype)
+    quantized, scale = numerics.dynamic_quant(x, bits=4 if p.int4 else 8)
+    return (numerics.pack_int4(quantized) if p.int4 else quantized), scale
+
+
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
+    plan_static_quant(x, scale_reciprocal, offset)
+    return numerics.static_quant(x, scale_reciprocal, offset)

@@ -28,14 +28,18 @@ __all__ = [
     "ND",
     "PEAKS",
     "PRODUCTS",
+    "QUANT_MAX_DIMS",
+    "QUANT_ROWS",
     "ROWS",
     "STORAGE_DTYPES",
     "Peak",
     "Product",
+    "QuantRow",
     "Row",
     "dtype_name",
     "product_by_name",
     "product_of_soc",
+    "quant_rows_of",
     "rows_of",
     "storage_name",
 ]
@@ -206,6 +210,44 @@ ROWS: tuple[Row, ...] = (
         _ACLNN + "Ascend 950PR/950DT, row 1"),
 )
 # fmt: on
+
+
+@dataclass(frozen=True)
+class QuantRow:
+    """One row of the table of an operator that quantizes activations.
+
+    Attributes:
+        op: "dynamic_quant" or "static_quant".
+        x: dtypes of the input.
+        output_dtype: int8, or int32 carrying eight int4.
+        products: those that have the row.
+        source: the document the row is taken from.
+    """
+
+    op: str
+    x: tuple[torch.dtype, ...]
+    output_dtype: torch.dtype
+    products: tuple[Product, ...]
+    source: str
+
+
+_DYNAMIC = "hicann/ops-nn quant/dynamic_quant/op_host/dynamic_quant_def.cpp"
+_STATIC = "hicann/ops-nn quant/ascend_quant_v2/op_host/ascend_quant_v2_def.cpp"
+QUANT_MAX_DIMS = 8  # aclnnDynamicQuant.md, aclnnAscendQuantV3.md
+# fmt: off
+QUANT_ROWS: tuple[QuantRow, ...] = (
+    QuantRow("dynamic_quant", (_F16,), _I8, (ATLAS_INFERENCE,), _DYNAMIC),
+    QuantRow("dynamic_quant", (_F16, _BF16), _I8, _NEWER, _DYNAMIC),
+    QuantRow("dynamic_quant", (_F16, _BF16), _I32, _NEWER, _DYNAMIC),
+    QuantRow("static_quant", (_F16, _F32), _I8, (ATLAS_INFERENCE,), _STATIC),
+    QuantRow("static_quant", (_F16, _BF16, _F32), _I8, _NEWER, _STATIC),
+)
+# fmt: on
+
+
+def quant_rows_of(product: Product, op: str) -> tuple[QuantRow, ...]:
+    """The rows a product has of one quantizing operator."""
+    return tuple(row for row in QUANT_ROWS if row.op == op and product in row.products)
 
 
 @cache

@@ -14,12 +14,21 @@ from torch import Tensor
 
 from .formats import FRACTAL_NZ, LAST_DIM_MAX, ND
 from .plan import plan, plan_trans_quant_param
+from .plan_quant import plan_dynamic_quant, plan_static_quant
 
-__all__ = ["cast_format", "format_of", "linear_quant", "trans_quant_param"]
+__all__ = [
+    "cast_format",
+    "dynamic_quant",
+    "format_of",
+    "linear_quant",
+    "static_quant",
+    "trans_quant_param",
+]
 
 _ACL_INT32 = 3  # aclDataType
 # c10::ScalarType, which npu_quant_matmul's `int? output_dtype` holds
 _SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
+_QINT8, _QUINT4X2 = 12, 16  # what npu_quantize and npu_dynamic_quant call int8 and packed int4
 
 
 def _usual_strides(x: Tensor) -> Tensor:
@@ -78,6 +87,26 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
     plan_trans_quant_param(scale, offset, round_mode)
     out: Tensor = torch_npu.npu_trans_quant_param(scale, offset, round_mode)
+    return out
+
+
+def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """NPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
+    import torch_npu
+
+    p = plan_dynamic_quant(x, dtype)
+    out: tuple[Tensor, Tensor] = torch_npu.npu_dynamic_quant.default(
+        x, dst_type=_QUINT4X2 if p.int4 else _SCALAR_TYPES[torch.int8]
+    )
+    return out
+
+
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    """NPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
+    import torch_npu
+
+    plan_static_quant(x, scale_reciprocal, offset)
+    out: Tensor = torch_npu.npu_quantize.default(x, scale_reciprocal, offset, _QINT8, -1, False)
     return out
 
 

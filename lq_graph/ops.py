@@ -1,7 +1,9 @@
-"""The two operators: schema, fake kernel and registrations side by side.
+"""The operators: schema, fake kernel and registrations side by side.
 
     lq_graph::linear_quant        quantized linear layer, A8W8 or A4W4 (int4 in int32)
     lq_graph::trans_quant_param   scale and offset folded into the packed int64 scale
+    lq_graph::dynamic_quant       float activations to int8 or int4, a scale for each token
+    lq_graph::static_quant        float activations to int8, by a scale that is known
 
 `Library.define` is used rather than `custom_op`, whose Python wrapper costs more per call than
 the epilogue of a small layer.
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from . import _lazy_converters, cpu, npu
 from .plan import plan, plan_trans_quant_param
+from .plan_quant import plan_dynamic_quant, plan_static_quant
 
-__all__ = ["linear_quant", "trans_quant_param"]
+__all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
 _lib = torch.library.Library("lq_graph", "DEF")
 
@@ -26,6 +29,14 @@ _lib.define(
 )
 _lib.define(
     "trans_quant_param(Tensor scale, Tensor? offset=None, int round_mode=0) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "dynamic_quant(Tensor x, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "static_quant(Tensor x, Tensor scale_reciprocal, Tensor? offset=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -53,16 +64,32 @@ def _trans_quant_param_fake(
     return scale.new_empty(shape, dtype=torch.int64)
 
 
-_lib.impl("linear_quant", cpu.linear_quant, "CPU")
-_lib.impl("trans_quant_param", cpu.trans_quant_param, "CPU")
-# "PrivateUse1" is what the npu device is called before torch_npu renames it.
-_lib.impl("linear_quant", npu.linear_quant, "PrivateUse1")
-_lib.impl("trans_quant_param", npu.trans_quant_param, "PrivateUse1")
+@torch.library.register_fake("lq_graph::dynamic_quant", lib=_lib)
+def _dynamic_quant_fake(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    p = plan_dynamic_quant(x, dtype)
+    quantized = x.new_empty(p.output_shape, dtype=p.row.output_dtype)
+    return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
 
+
+@torch.library.register_fake("lq_graph::static_quant", lib=_lib)
+def _static_quant_fake(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    p = plan_static_quant(x, scale_reciprocal, offset)
+    return x.new_empty(p.output_shape, dtype=p.row.output_dtype)
+
+
+_dynamic_quant = torch.ops.lq_graph.dynamic_quant.default
 _linear_quant = torch.ops.lq_graph.linear_quant.default
+_static_quant = torch.ops.lq_graph.static_quant.default
 _trans_quant_param = torch.ops.lq_graph.trans_quant_param.default
 
-_lazy_converters.install(_linear_quant, _trans_quant_param)
+# "PrivateUse1" is what the npu device is called before torch_npu renames it.
+for _kernels, _key in ((cpu, "CPU"), (npu, "PrivateUse1")):
+    _lib.impl("linear_quant", _kernels.linear_quant, _key)
+    _lib.impl("trans_quant_param", _kernels.trans_quant_param, _key)
+    _lib.impl("dynamic_quant", _kernels.dynamic_quant, _key)
+    _lib.impl("static_quant", _kernels.static_quant, _key)
+
+_lazy_converters.install(_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant)
 
 
 def linear_quant(
@@ -126,4 +153,50 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
     Source: aclnnTransQuantParamV2 and V3 (hicann/ops-nn, quant/trans_quant_param_v2).
     """
     out: Tensor = _trans_quant_param(scale, offset, round_mode)
+    return out
+
+
+def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize activations per token, each row of k values by its own largest magnitude.
+
+    Args:
+        x: float16 or bfloat16 (Atlas inference: float16), (..., m, k), 2 to 8 dims.
+        dtype: torch.int8 (default), or torch.int32 for int4, eight to an int32; then k is a
+            multiple of 8.
+
+    Returns:
+        The quantized tensor, int8 (..., m, k) or int32 (..., m, k/8), and the scales, float32
+        (..., m): peak / 127, or peak / 7 for int4. A row of zeros has scale 0; infinity or NaN in
+        a row makes its scale infinite or NaN.
+
+    Raises:
+        LinearQuantTypeError: a dtype the product has no row for.
+        LinearQuantValueError: a shape outside the specification.
+
+    Source: torch_npu.npu_dynamic_quant; aclnnDynamicQuant.md (hicann/ops-nn).
+    """
+    out: tuple[Tensor, Tensor] = _dynamic_quant(x, dtype=dtype)
+    return out
+
+
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Quantize activations by a scale that calibration has found.
+
+    Args:
+        x: float16, float32 or bfloat16 (not on Atlas inference), (..., k), 1 to 8 dims.
+        scale_reciprocal: 1 / scale, in the dtype of x, (1,) or (k,). It is what the chip multiplies
+            by, so its rounding is part of the numbers.
+        offset: the integer that stands for 0, as scale_reciprocal; None for 0.
+
+    Returns:
+        int8, x's shape: x * scale_reciprocal + offset in float32, rounded half to even, clamped to
+        [-128, 127].
+
+    Raises:
+        LinearQuantTypeError: a dtype the product has no row for, or another than x's.
+        LinearQuantValueError: a shape outside the specification.
+
+    Source: torch_npu.npu_quantize with div_mode=False; aclnnAscendQuantV3.md (hicann/ops-nn).
+    """
+    out: Tensor = _static_quant(x, scale_reciprocal, offset)
     return out

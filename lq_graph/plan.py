@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import (
@@ -30,6 +29,7 @@ from .formats import (
     storage_name,
 )
 from .product import get_product
+from .symbolic import differ, sure
 
 __all__ = [
     "Plan",
@@ -100,21 +100,6 @@ def _value_error(text: str) -> NoReturn:
 
 def _shape(tensor: TensorLike) -> str:
     return str(tuple(tensor.shape))
-
-
-def _sure(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition is known to hold; what only run time can tell counts as no."""
-    return condition if type(condition) is bool else guard_or_false(condition)
-
-
-def _differ(a: int, b: int) -> bool:
-    """a != b. Sizes only known at run time are taken to agree, and recorded as such."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a != b
-    if _sure(a != b):
-        return True
-    torch._check(a == b)
-    return False
 
 
 def _names(dtypes: Sequence[torch.dtype | None]) -> str:
@@ -263,7 +248,7 @@ def _advice(column: str, given: torch.dtype | None, choices: Sequence[torch.dtyp
 def _check_not_empty(product: Product, name: str, tensor: TensorLike) -> None:
     """No dim is 0, except m where the product gives an empty output for it."""
     for dim, size in enumerate(tensor.shape):
-        if _sure(size == 0):
+        if sure(size == 0):
             is_m = name == "x1" and dim == len(tensor.shape) - 2
             if is_m and product.empty_m:
                 continue
@@ -277,11 +262,11 @@ def _check_not_empty(product: Product, name: str, tensor: TensorLike) -> None:
 def _check_contiguous(name: str, tensor: TensorLike) -> None:
     """int4 is read as packed memory: aclnn counts the elements of an int32 view eight times over
     without looking at its strides (aclnn_quant_matmul_v4.cpp, hicann/ops-nn)."""
-    if not isinstance(tensor, torch.Tensor) or any(_sure(size == 0) for size in tensor.shape):
+    if not isinstance(tensor, torch.Tensor) or any(sure(size == 0) for size in tensor.shape):
         return
     expected: int = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not _sure(size == 1) and _sure(stride != expected):
+        if not sure(size == 1) and sure(stride != expected):
             _value_error(
                 f"{name} has shape {_shape(tensor)} with strides {tuple(tensor.stride())}; "
                 f"int32 (int4) must be contiguous. What to do: pass {name}.contiguous(), having "
@@ -298,7 +283,7 @@ def _check_vector(name: str, tensor: TensorLike, n: int) -> None:
             f"What to do: pass {name}.reshape(-1) if it holds 1 or n values."
         )
     size = tensor.shape[0]
-    if not _sure(size == 1) and _differ(size, n):
+    if not sure(size == 1) and differ(size, n):
         _value_error(
             f"{name} has {size} values; allowed is 1 (per-tensor) or n = {n} (per-channel, one "
             f"for each row of weight). What to do: pass one value or one for each output channel."
@@ -309,7 +294,7 @@ def _check_bias(bias: TensorLike, plan_shape: tuple[int, ...], int4: bool) -> No
     """bias: (n,), or (batch, 1, n) where the output has 3 dims."""
     n = plan_shape[-1]
     if len(bias.shape) == 1:
-        if _differ(bias.shape[0], n):
+        if differ(bias.shape[0], n):
             _value_error(
                 f"bias has {bias.shape[0]} values; allowed is n = {n}, one for each row of weight. "
                 "What to do: pass one value for each output channel, or no bias."
@@ -317,7 +302,7 @@ def _check_bias(bias: TensorLike, plan_shape: tuple[int, ...], int4: bool) -> No
         return
     if len(bias.shape) == 3 and len(plan_shape) == 3 and not int4:
         wanted = (plan_shape[0], 1, n)
-        if not any(_differ(a, b) for a, b in zip(bias.shape, wanted, strict=True)):
+        if not any(differ(a, b) for a, b in zip(bias.shape, wanted, strict=True)):
             return
     allowed = f"(n,) = ({n},)"
     if not int4:
@@ -337,9 +322,9 @@ def _broadcast(x1: TensorLike, weight: TensorLike) -> tuple[int, ...]:
     right = (1,) * (width - len(right)) + right
     batch = []
     for a, b in zip(left, right, strict=True):
-        if _sure(a == 1):
+        if sure(a == 1):
             batch.append(b)
-        elif _sure(b == 1) or not _differ(a, b):
+        elif sure(b == 1) or not differ(a, b):
             batch.append(a)
         else:
             _value_error(
@@ -460,9 +445,9 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
     pack = STORAGE_DTYPES[x1.dtype]
     words, n = weight.shape[-1], weight.shape[-2]
     m, k = x1.shape[-2], x1.shape[-1] * pack
-    if _differ(x1.shape[-1], words):
+    if differ(x1.shape[-1], words):
         counted = f" ({k} and {words * pack} int4 values)" if int4 else ""
-        transposed = _sure(weight.shape[-2] == x1.shape[-1])
+        transposed = sure(weight.shape[-2] == x1.shape[-1])
         hint = (
             "the weight looks transposed: pass it as (n, k)"
             if transposed
@@ -474,13 +459,13 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
         )
     for name, tensor in (("x1", x1), ("weight", weight)):
         _check_not_empty(product, name, tensor)
-    if int4 and _sure(n % pack != 0):
+    if int4 and sure(n % pack != 0):
         _value_error(
             f"weight has n = {n} rows; int4 needs n and k to be multiples of {pack}. What to do: "
             "pad the output channels with zeros and slice the result."
         )
     exempt = not int4 and not row.folds_scale and pertoken_scale is not None
-    if product.limits_k and not exempt and _sure(k > LAST_DIM_MAX):
+    if product.limits_k and not exempt and sure(k > LAST_DIM_MAX):
         same = [r for r in rows_of(product, torch.int8) if r.output == row.output and not int4]
         pertoken = any(torch.float32 in r.pertoken_scale for r in same)
         _value_error(
@@ -489,7 +474,7 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
             + ". What to do: split k over two layers and add their results."
         )
     for name, size in (("m", m), ("k", k), ("n", n)):
-        if _sure(size > DIM_MAX):
+        if sure(size > DIM_MAX):
             _value_error(
                 f"{name} is {size}; no dim may exceed {DIM_MAX}. What to do: split the layer."
             )
@@ -499,7 +484,7 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
     if offset is not None:
         _check_vector("offset", offset, n)
     if pertoken_scale is not None and (
-        len(pertoken_scale.shape) != 1 or _differ(pertoken_scale.shape[0], m)
+        len(pertoken_scale.shape) != 1 or differ(pertoken_scale.shape[0], m)
     ):
         _value_error(
             f"pertoken_scale has shape {_shape(pertoken_scale)}; allowed is (m,) = ({m},), one "
@@ -555,12 +540,12 @@ def plan_trans_quant_param(
                 f"What to do: convert it with {name}.float(). {code}"
             )
         dims = len(tensor.shape)
-        if dims not in (1, 2) or (dims == 2 and _sure(tensor.shape[0] != 1)):
+        if dims not in (1, 2) or (dims == 2 and sure(tensor.shape[0] != 1)):
             raise LinearQuantValueError(
                 f"trans_quant_param: {name} has shape {_shape(tensor)}; allowed are (1,), (n,) and "
                 f"(1, n). {code}"
             )
-        if _sure(tensor.shape[-1] == 0):
+        if sure(tensor.shape[-1] == 0):
             raise LinearQuantValueError(f"trans_quant_param: {name} is empty. {code}")
     if round_mode not in (0, 1):
         raise LinearQuantValueError(
@@ -571,11 +556,11 @@ def plan_trans_quant_param(
         return tuple(scale.shape)
     fits = len(scale.shape) == len(offset.shape)
     if fits and len(scale.shape) == 1:
-        if _sure(scale.shape[0] == 1):
+        if sure(scale.shape[0] == 1):
             return tuple(offset.shape)
-        if _sure(offset.shape[0] == 1):
+        if sure(offset.shape[0] == 1):
             return tuple(scale.shape)
-    if not fits or _differ(scale.shape[-1], offset.shape[-1]):
+    if not fits or differ(scale.shape[-1], offset.shape[-1]):
         raise LinearQuantValueError(
             f"trans_quant_param: scale {_shape(scale)} and offset {_shape(offset)} do not fit; "
             f"allowed are equal shapes, or 1 dim each with length 1 in one of them. {code}"
