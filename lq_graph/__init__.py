@@ -38,8 +38,9 @@ from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
 from .plan import Plan, plan
 from .prepare import use_internal_format_weight
 from .product import get_product, set_product
-from .quantize import A4W4Dynamic, A8W8Dynamic, A8W8Static, quantize
+from .quantize import quantize
 from .quantized_linear import QuantizedLinear
+from .schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
 from .vendor import convert
 from .weights import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
 

@@ -88,6 +88,21 @@ class QuantizedLinear(nn.Module):
         self._offset = self.input_offset.to(self.input_dtype)
 
     @property
+    def weight(self) -> Tensor:
+        """The quantized weight: models ask a linear layer's weight for its dtype and device."""
+        return self.linear.weight
+
+    @property
+    def in_features(self) -> int:
+        """k."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """n."""
+        return self.linear.out_features
+
+    @property
     def dynamic(self) -> bool:
         """Whether the input is quantized per token, as it comes."""
         return self.input_scale is None

@@ -94,3 +94,20 @@ def linear_quant(
             return value.astype(np.float16)
     assert output_dtype == "bfloat16", output_dtype
     return bfloat16(value)
+
+
+def dynamic_quant(x: Array, top: int) -> tuple[Array, Array]:
+    """float (..., k) -> integers (..., k) and float32 scales (...); top is 127, or 7 for int4."""
+    f32 = np.float32
+    x = x.astype(f32)
+    peak = np.abs(x).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = x * (f32(top) / peak)[..., None]
+    values = np.clip(np.rint(np.where(np.isnan(steps), 0, steps)), -top - 1, top)
+    return values.astype(np.int64), peak * (f32(1) / f32(top))
+
+
+def static_quant(x: Array, scale_reciprocal: Array, offset: float) -> Array:
+    f32 = np.float32
+    value = x.astype(f32) * scale_reciprocal.astype(f32) + f32(offset)
+    return np.clip(np.rint(value), -128, 127).astype(np.int8)

@@ -1,0 +1,292 @@
+"""One layer of quantize(): what is known of it, and how its quantized form is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LinearQuantError
+from .formats import STORAGE_DTYPES
+from .module import LinearQuant
+from .numerics import pack_int4
+from .plan import Spec, plan
+from .plan_quant import plan_dynamic_quant, plan_static_quant
+from .quantized_linear import QuantizedLinear
+from .schemes import A4W4Dynamic, A8W8Static, Config
+
+__all__ = ["Job", "Kept", "affine", "illegal"]
+
+Kept = dict[int, nn.Parameter]  # quantized weights that more than one layer has, by the float one
+_M = 16  # rows, where a plan asks for some
+_BIAS_STEPS = 1 << 24  # what an int32 bias may need: it leaves the product its 31 bits
+# how much of a row's range an int4 weight may give up for finer steps, the first the smallest
+_CLIPS = [1 - step / 20 for step in range(11)]
+
+
+class Job:
+    """One nn.Linear that is to be quantized.
+
+    Attributes:
+        name: qualified name.
+        linear: None once it has been replaced, for its memory must go.
+        config: the scheme.
+        places: (parent, attribute) wherever the model holds it.
+        k, n, bytes_before, input_dtype: what the float layer has.
+        bytes: of the quantized one's parameters, once it is there.
+        refusal: why it stays float; empty if it does not.
+        sharers: the jobs with the same weight, this one too.
+        input_scale, input_offset: static only, see `affine`.
+        next: the job that takes this one's output as int8.
+        absorbed: a ReLU between the two, by its place.
+    """
+
+    def __init__(
+        self, name: str, linear: nn.Linear, config: Config, places: list[tuple[nn.Module, str]]
+    ) -> None:
+        self.name = name
+        self.linear: nn.Linear | None = linear
+        self.config = config
+        self.places = places
+        self.n, self.k = linear.weight.shape
+        self.bytes_before = _size(linear)
+        self.bytes: int | None = None
+        self.input_dtype = linear.weight.dtype
+        self.refusal = ""
+        self.sharers = [self]
+        self.input_scale, self.input_offset = 1.0, 0
+        self.next: Job | None = None
+        self.absorbed: tuple[nn.Module, str] | None = None
+
+    @property
+    def source(self) -> nn.Linear:
+        """The float layer, while it is there."""
+        assert self.linear is not None
+        return self.linear
+
+    @property
+    def static(self) -> bool:
+        """Whether the activation's scale comes from calibration."""
+        return isinstance(self.config, A8W8Static)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """int8, or int32 carrying int4."""
+        return torch.int32 if isinstance(self.config, A4W4Dynamic) else torch.int8
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Of the quantized layer."""
+        return torch.int8 if self.next else self.config.output_dtype or self.input_dtype
+
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        """Of the quantized layer's bias: added before the scale as int32, or after it as a float
+        that the row has."""
+        if self.static:
+            return torch.int32
+        same = self.source.bias is not None and self.source.bias.dtype == self.output_dtype
+        return self.output_dtype if same else torch.float32
+
+    @property
+    def step(self) -> float:
+        """What the weight's scale is multiplied by to give the layer's."""
+        return self.input_scale / (self.next.input_scale if self.next else 1.0)
+
+    def build(self, kept: Kept) -> QuantizedLinear:
+        """The quantized layer. Changes nothing; keeps in `kept` a weight that others have too."""
+        return _build_static(self, kept) if self.static else _build_dynamic(self, kept)
+
+    def put_in_place(self, kept: Kept) -> None:
+        """Replace the float layer wherever the model holds it."""
+        new = self.build(kept)
+        new.train(self.source.training)
+        self.bytes = _size(new.linear)
+        for parent, name in self.places:
+            setattr(parent, name, new)
+        if self.absorbed:
+            setattr(*self.absorbed, nn.Identity())
+        self.linear = None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def illegal(job: Job) -> str:
+    """What the product's tables say against a layer; empty if nothing."""
+    pack = STORAGE_DTYPES[job.storage]
+    if job.k % pack or job.n % pack:
+        return f"k = {job.k}, n = {job.n}: int4 needs multiples of {pack}"
+    x, one = Spec(job.input_dtype, (_M, job.k)), Spec(job.input_dtype, (1,))
+    words = job.k // pack
+    has_bias = job.static or job.source.bias is not None
+    try:
+        if job.static:
+            plan_static_quant(x, one, one)
+        else:
+            plan_dynamic_quant(x, job.storage)
+        plan(
+            Spec(job.storage, (_M, words)),
+            Spec(job.storage, (job.n, words)),
+            Spec(torch.float32, (job.n,)),
+            pertoken_scale=None if job.static else Spec(torch.float32, (_M,)),
+            bias=Spec(job.bias_dtype, (job.n,)) if has_bias else None,
+            output_dtype=job.output_dtype,
+        )
+    except LinearQuantError as error:
+        return str(error)
+    return ""
+
+
+def affine(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> tuple[float, int]:
+    """Scale and zero point of an activation from its range, 0 included. The scale is such that its
+    reciprocal, which is what the chip multiplies by, is exact in the activation's dtype."""
+    width = max(-low, high) / 127 if symmetric else (high - low) / 255
+    scale = max(width, 1 / torch.finfo(torch.float16).max) if width else 1.0
+    reciprocal = torch.tensor(1 / scale, dtype=torch.float64).to(dtype)
+    scale = float(reciprocal.to(torch.float32).reciprocal())
+    offset = 0 if symmetric else round(-128 - low / scale)
+    return scale, min(max(offset, -128), 127)
+
+
+def _rows(weight: Tensor) -> Iterator[slice]:
+    """Slices of the rows, about a million values each: what is computed beside a layer is small."""
+    step = max(1, (1 << 20) // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _peaks(weight: Tensor, top: int) -> Tensor:
+    """float64 (n,): the magnitude in each row that the largest integer stands for: that of the
+    largest weight, or for int4 one that gives the row the smallest squared error."""
+    peaks = torch.empty(weight.shape[0], dtype=torch.float64)
+    for part in _rows(weight):
+        rows = weight[part].float()
+        peak = rows.abs().amax(1, keepdim=True)
+        if top == 7:
+            steps = torch.stack([peak * clip / top for clip in _CLIPS])
+            steps = steps.where(steps > 0, 1.0)
+            errors = torch.stack([_error(rows, step, top) for step in steps])
+            peak = (
+                steps[errors.argmin(0).squeeze(-1), torch.arange(len(rows), device=rows.device)]
+                * top
+            )
+        peaks[part] = peak.squeeze(1).double().cpu()
+    return peaks
+
+
+def _error(rows: Tensor, step: Tensor, top: int) -> Tensor:
+    """float32 (rows, 1): the squared error of rounding to multiples of step."""
+    rounded = (rows / step).round_().clamp_(-top, top).mul_(step)
+    return rounded.sub_(rows).square_().sum(1, keepdim=True)
+
+
+def _round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
+    """int8 (n, k): weight / scale, half to even."""
+    out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = scale.to(weight.device, torch.float32).unsqueeze(1)
+    for part in _rows(weight):
+        out[part] = (weight[part].float() / scale[part]).round_().clamp_(-top, top).to(torch.int8)
+    return out
+
+
+def _least_scale(job: Job) -> Tensor:
+    """float64 (n,): the weight scales below which the bias would not fit into int32. A row whose
+    weights are tiny beside its bias is quantized no finer than the bias allows."""
+    bias = job.source.bias
+    if bias is None or not job.static:
+        return torch.zeros(job.n, dtype=torch.float64)
+    return bias.detach().double().cpu().abs() / (job.input_scale * _BIAS_STEPS)
+
+
+def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
+    """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float64 (n,).
+
+    The packed scale of a static layer keeps 10 bits of the mantissa, so the weight's scale is
+    chosen such that the layer's has no more. Layers that share a weight cannot each have that.
+    """
+    weight = job.source.weight.detach()
+    top = 7 if job.storage == torch.int32 else 127
+    scale = _peaks(weight, top) / top
+    for other in job.sharers:
+        scale = torch.maximum(scale, _least_scale(other))
+    scale = torch.where(scale > 0, scale, 1.0)
+    if job.static and len(job.sharers) == 1:
+        scale = _up_to_s19((scale * job.step).float()).double() / job.step
+    key = id(job.source.weight)
+    if key in kept:
+        return kept[key], scale
+    values = _round_weight(weight, scale, top)
+    if job.storage == torch.int32:
+        values = pack_int4(values)
+    new = nn.Parameter(values, requires_grad=False)
+    if len(job.sharers) > 1:
+        kept[key] = new
+    return new, scale
+
+
+def _up_to_s19(scale: Tensor) -> Tensor:
+    """The smallest float32 not below a scale that the packed form holds exactly."""
+    return ((scale.view(torch.int32) + 0x1FFF) & -0x2000).view(torch.float32)
+
+
+def _build_dynamic(job: Job, kept: Kept) -> QuantizedLinear:
+    weight, scale = _weight(job, kept)
+    own = job.source.bias
+    bias = None if own is None else own.detach().to(job.bias_dtype, copy=True)
+    return QuantizedLinear(_linear(job, weight, scale, bias, None))
+
+
+def _build_static(job: Job, kept: Kept) -> QuantizedLinear:
+    """y = input_scale * weight_scale * (sum(x1 * weight) + bias), the bias with the zero point of
+    the input in it: round(b / scale) - input_offset * sum(weight)."""
+    weight, weight_scale = _weight(job, kept)
+    own = job.source.bias
+    bias = None
+    if own is not None or job.input_offset:
+        bias = -job.input_offset * weight.sum(1, dtype=torch.int64).cpu()
+        if own is not None:
+            steps = own.detach().double().cpu() / (weight_scale * job.input_scale)
+            bias = bias + steps.round().to(torch.int64)
+        bias = bias.to(torch.int32)
+
+    def one(value: float) -> Tensor:
+        return torch.tensor([value], dtype=torch.float32, device=weight.device)
+
+    following = job.next
+    offset = torch.full((job.n,), float(following.input_offset)) if following else None
+    return QuantizedLinear(
+        _linear(job, weight, weight_scale * job.step, bias, offset),
+        one(job.input_scale),
+        one(job.input_offset),
+        input_dtype=job.input_dtype,
+        weight_scale=weight_scale.float().to(weight.device),
+        float_bias=None if own is None else own.detach().clone(),
+        output_scale=one(following.input_scale) if following else None,
+        output_offset=one(following.input_offset) if following else None,
+    )
+
+
+def _linear(
+    job: Job, weight: nn.Parameter, scale: Tensor, bias: Tensor | None, offset: Tensor | None
+) -> LinearQuant:
+    layer = LinearQuant(
+        job.k,
+        job.n,
+        bias=bias is not None,
+        offset=offset is not None,
+        pertoken_scale=not job.static,
+        output_dtype=job.output_dtype,
+        dtype=weight.dtype,
+        device="meta",  # no memory: the parameters are replaced
+    )
+    layer.weight = weight
+    tensors = {"scale": scale.float(), "bias": bias, "offset": offset}
+    if not job.static:
+        tensors["pertoken_scale"] = torch.ones(1)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(layer, name, nn.Parameter(tensor.to(weight.device), requires_grad=False))
+    return layer

@@ -1,0 +1,306 @@
+"""dynamic_quant and static_quant: against a plain numpy golden, on CPU and NPU, under fake tensors,
+in graphs, and beside the vendor's own operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import golden
+import numpy as np
+import pytest
+import torch
+import torch_npu
+import torchair
+from torch import Tensor
+
+import converters
+import lq_graph
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, numerics
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+I8, I32 = torch.int8, torch.int32
+
+SHAPES = [(1, 8), (5, 64), (3, 7, 40), (2, 1, 3, 256), (4, 1000)]
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, spread: float = 3.0) -> Tensor:
+    """Normal values with an outlier, a row of zeros, and a row of one value."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator) * spread
+    flat = x.view(-1, shape[-1])
+    flat[0, -1] = 40.0
+    if len(flat) > 2:
+        flat[1] = 0
+        flat[2] = -0.7
+    return x.to(dtype)
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    return x.cpu().float().numpy() if x.is_floating_point() else x.cpu().numpy()
+
+
+def check_dynamic(got: tuple[Tensor, Tensor], x: Tensor, int4: bool) -> None:
+    values, scale = golden.dynamic_quant(as_numpy(x), 7 if int4 else 127)
+    want = golden.pack_int4(values) if int4 else values.astype(np.int8)
+    np.testing.assert_array_equal(as_numpy(got[0]), want)
+    np.testing.assert_array_equal(as_numpy(got[1]), scale)
+    assert got[0].dtype == (I32 if int4 else I8) and got[1].dtype == F32
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+@pytest.mark.parametrize("out", [None, I8, I32])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dynamic_quant(
+    shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | None, device: str
+) -> None:
+    x = make(shape, dtype)
+    check_dynamic(lq_graph.dynamic_quant(x.to(device), dtype=out), x, out == I32)
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+@pytest.mark.parametrize("offset", [None, -128.0, 3.0])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("shape", [(8,), *SHAPES], ids=str)
+def test_static_quant(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    per_channel: bool,
+    offset: float | None,
+    device: str,
+) -> None:
+    x = make(shape, dtype)
+    size = shape[-1] if per_channel else 1
+    reciprocal = torch.linspace(3.0, 90.0, size).to(dtype)
+    zero = None if offset is None else torch.full((size,), offset, dtype=dtype)
+    got = lq_graph.static_quant(
+        x.to(device), reciprocal.to(device), None if zero is None else zero.to(device)
+    )
+    want = golden.static_quant(as_numpy(x), as_numpy(reciprocal), offset or 0.0)
+    np.testing.assert_array_equal(as_numpy(got), want)
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_rounding_is_half_to_even_and_clamped(device: str) -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.5, 300.0, -128.5, -300.0])
+    got = lq_graph.static_quant(x.to(device), torch.ones(1, device=device))
+    assert got.tolist() == [0, 2, 2, 0, -2, -2, 126, 127, 127, -128, -128]
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_shows_in_the_scale(bad: float, device: str) -> None:
+    x = torch.ones(2, 8, dtype=F16)
+    x[0, 3] = bad
+    quantized, scale = lq_graph.dynamic_quant(x.to(device))
+    assert quantized[0].eq(0).all() and not scale[0].isfinite()
+    assert quantized[1].eq(127).all() and scale[1].isfinite()
+
+
+def test_subnormal_bfloat16_rows_do_not_overflow() -> None:
+    x = torch.tensor([[1e-39, -1e-39, 0.0, 5e-40]]).to(BF16)
+    quantized, _ = lq_graph.dynamic_quant(x)
+    assert quantized.tolist() == [[127, -128, 0, 127]]
+
+
+def test_views() -> None:
+    x = make((6, 64), F16)
+    for view in (x.t().contiguous().t(), x[::2], x[:, 8:24], x[:1].expand(4, 64)):
+        for out in (I8, I32):
+            for device in ("cpu", "npu"):
+                check_dynamic(lq_graph.dynamic_quant(view.to(device), dtype=out), view, out == I32)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("out", [I8, I32])
+def test_opcheck_dynamic(out: torch.dtype, dtype: torch.dtype) -> None:
+    op = torch.ops.lq_graph.dynamic_quant.default
+    torch.library.opcheck(op, (make((3, 7, 40), dtype),), {"dtype": out})
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("offset", [False, True])
+def test_opcheck_static(offset: bool, dtype: torch.dtype) -> None:
+    one = torch.ones(1, dtype=dtype)
+    args = (make((3, 7, 40), dtype), one * 20, one * 5 if offset else None)
+    torch.library.opcheck(torch.ops.lq_graph.static_quant.default, args)
+
+
+# ---- beside the vendor ----
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("out", [I8, I32])
+def test_meta_shapes_are_the_vendors(out: torch.dtype, dtype: torch.dtype) -> None:
+    x = torch.empty(3, 7, 40, dtype=dtype, device="meta")
+    ours = lq_graph.dynamic_quant(x, dtype=out)
+    vendors = torch_npu.npu_dynamic_quant(x, dst_type=torch.quint4x2 if out == I32 else I8)
+    for a, b in zip(ours, vendors, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def compiled(function: Callable[..., Any], *args: Tensor, dynamic: bool = False) -> tuple[Any, Any]:
+    """The result of a function compiled by torchair, and the graph."""
+    torch._dynamo.reset()
+    config = torchair.CompilerConfig()
+    backend = torchair.get_npu_backend(compiler_config=config)
+    with converters.graph.capture(config) as graphs:
+        out = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    return out, graphs[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("out", [I8, I32])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 7, 40)], ids=str)
+def test_dynamic_quant_in_a_graph(
+    shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, dynamic: bool
+) -> None:
+    x = make(shape, dtype)
+    got, graph = compiled(lambda x: lq_graph.dynamic_quant(x, dtype=out), x.npu(), dynamic=dynamic)
+    check_dynamic(got, x, out == I32)
+    node = next(node for node in graph.compute if node.op == "DynamicQuant")
+    assert [edge.dtype for edge in node.outputs] == ["int4" if out == I32 else "int8", "float32"]
+    if out == I8:
+        assert graph.ops() == ["DynamicQuant"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_static_quant_in_a_graph(dtype: torch.dtype, dynamic: bool) -> None:
+    x, reciprocal = make((3, 7, 40), dtype), torch.tensor([20.0], dtype=dtype)
+    offset = torch.tensor([-7.0], dtype=dtype)
+    got, graph = compiled(
+        lq_graph.static_quant, x.npu(), reciprocal.npu(), offset.npu(), dynamic=dynamic
+    )
+    assert torch.equal(got.cpu(), lq_graph.static_quant(x, reciprocal, offset))
+    assert graph.ops() == ["AscendQuantV2"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_int4_stays_int4_between_the_two_operators(dynamic: bool) -> None:
+    layer = lq_graph.LinearQuant(
+        64, 32, bias=False, pertoken_scale=True, output_dtype=F16, dtype=I32
+    )
+    layer.weight.data = lq_graph.pack_int4(
+        torch.randint(-8, 8, (32, 64), dtype=I8, generator=torch.Generator().manual_seed(0))
+    )
+
+    def run(x: Tensor) -> Tensor:
+        return layer(*lq_graph.dynamic_quant(x, dtype=I32))
+
+    x = make((5, 64), F16)
+    want = run(x)
+    layer.npu()
+    got, graph = compiled(run, x.npu(), dynamic=dynamic)
+    assert torch.equal(got.cpu(), want)
+    # nothing but the weight's own Bitcast and Reshape between them
+    ops = ["DynamicQuant", "Bitcast", "Reshape", "QuantBatchMatmulV3"]
+    assert sorted(graph.ops()) == sorted(ops)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu", "meta"])
+@pytest.mark.parametrize(
+    ("product", "call", "error", "text"),
+    [
+        (
+            "A2",
+            lambda d: lq_graph.dynamic_quant(torch.ones(2, 8, device=d)),
+            LinearQuantTypeError,
+            r"dynamic_quant: x is float32; Atlas A2 allows float16 or bfloat16. What to do: pass "
+            r"x.to\(torch.bfloat16\)",
+        ),
+        (
+            "310P",
+            lambda d: lq_graph.dynamic_quant(torch.ones(2, 8, device=d, dtype=BF16)),
+            LinearQuantTypeError,
+            r"x is bfloat16; Atlas inference \(310P\) allows float16",
+        ),
+        (
+            "310P",
+            lambda d: lq_graph.dynamic_quant(torch.ones(2, 8, device=d, dtype=F16), dtype=I32),
+            LinearQuantTypeError,
+            r"dtype is int32; Atlas inference \(310P\) allows int8",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.dynamic_quant(torch.ones(2, 8, device=d, dtype=F16), dtype=F16),
+            LinearQuantTypeError,
+            r"dtype is float16; Atlas A2 allows int8 or int32 \(int4\)",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.dynamic_quant(torch.ones(2, 12, device=d, dtype=F16), dtype=I32),
+            LinearQuantValueError,
+            r"x has k = 12; int4 needs a multiple of 8",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.dynamic_quant(torch.ones(8, device=d, dtype=F16)),
+            LinearQuantValueError,
+            r"x has 1 dims, shape \(8,\); allowed are 2 to 8",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.dynamic_quant(torch.ones(2, 0, device=d, dtype=F16)),
+            LinearQuantValueError,
+            "k is 0",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.static_quant(
+                torch.ones(2, 8, device=d, dtype=F16), torch.ones(1, device=d)
+            ),
+            LinearQuantTypeError,
+            "scale_reciprocal is float32 and x float16; both must be of one dtype",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.static_quant(
+                torch.ones(2, 8, device=d), torch.ones(3, device=d)
+            ),
+            LinearQuantValueError,
+            r"scale_reciprocal has shape \(3,\); allowed is \(1,\) or \(k,\) = \(8,\)",
+        ),
+        (
+            "A2",
+            lambda d: lq_graph.static_quant(
+                torch.ones(2, 8, device=d), torch.ones(8, device=d), torch.ones(1, device=d)
+            ),
+            LinearQuantValueError,
+            "offset has 1 values and scale_reciprocal 8; both must have as many",
+        ),
+        (
+            "310P",
+            lambda d: lq_graph.static_quant(
+                torch.ones(2, 8, device=d, dtype=BF16), torch.ones(1, device=d, dtype=BF16)
+            ),
+            LinearQuantTypeError,
+            r"static_quant: x is bfloat16; Atlas inference \(310P\) allows float16 or float32",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals(
+    product: str, call: Callable[[str], Any], error: type[Exception], text: str, device: str
+) -> None:
+    lq_graph.set_product(product)
+    try:
+        with pytest.raises(error, match=text) as caught:
+            call(device)
+    finally:
+        lq_graph.set_product(None)
+    assert "(aclnn would report 161002)" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_half_a_step(shape: tuple[int, ...]) -> None:
+    x = make(shape, F16)
+    for bits in (8, 4):
+        values, scale = numerics.dynamic_quant(x, bits)
+        error = (values.float() * scale.unsqueeze(-1) - x.float()).abs()
+        assert (error <= scale.unsqueeze(-1) * 0.5001).all()
