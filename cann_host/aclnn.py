@@ -314,6 +314,111 @@ def _quant_matmul(
     )
 
 
+# ---- quantized activations ----
+
+
+def _check_dynamic_quant(
+    x: AclTensor,
+    smooth_scales: AclTensor | None,
+    group_index: AclTensor | None,
+    dst_type: int,
+    y: AclTensor,
+    scale: AclTensor,
+    offset: AclTensor | None,
+) -> None:
+    """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn."""
+    for name, needed in (("x", x), ("y", y), ("scale", scale)):
+        _need(name, needed)
+    for name, tensor in (("smooth_scales", smooth_scales), ("group_index", group_index)):
+        if tensor is not None:
+            raise Refused(f"cann_host does not implement {name}")
+    if offset is not None:
+        raise Refused("offset is given; a symmetric quantization has none")
+    _need_base_format(x=x, y=y, scale=scale)
+    if dst_type != y.dtype_code:
+        raise Refused(f"dst_type is {dst_type} and y has aclDataType {y.dtype_code}")
+    refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name)
+    if refusal is not None:
+        raise Refused(refusal)
+    packed = numerics.INT4_PER_INT32 if y.dtype == torch.int32 else 1
+    if (*y.shape[:-1], y.shape[-1] * packed) != x.shape:
+        raise Refused(f"y has shape {y.shape} and x {x.shape}")
+    if scale.dtype != torch.float32 or scale.shape != x.shape[:-1]:
+        raise Refused(f"scale is {scale.dtype_name} {scale.shape}; it must be float32, a row each")
+
+
+def _dynamic_quant(
+    x: AclTensor,
+    smooth_scales: AclTensor | None,
+    group_index: AclTensor | None,
+    dst_type: int,
+    y: AclTensor,
+    scale: AclTensor,
+    offset: AclTensor | None,
+) -> None:
+    del smooth_scales, group_index, dst_type, offset  # refused above
+    int4 = y.dtype == torch.int32
+    values, scales = numerics.dynamic_quant(x.view(), bits=4 if int4 else 8)
+    y.view().copy_(numerics.pack_int4(values) if int4 else values)
+    scale.view().copy_(scales)
+
+
+def _check_ascend_quant(
+    x: AclTensor,
+    scale: AclTensor,
+    offset: AclTensor | None,
+    sqrt_mode: int,
+    rounds: int,
+    dst_type: int,
+    axis: int,
+    y: AclTensor,
+) -> None:
+    """By quant/ascend_quant_v2/op_host/op_api of hicann/ops-nn."""
+    for name, needed in (("x", x), ("scale", scale), ("y", y)):
+        _need(name, needed)
+    _need_base_format(x=x, scale=scale, offset=offset, y=y)
+    if sqrt_mode or not rounds or y.dtype != torch.int8 or axis not in (-1, len(x.shape) - 1):
+        raise Refused(
+            "cann_host implements AscendQuantV3 for int8 along the last dim, with round_mode "
+            "round and no sqrt_mode"
+        )
+    if dst_type != y.dtype_code:
+        raise Refused(f"dst_type is {dst_type} and y has aclDataType {y.dtype_code}")
+    offset_dtype, offset_shape = _optional(offset)
+    refusal = rules.check_ascend_quant(
+        _soc,
+        x.dtype_name,
+        x.shape,
+        scale.dtype_name,
+        scale.shape,
+        offset_dtype,
+        offset_shape,
+        y.dtype_name,
+        axis,
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    if y.shape != x.shape:
+        raise Refused(f"y has shape {y.shape} and x {x.shape}")
+
+
+def _ascend_quant(
+    x: AclTensor,
+    scale: AclTensor,
+    offset: AclTensor | None,
+    sqrt_mode: int,
+    rounds: int,
+    dst_type: int,
+    axis: int,
+    y: AclTensor,
+) -> None:
+    del sqrt_mode, rounds, dst_type, axis  # refused above
+    values = numerics.static_quant(
+        x.view(), scale.view(), None if offset is None else offset.view()
+    )
+    y.view().copy_(values)
+
+
 # ---- copies, casts, formats ----
 
 
@@ -379,7 +484,9 @@ def _format_cast(source: AclTensor, out: AclTensor) -> None:
 
 # name: (check, compute). Both get the arguments in the order of CANN's own header.
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "aclnnAscendQuantV3": (_check_ascend_quant, _ascend_quant),
     "aclnnCast": (_check_cast, _cast),
+    "aclnnDynamicQuantV2": (_check_dynamic_quant, _dynamic_quant),
     "aclnnInplaceCopy": (_check_copy, _copy),
     "aclnnInplaceZero": (_check_zero, _zero),
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),

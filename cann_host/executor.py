@@ -28,9 +28,24 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lq_graph.numerics import pack_scale, quant_matmul, unpack_int4
+from lq_graph.numerics import (
+    dynamic_quant,
+    pack_int4,
+    pack_scale,
+    quant_matmul,
+    static_quant,
+    unpack_int4,
+)
 
-from .rules import ND, NZ, check_quant_matmul, check_trans_quant_param, soc_family
+from .rules import (
+    ND,
+    NZ,
+    check_ascend_quant,
+    check_dynamic_quant,
+    check_quant_matmul,
+    check_trans_quant_param,
+    soc_family,
+)
 
 __all__ = [
     "DTYPES",
@@ -103,7 +118,7 @@ DTYPES: dict[int, torch.dtype] = {
     12: torch.bool,
     27: torch.bfloat16,
 }
-INT4 = 29
+INT8, INT4 = 2, 29
 
 
 def dtype_name(value: Tensor | Int4) -> str:
@@ -388,27 +403,44 @@ def _ascend_quant(
     dst_type: int = 2,
     axis: int = -1,
 ) -> Tensor:
-    rounding = {
-        "round": torch.round,
-        "floor": torch.floor,
-        "ceil": torch.ceil,
-        "trunc": torch.trunc,
-    }
-    if round_mode not in rounding or dst_type != 2:
-        raise GraphError(f"round_mode {round_mode} with dst_type {dst_type} is not implemented")
+    refusal = check_ascend_quant(
+        soc_name(),
+        dtype_name(x),
+        tuple(x.shape),
+        dtype_name(scale),
+        tuple(scale.shape),
+        None if offset is None else dtype_name(offset),
+        None if offset is None else tuple(offset.shape),
+        "int8" if dst_type == INT8 else f"GE dtype {dst_type}",
+        axis,
+        graph=True,
+    )
+    if refusal:
+        raise GraphError(refusal)
+    if round_mode != "round" or sqrt_mode:
+        raise GraphError(f"round_mode {round_mode} or sqrt_mode is not implemented by cann_host")
     shape = [1] * x.dim()
     shape[axis] = -1
+    factors = [None if t is None else t.reshape(shape) for t in (scale, offset)]
+    assert factors[0] is not None
+    return static_quant(x, factors[0], factors[1])
 
-    def along_axis(parameter: Tensor) -> Tensor:
-        parameter = parameter.to(torch.float32)
-        return parameter.reshape(shape) if parameter.dim() == 1 else parameter
 
-    value = x.to(torch.float32) * along_axis(scale)
-    if sqrt_mode:
-        value = value * along_axis(scale)
-    if offset is not None:
-        value = value + along_axis(offset)
-    return rounding[round_mode](value).clamp(-128, 127).to(torch.int8)
+@_op("DynamicQuant")
+def _dynamic_quant(
+    x: Tensor,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    *,
+    dst_type: int = 2,
+) -> tuple[Tensor | Int4, Tensor]:
+    if smooth_scales is not None or group_index is not None:
+        raise GraphError("smooth_scales and group_index are not implemented by cann_host")
+    y = {INT8: "int8", INT4: "int4"}.get(dst_type, f"GE dtype {dst_type}")
+    if refusal := check_dynamic_quant(soc_name(), dtype_name(x), tuple(x.shape), y):
+        raise GraphError(refusal)
+    values, scale = dynamic_quant(x, bits=4 if dst_type == INT4 else 8)
+    return Int4(values) if dst_type == INT4 else values, scale
 
 
 @_op("Bitcast", special=True)
@@ -418,8 +450,13 @@ def _bitcast(x: Any, *, type: int) -> Any:
         if type == INT4 and storage is not None:
             storage = (*storage[:-1], storage[-1] * 8)
         return FractalNZ(_bitcast(x.nd, type=type), storage)
-    if not isinstance(x, Tensor):
-        raise GraphError(f"Bitcast of int4 to GE dtype {type} is not implemented by cann_host")
+    if isinstance(x, Int4):
+        if DTYPES.get(type) != torch.int32 or x.shape[-1] != 8:
+            raise GraphError(f"Bitcast of int4 {tuple(x.shape)} to GE dtype {type} is refused")
+        if x.values.is_meta:
+            return torch.empty(x.shape[:-1], dtype=torch.int32, device="meta")
+        return pack_int4(x.values).squeeze(-1)
+    assert isinstance(x, Tensor)
     if type == INT4:
         if x.dtype != torch.int32:
             raise GraphError(f"Bitcast of {dtype_name(x)} to int4 is not implemented by cann_host")

@@ -237,7 +237,7 @@ def compile_graph(model: bytes) -> Plan:
     steps: list[Step] = []
     outputs: list[Slot] = []
     declared: list[TensorInfo] = []
-    for node in graph.op:
+    for node in _needed(graph.op):
         slot = Slot(node.name, 0)
         if node.type in ("Data", "RefData"):
             data[node.attr["index"].i] = slot
@@ -268,6 +268,21 @@ def compile_graph(model: bytes) -> Plan:
     static = static and all(info.known for info in declared)
     _mark_last_uses(steps, outputs)
     return Plan(graph.name, inputs, constants, steps, outputs, declared, static)
+
+
+def _needed(nodes: Sequence[Any]) -> list[Any]:
+    """Inputs, outputs and what some output depends on, in order. GE removes the rest too
+    (ge.oo.deadCodeElimination)."""
+    by_name = {node.name: node for node in nodes}
+    needed = {node.name for node in nodes if node.type in ("NetOutput", "Data", "RefData")}
+    waiting = list(needed)
+    while waiting:
+        for source in by_name[waiting.pop()].input:
+            name = source.rpartition(":")[0]
+            if name in by_name and name not in needed:
+                needed.add(name)
+                waiting.append(name)
+    return [node for node in nodes if node.name in needed]
 
 
 def _known_op(node: Any) -> Op:

@@ -1,4 +1,4 @@
-"""What CANN refuses in a quantized matmul, as tables.
+"""What CANN refuses in a quantized matmul and the operators around it, as tables.
 
 The stand-in must reject what a device rejects, else a green run here would lie. Both ways into
 the operator use this file: compiled graphs (`cann_host.executor`) and eager calls
@@ -15,6 +15,9 @@ Sources, in the public repository hicann/ops-nn under `matmul/quant_batch_matmul
     [bin]    op_host/config/<soc>/quant_batch_matmul_v3_binary.json  kernels that exist
     [doc]    docs/aclnnQuantMatmulV4.md
     [proto]  op_graph/quant_batch_matmul_v3_proto.h
+
+and under `quant`: dynamic_quant/op_host/op_api/aclnn_dynamic_quant.cpp, its definition and tiling
+beside it, ascend_quant_v2/op_host/op_api/aclnn_ascend_quant_v3.cpp and its definition.
 """
 
 from __future__ import annotations
@@ -23,7 +26,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["KERNELS", "Kernel", "check_quant_matmul", "check_trans_quant_param", "soc_family"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "check_ascend_quant",
+    "check_dynamic_quant",
+    "check_quant_matmul",
+    "check_trans_quant_param",
+    "soc_family",
+]
 
 INVALID = 161002  # ACLNN_ERR_PARAM_INVALID
 TILING = 561002  # ACLNN_ERR_INNER_TILING_ERROR
@@ -345,6 +356,94 @@ def check_trans_quant_param(
         f"offset has shape {offset} but scale {scale}; they must agree or have one element "
         f"(CANN error {INVALID}, invalid parameter)"
     )
+
+
+# family: (input dtypes, output dtypes); int32 carries int4 and exists for aclnn only
+_DYNAMIC_QUANT = {
+    _310P: (("float16",), ("int8",)),
+    _A2: (("float16", "bfloat16"), ("int8", "int4", "int32")),
+    _950: (("float16", "bfloat16"), ("int8", "int4", "int32")),
+}
+_ASCEND_QUANT = {
+    _310P: (("float16", "float32"), ("int8",)),
+    _A2: (("float16", "bfloat16", "float32"), ("int8", "int4", "int32")),
+    _950: (("float16", "bfloat16", "float32"), ("int8", "int4")),
+}
+
+
+def _check_quant_dtypes(
+    table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]], soc: str, x: str, y: str
+) -> str | None:
+    inputs, outputs = table.get(soc_family(soc) or "", ((), ()))
+    if x not in inputs:
+        return _invalid(f"x is {x}; {soc} allows {' or '.join(inputs)}")
+    if y not in outputs:
+        return _invalid(f"y is {y}; {soc} allows {' or '.join(outputs)}")
+    return None
+
+
+def _invalid(text: str) -> str:
+    return f"{text} (CANN error {INVALID}, invalid parameter)"
+
+
+def check_dynamic_quant(soc: str, x: str, x_shape: Sequence[int], y: str) -> str | None:
+    """Why a per-token DynamicQuant is refused; None if it is not.
+
+    Args:
+        soc: name of the chip.
+        x: dtype of the input, and its shape.
+        y: dtype of the quantized output; "int32" for eight int4 each.
+    """
+    if refusal := _check_quant_dtypes(_DYNAMIC_QUANT, soc, x, y):
+        return refusal
+    if not 2 <= len(x_shape) <= 8:
+        return _invalid(f"x has {len(x_shape)} dims; it must have 2 to 8")
+    parts = {"int4": 2, "int32": 8}.get(y, 1)
+    if x_shape[-1] % parts:
+        return _invalid(f"x has last dim {x_shape[-1]}; for {y} it must be a multiple of {parts}")
+    return None
+
+
+def check_ascend_quant(
+    soc: str,
+    x: str,
+    x_shape: Sequence[int],
+    scale: str,
+    scale_shape: Sequence[int],
+    offset: str | None,
+    offset_shape: Sequence[int] | None,
+    y: str,
+    axis: int,
+    graph: bool = False,
+) -> str | None:
+    """Why an AscendQuant is refused; None if it is not. Dtypes and shapes of its tensors.
+
+    Args:
+        axis: the dim of x that scale is along.
+        graph: whether it is the graph's operator, whose definition wants one dtype for all.
+    """
+    if refusal := _check_quant_dtypes(_ASCEND_QUANT, soc, x, y):
+        return refusal
+    if offset is not None and (offset, offset_shape) != (scale, scale_shape):
+        return _invalid(
+            f"offset is {offset} {offset_shape} and scale {scale} {scale_shape}; they must agree"
+        )
+    if scale != x and (graph or x != "float32"):
+        return _invalid(f"scale is {scale} and x {x}; they must be of one dtype")
+    dims = len(x_shape)
+    if not 1 <= dims <= 8:
+        return _invalid(f"x has {dims} dims; it must have 1 to 8")
+    last = axis in (-1, dims - 1)
+    if not (last or (axis in (-2, dims - 2) and soc_family(soc) != _310P)) or axis < -dims:
+        return _invalid(f"axis is {axis}; it must be one of the last two dims, on 310P the last")
+    size = x_shape[axis]
+    along = [scale_shape[0]] if len(scale_shape) == 1 else [n for n in scale_shape if n != 1]
+    if len(scale_shape) not in (1, dims) or along not in ([], [1], [size]):
+        return _invalid(f"scale has shape {tuple(scale_shape)}; it must have 1 or {size} values")
+    parts = {"int4": 2, "int32": 8}.get(y, 1)
+    if x_shape[-1] % parts:
+        return _invalid(f"x has last dim {x_shape[-1]}; for {y} it must be a multiple of {parts}")
+    return None
 
 
 def _allowed(argument: str, rows: list[Kernel]) -> str:

@@ -99,8 +99,11 @@ def read(path: str | Path) -> Graph:
     produced = {
         f"{op.name}:{i}": _edge(desc) for op in proto.op for i, desc in enumerate(op.output_desc)
     }
+    needed = _needed(proto)
     nodes = []
     for op in proto.op:
+        if op.name not in needed:
+            continue
         inputs = []
         for source, desc in zip(op.input, op.input_desc, strict=False):
             if not source:  # an optional input left out
@@ -112,6 +115,15 @@ def read(path: str | Path) -> Graph:
         attrs = {key: _attr(value) for key, value in op.attr.items() if not key.startswith("_")}
         nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs))
     return Graph(proto.name, tuple(nodes))
+
+
+def _needed(proto: GraphDef) -> set[str]:
+    """Names of the nodes some result depends on; GE removes the others (deadCodeElimination)."""
+    needed = {op.name for op in proto.op if op.type in ("NetOutput", "Data", "RefData")}
+    for op in reversed(proto.op):  # producers come before what reads them
+        if op.name in needed:
+            needed.update(source.rpartition(":")[0] for source in op.input)
+    return needed
 
 
 @contextmanager

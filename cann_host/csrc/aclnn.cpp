@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -188,6 +189,28 @@ int aclnnQuantMatmulWeightNzGetWorkspaceSize(
                  int64_t{transpose_x2}, group_size, out);
 }
 
+// ---- quantized activations ----
+
+int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
+                                        const aclTensor* group_index, int64_t dst_type,
+                                        const aclTensor* y, const aclTensor* scale,
+                                        const aclTensor* offset, uint64_t* workspace_size,
+                                        aclOpExecutor** executor) {
+  return Prepare("aclnnDynamicQuantV2", workspace_size, executor, x, smooth_scales, group_index,
+                 dst_type, y, scale, offset);
+}
+
+// round_mode crosses to Python as whether it is "round", the only one there is here.
+int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
+                                       const aclTensor* offset, bool sqrt_mode,
+                                       const char* round_mode, int32_t dst_type, int32_t axis,
+                                       const aclTensor* y, uint64_t* workspace_size,
+                                       aclOpExecutor** executor) {
+  const bool rounds = round_mode != nullptr && std::strcmp(round_mode, "round") == 0;
+  return Prepare("aclnnAscendQuantV3", workspace_size, executor, x, scale, offset,
+                 int64_t{sqrt_mode}, int64_t{rounds}, int64_t{dst_type}, int64_t{axis}, y);
+}
+
 // ---- copies, casts, formats ----
 
 int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* self, const aclTensor* source,
@@ -249,6 +272,8 @@ CANN_HOST_LAUNCH(aclnnTransQuantParamV3)
 CANN_HOST_LAUNCH(aclnnTransQuantParamV2)
 CANN_HOST_LAUNCH(aclnnQuantMatmulV5)
 CANN_HOST_LAUNCH(aclnnQuantMatmulWeightNz)
+CANN_HOST_LAUNCH(aclnnDynamicQuantV2)
+CANN_HOST_LAUNCH(aclnnAscendQuantV3)
 CANN_HOST_LAUNCH(aclnnInplaceCopy)
 CANN_HOST_LAUNCH(aclnnCast)
 CANN_HOST_LAUNCH(aclnnInplaceZero)
