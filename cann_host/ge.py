@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lq_graph.numerics import nz_to_nd
 
-from . import executor
+from . import executor, ops  # noqa: F401 - ops registers the operators
 from .executor import DTYPES, FractalNZ, GraphError, Op, ShapeUnknownError, Value
 from .memory import FRACTAL_NZ, over_memory
+from .origins import origins_of
 
 __all__ = ["Plan", "compile_graph", "install", "is_installed", "live_plans"]
 
@@ -29,6 +30,8 @@ FORMAT_ND = 2
 # Formats whose storage is the plain row-major tensor: NCHW, NHWC, ND, NCDHW, ...
 _PLAIN_FORMATS = frozenset({0, 1, 2, 27, 30, 35, 47})
 _INT64, _UINT64 = 9, 10
+# nodes that hold or hand over tensors
+_PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutput", "RefData"})
 
 
 class Slot(NamedTuple):
@@ -167,9 +170,11 @@ def _attribute(attr: Any) -> Any:
 def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
     inputs: dict[str, Slot | list[Slot]] = {}
     many: list[Slot] = []
-    for position, source in enumerate(node.input):
+    # edges that only order, without a descriptor, come first
+    sources = [source for source in node.input if not source.endswith(":-1")]
+    for position, source in enumerate(sources):
         producer, _, index = source.rpartition(":")
-        if not source or index == "-1":  # an absent optional input, an ordering-only edge
+        if not source:  # an absent optional input
             continue
         slot = Slot(producer, int(index))
         name = node.input_desc[position].name if position < len(node.input_desc) else ""
@@ -237,7 +242,9 @@ def compile_graph(model: bytes) -> Plan:
     steps: list[Step] = []
     outputs: list[Slot] = []
     declared: list[TensorInfo] = []
-    for node in _needed(graph.op):
+    nodes = _needed(graph.op)
+    _check_known(graph, nodes)
+    for node in nodes:
         slot = Slot(node.name, 0)
         if node.type in ("Data", "RefData"):
             data[node.attr["index"].i] = slot
@@ -248,14 +255,13 @@ def compile_graph(model: bytes) -> Plan:
         elif node.type == "ConstPlaceHolder":
             constants[slot] = _placeholder(node)
         elif node.type == "NetOutput":
-            for source, desc in zip(node.input, node.input_desc, strict=True):
+            sources = [source for source in node.input if not source.endswith(":-1")]
+            for source, desc in zip(sources, node.input_desc, strict=True):
                 producer, _, index = source.rpartition(":")
-                if index == "-1":
-                    continue
                 outputs.append(Slot(producer, int(index)))
                 declared.append(TensorInfo(_proto_dtype(desc.dtype), tuple(desc.shape.dim)))
         else:
-            op = _known_op(node)
+            op = executor.find_op(node.type)
             steps.append(Step(op, node.name, _inputs(op, node), _attributes(op, node)))
     if sorted(data) != list(range(len(data))):
         raise GraphError(f"graph inputs are numbered {sorted(data)}, not from 0 without gaps")
@@ -285,11 +291,25 @@ def _needed(nodes: Sequence[Any]) -> list[Any]:
     return [node for node in nodes if node.name in needed]
 
 
-def _known_op(node: Any) -> Op:
-    try:
-        return executor.find_op(node.type)
-    except GraphError as error:
-        raise GraphError(f"node {node.name} ({node.type}): {error}") from None
+def _check_known(graph: Any, nodes: Sequence[Any]) -> None:
+    """Refuse a graph with operators that are not here, all of them at once, each with the torch
+    call it came from."""
+    missing = [
+        node for node in nodes if node.type not in executor.OPS and node.type not in _PASSIVE
+    ]
+    if not missing:
+        return
+    origins = origins_of(graph.name)
+    lines = []
+    for type_ in dict.fromkeys(node.type for node in missing):
+        names = [node.name for node in missing if node.type == type_]
+        origin = origins.get(names[0], "a call that torchair keeps no record of")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"\n    op type {type_}, node {names[0]}{more}, from {origin}")
+    raise GraphError(
+        f"graph {graph.name} has operators that are not implemented by cann_host, the CPU stand-in "
+        f"for CANN:{''.join(lines)}\n  It knows {', '.join(sorted(executor.OPS))}."
+    )
 
 
 def _sources(step: Step) -> Iterable[Slot]:

@@ -105,7 +105,9 @@ def read(path: str | Path) -> Graph:
         if op.name not in needed:
             continue
         inputs = []
-        for source, desc in zip(op.input, op.input_desc, strict=False):
+        # edges that only order nodes, without a descriptor, come first
+        sources = [source for source in op.input if not source.endswith(":-1")]
+        for source, desc in zip(sources, op.input_desc, strict=False):
             if not source:  # an optional input left out
                 continue
             origin = produced.get(source)

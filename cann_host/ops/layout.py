@@ -1,0 +1,231 @@
+"""Shapes and layouts: what moves values and computes none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..executor import (
+    Dynamic,
+    FractalNZ,
+    GraphError,
+    Host,
+    Int4,
+    ints,
+    op,
+    promoted,
+    torch_dtype,
+)
+
+
+@op("Identity", "TensorMove", special=True)
+def _identity(x: Any) -> Any:
+    return x
+
+
+@op("Transpose", special=True)
+def _transpose(x: Any, perm: Host) -> Any:
+    order = ints(perm)
+    if isinstance(x, FractalNZ):
+        # GE fuses this Transpose with the matmul that follows: the storage stays as it is.
+        return FractalNZ(_transpose(x.nd, perm), None)
+    if isinstance(x, Int4):
+        return Int4(_transpose(x.values, perm))
+    return x.permute(order)
+
+
+@op("Permute", special=True)
+def _permute(x: Any, *, order: Sequence[int]) -> Any:
+    return _transpose(x, torch.tensor(order))
+
+
+@op("Reshape", special=True)
+def _reshape(x: Any, shape: Host, *, axis: int = 0, num_axes: int = -1) -> Any:
+    if isinstance(x, FractalNZ):
+        # int4 weights pass here after Bitcast, with the parts still in a dim of their own
+        return FractalNZ(_reshape(x.nd, shape, axis=axis, num_axes=num_axes), x.storage_shape)
+    if isinstance(x, Int4):
+        return Int4(_reshape(x.values, shape, axis=axis, num_axes=num_axes))
+    if axis or num_axes != -1:
+        raise GraphError(f"Reshape with axis {axis}, num_axes {num_axes} is not implemented")
+    dims = [x.shape[i] if dim == 0 and x.numel() else dim for i, dim in enumerate(ints(shape))]
+    return x.reshape(dims)
+
+
+@op("Shape", special=True)
+def _shape(x: Any, *, dtype: int = 3) -> Tensor:
+    return torch.tensor(x.shape, dtype=torch_dtype(dtype), device="cpu")
+
+
+@op("Unsqueeze")
+def _unsqueeze(x: Tensor, *, axes: Sequence[int] = ()) -> Tensor:
+    for axis in sorted(axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@op("Squeeze")
+def _squeeze(x: Tensor, *, axis: Sequence[int] = ()) -> Tensor:
+    return x.squeeze(tuple(axis)) if axis else x.squeeze()
+
+
+@op("ExpandDims")
+def _expand_dims(x: Tensor, axis: Host) -> Tensor:
+    return x.unsqueeze(ints(axis)[0])
+
+
+@op("BroadcastTo")
+def _broadcast_to(x: Tensor, shape: Host) -> Tensor:
+    return x.expand(ints(shape))
+
+
+@op("Expand")
+def _expand(x: Tensor, shape: Host) -> Tensor:
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))
+
+
+@op("Tile")
+def _tile(x: Tensor, multiples: Host) -> Tensor:
+    return x.tile(ints(multiples))
+
+
+@op("Range")
+def _range(start: Host, limit: Host, delta: Host) -> Tensor:
+    dtype = promoted([start, limit, delta])[0].dtype
+    first, last, step = (t.reshape(()).item() for t in (start, limit, delta))
+    return torch.arange(first, last, step, dtype=dtype, device="cpu")
+
+
+@op("Slice")
+def _slice(x: Tensor, offsets: Host, size: Host) -> Tensor:
+    for dim, (first, length) in enumerate(zip(ints(offsets), ints(size), strict=True)):
+        x = x.narrow(dim, first, x.shape[dim] - first if length < 0 else length)
+    return x
+
+
+@op("Triu")
+def _triu(x: Tensor, *, diagonal: int = 0) -> Tensor:
+    return x.triu(diagonal)
+
+
+@op("Tril")
+def _tril(x: Tensor, *, diagonal: int = 0) -> Tensor:
+    return x.tril(diagonal)
+
+
+@op("GatherElements")
+def _gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
+    return x.gather(dim, index.to(torch.int64))
+
+
+@op("PadV3")
+def _pad(
+    x: Tensor,
+    paddings: Host,
+    constant_values: Tensor | None = None,
+    *,
+    mode: str = "constant",
+    paddings_contiguous: bool = True,
+) -> Tensor:
+    if mode != "constant" or not paddings_contiguous:
+        raise GraphError(f"PadV3 with mode {mode} or scattered paddings is not implemented")
+    pairs = paddings.reshape(-1, 2).flip(0)  # torch counts from the last dim
+    value = 0 if constant_values is None else constant_values.item()
+    return torch.nn.functional.pad(x, ints(pairs), value=value)
+
+
+@op("Fill")
+def _fill(dims: Host, value: Tensor) -> Tensor:
+    return value.reshape(()).expand(ints(dims))
+
+
+@op("ZerosLike")
+def _zeros_like(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+@op("OnesLike")
+def _ones_like(x: Tensor) -> Tensor:
+    return torch.ones_like(x)
+
+
+@op("Pack")
+def _pack(x: Dynamic, *, axis: int = 0, N: int = 1) -> Tensor:
+    return torch.stack(promoted(x), axis)
+
+
+@op("ConcatV2")
+def _concat_v2(x: Dynamic, concat_dim: Host, *, N: int = 1) -> Tensor:
+    return torch.cat(x, ints(concat_dim)[0])
+
+
+@op("Concat")
+def _concat(concat_dim: Host, x: Dynamic, *, N: int = 1) -> Tensor:
+    return torch.cat(x, ints(concat_dim)[0])
+
+
+@op("ConcatD")
+def _concat_d(x: Dynamic, *, concat_dim: int, N: int = 1) -> Tensor:
+    return torch.cat(x, concat_dim)
+
+
+@op("SplitV")
+def _split_v(x: Tensor, size_splits: Host, split_dim: Host, *, num_split: int) -> Any:
+    dim = ints(split_dim)[0]
+    sizes = ints(size_splits)
+    rest = x.shape[dim] - sum(size for size in sizes if size >= 0)
+    return torch.split(x, [rest if size < 0 else size for size in sizes], dim)
+
+
+@op("Gather", "GatherV2")
+def _gather(
+    x: Tensor,
+    indices: Tensor,
+    axis: Host | None = None,
+    *,
+    batch_dims: int = 0,
+    validate_indices: bool = True,
+    is_preprocessed: bool = False,
+    negative_index_support: bool = False,
+) -> Tensor:
+    if batch_dims:
+        raise GraphError(f"Gather with batch_dims {batch_dims} is not implemented by cann_host")
+    dim = ints(axis)[0] if axis is not None else 0
+    dim = dim % x.dim()
+    flat = x.index_select(dim, indices.reshape(-1).to(torch.int64) % x.shape[dim])
+    return flat.reshape(x.shape[:dim] + indices.shape + x.shape[dim + 1 :])
+
+
+@op("IndexByTensor")
+def _index_by_tensor(x: Tensor, indices: Dynamic, *, indices_mask: Sequence[int]) -> Tensor:
+    """x[:, i, :, j]: the mask says which dims have an index."""
+    given = iter(indices)
+    return x[tuple(next(given) if wanted else slice(None) for wanted in indices_mask)]
+
+
+@op("StridedSliceV2")
+def _strided_slice(
+    x: Tensor,
+    begin: Host,
+    end: Host,
+    axes: Host | None = None,
+    strides: Host | None = None,
+    *,
+    begin_mask: int = 0,
+    end_mask: int = 0,
+    ellipsis_mask: int = 0,
+    new_axis_mask: int = 0,
+    shrink_axis_mask: int = 0,
+) -> Tensor:
+    if begin_mask or end_mask or ellipsis_mask or new_axis_mask or shrink_axis_mask:
+        raise GraphError("StridedSliceV2 with masks is not implemented by cann_host")
+    starts, ends = ints(begin), ints(end)
+    dims = range(len(starts)) if axes is None else [axis % x.dim() for axis in ints(axes)]
+    steps = [1] * len(starts) if strides is None else ints(strides)
+    index = [slice(None)] * x.dim()
+    for dim, first, last, step in zip(dims, starts, ends, steps, strict=True):
+        index[dim] = slice(first, last, step)
+    return x[tuple(index)]

@@ -1,0 +1,293 @@
+"""Elementwise operators and reductions. torch's own promotion is GE's for the dtypes that torchair
+emits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..executor import GraphError, Host, ints, op, promoted, torch_dtype
+
+
+@op("Add", "AddV2")
+def _add(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 + x2
+
+
+@op("Sub")
+def _sub(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 - x2
+
+
+@op("Mul")
+def _mul(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 * x2
+
+
+@op("Axpy", "AxpyV2")
+def _axpy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
+    return x1 + x2 * alpha
+
+
+@op("Sxpy")
+def _sxpy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
+    return x1 - x2 * alpha
+
+
+@op("Muls")
+def _muls(x: Tensor, *, value: float) -> Tensor:
+    return (x * value).to(x.dtype)
+
+
+@op("Adds")
+def _adds(x: Tensor, *, value: float) -> Tensor:
+    return (x + value).to(x.dtype)
+
+
+@op("RealDiv")
+def _real_div(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 / x2
+
+
+@op("Div")
+def _div(x1: Tensor, x2: Tensor) -> Tensor:
+    """Integers stay integers."""
+    whole = not (x1.is_floating_point() or x2.is_floating_point())
+    return torch.div(x1, x2, rounding_mode="trunc" if whole else None)
+
+
+@op("FloorDiv")
+def _floor_div(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.floor_divide(x1, x2)
+
+
+@op("Pow")
+def _pow(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.pow(x1, x2)
+
+
+@op("Maximum")
+def _maximum(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.maximum(*promoted([x1, x2]))
+
+
+@op("Minimum")
+def _minimum(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.minimum(*promoted([x1, x2]))
+
+
+@op("ClipByValueV2", "ClipByValue")
+def _clip(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, clip_value_min), clip_value_max).to(x.dtype)
+
+
+@op("Mod")
+def _mod(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.fmod(x1, x2)  # the sign of x1
+
+
+@op("FloorMod")
+def _floor_mod(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.remainder(x1, x2)  # the sign of x2
+
+
+@op("Greater")
+def _greater(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 > x2
+
+
+@op("GreaterEqual")
+def _greater_equal(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 >= x2
+
+
+@op("Less")
+def _less(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 < x2
+
+
+@op("LessEqual")
+def _less_equal(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 <= x2
+
+
+@op("Equal")
+def _equal(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 == x2
+
+
+@op("NotEqual")
+def _not_equal(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 != x2
+
+
+@op("LogicalAnd")
+def _logical_and(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 & x2
+
+
+@op("LogicalOr")
+def _logical_or(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 | x2
+
+
+@op("LogicalNot")
+def _logical_not(x: Tensor) -> Tensor:
+    return torch.logical_not(x)
+
+
+@op("BitwiseAnd")
+def _bitwise_and(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 & x2
+
+
+@op("BitwiseOr")
+def _bitwise_or(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1 | x2
+
+
+@op("MaskedFill")
+def _masked_fill(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return torch.where(mask, value.reshape(()).to(x.dtype), x)
+
+
+@op("SelectV2")
+def _select(condition: Tensor, then: Tensor, else_: Tensor) -> Tensor:
+    return torch.where(condition, then, else_)
+
+
+@op("Cast")
+def _cast(x: Tensor, *, dst_type: int) -> Tensor:
+    return x.to(torch_dtype(dst_type))
+
+
+@op("Neg")
+def _neg(x: Tensor) -> Tensor:
+    return -x
+
+
+@op("Abs")
+def _abs(x: Tensor) -> Tensor:
+    return x.abs()
+
+
+@op("Sign")
+def _sign(x: Tensor) -> Tensor:
+    return x.sign()
+
+
+@op("Floor")
+def _floor(x: Tensor) -> Tensor:
+    return x.floor()
+
+
+@op("Ceil")
+def _ceil(x: Tensor) -> Tensor:
+    return x.ceil()
+
+
+@op("Square")
+def _square(x: Tensor) -> Tensor:
+    return x.square()
+
+
+@op("Sin")
+def _sin(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+@op("Cos")
+def _cos(x: Tensor) -> Tensor:
+    return x.cos()
+
+
+@op("Erf")
+def _erf(x: Tensor) -> Tensor:
+    return x.erf()
+
+
+@op("Sqrt")
+def _sqrt(x: Tensor) -> Tensor:
+    return x.sqrt()
+
+
+@op("Reciprocal")
+def _reciprocal(x: Tensor) -> Tensor:
+    return x.reciprocal()
+
+
+@op("Rsqrt")
+def _rsqrt(x: Tensor) -> Tensor:
+    return x.rsqrt()
+
+
+@op("Round")
+def _round(x: Tensor, *, decimals: int = 0) -> Tensor:
+    return torch.round(x, decimals=decimals)
+
+
+@op("Exp")
+def _exp(x: Tensor, *, base: float = -1.0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    value = x if (scale, shift) == (1.0, 0.0) else x * scale + shift
+    return torch.exp(value) if base == -1.0 else torch.pow(base, value)
+
+
+@op("ReduceSum")
+def _reduce_sum(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
+    return x.sum(ints(axes), keep_dims, dtype=x.dtype)
+
+
+@op("ReduceMean")
+def _reduce_mean(
+    x: Tensor, axes: Host, *, keep_dims: bool = False, noop_with_empty_axes: bool = True
+) -> Tensor:
+    return x.mean(ints(axes), keep_dims)
+
+
+@op("ReduceMax")
+def _reduce_max(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
+    return x.amax(ints(axes), keep_dims)
+
+
+@op("ReduceMin")
+def _reduce_min(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
+    return x.amin(ints(axes), keep_dims)
+
+
+@op("ReduceAny")
+def _reduce_any(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
+    return torch.any(x, ints(axes), keep_dims)
+
+
+@op("ReduceAll")
+def _reduce_all(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
+    return torch.all(x, ints(axes), keep_dims)
+
+
+@op("Cumsum")
+def _cumsum(x: Tensor, axis: Host, *, exclusive: bool = False, reverse: bool = False) -> Tensor:
+    if exclusive or reverse:
+        raise GraphError("Cumsum, exclusive or reverse, is not implemented by cann_host")
+    return x.cumsum(ints(axis)[0], dtype=x.dtype)
+
+
+@op("TopKV2")
+def _top_k(
+    x: Tensor,
+    k: Host,
+    *,
+    sorted: bool = True,
+    dim: int = -1,
+    largest: bool = True,
+    indices_dtype: int = 3,
+) -> tuple[Tensor, Tensor]:
+    values, indices = x.topk(ints(k)[0], dim, largest, sorted)
+    return values, indices.to(torch_dtype(indices_dtype))
+
+
+@op("ArgMaxWithValue")
+def _arg_max_with_value(
+    x: Tensor, *, dimension: int, keep_dims: bool = False
+) -> tuple[Tensor, Tensor]:
+    values, indices = x.max(dimension, keepdim=keep_dims)
+    return indices.to(torch.int32), values

@@ -1,0 +1,107 @@
+"""Activations, norms and float matmuls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..executor import GraphError, Host, ints, op
+
+
+@op("Relu")
+def _relu(x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+@op("Sigmoid")
+def _sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+@op("Tanh")
+def _tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@op("Gelu")
+def _gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")  # GE's Gelu is the tanh form
+
+
+@op("GeluV2")
+def _gelu_v2(x: Tensor, *, approximate: str = "none") -> Tensor:
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+@op("Softplus")
+def _softplus(x: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(x)
+
+
+@op("Swish")
+def _swish(x: Tensor, *, scale: float = 1.0) -> Tensor:
+    return torch.nn.functional.silu(x) if scale == 1.0 else x * torch.sigmoid(x * scale)
+
+
+@op("SoftmaxV2")
+def _softmax(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
+    return torch.softmax(x, axes[0], dtype=torch.float32 if half_to_float else None)
+
+
+@op("RmsNorm")
+def _rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    value = x.to(torch.float32)
+    dims = list(range(-gamma.dim(), 0))
+    rstd = torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
+    return (value * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
+
+
+@op("LayerNormV4")
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Host,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    epsilon: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = torch.native_layer_norm(x, ints(normalized_shape), gamma, beta, epsilon)
+    return y, mean, rstd
+
+
+@op("MatMul", "MatMulV2")
+def _matmul(
+    x1: Tensor,
+    x2: Tensor,
+    bias: Tensor | None = None,
+    offset_w: Tensor | None = None,
+    *,
+    transpose_x1: bool = False,
+    transpose_x2: bool = False,
+    offset_x: int = 0,
+) -> Tensor:
+    if offset_w is not None or offset_x:
+        raise GraphError("MatMul with an offset is not implemented by cann_host")
+    left, right = x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2
+    if bias is None:
+        return torch.matmul(left, right)
+    # the accumulator takes the bias before it is rounded
+    return (torch.matmul(left.float(), right.float()) + bias.float()).to(x1.dtype)
+
+
+@op("BatchMatMul", "BatchMatMulV2")
+def _batch_matmul(
+    x1: Tensor,
+    x2: Tensor,
+    bias: Tensor | None = None,
+    offset_w: Tensor | None = None,
+    *,
+    adj_x1: bool = False,
+    adj_x2: bool = False,
+    offset_x: int = 0,
+) -> Tensor:
+    return _matmul(
+        x1, x2, bias, offset_w, transpose_x1=adj_x1, transpose_x2=adj_x2, offset_x=offset_x
+    )

