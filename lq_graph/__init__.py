@@ -31,6 +31,7 @@ except RuntimeError as error:
 from .check import Check, check
 from .checkpoint import CheckpointError, load_checkpoint
 from .checkpoint_write import save_checkpoint
+from .compare import compare
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .explain import explain
 from .module import LinearQuant
@@ -57,6 +58,7 @@ __all__ = [
     "Plan",
     "QuantizedLinear",
     "check",
+    "compare",
     "convert",
     "dynamic_quant",
     "explain",
