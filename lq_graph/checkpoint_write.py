@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import DESCRIPTION, SCHEMES, CheckpointError, require_safetensors
+from .ops import trans_quant_param
 from .quantized_linear import QuantizedLinear
 
 __all__ = ["FORMATS", "save_checkpoint"]
@@ -33,7 +34,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         format: "msmodelslim" or "compressed-tensors".
 
     Raises:
-        CheckpointError: another format, or a static layer of the other one. Nothing is written.
+        CheckpointError: another format, a static layer of the other one, an int4 layer, or one with
+            int8 output. Nothing is written.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -43,6 +45,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         )
     save_file = require_safetensors().torch.save_file
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, layer in layers.items():
+        _check_w8a8(name, layer)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         state = {key: value.cpu() for key, value in layer.state_dict().items()}
@@ -66,6 +70,20 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
+    """The formats hold int8 weights and float outputs."""
+    if layer.linear.weight.dtype != torch.int8:
+        what, todo = "is int4", "quantize it with A8W8Dynamic or A8W8Static"
+    elif layer.linear.output_dtype not in (torch.float16, torch.bfloat16):
+        what, todo = "gives int8", "quantize with A8W8Static(int8_between=False)"
+    else:
+        return
+    raise CheckpointError(
+        f"save_checkpoint: {name} {what}, which the formats have no place for. What to do: {todo}, "
+        "or save model.state_dict()."
+    )
+
+
 def _parts_of(
     name: str, layer: QuantizedLinear, state: dict[str, Tensor], format: str
 ) -> dict[str, Tensor]:
@@ -85,6 +103,8 @@ def _parts_of(
     parts["input_scale"] = state["input_scale"]
     if format == "msmodelslim":
         n = parts["weight"].shape[0]
+        if scale.dtype == torch.float32 and layer.linear.output_dtype == torch.float16:
+            scale = trans_quant_param(scale)  # float32 says bfloat16 there
         parts["deq_scale"], parts["input_offset"] = scale, state["input_offset"]
         parts["quant_bias"] = torch.zeros(n, dtype=torch.int32) if bias is None else bias
         if "weight_scale" in state:

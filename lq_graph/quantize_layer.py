@@ -56,6 +56,7 @@ class Job:
         self.refusal = ""
         self.sharers = [self]
         self.input_scale, self.input_offset = 1.0, 0
+        self._least_scale: Tensor | None = None
         self.next: Job | None = None
         self.absorbed: tuple[nn.Module, str] | None = None
 
@@ -93,6 +94,20 @@ class Job:
     def step(self) -> float:
         """What the weight's scale is multiplied by to give the layer's."""
         return self.input_scale / (self.next.input_scale if self.next else 1.0)
+
+    def least_scale(self) -> Tensor:
+        """float64 (n,): the weight scales below which the bias would not fit into int32. A row
+        whose weights are tiny beside its bias is quantized no finer than the bias allows."""
+        if self._least_scale is not None:
+            return self._least_scale
+        bias = self.source.bias
+        if bias is None or not self.static:
+            least = torch.zeros(self.n, dtype=torch.float64)
+        else:
+            least = bias.detach().double().cpu().abs() / (self.input_scale * _BIAS_STEPS)
+        if len(self.sharers) > 1:  # the others ask for it when this layer may be gone
+            self._least_scale = least
+        return least
 
     def build(self, kept: Kept) -> QuantizedLinear:
         """The quantized layer. Changes nothing; keeps in `kept` a weight that others have too."""
@@ -192,15 +207,6 @@ def _round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
     return out
 
 
-def _least_scale(job: Job) -> Tensor:
-    """float64 (n,): the weight scales below which the bias would not fit into int32. A row whose
-    weights are tiny beside its bias is quantized no finer than the bias allows."""
-    bias = job.source.bias
-    if bias is None or not job.static:
-        return torch.zeros(job.n, dtype=torch.float64)
-    return bias.detach().double().cpu().abs() / (job.input_scale * _BIAS_STEPS)
-
-
 def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
     """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float64 (n,).
 
@@ -211,7 +217,7 @@ def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
     top = 7 if job.storage == torch.int32 else 127
     scale = _peaks(weight, top) / top
     for other in job.sharers:
-        scale = torch.maximum(scale, _least_scale(other))
+        scale = torch.maximum(scale, other.least_scale())
     scale = torch.where(scale > 0, scale, 1.0)
     if job.static and len(job.sharers) == 1:
         scale = _up_to_s19((scale * job.step).float()).double() / job.step
