@@ -52,7 +52,8 @@ class Refused(Exception):  # noqa: N818 - the answer of the operator, not a faul
     """A call CANN would refuse, with CANN's code."""
 
     def __init__(self, text: str, code: int = INVALID) -> None:
-        super().__init__(text if "CANN error" in text else f"{text} (CANN error {code})")
+        ours = "CANN error" in text or "cann_host" in text  # coded already, or not CANN's refusal
+        super().__init__(text if ours else f"{text} (CANN error {code})")
         self.code = code
 
 
@@ -335,8 +336,7 @@ def _check_dynamic_quant(
     if offset is not None:
         raise Refused("offset is given; a symmetric quantization has none")
     _need_base_format(x=x, y=y, scale=scale)
-    if dst_type != y.dtype_code:
-        raise Refused(f"dst_type is {dst_type} and y has aclDataType {y.dtype_code}")
+    # dst_type is not checked: CANN goes by y's dtype
     refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name)
     if refusal is not None:
         raise Refused(refusal)
@@ -357,6 +357,8 @@ def _dynamic_quant(
     offset: AclTensor | None,
 ) -> None:
     del smooth_scales, group_index, dst_type, offset  # refused above
+    if 0 in x.shape:
+        return
     int4 = y.dtype == torch.int32
     values, scales = numerics.dynamic_quant(x.view(), bits=4 if int4 else 8)
     y.view().copy_(numerics.pack_int4(values) if int4 else values)
@@ -377,11 +379,6 @@ def _check_ascend_quant(
     for name, needed in (("x", x), ("scale", scale), ("y", y)):
         _need(name, needed)
     _need_base_format(x=x, scale=scale, offset=offset, y=y)
-    if sqrt_mode or not rounds or y.dtype != torch.int8 or axis not in (-1, len(x.shape) - 1):
-        raise Refused(
-            "cann_host implements AscendQuantV3 for int8 along the last dim, with round_mode "
-            "round and no sqrt_mode"
-        )
     if dst_type != y.dtype_code:
         raise Refused(f"dst_type is {dst_type} and y has aclDataType {y.dtype_code}")
     offset_dtype, offset_shape = _optional(offset)
@@ -398,8 +395,13 @@ def _check_ascend_quant(
     )
     if refusal is not None:
         raise Refused(refusal)
-    if y.shape != x.shape:
+    packed = numerics.INT4_PER_INT32 if y.dtype == torch.int32 else 1
+    if (*y.shape[:-1], y.shape[-1] * packed) != x.shape:
         raise Refused(f"y has shape {y.shape} and x {x.shape}")
+    if sqrt_mode or not rounds or y.dtype != torch.int8:
+        raise Refused(
+            "cann_host implements AscendQuantV3 for int8, with round_mode round and no sqrt_mode"
+        )
 
 
 def _ascend_quant(
@@ -412,11 +414,12 @@ def _ascend_quant(
     axis: int,
     y: AclTensor,
 ) -> None:
-    del sqrt_mode, rounds, dst_type, axis  # refused above
-    values = numerics.static_quant(
-        x.view(), scale.view(), None if offset is None else offset.view()
-    )
-    y.view().copy_(values)
+    del sqrt_mode, rounds, dst_type  # refused above
+    shape = [1] * len(x.shape)
+    shape[axis] = -1
+    factor = scale.view().to(x.dtype).reshape(shape)
+    addend = None if offset is None else offset.view().to(x.dtype).reshape(shape)
+    y.view().copy_(numerics.static_quant(x.view(), factor, addend))
 
 
 # ---- copies, casts, formats ----

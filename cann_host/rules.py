@@ -358,7 +358,7 @@ def check_trans_quant_param(
     )
 
 
-# family: (input dtypes, output dtypes); int32 carries int4 and exists for aclnn only
+# family: (dtypes of x, dtypes of y). Graphs know int4, aclnn also int32 that carries eight of them.
 _DYNAMIC_QUANT = {
     _310P: (("float16",), ("int8",)),
     _A2: (("float16", "bfloat16"), ("int8", "int4", "int32")),
@@ -367,41 +367,58 @@ _DYNAMIC_QUANT = {
 _ASCEND_QUANT = {
     _310P: (("float16", "float32"), ("int8",)),
     _A2: (("float16", "bfloat16", "float32"), ("int8", "int4", "int32")),
-    _950: (("float16", "bfloat16", "float32"), ("int8", "int4")),
+    _950: (("float16", "bfloat16", "float32"), ("int8", "int4", "int32")),
 }
 
 
-def _check_quant_dtypes(
-    table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]], soc: str, x: str, y: str
+def _check_activation(
+    table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
+    soc: str,
+    x: str,
+    x_shape: Sequence[int],
+    y: str,
+    graph: bool,
 ) -> str | None:
+    """What the two operators refuse alike, without an error code."""
     inputs, outputs = table.get(soc_family(soc) or "", ((), ()))
+    outputs = tuple(dtype for dtype in outputs if not (graph and dtype == "int32"))
+    if not inputs:
+        return f"cann_host has no rules for {soc}"
     if x not in inputs:
-        return _invalid(f"x is {x}; {soc} allows {' or '.join(inputs)}")
+        return f"x is {x}; {soc} allows {' or '.join(inputs)}"
     if y not in outputs:
-        return _invalid(f"y is {y}; {soc} allows {' or '.join(outputs)}")
+        return f"y is {y}; {soc} allows {' or '.join(outputs)}"
+    parts = {"int4": 2, "int32": 8}.get(y, 1)
+    if x_shape and x_shape[-1] % parts:
+        return f"x has last dim {x_shape[-1]}; for {y} it must be a multiple of {parts}"
     return None
 
 
-def _invalid(text: str) -> str:
-    return f"{text} (CANN error {INVALID}, invalid parameter)"
+def _coded(text: str | None, graph: bool) -> str | None:
+    if text is None:
+        return None
+    return f"{text} (CANN error {TILING if graph else INVALID}, " + (
+        "tiling)" if graph else "invalid parameter)"
+    )
 
 
-def check_dynamic_quant(soc: str, x: str, x_shape: Sequence[int], y: str) -> str | None:
+def check_dynamic_quant(
+    soc: str, x: str, x_shape: Sequence[int], y: str, graph: bool = False
+) -> str | None:
     """Why a per-token DynamicQuant is refused; None if it is not.
 
     Args:
         soc: name of the chip.
         x: dtype of the input, and its shape.
         y: dtype of the quantized output; "int32" for eight int4 each.
+        graph: whether it is the graph's operator, whose tiling also refuses rows without elements.
     """
-    if refusal := _check_quant_dtypes(_DYNAMIC_QUANT, soc, x, y):
-        return refusal
-    if not 2 <= len(x_shape) <= 8:
-        return _invalid(f"x has {len(x_shape)} dims; it must have 2 to 8")
-    parts = {"int4": 2, "int32": 8}.get(y, 1)
-    if x_shape[-1] % parts:
-        return _invalid(f"x has last dim {x_shape[-1]}; for {y} it must be a multiple of {parts}")
-    return None
+    text = _check_activation(_DYNAMIC_QUANT, soc, x, x_shape, y, graph)
+    if text is None and not 2 <= len(x_shape) <= 8:
+        text = f"x has {len(x_shape)} dims; it must have 2 to 8"
+    if text is None and graph and x_shape[-1] == 0:
+        text = f"x has shape {tuple(x_shape)}; its last dim cannot be 0"
+    return _coded(text, graph)
 
 
 def check_ascend_quant(
@@ -422,27 +439,48 @@ def check_ascend_quant(
         axis: the dim of x that scale is along.
         graph: whether it is the graph's operator, whose definition wants one dtype for all.
     """
-    if refusal := _check_quant_dtypes(_ASCEND_QUANT, soc, x, y):
-        return refusal
-    if offset is not None and (offset, offset_shape) != (scale, scale_shape):
-        return _invalid(
-            f"offset is {offset} {offset_shape} and scale {scale} {scale_shape}; they must agree"
+    text = _check_activation(_ASCEND_QUANT, soc, x, x_shape, y, graph)
+    if text is None:
+        text = _check_factors(
+            soc, x, x_shape, scale, scale_shape, offset, offset_shape, axis, graph
         )
+    return _coded(text, graph)
+
+
+def _check_factors(
+    soc: str,
+    x: str,
+    x_shape: Sequence[int],
+    scale: str,
+    scale_shape: Sequence[int],
+    offset: str | None,
+    offset_shape: Sequence[int] | None,
+    axis: int,
+    graph: bool,
+) -> str | None:
+    """What AscendQuant refuses of scale, offset and axis, without an error code."""
+    family = soc_family(soc) or ""
+    floats = _ASCEND_QUANT[family][0]
+    if scale not in floats:
+        return f"scale is {scale}; {soc} allows {' or '.join(floats)}"
+    if offset is not None and (offset, offset_shape) != (scale, scale_shape):
+        return f"offset is {offset} {offset_shape} and scale {scale} {scale_shape}; they must agree"
     if scale != x and (graph or x != "float32"):
-        return _invalid(f"scale is {scale} and x {x}; they must be of one dtype")
+        return f"scale is {scale} and x {x}; they must be of one dtype"
     dims = len(x_shape)
     if not 1 <= dims <= 8:
-        return _invalid(f"x has {dims} dims; it must have 1 to 8")
-    last = axis in (-1, dims - 1)
-    if not (last or (axis in (-2, dims - 2) and soc_family(soc) != _310P)) or axis < -dims:
-        return _invalid(f"axis is {axis}; it must be one of the last two dims, on 310P the last")
-    size = x_shape[axis]
-    along = [scale_shape[0]] if len(scale_shape) == 1 else [n for n in scale_shape if n != 1]
-    if len(scale_shape) not in (1, dims) or along not in ([], [1], [size]):
-        return _invalid(f"scale has shape {tuple(scale_shape)}; it must have 1 or {size} values")
-    parts = {"int4": 2, "int32": 8}.get(y, 1)
-    if x_shape[-1] % parts:
-        return _invalid(f"x has last dim {x_shape[-1]}; for {y} it must be a multiple of {parts}")
+        return f"x has {dims} dims; it must have 1 to 8"
+    last, before = axis in (-1, dims - 1), axis in (-2, dims - 2) and -dims <= axis < dims
+    if not last and not (before and family != _310P):
+        return f"axis is {axis}; it must be one of the last two dims, on 310P the last"
+    along, size = axis % dims, x_shape[axis]
+    one_dim = len(scale_shape) == 1
+    wide = [1] * along + [size] + [1] * (dims - along - 1)
+    if not (one_dim and scale_shape[0] in (1, size)) and list(scale_shape) not in (
+        wide,
+        [1] * dims,
+    ):
+        return f"scale has shape {tuple(scale_shape)}; it must have 1 or {size} values"
     return None
 
 

@@ -6,12 +6,61 @@ A device is chosen when a process starts, so tests/test_products.py runs this fi
 
 from __future__ import annotations
 
+import copy
+
 import cases
 import torch
 from test_converter import lower
 from test_module import module_for
+from test_quant_ops import check_dynamic, check_static, compiled, make
+from torch import nn
 
 import lq_graph
+from lq_graph.formats import Product, quant_rows_of
+
+
+def run_activation_rows(product: Product) -> int:
+    """dynamic_quant and static_quant, every dtype the product's table has."""
+    count = 0
+    for row in quant_rows_of(product, "dynamic_quant"):
+        for dtype in row.x:
+            x, count = make((5, 64), dtype), count + 1
+
+            def dynamic(x: torch.Tensor, output: torch.dtype = row.output_dtype) -> object:
+                return lq_graph.dynamic_quant(x, dtype=output)
+
+            for got in (dynamic(x), dynamic(x.npu()), compiled(dynamic, x.npu())[0]):
+                check_dynamic(got, x, row.output_dtype == torch.int32)
+    for row in quant_rows_of(product, "static_quant"):
+        for dtype in row.x:
+            args, count = (make((5, 64), dtype), torch.tensor([20.0], dtype=dtype)), count + 1
+            on_npu = [tensor.npu() for tensor in args]
+            graph, _ = compiled(lq_graph.static_quant, *on_npu)
+            for got in (lq_graph.static_quant(*args), lq_graph.static_quant(*on_npu), graph):
+                check_static(got, *args, 0.0)
+    return count
+
+
+def run_schemes(product: Product) -> int:
+    """Every scheme of quantize that the product has, prepared and in a graph."""
+    count = 0
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)).half()
+    x = make((5, 64), torch.float16, spread=1.0)
+    schemes = [lq_graph.A8W8Static(), lq_graph.A8W8Dynamic(), lq_graph.A4W4Dynamic()]
+    for config in schemes[: 1 if product.key == "310P" else 3]:
+        model = copy.deepcopy(float_model)
+        static = isinstance(config, lq_graph.A8W8Static)
+        lq_graph.quantize(model, config, [x] if static else None)
+        want = model(x)
+        model.npu()
+        lq_graph.use_internal_format_weight(model)
+        assert torch.equal(model(x.npu()).cpu(), want), config
+        got, graph = compiled(model, x.npu())
+        assert torch.equal(got.cpu(), want), config
+        assert graph.ops().count(product.ge_op) == 2, graph.ops()
+        count += 1
+    return count
 
 
 def main() -> None:
@@ -35,6 +84,8 @@ def main() -> None:
         layer = lq_graph.LinearQuant(16, 8).npu()
         assert layer(torch.empty(0, 16, dtype=torch.int8).npu()).shape == (0, 8)
     print(f"{product.key}: {len(rows)} of {len(rows)} rows, eager and graph, equal the golden")
+    quantized = run_activation_rows(product)
+    print(f"{quantized} dtypes of activations, {run_schemes(product)} schemes of quantize")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from table import LEGAL
 
+from lq_graph.formats import QUANT_ROWS
+
 HERE = Path(__file__).parent
 SOCS = {"310P": "Ascend310P3", "A3": "Ascend910_9391", "950": "Ascend950PR_9579"}
 stand_in = pytest.mark.skipif(
@@ -33,6 +35,9 @@ def test_every_row_runs_eagerly_and_in_a_graph(product: str, tally) -> None:
     count = len(LEGAL[product])
     assert f"{product}: {count} of {count} rows" in done.stdout
     tally(f"rows of {product} run eagerly and in a graph", count)
+    quant = [row for row in QUANT_ROWS if product in (p.key for p in row.products)]
+    dtypes, schemes = sum(len(row.x) for row in quant), 1 if product == "310P" else 3
+    assert f"{dtypes} dtypes of activations, {schemes} schemes of quantize" in done.stdout
 
 
 @stand_in

@@ -48,6 +48,12 @@ def check_dynamic(got: tuple[Tensor, Tensor], x: Tensor, int4: bool) -> None:
     assert got[0].dtype == (I32 if int4 else I8) and got[1].dtype == F32
 
 
+def check_static(got: Tensor, x: Tensor, reciprocal: Tensor, offset: float) -> None:
+    want = golden.static_quant(as_numpy(x), as_numpy(reciprocal), offset)
+    np.testing.assert_array_equal(as_numpy(got), want)
+    assert got.dtype == I8
+
+
 @pytest.mark.parametrize("device", ["cpu", "npu"])
 @pytest.mark.parametrize("out", [None, I8, I32])
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -78,8 +84,7 @@ def test_static_quant(
     got = lq_graph.static_quant(
         x.to(device), reciprocal.to(device), None if zero is None else zero.to(device)
     )
-    want = golden.static_quant(as_numpy(x), as_numpy(reciprocal), offset or 0.0)
-    np.testing.assert_array_equal(as_numpy(got), want)
+    check_static(got, x, reciprocal, offset or 0.0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "npu"])

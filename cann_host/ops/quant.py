@@ -153,6 +153,10 @@ def _quant_batch_matmul_v4(
     )
 
 
+def _quantized_name(dst_type: int) -> str:
+    return {INT8: "int8", INT4: "int4"}.get(dst_type, f"GE dtype {dst_type}")
+
+
 @op("AscendQuantV2")
 def _ascend_quant(
     x: Tensor,
@@ -172,14 +176,17 @@ def _ascend_quant(
         tuple(scale.shape),
         None if offset is None else dtype_name(offset),
         None if offset is None else tuple(offset.shape),
-        "int8" if dst_type == INT8 else f"GE dtype {dst_type}",
+        _quantized_name(dst_type),
         axis,
         graph=True,
     )
     if refusal:
         raise GraphError(refusal)
-    if round_mode != "round" or sqrt_mode:
-        raise GraphError(f"round_mode {round_mode} or sqrt_mode is not implemented by cann_host")
+    if round_mode != "round" or sqrt_mode or dst_type != INT8:
+        raise GraphError(
+            f"round_mode {round_mode}, sqrt_mode {sqrt_mode}, dst_type {dst_type}: cann_host "
+            f"implements round, False and {INT8}"
+        )
     shape = [1] * x.dim()
     shape[axis] = -1
     factors = [None if t is None else t.reshape(shape) for t in (scale, offset)]
@@ -197,8 +204,8 @@ def _dynamic_quant(
 ) -> tuple[Tensor | Int4, Tensor]:
     if smooth_scales is not None or group_index is not None:
         raise GraphError("smooth_scales and group_index are not implemented by cann_host")
-    y = {INT8: "int8", INT4: "int4"}.get(dst_type, f"GE dtype {dst_type}")
-    if refusal := check_dynamic_quant(executor.soc_name(), dtype_name(x), tuple(x.shape), y):
+    soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
+    if refusal := check_dynamic_quant(soc, dtype_name(x), shape, y, graph=True):
         raise GraphError(refusal)
     values, scale = dynamic_quant(x, bits=4 if dst_type == INT4 else 8)
     return Int4(values) if dst_type == INT4 else values, scale
