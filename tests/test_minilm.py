@@ -96,11 +96,11 @@ def test_every_layer_in_the_graph_is_the_eager_one(
 def test_the_example_says_what_it_should(minilm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     minilm.main()  # leaves with an error where a figure is not good enough
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {" ".join(line[:2]): line for line in lines if line and line[0] in ("A8W8", "A4W4")}
+    rows = {" ".join(line[:2]): line for line in lines if len(line) > 12}
     for scheme, least in (("A8W8 dynamic", 0.99), ("A8W8 static", 0.98)):
         assert float(rows[scheme][2]) >= least
-        assert rows[scheme][4] == "yes" and rows[scheme][5] == "12/12"
-        assert rows[scheme][7:10] == ["37", "of", "37"]
+        top1, found, quantized = rows[scheme][4:7], rows[scheme][10], rows[scheme][12:15]
+        assert (top1, found, quantized) == (["12", "of", "12"], "12/12", ["37", "of", "37"])
     assert 0.5 < float(rows["A4W4 dynamic"][2]) < 0.99
 
 
