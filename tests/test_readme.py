@@ -10,7 +10,7 @@ import torch
 
 import lq_graph
 from lq_graph import __main__ as command_line
-from lq_graph.formats import PRODUCTS, ROWS, Row, dtype_name, storage_name
+from lq_graph.formats import PRODUCTS, QUANT_ROWS, ROWS, QuantRow, Row, dtype_name, storage_name
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -39,6 +39,24 @@ def table() -> str:
 def test_support_table() -> None:
     shown = README.split("<!-- table: support -->")[1].split("\n\n")[1]
     assert shown == table(), f"README should show:\n{table()}"
+
+
+def activation_table() -> str:
+    """The table of the operators that quantize activations in Markdown."""
+
+    def line(row: QuantRow) -> str:
+        cells = [row.op, ", ".join(map(dtype_name, row.x)), storage_name(row.output_dtype)]
+        marks = ["yes" if product in row.products else "" for product in PRODUCTS]
+        return "| " + " | ".join([*cells, *marks]) + " |"
+
+    head = ["operator", "x", "output", *(product.name for product in PRODUCTS)]
+    rows = [line(row) for row in QUANT_ROWS]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows])
+
+
+def test_activation_table() -> None:
+    shown = README.split("<!-- table: activations -->")[1].split("\n\n")[1]
+    assert shown == activation_table(), f"README should show:\n{activation_table()}"
 
 
 def test_error_shown_is_the_real_one() -> None:
