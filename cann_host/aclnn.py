@@ -336,7 +336,7 @@ def _check_dynamic_quant(
     if offset is not None:
         raise Refused("offset is given; a symmetric quantization has none")
     _need_base_format(x=x, y=y, scale=scale)
-    # dst_type is not checked: CANN goes by y's dtype
+    del dst_type  # CANN goes by y's dtype
     refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name)
     if refusal is not None:
         raise Refused(refusal)

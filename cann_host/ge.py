@@ -30,6 +30,8 @@ FORMAT_ND = 2
 # Formats whose storage is the plain row-major tensor: NCHW, NHWC, ND, NCDHW, ...
 _PLAIN_FORMATS = frozenset({0, 1, 2, 27, 30, 35, 47})
 _INT64, _UINT64 = 9, 10
+# torchair's notes on the layouts of a node's tensors; an operator's data_format says the same
+_LAYOUTS = frozenset({"input_layout_info", "output_layout_info"})
 # nodes that hold or hand over tensors
 _PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutput", "RefData"})
 
@@ -144,7 +146,7 @@ def _output(value: Value, index: int) -> Tensor:
 def _attributes(op: Op, node: Any) -> dict[str, Any]:
     attrs: dict[str, Any] = {}
     for name, attr in node.attr.items():
-        if name.startswith("_"):  # notes of torchair and GE, not part of the operator
+        if name.startswith("_") or name in _LAYOUTS:  # notes of torchair and GE
             continue
         if name not in op.attrs:
             raise GraphError(

@@ -14,6 +14,7 @@ __all__ = ["origins_of"]
 
 _CALL = re.compile(r"## FX Code: .*? = (torch\.ops\.\S+?)\(")
 _NODE = re.compile(r'node_name="([^"]+)"')
+_MANY = re.compile(r"\[(\w+)_0\b.*\] = ge\.")  # a list of outputs comes without the node's name
 
 
 def origins_of(graph: str) -> dict[str, str]:
@@ -25,7 +26,7 @@ def origins_of(graph: str) -> dict[str, str]:
         for line in code.splitlines():
             if found := _CALL.search(line):
                 call = found[1].removeprefix("torch.ops.")
-            elif call and (found := _NODE.search(line)):
+            elif call and (found := _NODE.search(line) or _MANY.match(line)):
                 origins[found[1]] = call
     return origins
 

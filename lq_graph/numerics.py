@@ -291,7 +291,9 @@ def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     top = _LIMITS[bits][1]
     value = x.to(torch.float32)
     peak = value.abs().amax(-1)
-    steps = value * (top / peak).unsqueeze(-1)
+    # torch computes `top / peak` as a reciprocal times top, which is another number
+    factor = torch.full_like(peak, top).div_(peak)
+    steps = value * factor.unsqueeze(-1)
     return _to_integer(steps, bits), peak * (1 / top)
 
 

@@ -442,6 +442,109 @@ def test_format_cast(dtype: torch.dtype, c0: int, shape: tuple[int, ...]) -> Non
     assert torch.equal(back.cpu(), x)
 
 
+# ---- quantized activations, by the vendor's calls ----
+
+
+def exact_rows(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Rows whose peak is a power of two, so that 127 / peak and 7 / peak are exact."""
+    x = values(*shape, dtype=dtype).clamp(-60, 60)
+    x[..., 0] = 64
+    return x
+
+
+def either_way(function: Callable[..., Any], way: str) -> Callable[..., Any]:
+    """The function as it is, or compiled by torchair."""
+    if way == "eager":
+        return function
+    import torchair
+
+    torch._dynamo.reset()
+    backend = torchair.get_npu_backend()
+    return torch.compile(function, backend=backend, dynamic=way == "dynamic", fullgraph=True)
+
+
+WAYS = pytest.mark.parametrize("way", ["eager", "static", "dynamic"])
+
+
+@WAYS
+@pytest.mark.parametrize("int4", [False, True], ids=["int8", "int4"])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 40)], ids=str)
+def test_npu_dynamic_quant(
+    shape: tuple[int, ...], dtype: torch.dtype, int4: bool, way: str
+) -> None:
+    x = exact_rows(*shape, dtype=dtype)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_npu.npu_dynamic_quant(x, dst_type=torch.quint4x2 if int4 else I8)
+
+    y, scale = either_way(run, way)(x.npu())
+    want, want_scale = golden.dynamic_quant(x.float().numpy(), 7 if int4 else 127)
+    want = golden.pack_int4(want.astype(np.int8)) if int4 else want.astype(np.int8)
+    assert y.dtype == (I32 if int4 else I8) and scale.dtype == F32
+    np.testing.assert_array_equal(y.cpu().numpy(), want)
+    np.testing.assert_array_equal(scale.cpu().numpy(), want_scale)
+
+
+@WAYS
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_npu_quantize(dtype: torch.dtype, length: int, zero_points: bool, way: str) -> None:
+    x = (values(2, 3, 40) / 50).to(dtype)
+    scale = values(length, seed=1).abs().to(dtype)
+    offset = values(length, seed=2).to(dtype) if zero_points else None
+
+    def run(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        return torch_npu.npu_quantize(x, scale, offset, torch.qint8, -1, False)
+
+    y = either_way(run, way)(x.npu(), scale.npu(), None if offset is None else offset.npu())
+    steps = as_numpy(x.float()) * as_numpy(scale.float())
+    if offset is not None:
+        steps = steps + as_numpy(offset.float())
+    assert y.dtype == I8
+    np.testing.assert_array_equal(y.cpu().numpy(), np.clip(np.rint(steps), -128, 127))
+
+
+def test_npu_quantize_casts_the_scale_of_a_float32_x() -> None:
+    x, scale = values(3, 40), torch.tensor([0.3], dtype=F16)
+    y = torch_npu.npu_quantize(x.npu(), scale.npu(), None, torch.qint8, -1, False)
+    steps = x.numpy() * scale.float().numpy()
+    np.testing.assert_array_equal(y.cpu().numpy(), np.clip(np.rint(steps), -128, 127))
+
+
+def test_npu_quantize_along_rows() -> None:
+    x, scale = values(2, 3, 40) / 50, values(3, seed=1).abs()
+    y = torch_npu.npu_quantize(x.npu(), scale.npu(), None, torch.qint8, -2, False)
+    steps = x.numpy() * scale.numpy()[:, None]
+    np.testing.assert_array_equal(y.cpu().numpy(), np.clip(np.rint(steps), -128, 127))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
+def test_npu_dynamic_quant_of_nothing(shape: tuple[int, ...]) -> None:
+    y, scale = torch_npu.npu_dynamic_quant(torch.empty(shape, dtype=F16).npu())
+    assert (y.shape, scale.shape) == (shape, shape[:1])
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_attention(dtype: torch.dtype, mask: str | None) -> None:
+    """torch's sdpa, which torch_npu makes its fused attention of."""
+    q, k, v = (values(2, 4, 6, 8, dtype=dtype, seed=i) / 50 for i in range(3))
+    hide = torch.arange(6) >= torch.tensor([4, 6]).view(2, 1, 1, 1)
+    given = {None: None, "bool": ~hide, "float": hide.to(dtype) * -1e4}[mask]
+    there = None if given is None else given.npu()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = attend(q.npu(), k.npu(), v.npu(), attn_mask=there)
+    scores = q.double() @ k.double().mT / 8**0.5
+    if mask:
+        scores = scores.masked_fill(hide, -torch.inf)
+    want = scores.softmax(-1) @ v.double()
+    assert (out.device.type, out.dtype) == ("npu", dtype)
+    tolerance = {F16: 2e-3, BF16: 2e-2, F32: 1e-5}[dtype]
+    torch.testing.assert_close(out.cpu().double(), want, rtol=tolerance, atol=tolerance)
+
+
 # ---- what it refuses ----
 
 
@@ -469,6 +572,40 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     "scale for trans_quant_param in half": (
         lambda: torch_npu.npu_trans_quant_param(torch.ones(4, dtype=F16).npu()),
         "(?s)161002.*scale is float16",
+    ),
+    "dynamic_quant of float32": (
+        lambda: torch_npu.npu_dynamic_quant(torch.ones(2, 8, device="npu")),
+        "(?s)161002.*x is float32; Ascend910B2 allows float16 or bfloat16",
+    ),
+    "dynamic_quant with what is not here": (
+        lambda: torch_npu.npu_dynamic_quant(
+            torch.ones(2, 8, device="npu", dtype=F16),
+            smooth_scales=torch.ones(8, device="npu", dtype=F16),
+        ),
+        "cann_host does not implement smooth_scales",
+    ),
+    "quantize with a scale of another dtype": (
+        lambda: torch_npu.npu_quantize(
+            torch.ones(2, 8, device="npu", dtype=F16),
+            torch.ones(1, device="npu"),
+            None,
+            torch.qint8,
+            -1,
+            False,
+        ),
+        "(?s)161002.*scale is float32 and x float16; they must be of one dtype",
+    ),
+    "quantize with a scale of another length": (
+        lambda: torch_npu.npu_quantize(
+            torch.ones(2, 8, device="npu"), torch.ones(7).npu(), None, torch.qint8, -1, False
+        ),
+        r"(?s)161002.*scale has shape \(7,\); it must have 1 or 8 values",
+    ),
+    "quantize to int4": (
+        lambda: torch_npu.npu_quantize(
+            torch.ones(2, 8, device="npu"), torch.ones(1).npu(), None, torch.quint4x2, -1, False
+        ),
+        "cann_host implements AscendQuantV3 for int8",
     ),
     "an operator nobody implemented, through aclnn": (
         lambda: torch_npu.npu_swiglu_quant(torch.ones(4, 8, device="npu")),

@@ -190,6 +190,22 @@ AROUND: dict[str, tuple[Callable, tuple[torch.Tensor, ...]]] = {
     "zeros": (lambda x: x + torch.zeros(8, dtype=F16, device=x.device), (_H,)),
     "matmul": (lambda x, w: x @ w, (_B, _W)),
     "linear": (lambda x, w, b: F.linear(x, w, b), (_B[0], _W, _W[0])),
+    "unbind": (lambda x: x.unbind(1)[2] + 1, (_B,)),
+    "rsub_alpha": (lambda x, y: torch.rsub(x, y, alpha=3), (torch.arange(8), torch.arange(8) * 5)),
+    "pad": (lambda x: F.pad(x, (1, 2), value=3.0), (_H,)),
+    "log_softmax": (lambda x: x.log_softmax(-1), (_B,)),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), (_B,)),
+    "layer_norm": (lambda x, w: F.layer_norm(x, (8,), w[0], w[1]), (_B, _W)),
+    "masked_fill": (lambda x: x.masked_fill(x > 0, -1.0), (_B,)),
+    "cumsum": (lambda x: x.cumsum(-1), (torch.arange(8),)),
+    "topk": (lambda x: x.topk(2)[0], (_H,)),
+    "any_all": (lambda x: ((x > 0).any(0), (x > -9).all()), (_H,)),
+    "arange": (lambda x: x + torch.arange(8, device=x.device), (_H,)),
+    "tril": (lambda x: x.tril(), (_H,)),
+    "conv2d": (
+        lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+        (torch.ones(1, 2, 6, 6) / 4, torch.ones(3, 2, 3, 3), torch.arange(3.0)),
+    ),
     "two_outputs": (lambda x: (x + 1, x * 2, x), (_H,)),
 }
 
@@ -255,6 +271,14 @@ def test_unknown_operators_are_named_with_the_torch_calls_they_came_from() -> No
     assert "op type Sinh, node Sinh and 1 more, from aten.sinh.default" in text
     assert "op type Tan, node Tan, from aten.tan.default" in text
     assert "It knows Abs, Add, AddV2" in text and "op type Relu" not in text
+
+
+def test_an_unknown_operator_with_a_list_of_outputs_is_named_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(executor.OPS, "Unpack")
+    with pytest.raises(RuntimeError, match=r"op type Unpack, node Unpack, from aten\.unbind\.int"):
+        compiled(lambda x: [part + 1 for part in x.unbind(0)])(torch.ones(2, 3).npu())
 
 
 def test_failure_leaves_other_graphs_working() -> None:

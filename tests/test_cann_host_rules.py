@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from cann_host.executor import GraphError, find_op, run_op
-from cann_host.rules import KERNELS, NZ, check_quant_matmul, check_trans_quant_param, soc_family
+from cann_host.rules import (
+    KERNELS,
+    NZ,
+    check_ascend_quant,
+    check_dynamic_quant,
+    check_quant_matmul,
+    check_trans_quant_param,
+    soc_family,
+)
 
 M, K, N = 16, 64, 32
 SOCS = {
@@ -193,3 +201,114 @@ def test_pertoken_lifts_the_limit_of_the_last_dim() -> None:
 def test_trans_quant_param(scale, offset, refused) -> None:
     text = check_trans_quant_param(scale, offset)
     assert (text is None) if refused is None else (text is not None and refused in text)
+
+
+# ---- quantized activations ----
+
+A2, P310, A950 = SOCS.values()
+EITHER = (False, True)
+
+# SoC, dtype of x, shape of x, dtype of y, eager and graph, what the refusal says; None: accepted
+DYNAMIC_QUANT = [
+    (A2, "float16", (4, 64), "int8", EITHER, None),
+    (A2, "bfloat16", (2,) * 8, "int8", EITHER, None),
+    (A2, "bfloat16", (4, 6), "int4", EITHER, None),
+    (A2, "float16", (4, 64), "int32", (False,), None),
+    (A950, "bfloat16", (4, 64), "int32", (False,), None),
+    (P310, "float16", (4, 64), "int8", EITHER, None),
+    (A2, "float16", (4, 0), "int8", (False,), None),
+    (A2, "float32", (4, 64), "int8", EITHER, "x is float32"),
+    (P310, "bfloat16", (4, 64), "int8", EITHER, "x is bfloat16; Ascend310P3 allows float16"),
+    (P310, "float16", (4, 64), "int4", EITHER, "y is int4; Ascend310P3 allows int8"),
+    (P310, "float16", (4, 64), "int32", EITHER, "y is int32"),
+    (A2, "float16", (4, 64), "int32", (True,), "y is int32; Ascend910B2 allows int8 or int4"),
+    (A2, "float16", (4, 64), "float16", EITHER, "y is float16"),
+    (A2, "float16", (64,), "int8", EITHER, "1 dims; it must have 2 to 8"),
+    (A2, "float16", (1,) * 9, "int8", EITHER, "9 dims"),
+    (A2, "float16", (4, 7), "int4", EITHER, "last dim 7; for int4 it must be a multiple of 2"),
+    (A2, "float16", (4, 12), "int32", (False,), "a multiple of 8"),
+    (A2, "float16", (4, 0), "int8", (True,), "last dim cannot be 0"),
+    ("Ascend310B1", "float16", (4, 64), "int8", EITHER, "no rules for Ascend310B1"),
+]
+
+
+def check_text(text: str | None, graph: bool, message: str | None) -> None:
+    if message is None:
+        assert text is None
+    else:
+        assert text is not None
+        assert message in text
+        assert ("CANN error 561002, tiling" if graph else "CANN error 161002, invalid") in text
+
+
+@pytest.mark.parametrize(("soc", "x", "shape", "y", "ways", "message"), DYNAMIC_QUANT)
+def test_dynamic_quant(soc, x, shape, y, ways, message) -> None:
+    for graph in ways:
+        check_text(check_dynamic_quant(soc, x, shape, y, graph), graph, message)
+
+
+# changes to float16 (2, 4, 64), scale and offset (64,) to int8 on A2; ways; what the refusal says
+BASE: dict[str, Any] = {
+    "soc": A2,
+    "x": "float16",
+    "x_shape": (2, 4, 64),
+    "scale": "float16",
+    "scale_shape": (64,),
+    "offset": None,
+    "offset_shape": None,
+    "y": "int8",
+    "axis": -1,
+}
+F32_X = {"x": "float32", "scale": "float32"}
+BF16_ALL = {"x": "bfloat16", "scale": "bfloat16"}
+ASCEND_QUANT = {
+    "base": ({}, EITHER, None),
+    "one": ({"scale_shape": (1,)}, EITHER, None),
+    "offset": ({"offset": "float16", "offset_shape": (64,)}, EITHER, None),
+    "wide": ({"scale_shape": (1, 1, 64)}, EITHER, None),
+    "wide-one": ({"scale_shape": (1, 1, 1)}, EITHER, None),
+    "rows": ({"scale_shape": (4,), "axis": -2}, EITHER, None),
+    "rows-wide": ({"scale_shape": (1, 4, 1), "axis": 1}, EITHER, None),
+    "one-dim-x": ({"x_shape": (64,)}, EITHER, None),
+    "float32": (F32_X, EITHER, None),
+    "bfloat16": (BF16_ALL, EITHER, None),
+    "float32-casts": ({**F32_X, "scale": "float16"}, (False,), None),
+    "int4": ({"y": "int4"}, EITHER, None),
+    "int32": ({"y": "int32"}, (False,), None),
+    "310P": ({"soc": P310}, EITHER, None),
+    "310P-float32": ({"soc": P310, **F32_X}, EITHER, None),
+    "950": ({"soc": A950, **BF16_ALL}, EITHER, None),
+    "950-int32": ({"soc": A950, "y": "int32"}, (False,), None),
+    "no-cast-in-a-graph": ({**F32_X, "scale": "float16"}, (True,), "they must be of one dtype"),
+    "float32-scale": ({"scale": "float32"}, EITHER, "scale is float32 and x float16"),
+    "int-scale": ({"x": "float32", "scale": "int32"}, EITHER, "scale is int32"),
+    "float64-scale": ({"x": "float32", "scale": "float64"}, EITHER, "scale is float64"),
+    "310P-bfloat16": ({"soc": P310, **BF16_ALL}, EITHER, "x is bfloat16"),
+    "310P-scale": ({"soc": P310, "x": "float32", "scale": "bfloat16"}, EITHER, "scale is bfloat16"),
+    "310P-int4": ({"soc": P310, "y": "int4"}, EITHER, "y is int4"),
+    "310P-rows": ({"soc": P310, "scale_shape": (4,), "axis": -2}, EITHER, "on 310P the last"),
+    "int8-x": ({"x": "int8"}, EITHER, "x is int8"),
+    "int32-in-a-graph": ({"y": "int32"}, (True,), "y is int32"),
+    "offset-dtype": ({"offset": "float32", "offset_shape": (64,)}, EITHER, "they must agree"),
+    "offset-length": ({"offset": "float16", "offset_shape": (1,)}, EITHER, "they must agree"),
+    "length": ({"scale_shape": (63,)}, EITHER, "it must have 1 or 64 values"),
+    "scalar": ({"scale_shape": ()}, EITHER, "it must have 1 or 64 values"),
+    "two-dims": ({"scale_shape": (1, 64)}, EITHER, "it must have 1 or 64 values"),
+    "other-dim": (
+        {"x_shape": (2, 64, 64), "scale_shape": (1, 64, 1)},
+        EITHER,
+        "it must have 1 or 64 values",
+    ),
+    "axis-first": ({"axis": 0, "scale_shape": (2,)}, EITHER, "one of the last two"),
+    "axis-beyond": ({"axis": 3}, EITHER, "one of the last two"),
+    "axis-before": ({"x_shape": (64,), "axis": -2}, EITHER, "one of the last two"),
+    "nine-dims": ({"x_shape": (1,) * 8 + (64,)}, EITHER, "9 dims"),
+    "scalar-x": ({"x_shape": (), "scale_shape": (1,)}, EITHER, "0 dims"),
+    "odd-int4": ({"x_shape": (2, 7), "scale_shape": (1,), "y": "int4"}, EITHER, "multiple of 2"),
+}
+
+
+@pytest.mark.parametrize(("changes", "ways", "message"), ASCEND_QUANT.values(), ids=ASCEND_QUANT)
+def test_ascend_quant(changes, ways, message) -> None:
+    for graph in ways:
+        check_text(check_ascend_quant(**{**BASE, **changes}, graph=graph), graph, message)

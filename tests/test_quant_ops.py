@@ -65,6 +65,14 @@ def test_dynamic_quant(
     check_dynamic(lq_graph.dynamic_quant(x.to(device), dtype=out), x, out == I32)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("out", [I8, I32])
+def test_many_rows(out: torch.dtype, dtype: torch.dtype) -> None:
+    """Enough values that a factor one unit in the last place off would show."""
+    x = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_dynamic(lq_graph.dynamic_quant(x, dtype=out), x, out == I32)
+
+
 @pytest.mark.parametrize("device", ["cpu", "npu"])
 @pytest.mark.parametrize("offset", [None, -128.0, 3.0])
 @pytest.mark.parametrize("per_channel", [False, True])

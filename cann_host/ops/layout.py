@@ -62,7 +62,8 @@ def _shape(x: Any, *, dtype: int = 3) -> Tensor:
 
 @op("Unsqueeze")
 def _unsqueeze(x: Tensor, *, axes: Sequence[int] = ()) -> Tensor:
-    for axis in sorted(axes):
+    dims = x.dim() + len(axes)
+    for axis in sorted(axis % dims for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
@@ -125,7 +126,7 @@ def _gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
 def _pad(
     x: Tensor,
     paddings: Host,
-    constant_values: Tensor | None = None,
+    constant_values: Host | None = None,
     *,
     mode: str = "constant",
     paddings_contiguous: bool = True,
@@ -172,6 +173,11 @@ def _concat_d(x: Dynamic, *, concat_dim: int, N: int = 1) -> Tensor:
     return torch.cat(x, concat_dim)
 
 
+@op("Unpack")
+def _unpack(x: Tensor, *, num: int, axis: int = 0) -> tuple[Tensor, ...]:
+    return x.unbind(axis)
+
+
 @op("SplitV")
 def _split_v(x: Tensor, size_splits: Host, split_dim: Host, *, num_split: int) -> Any:
     dim = ints(split_dim)[0]
@@ -193,9 +199,10 @@ def _gather(
 ) -> Tensor:
     if batch_dims:
         raise GraphError(f"Gather with batch_dims {batch_dims} is not implemented by cann_host")
-    dim = ints(axis)[0] if axis is not None else 0
-    dim = dim % x.dim()
-    flat = x.index_select(dim, indices.reshape(-1).to(torch.int64) % x.shape[dim])
+    dim = ints(axis)[0] % x.dim() if axis is not None else 0
+    index = indices.reshape(-1).to(torch.int64)
+    # what lies outside is undefined on the chip; torch refuses it
+    flat = x.index_select(dim, torch.where(index < 0, index + x.shape[dim], index))
     return flat.reshape(x.shape[:dim] + indices.shape + x.shape[dim + 1 :])
 
 

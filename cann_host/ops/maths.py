@@ -3,6 +3,8 @@ emits."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,21 @@ def _mul(x1: Tensor, x2: Tensor) -> Tensor:
     return x1 * x2
 
 
-@op("Axpy", "AxpyV2")
-def _axpy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
-    return x1 + x2 * alpha
+@op("Axpy")
+def _axpy(x1: Tensor, x2: Tensor, *, alpha: float) -> Tensor:
+    return (x1 + x2 * alpha).to(torch.promote_types(x1.dtype, x2.dtype))
+
+
+@op("AxpyV2")
+def _axpy_v2(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
+    return (x1 + x2 * alpha).to(torch.promote_types(x1.dtype, x2.dtype))
 
 
 @op("Sxpy")
-def _sxpy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
-    return x1 - x2 * alpha
+def _sxpy(x1: Tensor, x2: Tensor, alpha: Tensor | None = None) -> Tensor:
+    if alpha is None:
+        return x1 - x2
+    return (x1 - x2 * alpha).to(torch.promote_types(x1.dtype, x2.dtype))
 
 
 @op("Muls")
@@ -232,36 +241,64 @@ def _exp(x: Tensor, *, base: float = -1.0, scale: float = 1.0, shift: float = 0.
     return torch.exp(value) if base == -1.0 else torch.pow(base, value)
 
 
+@op("Log")
+def _log(x: Tensor, *, base: float = -1.0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    value = torch.log(x if (scale, shift) == (1.0, 0.0) else x * scale + shift)
+    return value if base == -1.0 else value / math.log(base)
+
+
+@op("IsInf")
+def _is_inf(x: Tensor) -> Tensor:
+    return x.isinf()
+
+
+@op("IsNan")
+def _is_nan(x: Tensor) -> Tensor:
+    return x.isnan()
+
+
+@op("IsFinite")
+def _is_finite(x: Tensor) -> Tensor:
+    return x.isfinite()
+
+
+def _dims(x: Tensor, axes: Host) -> list[int]:
+    """Axes of a reduction. torch and GE differ on what an empty list means for some of them."""
+    if not axes.numel() and x.dim():
+        raise GraphError("a reduction over no axes is not implemented by cann_host")
+    return ints(axes)
+
+
 @op("ReduceSum")
 def _reduce_sum(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
-    return x.sum(ints(axes), keep_dims, dtype=x.dtype)
+    return x.sum(_dims(x, axes), keep_dims, dtype=x.dtype)
 
 
 @op("ReduceMean")
 def _reduce_mean(
     x: Tensor, axes: Host, *, keep_dims: bool = False, noop_with_empty_axes: bool = True
 ) -> Tensor:
-    return x.mean(ints(axes), keep_dims)
+    return x.mean(_dims(x, axes), keep_dims)
 
 
 @op("ReduceMax")
 def _reduce_max(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
-    return x.amax(ints(axes), keep_dims)
+    return x.amax(_dims(x, axes), keep_dims)
 
 
 @op("ReduceMin")
 def _reduce_min(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
-    return x.amin(ints(axes), keep_dims)
+    return x.amin(_dims(x, axes), keep_dims)
 
 
 @op("ReduceAny")
 def _reduce_any(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
-    return torch.any(x, ints(axes), keep_dims)
+    return torch.any(x, _dims(x, axes), keep_dims)
 
 
 @op("ReduceAll")
 def _reduce_all(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
-    return torch.all(x, ints(axes), keep_dims)
+    return torch.all(x, _dims(x, axes), keep_dims)
 
 
 @op("Cumsum")
@@ -280,6 +317,7 @@ def _top_k(
     dim: int = -1,
     largest: bool = True,
     indices_dtype: int = 3,
+    sort_policy: int = 1,  # which algorithm the kernel takes
 ) -> tuple[Tensor, Tensor]:
     values, indices = x.topk(ints(k)[0], dim, largest, sorted)
     return values, indices.to(torch_dtype(indices_dtype))

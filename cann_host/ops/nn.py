@@ -47,7 +47,47 @@ def _swish(x: Tensor, *, scale: float = 1.0) -> Tensor:
 
 @op("SoftmaxV2")
 def _softmax(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
+    if len(axes) != 1:
+        raise GraphError(f"SoftmaxV2 over axes {list(axes)} is not implemented by cann_host")
     return torch.softmax(x, axes[0], dtype=torch.float32 if half_to_float else None)
+
+
+@op("LogSoftmaxV2")
+def _log_softmax(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
+    if len(axes) != 1:
+        raise GraphError(f"LogSoftmaxV2 over axes {list(axes)} is not implemented by cann_host")
+    return torch.log_softmax(logits, axes[0])
+
+
+@op("SwiGlu")
+def _swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
+    left, right = x.float().chunk(2, dim)
+    return (torch.nn.functional.silu(left) * right).to(x.dtype)
+
+
+@op("Conv2D")
+def _conv2d(
+    x: Tensor,
+    filter: Tensor,
+    bias: Tensor | None = None,
+    offset_w: Tensor | None = None,
+    *,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int] = (1, 1, 1, 1),
+    groups: int = 1,
+    data_format: str = "NHWC",
+    offset_x: int = 0,
+) -> Tensor:
+    if data_format != "NCHW" or offset_w is not None or offset_x or x.dim() != 4:
+        raise GraphError(
+            f"Conv2D of {x.dim()} dims, data_format {data_format}, or with an offset is not "
+            "implemented by cann_host; it does NCHW"
+        )
+    top, bottom, left, right = pads
+    padded = torch.nn.functional.pad(x, (left, right, top, bottom))
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.conv2d(padded, filter, bias, strides[2:], 0, dilations[2:], groups)
 
 
 @op("RmsNorm")
