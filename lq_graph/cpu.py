@@ -26,8 +26,6 @@ def linear_quant(
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
-    if p.int4:
-        x1, weight = numerics.unpack_int4(x1), numerics.unpack_int4(weight)
     if p.fold_scale:
         scale = trans_quant_param(scale, offset)
     return numerics.quant_matmul(

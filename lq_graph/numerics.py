@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import native
+
 __all__ = [
     "INT4_PER_INT32",
     "dynamic_quant",
@@ -226,11 +228,12 @@ def quant_matmul(
 ) -> Tensor:
     """Quantized matmul with LinearQuant's epilogue.
 
-    Every case ends in one rounding to the output dtype, half to even.
+    Every case ends in one rounding to the output dtype, half to even. The compiled kernel of
+    `native` computes it where it can, and what is written here everywhere else: the same numbers.
 
     Args:
-        x1: int8, (..., m, k); int4 comes unpacked.
-        weight: int8, (..., n, k).
+        x1: int8 (..., m, k), or int32 (..., m, k/8) carrying int4.
+        weight: its dtype, (..., n, k) or (n, k/8).
         scale: (1,) or (n,). The packed int64 form for int8 output and for float16 output
             without pertoken_scale, and possibly for bfloat16; float32 or bfloat16 otherwise (read
             only for a float output).
@@ -242,6 +245,11 @@ def quant_matmul(
     Returns:
         output_dtype, (..., m, n).
     """
+    out = native.matmul(x1, weight, scale, bias, pertoken_scale, output_dtype)
+    if out is not None:
+        return out
+    if x1.dtype == torch.int32:
+        x1, weight = unpack_int4(x1), unpack_int4(weight)
     acc = matmul_int32(x1, weight)
     if bias is not None and bias.dtype == torch.int32:
         acc = acc.add_(bias) if acc.dim() >= bias.dim() else acc + bias

@@ -1,0 +1,68 @@
+// What this machine can do at most: int8 products from registers, and bytes read from memory.
+// cpu_kernel.py compiles and calls this.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
+
+namespace {
+
+VNNI int Products(int64_t steps) {
+  const __m512i a = _mm512_set1_epi32(0x01020304), b = _mm512_set1_epi32(0x01010101);
+  __m512i sum[16];
+  for (auto& s : sum) s = _mm512_setzero_si512();
+  for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], a, b);
+    asm volatile("" ::"x"(sum[0]));
+  }
+  int result = 0;
+  for (auto& s : sum) result += _mm512_reduce_add_epi32(s);
+  return result;
+}
+
+VNNI int64_t Read(const uint8_t* from, int64_t bytes) {
+  __m512i bits[4] = {};
+  for (int64_t at = 0; at + 256 <= bytes; at += 256)
+    for (int i = 0; i < 4; ++i)
+      bits[i] = _mm512_xor_si512(bits[i], _mm512_loadu_si512(from + at + 64 * i));
+  return _mm512_reduce_or_epi64(
+      _mm512_or_si512(_mm512_or_si512(bits[0], bits[1]), _mm512_or_si512(bits[2], bits[3])));
+}
+
+template <typename Work>
+double Seconds(int threads, Work work) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
+  for (auto& other : others) other.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+volatile int64_t sink;
+
+}  // namespace
+
+extern "C" {
+
+// Multiply-accumulates of int8 a second.
+double int8_peak(int threads) {
+  constexpr int64_t steps = 1000000;
+  const double seconds = Seconds(threads, [](int) { sink = sink + Products(steps); });
+  return threads * steps * 16 * 64 / seconds;
+}
+
+// Bytes a second, all threads together reading a buffer of this size once.
+double read_bandwidth(const uint8_t* buffer, int64_t bytes, int threads) {
+  const int64_t part = bytes / threads;
+  const double seconds =
+      Seconds(threads, [&](int i) { sink = sink + Read(buffer + i * part, part); });
+  return bytes / seconds;
+}
+}

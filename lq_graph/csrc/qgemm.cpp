@@ -1,0 +1,343 @@
+// The CPU kernel of quantized matmul: int8 or packed int4 times the weight as it is stored, (n, k),
+// exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with AVX-512 VNNI; elsewhere
+// numerics.py computes the same with torch. Loaded with ctypes, so it knows nothing of torch.
+//
+// VPDPBUSD multiplies unsigned by signed bytes. The weight is made unsigned by flipping its top bit,
+// which adds 128 to each value (8 to an int4), so 128 * sum(x) is taken off each row's result:
+//   sum x*(w + 128) - 128 * sum x = sum x*w, in arithmetic modulo 2^32, and so exact.
+//
+// Threads are those of the OpenMP runtime torch has loaded: this library is not linked to one, and
+// finds GOMP_parallel among the symbols of the process. So torch.set_num_threads holds here too.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")))
+#define INLINE_VNNI __attribute__((always_inline)) inline VNNI
+
+extern "C" {
+int omp_get_thread_num();
+int omp_get_num_threads();
+
+// One call. Strides count bytes for x and w, elements elsewhere; 0 for a value that holds for all.
+struct LqMatmul {
+  const uint8_t* x;         // (m, row_bytes)
+  const uint8_t* w;         // (n, row_bytes)
+  const void* scale;        // float32 or packed int64; unused for int32 output
+  const float* pertoken;    // (m) or null
+  const int32_t* int_bias;  // (n) or null
+  const float* float_bias;  // (n) or null
+  void* out;                // (m, n)
+  int64_t m, n, row_bytes;  // k bytes for int8, k / 2 for int4
+  int64_t x_stride, w_stride, scale_stride;
+  int32_t int4;
+  int32_t packed;  // scale is int64, the offset in it
+  int32_t output;  // 0 int32, 1 int8, 2 float16, 3 bfloat16
+  int32_t threads;
+};
+}
+
+namespace {
+
+constexpr int kRows = 6;        // rows of x in one register block
+constexpr int kColumns = 4;     // rows of w, columns of the result
+constexpr int64_t kDepth = 2048;  // bytes of w's row at a time: x and w of a block stay in L1
+constexpr int64_t kBlock = 64;  // columns at a time: their w stays in L2
+constexpr int64_t kTall = 480;  // rows at a time: their accumulators stay in L2
+
+INLINE_VNNI __mmask64 Mask(int64_t left) {
+  return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+}
+
+// Sums of four accumulators, in order.
+INLINE_VNNI __m128i Sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c. x holds
+// k values a row for int8; for int4 64 even values, then the 64 odd ones, for each 64 bytes of w.
+// The loops are written out flat: GCC 12 keeps an array of accumulators in registers only so.
+template <int rows, bool int4>
+VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t depth,
+                   bool first, int32_t* c, int64_t c_stride) {
+  const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
+  const __m512i low = _mm512_set1_epi8(0x0F);
+  const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+  __m512i sum[rows][kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
+  for (int64_t at = 0; at < depth; at += 64) {
+    const __m512i u[kColumns] = {_mm512_xor_si512(_mm512_loadu_si512(w0 + at), flip),
+                                 _mm512_xor_si512(_mm512_loadu_si512(w1 + at), flip),
+                                 _mm512_xor_si512(_mm512_loadu_si512(w2 + at), flip),
+                                 _mm512_xor_si512(_mm512_loadu_si512(w3 + at), flip)};
+    if constexpr (int4) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) {
+        const __m512i even = _mm512_and_si512(u[j], low);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(u[j], 4), low);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const int8_t* row = x + i * x_stride + 2 * at;
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], even, _mm512_loadu_si512(row));
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], odd, _mm512_loadu_si512(row + 64));
+        }
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const __m512i v = _mm512_loadu_si512(x + i * x_stride + at);
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], u[j], v);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    auto* target = reinterpret_cast<__m128i*>(c + i * c_stride);
+    __m128i result = Sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    if (!first) result = _mm_add_epi32(result, _mm_loadu_si128(target));
+    _mm_storeu_si128(target, result);
+  }
+}
+
+template <bool int4>
+using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, bool, int32_t*,
+                            int64_t);
+template <bool int4>
+constexpr Multiplier<int4> kMultiply[kRows] = {Multiply<1, int4>, Multiply<2, int4>,
+                                               Multiply<3, int4>, Multiply<4, int4>,
+                                               Multiply<5, int4>, Multiply<6, int4>};
+
+// Sum of `count` values, a multiple of 64.
+VNNI int32_t Sum(const int8_t* x, int64_t count) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t at = 0; at < count; at += 64)
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(x + at));
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// Packed int4 rows as int8: for each 64 bytes the 64 even values, then the 64 odd ones, the end
+// filled with zeros.
+VNNI void SplitNibbles(const uint8_t* x, int64_t bytes, int8_t* out) {
+  const __m512i low = _mm512_set1_epi8(0x0F), eight = _mm512_set1_epi8(8);
+  for (int64_t at = 0; at < bytes; at += 64) {
+    const __m512i v = _mm512_maskz_loadu_epi8(Mask(bytes - at), x + at);
+    const __m512i even = _mm512_xor_si512(_mm512_and_si512(v, low), eight);
+    const __m512i odd =
+        _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), eight);
+    _mm512_storeu_si512(out + 2 * at, _mm512_sub_epi8(even, eight));
+    _mm512_storeu_si512(out + 2 * at + 64, _mm512_sub_epi8(odd, eight));
+  }
+}
+
+// The low halves of sixteen 64-bit words.
+INLINE_VNNI __m512i Low32(__m512i first, __m512i second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(first)),
+                            _mm512_cvtepi64_epi32(second), 1);
+}
+
+// Round float32 to bfloat16, half to even, NaN quiet.
+INLINE_VNNI __m256i ToBfloat16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
+}
+
+// The results of one row, columns [from, from + count), from accumulators to `out`.
+VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, int64_t row,
+                 int64_t from, int64_t count) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const int64_t column = from + j;
+    const __mmask16 mask = count - j >= 16 ? 0xFFFF : (1u << (count - j)) - 1;
+    __m512i sum = _mm512_maskz_loadu_epi32(mask, sums + j);
+    sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(surplus));
+    if (call.int_bias)
+      sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(mask, call.int_bias + column));
+    const int64_t at = row * call.n + column;
+    if (call.output == 0) {
+      _mm512_mask_storeu_epi32(static_cast<int32_t*>(call.out) + at, mask, sum);
+      continue;
+    }
+    __m512 value = _mm512_cvtepi32_ps(sum);
+    __m512i offset = _mm512_setzero_si512();
+    __m512 scale;
+    if (call.packed) {
+      __m512i words[2];
+      for (int half = 0; half < 2; ++half) {
+        const auto* word = static_cast<const int64_t*>(call.scale);
+        words[half] = call.scale_stride
+                          ? _mm512_maskz_loadu_epi64(mask >> (8 * half), word + column + 8 * half)
+                          : _mm512_set1_epi64(*word);
+      }
+      const __m512i low = Low32(words[0], words[1]);
+      scale = _mm512_castsi512_ps(_mm512_and_si512(low, _mm512_set1_epi32(~0x1FFF)));
+      // bits 37 to 45, two's complement
+      const __m512i high =
+          Low32(_mm512_srli_epi64(words[0], 37), _mm512_srli_epi64(words[1], 37));
+      offset = _mm512_srai_epi32(_mm512_slli_epi32(high, 23), 23);
+    } else {
+      const auto* factor = static_cast<const float*>(call.scale);
+      scale = call.scale_stride ? _mm512_maskz_loadu_ps(mask, factor + column)
+                                : _mm512_set1_ps(*factor);
+    }
+    value = _mm512_mul_ps(value, scale);
+    if (call.output == 1) {
+      // the 9-bit clip comes before the offset, rounding before both
+      value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      value = _mm512_min_ps(_mm512_set1_ps(255), _mm512_max_ps(_mm512_set1_ps(-256), value));
+      const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), offset);
+      _mm_mask_storeu_epi8(static_cast<int8_t*>(call.out) + at, mask,
+                           _mm512_cvtsepi32_epi8(whole));
+      continue;
+    }
+    if (call.packed && call.output == 2)
+      value = _mm512_min_ps(_mm512_set1_ps(65504), _mm512_max_ps(_mm512_set1_ps(-65504), value));
+    if (call.pertoken) value = _mm512_mul_ps(value, _mm512_set1_ps(call.pertoken[row]));
+    if (call.float_bias)
+      value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, call.float_bias + column));
+    const __m256i narrow =
+        call.output == 2
+            ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+            : ToBfloat16(value);
+    _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, mask, narrow);
+  }
+}
+
+// x as Multiply reads it. Rows end in zeros up to a multiple of 64 bytes of w, and begin 64 bytes
+// further from one another than that: rows a multiple of 4096 bytes apart would all want the same
+// lines of the L1 cache.
+struct Left {
+  const int8_t* x;
+  int64_t stride;
+  const int32_t* surplus;  // what making w unsigned adds to each row's results
+};
+
+// Some rows and columns of the result, to be computed by one thread.
+struct Part {
+  int64_t top, bottom, left, right;
+};
+
+// Products over the bytes [from, from + depth) of the rows of w. The tail, which is shorter than 64
+// bytes, is multiplied as copies that end in zeros.
+template <bool int4>
+VNNI void Slab(const LqMatmul& call, const Left& x, const Part& part, int64_t from, int64_t depth,
+               int32_t* sums) {
+  const bool tail = depth < 64;
+  const int8_t* left = x.x + from * (int4 ? 2 : 1);
+  uint8_t copies[kColumns][64] = {};
+  // x's rows stay in L1 while w's pass by
+  for (int64_t row = part.top; row < part.bottom; row += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, part.bottom - row);
+    for (int64_t column = part.left; column < part.right; column += kColumns) {
+      const uint8_t* w[kColumns];
+      for (int64_t i = 0; i < kColumns; ++i) {
+        w[i] = call.w + std::min(column + i, call.n - 1) * call.w_stride + from;
+        if (tail) w[i] = static_cast<uint8_t*>(std::memcpy(copies[i], w[i], depth));
+      }
+      kMultiply<int4>[rows - 1](left + row * x.stride, x.stride, w, tail ? 64 : depth, from == 0,
+                                sums + (row - part.top) * kBlock + column - part.left, kBlock);
+    }
+  }
+}
+
+template <bool int4>
+VNNI void Compute(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+  const int64_t whole = call.row_bytes / 64 * 64;
+  for (int64_t top = all.top; top < all.bottom; top += kTall) {
+    for (int64_t left = all.left; left < all.right; left += kBlock) {
+      const Part part{top, std::min(all.bottom, top + kTall), left,
+                      std::min(all.right, left + kBlock)};
+      for (int64_t from = 0; from < whole; from += kDepth)
+        Slab<int4>(call, x, part, from, std::min(kDepth, whole - from), sums);
+      if (whole < call.row_bytes)
+        Slab<int4>(call, x, part, whole, call.row_bytes - whole, sums);
+      for (int64_t row = top; row < part.bottom; ++row)
+        Finish(call, sums + (row - top) * kBlock, x.surplus[row], row, left, part.right - left);
+    }
+  }
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T, Free>;
+template <typename T>
+Buffer<T> Allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
+}
+
+template <bool int4>
+VNNI int Run(const LqMatmul& call) {
+  const int64_t m = call.m, n = call.n, threads = call.threads;
+  const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
+  const int64_t stride = padded + 64, tall = std::min(m, kTall);
+  const auto copy = Allocate<int8_t>(m * stride);
+  const auto surplus = Allocate<int32_t>(m);
+  const auto sums = Allocate<int32_t>(threads * tall * kBlock);
+  if (!copy || !surplus || !sums) return 1;
+  for (int64_t i = 0; i < m; ++i) {
+    int8_t* row = copy.get() + i * stride;
+    const uint8_t* source = call.x + i * call.x_stride;
+    if constexpr (int4) {
+      SplitNibbles(source, call.row_bytes, row);
+    } else {
+      std::memcpy(row, source, call.row_bytes);
+      std::memset(row + call.row_bytes, 0, padded - call.row_bytes);
+    }
+    surplus.get()[i] = (int4 ? 8 : 128) * Sum(row, padded);
+  }
+  const Left x{copy.get(), stride, surplus.get()};
+
+  const auto part = [&](int64_t number, int64_t count) {
+    Part own{0, m, 0, n};
+    // columns are shared out in sixteens, unless there are too few of them for all threads
+    const int64_t groups = (n + 15) / 16;
+    if (groups >= count) {
+      own.left = groups * number / count * 16;
+      own.right = std::min(n, groups * (number + 1) / count * 16);
+    } else {
+      own.top = m * number / count;
+      own.bottom = m * (number + 1) / count;
+    }
+    Compute<int4>(call, x, own, sums.get() + number * tall * kBlock);
+  };
+  if (threads == 1) {
+    part(0, 1);
+  } else {
+#pragma omp parallel num_threads(threads)
+    part(omp_get_thread_num(), omp_get_num_threads());
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this processor has what the kernel needs.
+int lq_matmul_supported() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// 0, or 1 where there was no memory.
+int lq_matmul(const LqMatmul* call) { return call->int4 ? Run<true>(*call) : Run<false>(*call); }
+}

@@ -1,0 +1,235 @@
+"""The compiled CPU kernel: bit-equal to what torch computes, at every edge of its blocks, on any
+strides, with any number of threads. That torch's is the golden's, the other tests show."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import ROW_CASES, Case
+from torch import Tensor
+
+import lq_graph
+from lq_graph import native, numerics
+
+I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
+needs_kernel = pytest.mark.skipif(
+    not native.is_available(), reason="no AVX-512 VNNI, or no compiler at installation"
+)
+
+
+@pytest.fixture
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What machines without the compiled kernel compute."""
+    monkeypatch.setattr(native, "_kernel", lambda: None)
+
+
+def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
+    low, high = (-8, 8) if int4 else (-128, 128)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, dtype=I8, generator=generator)
+
+
+def by_torch(x: Tensor, weight: Tensor, *args: Tensor | None, **options: torch.dtype) -> Tensor:
+    kernel, native.matmul = native.matmul, lambda *_: None  # type: ignore[assignment]
+    try:
+        return numerics.quant_matmul(x, weight, *args, **options)
+    finally:
+        native.matmul = kernel
+
+
+def epilogues(n: int, m: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, torch.dtype]]:
+    """(scale, bias, pertoken_scale, output): every kind of each."""
+    generator = torch.Generator().manual_seed(n)
+    scale = torch.rand(n, generator=generator) * 1e-3 + 1e-5
+    offset = torch.randn(n, generator=generator) * 90
+    int_bias = torch.randint(-9000, 9000, (n,), dtype=I32, generator=generator)
+    float_bias = torch.randn(n, generator=generator)
+    pertoken = torch.rand(m, generator=generator)
+    packed = lq_graph.trans_quant_param(scale, offset)
+    one = lq_graph.trans_quant_param(scale[:1] * 300)
+    yield packed, None, None, I8
+    yield packed, int_bias, None, I8
+    yield one, int_bias, None, F16  # saturates
+    yield one, None, None, BF16
+    yield scale, int_bias, None, BF16
+    yield scale.bfloat16(), float_bias.bfloat16(), pertoken, BF16
+    yield scale[:1], float_bias, pertoken, BF16
+    yield scale, float_bias.half(), pertoken, F16
+    yield scale * 1e4, None, pertoken, F16  # overflows to infinity
+    yield scale, int_bias, None, I32
+
+
+@needs_kernel
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 12, 13, 479, 481])
+@pytest.mark.parametrize("k", [1, 7, 63, 64, 65, 128, 2047, 2048, 2049, 4160])
+def test_edges_of_the_blocks(m: int, k: int) -> None:
+    for n in (1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 129):
+        x, weight = values(m, k), values(n, k, seed=1)
+        for scale, bias, pertoken, output in epilogues(n, m):
+            got = native.matmul(x, weight, scale, bias, pertoken, output)
+            assert got is not None and got.dtype == output
+            want = by_torch(
+                x, weight, scale, bias=bias, pertoken_scale=pertoken, output_dtype=output
+            )
+            assert torch.equal(got, want), (m, k, n, output)
+
+
+@needs_kernel
+@pytest.mark.parametrize("m", [1, 6, 13])
+@pytest.mark.parametrize("k", [8, 120, 128, 136, 4096, 4104, 8200])
+def test_edges_of_the_blocks_int4(m: int, k: int) -> None:
+    for n in (8, 16, 64, 72):
+        x, weight = values(m, k, int4=True), values(n, k, int4=True, seed=1)
+        packed = numerics.pack_int4(x), numerics.pack_int4(weight)
+        for scale, bias, pertoken, output in epilogues(n, m):
+            got = native.matmul(*packed, scale, bias, pertoken, output)
+            assert got is not None
+            want = by_torch(
+                x, weight, scale, bias=bias, pertoken_scale=pertoken, output_dtype=output
+            )
+            assert torch.equal(got, want), (m, k, n, output)
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize("other", [-128, 127])
+def test_exact_at_the_largest_k(value: int, other: int) -> None:
+    k = 65535
+    x, weight = torch.full((7, k), value, dtype=I8), torch.full((5, k), other, dtype=I8)
+    out = native.matmul(x, weight, torch.ones(1), None, None, I32)
+    assert out is not None and bool((out == k * value * other).all())
+
+
+@needs_kernel
+def test_strides() -> None:
+    big = values(64, 300)
+    weight = values(40, 300, seed=1)
+    scale = torch.rand(40) * 1e-3
+    for x, w in [
+        (big[::2], weight),
+        (big[:, 8:136], weight[:, 3:131]),
+        (big[3:4].expand(9, 300), weight[:1].expand(40, 300)),
+        (big.t().contiguous().t(), weight),
+        (big[:, :1], weight[:, :1]),
+        (values(2, 3, 5, 300), weight),
+    ]:
+        pertoken = torch.rand(x.shape[-2])
+        got = native.matmul(x, w, scale, None, pertoken, BF16)
+        assert got is not None
+        want = by_torch(x, w, scale, pertoken_scale=pertoken, output_dtype=BF16)
+        assert got.shape == want.shape and torch.equal(got, want)
+
+
+@needs_kernel
+def test_left_to_torch() -> None:
+    """Batched and transposed weights: no answer, and the operator computes all the same."""
+    x, scale = values(3, 5, 16), torch.rand(8) * 1e-3
+    for weight in (values(3, 8, 16), values(16, 8).t()):
+        assert native.matmul(x, weight, scale, None, None, BF16) is None
+        out = lq_graph.linear_quant(x, weight, scale, output_dtype=BF16)
+        assert torch.equal(out, by_torch(x, weight, scale, output_dtype=BF16))
+
+
+@pytest.mark.parametrize("case", ROW_CASES, ids=str)
+def test_every_row_without_the_kernel(case: Case, without_kernel: None) -> None:
+    inputs = cases.make(case)
+    cases.assert_equal(lq_graph.linear_quant(**inputs), inputs)
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(("m", "n"), [(1, 4096), (300, 16), (300, 17), (64, 1000)])
+def test_threads(m: int, n: int, threads: int) -> None:
+    x, weight = values(m, 1024), values(n, 1024, seed=1)
+    scale = torch.rand(n) * 1e-3
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = native.matmul(x, weight, scale, None, None, BF16)
+    finally:
+        torch.set_num_threads(before)
+    assert got is not None
+    assert torch.equal(got, by_torch(x, weight, scale, output_dtype=BF16))
+
+
+@needs_kernel
+def test_it_takes_torchs_threads_and_starts_none_of_its_own() -> None:
+    script = (
+        "import os, torch, lq_graph\n"
+        "x = torch.ones(64, 1024, dtype=torch.int8)\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "torch.set_num_threads(1)\n"
+        "before = count()\n"
+        "lq_graph.linear_quant(x, x, torch.ones(1))\n"
+        "alone = count()\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ones(10**7).add(1)\n"
+        "torchs = count()\n"
+        "for _ in range(5): lq_graph.linear_quant(x, x, torch.ones(1))\n"
+        "print(alone - before, count() - torchs)\n"
+    )
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "0"]
+
+
+@needs_kernel
+def test_memory_stays_flat() -> None:
+    x, weight, scale = values(16, 512), values(256, 512), torch.rand(256)
+    x4, w4 = (
+        numerics.pack_int4(values(16, 512, int4=True)),
+        numerics.pack_int4(values(256, 512, int4=True)),
+    )
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            native.matmul(x, weight, scale, None, None, BF16)
+            native.matmul(x4, w4, scale, None, None, BF16)
+
+    run(500)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(10_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB
+
+
+def test_modes_of_torch() -> None:
+    """autocast, inference_mode, and a layer in a forked child."""
+    x, weight, scale = values(4, 64), values(8, 64), torch.rand(8)
+    want = lq_graph.linear_quant(x, weight, scale, output_dtype=BF16)
+    with torch.autocast("cpu", dtype=F16):
+        assert torch.equal(lq_graph.linear_quant(x, weight, scale, output_dtype=BF16), want)
+    with torch.inference_mode():
+        assert torch.equal(lq_graph.linear_quant(x, weight, scale, output_dtype=BF16), want)
+
+
+def test_it_can_be_switched_off() -> None:
+    environment = {
+        **os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "LQ_GRAPH_NATIVE": "0",
+    }  # fmt: skip
+    command = "from lq_graph import native; print(native.is_available())"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_the_call_has_the_layout_the_kernel_reads() -> None:
+    """struct LqMatmul: seven pointers, six 64-bit numbers, four 32-bit ones."""
+    source = (Path(lq_graph.__file__).parent / "csrc" / "qgemm.cpp").read_text()
+    body = source.split("struct LqMatmul {")[1].split("};")[0]
+    fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
+    sizes = ""
+    for field in filter(None, fields):
+        kind = "q" if "*" in field or field.startswith("int64_t") else "i"
+        sizes += kind * (field.count(",") + 1)
+    assert sizes == "q" * 13 + "i" * 4 and native._CALL.size == 13 * 8 + 4 * 4
