@@ -43,10 +43,12 @@ struct LqMatmul {
 
 namespace {
 
-constexpr int kRows = 6;        // rows of x in one register block
-constexpr int kColumns = 4;     // rows of w, columns of the result
-constexpr int64_t kDepth = 2048;  // bytes of w's row at a time: x and w of a block stay in L1
-constexpr int64_t kBlock = 64;  // columns at a time: their w stays in L2
+// Rows of x in one register block: what leaves room for those of w, which int4 has two of each.
+template <bool int4>
+constexpr int kRows = int4 ? 4 : 6;
+constexpr int kColumns = 4;  // rows of w, columns of the result
+constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
+constexpr int64_t kBlock = 32;  // columns at a time: their w stays in L2
 constexpr int64_t kTall = 480;  // rows at a time: their accumulators stay in L2
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
@@ -64,12 +66,13 @@ INLINE_VNNI __m128i Sums(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c. x holds
-// k values a row for int8; for int4 64 even values, then the 64 odd ones, for each 64 bytes of w.
-// The loops are written out flat: GCC 12 keeps an array of accumulators in registers only so.
+// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c; what
+// will be read next of w is `ahead` bytes further. A row of x has a byte for each of w; for int4 64
+// even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out flat: only so
+// does GCC 12 keep an array of accumulators in registers.
 template <int rows, bool int4>
-VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t depth,
-                   bool first, int32_t* c, int64_t c_stride) {
+VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t ahead,
+                   int64_t depth, bool first, int32_t* c, int64_t c_stride) {
   const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
@@ -79,20 +82,30 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
+    // into L2 for the next block of columns; the processor looks ahead to the end of a page only
+    _mm_prefetch(w0 + ahead + at, _MM_HINT_T1);
+    _mm_prefetch(w1 + ahead + at, _MM_HINT_T1);
+    _mm_prefetch(w2 + ahead + at, _MM_HINT_T1);
+    _mm_prefetch(w3 + ahead + at, _MM_HINT_T1);
     const __m512i u[kColumns] = {_mm512_xor_si512(_mm512_loadu_si512(w0 + at), flip),
                                  _mm512_xor_si512(_mm512_loadu_si512(w1 + at), flip),
                                  _mm512_xor_si512(_mm512_loadu_si512(w2 + at), flip),
                                  _mm512_xor_si512(_mm512_loadu_si512(w3 + at), flip)};
     if constexpr (int4) {
+      __m512i even[kColumns], odd[kColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) {
-        const __m512i even = _mm512_and_si512(u[j], low);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(u[j], 4), low);
+        even[j] = _mm512_and_si512(u[j], low);
+        odd[j] = _mm512_and_si512(_mm512_srli_epi16(u[j], 4), low);
+      }
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; ++i) {
-          const int8_t* row = x + i * x_stride + 2 * at;
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], even, _mm512_loadu_si512(row));
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], odd, _mm512_loadu_si512(row + 64));
+      for (int i = 0; i < rows; ++i) {
+        const __m512i first_half = _mm512_loadu_si512(x + i * x_stride + 2 * at);
+        const __m512i second_half = _mm512_loadu_si512(x + i * x_stride + 2 * at + 64);
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) {
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], even[j], first_half);
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], odd[j], second_half);
         }
       }
     } else {
@@ -114,12 +127,11 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 }
 
 template <bool int4>
-using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, bool, int32_t*,
-                            int64_t);
+using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, bool,
+                            int32_t*, int64_t);
 template <bool int4>
-constexpr Multiplier<int4> kMultiply[kRows] = {Multiply<1, int4>, Multiply<2, int4>,
-                                               Multiply<3, int4>, Multiply<4, int4>,
-                                               Multiply<5, int4>, Multiply<6, int4>};
+constexpr Multiplier<int4> kMultiply[] = {Multiply<1, int4>, Multiply<2, int4>, Multiply<3, int4>,
+                                          Multiply<4, int4>, Multiply<5, int4>, Multiply<6, int4>};
 
 // Sum of `count` values, a multiple of 64.
 VNNI int32_t Sum(const int8_t* x, int64_t count) {
@@ -241,17 +253,19 @@ VNNI void Slab(const LqMatmul& call, const Left& x, const Part& part, int64_t fr
                int32_t* sums) {
   const bool tail = depth < 64;
   const int8_t* left = x.x + from * (int4 ? 2 : 1);
+  const int64_t ahead = tail ? 0 : kBlock * call.w_stride;
   uint8_t copies[kColumns][64] = {};
   // x's rows stay in L1 while w's pass by
-  for (int64_t row = part.top; row < part.bottom; row += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, part.bottom - row);
+  for (int64_t row = part.top; row < part.bottom; row += kRows<int4>) {
+    const int64_t rows = std::min<int64_t>(kRows<int4>, part.bottom - row);
     for (int64_t column = part.left; column < part.right; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i) {
         w[i] = call.w + std::min(column + i, call.n - 1) * call.w_stride + from;
         if (tail) w[i] = static_cast<uint8_t*>(std::memcpy(copies[i], w[i], depth));
       }
-      kMultiply<int4>[rows - 1](left + row * x.stride, x.stride, w, tail ? 64 : depth, from == 0,
+      kMultiply<int4>[rows - 1](left + row * x.stride, x.stride, w, ahead,
+                                tail ? 64 : depth, from == 0,
                                 sums + (row - part.top) * kBlock + column - part.left, kBlock);
     }
   }
