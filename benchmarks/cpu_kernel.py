@@ -52,8 +52,10 @@ class Floor:
         folder = tempfile.mkdtemp(prefix="lq_graph_")
         library = Path(folder) / "floor.so"
         source = HERE / "floor.cpp"
-        command = ["c++", "-O2", "-std=c++17", "-shared", "-fPIC", "-pthread", str(source)]
-        subprocess.run([*command, "-o", str(library)], check=True)
+        # -fopenmp to compile, not to link: torch has a runtime loaded
+        compile_ = ["c++", "-O2", "-std=c++17", "-fPIC", "-fopenmp", "-c", str(source)]
+        subprocess.run([*compile_, "-o", f"{library}.o"], check=True)
+        subprocess.run(["c++", "-shared", f"{library}.o", "-o", str(library)], check=True)
         self.lib = ctypes.CDLL(str(library))
         self.lib.int8_peak.restype = self.lib.read_bandwidth.restype = ctypes.c_double
         self.lib.read_bandwidth.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
@@ -183,6 +185,8 @@ def _onnxruntime(
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would spin on while the others are measured
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -70,49 +70,62 @@ def matmul(
         weight: its dtype, (n, k) or (n, k/8); with more dims the answer is None.
         scale, bias, pertoken_scale, output_dtype: as in `numerics.quant_matmul`.
     """
+    # Few calls into torch: each is a tenth of what a small layer takes.
     kernel = _kernel()
-    if kernel is None or weight.dim() != 2 or weight.stride(1) != 1 or not x.numel():
+    shape, weight_shape = x.shape, weight.shape
+    if kernel is None or len(weight_shape) != 2:
         return None
-    if bias is not None and bias.dim() != 1:
-        return None
-    n, words = weight.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, words)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-        if rows.stride(1) != 1:  # a dim of 1 may have any stride
+    n, words = weight_shape
+    width = x.element_size()
+    weight_row = words * width
+    if not weight.is_contiguous():
+        if weight.stride(1) != 1:
             return None
-    if pertoken_scale is not None and (x.dim() != 2 or pertoken_scale.stride(0) != 1):
-        pertoken_scale = pertoken_scale.expand(x.shape[:-1]).reshape(-1).contiguous()
-    packed = scale.dtype in (torch.int64, torch.uint64)
-    if not packed:
+        weight_row = weight.stride(0) * width
+    if len(shape) == 2 and x.is_contiguous():
+        rows, m, row = x, shape[0], words * width
+    else:
+        rows = x.reshape(-1, words)
+        if rows.stride(1) != 1:
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        m, row = rows.shape[0], rows.stride(0) * width
+    if not m:
+        return None
+    scale_dtype = scale.dtype
+    packed = scale_dtype is torch.int64 or scale_dtype is torch.uint64
+    if not packed and scale_dtype is not torch.float32:
         scale = scale.to(torch.float32)
-    if scale.shape[0] > 1 and scale.stride(0) != 1:
+    if not scale.is_contiguous():
         scale = scale.contiguous()
-    int_bias = float_bias = 0
+    pertoken = int_bias = float_bias = 0
+    if pertoken_scale is not None:
+        if len(shape) != 2 or not pertoken_scale.is_contiguous():
+            pertoken_scale = pertoken_scale.expand(shape[:-1]).contiguous()
+        pertoken = pertoken_scale.data_ptr()
     if bias is not None:
-        bias = bias.contiguous()
-        if bias.dtype == torch.int32:
+        if bias.dim() != 1:
+            return None
+        if bias.dtype is torch.int32:
+            bias = bias.contiguous()
             int_bias = bias.data_ptr()
         else:
-            bias = bias.to(torch.float32)
+            bias = bias.to(torch.float32).contiguous()
             float_bias = bias.data_ptr()
-    m = rows.shape[0]
-    out = torch.empty(m, n, dtype=output_dtype)
-    width = x.element_size()
+    out = torch.empty((m, n), dtype=output_dtype)
     call = _CALL.pack(
         rows.data_ptr(),
         weight.data_ptr(),
         scale.data_ptr(),
-        0 if pertoken_scale is None else pertoken_scale.data_ptr(),
+        pertoken,
         int_bias,
         float_bias,
         out.data_ptr(),
         m,
         n,
         words * width,
-        rows.stride(0) * width,
-        weight.stride(0) * width,
-        0 if scale.shape[0] == 1 else 1,
+        row,
+        weight_row,
+        0 if len(scale) == 1 else 1,
         width == 4,
         packed,
         _OUTPUTS[output_dtype],
@@ -120,4 +133,4 @@ def matmul(
     )
     if kernel(call):
         raise MemoryError("lq_graph: no memory for the CPU kernel's accumulators")
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+    return out if len(shape) == 2 else out.view(*shape[:-1], n)
