@@ -3,9 +3,9 @@
 `... --write` also rewrites benchmarks/cpu_kernel.txt, which holds the last results. onnxruntime and
 torchao are shown where they are installed (`pip install onnx onnxruntime torchao`).
 
-All calls of one size take turns in one process; shown are medians. The floor of a size is the time
-its products take at the measured peak of int8 products, or its weight at the measured bandwidth of
-reading so many bytes again and again, whichever is longer. A sentinel, a known piece of work, runs
+All calls of one size take turns in one process; shown are medians. Two of them measure the floor, in
+the same rounds and with the same caches: as many int8 products as the matmul has, from registers,
+and reading its weight. The floor is the longer of the two. A sentinel, a known piece of work, runs
 between the rounds: rounds in which it is slower than usual are dropped, and their number is told.
 """
 
@@ -46,7 +46,7 @@ DISTURBED = 1.15  # a sentinel so many times its best marks the round
 
 
 class Floor:
-    """The machine's limits, measured."""
+    """The machine's limits: floor.cpp, compiled."""
 
     def __init__(self) -> None:
         folder = tempfile.mkdtemp(prefix="lq_graph_")
@@ -57,28 +57,34 @@ class Floor:
         subprocess.run([*compile_, "-o", f"{library}.o"], check=True)
         subprocess.run(["c++", "-shared", f"{library}.o", "-o", str(library)], check=True)
         self.lib = ctypes.CDLL(str(library))
-        self.lib.int8_peak.restype = self.lib.read_bandwidth.restype = ctypes.c_double
-        self.lib.read_bandwidth.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        self.lib.int8_products.argtypes = (ctypes.c_int64, ctypes.c_int)
+        self.lib.read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
         self.threads = torch.get_num_threads()
-        self.peak = max(self.lib.int8_peak(self.threads) for _ in range(20))
+        self.best = min(self.work() for _ in range(20))
+
+    def work(self) -> float:
+        """Seconds a known piece of work takes now."""
+        start = time.perf_counter()
+        self.lib.int8_products(1 << 30, self.threads)
+        return time.perf_counter() - start
 
     def sentinel(self) -> float:
-        """How many times its best a known piece of work takes now."""
-        now = self.lib.int8_peak(self.threads)
-        self.peak = max(self.peak, now)
-        return self.peak / now
+        """The same, as times its best."""
+        now = self.work()
+        self.best = min(self.best, now)
+        return now / self.best
 
-    def bandwidth(self, weight: Tensor) -> float:
-        """Bytes a second of reading this weight again and again."""
-        size = weight.numel() * weight.element_size()
-        threads = 1 if size < 1 << 20 else self.threads
-        read = self.lib.read_bandwidth
-        return max(read(weight.data_ptr(), size, threads) for _ in range(20))
+    def calls(self, m: int, k: int, n: int, weight: Tensor) -> dict[str, Callable[[], object]]:
+        """The two limits of a matmul of this size."""
+        threads = 1 if m * k * n < 1 << 20 else self.threads
+        address, size = weight.data_ptr(), weight.numel()
+        return {
+            PRODUCTS: lambda: self.lib.int8_products(m * k * n, threads),
+            READING: lambda: self.lib.read_bytes(address, size, threads),
+        }
 
-    def seconds(self, m: int, k: int, n: int, weight: Tensor) -> float:
-        """The least a matmul of this size can take."""
-        size = weight.numel() * weight.element_size()
-        return max(m * k * n / self.peak, size / self.bandwidth(weight))
+
+PRODUCTS, READING = "floor: int8 products", "floor: reading the weight"
 
 
 def without_native(call: Callable[[], object]) -> Callable[[], object]:
@@ -242,16 +248,15 @@ def report(out: io.StringIO) -> None:
     floor = Floor()
     say(f"torch {torch.__version__}, {floor.threads} threads, {platform.machine()}")
     say(f"compiled kernel: {'yes' if native.is_available() else 'no, torch computes'}")
-    say(f"int8 peak {floor.peak / 1e9:.0f} GMAC/s")
+    say(f"int8 peak {(1 << 30) / floor.best / 1e9:.0f} GMAC/s")
     with torch.no_grad():
         for m, k, n in SIZES:
             calls, weight = calls_for(m, k, n)
-            seconds, disturbed = measure(calls, floor)
-            least = floor.seconds(m, k, n, weight)
+            seconds, disturbed = measure({**floor.calls(m, k, n, weight), **calls}, floor)
+            least = max(seconds[PRODUCTS], seconds[READING])
             ours = seconds["ours to bfloat16, pertoken"]
             say(
-                f"\n({m}, {k}, {n}): floor {least * 1e6:,.1f} us, weight at "
-                f"{floor.bandwidth(weight) / 1e9:.0f} GB/s"
+                f"\n({m}, {k}, {n}): floor {least * 1e6:,.1f} us"
                 + (f"; {disturbed} disturbed rounds dropped" if disturbed else "")
                 + (" - ALL OF THEM: do not trust these" if disturbed == 6 * ROUNDS else "")
             )

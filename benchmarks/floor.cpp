@@ -3,7 +3,6 @@
 // has loaded: others would compete with them, for they spin a while after each piece of work.
 #include <immintrin.h>
 
-#include <chrono>
 #include <cstdint>
 
 extern "C" int omp_get_thread_num();
@@ -35,32 +34,23 @@ VNNI int64_t Read(const uint8_t* from, int64_t bytes) {
       _mm512_or_si512(_mm512_or_si512(bits[0], bits[1]), _mm512_or_si512(bits[2], bits[3])));
 }
 
-template <typename Work>
-double Seconds(int threads, Work work) {
-  const auto start = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(threads)
-  work(omp_get_thread_num());
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 volatile int64_t sink;
 
 }  // namespace
 
 extern "C" {
 
-// Multiply-accumulates of int8 a second.
-double int8_peak(int threads) {
-  constexpr int64_t steps = 1000000;
-  const double seconds = Seconds(threads, [](int) { sink = sink + Products(steps); });
-  return threads * steps * 16 * 64 / seconds;
+// At least `count` multiply-accumulates of int8, shared out over the threads.
+void int8_products(int64_t count, int threads) {
+  const int64_t steps = count / (16 * 64) / threads + 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  sink = sink + Products(steps);
 }
 
-// Bytes a second, all threads together reading a buffer of this size once.
-double read_bandwidth(const uint8_t* buffer, int64_t bytes, int threads) {
+// Every byte of a buffer, read once.
+void read_bytes(const uint8_t* buffer, int64_t bytes, int threads) {
   const int64_t part = bytes / threads;
-  const double seconds =
-      Seconds(threads, [&](int i) { sink = sink + Read(buffer + i * part, part); });
-  return bytes / seconds;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  sink = sink + Read(buffer + omp_get_thread_num() * part, part);
 }
 }

@@ -2,9 +2,11 @@
 // exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with AVX-512 VNNI; elsewhere
 // numerics.py computes the same with torch. Loaded with ctypes, so it knows nothing of torch.
 //
-// VPDPBUSD multiplies unsigned by signed bytes. The weight is made unsigned by flipping its top bit,
-// which adds 128 to each value (8 to an int4), so 128 * sum(x) is taken off each row's result:
+// VPDPBUSD multiplies unsigned by signed bytes. One side is made unsigned by flipping its top bit,
+// which adds 128 to each value (8 to an int4), and what that adds to the result is taken off again:
 //   sum x*(w + 128) - 128 * sum x = sum x*w, in arithmetic modulo 2^32, and so exact.
+// With few rows the weight is flipped as it is read. With many, x is, in the copy made of it, which
+// saves the flips; then it is 128 * sum w, for each column, that is taken off.
 //
 // Threads are those of the OpenMP runtime torch has loaded: this library is not linked to one, and
 // finds GOMP_parallel among the symbols of the process. So torch.set_num_threads holds here too.
@@ -43,9 +45,12 @@ struct LqMatmul {
 
 namespace {
 
+enum Kind { kInt4, kFlipWeight, kFlipInput };
+
 // Rows of x in one register block: what leaves room for those of w, which int4 has two of each.
-template <bool int4>
-constexpr int kRows = int4 ? 4 : 6;
+template <Kind kind>
+constexpr int kRows = kind == kInt4 ? 4 : 6;
+constexpr int64_t kManyRows = 24;  // from here on x is flipped
 constexpr int kColumns = 4;  // rows of w, columns of the result
 constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
 constexpr int64_t kBlock = 32;  // columns at a time: their w stays in L2
@@ -70,10 +75,10 @@ INLINE_VNNI __m128i Sums(__m512i a, __m512i b, __m512i c, __m512i d) {
 // will be read next of w is `ahead` bytes further. A row of x has a byte for each of w; for int4 64
 // even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out flat: only so
 // does GCC 12 keep an array of accumulators in registers.
-template <int rows, bool int4>
+template <int rows, Kind kind>
 VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t ahead,
                    int64_t depth, bool first, int32_t* c, int64_t c_stride) {
-  const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
+  const __m512i flip = _mm512_set1_epi8(kind == kInt4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
   __m512i sum[rows][kColumns];
@@ -87,33 +92,37 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
     _mm_prefetch(w1 + ahead + at, _MM_HINT_T1);
     _mm_prefetch(w2 + ahead + at, _MM_HINT_T1);
     _mm_prefetch(w3 + ahead + at, _MM_HINT_T1);
-    const __m512i u[kColumns] = {_mm512_xor_si512(_mm512_loadu_si512(w0 + at), flip),
-                                 _mm512_xor_si512(_mm512_loadu_si512(w1 + at), flip),
-                                 _mm512_xor_si512(_mm512_loadu_si512(w2 + at), flip),
-                                 _mm512_xor_si512(_mm512_loadu_si512(w3 + at), flip)};
-    if constexpr (int4) {
-      __m512i even[kColumns], odd[kColumns];
+    __m512i v[kColumns] = {_mm512_loadu_si512(w0 + at), _mm512_loadu_si512(w1 + at),
+                           _mm512_loadu_si512(w2 + at), _mm512_loadu_si512(w3 + at)};
+    if constexpr (kind != kFlipInput) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) v[j] = _mm512_xor_si512(v[j], flip);
+    }
+    if constexpr (kind == kInt4) {
+      __m512i odd[kColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) {
-        even[j] = _mm512_and_si512(u[j], low);
-        odd[j] = _mm512_and_si512(_mm512_srli_epi16(u[j], 4), low);
+        odd[j] = _mm512_and_si512(_mm512_srli_epi16(v[j], 4), low);
+        v[j] = _mm512_and_si512(v[j], low);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const __m512i first_half = _mm512_loadu_si512(x + i * x_stride + 2 * at);
-        const __m512i second_half = _mm512_loadu_si512(x + i * x_stride + 2 * at + 64);
+        const __m512i even_x = _mm512_loadu_si512(x + i * x_stride + 2 * at);
+        const __m512i odd_x = _mm512_loadu_si512(x + i * x_stride + 2 * at + 64);
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) {
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], even[j], first_half);
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], odd[j], second_half);
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], v[j], even_x);
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], odd[j], odd_x);
         }
       }
     } else {
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const __m512i v = _mm512_loadu_si512(x + i * x_stride + at);
+        const __m512i row = _mm512_loadu_si512(x + i * x_stride + at);
 #pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], u[j], v);
+        for (int j = 0; j < kColumns; ++j)
+          sum[i][j] = kind == kFlipInput ? _mm512_dpbusd_epi32(sum[i][j], row, v[j])
+                                         : _mm512_dpbusd_epi32(sum[i][j], v[j], row);
       }
     }
   }
@@ -126,12 +135,11 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
   }
 }
 
-template <bool int4>
 using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, bool,
                             int32_t*, int64_t);
-template <bool int4>
-constexpr Multiplier<int4> kMultiply[] = {Multiply<1, int4>, Multiply<2, int4>, Multiply<3, int4>,
-                                          Multiply<4, int4>, Multiply<5, int4>, Multiply<6, int4>};
+template <Kind kind>
+constexpr Multiplier kMultiply[] = {Multiply<1, kind>, Multiply<2, kind>, Multiply<3, kind>,
+                                    Multiply<4, kind>, Multiply<5, kind>, Multiply<6, kind>};
 
 // Sum of `count` values, a multiple of 64.
 VNNI int32_t Sum(const int8_t* x, int64_t count) {
@@ -172,14 +180,18 @@ INLINE_VNNI __m256i ToBfloat16(__m512 value) {
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
 }
 
-// The results of one row, columns [from, from + count), from accumulators to `out`.
-VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, int64_t row,
-                 int64_t from, int64_t count) {
+// The results of one row, columns [from, from + count), from accumulators to `out`. What flipping
+// added is `surplus`, and 128 times `of_w` for each column where that is given.
+VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, const int32_t* of_w,
+                 int64_t row, int64_t from, int64_t count) {
   for (int64_t j = 0; j < count; j += 16) {
     const int64_t column = from + j;
     const __mmask16 mask = count - j >= 16 ? 0xFFFF : (1u << (count - j)) - 1;
     __m512i sum = _mm512_maskz_loadu_epi32(mask, sums + j);
     sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(surplus));
+    if (of_w)
+      sum = _mm512_sub_epi32(
+          sum, _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, of_w + j), 7));
     if (call.int_bias)
       sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(mask, call.int_bias + column));
     const int64_t at = row * call.n + column;
@@ -238,7 +250,8 @@ VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, int
 struct Left {
   const int8_t* x;
   int64_t stride;
-  const int32_t* surplus;  // what making w unsigned adds to each row's results
+  const int32_t* surplus;  // what flipping w adds to each row's results
+  const int8_t* ones;      // where x is flipped: a row that gives the sums of w
 };
 
 // Some rows and columns of the result, to be computed by one thread.
@@ -246,44 +259,55 @@ struct Part {
   int64_t top, bottom, left, right;
 };
 
-// Products over the bytes [from, from + depth) of the rows of w. The tail, which is shorter than 64
-// bytes, is multiplied as copies that end in zeros.
-template <bool int4>
-VNNI void Slab(const LqMatmul& call, const Left& x, const Part& part, int64_t from, int64_t depth,
-               int32_t* sums) {
+// Products of rows [part.top, part.bottom) of x over the bytes [from, from + depth) of the rows of w.
+// The tail, which is shorter than 64 bytes, is multiplied as copies that end in zeros.
+template <Kind kind>
+VNNI void Slab(const LqMatmul& call, const int8_t* x, int64_t x_stride, const Part& part,
+               int64_t from, int64_t depth, int32_t* sums) {
   const bool tail = depth < 64;
-  const int8_t* left = x.x + from * (int4 ? 2 : 1);
   const int64_t ahead = tail ? 0 : kBlock * call.w_stride;
+  x += from * (kind == kInt4 ? 2 : 1);
   uint8_t copies[kColumns][64] = {};
   // x's rows stay in L1 while w's pass by
-  for (int64_t row = part.top; row < part.bottom; row += kRows<int4>) {
-    const int64_t rows = std::min<int64_t>(kRows<int4>, part.bottom - row);
+  for (int64_t row = part.top; row < part.bottom; row += kRows<kind>) {
+    const int64_t rows = std::min<int64_t>(kRows<kind>, part.bottom - row);
     for (int64_t column = part.left; column < part.right; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i) {
         w[i] = call.w + std::min(column + i, call.n - 1) * call.w_stride + from;
         if (tail) w[i] = static_cast<uint8_t*>(std::memcpy(copies[i], w[i], depth));
       }
-      kMultiply<int4>[rows - 1](left + row * x.stride, x.stride, w, ahead,
-                                tail ? 64 : depth, from == 0,
-                                sums + (row - part.top) * kBlock + column - part.left, kBlock);
+      kMultiply<kind>[rows - 1](x + row * x_stride, x_stride, w, ahead, tail ? 64 : depth,
+                                from == 0, sums + (row - part.top) * kBlock + column - part.left,
+                                kBlock);
     }
   }
 }
 
-template <bool int4>
-VNNI void Compute(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+// Products over whole rows.
+template <Kind kind>
+VNNI void Products(const LqMatmul& call, const int8_t* x, int64_t x_stride, const Part& part,
+                   int32_t* sums) {
   const int64_t whole = call.row_bytes / 64 * 64;
+  for (int64_t from = 0; from < whole; from += kDepth)
+    Slab<kind>(call, x, x_stride, part, from, std::min(kDepth, whole - from), sums);
+  if (whole < call.row_bytes)
+    Slab<kind>(call, x, x_stride, part, whole, call.row_bytes - whole, sums);
+}
+
+template <Kind kind>
+VNNI void Compute(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+  int32_t of_w[kBlock];
   for (int64_t top = all.top; top < all.bottom; top += kTall) {
     for (int64_t left = all.left; left < all.right; left += kBlock) {
       const Part part{top, std::min(all.bottom, top + kTall), left,
                       std::min(all.right, left + kBlock)};
-      for (int64_t from = 0; from < whole; from += kDepth)
-        Slab<int4>(call, x, part, from, std::min(kDepth, whole - from), sums);
-      if (whole < call.row_bytes)
-        Slab<int4>(call, x, part, whole, call.row_bytes - whole, sums);
+      Products<kind>(call, x.x, x.stride, part, sums);
+      if (kind == kFlipInput)
+        Products<kind>(call, x.ones, 0, Part{0, 1, part.left, part.right}, of_w);
       for (int64_t row = top; row < part.bottom; ++row)
-        Finish(call, sums + (row - top) * kBlock, x.surplus[row], row, left, part.right - left);
+        Finish(call, sums + (row - top) * kBlock, x.surplus[row],
+               kind == kFlipInput ? of_w : nullptr, row, left, part.right - left);
     }
   }
 }
@@ -298,29 +322,41 @@ Buffer<T> Allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
 }
 
-template <bool int4>
+// One row of x as Multiply reads it; returns what flipping w adds to its results.
+template <Kind kind>
+VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t padded) {
+  if constexpr (kind == kInt4) {
+    SplitNibbles(source, bytes, row);
+    return 8 * Sum(row, padded);
+  }
+  std::memcpy(row, source, bytes);
+  std::memset(row + bytes, 0, padded - bytes);
+  if (kind == kFlipWeight) return 128 * Sum(row, padded);
+  for (int64_t at = 0; at < padded; at += 64)
+    _mm512_storeu_si512(
+        row + at, _mm512_xor_si512(_mm512_loadu_si512(row + at), _mm512_set1_epi8('\x80')));
+  return 0;
+}
+
+template <Kind kind>
 VNNI int Run(const LqMatmul& call) {
   const int64_t m = call.m, n = call.n, threads = call.threads;
-  const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
+  const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (kind == kInt4 ? 2 : 1);
   const int64_t stride = padded + 64, tall = std::min(m, kTall);
-  const auto copy = Allocate<int8_t>(m * stride);
+  const auto copy = Allocate<int8_t>((m + 1) * stride);
   const auto surplus = Allocate<int32_t>(m);
   const auto sums = Allocate<int32_t>(threads * tall * kBlock);
   if (!copy || !surplus || !sums) return 1;
-  for (int64_t i = 0; i < m; ++i) {
-    int8_t* row = copy.get() + i * stride;
-    const uint8_t* source = call.x + i * call.x_stride;
-    if constexpr (int4) {
-      SplitNibbles(source, call.row_bytes, row);
-    } else {
-      std::memcpy(row, source, call.row_bytes);
-      std::memset(row + call.row_bytes, 0, padded - call.row_bytes);
-    }
-    surplus.get()[i] = (int4 ? 8 : 128) * Sum(row, padded);
-  }
-  const Left x{copy.get(), stride, surplus.get()};
+  int8_t* const ones = copy.get() + m * stride;
+  if (kind == kFlipInput) std::memset(ones, 1, padded);
+  const Left x{copy.get(), stride, surplus.get(), ones};
 
-  const auto part = [&](int64_t number, int64_t count) {
+  const auto copy_part = [&](int64_t number, int64_t count) {
+    for (int64_t i = m * number / count; i < m * (number + 1) / count; ++i)
+      surplus.get()[i] = Copy<kind>(call.x + i * call.x_stride, call.row_bytes,
+                                    copy.get() + i * stride, padded);
+  };
+  const auto compute_part = [&](int64_t number, int64_t count) {
     Part own{0, m, 0, n};
     // columns are shared out in sixteens, unless there are too few of them for all threads
     const int64_t groups = (n + 15) / 16;
@@ -331,13 +367,18 @@ VNNI int Run(const LqMatmul& call) {
       own.top = m * number / count;
       own.bottom = m * (number + 1) / count;
     }
-    Compute<int4>(call, x, own, sums.get() + number * tall * kBlock);
+    Compute<kind>(call, x, own, sums.get() + number * tall * kBlock);
   };
   if (threads == 1) {
-    part(0, 1);
+    copy_part(0, 1);
+    compute_part(0, 1);
   } else {
 #pragma omp parallel num_threads(threads)
-    part(omp_get_thread_num(), omp_get_num_threads());
+    {
+      copy_part(omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+      compute_part(omp_get_thread_num(), omp_get_num_threads());
+    }
   }
   return 0;
 }
@@ -353,5 +394,8 @@ int lq_matmul_supported() {
 }
 
 // 0, or 1 where there was no memory.
-int lq_matmul(const LqMatmul* call) { return call->int4 ? Run<true>(*call) : Run<false>(*call); }
+int lq_matmul(const LqMatmul* call) {
+  if (call->int4) return Run<kInt4>(*call);
+  return call->m < kManyRows ? Run<kFlipWeight>(*call) : Run<kFlipInput>(*call);
+}
 }
