@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -155,11 +156,186 @@ def test_layers_called_twice_and_never(wrap: Callable[[Tensor], Any]) -> None:
     assert found.worst is twice
 
 
+class InPlace(nn.Module):
+    """Changes its input, and what its layer gives, in place; returns a buffer it uses again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("out", torch.zeros(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return self.out.copy_(self.last(self.first(x).relu_()))
+
+
+def test_changes_in_place_are_not_taken_for_errors() -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    other = copy.deepcopy(model)
+    other.first, other.last = Noisy(other.first, 0.0), Noisy(other.last, 0.1)
+    data, before = batches(), batches()
+    first, last = compare(model, other, data, sensitivity=True)
+    for error in (first.own, first.accumulated, first.sensitivity):
+        assert error is not None and (error.sqnr, error.max_abs) == (np.inf, 0)
+    for error in (last.own, last.accumulated, last.sensitivity):
+        assert error is not None and error.max_abs == pytest.approx(0.1, rel=1e-5)
+    assert last.own == last.accumulated == last.sensitivity
+    for x, y in zip(data, before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_loader_may_fill_one_tensor_again() -> None:
+    def loader() -> Any:
+        one = torch.empty(4, 16)
+        for x in batches():
+            yield one.copy_(x)
+
+    model = make()
+    other = with_noise(model, {0: 0.2})
+    found = compare(model, other, loader(), sensitivity=True)
+    assert list(found) == list(compare(model, other, batches(), sensitivity=True))
+
+
+class NotIdempotent(nn.Module):
+    """Doubles its input, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class SameAgain(NotIdempotent):
+    """Of another class, with the same result."""
+
+
+def test_a_layer_that_works_in_place_is_given_the_input_it_had() -> None:
+    model = nn.Sequential(*make(1), NotIdempotent())
+    other = nn.Sequential(copy.deepcopy(model[0]), SameAgain())
+    (found,) = compare(model, other, batches(), sensitivity=True)
+    assert found.own == found.accumulated == found.sensitivity
+    assert found.own is not None and found.own.sqnr == np.inf
+
+
+def test_a_layer_that_took_over_a_relu_is_compared_after_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).half()
+    data = [x.half() for x in batches(width=32)]
+    other = copy.deepcopy(model)
+    report = lq_graph.quantize(other, A8W8Static(), data)
+    assert "ReLU" in report[0].note and isinstance(other[1], nn.Identity)
+    found = compare(model, other, data)
+    assert [layer.name for layer in found] == ["0", "2"]
+
+    with torch.no_grad():
+        a = [torch.relu(model[0](x)).float() for x in data]
+        b = [(other[0](x).float() - other[0].output_offset) * other[0].output_scale for x in data]
+    own = found[0].own
+    assert own is not None and own.sqnr > 35
+    assert (own.sqnr, own.max_abs, own.cosine) == pytest.approx(golden(a, b), rel=1e-9)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x=x)
+
+
+def test_layers_called_by_keyword() -> None:
+    model = ByKeyword(Noisy(make(1)[0], 0.0))
+    other = ByKeyword(nn.Sequential())
+    other.layer = type("Other", (Noisy,), {})(copy.deepcopy(model.layer.layer), 0.1)
+    (found,) = compare(model, other, batches(), sensitivity=True)
+    assert found.own == found.accumulated == found.sensitivity
+    assert found.own is not None and found.own.max_abs == pytest.approx(0.1, rel=1e-5)
+
+
+def test_model_b_may_hold_the_layers_of_model_a() -> None:
+    model = make(2)
+    found = compare(model, nn.Sequential(Noisy(model[0], 0.1), Noisy(model[1], 0.0)), batches())
+    assert [layer.calls for layer in found] == [3, 3]
+    assert found[0].own is not None and found[0].own.max_abs == pytest.approx(0.1, rel=1e-5)
+    assert found[1].own is not None and found[1].own.sqnr == np.inf
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    other: int
+
+
+class Several(nn.Module):
+    """Gives a tuple, a list, a named tuple, a dict."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layer, self.kind = make(1)[0], kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(self.layer(x))
+
+
+class First(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.part = Several(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)[0]
+
+
+@pytest.mark.parametrize("kind", [lambda h: (h, 1), lambda h: [h, 1], lambda h: Pair(h, 1)])
+def test_layers_that_give_several_things(kind: Any) -> None:
+    model = First(kind)
+    other = copy.deepcopy(model)
+    other.part.layer = Noisy(other.part.layer, 0.1)
+    (found,) = compare(model, other, batches(), layers=["part"], sensitivity=True)
+    assert found.own == found.sensitivity is not None
+    assert found.own.max_abs == pytest.approx(0.1, rel=1e-5)
+
+
+class Times(nn.Module):
+    """Calls its layer so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer, self.times = make(1)[0], times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize(("times", "word"), [(1, "fewer"), (3, "more")])
+def test_other_numbers_of_calls_are_refused(times: int, word: str) -> None:
+    model, other = Times(2), Times(times)
+    other.layer = Noisy(other.layer, 0.1)
+    with pytest.raises(LinearQuantValueError, match=f"model_b calls layer {word} times"):
+        compare(model, other, batches())
+    assert hooks(model) == hooks(other) == 0
+
+
+def test_no_layer_is_blamed_for_nothing() -> None:
+    model = make()
+    exact = compare(model, with_noise(model, {}), batches())
+    assert str(exact).endswith("no layer adds any error") and "worst" not in str(exact)
+    shared = Shared()
+    other = copy.deepcopy(shared)
+    other.never = Noisy(other.never, 0.1)
+    data = [(x, torch.zeros(8)) for x in batches(1, 8)]
+    never = compare(shared, other, data, sensitivity=True)
+    assert str(never).endswith("none of these layers was called")
+    assert never[0].sensitivity is None
+
+
 def test_nan_is_the_worst_and_does_not_crash() -> None:
     model = make()
     other = with_noise(model, {0: 5.0, 1: float("nan")})
     found = compare(model, other, batches())
     assert found.worst.name == "1" and np.isnan(found.output.sqnr) and "nan" in str(found)
+    assert "1 gives NaN, infinity or nothing but noise" in str(found)
 
 
 @pytest.mark.parametrize("layers", [["1"], lambda name, module: name == "1"])
@@ -167,6 +343,26 @@ def test_layers_can_be_chosen(layers: Any) -> None:
     model = make()
     found = compare(model, with_noise(model, {0: 0.1}), batches(), layers=layers)
     assert [layer.name for layer in found] == ["1"]
+
+
+def test_named_layers_come_in_the_models_order_each_once() -> None:
+    model = make()
+    found = compare(model, with_noise(model, {}), batches(), layers=["2", "0", "2"])
+    assert [layer.name for layer in found] == ["0", "2"]
+
+
+def test_the_table() -> None:
+    model = make()
+    lines = str(compare(model, with_noise(model, {1: 0.05}), batches())).splitlines()
+    assert len(lines) == 6
+    assert lines[0].split("  ")[0] == "layer" and "own dB" in lines[0]
+    assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
+    assert [line.endswith("worst") for line in lines[1:4]] == [False, True, False]
+    assert lines[4].startswith("output: ")
+    assert lines[5] == (
+        "1 adds most noise of its own; to leave it float: "
+        "lq_graph.quantize(..., filter_fn=lambda module, name: name != '1')"
+    )
 
 
 def test_output_can_be_picked() -> None:
@@ -205,6 +401,42 @@ def test_picture(tmp_path: Path) -> None:
         assert data.startswith(head) and len(data) > 20_000
 
 
+def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    found = compare(model, with_noise(model, {0: 0.1}), batches())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(LinearQuantValueError, match=r'pip install "lq-graph\[explain\]"'):
+        found.plot(tmp_path / "a.png")
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Nothing(Times):
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> None:
+        self.layer(x)
+
+
+class Dict(dict[int, Tensor]):
+    """No tuple, though it has a first element."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__({0: hidden})
+
+
+def narrower(model: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(model[0], model[1], Noisy(nn.Linear(16, 8), 0.0))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -222,9 +454,50 @@ def test_picture(tmp_path: Path) -> None:
         ),
         (lambda m, o: compare(m, o, ["text"]), LinearQuantTypeError, "inputs hold a str"),
         (
-            lambda m, o: compare(m, nn.Sequential(Noisy(nn.Linear(16, 8), 0.0)), batches()),
+            lambda m, o: compare(m, narrower(m), batches()),
             LinearQuantValueError,
-            r"0 gives \(4, 16\) in model_a and \(4, 8\) in model_b",
+            r"2 gives \(4, 16\) in model_a and \(4, 8\) in model_b",
+        ),
+        (
+            lambda m, o: compare(m, Wrapped(o), batches()),
+            LinearQuantValueError,
+            "model_a has a module '0' and model_b has none of that name",
+        ),
+        (
+            lambda m, o: compare(m, o[:2], batches()),
+            LinearQuantValueError,
+            "model_a has a module '2' and model_b has none of that name",
+        ),
+        (
+            lambda m, o: compare(m, o, batches()[0]),
+            LinearQuantTypeError,
+            r"inputs is a Tensor; .*pass \[inputs\]",
+        ),
+        (
+            lambda m, o: compare(m, o, {"x": batches()[0]}),
+            LinearQuantTypeError,
+            r"inputs is a dict; .*pass \[inputs\]",
+        ),
+        (lambda m, o: compare(m, o, None), LinearQuantTypeError, "inputs is a NoneType"),
+        (
+            lambda m, o: compare(m, o, batches(), layers="0"),
+            LinearQuantTypeError,
+            "layers is '0'; allowed are names",
+        ),
+        (
+            lambda m, o: compare(m, o, batches(), output=lambda out: 3),
+            LinearQuantTypeError,
+            "output= returned int",
+        ),
+        (
+            lambda m, o: compare(Times(1), Nothing(), batches(), layers=["layer"]),
+            LinearQuantTypeError,
+            "models return NoneType without a float tensor",
+        ),
+        (
+            lambda m, o: compare(First(Dict), First(Dict), batches(), layers=["part"]),
+            LinearQuantTypeError,
+            "part gives Dict",
         ),
     ],
 )
