@@ -3,7 +3,7 @@
 `... --write` also rewrites benchmarks/cpu_kernel.txt, which holds the last results. onnxruntime and
 torchao are shown where they are installed (`pip install onnx onnxruntime torchao`).
 
-All calls of one size take turns in one process; shown are medians. Two of them measure the floor, in
+All calls of one size take turns in one process; shown are medians. Two measure the floor, in
 the same rounds and with the same caches: as many int8 products as the matmul has, from registers,
 and reading its weight. The floor is the longer of the two. A sentinel, a known piece of work, runs
 between the rounds: rounds in which it is slower than usual are dropped, and their number is told.

@@ -111,7 +111,7 @@ def matmul(
         else:
             bias = bias.to(torch.float32).contiguous()
             float_bias = bias.data_ptr()
-    out = torch.empty((m, n), dtype=output_dtype)
+    out = torch.empty(m, n, dtype=output_dtype)
     call = _CALL.pack(
         rows.data_ptr(),
         weight.data_ptr(),
@@ -125,7 +125,7 @@ def matmul(
         words * width,
         row,
         weight_row,
-        0 if len(scale) == 1 else 1,
+        0 if scale.shape[0] == 1 else 1,
         width == 4,
         packed,
         _OUTPUTS[output_dtype],
