@@ -54,7 +54,7 @@ constexpr int64_t kManyRows = 24;  // from here on x is flipped
 constexpr int kColumns = 4;  // rows of w, columns of the result
 constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
 constexpr int64_t kBlock = 32;  // columns at a time: their w stays in L2
-constexpr int64_t kTall = 480;  // rows at a time: their accumulators stay in L2
+constexpr int64_t kTall = 1020;  // rows at a time: their accumulators stay in L2
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
@@ -87,11 +87,14 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
-    // into L2 for the next block of columns; the processor looks ahead to the end of a page only
-    _mm_prefetch(w0 + ahead + at, _MM_HINT_T1);
-    _mm_prefetch(w1 + ahead + at, _MM_HINT_T1);
-    _mm_prefetch(w2 + ahead + at, _MM_HINT_T1);
-    _mm_prefetch(w3 + ahead + at, _MM_HINT_T1);
+    if (kind != kFlipInput) {
+      // into L2 for the next block of columns; the processor looks ahead to the end of a page only.
+      // With many rows there is time enough without.
+      _mm_prefetch(w0 + ahead + at, _MM_HINT_T1);
+      _mm_prefetch(w1 + ahead + at, _MM_HINT_T1);
+      _mm_prefetch(w2 + ahead + at, _MM_HINT_T1);
+      _mm_prefetch(w3 + ahead + at, _MM_HINT_T1);
+    }
     __m512i v[kColumns] = {_mm512_loadu_si512(w0 + at), _mm512_loadu_si512(w1 + at),
                            _mm512_loadu_si512(w2 + at), _mm512_loadu_si512(w3 + at)};
     if constexpr (kind != kFlipInput) {
