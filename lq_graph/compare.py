@@ -172,7 +172,7 @@ class _Sums:
         return Error(sqnr, self.largest, self.product / length if length else 0.0)
 
 
-LayerFilter = Callable[[str, nn.Module], bool]
+LayerFilter = Callable[[nn.Module, str], bool]
 
 
 def compare(
@@ -201,7 +201,7 @@ def compare(
         inputs: an iterable, read once, of what the models are called with, one batch each: a
             tensor, a tuple of positional arguments or a mapping of keyword arguments. Moved to each
             model's device, floats to its dtype.
-        layers: (qualified name of a layer, model_a's module) to whether to compare it, or names;
+        layers: (model_a's module, its qualified name) to whether to compare it, or names;
             default: those whose class differs between the two.
         output: picks the tensor to compare from what a model returns; default its first float one.
         sensitivity: measure also what each layer alone does to the final output. One run of model_a
@@ -299,11 +299,11 @@ def _pairs(
     if layers is None:
         names = _differing(all_a, all_b)
     elif callable(layers):
-        names = [name for name, a in all_a.items() if name in all_b and layers(name, a)]
+        names = [name for name, a in all_a.items() if name in all_b and layers(a, name)]
     elif isinstance(layers, str) or not isinstance(layers, Iterable):
         raise LinearQuantTypeError(
-            f"compare: layers is {layers!r}; allowed are names, or a function of a name and a "
-            "module. What to do: pass a list of names of model_a.named_modules()."
+            f"compare: layers is {layers!r}; allowed are names, or a function of a module and its "
+            "name. What to do: pass a list of names of model_a.named_modules()."
         )
     else:
         wanted = list(layers)
