@@ -318,6 +318,13 @@ def _quant_matmul(
 # ---- quantized activations ----
 
 
+def _need_quantized_shape(x: AclTensor, y: AclTensor) -> None:
+    """y has x's shape; int32 ones hold eight int4 of the last dim each."""
+    packed = numerics.INT4_PER_INT32 if y.dtype == torch.int32 else 1
+    if (*y.shape[:-1], y.shape[-1] * packed) != x.shape:
+        raise Refused(f"y has shape {y.shape} and x {x.shape}")
+
+
 def _check_dynamic_quant(
     x: AclTensor,
     smooth_scales: AclTensor | None,
@@ -340,9 +347,7 @@ def _check_dynamic_quant(
     refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name)
     if refusal is not None:
         raise Refused(refusal)
-    packed = numerics.INT4_PER_INT32 if y.dtype == torch.int32 else 1
-    if (*y.shape[:-1], y.shape[-1] * packed) != x.shape:
-        raise Refused(f"y has shape {y.shape} and x {x.shape}")
+    _need_quantized_shape(x, y)
     if scale.dtype != torch.float32 or scale.shape != x.shape[:-1]:
         raise Refused(f"scale is {scale.dtype_name} {scale.shape}; it must be float32, a row each")
 
@@ -395,9 +400,7 @@ def _check_ascend_quant(
     )
     if refusal is not None:
         raise Refused(refusal)
-    packed = numerics.INT4_PER_INT32 if y.dtype == torch.int32 else 1
-    if (*y.shape[:-1], y.shape[-1] * packed) != x.shape:
-        raise Refused(f"y has shape {y.shape} and x {x.shape}")
+    _need_quantized_shape(x, y)
     if sqrt_mode or not rounds or y.dtype != torch.int8:
         raise Refused(
             "cann_host implements AscendQuantV3 for int8, with round_mode round and no sqrt_mode"
@@ -415,11 +418,10 @@ def _ascend_quant(
     y: AclTensor,
 ) -> None:
     del sqrt_mode, rounds, dst_type  # refused above
-    shape = [1] * len(x.shape)
-    shape[axis] = -1
-    factor = scale.view().to(x.dtype).reshape(shape)
-    addend = None if offset is None else offset.view().to(x.dtype).reshape(shape)
-    y.view().copy_(numerics.static_quant(x.view(), factor, addend))
+    # CANN casts both to x's dtype first
+    factor = scale.view().to(x.dtype)
+    addend = None if offset is None else offset.view().to(x.dtype)
+    y.view().copy_(numerics.static_quant(x.view(), factor, addend, axis))
 
 
 # ---- copies, casts, formats ----

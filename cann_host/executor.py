@@ -233,9 +233,10 @@ def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def torch_dtype(code: int) -> torch.dtype:
+def torch_dtype(code: int, what: str = "an attribute") -> torch.dtype:
+    """The torch dtype that stands for a GE dtype; what: has it, for the message."""
     if code not in DTYPES:
-        raise GraphError(f"GE dtype {code} is not implemented by cann_host")
+        raise GraphError(f"{what} has GE dtype {code}, which is not implemented by cann_host")
     return DTYPES[code]
 
 

@@ -20,7 +20,15 @@ from torch import Tensor
 from lq_graph.numerics import nz_to_nd
 
 from . import executor, ops  # noqa: F401 - ops registers the operators
-from .executor import DTYPES, FractalNZ, GraphError, Op, ShapeUnknownError, Value
+from .executor import (
+    DTYPES,
+    FractalNZ,
+    GraphError,
+    Op,
+    ShapeUnknownError,
+    Value,
+    torch_dtype,
+)
 from .memory import FRACTAL_NZ, over_memory
 from .origins import origins_of
 
@@ -208,15 +216,9 @@ def _proto_dtype(number: int) -> int:
     return int(getattr(GeDataType, name))
 
 
-def _torch_dtype(code: int, what: str) -> torch.dtype:
-    if code not in DTYPES:
-        raise GraphError(f"{what} has GE dtype {code}, which is not implemented by cann_host")
-    return DTYPES[code]
-
-
 def _constant(node: Any) -> Tensor:
     tensor = node.attr["value"].t
-    dtype = _torch_dtype(_proto_dtype(tensor.desc.dtype), f"constant {node.name}")
+    dtype = torch_dtype(_proto_dtype(tensor.desc.dtype), f"constant {node.name}")
     shape = tuple(tensor.desc.shape.dim)
     if not tensor.data:
         return torch.empty(shape, dtype=dtype, device="cpu")
@@ -359,7 +361,7 @@ def _predict(
     """
     values: dict[Slot, Any] = dict(constants)
     for slot, info in infos.items():
-        dtype = _torch_dtype(info.dtype, f"input {slot.node}")
+        dtype = torch_dtype(info.dtype, f"input {slot.node}")
         value: Value = torch.empty(info.shape, dtype=dtype, device="meta")
         if formats[slot] == FRACTAL_NZ:
             value = FractalNZ(value, None)  # type: ignore[arg-type]
@@ -427,7 +429,7 @@ def _with_format(
 def _placeholder(node: Any) -> Value:
     """ConstPlaceHolder: a constant that lives in the caller's memory."""
     attr = node.attr
-    dtype = _torch_dtype(attr["dtype"].dt, f"constant {node.name}")
+    dtype = torch_dtype(attr["dtype"].dt, f"constant {node.name}")
     shape, storage = (tuple(attr[name].list.i) for name in ("origin_shape", "storage_shape"))
     return _with_format(attr["addr"].i, dtype, attr["storage_format"].i, shape, storage)
 
@@ -560,7 +562,7 @@ def _int64s(dims: Sequence[int]) -> Any:
 def _read(tensor: _GeTensor) -> Value:
     dims = tuple(tensor.dims[: tensor.dim_count])
     shape = tuple(tensor.origin_dims[: tensor.origin_dim_count]) if tensor.has_origin else dims
-    dtype = _torch_dtype(tensor.dtype, "an input")
+    dtype = torch_dtype(tensor.dtype, "an input")
     return _with_format(tensor.data or 0, dtype, tensor.format, shape, dims)
 
 

@@ -305,18 +305,23 @@ def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return _to_integer(steps, bits), peak * (1 / top)
 
 
-def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+def static_quant(
+    x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None, axis: int = -1
+) -> Tensor:
     """Quantize with a scale that is known: x * scale_reciprocal + offset, in float32.
 
     Args:
-        x: float, (..., k).
-        scale_reciprocal: float, (1,) or (k,).
+        x: float, 1 dim or more.
+        scale_reciprocal: float, 1 value or one for each index of the axis.
         offset: float, as scale_reciprocal, or None.
+        axis: the dim of x they run along.
 
     Returns:
         int8, x's shape.
     """
-    value = x.to(torch.float32) * scale_reciprocal.to(torch.float32)
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    value = x.to(torch.float32) * scale_reciprocal.to(torch.float32).reshape(shape)
     if offset is not None:
-        value.add_(offset.to(torch.float32))
+        value.add_(offset.to(torch.float32).reshape(shape))
     return _to_integer(value, 8)

@@ -187,11 +187,7 @@ def _ascend_quant(
             f"round_mode {round_mode}, sqrt_mode {sqrt_mode}, dst_type {dst_type}: cann_host "
             f"implements round, False and {INT8}"
         )
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    factors = [None if t is None else t.reshape(shape) for t in (scale, offset)]
-    assert factors[0] is not None
-    return static_quant(x, factors[0], factors[1])
+    return static_quant(x, scale, offset, axis)
 
 
 @op("DynamicQuant")
