@@ -13,10 +13,12 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")))
 #define INLINE_VNNI __attribute__((always_inline)) inline VNNI
@@ -140,9 +142,13 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 
 using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, bool,
                             int32_t*, int64_t);
+template <Kind kind, int... i>
+constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
+  return {Multiply<i + 1, kind>...};
+}
+// By rows less one.
 template <Kind kind>
-constexpr Multiplier kMultiply[] = {Multiply<1, kind>, Multiply<2, kind>, Multiply<3, kind>,
-                                    Multiply<4, kind>, Multiply<5, kind>, Multiply<6, kind>};
+constexpr auto kMultiply = EachHeight<kind>(std::make_integer_sequence<int, kRows<kind>>{});
 
 // Sum of `count` values, a multiple of 64.
 VNNI int32_t Sum(const int8_t* x, int64_t count) {
