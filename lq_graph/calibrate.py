@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .errors import LinearQuantTypeError, LinearQuantValueError
 
-__all__ = ["Range", "call", "evaluating", "observe_inputs"]
+__all__ = ["Range", "call", "check_batches", "evaluating", "observe_inputs"]
 
 
 class Range:
@@ -47,6 +47,20 @@ def call(model: nn.Module, inputs: Any) -> Any:
         f"inputs hold a {type(inputs).__name__}; allowed are a tensor, a tuple or list of "
         "positional arguments, or a mapping of keyword arguments. What to do: wrap it in a tuple."
     )
+
+
+def check_batches(function: str, name: str, batches: object) -> None:
+    """Refuse what is one input, or none, in the place of an iterable of inputs: a tensor is an
+    iterable too, of its rows, and a mapping of its keys.
+
+    Raises:
+        LinearQuantTypeError: naming the function and the argument.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise LinearQuantTypeError(
+            f"{function}: {name} is a {type(batches).__name__}; allowed is an iterable of inputs. "
+            "What to do: pass [inputs]."
+        )
 
 
 @contextmanager

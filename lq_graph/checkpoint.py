@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .errors import LinearQuantValueError
 from .formats import dtype_name
-from .module import LinearQuant
+from .module import layer_of
 from .quantized_linear import QuantizedLinear
 from .text import table
 
@@ -494,7 +494,6 @@ def _build(
         return None if tensor is None else tensor.reshape(-1).to(_F32)
 
     weight, bias = files.read(f"{name}.weight"), read("bias")
-    n, k = weight.shape
     weight_scale, input_scale, float_bias = floats("weight_scale"), floats("input_scale"), None
     if dynamic:
         scale = weight_scale
@@ -511,17 +510,8 @@ def _build(
     if bias is not None and bias.is_floating_point() and bias.dtype != output:
         bias = bias.to(_F32)
     assert scale is not None
-    linear = LinearQuant(
-        k, n, bias=bias is not None, pertoken_scale=dynamic, output_dtype=output, device="meta"
-    )
-    tensors = {"weight": weight, "scale": scale, "bias": bias}
-    if dynamic:
-        tensors["pertoken_scale"] = torch.ones(1)
-    for part, tensor in tensors.items():
-        if tensor is not None:
-            setattr(linear, part, nn.Parameter(tensor, requires_grad=False))
     return QuantizedLinear(
-        linear,
+        layer_of(weight, scale, bias, pertoken=dynamic, output_dtype=output),
         input_scale,
         floats("input_offset"),
         weight_scale=weight_scale,

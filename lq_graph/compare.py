@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calibrate import call, evaluating
+from .calibrate import call, check_batches, evaluating
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .module import LinearQuant
 from .quantized_linear import QuantizedLinear
@@ -219,7 +219,7 @@ def compare(
         raise LinearQuantValueError(
             "compare: model_a and model_b are one object. What to do: quantize a copy.deepcopy."
         )
-    _check_inputs(inputs)
+    check_batches("compare", "inputs", inputs)
     pairs = _pairs(model_a, model_b, layers)
     rectified = _rectified(model_a, model_b)
     own = {name: _Sums() for name in pairs}
@@ -279,15 +279,6 @@ def compare(
         ],
         final.error(),
     )
-
-
-def _check_inputs(inputs: Any) -> None:
-    # a tensor is an iterable too, of its rows
-    if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
-        raise LinearQuantTypeError(
-            f"compare: inputs is a {type(inputs).__name__}; allowed is an iterable of batches. "
-            "What to do: pass [inputs]."
-        )
 
 
 def _pairs(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"]
+__all__ = ["PARAM_INVALID", "LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"]
+
+# how a message ends: ACLNN_ERR_PARAM_INVALID
+PARAM_INVALID = "(aclnn would report 161002)"
 
 
 class LinearQuantError(Exception):

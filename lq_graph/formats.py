@@ -245,6 +245,7 @@ QUANT_ROWS: tuple[QuantRow, ...] = (
 # fmt: on
 
 
+@cache
 def quant_rows_of(product: Product, op: str) -> tuple[QuantRow, ...]:
     """The rows a product has of one quantizing operator."""
     return tuple(row for row in QUANT_ROWS if row.op == op and product in row.products)

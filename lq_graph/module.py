@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from .errors import PARAM_INVALID, LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from .formats import ND, ROWS, STORAGE_DTYPES, dtype_name
 from .npu import cast_format, format_of
 from .ops import trans_quant_param
 from .plan import check_finite
 
-__all__ = ["PARAMETERS", "LinearQuant"]
+__all__ = ["PARAMETERS", "LinearQuant", "keeping_dtypes", "layer_of"]
 
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
@@ -188,11 +188,7 @@ class LinearQuant(nn.Module):
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtypes(fn), recurse)
         return self
 
     def _load_from_state_dict(
@@ -287,6 +283,52 @@ class LinearQuant(nn.Module):
         return f"{dtypes}, {shape}"
 
 
+def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `.half()` and the like do to a tensor, its dtype left alone: it is moved, no more."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def layer_of(
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    pertoken: bool,
+    output_dtype: torch.dtype,
+) -> LinearQuant:
+    """A layer of these tensors, which are not copied; a Parameter stays the one it is.
+
+    Args:
+        weight: int8 (n, k), or int32 (n, k/8) carrying int4.
+        scale, bias, offset: the parameters of those names, None for absent.
+        pertoken: whether a pertoken_scale comes with each call.
+        output_dtype: of the layer.
+    """
+    n, words = weight.shape
+    layer = LinearQuant(
+        words * STORAGE_DTYPES[weight.dtype],
+        n,
+        bias=bias is not None,
+        offset=offset is not None,
+        pertoken_scale=pertoken,
+        output_dtype=output_dtype,
+        dtype=weight.dtype,
+        device="meta",  # no memory: the parameters are replaced
+    )
+    ones = torch.ones(1, device=weight.device) if pertoken else None
+    for name, tensor in zip(PARAMETERS, (weight, scale, offset, ones, bias), strict=True):
+        if tensor is not None:
+            own = tensor if isinstance(tensor, Parameter) else Parameter(tensor, False)
+            setattr(layer, name, own)
+    return layer
+
+
 def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:
     check_finite(scale, offset)
     return trans_quant_param(scale, offset)
@@ -299,7 +341,7 @@ def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
         raise LinearQuantTypeError(
             f"LinearQuant: {tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made "
             f"with {name}_dtype={dtype_name(stated)}. What to do: pass {dtype_name(stated)}, or "
-            f"leave {name}_dtype at None. (aclnn would report 161002)"
+            f"leave {name}_dtype at None. {PARAM_INVALID}"
         )
 
 

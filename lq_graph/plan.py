@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
-from .errors import LinearQuantTypeError, LinearQuantValueError
+from .errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
 from .formats import (
     COLUMNS,
     DIM_MAX,
@@ -40,8 +40,6 @@ __all__ = [
     "plan",
     "plan_trans_quant_param",
 ]
-
-_PARAM_INVALID = "161002"  # ACLNN_ERR_PARAM_INVALID
 
 
 class Spec(NamedTuple):
@@ -91,11 +89,11 @@ class Plan:
 
 
 def _type_error(text: str) -> NoReturn:
-    raise LinearQuantTypeError(f"linear_quant: {text} (aclnn would report {_PARAM_INVALID})")
+    raise LinearQuantTypeError(f"linear_quant: {text} {PARAM_INVALID}")
 
 
 def _value_error(text: str) -> NoReturn:
-    raise LinearQuantValueError(f"linear_quant: {text} (aclnn would report {_PARAM_INVALID})")
+    raise LinearQuantValueError(f"linear_quant: {text} {PARAM_INVALID}")
 
 
 def _shape(tensor: TensorLike) -> str:
@@ -530,27 +528,26 @@ def plan_trans_quant_param(
 
     Source: aclnnTransQuantParamV2 / V3 (hicann/ops-nn, quant/trans_quant_param_v2).
     """
-    code = f"(aclnn would report {_PARAM_INVALID})"
     for name, tensor in (("scale", scale), ("offset", offset)):
         if tensor is None:
             continue
         if tensor.dtype != torch.float32:
             raise LinearQuantTypeError(
                 f"trans_quant_param: {name} is {dtype_name(tensor.dtype)}; allowed is float32. "
-                f"What to do: convert it with {name}.float(). {code}"
+                f"What to do: convert it with {name}.float(). {PARAM_INVALID}"
             )
         dims = len(tensor.shape)
         if dims not in (1, 2) or (dims == 2 and sure(tensor.shape[0] != 1)):
             raise LinearQuantValueError(
                 f"trans_quant_param: {name} has shape {_shape(tensor)}; allowed are (1,), (n,) and "
-                f"(1, n). {code}"
+                f"(1, n). {PARAM_INVALID}"
             )
         if sure(tensor.shape[-1] == 0):
-            raise LinearQuantValueError(f"trans_quant_param: {name} is empty. {code}")
+            raise LinearQuantValueError(f"trans_quant_param: {name} is empty. {PARAM_INVALID}")
     if round_mode not in (0, 1):
         raise LinearQuantValueError(
             f"trans_quant_param: round_mode is {round_mode}; allowed are 0 (truncate the scale to "
-            f"19 bits) and 1 (round it half to even). {code}"
+            f"19 bits) and 1 (round it half to even). {PARAM_INVALID}"
         )
     if offset is None:
         return tuple(scale.shape)
@@ -563,7 +560,7 @@ def plan_trans_quant_param(
     if not fits or differ(scale.shape[-1], offset.shape[-1]):
         raise LinearQuantValueError(
             f"trans_quant_param: scale {_shape(scale)} and offset {_shape(offset)} do not fit; "
-            f"allowed are equal shapes, or 1 dim each with length 1 in one of them. {code}"
+            f"allowed are equal shapes, or 1 dim each with length 1 in one of them. {PARAM_INVALID}"
         )
     return tuple(scale.shape)
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from .errors import LinearQuantTypeError, LinearQuantValueError
+from .errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
 from .formats import (
     MIN_DIMS,
     QUANT_MAX_DIMS,
@@ -23,8 +23,6 @@ from .product import get_product
 from .symbolic import differ, sure
 
 __all__ = ["QuantPlan", "plan_dynamic_quant", "plan_static_quant"]
-
-_CODE = "(aclnn would report 161002)"
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def plan_static_quant(
         if tensor.dtype != x.dtype:
             raise LinearQuantTypeError(
                 f"static_quant: {name} is {dtype_name(tensor.dtype)} and x {dtype_name(x.dtype)}; "
-                f"both must be of one dtype. What to do: pass {name}.to(x.dtype). {_CODE}"
+                f"both must be of one dtype. What to do: pass {name}.to(x.dtype). {PARAM_INVALID}"
             )
         shape = tuple(tensor.shape)
         if len(shape) != 1 or not (sure(shape[0] == 1) or not differ(shape[0], k)):
@@ -113,7 +111,7 @@ def plan_static_quant(
 
 
 def _value_error(text: str) -> NoReturn:
-    raise LinearQuantValueError(f"{text} {_CODE}")
+    raise LinearQuantValueError(f"{text} {PARAM_INVALID}")
 
 
 def _row(op: str, x: TensorLike, output: torch.dtype) -> QuantRow:
@@ -124,7 +122,7 @@ def _row(op: str, x: TensorLike, output: torch.dtype) -> QuantRow:
         raise LinearQuantTypeError(
             f"{op}: dtype is {dtype_name(output)}; {product} allows "
             f"{_names([storage_name(row.output_dtype) for row in rows])}. What to do: ask for one "
-            f"of them. {_CODE}"
+            f"of them. {PARAM_INVALID}"
         )
     for row in outputs:
         if x.dtype in row.x:
@@ -133,7 +131,7 @@ def _row(op: str, x: TensorLike, output: torch.dtype) -> QuantRow:
     raise LinearQuantTypeError(
         f"{op}: x is {dtype_name(x.dtype)}; {product} allows {_names(map(dtype_name, allowed))}. "
         f"What to do: pass x.to(torch.{dtype_name(allowed[-1])}), or have the layer before it give "
-        f"that. {_CODE}"
+        f"that. {PARAM_INVALID}"
     )
 
 

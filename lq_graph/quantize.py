@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from .calibrate import observe_inputs
+from .calibrate import check_batches, observe_inputs
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import dtype_name
 from .module import LinearQuant
@@ -165,13 +165,8 @@ def _check_calibration(config: Config, calibration: object) -> None:
             f"quantize: calibration is given; {SCHEMES[type(config)]} needs none. What to do: "
             "leave it out, or use A8W8Static."
         )
-    if calibration is not None and (
-        isinstance(calibration, Tensor | dict | str) or not isinstance(calibration, Iterable)
-    ):
-        raise LinearQuantTypeError(
-            f"quantize: calibration is a {type(calibration).__name__}; allowed is an iterable of "
-            "inputs. What to do: pass [inputs]."
-        )
+    if calibration is not None:
+        check_batches("quantize", "calibration", calibration)
 
 
 def _survey(model: nn.Module, config: Config, filter_fn: FilterFn | None) -> list[Job]:

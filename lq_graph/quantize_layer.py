@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import LinearQuantError
 from .formats import STORAGE_DTYPES
-from .module import LinearQuant
+from .module import LinearQuant, layer_of
 from .numerics import pack_int4
 from .plan import Spec, plan
 from .plan_quant import plan_dynamic_quant, plan_static_quant
@@ -18,7 +18,9 @@ from .schemes import A4W4Dynamic, A8W8Static, Config
 
 __all__ = ["Job", "Kept", "affine", "illegal"]
 
-Kept = dict[int, nn.Parameter]  # quantized weights that more than one layer has, by the float one
+# Quantized weights that more than one layer has, with their scales, by the float weight. The first
+# of those layers makes them, while all of them are there.
+Kept = dict[int, tuple[nn.Parameter, Tensor]]
 _M = 16  # rows, where a plan asks for some
 _BIAS_STEPS = 1 << 24  # what an int32 bias may need: it leaves the product its 31 bits
 # how much of a row's range an int4 weight may give up for finer steps, the first the smallest
@@ -56,7 +58,6 @@ class Job:
         self.refusal = ""
         self.sharers = [self]
         self.input_scale, self.input_offset = 1.0, 0
-        self._least_scale: Tensor | None = None
         self.next: Job | None = None
         self.absorbed: tuple[nn.Module, str] | None = None
 
@@ -95,19 +96,14 @@ class Job:
         """What the weight's scale is multiplied by to give the layer's."""
         return self.input_scale / (self.next.input_scale if self.next else 1.0)
 
+    @property
     def least_scale(self) -> Tensor:
         """float64 (n,): the weight scales below which the bias would not fit into int32. A row
         whose weights are tiny beside its bias is quantized no finer than the bias allows."""
-        if self._least_scale is not None:
-            return self._least_scale
         bias = self.source.bias
         if bias is None or not self.static:
-            least = torch.zeros(self.n, dtype=torch.float64)
-        else:
-            least = bias.detach().double().cpu().abs() / (self.input_scale * _BIAS_STEPS)
-        if len(self.sharers) > 1:  # the others ask for it when this layer may be gone
-            self._least_scale = least
-        return least
+            return torch.zeros(self.n, dtype=torch.float64)
+        return bias.detach().double().cpu().abs() / (self.input_scale * _BIAS_STEPS)
 
     def build(self, kept: Kept) -> QuantizedLinear:
         """The quantized layer. Changes nothing; keeps in `kept` a weight that others have too."""
@@ -184,10 +180,7 @@ def _peaks(weight: Tensor, top: int) -> Tensor:
             steps = torch.stack([peak * clip / top for clip in _CLIPS])
             steps = steps.where(steps > 0, 1.0)
             errors = torch.stack([_error(rows, step, top) for step in steps])
-            peak = (
-                steps[errors.argmin(0).squeeze(-1), torch.arange(len(rows), device=rows.device)]
-                * top
-            )
+            peak = steps.gather(0, errors.argmin(0, keepdim=True))[0] * top
         peaks[part] = peak.squeeze(1).double().cpu()
     return peaks
 
@@ -213,24 +206,24 @@ def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
     The packed scale of a static layer keeps 10 bits of the mantissa, so the weight's scale is
     chosen such that the layer's has no more. Layers that share a weight cannot each have that.
     """
+    key = id(job.source.weight)
+    if key in kept:
+        return kept[key]
     weight = job.source.weight.detach()
     top = 7 if job.storage == torch.int32 else 127
     scale = _peaks(weight, top) / top
     for other in job.sharers:
-        scale = torch.maximum(scale, other.least_scale())
+        scale = torch.maximum(scale, other.least_scale)
     scale = torch.where(scale > 0, scale, 1.0)
     if job.static and len(job.sharers) == 1:
         scale = _up_to_s19((scale * job.step).float()).double() / job.step
-    key = id(job.source.weight)
-    if key in kept:
-        return kept[key], scale
     values = _round_weight(weight, scale, top)
     if job.storage == torch.int32:
         values = pack_int4(values)
-    new = nn.Parameter(values, requires_grad=False)
+    found = nn.Parameter(values, requires_grad=False), scale
     if len(job.sharers) > 1:
-        kept[key] = new
-    return new, scale
+        kept[key] = found
+    return found
 
 
 def _up_to_s19(scale: Tensor) -> Tensor:
@@ -278,21 +271,12 @@ def _build_static(job: Job, kept: Kept) -> QuantizedLinear:
 def _linear(
     job: Job, weight: nn.Parameter, scale: Tensor, bias: Tensor | None, offset: Tensor | None
 ) -> LinearQuant:
-    layer = LinearQuant(
-        job.k,
-        job.n,
-        bias=bias is not None,
-        offset=offset is not None,
-        pertoken_scale=not job.static,
+    device = weight.device
+    return layer_of(
+        weight,
+        scale.float().to(device),
+        None if bias is None else bias.to(device),
+        None if offset is None else offset.to(device),
+        pertoken=not job.static,
         output_dtype=job.output_dtype,
-        dtype=weight.dtype,
-        device="meta",  # no memory: the parameters are replaced
     )
-    layer.weight = weight
-    tensors = {"scale": scale.float(), "bias": bias, "offset": offset}
-    if not job.static:
-        tensors["pertoken_scale"] = torch.ones(1)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(layer, name, nn.Parameter(tensor.to(weight.device), requires_grad=False))
-    return layer

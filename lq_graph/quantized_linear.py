@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import LinearQuantTypeError
 from .formats import dtype_name
-from .module import LinearQuant
+from .module import LinearQuant, keeping_dtypes
 
 __all__ = ["QuantizedLinear"]
 
@@ -136,17 +137,9 @@ class QuantizedLinear(nn.Module):
             return "dynamic, per token"
         return f"static, per tensor, input_dtype={dtype_name(self.input_dtype)}"
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # .half() and the like move the module; the dtypes of its scales are part of the numbers
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        buffers = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in buffers.items():
-            if before is not None:
-                self._buffers[name] = keep_dtype(before)
+        super()._apply(keeping_dtypes(fn), recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
