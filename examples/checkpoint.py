@@ -22,7 +22,7 @@ import torchair as tng
 from torch import Tensor, nn
 
 import converters
-from lq_graph import LinearQuant, QuantizedLinear
+from lq_graph import A8W8Dynamic
 
 torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
 
@@ -40,24 +40,12 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-def quantized(linear: nn.Linear) -> QuantizedLinear:
-    """Per-channel int8 weights; the input is quantized per token, as it comes."""
-    n, k = linear.weight.shape
-    weight = linear.weight.detach().float()
-    scale = weight.abs().amax(1) / 127
-    layer = LinearQuant(k, n, pertoken_scale=True, output_dtype=torch.float16)
-    layer.weight.data = (weight / scale[:, None]).round().to(torch.int8)
-    layer.scale.data = scale
-    layer.bias.data = linear.bias.detach().clone()
-    return QuantizedLinear(layer)
-
-
 def make_checkpoint(folder: Path) -> Block:
     """A checkpoint as msmodelslim would leave it, and the float model it was made of."""
     torch.manual_seed(0)
     model, source = Block(), Block()
     source.load_state_dict(model.state_dict())
-    source.up, source.down = quantized(model.up), quantized(model.down)
+    lq_graph.quantize(source, A8W8Dynamic())
     lq_graph.save_checkpoint(source, folder, "msmodelslim")
     return model
 
