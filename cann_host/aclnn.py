@@ -266,9 +266,11 @@ def _check_quant_matmul(
         raise Refused(refusal)
 
 
-def _untransposed_weight(x2: AclTensor) -> Tensor:
-    """x2 as int8 (..., n, k), whatever its layout."""
+def _untransposed_weight(x2: AclTensor) -> Tensor | numerics.NzWeight:
+    """x2 as (..., n, k) or (n, k/8) in the dtype it has; int4 packed along n as int8."""
     rows, columns = x2.stored_shape[-2:]
+    if x2.is_transposed and x2.format == FRACTAL_NZ and len(x2.shape) == 2:
+        return numerics.NzWeight(x2.nz_view(), rows, columns)
     stored = (
         numerics.nz_to_nd(x2.nz_view(), rows, columns)
         if x2.format == FRACTAL_NZ
@@ -276,9 +278,11 @@ def _untransposed_weight(x2: AclTensor) -> Tensor:
         if x2.is_transposed
         else x2.view()
     )
+    if x2.is_transposed:
+        return stored
     if x2.dtype == torch.int32:
         stored = numerics.unpack_int4(stored)
-    return stored if x2.is_transposed else stored.mT.contiguous()
+    return stored.mT.contiguous()
 
 
 def _quant_matmul(
@@ -300,13 +304,13 @@ def _quant_matmul(
     del x2_offset  # the chip reads only the offset bits packed in the scale
     if 0 in out.shape:
         return  # Ascend 950 gives an empty output for an empty input
-    x = x1.view()
-    if x1.dtype == torch.int32:
+    x, weight = x1.view(), _untransposed_weight(x2)
+    if x1.dtype == torch.int32 and isinstance(weight, Tensor) and weight.dtype == torch.int8:
         x = numerics.unpack_int4(x)
     out.view().copy_(
         numerics.quant_matmul(
             x,
-            _untransposed_weight(x2),
+            weight,
             x2_scale.view(),
             bias=None if bias is None else bias.view(),
             pertoken_scale=None if x1_scale is None else x1_scale.view(),

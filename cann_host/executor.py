@@ -5,7 +5,7 @@ signature is the operator's GE definition: positional parameters are its inputs,
 its attributes with GE's defaults. `run_op` calls it by those names, and `OPS` tells torchair's own
 checks what exists. Tensors are plain CPU tensors, except
 
-    Int4        int4 values, unpacked
+    Int4        int4 values
     FractalNZ   a tensor whose storage has the internal format FRACTAL_NZ
 
 uint64 tensors (packed quantization parameters) are torch.int64 with the same bits. While a graph is
@@ -25,6 +25,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+from lq_graph.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
 
 __all__ = [
     "DTYPES",
@@ -59,28 +61,97 @@ class ShapeUnknownError(Exception):
 
 @dataclass(frozen=True)
 class Int4:
-    """int4 values as int8, one per element."""
+    """int4 values.
 
-    values: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
-
-
-@dataclass(frozen=True)
-class FractalNZ:
-    """A tensor stored as FRACTAL_NZ, already brought to ND; int4 ones hold `Int4`.
-
-    storage_shape is None where only the compiler knows it.
+    held: int8, a value each; or int32, eight of the last dim each, which a matmul takes as it is.
+    swapped: whether what is held has the last two dims the other way round, so that a weight that
+        passes a Transpose stays packed.
     """
 
-    nd: Tensor | Int4
-    storage_shape: tuple[int, ...] | None
+    held: Tensor
+    swapped: bool = False
+
+    @property
+    def is_packed(self) -> bool:
+        return self.held.dtype == torch.int32
 
     @property
     def shape(self) -> torch.Size:
-        return self.nd.shape
+        dims = list(self.held.shape)
+        if self.is_packed:
+            dims[-1] *= INT4_PER_INT32
+        if self.swapped:
+            dims[-2:] = dims[:-3:-1]
+        return torch.Size(dims)
+
+    @property
+    def values(self) -> Tensor:
+        """As int8, a value each."""
+        if self.held.is_meta:
+            return torch.empty(self.shape, dtype=torch.int8, device="meta")
+        values = unpack_int4(self.held) if self.is_packed else self.held
+        return values.mT if self.swapped else values
+
+    @property
+    def packed(self) -> Tensor:
+        """As int32, eight of the last dim each."""
+        if self.is_packed and not self.swapped:
+            return self.held
+        return pack_int4(self.values.contiguous())
+
+
+class FractalNZ:
+    """A tensor stored as FRACTAL_NZ; int4 ones hold `Int4`.
+
+    Bringing it to ND moves every byte, so it waits until an operator asks for `nd`.
+
+    Attributes:
+        like: what `nd` will be, on meta.
+        storage_shape: None where only the compiler knows it.
+        weight: the storage as a matmul takes it, where its rows are still those of `like`; or its
+            columns, if `swapped`.
+    """
+
+    def __init__(
+        self,
+        like: Tensor | Int4,
+        storage_shape: tuple[int, ...] | None,
+        nd: Callable[[], Tensor | Int4] | None = None,
+        weight: NzWeight | None = None,
+        swapped: bool = False,
+    ) -> None:
+        self.like, self.storage_shape = like, storage_shape
+        self.weight, self.swapped = weight, swapped
+        self._nd = nd
+
+    @property
+    def nd(self) -> Tensor | Int4:
+        return self.like if self._nd is None else self._nd()
+
+    @property
+    def is_meta(self) -> bool:
+        return self._nd is None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    def map(
+        self,
+        function: Callable[[Any], Tensor | Int4],
+        storage_shape: tuple[int, ...] | None,
+        *,
+        swaps: bool = False,
+    ) -> FractalNZ:
+        """`function` of it, which leaves the order of its values or swaps its two dims."""
+        like, nd = function(self.like), self._nd
+        swapped = self.swapped != swaps
+        weight = self.weight
+        if weight is not None and ((swapped and not swaps) or like.shape[int(swapped)] != weight.n):
+            weight = None
+        return FractalNZ(
+            like, storage_shape, None if nd is None else lambda: function(nd()), weight, swapped
+        )
 
 
 Value: TypeAlias = "Tensor | Int4 | FractalNZ | None"
@@ -115,9 +186,9 @@ def dtype_name(value: Tensor | Int4) -> str:
 def is_meta(value: Any) -> bool:
     """Whether only the shape and dtype of a value are known."""
     if isinstance(value, FractalNZ):
-        value = value.nd
+        return value.is_meta
     if isinstance(value, Int4):
-        value = value.values
+        value = value.held
     return isinstance(value, Tensor) and value.is_meta
 
 
@@ -227,9 +298,9 @@ def _to_meta(value: Any) -> Any:
     if type(value) is list:
         return [_to_meta(v) for v in value]
     if isinstance(value, FractalNZ):
-        return FractalNZ(_to_meta(value.nd), value.storage_shape)
+        return FractalNZ(value.like, value.storage_shape)
     if isinstance(value, Int4):
-        return Int4(value.values.to("meta"))
+        return Int4(value.held.to("meta"), value.swapped)
     return value.to("meta") if isinstance(value, Tensor) else value
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lq_graph.numerics import nz_to_nd
+from lq_graph.numerics import NzWeight, nz_to_nd
 
 from . import executor, ops  # noqa: F401 - ops registers the operators
 from .executor import (
@@ -362,10 +362,8 @@ def _predict(
     values: dict[Slot, Any] = dict(constants)
     for slot, info in infos.items():
         dtype = torch_dtype(info.dtype, f"input {slot.node}")
-        value: Value = torch.empty(info.shape, dtype=dtype, device="meta")
-        if formats[slot] == FRACTAL_NZ:
-            value = FractalNZ(value, None)  # type: ignore[arg-type]
-        values[slot] = value
+        like = torch.empty(info.shape, dtype=dtype, device="meta")
+        values[slot] = FractalNZ(like, None) if formats[slot] == FRACTAL_NZ else like
     left: list[Step] = []
     for step in steps:
         try:
@@ -423,7 +421,13 @@ def _with_format(
         raise GraphError(f"a tensor of shape {shape} has format {form}, which is not implemented")
     if len(storage) != len(shape) + 2:
         raise GraphError(f"a FRACTAL_NZ tensor of shape {shape} has storage shape {storage}")
-    return FractalNZ(nz_to_nd(_wrap(address, dtype, storage), *shape[-2:]), storage)
+    blocks = _wrap(address, dtype, storage)
+    return FractalNZ(
+        torch.empty(shape, dtype=dtype, device="meta"),
+        storage,
+        lambda: nz_to_nd(blocks, *shape[-2:]),
+        NzWeight(blocks, *shape) if NzWeight.fits(blocks, shape) else None,
+    )
 
 
 def _placeholder(node: Any) -> Value:

@@ -20,7 +20,7 @@ __all__ = ["is_available", "matmul"]
 
 _LIBRARY = "liblq_graph_cpu.so"
 # struct LqMatmul of csrc/qgemm.cpp
-_CALL = struct.Struct("13q4i")
+_CALL = struct.Struct("14q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 # Below so many products a second thread costs more than it does.
 _ONE_THREAD = 1 << 20
@@ -62,6 +62,7 @@ def matmul(
     bias: Tensor | None,
     pertoken_scale: Tensor | None,
     output_dtype: torch.dtype,
+    nz_shape: tuple[int, int] | None = None,
 ) -> Tensor | None:
     """What `numerics.quant_matmul` computes, or None where this kernel does not do it.
 
@@ -69,16 +70,20 @@ def matmul(
         x: int8 (..., m, k), or int32 (..., m, k/8) carrying int4.
         weight: its dtype, (n, k) or (n, k/8); with more dims the answer is None.
         scale, bias, pertoken_scale, output_dtype: as in `numerics.quant_matmul`.
+        nz_shape: the ND shape, (n, k) or (n, k/8), of a weight that is given as its FRACTAL_NZ
+            blocks, contiguous: (k/c0, n/16, 16, c0), rounded up, rows of 32 bytes.
     """
     # Few calls into torch: each is a tenth of what a small layer takes.
     kernel = _kernel()
-    shape, weight_shape = x.shape, weight.shape
+    shape, weight_shape = x.shape, nz_shape or weight.shape
     if kernel is None or len(weight_shape) != 2:
         return None
     n, words = weight_shape
     width = x.element_size()
-    weight_row = words * width
-    if not weight.is_contiguous():
+    weight_row, weight_step = words * width, 0
+    if nz_shape is not None:
+        weight_row, weight_step = 32, weight.stride(0) * width
+    elif not weight.is_contiguous():
         if weight.stride(1) != 1:
             return None
         weight_row = weight.stride(0) * width
@@ -126,6 +131,7 @@ def matmul(
         row,
         weight_row,
         0 if scale.shape[0] == 1 else 1,
+        weight_step,
         width == 4,
         packed,
         _OUTPUTS[output_dtype],

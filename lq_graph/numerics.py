@@ -12,6 +12,7 @@ Sources: aclnnQuantMatmulV4 / aclnnTransQuantParamV2 documents of CANN (hicann/o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from . import native
 
 __all__ = [
     "INT4_PER_INT32",
+    "NzWeight",
     "dynamic_quant",
     "matmul_int32",
     "nd_to_nz",
@@ -183,6 +185,39 @@ def nz_to_nd(x: Tensor, rows: int, cols: int) -> Tensor:
     return words.contiguous().view(x.dtype)[..., :rows, :cols].contiguous()
 
 
+@dataclass(frozen=True)
+class NzWeight:
+    """A weight that lies as FRACTAL_NZ.
+
+    Attributes:
+        blocks: (ceil(columns / c0), ceil(n / 16), 16, c0), contiguous; 32 bytes in a block's row.
+        n, columns: the shape in ND, (n, k) of int8 or (n, k/8) of int32.
+    """
+
+    blocks: Tensor
+    n: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if not self.fits(self.blocks, (self.n, self.columns)):
+            raise ValueError(
+                f"blocks {tuple(self.blocks.shape)} do not hold a weight ({self.n}, {self.columns})"
+            )
+
+    @staticmethod
+    def fits(blocks: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether blocks hold a weight of this ND shape: a kernel reads as much as that says."""
+        if len(shape) != 2:
+            return False
+        c0 = 32 // blocks.element_size()
+        want = (-(-shape[1] // c0), -(-shape[0] // 16), 16, c0)
+        return tuple(blocks.shape) == want and blocks.is_contiguous()
+
+    def nd(self) -> Tensor:
+        """The same in ND, a copy."""
+        return nz_to_nd(self.blocks, self.n, self.columns)
+
+
 def _no_overlap(x: Tensor) -> Tensor:
     """torch._int_mm (2.13, CPU) gives garbage for rows or columns that share memory."""
     rows, cols = x.stride()[-2:]
@@ -219,7 +254,7 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
 
 def quant_matmul(
     x1: Tensor,
-    weight: Tensor,
+    weight: Tensor | NzWeight,
     scale: Tensor,
     *,
     bias: Tensor | None = None,
@@ -233,7 +268,7 @@ def quant_matmul(
 
     Args:
         x1: int8 (..., m, k), or int32 (..., m, k/8) carrying int4.
-        weight: its dtype, (..., n, k) or (n, k/8).
+        weight: its dtype, (..., n, k) or (n, k/8), or an NzWeight of (n, k) or (n, k/8).
         scale: (1,) or (n,). The packed int64 form for int8 output and for float16 output
             without pertoken_scale, and possibly for bfloat16; float32 or bfloat16 otherwise (read
             only for a float output).
@@ -245,9 +280,15 @@ def quant_matmul(
     Returns:
         output_dtype, (..., m, n).
     """
-    out = native.matmul(x1, weight, scale, bias, pertoken_scale, output_dtype)
+    if isinstance(weight, NzWeight):
+        stored, nz_shape = weight.blocks, (weight.n, weight.columns)
+    else:
+        stored, nz_shape = weight, None
+    out = native.matmul(x1, stored, scale, bias, pertoken_scale, output_dtype, nz_shape)
     if out is not None:
         return out
+    if isinstance(weight, NzWeight):
+        weight = weight.nd()
     if x1.dtype == torch.int32:
         x1, weight = unpack_int4(x1), unpack_int4(weight)
     acc = matmul_int32(x1, weight)

@@ -13,6 +13,8 @@ import torch
 
 from cann_host import executor, ops  # noqa: F401 - ops registers the operators
 from cann_host.executor import GraphError, Int4, find_op, run_op
+from cann_host.ops import quant
+from lq_graph import numerics
 
 I8, I32, I64, F16, BF16, F32 = (
     torch.int8,
@@ -300,6 +302,73 @@ def test_computes(case: Case) -> None:
             atol=1e-3 if one.dtype == F16 else 1e-6,
             equal_nan=True,
         )
+
+
+@pytest.mark.parametrize("through_transpose", [False, True])
+@pytest.mark.parametrize("form", ["ND", "FRACTAL_NZ"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_reaches_the_matmul_as_it_lies(
+    bits: int, form: str, through_transpose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of it in ND, nor unpacked, whether the matmul transposes it or the graph does."""
+    m, k, n = 3, 128, 48
+    low, high = (-8, 8) if bits == 4 else (-128, 128)
+    x = np.random.default_rng(1).integers(low, high, (m, k)).astype(np.int8)
+    w = np.random.default_rng(2).integers(low, high, (n, k)).astype(np.int8)
+    scale, pertoken = torch.rand(n) * 1e-3, torch.rand(m)
+    want = golden.linear_quant(
+        x, w, scale.numpy(), pertoken_scale=pertoken.numpy(), output_dtype="float16"
+    )
+    x1, x2 = torch.from_numpy(x), torch.from_numpy(w)
+    if bits == 4:
+        x1, x2 = numerics.pack_int4(x1), numerics.pack_int4(x2)
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(executor, "unpack_int4", asked.append)
+    seen: list[Any] = []
+    matmul = quant.quant_matmul
+    monkeypatch.setattr(quant, "quant_matmul", lambda *a, **k: seen.append(a) or matmul(*a, **k))
+    like = torch.empty(x2.shape, dtype=x2.dtype, device="meta")
+
+    def run(type_: str, *inputs: Any, **attrs: Any) -> Any:
+        names = find_op(type_).inputs
+        given = {name: v for name, v in zip(names, inputs, strict=False) if v is not None}
+        return run_op(find_op(type_), given, attrs)[0]
+
+    weight: Any = x2
+    if form == "FRACTAL_NZ":
+        blocks = numerics.nd_to_nz(x2, 32 // x2.element_size())
+        weight = executor.FractalNZ(
+            like,
+            tuple(blocks.shape),
+            lambda: pytest.fail("brought to ND"),
+            numerics.NzWeight(blocks, *x2.shape),
+        )
+    if bits == 4:
+        x1, weight = run("Bitcast", x1, type=GE_INT4), run("Bitcast", weight, type=GE_INT4)
+        x1 = run("Reshape", x1, torch.tensor([m, k]))
+        weight = run("Reshape", weight, torch.tensor([n, k]))
+    if through_transpose:
+        weight = run("Transpose", weight, torch.tensor([1, 0]))
+    assert tuple(weight.shape) == ((k, n) if through_transpose else (n, k))
+    inputs = (x1, weight, scale, None, None, pertoken)
+    out = run("QuantBatchMatmulV3", *inputs, dtype=GE_F16, transpose_x2=not through_transpose)
+    np.testing.assert_array_equal(out.numpy(), want)
+    stored = seen[0][1]
+    stored = stored.blocks if form == "FRACTAL_NZ" else stored
+    address = (blocks if form == "FRACTAL_NZ" else x2).data_ptr()
+    assert not asked and stored.data_ptr() == address
+
+
+@pytest.mark.parametrize("perm", [[0, 1], [1, 0]])
+def test_int4_values_through_transpose_and_back(perm: list[int]) -> None:
+    values = torch.randint(-8, 8, (16, 24), dtype=I8)
+    packed = Int4(numerics.pack_int4(values))
+    turned = run_op(find_op("Transpose"), {"x": packed, "perm": torch.tensor(perm)}, {})[0]
+    assert turned.shape == values.permute(perm).shape
+    assert torch.equal(turned.values, values.permute(perm))
+    flat = run_op(find_op("Reshape"), {"x": turned, "shape": torch.tensor([-1])}, {})[0]
+    assert torch.equal(flat.values, values.permute(perm).reshape(-1))
+    assert torch.equal(turned.packed, numerics.pack_int4(values.permute(perm).contiguous()))
 
 
 # types whose float results have a dtype of their own, by an attribute or the definition

@@ -37,7 +37,9 @@ def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
     return torch.randint(low, high, shape, dtype=I8, generator=generator)
 
 
-def by_torch(x: Tensor, weight: Tensor, *args: Tensor | None, **options: torch.dtype) -> Tensor:
+def by_torch(
+    x: Tensor, weight: Tensor | numerics.NzWeight, *args: Tensor | None, **options: torch.dtype
+) -> Tensor:
     kernel, native.matmul = native.matmul, lambda *_: None  # type: ignore[assignment]
     try:
         return numerics.quant_matmul(x, weight, *args, **options)
@@ -68,7 +70,7 @@ def epilogues(n: int, m: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | 
 
 
 @needs_kernel
-@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 23, 24, 1021])
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 95, 96, 1021])
 @pytest.mark.parametrize("k", [1, 7, 63, 64, 65, 128, 2047, 2048, 2049, 4160])
 def test_edges_of_the_blocks(m: int, k: int) -> None:
     for n in (1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 129):
@@ -96,6 +98,42 @@ def test_edges_of_the_blocks_int4(m: int, k: int) -> None:
                 x, weight, scale, bias=bias, pertoken_scale=pertoken, output_dtype=output
             )
             assert torch.equal(got, want), (m, k, n, output)
+
+
+@needs_kernel
+@pytest.mark.parametrize("m", [1, 7, 95, 96, 97])
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 64, 65, 96, 128, 200, 4096, 4136])
+def test_edges_of_the_blocks_fractal_nz(m: int, k: int) -> None:
+    for n in (2, 15, 16, 17, 33, 130):
+        for int4 in (False, True)[: 2 - bool(k % 8)]:
+            x, nd = values(m, k, int4=int4), values(n, k, int4=int4, seed=1)
+            if int4:
+                x, nd = numerics.pack_int4(x), numerics.pack_int4(nd)
+            blocks = numerics.nd_to_nz(nd, 8 if int4 else 32)
+            weight = numerics.NzWeight(blocks, *nd.shape)
+            got = native.matmul(x, blocks, torch.ones(1), None, None, I32, tuple(nd.shape))
+            assert got is not None
+            want = by_torch(x, nd, torch.ones(1), output_dtype=I32)
+            assert torch.equal(got, want), (m, k, n, int4)
+            assert torch.equal(by_torch(x, weight, torch.ones(1), output_dtype=I32), want)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "n", "columns"),
+    [
+        ((2, 1, 16, 32), 16, 65),
+        ((2, 1, 16, 32), 17, 64),
+        ((2, 1, 16, 32), 16, 32),
+        ((2, 1, 32, 16), 16, 64),
+        ((2, 16, 32), 16, 64),
+    ],
+)
+def test_blocks_that_do_not_hold_the_weight_are_refused(
+    blocks: tuple[int, ...], n: int, columns: int
+) -> None:
+    """The kernel reads as much as the shape says."""
+    with pytest.raises(ValueError, match=f"do not hold a weight \\({n}, {columns}\\)"):
+        numerics.NzWeight(torch.zeros(blocks, dtype=I8), n, columns)
 
 
 @needs_kernel
@@ -224,7 +262,7 @@ def test_it_can_be_switched_off() -> None:
 
 
 def test_the_call_has_the_layout_the_kernel_reads() -> None:
-    """struct LqMatmul: seven pointers, six 64-bit numbers, four 32-bit ones."""
+    """struct LqMatmul: seven pointers, seven 64-bit numbers, four 32-bit ones."""
     source = (Path(lq_graph.__file__).parent / "csrc" / "qgemm.cpp").read_text()
     body = source.split("struct LqMatmul {")[1].split("};")[0]
     fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
@@ -232,4 +270,4 @@ def test_the_call_has_the_layout_the_kernel_reads() -> None:
     for field in filter(None, fields):
         kind = "q" if "*" in field or field.startswith("int64_t") else "i"
         sizes += kind * (field.count(",") + 1)
-    assert sizes == "q" * 13 + "i" * 4 and native._CALL.size == 13 * 8 + 4 * 4
+    assert sizes == "q" * 14 + "i" * 4 and native._CALL.size == 14 * 8 + 4 * 4

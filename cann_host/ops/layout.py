@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_graph.numerics import INT4_PER_INT32
+
 from ..executor import (
     Dynamic,
     FractalNZ,
@@ -31,8 +33,13 @@ def _transpose(x: Any, perm: Host) -> Any:
     order = ints(perm)
     if isinstance(x, FractalNZ):
         # GE fuses this Transpose with the matmul that follows: the storage stays as it is.
-        return FractalNZ(_transpose(x.nd, perm), None)
+        if order != [1, 0]:
+            nd = None if x.is_meta else lambda: _transpose(x.nd, perm)
+            return FractalNZ(_transpose(x.like, perm), None, nd)
+        return x.map(lambda nd: _transpose(nd, perm), None, swaps=True)
     if isinstance(x, Int4):
+        if order == [1, 0]:
+            return Int4(x.held, not x.swapped)
         return Int4(_transpose(x.values, perm))
     return x.permute(order)
 
@@ -46,9 +53,14 @@ def _permute(x: Any, *, order: Sequence[int]) -> Any:
 def _reshape(x: Any, shape: Host, *, axis: int = 0, num_axes: int = -1) -> Any:
     if isinstance(x, FractalNZ):
         # int4 weights pass here after Bitcast, with the parts still in a dim of their own
-        return FractalNZ(_reshape(x.nd, shape, axis=axis, num_axes=num_axes), x.storage_shape)
+        return x.map(lambda nd: _reshape(nd, shape, axis=axis, num_axes=num_axes), x.storage_shape)
     if isinstance(x, Int4):
-        return Int4(_reshape(x.values, shape, axis=axis, num_axes=num_axes))
+        # as packed as it was, unless the last dim no longer holds whole words
+        like = torch.empty(x.shape, device="meta")
+        new = _reshape(like, shape, axis=axis, num_axes=num_axes).shape
+        if x.is_packed and not x.swapped and len(new) and new[-1] % INT4_PER_INT32 == 0:
+            return Int4(x.held.reshape(*new[:-1], new[-1] // INT4_PER_INT32))
+        return Int4(x.values.reshape(new))
     if axis or num_axes != -1:
         raise GraphError(f"Reshape with axis {axis}, num_axes {num_axes} is not implemented")
     dims = [x.shape[i] if dim == 0 and x.numel() else dim for i, dim in enumerate(ints(shape))]

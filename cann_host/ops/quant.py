@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from lq_graph.numerics import (
+    NzWeight,
     dynamic_quant,
-    pack_int4,
     pack_scale,
     quant_matmul,
     static_quant,
-    unpack_int4,
 )
 
 from .. import executor
@@ -57,9 +56,9 @@ def _quant_batch_matmul(
         raise GraphError(f"group_size {group_size} is not implemented by cann_host")
     out_dtype = torch_dtype(dtype)
     x1_format, x1 = (NZ, x1.nd) if isinstance(x1, FractalNZ) else (ND, x1)
-    x2_format, storage = ND, None
+    x2_format, storage, nz = ND, None, None
     if isinstance(x2, FractalNZ):
-        x2_format, storage, x2 = NZ, x2.storage_shape, x2.nd
+        x2_format, storage, nz, x2 = NZ, x2.storage_shape, x2, x2.like
     optional = {"offset": offset, "bias": bias, "pertoken": pertoken_scale}
     described: dict[str, Any] = {}
     for name, value in optional.items():
@@ -84,14 +83,26 @@ def _quant_batch_matmul(
     )
     if refusal:
         raise GraphError(refusal)
-    left = x1.values if isinstance(x1, Int4) else x1
-    right = x2.values if isinstance(x2, Int4) else x2
-    left = left.mT if transpose_x1 else left
-    right = right if transpose_x2 else right.mT  # (..., n, k)
-    if left.is_meta:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        shape = (*batch, left.shape[-2], right.shape[-2])
-        return torch.empty(shape, dtype=out_dtype, device="meta")
+    if executor.is_meta(x1):
+        batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+        m, n = x1.shape[-1 if transpose_x1 else -2], x2.shape[-2 if transpose_x2 else -1]
+        return torch.empty((*batch, m, n), dtype=out_dtype, device="meta")
+    left: Tensor
+    right: Tensor | NzWeight
+    # as the kernel reads a weight: (n, k), though it may be seen through a Transpose
+    stored = None if nz is None or len(x2.shape) != 2 else nz.weight
+    if nz is not None and stored is not None and transpose_x2 != nz.swapped and not transpose_x1:
+        left, right = x1.packed if isinstance(x1, Int4) else x1, stored
+    else:
+        x2 = x2 if nz is None else nz.nd
+        if isinstance(x1, Int4) and isinstance(x2, Int4):
+            straight = transpose_x2 != x2.swapped and not transpose_x1
+            if straight and x2.is_packed and x2.held.dim() == 2:
+                x1, x2, transpose_x2 = x1.packed, x2.held, True
+            else:
+                x1, x2 = x1.values, x2.values
+        left = x1.mT if transpose_x1 else x1
+        right = x2 if transpose_x2 else x2.mT  # (..., n, k)
     return quant_matmul(
         left,
         right,
@@ -209,25 +220,23 @@ def _dynamic_quant(
 
 @op("Bitcast", special=True)
 def _bitcast(x: Any, *, type: int) -> Any:
-    if isinstance(x, FractalNZ) and isinstance(x.nd, Tensor):
+    if isinstance(x, FractalNZ) and isinstance(x.like, Tensor):
         storage = x.storage_shape
         if type == INT4 and storage is not None:
             storage = (*storage[:-1], storage[-1] * 8)
-        return FractalNZ(_bitcast(x.nd, type=type), storage)
+        return x.map(lambda nd: _bitcast(nd, type=type), storage)
     if isinstance(x, Int4):
         if DTYPES.get(type) != torch.int32 or x.shape[-1] != 8:
             raise GraphError(f"Bitcast of int4 {tuple(x.shape)} to GE dtype {type} is refused")
-        if x.values.is_meta:
+        if x.held.is_meta:
             return torch.empty(x.shape[:-1], dtype=torch.int32, device="meta")
-        return pack_int4(x.values).squeeze(-1)
+        return x.packed.squeeze(-1)
     assert isinstance(x, Tensor)
     if type == INT4:
         if x.dtype != torch.int32:
             raise GraphError(f"Bitcast of {dtype_name(x)} to int4 is not implemented by cann_host")
         # A wider type gains a last dim that holds the parts, as in TensorFlow's bitcast.
-        if x.is_meta:
-            return Int4(torch.empty((*x.shape, 8), dtype=torch.int8, device="meta"))
-        return Int4(unpack_int4(x).unflatten(-1, (-1, 8)))
+        return Int4(x.unsqueeze(-1))
     target = torch_dtype(type)
     if target.itemsize < x.dtype.itemsize:
         return x.contiguous().unsqueeze(-1).view(target)

@@ -1,5 +1,5 @@
-// The CPU kernel of quantized matmul: int8 or packed int4 times the weight as it is stored, (n, k),
-// exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with AVX-512 VNNI; elsewhere
+// The CPU kernel of quantized matmul: int8 or packed int4 times the weight as it is stored, (n, k) or
+// its FRACTAL_NZ blocks, exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with AVX-512 VNNI; elsewhere
 // numerics.py computes the same with torch. Loaded with ctypes, so it knows nothing of torch.
 //
 // VPDPBUSD multiplies unsigned by signed bytes. One side is made unsigned by flipping its top bit,
@@ -38,6 +38,9 @@ struct LqMatmul {
   void* out;                // (m, n)
   int64_t m, n, row_bytes;  // k bytes for int8, k / 2 for int4
   int64_t x_stride, w_stride, scale_stride;
+  // 0, or w is FRACTAL_NZ: rows of 32 bytes after one another, w_stride of 32, and so many bytes from
+  // 32 bytes of a row to its next 32
+  int64_t w_step;
   int32_t int4;
   int32_t packed;  // scale is int64, the offset in it
   int32_t output;  // 0 int32, 1 int8, 2 float16, 3 bfloat16
@@ -52,7 +55,7 @@ enum Kind { kInt4, kFlipWeight, kFlipInput };
 // Rows of x in one register block: what leaves room for those of w, which int4 has two of each.
 template <Kind kind>
 constexpr int kRows = kind == kInt4 ? 4 : 6;
-constexpr int64_t kManyRows = 24;  // from here on x is flipped
+constexpr int64_t kManyRows = 96;  // from here on x is flipped
 constexpr int kColumns = 4;  // rows of w, columns of the result
 constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
 constexpr int64_t kBlock = 32;  // columns at a time: their w stays in L2
@@ -73,13 +76,23 @@ INLINE_VNNI __m128i Sums(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
+// 64 bytes of a row of w. `step` is 32 unless w is FRACTAL_NZ.
+template <bool nz>
+INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
+  if constexpr (!nz) return _mm512_loadu_si512(w + at);
+  w += at / 32 * step;
+  return _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))),
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + step)), 1);
+}
+
 // rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c; what
 // will be read next of w is `ahead` bytes further. A row of x has a byte for each of w; for int4 64
 // even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out flat: only so
 // does GCC 12 keep an array of accumulators in registers.
-template <int rows, Kind kind>
-VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t ahead,
-                   int64_t depth, bool first, int32_t* c, int64_t c_stride) {
+template <int rows, Kind kind, bool nz>
+VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
+                   int64_t ahead, int64_t depth, bool first, int32_t* c, int64_t c_stride) {
   const __m512i flip = _mm512_set1_epi8(kind == kInt4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
@@ -92,13 +105,21 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
     if (kind != kFlipInput) {
       // into L2 for the next block of columns; the processor looks ahead to the end of a page only.
       // With many rows there is time enough without.
-      _mm_prefetch(w0 + ahead + at, _MM_HINT_T1);
-      _mm_prefetch(w1 + ahead + at, _MM_HINT_T1);
-      _mm_prefetch(w2 + ahead + at, _MM_HINT_T1);
-      _mm_prefetch(w3 + ahead + at, _MM_HINT_T1);
+      const int64_t next = ahead + (nz ? at / 32 * step : at);
+      if constexpr (nz) {  // two rows in a line
+        _mm_prefetch(w0 + next, _MM_HINT_T1);
+        _mm_prefetch(w2 + next, _MM_HINT_T1);
+        _mm_prefetch(w0 + next + step, _MM_HINT_T1);
+        _mm_prefetch(w2 + next + step, _MM_HINT_T1);
+      } else {
+        _mm_prefetch(w0 + next, _MM_HINT_T1);
+        _mm_prefetch(w1 + next, _MM_HINT_T1);
+        _mm_prefetch(w2 + next, _MM_HINT_T1);
+        _mm_prefetch(w3 + next, _MM_HINT_T1);
+      }
     }
-    __m512i v[kColumns] = {_mm512_loadu_si512(w0 + at), _mm512_loadu_si512(w1 + at),
-                           _mm512_loadu_si512(w2 + at), _mm512_loadu_si512(w3 + at)};
+    __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
+                           LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
     if constexpr (kind != kFlipInput) {
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) v[j] = _mm512_xor_si512(v[j], flip);
@@ -140,15 +161,15 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
   }
 }
 
-using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, bool,
-                            int32_t*, int64_t);
-template <Kind kind, int... i>
+using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, int64_t,
+                            bool, int32_t*, int64_t);
+template <Kind kind, bool nz, int... i>
 constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
-  return {Multiply<i + 1, kind>...};
+  return {Multiply<i + 1, kind, nz>...};
 }
 // By rows less one.
-template <Kind kind>
-constexpr auto kMultiply = EachHeight<kind>(std::make_integer_sequence<int, kRows<kind>>{});
+template <Kind kind, bool nz>
+constexpr auto kMultiply = EachHeight<kind, nz>(std::make_integer_sequence<int, kRows<kind>>{});
 
 // Sum of `count` values, a multiple of 64.
 VNNI int32_t Sum(const int8_t* x, int64_t count) {
@@ -268,13 +289,22 @@ struct Part {
   int64_t top, bottom, left, right;
 };
 
+// Rows of w from `rows` on, as w_stride and w_step of LqMatmul describe them.
+struct Right {
+  const uint8_t* rows;
+  int64_t stride, step;
+};
+
 // Products of rows [part.top, part.bottom) of x over the bytes [from, from + depth) of the rows of w.
 // The tail, which is shorter than 64 bytes, is multiplied as copies that end in zeros.
 template <Kind kind>
-VNNI void Slab(const LqMatmul& call, const int8_t* x, int64_t x_stride, const Part& part,
-               int64_t from, int64_t depth, int32_t* sums) {
-  const bool tail = depth < 64;
-  const int64_t ahead = tail ? 0 : kBlock * call.w_stride;
+VNNI void Slab(const Right& right, const int8_t* x, int64_t x_stride, const Part& part, int64_t from,
+               int64_t depth, int32_t* sums) {
+  const bool tail = depth < 64, nz = right.step;
+  const int64_t ahead = tail ? 0 : kBlock * right.stride;
+  // a copied tail is plain
+  const auto& multiply = nz && !tail ? kMultiply<kind, true> : kMultiply<kind, false>;
+  const uint8_t* const first = right.rows + (nz ? from / 32 * right.step : from);
   x += from * (kind == kInt4 ? 2 : 1);
   uint8_t copies[kColumns][64] = {};
   // x's rows stay in L1 while w's pass by
@@ -283,37 +313,52 @@ VNNI void Slab(const LqMatmul& call, const int8_t* x, int64_t x_stride, const Pa
     for (int64_t column = part.left; column < part.right; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i) {
-        w[i] = call.w + std::min(column + i, call.n - 1) * call.w_stride + from;
-        if (tail) w[i] = static_cast<uint8_t*>(std::memcpy(copies[i], w[i], depth));
+        w[i] = first + (std::min(column + i, part.right - 1) - part.left) * right.stride;
+        if (!tail) continue;
+        const int64_t plain = nz ? std::min<int64_t>(depth, 32) : depth;
+        std::memcpy(copies[i], w[i], plain);
+        if (plain < depth) std::memcpy(copies[i] + plain, w[i] + right.step, depth - plain);
+        w[i] = copies[i];
       }
-      kMultiply<kind>[rows - 1](x + row * x_stride, x_stride, w, ahead, tail ? 64 : depth,
-                                from == 0, sums + (row - part.top) * kBlock + column - part.left,
-                                kBlock);
+      multiply[rows - 1](x + row * x_stride, x_stride, w, right.step, ahead, tail ? 64 : depth,
+                         from == 0, sums + (row - part.top) * kBlock + column - part.left, kBlock);
     }
   }
 }
 
 // Products over whole rows.
 template <Kind kind>
-VNNI void Products(const LqMatmul& call, const int8_t* x, int64_t x_stride, const Part& part,
-                   int32_t* sums) {
-  const int64_t whole = call.row_bytes / 64 * 64;
+VNNI void Products(const Right& right, int64_t row_bytes, const int8_t* x, int64_t x_stride,
+                   const Part& part, int32_t* sums) {
+  const int64_t whole = row_bytes / 64 * 64;
   for (int64_t from = 0; from < whole; from += kDepth)
-    Slab<kind>(call, x, x_stride, part, from, std::min(kDepth, whole - from), sums);
-  if (whole < call.row_bytes)
-    Slab<kind>(call, x, x_stride, part, whole, call.row_bytes - whole, sums);
+    Slab<kind>(right, x, x_stride, part, from, std::min(kDepth, whole - from), sums);
+  if (whole < row_bytes)
+    Slab<kind>(right, x, x_stride, part, whole, row_bytes - whole, sums);
+}
+
+// `count` FRACTAL_NZ rows as plain ones.
+Right Straighten(const Right& nz, int64_t count, int64_t row_bytes, uint8_t* plain,
+                 int64_t stride) {
+  for (int64_t at = 0; at < row_bytes; at += 32)
+    for (int64_t row = 0; row < count; ++row)
+      std::memcpy(plain + row * stride + at, nz.rows + at / 32 * nz.step + row * nz.stride, 32);
+  return {plain, stride, 0};
 }
 
 template <Kind kind>
-VNNI void Compute(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+VNNI void Compute(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums,
+                  uint8_t* plain, int64_t plain_stride) {
   int32_t of_w[kBlock];
   for (int64_t top = all.top; top < all.bottom; top += kTall) {
     for (int64_t left = all.left; left < all.right; left += kBlock) {
       const Part part{top, std::min(all.bottom, top + kTall), left,
                       std::min(all.right, left + kBlock)};
-      Products<kind>(call, x.x, x.stride, part, sums);
+      Right right{call.w + left * call.w_stride, call.w_stride, call.w_step};
+      if (plain) right = Straighten(right, part.right - left, call.row_bytes, plain, plain_stride);
+      Products<kind>(right, call.row_bytes, x.x, x.stride, part, sums);
       if (kind == kFlipInput)
-        Products<kind>(call, x.ones, 0, Part{0, 1, part.left, part.right}, of_w);
+        Products<kind>(right, call.row_bytes, x.ones, 0, Part{0, 1, part.left, part.right}, of_w);
       for (int64_t row = top; row < part.bottom; ++row)
         Finish(call, sums + (row - top) * kBlock, x.surplus[row],
                kind == kFlipInput ? of_w : nullptr, row, left, part.right - left);
@@ -355,7 +400,11 @@ VNNI int Run(const LqMatmul& call) {
   const auto copy = Allocate<int8_t>((m + 1) * stride);
   const auto surplus = Allocate<int32_t>(m);
   const auto sums = Allocate<int32_t>(threads * tall * kBlock);
-  if (!copy || !surplus || !sums) return 1;
+  // with many rows, a block of w that is FRACTAL_NZ is made plain once instead of at each reading
+  const bool straighten = kind == kFlipInput && call.w_step;
+  const int64_t plain_stride = padded + 64;
+  const auto plain = Allocate<uint8_t>(straighten ? threads * kBlock * plain_stride : 0);
+  if (!copy || !surplus || !sums || !plain) return 1;
   int8_t* const ones = copy.get() + m * stride;
   if (kind == kFlipInput) std::memset(ones, 1, padded);
   const Left x{copy.get(), stride, surplus.get(), ones};
@@ -376,7 +425,9 @@ VNNI int Run(const LqMatmul& call) {
       own.top = m * number / count;
       own.bottom = m * (number + 1) / count;
     }
-    Compute<kind>(call, x, own, sums.get() + number * tall * kBlock);
+    Compute<kind>(call, x, own, sums.get() + number * tall * kBlock,
+                  straighten ? plain.get() + number * kBlock * plain_stride : nullptr,
+                  plain_stride);
   };
   if (threads == 1) {
     copy_part(0, 1);
