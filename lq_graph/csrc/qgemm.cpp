@@ -2,11 +2,9 @@
 // its FRACTAL_NZ blocks, exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with AVX-512 VNNI; elsewhere
 // numerics.py computes the same with torch. Loaded with ctypes, so it knows nothing of torch.
 //
-// VPDPBUSD multiplies unsigned by signed bytes. One side is made unsigned by flipping its top bit,
+// VPDPBUSD multiplies unsigned by signed bytes. The weight is made unsigned by flipping its top bit,
 // which adds 128 to each value (8 to an int4), and what that adds to the result is taken off again:
 //   sum x*(w + 128) - 128 * sum x = sum x*w, in arithmetic modulo 2^32, and so exact.
-// With few rows the weight is flipped as it is read. With many, x is, in the copy made of it, which
-// saves the flips; then it is 128 * sum w, for each column, that is taken off.
 //
 // Threads are those of the OpenMP runtime torch has loaded: this library is not linked to one, and
 // finds GOMP_parallel among the symbols of the process. So torch.set_num_threads holds here too.
@@ -50,16 +48,22 @@ struct LqMatmul {
 
 namespace {
 
-enum Kind { kInt4, kFlipWeight, kFlipInput };
-
-// Rows of x in one register block: what leaves room for those of w, which int4 has two of each.
-template <Kind kind>
-constexpr int kRows = kind == kInt4 ? 4 : 6;
-constexpr int64_t kManyRows = 96;  // from here on x is flipped
-constexpr int kColumns = 4;  // rows of w, columns of the result
+// Few rows: w is read as it is stored, registers run along k and are summed across at the end.
+// Rows of x in one block of registers: what leaves room for those of w, which int4 has two of each.
+template <bool int4>
+constexpr int kRows = int4 ? 4 : 6;
+constexpr int kColumns = 4;       // rows of w, columns of the result
 constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
-constexpr int64_t kBlock = 32;  // columns at a time: their w stays in L2
-constexpr int64_t kTall = 1020;  // rows at a time: their accumulators stay in L2
+constexpr int64_t kBlock = 32;    // columns at a time
+
+// Many rows: w is turned, one panel at a time, so that registers run along n and need no sum across.
+constexpr int64_t kManyRows = 112;
+constexpr int kPanelRows = 12;        // rows of x in one block of registers
+constexpr int kPanelColumns = 32;     // two registers
+constexpr int64_t kPanelDepth = 512;  // values of k at a time: a panel is 16 KB, and stays in L1
+constexpr int kAhead = 3;             // lines to fetch ahead with each 64 bytes of a row of w
+constexpr int64_t kPanels = 4;        // panels that x, in L2, is multiplied by before it moves on
+constexpr int64_t kTall = 768;        // rows at a time: x and the accumulators stay in L2
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
@@ -90,10 +94,10 @@ INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
 // will be read next of w is `ahead` bytes further. A row of x has a byte for each of w; for int4 64
 // even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out flat: only so
 // does GCC 12 keep an array of accumulators in registers.
-template <int rows, Kind kind, bool nz>
+template <int rows, bool int4, bool nz>
 VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
                    int64_t ahead, int64_t depth, bool first, int32_t* c, int64_t c_stride) {
-  const __m512i flip = _mm512_set1_epi8(kind == kInt4 ? '\x88' : '\x80');
+  const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
   __m512i sum[rows][kColumns];
@@ -102,29 +106,24 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
-    if (kind != kFlipInput) {
-      // into L2 for the next block of columns; the processor looks ahead to the end of a page only.
-      // With many rows there is time enough without.
-      const int64_t next = ahead + (nz ? at / 32 * step : at);
-      if constexpr (nz) {  // two rows in a line
-        _mm_prefetch(w0 + next, _MM_HINT_T1);
-        _mm_prefetch(w2 + next, _MM_HINT_T1);
-        _mm_prefetch(w0 + next + step, _MM_HINT_T1);
-        _mm_prefetch(w2 + next + step, _MM_HINT_T1);
-      } else {
-        _mm_prefetch(w0 + next, _MM_HINT_T1);
-        _mm_prefetch(w1 + next, _MM_HINT_T1);
-        _mm_prefetch(w2 + next, _MM_HINT_T1);
-        _mm_prefetch(w3 + next, _MM_HINT_T1);
-      }
+    // into L2 for the next block of columns; the processor looks ahead to the end of a page only
+    const int64_t next = ahead + (nz ? at / 32 * step : at);
+    if constexpr (nz) {  // two rows in a line
+      _mm_prefetch(w0 + next, _MM_HINT_T1);
+      _mm_prefetch(w2 + next, _MM_HINT_T1);
+      _mm_prefetch(w0 + next + step, _MM_HINT_T1);
+      _mm_prefetch(w2 + next + step, _MM_HINT_T1);
+    } else {
+      _mm_prefetch(w0 + next, _MM_HINT_T1);
+      _mm_prefetch(w1 + next, _MM_HINT_T1);
+      _mm_prefetch(w2 + next, _MM_HINT_T1);
+      _mm_prefetch(w3 + next, _MM_HINT_T1);
     }
     __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
                            LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
-    if constexpr (kind != kFlipInput) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) v[j] = _mm512_xor_si512(v[j], flip);
-    }
-    if constexpr (kind == kInt4) {
+    for (int j = 0; j < kColumns; ++j) v[j] = _mm512_xor_si512(v[j], flip);
+    if constexpr (int4) {
       __m512i odd[kColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) {
@@ -146,9 +145,7 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
       for (int i = 0; i < rows; ++i) {
         const __m512i row = _mm512_loadu_si512(x + i * x_stride + at);
 #pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j)
-          sum[i][j] = kind == kFlipInput ? _mm512_dpbusd_epi32(sum[i][j], row, v[j])
-                                         : _mm512_dpbusd_epi32(sum[i][j], v[j], row);
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], v[j], row);
       }
     }
   }
@@ -163,13 +160,90 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 
 using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, int64_t,
                             bool, int32_t*, int64_t);
-template <Kind kind, bool nz, int... i>
+template <bool int4, bool nz, int... i>
 constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
-  return {Multiply<i + 1, kind, nz>...};
+  return {Multiply<i + 1, int4, nz>...};
 }
 // By rows less one.
-template <Kind kind, bool nz>
-constexpr auto kMultiply = EachHeight<kind, nz>(std::make_integer_sequence<int, kRows<kind>>{});
+template <bool int4, bool nz>
+constexpr auto kMultiply = EachHeight<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
+
+// rows x kPanelColumns results of a turned panel over `steps` times four values of k, put into or
+// added to c. x has kPanelRows times four values a step, panel kPanelColumns times four. Meanwhile
+// kAhead lines that begin at `ahead`, `line` bytes apart, and those every `next` bytes after, come to
+// L2: all of them at once would keep x waiting.
+template <int rows>
+VNNI void MultiplyPanel(const int8_t* x, const uint8_t* panel, int64_t steps, const uint8_t* ahead,
+                        int64_t line, int64_t next, bool first, int32_t* c, int64_t c_stride) {
+  __m512i left[rows], right[rows];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) left[i] = right[i] = _mm512_setzero_si512();
+  for (; steps; steps -= 16, ahead += next) {
+    for (int i = 0; i < kAhead; ++i) _mm_prefetch(ahead + i * line, _MM_HINT_T1);
+    for (const uint8_t* end = panel + 16 * 4 * kPanelColumns; panel != end;
+         x += 4 * kPanelRows, panel += 4 * kPanelColumns) {
+      const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+#pragma GCC unroll 12
+      for (int i = 0; i < rows; ++i) {
+        int32_t four;
+        std::memcpy(&four, x + 4 * i, 4);
+        const __m512i row = _mm512_set1_epi32(four);
+        left[i] = _mm512_dpbusd_epi32(left[i], w0, row);
+        right[i] = _mm512_dpbusd_epi32(right[i], w1, row);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    int32_t* target = c + i * c_stride;
+    if (!first) {
+      left[i] = _mm512_add_epi32(left[i], _mm512_load_si512(target));
+      right[i] = _mm512_add_epi32(right[i], _mm512_load_si512(target + 16));
+    }
+    _mm512_store_si512(target, left[i]);
+    _mm512_store_si512(target + 16, right[i]);
+  }
+}
+
+using PanelMultiplier = void (*)(const int8_t*, const uint8_t*, int64_t, const uint8_t*, int64_t,
+                                 int64_t, bool, int32_t*, int64_t);
+template <int... i>
+constexpr std::array<PanelMultiplier, sizeof...(i)> EachPanelHeight(
+    std::integer_sequence<int, i...>) {
+  return {MultiplyPanel<i + 1>...};
+}
+// By rows less one.
+constexpr auto kMultiplyPanel = EachPanelHeight(std::make_integer_sequence<int, kPanelRows>{});
+
+// 16 x 16 words turned over: v[i] gets word i of each.
+INLINE_VNNI void Turn(__m512i v[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  // v[4i + j] = words j of the four 128-bit lanes of rows 4i to 4i + 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // the same of 4 x 4 lanes
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_low = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xDD);
+    const __m512i even_high = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xDD);
+    v[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    v[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    v[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+    v[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
+  }
+}
 
 // Sum of `count` values, a multiple of 64.
 VNNI int32_t Sum(const int8_t* x, int64_t count) {
@@ -210,18 +284,15 @@ INLINE_VNNI __m256i ToBfloat16(__m512 value) {
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
 }
 
-// The results of one row, columns [from, from + count), from accumulators to `out`. What flipping
-// added is `surplus`, and 128 times `of_w` for each column where that is given.
-VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, const int32_t* of_w,
-                 int64_t row, int64_t from, int64_t count) {
+// The results of one row, columns [from, from + count), from accumulators to `out`. `surplus` is what
+// flipping w added to each.
+VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, int64_t row,
+                 int64_t from, int64_t count) {
   for (int64_t j = 0; j < count; j += 16) {
     const int64_t column = from + j;
     const __mmask16 mask = count - j >= 16 ? 0xFFFF : (1u << (count - j)) - 1;
     __m512i sum = _mm512_maskz_loadu_epi32(mask, sums + j);
     sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(surplus));
-    if (of_w)
-      sum = _mm512_sub_epi32(
-          sum, _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, of_w + j), 7));
     if (call.int_bias)
       sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(mask, call.int_bias + column));
     const int64_t at = row * call.n + column;
@@ -274,95 +345,160 @@ VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, con
   }
 }
 
-// x as Multiply reads it. Rows end in zeros up to a multiple of 64 bytes of w, and begin 64 bytes
-// further from one another than that: rows a multiple of 4096 bytes apart would all want the same
-// lines of the L1 cache.
-struct Left {
-  const int8_t* x;
-  int64_t stride;
-  const int32_t* surplus;  // what flipping w adds to each row's results
-  const int8_t* ones;      // where x is flipped: a row that gives the sums of w
-};
-
 // Some rows and columns of the result, to be computed by one thread.
 struct Part {
   int64_t top, bottom, left, right;
 };
 
-// Rows of w from `rows` on, as w_stride and w_step of LqMatmul describe them.
-struct Right {
-  const uint8_t* rows;
-  int64_t stride, step;
+// x as it is read. With few rows they end in zeros up to a multiple of 64 bytes of w, and begin 64
+// bytes further from one another than that: rows a multiple of 4096 bytes apart would all want the
+// same lines of the L1 cache. With many, as MultiplyPanel reads them, a block of rows after another.
+struct Left {
+  int8_t* x;
+  int64_t stride;    // bytes a row
+  int32_t* surplus;  // what flipping w adds to each row's results
 };
 
-// Products of rows [part.top, part.bottom) of x over the bytes [from, from + depth) of the rows of w.
-// The tail, which is shorter than 64 bytes, is multiplied as copies that end in zeros.
-template <Kind kind>
-VNNI void Slab(const Right& right, const int8_t* x, int64_t x_stride, const Part& part, int64_t from,
-               int64_t depth, int32_t* sums) {
-  const bool tail = depth < 64, nz = right.step;
-  const int64_t ahead = tail ? 0 : kBlock * right.stride;
+// Where byte `from`, a multiple of 64, of row `row` of w is.
+inline const uint8_t* WeightAt(const LqMatmul& call, int64_t row, int64_t from) {
+  return call.w + row * call.w_stride + (call.w_step ? from / 32 * call.w_step : from);
+}
+
+// Products of some rows of x over the bytes [from, from + depth) of some rows of w. The tail, which
+// is shorter than 64 bytes, is multiplied as copies that end in zeros.
+template <bool int4>
+VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t from, int64_t depth,
+               int32_t* sums) {
+  const bool tail = depth < 64, nz = call.w_step;
+  const int64_t ahead = tail ? 0 : kBlock * call.w_stride;
   // a copied tail is plain
-  const auto& multiply = nz && !tail ? kMultiply<kind, true> : kMultiply<kind, false>;
-  const uint8_t* const first = right.rows + (nz ? from / 32 * right.step : from);
-  x += from * (kind == kInt4 ? 2 : 1);
+  const auto& multiply = nz && !tail ? kMultiply<int4, true> : kMultiply<int4, false>;
+  const int8_t* x = left.x + from * (int4 ? 2 : 1);
   uint8_t copies[kColumns][64] = {};
   // x's rows stay in L1 while w's pass by
-  for (int64_t row = part.top; row < part.bottom; row += kRows<kind>) {
-    const int64_t rows = std::min<int64_t>(kRows<kind>, part.bottom - row);
+  for (int64_t row = part.top; row < part.bottom; row += kRows<int4>) {
+    const int64_t rows = std::min<int64_t>(kRows<int4>, part.bottom - row);
     for (int64_t column = part.left; column < part.right; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i) {
-        w[i] = first + (std::min(column + i, part.right - 1) - part.left) * right.stride;
+        w[i] = WeightAt(call, std::min(column + i, call.n - 1), from);
         if (!tail) continue;
         const int64_t plain = nz ? std::min<int64_t>(depth, 32) : depth;
         std::memcpy(copies[i], w[i], plain);
-        if (plain < depth) std::memcpy(copies[i] + plain, w[i] + right.step, depth - plain);
+        if (plain < depth) std::memcpy(copies[i] + plain, w[i] + call.w_step, depth - plain);
         w[i] = copies[i];
       }
-      multiply[rows - 1](x + row * x_stride, x_stride, w, right.step, ahead, tail ? 64 : depth,
-                         from == 0, sums + (row - part.top) * kBlock + column - part.left, kBlock);
+      multiply[rows - 1](x + row * left.stride, left.stride, w, call.w_step, ahead,
+                         tail ? 64 : depth, from == 0,
+                         sums + (row - part.top) * kBlock + column - part.left, kBlock);
     }
   }
 }
 
-// Products over whole rows.
-template <Kind kind>
-VNNI void Products(const Right& right, int64_t row_bytes, const int8_t* x, int64_t x_stride,
-                   const Part& part, int32_t* sums) {
-  const int64_t whole = row_bytes / 64 * 64;
-  for (int64_t from = 0; from < whole; from += kDepth)
-    Slab<kind>(right, x, x_stride, part, from, std::min(kDepth, whole - from), sums);
-  if (whole < row_bytes)
-    Slab<kind>(right, x, x_stride, part, whole, row_bytes - whole, sums);
+template <bool int4>
+VNNI void FewRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+  const int64_t whole = call.row_bytes / 64 * 64;
+  for (int64_t left = all.left; left < all.right; left += kBlock) {
+    const Part part{all.top, all.bottom, left, std::min(all.right, left + kBlock)};
+    for (int64_t from = 0; from < whole; from += kDepth)
+      Slab<int4>(call, x, part, from, std::min(kDepth, whole - from), sums);
+    if (whole < call.row_bytes)
+      Slab<int4>(call, x, part, whole, call.row_bytes - whole, sums);
+    for (int64_t row = part.top; row < part.bottom; ++row)
+      Finish(call, sums + (row - part.top) * kBlock, x.surplus[row], row, left, part.right - left);
+  }
 }
 
-// `count` FRACTAL_NZ rows as plain ones.
-Right Straighten(const Right& nz, int64_t count, int64_t row_bytes, uint8_t* plain,
-                 int64_t stride) {
-  for (int64_t at = 0; at < row_bytes; at += 32)
-    for (int64_t row = 0; row < count; ++row)
-      std::memcpy(plain + row * stride + at, nz.rows + at / 32 * nz.step + row * nz.stride, 32);
-  return {plain, stride, 0};
-}
-
-template <Kind kind>
-VNNI void Compute(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums,
-                  uint8_t* plain, int64_t plain_stride) {
-  int32_t of_w[kBlock];
-  for (int64_t top = all.top; top < all.bottom; top += kTall) {
-    for (int64_t left = all.left; left < all.right; left += kBlock) {
-      const Part part{top, std::min(all.bottom, top + kTall), left,
-                      std::min(all.right, left + kBlock)};
-      Right right{call.w + left * call.w_stride, call.w_stride, call.w_step};
-      if (plain) right = Straighten(right, part.right - left, call.row_bytes, plain, plain_stride);
-      Products<kind>(right, call.row_bytes, x.x, x.stride, part, sums);
-      if (kind == kFlipInput)
-        Products<kind>(right, call.row_bytes, x.ones, 0, Part{0, 1, part.left, part.right}, of_w);
-      for (int64_t row = top; row < part.bottom; ++row)
-        Finish(call, sums + (row - top) * kBlock, x.surplus[row],
-               kind == kFlipInput ? of_w : nullptr, row, left, part.right - left);
+// The panel of columns from `column` over the bytes [from, from + depth) of the rows of w, turned and
+// flipped: for each step of four values of k, those of each column. Steps are in the order x is in.
+template <bool int4>
+VNNI void TurnPanel(const LqMatmul& call, int64_t column, int64_t from, int64_t depth,
+                    uint8_t* panel) {
+  const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
+  const __m512i low = _mm512_set1_epi8(0x0F);
+  const bool nz = call.w_step;
+  for (int64_t side = 0; side < kPanelColumns; side += 16) {
+    const uint8_t* rows[16];
+    for (int64_t i = 0; i < 16; ++i)
+      rows[i] = WeightAt(call, std::min(column + side + i, call.n - 1), from);
+    uint8_t* out = panel + 4 * side;
+    for (int64_t at = 0; at < depth; at += 64) {
+      __m512i v[16];
+      if (nz) {
+        // its rows end in zeros up to a multiple of 32 bytes
+        const bool half = depth - at <= 32;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          v[i] = LoadWeight<true>(rows[i] + at / 32 * call.w_step, 0, half ? 0 : call.w_step);
+      } else if (depth - at >= 64) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(rows[i] + at);
+      } else {
+        const __mmask64 mask = Mask(depth - at);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
+      }
+      Turn(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const __m512i flipped = _mm512_xor_si512(v[i], flip);
+        uint8_t* target = out + 4 * kPanelColumns * i;
+        if constexpr (int4) {
+          _mm512_store_si512(target, _mm512_and_si512(flipped, low));
+          _mm512_store_si512(target + 4 * kPanelColumns * 16,
+                             _mm512_and_si512(_mm512_srli_epi16(flipped, 4), low));
+        } else {
+          _mm512_store_si512(target, flipped);
+        }
+      }
+      out += 4 * kPanelColumns * (int4 ? 32 : 16);
     }
+  }
+}
+
+template <bool int4>
+VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+  constexpr int64_t kBytes = kPanelDepth / (int4 ? 2 : 1), kWide = kPanels * kPanelColumns;
+  alignas(64) uint8_t panel[kPanelDepth * kPanelColumns];
+  const bool nz = call.w_step;
+  for (int64_t top = all.top; top < all.bottom; top += kTall) {
+    const int64_t bottom = std::min(all.bottom, top + kTall);
+    for (int64_t left = all.left; left < all.right; left += kWide) {
+      const int64_t right = std::min(all.right, left + kWide);
+      for (int64_t from = 0; from < call.row_bytes; from += kBytes) {
+        const int64_t depth = std::min(kBytes, call.row_bytes - from);
+        const int64_t steps = (depth + 63) / 64 * (int4 ? 32 : 16);
+        for (int64_t column = left; column < right; column += kPanelColumns) {
+          TurnPanel<int4>(call, column, from, depth, panel);
+          // what comes next of w; a line of FRACTAL_NZ holds two rows
+          const uint8_t* const next = column + kPanelColumns < right
+                                          ? WeightAt(call, column + kPanelColumns, from)
+                                          : WeightAt(call, left, from + kBytes);
+          for (int64_t row = top, line = 0; row < bottom;
+               row += kPanelRows, line = (line + kAhead) % kPanelColumns) {
+            const uint8_t* const ahead =
+                next + (nz ? line / 16 * call.w_step + line % 16 * 64 : line * call.w_stride);
+            kMultiplyPanel[std::min<int64_t>(kPanelRows, bottom - row) - 1](
+                x.x + row * x.stride + from * (int4 ? 2 : 1) * kPanelRows, panel, steps, ahead,
+                nz ? 64 : call.w_stride, nz ? 2 * call.w_step : 64, from == 0,
+                sums + (row - top) * kWide + column - left, kWide);
+          }
+        }
+      }
+      for (int64_t row = top; row < bottom; ++row)
+        Finish(call, sums + (row - top) * kWide, x.surplus[row], row, left, right - left);
+    }
+  }
+}
+
+// A block of at most kPanelRows rows, turned: four values of each in turn.
+VNNI void TurnRows(const int8_t* block, int64_t height, int64_t padded, int8_t* out) {
+  for (int64_t at = 0; at < padded; at += 64) {
+    __m512i v[16] = {};
+    for (int64_t i = 0; i < height; ++i) v[i] = _mm512_load_si512(block + i * padded + at);
+    Turn(v);
+    for (int64_t i = 0; i < 16; ++i)
+      _mm512_mask_storeu_epi32(out + (at / 4 + i) * 4 * kPanelRows, (1 << kPanelRows) - 1, v[i]);
   }
 }
 
@@ -376,43 +512,49 @@ Buffer<T> Allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
 }
 
-// One row of x as Multiply reads it; returns what flipping w adds to its results.
-template <Kind kind>
+// One row of x, padded; returns what flipping w adds to its results.
+template <bool int4>
 VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t padded) {
-  if constexpr (kind == kInt4) {
+  if constexpr (int4) {
     SplitNibbles(source, bytes, row);
-    return 8 * Sum(row, padded);
+  } else {
+    std::memcpy(row, source, bytes);
+    std::memset(row + bytes, 0, padded - bytes);
   }
-  std::memcpy(row, source, bytes);
-  std::memset(row + bytes, 0, padded - bytes);
-  if (kind == kFlipWeight) return 128 * Sum(row, padded);
-  for (int64_t at = 0; at < padded; at += 64)
-    _mm512_storeu_si512(
-        row + at, _mm512_xor_si512(_mm512_loadu_si512(row + at), _mm512_set1_epi8('\x80')));
-  return 0;
+  return (int4 ? 8 : 128) * Sum(row, padded);
 }
 
-template <Kind kind>
+template <bool int4>
 VNNI int Run(const LqMatmul& call) {
   const int64_t m = call.m, n = call.n, threads = call.threads;
-  const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (kind == kInt4 ? 2 : 1);
-  const int64_t stride = padded + 64, tall = std::min(m, kTall);
-  const auto copy = Allocate<int8_t>((m + 1) * stride);
+  const bool many = m >= kManyRows;
+  const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
+  const int64_t stride = many ? padded : padded + 64;
+  // panels read whole blocks of rows
+  const int64_t blocks = (m + kPanelRows - 1) / kPanelRows;
+  const int64_t own_sums = many ? std::min(m, kTall) * kPanels * kPanelColumns : m * kBlock;
+  const auto copy = Allocate<int8_t>((many ? blocks * kPanelRows : m) * stride);
+  const auto plain = Allocate<int8_t>(many ? threads * kPanelRows * padded : 0);
   const auto surplus = Allocate<int32_t>(m);
-  const auto sums = Allocate<int32_t>(threads * tall * kBlock);
-  // with many rows, a block of w that is FRACTAL_NZ is made plain once instead of at each reading
-  const bool straighten = kind == kFlipInput && call.w_step;
-  const int64_t plain_stride = padded + 64;
-  const auto plain = Allocate<uint8_t>(straighten ? threads * kBlock * plain_stride : 0);
-  if (!copy || !surplus || !sums || !plain) return 1;
-  int8_t* const ones = copy.get() + m * stride;
-  if (kind == kFlipInput) std::memset(ones, 1, padded);
-  const Left x{copy.get(), stride, surplus.get(), ones};
+  const auto sums = Allocate<int32_t>(threads * own_sums);
+  if (!copy || !plain || !surplus || !sums) return 1;
+  const Left x{copy.get(), stride, surplus.get()};
 
-  const auto copy_part = [&](int64_t number, int64_t count) {
+  const auto copy_few = [&](int64_t number, int64_t count) {
     for (int64_t i = m * number / count; i < m * (number + 1) / count; ++i)
-      surplus.get()[i] = Copy<kind>(call.x + i * call.x_stride, call.row_bytes,
-                                    copy.get() + i * stride, padded);
+      x.surplus[i] = Copy<int4>(call.x + i * call.x_stride, call.row_bytes, x.x + i * stride, padded);
+  };
+  // blocks of rows, four values of each in turn
+  const auto copy_many = [&](int64_t number, int64_t count) {
+    int8_t* const block = plain.get() + number * kPanelRows * padded;
+    for (int64_t top = blocks * number / count * kPanelRows;
+         top < std::min(m, blocks * (number + 1) / count * kPanelRows); top += kPanelRows) {
+      const int64_t height = std::min<int64_t>(kPanelRows, m - top);
+      for (int64_t i = 0; i < height; ++i)
+        x.surplus[top + i] = Copy<int4>(call.x + (top + i) * call.x_stride, call.row_bytes,
+                                        block + i * padded, padded);
+      TurnRows(block, height, padded, x.x + top * stride);
+    }
   };
   const auto compute_part = [&](int64_t number, int64_t count) {
     Part own{0, m, 0, n};
@@ -421,13 +563,17 @@ VNNI int Run(const LqMatmul& call) {
     if (groups >= count) {
       own.left = groups * number / count * 16;
       own.right = std::min(n, groups * (number + 1) / count * 16);
+    } else if (many) {
+      own.top = blocks * number / count * kPanelRows;
+      own.bottom = std::min(m, blocks * (number + 1) / count * kPanelRows);
     } else {
       own.top = m * number / count;
       own.bottom = m * (number + 1) / count;
     }
-    Compute<kind>(call, x, own, sums.get() + number * tall * kBlock,
-                  straighten ? plain.get() + number * kBlock * plain_stride : nullptr,
-                  plain_stride);
+    (many ? ManyRows<int4> : FewRows<int4>)(call, x, own, sums.get() + number * own_sums);
+  };
+  const auto copy_part = [&](int64_t number, int64_t count) {
+    many ? copy_many(number, count) : copy_few(number, count);
   };
   if (threads == 1) {
     copy_part(0, 1);
@@ -455,7 +601,6 @@ int lq_matmul_supported() {
 
 // 0, or 1 where there was no memory.
 int lq_matmul(const LqMatmul* call) {
-  if (call->int4) return Run<kInt4>(*call);
-  return call->m < kManyRows ? Run<kFlipWeight>(*call) : Run<kFlipInput>(*call);
+  return call->int4 ? Run<true>(*call) : Run<false>(*call);
 }
 }
