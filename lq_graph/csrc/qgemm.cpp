@@ -1,6 +1,7 @@
 // The CPU kernel of quantized matmul: int8 or packed int4 times the weight as it is stored, (n, k) or
-// its FRACTAL_NZ blocks, exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with AVX-512 VNNI; elsewhere
-// numerics.py computes the same with torch. Loaded with ctypes, so it knows nothing of torch.
+// its FRACTAL_NZ blocks, exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with
+// AVX-512 VNNI; elsewhere numerics.py computes the same with torch. Loaded with ctypes, so it knows
+// nothing of torch.
 //
 // VPDPBUSD multiplies unsigned by signed bytes. The weight is made unsigned by flipping its top bit,
 // which adds 128 to each value (8 to an int4), and what that adds to the result is taken off again:
@@ -57,7 +58,9 @@ constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay i
 constexpr int64_t kBlock = 32;    // columns at a time
 
 // Many rows: w is turned, one panel at a time, so that registers run along n and need no sum across.
-constexpr int64_t kManyRows = 112;
+// Below, turning a weight that is in no cache yet costs more than it saves; sooner for int8 FRACTAL_NZ,
+// which comes in halves of a register.
+constexpr int64_t kManyRows = 192, kManyRowsNz = 48;
 constexpr int kPanelRows = 12;        // rows of x in one block of registers
 constexpr int kPanelColumns = 32;     // two registers
 constexpr int64_t kPanelDepth = 512;  // values of k at a time: a panel is 16 KB, and stays in L1
@@ -527,7 +530,7 @@ VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t pad
 template <bool int4>
 VNNI int Run(const LqMatmul& call) {
   const int64_t m = call.m, n = call.n, threads = call.threads;
-  const bool many = m >= kManyRows;
+  const bool many = m >= (call.w_step && !int4 ? kManyRowsNz : kManyRows);
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
   const int64_t stride = many ? padded : padded + 64;
   // panels read whole blocks of rows

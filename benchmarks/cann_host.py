@@ -1,0 +1,102 @@
+"""What the stand-in adds to a quantized matmul: `python -m cann_host benchmarks/cann_host.py`.
+
+One layer, prepared or not, eagerly and as a torchair graph, beside the CPU kernel alone on the same
+tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a transposed weight, which brings
+Transpose nodes into its graph. All calls of a size take turns in this process; shown are medians
+and their ratios to the kernel. Times are of this machine's CPU, never a chip's.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch_npu
+import torchair
+from torch import Tensor, nn
+
+import lq_graph
+from lq_graph import numerics
+
+SIZES = [(1, 4096, 4096), (16, 4096, 4096), (128, 4096, 4096)]
+FRACTAL_NZ = 29
+ROUNDS = 25
+
+
+class Vendor(nn.Module):
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.weight, self.scale = (nn.Parameter(t, requires_grad=False) for t in (weight, scale))
+
+    def forward(self, x: Tensor, pertoken: Tensor) -> Tensor:
+        return torch_npu.npu_quant_matmul(
+            x, self.weight.t(), self.scale, pertoken_scale=pertoken, output_dtype=torch.float16
+        )
+
+
+def calls(m: int, k: int, n: int, bits: int) -> dict[str, Callable[[], object]]:
+    top = 1 << (bits - 1)
+    x = torch.randint(-top, top, (m, k), dtype=torch.int8)
+    weight = torch.randint(-top, top, (n, k), dtype=torch.int8)
+    if bits == 4:
+        x, weight = numerics.pack_int4(x), numerics.pack_int4(weight)
+    scale, pertoken = torch.rand(n) * 1e-3, torch.rand(m)
+    ours = lq_graph.LinearQuant(
+        k, n, bias=False, pertoken_scale=True, x1_dtype=x.dtype, x2_dtype=weight.dtype,
+        output_dtype=torch.float16,
+    )  # fmt: skip
+    ours.load_state_dict({"weight": weight, "scale": scale}, strict=False)
+    found: dict[str, Callable[[], object]] = {
+        "the CPU kernel": lambda: numerics.quant_matmul(
+            x, weight, scale, pertoken_scale=pertoken, output_dtype=torch.float16
+        )
+    }
+    inputs = x.npu(), pertoken.npu()
+    expected = ours(x, pertoken)
+    for form in ("ND", "FRACTAL_NZ"):
+        layer, vendor = copy.deepcopy(ours).npu(), Vendor(weight.npu(), scale.npu())
+        if form == "FRACTAL_NZ":
+            if bits == 4:
+                continue  # neither keeps int4 weights in it
+            lq_graph.use_internal_format_weight(layer)
+            vendor.weight.data = torch_npu.npu_format_cast(vendor.weight.data, FRACTAL_NZ)
+            assert torch_npu.get_npu_format(layer.weight) == FRACTAL_NZ
+        for name, module in {"ours": layer, "vendor's": vendor}.items():
+            graph = torch.compile(module, backend=torchair.get_npu_backend(), dynamic=False)
+            for mode, call in {"eager": module, "graph": graph}.items():
+                assert torch.equal(call(*inputs).cpu(), expected), (name, form, mode)
+                found[f"{name}, {form}, {mode}"] = lambda call=call: call(*inputs)  # type: ignore[misc]
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.npu.config.allow_internal_format = True
+    torch._dynamo.config.recompile_limit = 256
+    warnings.simplefilter("ignore")
+    for m, k, n in SIZES:
+        for bits in (8, 4):
+            times: dict[str, list[float]] = {}
+            todo = calls(m, k, n, bits)
+            for _ in range(ROUNDS):
+                for name, call in todo.items():
+                    start = time.perf_counter()
+                    call()
+                    torch.npu.synchronize()
+                    times.setdefault(name, []).append(time.perf_counter() - start)
+            median = {name: statistics.median(taken) for name, taken in times.items()}
+            kernel = median["the CPU kernel"]
+            print(f"\n({m}, {k}, {n}), int{bits}")
+            for name, taken in median.items():
+                line = (
+                    f"   {name:30s} {taken * 1e6:9,.1f} us   it / the kernel {taken / kernel:6.2f}"
+                )
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
