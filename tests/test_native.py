@@ -147,6 +147,26 @@ def test_exact_at_the_largest_k(value: int, other: int) -> None:
 
 
 @needs_kernel
+def test_no_byte_beyond_the_buffers(tmp_path: Path) -> None:
+    """native_bounds.cpp, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    program, here = tmp_path / "bounds", Path(__file__).parent
+    flags = ["-std=c++17", "-O1", "-fopenmp", "-w", "-fno-sanitize-recover=all"]
+    source = ["-I", str(Path(lq_graph.__file__).parent / "csrc"), str(here / "native_bounds.cpp")]
+    sanitizers = "-fsanitize=address,undefined"
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        subprocess.run([compiler, sanitizers, str(probe), "-o", str(program)], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no compiler with sanitizers")
+    subprocess.run([compiler, sanitizers, *flags, *source, "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 5000
+
+
+@needs_kernel
 def test_strides() -> None:
     big = values(64, 300)
     weight = values(40, 300, seed=1)
