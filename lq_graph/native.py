@@ -80,7 +80,7 @@ def matmul(
         return None
     n, words = weight_shape
     width = x.element_size()
-    weight_row, weight_step = words * width, 0
+    weight_row, weight_step = words * width, 32
     if nz_shape is not None:
         weight_row, weight_step = 32, weight.stride(0) * width
     elif not weight.is_contiguous():

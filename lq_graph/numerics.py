@@ -25,6 +25,7 @@ __all__ = [
     "dynamic_quant",
     "matmul_int32",
     "nd_to_nz",
+    "nz_shape",
     "nz_to_nd",
     "pack_int4",
     "pack_scale",
@@ -163,6 +164,11 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.storage_offset() * x.element_size() % 8 else x
 
 
+def nz_shape(rows: int, cols: int, c0: int) -> tuple[int, int, int, int]:
+    """The blocks of (rows, cols) in FRACTAL_NZ: (ceil(cols/c0), ceil(rows/16), 16, c0)."""
+    return -(-cols // c0), -(-rows // 16), 16, c0
+
+
 def nd_to_nz(x: Tensor, c0: int) -> Tensor:
     """Lay out ND (..., R, C) as FRACTAL_NZ, (..., ceil(C/c0), ceil(R/16), 16, c0), zero padded.
 
@@ -209,9 +215,8 @@ class NzWeight:
         """Whether blocks hold a weight of this ND shape: a kernel reads as much as that says."""
         if len(shape) != 2:
             return False
-        c0 = 32 // blocks.element_size()
-        want = (-(-shape[1] // c0), -(-shape[0] // 16), 16, c0)
-        return tuple(blocks.shape) == want and blocks.is_contiguous()
+        wanted = nz_shape(*shape, 32 // blocks.element_size())
+        return tuple(blocks.shape) == wanted and blocks.is_contiguous()
 
     def nd(self) -> Tensor:
         """The same in ND, a copy."""

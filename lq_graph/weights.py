@@ -118,7 +118,7 @@ def from_fractal_nz(blocks: Tensor, n: int, k: int) -> Tensor:
     c0 = _c0("from_fractal_nz", blocks)
     pack = STORAGE_DTYPES[blocks.dtype]
     columns, rest = divmod(k, pack)
-    wanted = (-(-columns // c0), -(-n // 16), 16, c0)
+    wanted = numerics.nz_shape(n, columns, c0)
     if rest or n < 1 or k < 1 or tuple(blocks.shape[-4:]) != wanted:
         raise LinearQuantValueError(
             f"from_fractal_nz: blocks have shape {tuple(blocks.shape)}; for n = {n} and k = {k} of "

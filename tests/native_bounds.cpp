@@ -42,7 +42,7 @@ int Check(int64_t m, int64_t n, int64_t row_bytes, bool int4, bool nz, int outpu
                       row_bytes,
                       nz ? 32 : row_bytes,
                       1,
-                      nz ? step : 0,
+                      nz ? step : 32,
                       int4,
                       integers,
                       output,

@@ -37,8 +37,7 @@ struct LqMatmul {
   void* out;                // (m, n)
   int64_t m, n, row_bytes;  // k bytes for int8, k / 2 for int4
   int64_t x_stride, w_stride, scale_stride;
-  // 0, or w is FRACTAL_NZ: rows of 32 bytes after one another, w_stride of 32, and so many bytes from
-  // 32 bytes of a row to its next 32
+  // From 32 bytes of a row of w to its next 32. More than 32 where w is FRACTAL_NZ: its w_stride is 32.
   int64_t w_step;
   int32_t int4;
   int32_t packed;  // scale is int64, the offset in it
@@ -83,7 +82,7 @@ INLINE_VNNI __m128i Sums(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// 64 bytes of a row of w. `step` is 32 unless w is FRACTAL_NZ.
+// 64 bytes of a row of w; `step` is w_step.
 template <bool nz>
 INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
   if constexpr (!nz) return _mm512_loadu_si512(w + at);
@@ -110,7 +109,7 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
     // into L2 for the next block of columns; the processor looks ahead to the end of a page only
-    const int64_t next = ahead + (nz ? at / 32 * step : at);
+    const int64_t next = ahead + at / 32 * step;
     if constexpr (nz) {  // two rows in a line
       _mm_prefetch(w0 + next, _MM_HINT_T1);
       _mm_prefetch(w2 + next, _MM_HINT_T1);
@@ -364,18 +363,20 @@ struct Left {
 
 // Where byte `from`, a multiple of 64, of row `row` of w is.
 inline const uint8_t* WeightAt(const LqMatmul& call, int64_t row, int64_t from) {
-  return call.w + row * call.w_stride + (call.w_step ? from / 32 * call.w_step : from);
+  return call.w + row * call.w_stride + from / 32 * call.w_step;
 }
+
+bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
 
 // Products of some rows of x over the bytes [from, from + depth) of some rows of w. The tail, which
 // is shorter than 64 bytes, is multiplied as copies that end in zeros.
 template <bool int4>
 VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t from, int64_t depth,
                int32_t* sums) {
-  const bool tail = depth < 64, nz = call.w_step;
+  const bool tail = depth < 64;
   const int64_t ahead = tail ? 0 : kBlock * call.w_stride;
   // a copied tail is plain
-  const auto& multiply = nz && !tail ? kMultiply<int4, true> : kMultiply<int4, false>;
+  const auto& multiply = IsNz(call) && !tail ? kMultiply<int4, true> : kMultiply<int4, false>;
   const int8_t* x = left.x + from * (int4 ? 2 : 1);
   uint8_t copies[kColumns][64] = {};
   // x's rows stay in L1 while w's pass by
@@ -386,9 +387,8 @@ VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t
       for (int64_t i = 0; i < kColumns; ++i) {
         w[i] = WeightAt(call, std::min(column + i, call.n - 1), from);
         if (!tail) continue;
-        const int64_t plain = nz ? std::min<int64_t>(depth, 32) : depth;
-        std::memcpy(copies[i], w[i], plain);
-        if (plain < depth) std::memcpy(copies[i] + plain, w[i] + call.w_step, depth - plain);
+        std::memcpy(copies[i], w[i], std::min<int64_t>(depth, 32));
+        if (depth > 32) std::memcpy(copies[i] + 32, w[i] + call.w_step, depth - 32);
         w[i] = copies[i];
       }
       multiply[rows - 1](x + row * left.stride, left.stride, w, call.w_step, ahead,
@@ -419,7 +419,7 @@ VNNI void TurnPanel(const LqMatmul& call, int64_t column, int64_t from, int64_t 
                     uint8_t* panel) {
   const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
-  const bool nz = call.w_step;
+  const bool nz = IsNz(call);
   for (int64_t side = 0; side < kPanelColumns; side += 16) {
     const uint8_t* rows[16];
     for (int64_t i = 0; i < 16; ++i)
@@ -463,7 +463,7 @@ template <bool int4>
 VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
   constexpr int64_t kBytes = kPanelDepth / (int4 ? 2 : 1), kWide = kPanels * kPanelColumns;
   alignas(64) uint8_t panel[kPanelDepth * kPanelColumns];
-  const bool nz = call.w_step;
+  const bool nz = IsNz(call);
   for (int64_t top = all.top; top < all.bottom; top += kTall) {
     const int64_t bottom = std::min(all.bottom, top + kTall);
     for (int64_t left = all.left; left < all.right; left += kWide) {
@@ -483,7 +483,7 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t
                 next + (nz ? line / 16 * call.w_step + line % 16 * 64 : line * call.w_stride);
             kMultiplyPanel[std::min<int64_t>(kPanelRows, bottom - row) - 1](
                 x.x + row * x.stride + from * (int4 ? 2 : 1) * kPanelRows, panel, steps, ahead,
-                nz ? 64 : call.w_stride, nz ? 2 * call.w_step : 64, from == 0,
+                nz ? 64 : call.w_stride, 2 * call.w_step, from == 0,
                 sums + (row - top) * kWide + column - left, kWide);
           }
         }
@@ -530,7 +530,7 @@ VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t pad
 template <bool int4>
 VNNI int Run(const LqMatmul& call) {
   const int64_t m = call.m, n = call.n, threads = call.threads;
-  const bool many = m >= (call.w_step && !int4 ? kManyRowsNz : kManyRows);
+  const bool many = m >= (IsNz(call) && !int4 ? kManyRowsNz : kManyRows);
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
   const int64_t stride = many ? padded : padded + 64;
   // panels read whole blocks of rows

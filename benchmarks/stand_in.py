@@ -1,4 +1,4 @@
-"""What the stand-in adds to a quantized matmul: `python -m cann_host benchmarks/cann_host.py`.
+"""What the stand-in adds to a quantized matmul: `python -m cann_host benchmarks/stand_in.py`.
 
 One layer, prepared or not, eagerly and as a torchair graph, beside the CPU kernel alone on the same
 tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a transposed weight, which brings
@@ -9,21 +9,21 @@ and their ratios to the kernel. Times are of this machine's CPU, never a chip's.
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
 import torch_npu
 import torchair
+from graph import in_turns
 from torch import Tensor, nn
 
 import lq_graph
 from lq_graph import numerics
+from lq_graph.formats import FRACTAL_NZ
+from lq_graph.module import layer_of
 
 SIZES = [(1, 4096, 4096), (16, 4096, 4096), (128, 4096, 4096)]
-FRACTAL_NZ = 29
 ROUNDS = 25
 
 
@@ -45,11 +45,7 @@ def calls(m: int, k: int, n: int, bits: int) -> dict[str, Callable[[], object]]:
     if bits == 4:
         x, weight = numerics.pack_int4(x), numerics.pack_int4(weight)
     scale, pertoken = torch.rand(n) * 1e-3, torch.rand(m)
-    ours = lq_graph.LinearQuant(
-        k, n, bias=False, pertoken_scale=True, x1_dtype=x.dtype, x2_dtype=weight.dtype,
-        output_dtype=torch.float16,
-    )  # fmt: skip
-    ours.load_state_dict({"weight": weight, "scale": scale}, strict=False)
+    ours = layer_of(weight, scale, pertoken=True, output_dtype=torch.float16)
     found: dict[str, Callable[[], object]] = {
         "the CPU kernel": lambda: numerics.quant_matmul(
             x, weight, scale, pertoken_scale=pertoken, output_dtype=torch.float16
@@ -80,15 +76,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for m, k, n in SIZES:
         for bits in (8, 4):
-            times: dict[str, list[float]] = {}
-            todo = calls(m, k, n, bits)
-            for _ in range(ROUNDS):
-                for name, call in todo.items():
-                    start = time.perf_counter()
-                    call()
-                    torch.npu.synchronize()
-                    times.setdefault(name, []).append(time.perf_counter() - start)
-            median = {name: statistics.median(taken) for name, taken in times.items()}
+            median = in_turns(calls(m, k, n, bits), ROUNDS)
             kernel = median["the CPU kernel"]
             print(f"\n({m}, {k}, {n}), int{bits}")
             for name, taken in median.items():
