@@ -17,63 +17,95 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib.util
+import multiprocessing.spawn
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-__all__ = ["CannHostError", "activate", "info", "is_active"]
+from cann_host.options import CannHostError, Options, parse_faults
 
-CANN_VERSION = "9.1.0"
-DEFAULT_SOC = "Ascend910B2"
-SOC_VARIABLE = "CANN_HOST_SOC"
+__all__ = ["CannHostError", "activate", "entries", "faults", "info", "is_active"]
 
-_active: dict[str, Any] | None = None
-
-
-class CannHostError(RuntimeError):
-    """The stand-in cannot be activated; the text says what to do."""
+_options: Options | None = None  # of this process, once active
+_library: ctypes.CDLL
+_fault_count = 0
 
 
 def is_active() -> bool:
     """Whether this process runs on the stand-in."""
-    return _active is not None
+    return _options is not None
 
 
 def info() -> dict[str, Any]:
-    """What the stand-in is in this process: versions, SoC, libraries; `active` says whether."""
+    """What the stand-in is in this process: its options, libraries; `active` says whether."""
     from cann_host import _native
 
     directory = _native.library_directory()
+    fallbacks = 0
+    if is_active():
+        from cann_host import fallback
+
+        fallbacks = fallback.count
     return {
         "active": is_active(),
-        "cann_version": CANN_VERSION,
-        "soc": DEFAULT_SOC if _active is None else _active["soc"],
+        **asdict(_options or Options.of()),
         "libraries": None if directory is None else str(directory),
-        "aten_fallbacks": 0 if _active is None else _active["aten_fallbacks"],
+        "aten_fallbacks": fallbacks,
     }
 
 
-def activate(soc: str | None = None) -> None:
+def activate(
+    soc: str | None = None,
+    *,
+    cann_version: str | None = None,
+    devices: int | None = None,
+    memory: int | str | None = None,
+    streams: str | None = None,
+    fail: str | None = None,
+) -> None:
     """Put the stand-in in the place of CANN in this process, and import torch and torch_npu.
 
-    Call it before anything imports torch. A second call does nothing.
+    Call it before anything imports torch. Worker processes that multiprocessing starts become
+    active by themselves. A second call does nothing.
 
     Args:
         soc: the product to report, as CANN names it; default the variable CANN_HOST_SOC, else
             Ascend910B2.
+        cann_version: the CANN version to report; CANN_HOST_CANN_VERSION, else 9.1.0.
+        devices: how many there are; CANN_HOST_DEVICES, else 1.
+        memory: bytes of each, a number or a text such as "8GiB"; CANN_HOST_MEMORY, else the
+            devices share the host's. An allocation beyond it is out of memory.
+        streams: "now": a launch is done when it returns. "late": only when somebody waits for it,
+            which shows a wait that was forgotten. CANN_HOST_STREAMS, else "now".
+        fail: calls that fail, such as "aclnnQuantMatmulV5:161002@3"; CANN_HOST_FAIL. See `faults`.
 
     Raises:
         CannHostError: it cannot be done here; the text says why and what to do.
     """
-    global _active
-    if _active is not None:
-        if soc is not None and soc != _active["soc"]:
-            raise CannHostError(
-                f"cann_host is already active as {_active['soc']}; start another process for {soc}."
-            )
+    global _options, _library
+    given = dict(
+        soc=soc,
+        cann_version=cann_version,
+        devices=devices,
+        memory=memory,
+        streams=streams,
+        fail=fail,
+    )
+    options = Options.of(**given)
+    if _options is not None:
+        for name, value in given.items():
+            have, want = getattr(_options, name), getattr(options, name)
+            if value is not None and want != have:
+                raise CannHostError(
+                    f"cann_host is already active with {name} {have}; start another process for "
+                    f"{want}."
+                )
         return
-    soc = soc or os.environ.get(SOC_VARIABLE) or DEFAULT_SOC
-    library = _load(soc)
+    library = _load()
+    _configure(library, options)
     # With its task queue on, torch_npu reports the first failed launch late and then drops every
     # later launch in silence, leaving garbage in the results; and some of its waits hold the
     # interpreter lock that the queue's thread needs here. Without, each launch fails where it is.
@@ -82,17 +114,109 @@ def activate(soc: str | None = None) -> None:
 
     from cann_host import aclnn, fallback, ge
 
-    aclnn.install(library, soc)
+    aclnn.install(library, options.soc)
     ge.install(library)
-    count = fallback.install(library)
-    _active = {"soc": soc, "aten_fallbacks": count}
+    fallback.install(library)
+    _library, _options = library, options
+    _activate_workers()
+    _add_faults(options.fail, "CANN_HOST_FAIL")
     print(
-        f"cann_host: no NPU here; a stand-in for CANN {CANN_VERSION} ({soc}) computes on the CPU",
+        f"cann_host: no NPU here; a stand-in for CANN {options.cann_version} ({options.soc}) "
+        "computes on the CPU",
         file=sys.stderr,
     )
 
 
-def _load(soc: str) -> ctypes.CDLL:
+@contextmanager
+def faults(fail: str) -> Iterator[None]:
+    """Let calls of CANN's functions fail while the block runs.
+
+        with cann_host.faults("aclnnQuantMatmulV5:161002@3"):
+            ...  # the third launch of that operator returns 161002
+
+    Args:
+        fail: `symbol:code@n`, more of them after commas; the nth call from now on of that symbol
+            returns that code. Without `@n` every call does. Symbols are CANN's own names, as
+            `entries` lists them; ge.load, ge.add, ge.compile and ge.run are the graph engine's,
+            whose codes are texts such as EZ9999.
+
+    Raises:
+        CannHostError: cann_host is not active, the text is not of that form, or there is no such
+            symbol.
+    """
+    if not is_active():
+        raise CannHostError("cann_host is not active in this process: call activate() first.")
+    before = _fault_count
+    _add_faults(fail, "fail")
+    try:
+        yield
+    finally:
+        _drop_faults(before)
+
+
+def entries() -> list[tuple[str, str, str]]:
+    """What of CANN is here: (group, symbol, kind), where kind is "does", "fails" by its name, or
+    "makes" for a function that returns no code.
+
+    Raises:
+        CannHostError: the native libraries were not built.
+    """
+    library = _library if is_active() else _open()
+    library.cann_host_entries.restype = ctypes.c_char_p
+    lines = library.cann_host_entries().decode().splitlines()
+    return [(group, symbol, kind) for group, symbol, kind in (line.split("\t") for line in lines)]
+
+
+def _add_faults(text: str, source: str) -> None:
+    global _fault_count
+    wanted = parse_faults(text, source)
+    possible = {symbol for _, symbol, kind in entries() if kind == "does"}
+    for fault in wanted:
+        if fault.symbol not in possible:
+            near = sorted(s for s in possible if fault.symbol in s)
+            others = (
+                f"it has {', '.join(near)}" if near else "cann_host.entries() lists what it has"
+            )
+            raise CannHostError(
+                f"{source} names {fault.symbol}, which this stand-in does not have or cannot let "
+                f"fail; {others}."
+            )
+    for fault in wanted:
+        _library.cann_host_add_fault(
+            fault.symbol.encode(), fault.number, fault.code.encode(), fault.call
+        )
+        _fault_count += 1
+
+
+def _drop_faults(keep: int) -> None:
+    global _fault_count
+    _library.cann_host_drop_faults(keep)
+    _fault_count = keep
+
+
+class _Worker:
+    """Pickled with what multiprocessing tells a new worker; unpickling it there activates."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _activate_worker, (asdict(_options or Options()),)
+
+
+def _activate_worker(options: dict[str, Any]) -> None:
+    given = {name: value for name, value in options.items() if value}
+    activate(**given)
+
+
+def _activate_workers() -> None:
+    """Let processes that start anew (spawn, forkserver) do so on the stand-in."""
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {"cann_host": _Worker(), **prepare(name)}
+
+    multiprocessing.spawn.get_preparation_data = get_preparation_data
+
+
+def _load() -> ctypes.CDLL:
     """Check that activation is possible and load the native libraries."""
     from cann_host import _native
 
@@ -113,17 +237,46 @@ def _load(soc: str) -> ctypes.CDLL:
             'torch_npu is not installed: pip install "lq-graph[npu]" brings the version this was '
             "made for."
         )
+    return _open()
+
+
+def _open() -> ctypes.CDLL:
+    from cann_host import _native
+
     directory = _native.library_directory()
     if directory is None:
         raise CannHostError(
             "cann_host's native libraries were not built, because no C++ compiler was found when "
             "lq-graph was installed: install one (apt-get install g++) and install lq-graph again."
         )
-    library = _native.load(directory)
-    library.cann_host_set_soc.argtypes = (ctypes.c_char_p,)
-    library.cann_host_set_soc.restype = None
-    library.cann_host_set_soc(soc.encode())
-    return library
+    return _native.load(directory)
+
+
+def _configure(library: ctypes.CDLL, options: Options) -> None:
+    library.cann_host_configure.argtypes = (
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_uint64,
+        ctypes.c_int,
+    )
+    library.cann_host_configure.restype = None
+    library.cann_host_configure(
+        options.soc.encode(),
+        options.cann_version.encode(),
+        options.devices,
+        options.memory,
+        options.streams == "late",
+    )
+    library.cann_host_add_fault.argtypes = (
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_long,
+    )
+    library.cann_host_add_fault.restype = None
+    library.cann_host_drop_faults.argtypes = (ctypes.c_size_t,)
+    library.cann_host_drop_faults.restype = None
 
 
 class _WithoutLine:

@@ -17,6 +17,7 @@ NAMES = (
     "libfmk_parser.so",
     "libascend_protobuf.so",
     "libopapi.so",
+    "libmspti.so",
 )
 
 

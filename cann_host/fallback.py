@@ -9,7 +9,8 @@ others again, so their gradients come from PyTorch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ KEPT = frozenset(
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 _library: torch.library.Library  # registrations live as long as this object
 _is_capturing: Callable[[], int]
+count = 0  # of the operators replaced
 
 
 def _to_cpu(value: Any) -> Any:
@@ -63,25 +65,54 @@ def _to_cpu(value: Any) -> Any:
     return value
 
 
-def _cpu_generator(generator: torch.Generator) -> torch.Generator:
-    """A CPU generator for one call: the same seed and offset give the same numbers."""
+def _next_seed(generator: torch.Generator) -> int:
+    """A seed for one call: the same seed and offset give the same numbers."""
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # the offset moves in fours
-    seed = (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % (1 << 63)
-    return torch.Generator().manual_seed(seed)
+    return (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % (1 << 63)
 
 
-def _find_device(values: list[Any]) -> torch.device:
+def _cpu_generator(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator().manual_seed(_next_seed(generator))
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Let what draws from the CPU's generator draw what the device's own would give."""
+    drawn_from = torch.default_generator
+    state = drawn_from.get_state()
+    drawn_from.manual_seed(_next_seed(_npu().default_generators[device.index]))
+    try:
+        yield
+    finally:
+        drawn_from.set_state(state)
+
+
+def _npu() -> Any:
+    return torch.npu  # type: ignore[attr-defined] # torch_npu adds it
+
+
+def _find_device(values: list[Any]) -> torch.device | None:
     for value in values:
         if isinstance(value, (Tensor, torch.Generator)) and value.device.type == "npu":
             return value.device
         if isinstance(value, torch.device) and value.type == "npu":
             return value
-        if isinstance(value, (list, tuple)) and value:
-            device = _find_device(list(value))
-            if device.type == "npu":
-                return device
-    return torch.device("npu")
+        if isinstance(value, (list, tuple)) and (device := _find_device(list(value))):
+            return device
+    return None
+
+
+def _device_of(values: list[Any]) -> torch.device:
+    """The device a call is for: that of the first argument that has one, else the current one."""
+    device = _find_device(values)
+    if device is None or device.index is None:
+        return torch.device("npu", _npu().current_device())
+    return device
+
+
+def _has_generator(values: list[Any]) -> bool:
+    return any(isinstance(value, torch.Generator) for value in values)
 
 
 def _write_back(target: Any, result: Any) -> None:
@@ -126,6 +157,7 @@ class _CpuKernel:
             self.returned.append(
                 next((name for name, one in sets.items() if one & result_set), None)
             )
+        self.draws = torch.Tag.nondeterministic_seeded in op.tags
         self.names = [argument.name for argument in schema.arguments]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +170,11 @@ class _CpuKernel:
         cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
         if "device" in self.names and cpu_kwargs.get("device") is None:
             cpu_kwargs["device"] = torch.device("cpu")
-        result = self.op(*cpu_args, **cpu_kwargs)
+        if self.draws and not _has_generator([*args, *kwargs.values()]):
+            with _seeded(_device_of([*args, *kwargs.values()])):
+                result = self.op(*cpu_args, **cpu_kwargs)
+        else:
+            result = self.op(*cpu_args, **cpu_kwargs)
 
         written: dict[str, Any] = {}
         for i, name in self.written:
@@ -156,7 +192,7 @@ class _CpuKernel:
             if source is not None:
                 out.append(written[source])
             else:
-                device = device or _find_device([*args, *kwargs.values()])
+                device = device or _device_of([*args, *kwargs.values()])
                 out.append(_to_npu(value, device))
         return tuple(out) if len(out) > 1 else out[0]
 
@@ -209,14 +245,13 @@ def _makes_view(op: torch._ops.OpOverload) -> bool:
     )
 
 
-def install(native: ctypes.CDLL) -> int:
-    """Replace torch_npu's aten kernels; returns how many."""
-    global _library, _is_capturing
+def install(native: ctypes.CDLL) -> None:
+    """Replace torch_npu's aten kernels."""
+    global _library, _is_capturing, count
     _is_capturing = native.cann_host_is_capturing
     _library = torch.library.Library("aten", "IMPL")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     has_computed_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-    count = 0
     for name, op in _overloads():
         if op._schema.name.removeprefix("aten::") in KEPT or _makes_view(op):
             continue
@@ -239,4 +274,3 @@ def install(native: ctypes.CDLL) -> int:
             kernel = partial(_prefer, stock, vendor)
             _library.impl(name, kernel, key, with_keyset=True, allow_override=True)
         count += 1
-    return count

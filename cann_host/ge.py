@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import itertools
+import math
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -405,23 +406,31 @@ def _mark_last_uses(steps: list[Step], outputs: list[Slot]) -> None:
 # ---- The caller's memory ----
 
 
-def _wrap(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not address and 0 not in shape:
-        raise GraphError(f"a tensor of shape {shape} has no memory")
+def _wrap(address: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    needed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed > size or (needed and not address):
+        raise GraphError(
+            f"a tensor of shape {shape} takes {needed} bytes, and its memory has {size}"
+        )
     return over_memory(address, dtype, shape)
 
 
 def _with_format(
-    address: int, dtype: torch.dtype, form: int, shape: tuple[int, ...], storage: tuple[int, ...]
+    address: int,
+    size: int,
+    dtype: torch.dtype,
+    form: int,
+    shape: tuple[int, ...],
+    storage: tuple[int, ...],
 ) -> Tensor | FractalNZ:
     form &= 0xFF  # the bits above hold sub-formats
     if form in _PLAIN_FORMATS:
-        return _wrap(address, dtype, shape)
+        return _wrap(address, size, dtype, shape)
     if form != FRACTAL_NZ:
         raise GraphError(f"a tensor of shape {shape} has format {form}, which is not implemented")
     if len(storage) != len(shape) + 2:
         raise GraphError(f"a FRACTAL_NZ tensor of shape {shape} has storage shape {storage}")
-    blocks = _wrap(address, dtype, storage)
+    blocks = _wrap(address, size, dtype, storage)
     return FractalNZ(
         torch.empty(shape, dtype=dtype, device="meta"),
         storage,
@@ -435,7 +444,14 @@ def _placeholder(node: Any) -> Value:
     attr = node.attr
     dtype = torch_dtype(attr["dtype"].dt, f"constant {node.name}")
     shape, storage = (tuple(attr[name].list.i) for name in ("origin_shape", "storage_shape"))
-    return _with_format(attr["addr"].i, dtype, attr["storage_format"].i, shape, storage)
+    address = attr["addr"].i
+    return _with_format(address, bytes_at(address), dtype, attr["storage_format"].i, shape, storage)
+
+
+def bytes_at(address: int) -> int:
+    """How many bytes of device memory begin at an address; `install` replaces this."""
+    del address
+    return 0
 
 
 class _GeTensor(ctypes.Structure):
@@ -443,6 +459,7 @@ class _GeTensor(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
         ("dtype", ctypes.c_int32),
         ("format", ctypes.c_int32),
         ("dim_count", ctypes.c_int32),
@@ -567,7 +584,7 @@ def _read(tensor: _GeTensor) -> Value:
     dims = tuple(tensor.dims[: tensor.dim_count])
     shape = tuple(tensor.origin_dims[: tensor.origin_dim_count]) if tensor.has_origin else dims
     dtype = torch_dtype(tensor.dtype, "an input")
-    return _with_format(tensor.data or 0, dtype, tensor.format, shape, dims)
+    return _with_format(tensor.data or 0, tensor.size, dtype, tensor.format, shape, dims)
 
 
 _bridge: _Bridge | None = None
@@ -579,9 +596,12 @@ def install(lib: ctypes.CDLL) -> None:
     Args:
         lib: libcann_host.so.
     """
-    global _bridge
+    global _bridge, bytes_at
     if _bridge is not None:
         return
+    lib.cann_host_bytes_at.argtypes = (ctypes.c_void_p,)
+    lib.cann_host_bytes_at.restype = ctypes.c_uint64
+    bytes_at = lib.cann_host_bytes_at
     lib.aclrtGetSocName.restype = ctypes.c_char_p
     executor.soc_name = lambda: lib.aclrtGetSocName().decode()
     _bridge = _Bridge(lib)

@@ -70,7 +70,7 @@ def test_says_what_it_is() -> None:
 def test_activate_again_does_nothing_but_cannot_change_the_product() -> None:
     cann_host.activate()
     cann_host.activate(soc=cann_host.info()["soc"])
-    with pytest.raises(cann_host.CannHostError, match="already active as Ascend910B2"):
+    with pytest.raises(cann_host.CannHostError, match="already active with soc Ascend910B2"):
         cann_host.activate(soc="Ascend310P3")
 
 
@@ -730,7 +730,7 @@ def test_launcher_runs_a_module_and_shows_its_exception(tmp_path: Path) -> None:
 def test_launcher_alone_says_what_it_is() -> None:
     done = launch("-m", "cann_host")
     assert done.returncode == 0
-    assert "usage: python -m cann_host script.py" in done.stdout
+    assert "usage: python -m cann_host [options] script.py" in done.stdout
     assert "soc: Ascend910B2" in done.stdout
 
 

@@ -41,6 +41,8 @@ constexpr int kNullPointer = 161001;  // ACLNN_ERR_PARAM_NULLPTR
 constexpr int kInvalid = 161002;      // ACLNN_ERR_PARAM_INVALID
 constexpr int kInternal = 561000;     // ACLNN_ERR_INNER
 
+constexpr uint64_t kMostDims = 64;  // torch's own limit; CANN's operators take 8
+
 constexpr int kFormatNd = 2;
 constexpr int kFormatNz = 29;
 constexpr int64_t kNzRows = 16;
@@ -58,6 +60,42 @@ int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
   }
   return run(op, phase, words.data(), static_cast<int64_t>(words.size()));
 }
+
+// A tensor must lie in memory that was allocated here: reading past it would be garbage or a crash.
+int Check(const char* op, const aclTensor* tensor) {
+  if (tensor == nullptr) return kSuccess;
+  const int64_t width = cann_host::DtypeBytes(tensor->dtype);
+  if (width == 0) {
+    return Fail(kInvalid, "%s: cann_host does not know aclDataType %d", op, tensor->dtype);
+  }
+  bool is_empty = false;
+  for (const int64_t size : tensor->dims) is_empty |= size == 0;
+  for (const int64_t size : tensor->storage) is_empty |= size == 0;
+  bool fits = tensor->offset >= 0;
+  int64_t bytes = 1;
+  if (tensor->format == kFormatNz) {
+    for (const int64_t size : tensor->storage) {
+      fits = fits && size >= 0 && !__builtin_mul_overflow(bytes, size, &bytes);
+    }
+  } else {
+    int64_t step = 0;
+    fits = fits && !__builtin_add_overflow(bytes, tensor->offset, &bytes);
+    for (size_t i = 0; i < tensor->dims.size(); ++i) {
+      const int64_t size = tensor->dims[i], stride = tensor->strides[i];
+      fits = fits && size >= 0 && stride >= 0 &&
+             !__builtin_mul_overflow(size - 1, stride, &step) &&
+             !__builtin_add_overflow(bytes, step, &bytes);
+    }
+  }
+  fits = fits && !__builtin_mul_overflow(bytes, width, &bytes);
+  if (fits && (is_empty || cann_host::IsAllocated(tensor->data, bytes))) return kSuccess;
+  return Fail(kInvalid,
+              "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here (CANN "
+              "error %d)",
+              op, tensor->dims.size(), tensor->data, kInvalid);
+}
+
+int Check(const char*, int64_t) { return kSuccess; }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
@@ -83,41 +121,31 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   if (workspace_size == nullptr || executor == nullptr) {
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
+  int code = kSuccess;
+  ((code = code == kSuccess ? Check(op, arguments) : code), ...);
+  if (code != kSuccess) return code;
   std::vector<int64_t> words;
   words.reserve(160);
   (Pack(words, arguments), ...);
-  if (const int code = Call(op, kCheck, words)) return code;
+  code = Call(op, kCheck, words);
+  if (code != kSuccess) return code;
   *workspace_size = 0;
   *executor = new aclOpExecutor{op, std::move(words)};
   return kSuccess;
 }
 
-int Launch(aclOpExecutor* executor, void* stream) {
-  if (executor == nullptr) return Fail(kNullPointer, "an operator was launched without executor");
-  const std::unique_ptr<aclOpExecutor> owned(executor);
-  return cann_host::RunOrCapture(stream, [op = owned->op, words = std::move(owned->words)] {
-    return Call(op, kRun, words);
-  });
-}
-
-// Bytes of one element of the dtypes FRACTAL_NZ is made for; 0 for others.
-int64_t ElementBytes(int dtype) {
-  switch (dtype) {
-    case 2:  // int8
-    case 4:  // uint8
-      return 1;
-    case 1:   // float16
-    case 6:   // int16
-    case 7:   // uint16
-    case 27:  // bfloat16
-      return 2;
-    case 0:  // float32
-    case 3:  // int32
-    case 8:  // uint32
-      return 4;
-    default:
-      return 0;
+int Launch(const char* op, aclOpExecutor* executor, void* stream) {
+  if (executor == nullptr || std::strcmp(executor->op, op) != 0) {
+    return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
+  const std::unique_ptr<aclOpExecutor> owned(executor);
+  return cann_host::OnStream(op, stream, [op, stream, words = std::move(owned->words)] {
+    if (!cann_host::IsProfiling()) return Call(op, kRun, words);
+    const int64_t start = cann_host::NowNs();
+    const int code = Call(op, kRun, words);
+    cann_host::Profile(op, stream, start, cann_host::NowNs());
+    return code;
+  });
 }
 
 }  // namespace
@@ -125,18 +153,27 @@ int64_t ElementBytes(int dtype) {
 // The Python side; null when the interpreter is about to end.
 extern "C" void cann_host_set_aclnn_executor(Run run) { run_in_python = run; }
 
+#define GROUP "Operators (aclnn)"
+
+// The second phase of an operator; the first puts its checks before.
 #define CANN_HOST_LAUNCH(op)                                                              \
   extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {             \
-    return Launch(executor, stream);                                                      \
+    CANN_HOST_CALL(op);                                                                   \
+    return Launch(#op, executor, stream);                                                 \
   }
 
 extern "C" {
 
-// ---- descriptors ----
-
+CANN_HOST_ENTRY(aclCreateTensor, "makes")
 aclTensor* aclCreateTensor(const int64_t* dims, uint64_t rank, int dtype, const int64_t* strides,
                            int64_t offset, int format, const int64_t* storage,
                            uint64_t storage_rank, void* data) {
+  if (rank > kMostDims || storage_rank > kMostDims || (rank && !(dims && strides)) ||
+      (storage_rank && !storage)) {
+    Fail(kInvalid, "aclCreateTensor: %llu dims and %llu stored ones, or a null list of them",
+         static_cast<unsigned long long>(rank), static_cast<unsigned long long>(storage_rank));
+    return nullptr;
+  }
   return new aclTensor{{dims, dims + rank},
                        {strides, strides + rank},
                        {storage, storage + storage_rank},
@@ -147,15 +184,15 @@ aclTensor* aclCreateTensor(const int64_t* dims, uint64_t rank, int dtype, const 
 }
 
 int aclDestroyTensor(const aclTensor* tensor) {
+  CANN_HOST_CALL(aclDestroyTensor);
   delete tensor;
   return kSuccess;
 }
 
-// ---- quantized matmul ----
-
 int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            int64_t round_mode, const aclTensor* out,
                                            uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnTransQuantParamV3GetWorkspaceSize);
   return Prepare("aclnnTransQuantParamV3", workspace_size, executor, scale, offset, round_mode,
                  out);
 }
@@ -163,6 +200,7 @@ int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTens
 int aclnnTransQuantParamV2GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            const aclTensor* out, uint64_t* workspace_size,
                                            aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnTransQuantParamV2GetWorkspaceSize);
   return Prepare("aclnnTransQuantParamV2", workspace_size, executor, scale, offset, int64_t{0},
                  out);
 }
@@ -174,6 +212,7 @@ int aclnnQuantMatmulV5GetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
                                        const aclTensor* bias, bool transpose_x1, bool transpose_x2,
                                        int64_t group_size, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnQuantMatmulV5GetWorkspaceSize);
   return Prepare("aclnnQuantMatmulV5", workspace_size, executor, x1, x2, x1_scale, x2_scale,
                  y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
                  int64_t{transpose_x2}, group_size, out);
@@ -184,18 +223,18 @@ int aclnnQuantMatmulWeightNzGetWorkspaceSize(
     const aclTensor* y_scale, const aclTensor* x1_offset, const aclTensor* x2_offset,
     const aclTensor* y_offset, const aclTensor* bias, bool transpose_x1, bool transpose_x2,
     int64_t group_size, const aclTensor* out, uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnQuantMatmulWeightNzGetWorkspaceSize);
   return Prepare("aclnnQuantMatmulWeightNz", workspace_size, executor, x1, x2, x1_scale, x2_scale,
                  y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
                  int64_t{transpose_x2}, group_size, out);
 }
-
-// ---- quantized activations ----
 
 int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
                                         const aclTensor* group_index, int64_t dst_type,
                                         const aclTensor* y, const aclTensor* scale,
                                         const aclTensor* offset, uint64_t* workspace_size,
                                         aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnDynamicQuantV2GetWorkspaceSize);
   return Prepare("aclnnDynamicQuantV2", workspace_size, executor, x, smooth_scales, group_index,
                  dst_type, y, scale, offset);
 }
@@ -206,30 +245,33 @@ int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scal
                                        const char* round_mode, int32_t dst_type, int32_t axis,
                                        const aclTensor* y, uint64_t* workspace_size,
                                        aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnAscendQuantV3GetWorkspaceSize);
   const bool rounds = round_mode != nullptr && std::strcmp(round_mode, "round") == 0;
   return Prepare("aclnnAscendQuantV3", workspace_size, executor, x, scale, offset,
                  int64_t{sqrt_mode}, int64_t{rounds}, int64_t{dst_type}, int64_t{axis}, y);
 }
 
-// ---- copies, casts, formats ----
-
 int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* self, const aclTensor* source,
                                      uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnInplaceCopyGetWorkspaceSize);
   return Prepare("aclnnInplaceCopy", workspace_size, executor, self, source);
 }
 
 int aclnnCastGetWorkspaceSize(const aclTensor* self, int dtype, const aclTensor* out,
                               uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnCastGetWorkspaceSize);
   return Prepare("aclnnCast", workspace_size, executor, self, int64_t{dtype}, out);
 }
 
 int aclnnInplaceZeroGetWorkspaceSize(const aclTensor* self, uint64_t* workspace_size,
                                      aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnInplaceZeroGetWorkspaceSize);
   return Prepare("aclnnInplaceZero", workspace_size, executor, self);
 }
 
 int aclnnNpuFormatCastGetWorkspaceSize(const aclTensor* source, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnNpuFormatCastGetWorkspaceSize);
   return Prepare("aclnnNpuFormatCast", workspace_size, executor, source, out);
 }
 
@@ -238,13 +280,14 @@ int aclnnNpuFormatCastGetWorkspaceSize(const aclTensor* source, const aclTensor*
 int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format,
                                              int additional_dtype, int64_t** dims, uint64_t* rank,
                                              int* actual_format) {
+  CANN_HOST_CALL(aclnnNpuFormatCastCalculateSizeAndFormat);
   if (source == nullptr || dims == nullptr || rank == nullptr || actual_format == nullptr) {
     return Fail(kNullPointer, "aclnnNpuFormatCastCalculateSizeAndFormat: an argument is null");
   }
   std::vector<int64_t> out = source->dims;
   if (format == kFormatNz) {
-    const int64_t width = ElementBytes(additional_dtype);
-    if (out.size() < 2 || width == 0) {
+    const int64_t width = cann_host::DtypeBytes(additional_dtype);
+    if (out.size() < 2 || width == 0 || width > 4) {
       return Fail(kInvalid,
                   "aclnnNpuFormatCast: no FRACTAL_NZ for %zu dims and dtype %d (CANN error %d)",
                   out.size(), additional_dtype, kInvalid);

@@ -32,30 +32,10 @@ struct aclopAttr {};
 
 namespace {
 
+constexpr int kMostDims = 64;  // torch's own limit
 constexpr int kFormatNd = 2;
 constexpr int kFormatNz = 29;
 constexpr int64_t kNzRows = 16;
-
-// Bytes of an element, 0 for a dtype Identity does not move here.
-int64_t Width(int dtype) {
-  switch (dtype) {
-    case 2:   // int8
-    case 4:   // uint8
-    case 12:  // bool
-      return 1;
-    case 1:   // float16
-    case 6:   // int16
-    case 27:  // bfloat16
-      return 2;
-    case 0:  // float32
-    case 3:  // int32
-      return 4;
-    case 9:  // int64
-      return 8;
-    default:
-      return 0;
-  }
-}
 
 int64_t Count(const std::vector<int64_t>& dims) {
   int64_t count = 1;
@@ -68,7 +48,7 @@ int64_t Count(const std::vector<int64_t>& dims) {
 bool Holds(const aclDataBuffer& buffer, int64_t count, int64_t width) {
   int64_t bytes = 0;
   return buffer.data != nullptr && count >= 0 && !__builtin_mul_overflow(count, width, &bytes) &&
-         static_cast<uint64_t>(bytes) <= buffer.size;
+         static_cast<uint64_t>(bytes) <= buffer.size && cann_host::IsAllocated(buffer.data, bytes);
 }
 
 // FRACTAL_NZ (..., C/c0, R/16, 16, c0) of an ND (..., R, C), both ways.
@@ -104,7 +84,7 @@ int CastFormat(const aclTensorDesc& nd, const aclTensorDesc& nz, char* nd_data, 
 // Moves a tensor into another storage format.
 int Identity(const aclTensorDesc& in, const aclDataBuffer& from, const aclTensorDesc& out,
              const aclDataBuffer& to) {
-  const int64_t width = Width(in.dtype);
+  const int64_t width = cann_host::DtypeBytes(in.dtype);
   if (width == 0 || in.dtype != out.dtype || in.dims != out.dims) {
     return Fail(kInvalidParam, "Identity: dtypes %d and %d, or the shapes, are not supported",
                 in.dtype, out.dtype);
@@ -133,17 +113,29 @@ int Identity(const aclTensorDesc& in, const aclDataBuffer& from, const aclTensor
 
 extern "C" {
 
+#define GROUP "Single operators (aclop)"
+
+CANN_HOST_ENTRY(aclCreateTensorDesc, "makes")
 aclTensorDesc* aclCreateTensorDesc(int dtype, int rank, const int64_t* dims, int format) {
+  if (rank < 0 || rank > kMostDims || (rank && !dims)) {
+    Fail(kInvalidParam, "aclCreateTensorDesc: %d dims, or a null list of them", rank);
+    return nullptr;
+  }
   const std::vector<int64_t> sizes(dims, dims + rank);
   return new aclTensorDesc{dtype, format, sizes, "", format, sizes};
 }
 
+CANN_HOST_ENTRY(aclDestroyTensorDesc, "makes")
 void aclDestroyTensorDesc(const aclTensorDesc* desc) { delete desc; }
+CANN_HOST_ENTRY(aclGetTensorDescType, "makes")
 int aclGetTensorDescType(const aclTensorDesc* desc) { return desc->dtype; }
+CANN_HOST_ENTRY(aclGetTensorDescFormat, "makes")
 int aclGetTensorDescFormat(const aclTensorDesc* desc) { return desc->format; }
+CANN_HOST_ENTRY(aclGetTensorDescNumDims, "makes")
 size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) { return desc->dims.size(); }
 
 int aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size) {
+  CANN_HOST_CALL(aclGetTensorDescDimV2);
   if (index >= desc->dims.size()) {
     return Fail(kInvalidParam, "aclGetTensorDescDimV2: dimension %zu of %zu", index,
                 desc->dims.size());
@@ -152,49 +144,91 @@ int aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size
   return kSuccess;
 }
 
+CANN_HOST_ENTRY(aclSetTensorDescName, "makes")
 void aclSetTensorDescName(aclTensorDesc* desc, const char* name) { desc->name = name; }
 
 int aclSetTensorFormat(aclTensorDesc* desc, int format) {
+  CANN_HOST_CALL(aclSetTensorFormat);
   desc->storage_format = format;
   return kSuccess;
 }
 
 int aclSetTensorShape(aclTensorDesc* desc, int rank, const int64_t* dims) {
+  CANN_HOST_CALL(aclSetTensorShape);
+  if (rank < 0 || rank > kMostDims || (rank && !dims)) {
+    return Fail(kInvalidParam, "aclSetTensorShape: %d dims, or a null list of them", rank);
+  }
   desc->storage.assign(dims, dims + rank);
   return kSuccess;
 }
 
-int aclSetTensorPlaceMent(aclTensorDesc*, int) { return kSuccess; }
+int aclSetTensorPlaceMent(aclTensorDesc*, int) {
+  CANN_HOST_CALL(aclSetTensorPlaceMent);
+  return kSuccess;
+}
 
+CANN_HOST_ENTRY(aclCreateDataBuffer, "makes")
 aclDataBuffer* aclCreateDataBuffer(void* data, size_t size) {
   return new aclDataBuffer{data, size};
 }
 
 int aclDestroyDataBuffer(const aclDataBuffer* buffer) {
+  CANN_HOST_CALL(aclDestroyDataBuffer);
   delete buffer;
   return kSuccess;
 }
 
+CANN_HOST_ENTRY(aclopCreateAttr, "makes")
 aclopAttr* aclopCreateAttr() { return new aclopAttr; }
+CANN_HOST_ENTRY(aclopDestroyAttr, "makes")
 void aclopDestroyAttr(const aclopAttr* attr) { delete attr; }
-int aclopSetAttrBool(aclopAttr*, const char*, uint8_t) { return kSuccess; }
-int aclopSetAttrInt(aclopAttr*, const char*, int64_t) { return kSuccess; }
-int aclopSetAttrFloat(aclopAttr*, const char*, float) { return kSuccess; }
-int aclopSetAttrString(aclopAttr*, const char*, const char*) { return kSuccess; }
-int aclopSetAttrDataType(aclopAttr*, const char*, int) { return kSuccess; }
-int aclopSetAttrListBool(aclopAttr*, const char*, int, const uint8_t*) { return kSuccess; }
-int aclopSetAttrListInt(aclopAttr*, const char*, int, const int64_t*) { return kSuccess; }
-int aclopSetAttrListFloat(aclopAttr*, const char*, int, const float*) { return kSuccess; }
+int aclopSetAttrBool(aclopAttr*, const char*, uint8_t) {
+  CANN_HOST_CALL(aclopSetAttrBool);
+  return kSuccess;
+}
+int aclopSetAttrInt(aclopAttr*, const char*, int64_t) {
+  CANN_HOST_CALL(aclopSetAttrInt);
+  return kSuccess;
+}
+int aclopSetAttrFloat(aclopAttr*, const char*, float) {
+  CANN_HOST_CALL(aclopSetAttrFloat);
+  return kSuccess;
+}
+int aclopSetAttrString(aclopAttr*, const char*, const char*) {
+  CANN_HOST_CALL(aclopSetAttrString);
+  return kSuccess;
+}
+int aclopSetAttrDataType(aclopAttr*, const char*, int) {
+  CANN_HOST_CALL(aclopSetAttrDataType);
+  return kSuccess;
+}
+int aclopSetAttrListBool(aclopAttr*, const char*, int, const uint8_t*) {
+  CANN_HOST_CALL(aclopSetAttrListBool);
+  return kSuccess;
+}
+int aclopSetAttrListInt(aclopAttr*, const char*, int, const int64_t*) {
+  CANN_HOST_CALL(aclopSetAttrListInt);
+  return kSuccess;
+}
+int aclopSetAttrListFloat(aclopAttr*, const char*, int, const float*) {
+  CANN_HOST_CALL(aclopSetAttrListFloat);
+  return kSuccess;
+}
 int aclopSetAttrListListInt(aclopAttr*, const char*, int, const int*, const int64_t* const*) {
+  CANN_HOST_CALL(aclopSetAttrListListInt);
   return kSuccess;
 }
 
 int aclopCompileAndExecute(const char* op_type, int num_inputs, const aclTensorDesc* const* inputs,
                            const aclDataBuffer* const* sources, int num_outputs,
                            const aclTensorDesc* const* outputs, aclDataBuffer* const* targets,
-                           const aclopAttr*, int, int, const char*, void*) {
+                           const aclopAttr*, int, int, const char*, void* stream) {
+  CANN_HOST_CALL(aclopCompileAndExecute);
   if (op_type == std::string("Identity") && num_inputs == 1 && num_outputs == 1) {
-    return Identity(*inputs[0], *sources[0], *outputs[0], *targets[0]);
+    // The caller destroys what it passes as soon as the call returns.
+    return cann_host::OnStream("aclopCompileAndExecute", stream,
+                               [in = *inputs[0], from = *sources[0], out = *outputs[0],
+                                to = *targets[0]] { return Identity(in, from, out, to); });
   }
   return Fail(kFeatureUnsupported,
               "cann_host: operator %s was called through aclopCompileAndExecute, which this stand-in "

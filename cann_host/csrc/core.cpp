@@ -1,24 +1,36 @@
 #include "core.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <mutex>
-#include <string>
+#include <vector>
 
 namespace cann_host {
 namespace {
+
+struct Wanted {
+  std::string symbol;
+  int code;
+  std::string text;
+  long call;  // the one that fails, from 1; 0 for every one
+  long calls;
+};
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
 struct State {
   std::mutex mutex;
   std::string error;
-  std::string soc = "Ascend910B2";
+  Options options;
+  std::vector<Wanted> faults;
 };
 
 State& GetState() {
   static State* state = new State;
   return *state;
 }
+
+std::atomic<bool> has_faults{false};
 
 void Keep(const char* text) {
   State& state = GetState();
@@ -27,6 +39,8 @@ void Keep(const char* text) {
 }
 
 }  // namespace
+
+const Options& GetOptions() { return GetState().options; }
 
 int Fail(int code, const char* fmt, ...) {
   char text[4096];
@@ -45,6 +59,51 @@ int Unimplemented(const char* symbol) {
               symbol);
 }
 
+int Fault(const char* symbol) {
+  if (!has_faults.load(std::memory_order_relaxed)) return kSuccess;
+  State& state = GetState();
+  std::lock_guard<std::mutex> lock(state.mutex);
+  for (Wanted& wanted : state.faults) {
+    if (wanted.symbol != symbol) continue;
+    ++wanted.calls;
+    if (wanted.call != 0 && wanted.call != wanted.calls) continue;
+    state.error = wanted.text + ": cann_host: this fault was asked for: call " +
+                  std::to_string(wanted.calls) + " of " + symbol;
+    return wanted.code;
+  }
+  return kSuccess;
+}
+
+int64_t DtypeBytes(int dtype) {
+  switch (dtype) {
+    case 2:   // int8
+    case 4:   // uint8
+    case 12:  // bool
+    case 35:  // float8_e5m2
+    case 36:  // float8_e4m3fn
+      return 1;
+    case 1:   // float16
+    case 6:   // int16
+    case 7:   // uint16
+    case 27:  // bfloat16
+      return 2;
+    case 0:   // float32
+    case 3:   // int32
+    case 8:   // uint32
+    case 33:  // complex32
+      return 4;
+    case 9:   // int64
+    case 10:  // uint64
+    case 11:  // float64
+    case 16:  // complex64
+      return 8;
+    case 17:  // complex128
+      return 16;
+    default:
+      return 0;
+  }
+}
+
 // One text for the whole process, not one per thread: graphs are compiled on one thread and the
 // failure is reported by another.
 const char* RecentError() {
@@ -55,16 +114,53 @@ const char* RecentError() {
   return copy.c_str();
 }
 
-const char* CannVersion() { return "9.1.0"; }
-
-const char* SocName() { return GetState().soc.c_str(); }
-
 }  // namespace cann_host
 
-// Called once by Python, before anything asks for the name.
-extern "C" void cann_host_set_soc(const char* name) { cann_host::GetState().soc = name; }
+using cann_host::GetState;
+
+// Its ends, which the linker names after the section.
+extern "C" const cann_host::Entry* const __start_cann_host_entries[];
+extern "C" const cann_host::Entry* const __stop_cann_host_entries[];
+
+extern "C" {
+
+// Called once by Python, before anything asks.
+void cann_host_configure(const char* soc, const char* cann_version, int devices, uint64_t memory,
+                         int late_streams) {
+  GetState().options = {soc, cann_version, devices, static_cast<size_t>(memory), late_streams != 0};
+}
+
+// From now on, call number `call` of a symbol, or every one for 0, returns this code.
+void cann_host_add_fault(const char* symbol, int code, const char* text, long call) {
+  auto& state = GetState();
+  std::lock_guard<std::mutex> lock(state.mutex);
+  state.faults.push_back({symbol, code, text, call, 0});
+  cann_host::has_faults = true;
+}
+
+// Back to how it was when there were only the first `keep`.
+void cann_host_drop_faults(size_t keep) {
+  auto& state = GetState();
+  std::lock_guard<std::mutex> lock(state.mutex);
+  if (keep < state.faults.size()) state.faults.resize(keep);
+  cann_host::has_faults = !state.faults.empty();
+}
+
+// "group\tsymbol\tkind\n" for each function of CANN's that is here.
+const char* cann_host_entries() {
+  static const std::string* list = [] {
+    auto* text = new std::string;
+    for (auto entry = __start_cann_host_entries; entry != __stop_cann_host_entries; ++entry) {
+      *text += std::string((*entry)->group) + "\t" + (*entry)->symbol + "\t" + (*entry)->kind + "\n";
+    }
+    return text;
+  }();
+  return list->c_str();
+}
 
 // Python kernels report their own failures through this.
-extern "C" void cann_host_set_error(const char* text) { cann_host::Keep(text); }
+void cann_host_set_error(const char* text) { cann_host::Keep(text); }
 
-extern "C" const char* cann_host_recent_error() { return cann_host::RecentError(); }
+const char* cann_host_recent_error() { return cann_host::RecentError(); }
+
+}  // extern "C"

@@ -1,8 +1,11 @@
-// What every file of the stand-in needs: error texts, and failing by name.
+// What every file of the stand-in needs: what it pretends to be, error texts, faults on demand, and
+// the list of what is here.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace cann_host {
 
@@ -11,11 +14,22 @@ enum : int {
   kSuccess = 0,
   kInvalidParam = 100000,
   kUninitialized = 100001,
-  kBadAlloc = 200000,
+  kContextNull = 107002,  // what aclrtGetDevice says before anybody set a device
   kInvalidDevice = 200002,
   kFeatureUnsupported = 200006,
+  kOutOfMemory = 207001,  // the one torch_npu takes for an out-of-memory error
   kFailure = 500001,
 };
+
+// What this process pretends to run on. Set once, before torch_npu asks.
+struct Options {
+  std::string soc = "Ascend910B2";
+  std::string cann_version = "9.1.0";
+  int devices = 1;
+  size_t memory = 0;          // bytes of each device; 0 shares the host's memory among them
+  bool late_streams = false;  // work on a stream waits until somebody waits for it
+};
+const Options& GetOptions();
 
 // Keeps the text as the recent error and returns the code.
 int Fail(int code, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -27,12 +41,65 @@ int Unimplemented(const char* symbol);
 // The pointer stays valid until this thread asks again.
 const char* RecentError();
 
-// Work on a stream: done at once, or kept while a graph is captured on it.
-using Task = std::function<int()>;
-int RunOrCapture(void* stream, Task task);
+// The code with which somebody wants this call of a symbol to fail (see cann_host_add_fault); 0 if
+// nobody does.
+int Fault(const char* symbol);
 
-// The CANN version and the product this process pretends to run on.
-const char* CannVersion();
-const char* SocName();
+// Work on a stream, null for the device's default one: done now, or later in the stream's order, or
+// kept while a graph is captured. Returns the work's own code if it was done.
+using Task = std::function<int()>;
+int OnStream(const char* symbol, void* stream, Task task);
+int32_t StreamId(void* stream);
+// Waits for a stream and hands over how its work went.
+int FinishStream(const char* symbol, void* stream);
+// Does all the work that is left on any stream; whoever waits for a stream is told how it went.
+void DoAllWork();
+// Whether a launch may not be done when it returns.
+bool IsDeferring();
+
+// The device this thread has chosen, the first one if none.
+int CurrentDevice();
+
+// Device memory; null, with the reason kept, if there is not enough.
+void* AllocateDevice(size_t bytes);
+void FreeDevice(void* memory);
+
+// The bytes from an address to the end of the memory it is in; 0 if it was not allocated here.
+size_t BytesAt(const void* address);
+
+// Whether these bytes lie inside one piece of memory that was allocated here.
+inline bool IsAllocated(const void* memory, size_t bytes) {
+  const size_t found = BytesAt(memory);
+  return found != 0 && bytes <= found;
+}
+
+// Bytes of an element of an aclDataType, 0 for one that is not known here or shorter than a byte.
+int64_t DtypeBytes(int dtype);
+
+// For the profiler: an operator ran on a stream.
+bool IsProfiling();
+void Profile(const char* op, void* stream, int64_t start_ns, int64_t end_ns);
+int64_t NowNs();
+
+// ---- the list of what is here ----
+// Every function of CANN's that this library has puts itself in a section of its own, from which
+// the documentation is made and by which the names in CANN_HOST_FAIL are checked.
+struct Entry {
+  const char* group;
+  const char* symbol;
+  const char* kind;  // "does", "fails" by its name, or "makes": returns no code that could fail
+};
 
 }  // namespace cann_host
+
+// For a file or a part of it: #define GROUP "what the functions below are about".
+#define CANN_HOST_NAMED_ENTRY(id, symbol, kind)                                       \
+  static const cann_host::Entry cann_host_entry_##id{GROUP, symbol, kind};            \
+  __attribute__((section("cann_host_entries"), used)) static const cann_host::Entry*  \
+      const cann_host_at_##id = &cann_host_entry_##id;
+#define CANN_HOST_ENTRY(symbol, kind) CANN_HOST_NAMED_ENTRY(symbol, #symbol, kind)
+
+// Begins the body of every function that returns a code.
+#define CANN_HOST_CALL(symbol)       \
+  CANN_HOST_ENTRY(symbol, "does")    \
+  if (const int cann_host_code = cann_host::Fault(#symbol)) return cann_host_code

@@ -11,7 +11,15 @@
 #include "core.h"
 #include "ge_abi.h"
 
+using cann_host::Fault;
+
 namespace {
+
+#define GROUP "Graph engine (ge)"
+CANN_HOST_NAMED_ENTRY(ge_load, "ge.load", "does")
+CANN_HOST_NAMED_ENTRY(ge_add, "ge.add", "does")
+CANN_HOST_NAMED_ENTRY(ge_compile, "ge.compile", "does")
+CANN_HOST_NAMED_ENTRY(ge_run, "ge.run", "does")
 
 // GE reports success and failure; the code it fails with carries no meaning to torchair.
 constexpr ge::Status kFailed = ge::GRAPH_FAILED;
@@ -30,6 +38,7 @@ extern "C" {
 
 struct cann_host_ge_tensor {
   void* data;
+  size_t size;  // bytes that may be read at data
   int32_t dtype;
   int32_t format;
   int32_t dim_count;         // storage shape: of the format
@@ -362,6 +371,7 @@ constexpr uint64_t kOpType = 2;
 Graph::Graph(const char* name) : impl_(std::make_shared<GraphImpl>()) { impl_->name = name; }
 
 graphStatus Graph::LoadFromSerializedModelArray(const void* model, size_t size) {
+  if (Fault("ge.load")) return kFailed;
   if (model == nullptr || size == 0) return Failed("the serialized graph is empty");
   auto loaded = std::make_shared<GraphImpl>();
   loaded->model.assign(static_cast<const char*>(model), size);
@@ -521,15 +531,25 @@ void* cann_host_ge_output(cann_host_ge_outputs* outputs, size_t index, int32_t d
   if (outputs->tensors.size() <= index) outputs->tensors.resize(index + 1);
   ge::TensorImpl& tensor = outputs->tensors[index].Impl();
   if (tensor.data == nullptr) {
-    // One byte at least: an empty tensor has an address too. Aligned as torch aligns.
-    constexpr size_t kAlignment = 64;
-    void* data = std::aligned_alloc(kAlignment, (size / kAlignment + 1) * kAlignment);
-    if (data == nullptr) {
-      Failed("out of memory: %zu bytes for output %zu", size, index);
-      return nullptr;
+    const size_t bytes = size == 0 ? 1 : size;  // an empty tensor has an address too
+    if (outputs->placement == ge::kPlacementDevice) {
+      void* data = cann_host::AllocateDevice(bytes);
+      if (data == nullptr) return nullptr;
+      tensor.Set(static_cast<uint8_t*>(data), size, [](uint8_t* at) { cann_host::FreeDevice(at); });
+    } else {
+      void* data = std::malloc(bytes);
+      if (data == nullptr) {
+        Failed("out of memory: %zu bytes for output %zu", size, index);
+        return nullptr;
+      }
+      tensor.Set(static_cast<uint8_t*>(data), size, [](uint8_t* at) { std::free(at); });
     }
-    tensor.Set(static_cast<uint8_t*>(data), size, [](uint8_t* bytes) { std::free(bytes); });
     tensor.desc.placement = outputs->placement;
+  } else if (outputs->placement == ge::kPlacementDevice &&
+             !cann_host::IsAllocated(tensor.data, size)) {
+    Failed("output %zu: %zu bytes at %p do not lie in memory that was allocated here", index, size,
+           static_cast<void*>(tensor.data));
+    return nullptr;
   } else if (tensor.size != size) {
     Failed("output %zu takes %zu bytes but %zu were provided", index, size, tensor.size);
     return nullptr;
@@ -549,6 +569,7 @@ namespace {
 Status Compile(SessionGraph& graph) {
   std::lock_guard<std::mutex> lock(graph.mutex);
   if (graph.compiled) return GRAPH_SUCCESS;
+  if (Fault("ge.compile")) return kFailed;
   const CompileFn compile = GetExecutor().compile;
   if (compile == nullptr) {
     return Failed("no graph executor is installed; call cann_host.activate() before torch");
@@ -564,6 +585,7 @@ Status Compile(SessionGraph& graph) {
 
 Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
            std::vector<Tensor>& outputs, Placement placement) {
+  if (Fault("ge.run")) return kFailed;
   const std::shared_ptr<SessionGraph> graph = Find(session, id);
   if (graph == nullptr || Compile(*graph) != GRAPH_SUCCESS) return kFailed;
   const RunFn run = GetExecutor().run;
@@ -573,7 +595,10 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   for (const Tensor& input : inputs) {
     const TensorImpl& tensor = input.Impl();
     const TensorDescImpl& desc = tensor.desc;
-    views.push_back({tensor.data, desc.dtype, desc.format,
+    // torchair gives the bytes of the shape torch sees, which a FRACTAL_NZ storage has more of.
+    const size_t size =
+        desc.placement == kPlacementDevice ? cann_host::BytesAt(tensor.data) : tensor.size;
+    views.push_back({tensor.data, size, desc.dtype, desc.format,
                      static_cast<int32_t>(desc.dims.size()),
                      static_cast<int32_t>(desc.origin_dims.size()), desc.has_origin,
                      desc.placement, desc.dims.data(), desc.origin_dims.data()});
@@ -604,6 +629,7 @@ Session::~Session() {
   sessions.graphs.erase(first, last);
 }
 Status Session::AddGraph(uint32_t id, const Graph& graph, const Options& /*options*/) {
+  if (Fault("ge.add")) return kFailed;
   Sessions& sessions = GetSessions();
   std::lock_guard<std::mutex> lock(sessions.mutex);
   const bool added =
@@ -630,11 +656,19 @@ Status Session::RunGraph(uint32_t id, const std::vector<Tensor>& inputs,
                          std::vector<Tensor>& outputs) {
   return Run(sessionId_, id, inputs, outputs, kPlacementHost);
 }
-Status Session::RunGraphWithStreamAsync(uint32_t id, void* /*stream*/,
+Status Session::RunGraphWithStreamAsync(uint32_t id, void* stream,
                                         const std::vector<Tensor>& inputs,
                                         std::vector<Tensor>& outputs) {
-  // Every launch of this library is synchronous, so the stream is always up to date.
-  return Run(sessionId_, id, inputs, outputs, kPlacementDevice);
+  // A graph runs at once, after what is before it on its stream.
+  if (cann_host::FinishStream("RunGraphWithStreamAsync", stream) != cann_host::kSuccess) {
+    return kFailed;
+  }
+  const int64_t start = cann_host::NowNs();
+  const Status status = Run(sessionId_, id, inputs, outputs, kPlacementDevice);
+  if (cann_host::IsProfiling()) {
+    cann_host::Profile("GE graph", stream, start, cann_host::NowNs());
+  }
+  return status;
 }
 
 // The executor keeps constants and intermediate results in torch's own memory, so the areas

@@ -6,7 +6,10 @@ struct HcclConfigValue {
   int value;
 };
 
+#define GROUP "Collectives (hccl)"
+
 extern "C" int HcclSetConfig(int config, HcclConfigValue) {
+  CANN_HOST_CALL(HcclSetConfig);
   // 0 asks for deterministic collectives. With no collectives, either answer is kept.
   if (config == 0) return cann_host::kSuccess;
   return cann_host::Fail(cann_host::kFeatureUnsupported,

@@ -3,23 +3,26 @@
 // The C ABI lets a definition without parameters stand for any signature.
 #include "core.h"
 
-#define CANN_HOST_FAILS(symbol) \
+#define CANN_HOST_FAILS(symbol)    \
+  CANN_HOST_ENTRY(symbol, "fails") \
   extern "C" int symbol() { return cann_host::Unimplemented(#symbol); }
 
 #define CANN_HOST_RETURNS_NULL(symbol)  \
+  CANN_HOST_ENTRY(symbol, "fails")      \
   extern "C" void* symbol() {           \
     cann_host::Unimplemented(#symbol);  \
     return nullptr;                     \
   }
 
-// Dumps.
+#define GROUP "Dumps"
 CANN_HOST_FAILS(aclmdlInitDump)
 CANN_HOST_FAILS(aclmdlSetDump)
 CANN_HOST_FAILS(aclmdlFinalizeDump)
 CANN_HOST_FAILS(aclopStartDumpArgs)
 CANN_HOST_FAILS(aclopStopDumpArgs)
 
-// Kernels for a real chip.
+#undef GROUP
+#define GROUP "Kernels of your own"
 CANN_HOST_FAILS(aclrtBinaryGetFunction)
 CANN_HOST_FAILS(aclrtBinaryLoadFromData)
 CANN_HOST_FAILS(aclrtGetFunctionAddr)
@@ -28,8 +31,8 @@ CANN_HOST_FAILS(rtFunctionRegister)
 CANN_HOST_FAILS(rtGetC2cCtrlAddr)
 CANN_HOST_FAILS(rtKernelLaunch)
 
-// Memory that is mapped or shared between devices and processes.
-CANN_HOST_FAILS(aclrtDeviceEnablePeerAccess)
+#undef GROUP
+#define GROUP "Mapped and shared memory"
 CANN_HOST_FAILS(aclrtDeviceGetBareTgid)
 CANN_HOST_FAILS(aclrtFreePhysical)
 CANN_HOST_FAILS(aclrtMallocPhysical)
@@ -41,10 +44,12 @@ CANN_HOST_FAILS(aclrtReleaseMemAddress)
 CANN_HOST_FAILS(aclrtReserveMemAddress)
 CANN_HOST_FAILS(aclrtUnmapMem)
 
-// Host callbacks that another thread collects.
+#undef GROUP
+#define GROUP "Host callbacks"
 CANN_HOST_FAILS(aclrtProcessReport)
 
-// Channels from the device to the host.
+#undef GROUP
+#define GROUP "Channels"
 CANN_HOST_RETURNS_NULL(acltdtCreateChannelWithCapacity)
 CANN_HOST_RETURNS_NULL(acltdtCreateDataset)
 CANN_HOST_RETURNS_NULL(acltdtGetDataAddrFromItem)
@@ -55,7 +60,14 @@ CANN_HOST_FAILS(acltdtGetDimsFromItem)
 CANN_HOST_FAILS(acltdtReceiveTensor)
 
 // These four return what they read, not a code: with no dataset there is nothing to read.
-extern "C" long acltdtGetDataSizeFromItem() { return 0; }
-extern "C" int acltdtGetDataTypeFromItem() { return -1; }  // ACL_DT_UNDEFINED
-extern "C" long acltdtGetDatasetSize() { return 0; }
-extern "C" long acltdtGetDimNumFromItem() { return 0; }
+#define CANN_HOST_READS(type, symbol, nothing) \
+  CANN_HOST_ENTRY(symbol, "fails")             \
+  extern "C" type symbol() {                   \
+    cann_host::Unimplemented(#symbol);         \
+    return nothing;                            \
+  }
+
+CANN_HOST_READS(long, acltdtGetDataSizeFromItem, 0)
+CANN_HOST_READS(int, acltdtGetDataTypeFromItem, -1)  // ACL_DT_UNDEFINED
+CANN_HOST_READS(long, acltdtGetDatasetSize, 0)
+CANN_HOST_READS(long, acltdtGetDimNumFromItem, 0)

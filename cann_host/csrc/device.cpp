@@ -1,0 +1,273 @@
+// libascendcl: life cycle, versions, devices and contexts, compile options, logs.
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "core.h"
+
+using cann_host::Fail;
+using cann_host::GetOptions;
+using cann_host::kContextNull;
+using cann_host::kInvalidDevice;
+using cann_host::kInvalidParam;
+using cann_host::kSuccess;
+
+namespace {
+
+constexpr int kMostDevices = 64;
+
+// Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
+struct Acl {
+  std::mutex mutex;
+  std::map<int, std::string> compile_options;
+  std::map<int, int64_t> system_parameters;
+  bool initialized = false;
+};
+
+Acl& GetAcl() {
+  static Acl* acl = new Acl;
+  return *acl;
+}
+
+thread_local int32_t current_device = -1;
+int contexts[kMostDevices];  // only their addresses matter
+
+int SetParameter(int option, int64_t value) {
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  acl.system_parameters[option] = value;
+  return kSuccess;
+}
+
+}  // namespace
+
+int cann_host::CurrentDevice() { return current_device < 0 ? 0 : current_device; }
+
+extern "C" {
+
+#define GROUP "Life cycle and versions"
+
+int aclInit(const char*) {
+  CANN_HOST_CALL(aclInit);
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  if (acl.initialized) return Fail(100002, "aclInit was called already");
+  acl.initialized = true;
+  return kSuccess;
+}
+
+int aclFinalize() {
+  CANN_HOST_CALL(aclFinalize);
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  acl.initialized = false;
+  return kSuccess;
+}
+
+CANN_HOST_ENTRY(aclGetRecentErrMsg, "makes")
+const char* aclGetRecentErrMsg() { return cann_host::RecentError(); }
+
+CANN_HOST_ENTRY(aclrtGetSocName, "makes")
+const char* aclrtGetSocName() { return GetOptions().soc.c_str(); }
+
+struct aclCANNPackageVersion {
+  char version[128];
+  char major[64];
+  char minor[64];
+  char release[64];
+  char patch[64];
+  char reserved[128];
+};
+
+int aclsysGetCANNVersion(int, aclCANNPackageVersion* version) {
+  CANN_HOST_CALL(aclsysGetCANNVersion);
+  if (version == nullptr) return Fail(kInvalidParam, "aclsysGetCANNVersion: no place for it");
+  const char* text = GetOptions().cann_version.c_str();
+  *version = {};
+  std::snprintf(version->version, sizeof(version->version), "%s", text);
+  std::sscanf(text, "%63[0-9].%63[0-9].%63[^.].%63s", version->major, version->minor,
+              version->release, version->patch);
+  return kSuccess;
+}
+
+// The place has 128 bytes; the Python side keeps the version shorter.
+int aclsysGetVersionStr(char*, char* version) {
+  CANN_HOST_CALL(aclsysGetVersionStr);
+  std::strcpy(version, GetOptions().cann_version.c_str());
+  return kSuccess;
+}
+
+#undef GROUP
+#define GROUP "Devices and contexts"
+
+int aclrtGetDeviceCount(uint32_t* count) {
+  CANN_HOST_CALL(aclrtGetDeviceCount);
+  *count = GetOptions().devices;
+  return kSuccess;
+}
+
+int aclrtSetDevice(int32_t device) {
+  CANN_HOST_CALL(aclrtSetDevice);
+  if (device < 0 || device >= GetOptions().devices) {
+    return Fail(kInvalidDevice, "aclrtSetDevice: there is no device %d; cann_host has %d", device,
+                GetOptions().devices);
+  }
+  current_device = device;
+  return kSuccess;
+}
+
+int aclrtResetDevice(int32_t device) {
+  CANN_HOST_CALL(aclrtResetDevice);
+  cann_host::DoAllWork();
+  if (device == current_device) current_device = -1;
+  return kSuccess;
+}
+
+int aclrtGetDevice(int32_t* device) {
+  CANN_HOST_CALL(aclrtGetDevice);
+  if (current_device < 0) return Fail(kContextNull, "aclrtGetDevice: no device set on this thread");
+  *device = current_device;
+  return kSuccess;
+}
+
+int aclrtGetCurrentContext(void** context) {
+  CANN_HOST_CALL(aclrtGetCurrentContext);
+  if (current_device < 0) {
+    return Fail(kContextNull, "aclrtGetCurrentContext: no device set on this thread");
+  }
+  *context = &contexts[current_device];
+  return kSuccess;
+}
+
+int aclrtSetCurrentContext(void* context) {
+  CANN_HOST_CALL(aclrtSetCurrentContext);
+  for (int i = 0; i < GetOptions().devices; ++i) {
+    if (context == &contexts[i]) {
+      current_device = i;
+      return kSuccess;
+    }
+  }
+  return Fail(kInvalidParam, "aclrtSetCurrentContext: unknown context %p", context);
+}
+
+// Plausible sizes of such a chip. torch_npu only hands them on; nothing here depends on them.
+int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
+  CANN_HOST_CALL(aclGetDeviceCapability);
+  const bool inference = GetOptions().soc.rfind("Ascend310P", 0) == 0;
+  switch (info) {
+    case 0:
+      *value = inference ? 8 : 24;  // matrix cores
+      return kSuccess;
+    case 1:
+      *value = inference ? 8 : 48;  // vector cores
+      return kSuccess;
+    case 2:
+      *value = (inference ? 16LL : 192LL) << 20;  // bytes of L2
+      return kSuccess;
+    default:
+      return Fail(kInvalidParam, "aclGetDeviceCapability: unknown item %d", info);
+  }
+}
+
+// No limit is set on a stream, so it may use the device's cores: types 0 and 1 are the same there.
+int aclrtGetStreamResLimit(void*, int type, uint32_t* value) {
+  CANN_HOST_CALL(aclrtGetStreamResLimit);
+  int64_t cores = 0;
+  if (value == nullptr || type < 0 || type > 1) {
+    return Fail(kInvalidParam, "aclrtGetStreamResLimit: unknown resource %d", type);
+  }
+  const int code = aclGetDeviceCapability(0, type, &cores);
+  *value = static_cast<uint32_t>(cores);
+  return code;
+}
+
+// Nothing here runs for long enough to time out, and the CPU has no saturation mode: these settings
+// have no effect by nature.
+int aclrtSetOpExecuteTimeOut(uint32_t) {
+  CANN_HOST_CALL(aclrtSetOpExecuteTimeOut);
+  return kSuccess;
+}
+int aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t* actual) {
+  CANN_HOST_CALL(aclrtSetOpExecuteTimeOutV2);
+  *actual = timeout;
+  return kSuccess;
+}
+int aclrtSetOpWaitTimeout(uint32_t) {
+  CANN_HOST_CALL(aclrtSetOpWaitTimeout);
+  return kSuccess;
+}
+int aclrtSetDeviceSatMode(int) {
+  CANN_HOST_CALL(aclrtSetDeviceSatMode);
+  return kSuccess;
+}
+
+int aclrtSetSysParamOpt(int option, int64_t value) {
+  CANN_HOST_CALL(aclrtSetSysParamOpt);
+  return SetParameter(option, value);
+}
+int aclrtCtxSetSysParamOpt(int option, int64_t value) {
+  CANN_HOST_CALL(aclrtCtxSetSysParamOpt);
+  return SetParameter(option, value);
+}
+
+int aclrtGetSysParamOpt(int option, int64_t* value) {
+  CANN_HOST_CALL(aclrtGetSysParamOpt);
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  auto found = acl.system_parameters.find(option);
+  *value = found == acl.system_parameters.end() ? 0 : found->second;
+  return kSuccess;
+}
+
+#undef GROUP
+#define GROUP "Compile options and logs"
+
+int aclSetCompileopt(int option, const char* value) {
+  CANN_HOST_CALL(aclSetCompileopt);
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  acl.compile_options[option] = value;
+  return kSuccess;
+}
+
+CANN_HOST_ENTRY(aclGetCompileoptSize, "makes")
+size_t aclGetCompileoptSize(int option) {
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  return acl.compile_options[option].size() + 1;
+}
+
+int aclGetCompileopt(int option, char* value, size_t length) {
+  CANN_HOST_CALL(aclGetCompileopt);
+  Acl& acl = GetAcl();
+  std::lock_guard<std::mutex> lock(acl.mutex);
+  const std::string& text = acl.compile_options[option];
+  if (length < text.size() + 1) {
+    return Fail(kInvalidParam, "aclGetCompileopt: %zu bytes are too few", length);
+  }
+  std::memcpy(value, text.c_str(), text.size() + 1);
+  return kSuccess;
+}
+
+// In the manner of CANN: ASCEND_SLOG_PRINT_TO_STDOUT=1, ASCEND_GLOBAL_LOG_LEVEL=0..3.
+CANN_HOST_ENTRY(aclAppLog, "makes")
+void aclAppLog(int level, const char* function, const char* file, uint32_t line, const char* fmt,
+               ...) {
+  static const char* print = std::getenv("ASCEND_SLOG_PRINT_TO_STDOUT");
+  static const char* wanted = std::getenv("ASCEND_GLOBAL_LOG_LEVEL");
+  static const int lowest = wanted == nullptr ? 3 : std::atoi(wanted);
+  if (print == nullptr || std::strcmp(print, "1") != 0 || level < lowest) return;
+  static const char* const names[] = {"DEBUG", "INFO", "WARNING", "ERROR"};
+  char text[2048];
+  va_list args;
+  va_start(args, fmt);
+  std::vsnprintf(text, sizeof(text), fmt, args);
+  va_end(args);
+  std::printf("[%s] %s:%u %s: %s\n", names[level & 3], file, line, function, text);
+}
+
+}  // extern "C"

@@ -1,0 +1,179 @@
+"""What the stand-in pretends to be: options of `activate`, of the launcher, and their variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = ["VARIABLES", "CannHostError", "Fault", "Options", "parse_faults"]
+
+
+class CannHostError(RuntimeError):
+    """The stand-in cannot do this; the text says why and what to do."""
+
+    __module__ = "cann_host"  # where it is public
+
+
+# option: (variable, what it takes, what it is)
+VARIABLES = {
+    "soc": ("CANN_HOST_SOC", "NAME", "the chip to report, as CANN names it"),
+    "cann_version": ("CANN_HOST_CANN_VERSION", "VERSION", "the CANN version to report"),
+    "devices": ("CANN_HOST_DEVICES", "COUNT", "how many devices there are"),
+    "memory": (
+        "CANN_HOST_MEMORY",
+        "SIZE",
+        "bytes of each device, such as 8GiB; an allocation beyond it is out of memory",
+    ),
+    "streams": (
+        "CANN_HOST_STREAMS",
+        "now|late",
+        "when work on a stream is done: before the launch returns, or only when somebody waits "
+        "for it, which shows a wait that was forgotten",
+    ),
+    "fail": (
+        "CANN_HOST_FAIL",
+        "SYMBOL:CODE[@N],...",
+        "calls that fail: aclnnQuantMatmulV5:161002@3 is the third call of that symbol",
+    ),
+}
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+MOST_DEVICES = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the stand-in pretends to be.
+
+    Attributes:
+        soc: chip, as CANN names it.
+        cann_version: of CANN.
+        devices: how many.
+        memory: bytes of each; 0 shares the host's memory among them.
+        streams: "now" or "late", see `VARIABLES`.
+        fail: calls that fail, see `parse_faults`.
+    """
+
+    soc: str = "Ascend910B2"
+    cann_version: str = "9.1.0"
+    devices: int = 1
+    memory: int = 0
+    streams: str = "now"
+    fail: str = ""
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Options from what is given, else from the variables, else the defaults.
+
+        Raises:
+            CannHostError: a value is not one of those allowed.
+        """
+        values: dict[str, Any] = {}
+        for name, (variable, _, _) in VARIABLES.items():
+            value, source = given.get(name), name
+            if value is None:
+                value, source = os.environ.get(variable), variable
+            if value not in (None, ""):
+                values[name] = _READERS[name](str(value).strip(), source)
+        return cls(**values)
+
+    def variables(self) -> dict[str, str]:
+        """The variables that make a process of its own take the same options."""
+        default = Options()
+        return {
+            VARIABLES[field.name][0]: str(asdict(self)[field.name])
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        }
+
+
+def _soc(text: str, source: str) -> str:
+    if not re.fullmatch(r"Ascend[0-9A-Za-z_-]{1,50}", text):
+        raise CannHostError(f"{source} is {text!r}; a chip's name is like Ascend910B2")
+    return text
+
+
+def _version(text: str, source: str) -> str:
+    if not re.fullmatch(r"\d{1,3}\.\d{1,3}\.(RC)?\d{1,3}(\.alpha\d{1,3})?", text):
+        raise CannHostError(f"{source} is {text!r}; a CANN version is like 9.1.0 or 8.2.RC1")
+    return text
+
+
+def _devices(text: str, source: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_DEVICES:
+        raise CannHostError(f"{source} is {text!r}; it must be a number from 1 to {MOST_DEVICES}")
+    return int(text)
+
+
+def _memory(text: str, source: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if size <= 0:
+        raise CannHostError(f"{source} is {text!r}; a size is like 8GiB, 512MiB or 1073741824")
+    return size
+
+
+def _streams(text: str, source: str) -> str:
+    if text not in ("now", "late"):
+        raise CannHostError(f"{source} is {text!r}; it must be now or late")
+    return text
+
+
+def _fail(text: str, source: str) -> str:
+    parse_faults(text, source)
+    return text
+
+
+_READERS: dict[str, Callable[[str, str], Any]] = {
+    "soc": _soc,
+    "cann_version": _version,
+    "devices": _devices,
+    "memory": _memory,
+    "streams": _streams,
+    "fail": _fail,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A call that is to fail.
+
+    Attributes:
+        symbol: function of CANN's, or ge.load, ge.add, ge.compile, ge.run.
+        code: what it returns, and its text begins with: a number, or EZ9999 and the like for ge.
+        call: which call of it, from 1; 0 for every one.
+    """
+
+    symbol: str
+    code: str
+    call: int
+
+    @property
+    def number(self) -> int:
+        """The code as a function of CANN's returns it; the graph engine only knows failure."""
+        return int(self.code) if self.code.isdecimal() else 1
+
+
+def parse_faults(text: str, source: str = "fail") -> list[Fault]:
+    """Read `symbol:code@n,...`; without @n every call fails.
+
+    Raises:
+        CannHostError: it is not of that form.
+    """
+    faults = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        found = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)?):([A-Z]{0,2}\d{1,6})(?:@(\d{1,9}))?", part)
+        if not found or (found[3] and int(found[3]) == 0) or found[2].strip("0") == "":
+            raise CannHostError(
+                f"{source} has {part!r}; a fault is SYMBOL:CODE or SYMBOL:CODE@N, such as "
+                "aclnnQuantMatmulV5:161002@3 for the third call, or ge.compile:EZ9999"
+            )
+        if not found[2].isdecimal() and not found[1].startswith("ge."):
+            raise CannHostError(
+                f"{source} has {part!r}; {found[1]} returns a number, such as 161002 or 507015"
+            )
+        faults.append(Fault(found[1], found[2], int(found[3] or 0)))
+    return faults
