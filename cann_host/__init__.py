@@ -175,7 +175,7 @@ def _add_faults(text: str, source: str) -> None:
         if fault.symbol not in possible:
             near = sorted(s for s in possible if fault.symbol in s)
             others = (
-                f"it has {', '.join(near)}" if near else "cann_host.entries() lists what it has"
+                f"it has {', '.join(near)}" if near else "cann_host.entries() lists them"
             )
             raise CannHostError(
                 f"{source} names {fault.symbol}, which this stand-in does not have or cannot let "

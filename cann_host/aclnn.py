@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -508,7 +508,7 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
 )
-_library: ctypes.CDLL
+_library: Any = None  # once installed
 _soc: str
 
 
@@ -545,4 +545,6 @@ def install(library: ctypes.CDLL, soc: str) -> None:
 
 def uninstall() -> None:
     """Take them away: a late launch then fails by name instead of entering a dying interpreter."""
-    _library.cann_host_set_aclnn_executor(None)
+    if _library is not None:
+        _library.cann_host_set_aclnn_executor(None)
+        _library.cann_host_leave()

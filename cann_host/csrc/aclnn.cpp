@@ -139,12 +139,8 @@ int Launch(const char* op, aclOpExecutor* executor, void* stream) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
   const std::unique_ptr<aclOpExecutor> owned(executor);
-  return cann_host::OnStream(op, stream, [op, stream, words = std::move(owned->words)] {
-    if (!cann_host::IsProfiling()) return Call(op, kRun, words);
-    const int64_t start = cann_host::NowNs();
-    const int code = Call(op, kRun, words);
-    cann_host::Profile(op, stream, start, cann_host::NowNs());
-    return code;
+  return cann_host::OnStream(op, stream, [op, words = std::move(owned->words)] {
+    return Call(op, kRun, words);
   });
 }
 

@@ -49,7 +49,6 @@ int Fault(const char* symbol);
 // kept while a graph is captured. Returns the work's own code if it was done.
 using Task = std::function<int()>;
 int OnStream(const char* symbol, void* stream, Task task);
-int32_t StreamId(void* stream);
 // Waits for a stream and hands over how its work went.
 int FinishStream(const char* symbol, void* stream);
 // Does all the work that is left on any stream; whoever waits for a stream is told how it went.
@@ -75,11 +74,6 @@ inline bool IsAllocated(const void* memory, size_t bytes) {
 
 // Bytes of an element of an aclDataType, 0 for one that is not known here or shorter than a byte.
 int64_t DtypeBytes(int dtype);
-
-// For the profiler: an operator ran on a stream.
-bool IsProfiling();
-void Profile(const char* op, void* stream, int64_t start_ns, int64_t end_ns);
-int64_t NowNs();
 
 // ---- the list of what is here ----
 // Every function of CANN's that this library has puts itself in a section of its own, from which

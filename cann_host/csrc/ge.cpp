@@ -663,12 +663,7 @@ Status Session::RunGraphWithStreamAsync(uint32_t id, void* stream,
   if (cann_host::FinishStream("RunGraphWithStreamAsync", stream) != cann_host::kSuccess) {
     return kFailed;
   }
-  const int64_t start = cann_host::NowNs();
-  const Status status = Run(sessionId_, id, inputs, outputs, kPlacementDevice);
-  if (cann_host::IsProfiling()) {
-    cann_host::Profile("GE graph", stream, start, cann_host::NowNs());
-  }
-  return status;
+  return Run(sessionId_, id, inputs, outputs, kPlacementDevice);
 }
 
 // The executor keeps constants and intermediate results in torch's own memory, so the areas

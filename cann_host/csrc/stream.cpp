@@ -7,6 +7,7 @@
 // device.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <deque>
@@ -74,14 +75,17 @@ State& GetState() {
 }
 
 std::atomic<bool> is_capturing{false};
+// The interpreter is about to go, and with it threads that may hold the work's lock: nothing is done
+// any more, and nothing waited for.
+std::atomic<bool> is_leaving{false};
 
 // Locks the work, and lets other threads have the interpreter while it waits: the one that does the
 // work may need it. Python is found at run time; this library is not linked to it.
 class WorkLock {
  public:
-  WorkLock() {
+  WorkLock() : locked_(!is_leaving) {
     auto& work = GetState().work;
-    if (work.try_lock()) return;
+    if (!locked_ || work.try_lock()) return;
     static const auto has = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
     static const auto save = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
     static const auto restore =
@@ -95,8 +99,13 @@ class WorkLock {
       work.lock();
     }
   }
-  ~WorkLock() { GetState().work.unlock(); }
+  ~WorkLock() {
+    if (locked_) GetState().work.unlock();
+  }
   WorkLock(const WorkLock&) = delete;
+
+ private:
+  const bool locked_;
 };
 
 // Null for a handle that no stream has. Wants the lock.
@@ -128,14 +137,17 @@ int NoEvent(const char* symbol, void* handle) {
   return Fail(kInvalidParam, "%s: %p is no event", symbol, handle);
 }
 
-// Does the stream's work, up to a record of an event if one is given.
+// Does the work the stream has now, up to a record of an event if one is given. What other threads add
+// meanwhile is not waited for.
 void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
   State& state = GetState();
-  for (;;) {
+  size_t left = SIZE_MAX;
+  while (!is_leaving) {
     Item item;
     {
       std::lock_guard<std::mutex> lock(state.mutex);
-      if (stream->queue.empty() || (until != nullptr && until->done >= number)) return;
+      left = std::min(left, stream->queue.size());
+      if (left-- == 0 || (until != nullptr && until->done >= number)) return;
       item = std::move(stream->queue.front());
       stream->queue.pop_front();
     }
@@ -283,12 +295,6 @@ int FinishStream(const char* symbol, void* handle) {
   return Finish(stream);
 }
 
-int32_t StreamId(void* handle) {
-  std::lock_guard<std::mutex> lock(GetState().mutex);
-  const auto stream = FindStream(handle);
-  return stream ? stream->id : -1;
-}
-
 void DoAllWork() {
   if (!GetOptions().late_streams) return;
   const WorkLock lock;
@@ -354,7 +360,10 @@ int aclrtStreamQuery(void* handle, int* status) {
 
 int aclrtStreamGetId(void* handle, int32_t* id) {
   CANN_HOST_CALL(aclrtStreamGetId);
-  *id = StreamId(handle);
+  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const auto stream = FindStream(handle);
+  if (!stream) return NoStream("aclrtStreamGetId", handle);
+  *id = stream->id;
   return kSuccess;
 }
 
@@ -575,6 +584,8 @@ int aclrtSetStreamAttribute(void*, int, void*) {
   CANN_HOST_CALL(aclrtSetStreamAttribute);
   return kSuccess;
 }
+
+void cann_host_leave() { is_leaving = true; }
 
 // Whether a capture is on: Python's CPU kernels cannot be captured.
 int cann_host_is_capturing() { return is_capturing ? 1 : 0; }

@@ -14,6 +14,14 @@
     return nullptr;                     \
   }
 
+// For those that return what they read, not a code.
+#define CANN_HOST_READS(type, symbol, nothing) \
+  CANN_HOST_ENTRY(symbol, "fails")             \
+  extern "C" type symbol() {                   \
+    cann_host::Unimplemented(#symbol);         \
+    return nothing;                            \
+  }
+
 #define GROUP "Dumps"
 CANN_HOST_FAILS(aclmdlInitDump)
 CANN_HOST_FAILS(aclmdlSetDump)
@@ -49,6 +57,19 @@ CANN_HOST_FAILS(aclrtUnmapMem)
 CANN_HOST_FAILS(aclrtProcessReport)
 
 #undef GROUP
+#define GROUP "Profiler"
+CANN_HOST_FAILS(msptiActivityDisable)
+CANN_HOST_FAILS(msptiActivityEnable)
+CANN_HOST_FAILS(msptiActivityFlushAll)
+CANN_HOST_FAILS(msptiActivityGetNextRecord)
+CANN_HOST_READS(bool, msptiActivityIsEnabled, false)
+CANN_HOST_FAILS(msptiActivityPopExternalCorrelationId)
+CANN_HOST_FAILS(msptiActivityPushExternalCorrelationId)
+CANN_HOST_FAILS(msptiActivityRegisterCallbacks)
+CANN_HOST_FAILS(msptiSubscribe)
+CANN_HOST_FAILS(msptiUnsubscribe)
+
+#undef GROUP
 #define GROUP "Channels"
 CANN_HOST_RETURNS_NULL(acltdtCreateChannelWithCapacity)
 CANN_HOST_RETURNS_NULL(acltdtCreateDataset)
@@ -59,14 +80,7 @@ CANN_HOST_FAILS(acltdtDestroyDataset)
 CANN_HOST_FAILS(acltdtGetDimsFromItem)
 CANN_HOST_FAILS(acltdtReceiveTensor)
 
-// These four return what they read, not a code: with no dataset there is nothing to read.
-#define CANN_HOST_READS(type, symbol, nothing) \
-  CANN_HOST_ENTRY(symbol, "fails")             \
-  extern "C" type symbol() {                   \
-    cann_host::Unimplemented(#symbol);         \
-    return nothing;                            \
-  }
-
+// With no dataset there is nothing to read.
 CANN_HOST_READS(long, acltdtGetDataSizeFromItem, 0)
 CANN_HOST_READS(int, acltdtGetDataTypeFromItem, -1)  // ACL_DT_UNDEFINED
 CANN_HOST_READS(long, acltdtGetDatasetSize, 0)

@@ -1,0 +1,649 @@
+"""cann_host as a runtime: devices, memory, streams, captured graphs, workers, the profiler, the end
+of the process. Each script runs in a process of its own, on the real torch_npu."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import cann_host
+from cann_host import _native
+
+pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+
+
+def start(
+    folder: Path, script: str, *options: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    return subprocess.run(
+        [sys.executable, "-m", "cann_host", *options, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **variables},
+    )
+
+
+def run(folder: Path, script: str, *options: str, **variables: str) -> str:
+    done = start(folder, script, *options, **variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+# ---- options ----
+
+BAD_OPTIONS = [
+    (("--soc", "chip"), "soc is 'chip'; a chip's name is like Ascend910B2"),
+    (("--cann-version", "new"), "cann_version is 'new'; a CANN version is like 9.1.0 or 8.2.RC1"),
+    (("--devices", "0"), "devices is '0'; it must be a number from 1 to 64"),
+    (("--devices", "65"), "devices is '65'; it must be a number from 1 to 64"),
+    (("--memory", "much"), "memory is 'much'; a size is like 8GiB, 512MiB or 1073741824"),
+    (("--memory", "0"), "memory is '0'; a size is like"),
+    (("--streams", "fast"), "streams is 'fast'; it must be now or late"),
+    (("--fail", "aclrtMalloc"), "fail has 'aclrtMalloc'; a fault is SYMBOL:CODE or SYMBOL:CODE@N"),
+    (("--fail", "aclrtMalloc:0"), "fail has 'aclrtMalloc:0'; a fault is"),
+    (("--fail", "aclrtMalloc:1@0"), "fail has 'aclrtMalloc:1@0'; a fault is"),
+    (("--fail", "aclrtMalloc:EZ9999"), "aclrtMalloc returns a number, such as 161002"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD_OPTIONS, ids=lambda v: " ".join(v)[:30])
+def test_a_wrong_option_is_one_sentence(options: tuple[str, ...], text: str, tmp_path) -> None:
+    done = start(tmp_path, "print('ran')", *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("cann_host: ")
+    assert text in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_wrong_variable_is_called_by_its_name(tmp_path) -> None:
+    done = start(tmp_path, "", CANN_HOST_DEVICES="two")
+    assert "CANN_HOST_DEVICES is 'two'; it must be a number from 1 to 64" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("8GiB", 8 << 30), ("512MiB", 512 << 20), ("1.5G", 3 << 29), ("64 kb", 64 << 10), ("77", 77)],
+)
+def test_sizes(given: str, wanted: int) -> None:
+    from cann_host.options import Options
+
+    assert Options.of(memory=given).memory == wanted
+
+
+@pytest.mark.parametrize("version", ["8.1.RC1", "8.2.RC1", "8.5.0", "9.0.0.alpha1", "9.1.0"])
+def test_cann_version(version: str, tmp_path) -> None:
+    script = """
+        import torch_npu, cann_host
+        from torch_npu.npu.utils import get_cann_version, _is_gte_cann_version
+        print(get_cann_version(), cann_host.info()["cann_version"], _is_gte_cann_version("8.3.RC1"))
+    """
+    newer = version >= "8.5"
+    assert run(tmp_path, script, "--cann-version", version) == f"{version} {version} {newer}\n"
+
+
+SOCS = ("Ascend910B1", "Ascend910B4", "Ascend910_9391", "Ascend310P3", "Ascend950PR_9579")
+
+
+@pytest.mark.parametrize("soc", SOCS)
+def test_socs(soc: str, tmp_path) -> None:
+    script = """
+        import torch
+        # ND to FRACTAL_NZ and back: through aclnn, and through aclop on 310P
+        import torch_npu
+        torch.npu.config.allow_internal_format = True
+        x = torch.arange(64 * 48).to(torch.int8).view(64, 48).npu()
+        cast = torch_npu.npu_format_cast(x, 29)
+        same = torch.equal(cast.cpu(), x.cpu())
+        print(torch.npu.get_device_name(), torch_npu.get_npu_format(cast).name, same)
+    """
+    assert run(tmp_path, script, "--soc", soc) == f"{soc} FRACTAL_NZ True\n"
+
+
+# ---- devices and memory ----
+
+
+def test_several_devices(tmp_path) -> None:
+    script = """
+        import torch
+        print(torch.npu.device_count())
+        a = torch.full((3,), 2.0, device="npu:1")
+        b = a.to("npu:0")
+        print(a.device, (a * a).device, b.device, torch.equal(a.cpu(), b.cpu()))
+        with torch.npu.device(1):
+            print(torch.ones(1, device="npu").device, torch.ones(1).npu().device)
+        torch.npu.set_device(2)
+        print(torch.zeros(1, device="npu").device, torch.npu.current_stream().device)
+        print([torch.npu.memory_allocated(i) > 0 for i in range(3)])
+        try:
+            torch.ones(1, device="npu:3")
+        except RuntimeError as error:
+            print("no npu:3")
+    """
+    assert run(tmp_path, script, "--devices", "3").splitlines() == [
+        "3",
+        "npu:1 npu:1 npu:0 True",
+        "npu:1 npu:1",
+        "npu:2 npu:2",
+        "[True, True, False]",
+        "no npu:3",
+    ]
+
+
+def test_a_memory_limit_is_a_real_out_of_memory(tmp_path) -> None:
+    script = """
+        import torch
+        GiB = 1 << 30
+        def allocate(size, device="npu:0"):
+            return torch.empty(size, dtype=torch.int8, device=device)
+        print(torch.npu.get_device_properties(0).total_memory == 4 * GiB)
+        held = allocate(3 * GiB)
+        free, total = torch.npu.mem_get_info()
+        print(total == 4 * GiB, free <= GiB, torch.npu.memory_allocated() >= 3 * GiB)
+        try:
+            allocate(2 * GiB)
+        except torch.OutOfMemoryError as error:
+            print("Tried to allocate 2.00 GiB" in str(error), "4.00 GiB total" in str(error))
+        other = allocate(3 * GiB, "npu:1")  # each device has its own
+        del held
+        print(allocate(3 * GiB).numel() == 3 * GiB)  # what was freed can be had again
+        print(torch.npu.max_memory_allocated() < 4 * GiB)
+    """
+    output = run(tmp_path, script, "--memory", "4GiB", "--devices", "2")
+    assert output.splitlines() == ["True", "True True True", "True True", "True", "True"]
+
+
+def test_pinned_memory(tmp_path) -> None:
+    script = """
+        import torch
+        x = torch.arange(8.0).pin_memory()
+        y = x.to("npu", non_blocking=True)
+        torch.npu.synchronize()
+        print(x.is_pinned(), torch.ones(1).is_pinned(), torch.equal(y.cpu(), x))
+    """
+    assert run(tmp_path, script) == "True False True\n"
+
+
+def test_a_seed_decides_what_is_drawn(tmp_path) -> None:
+    script = """
+        import torch
+        def draw():
+            d = "npu"
+            one = torch.ones(8, device=d)
+            return [t.tolist() for t in (
+                torch.randn(2, device=d), torch.rand(2, device=d), torch.randperm(5, device=d),
+                torch.randint(9, (2,), device=d), torch.bernoulli(one / 2), one.clone().normal_(),
+                torch.nn.functional.dropout(one), torch.multinomial(one, 3))]
+        torch.npu.manual_seed(3); first = draw(); second = draw()
+        torch.npu.manual_seed(3); again = draw()
+        before = torch.random.get_rng_state(); draw(); after = torch.random.get_rng_state()
+        print(first == again, first != second, torch.equal(before, after))
+    """
+    assert run(tmp_path, script) == "True True True\n"
+
+
+# ---- streams, events, captured graphs ----
+
+FORGOTTEN_WAIT = """
+    import torch
+    source = torch.ones(1 << 16).pin_memory()
+    result = torch.zeros(1 << 16).pin_memory()
+    x = torch.zeros(1 << 16, device="npu")
+    torch.npu.synchronize()
+    side, main = torch.npu.Stream(), torch.npu.current_stream()
+    with torch.npu.stream(side):
+        x.copy_(source, non_blocking=True)
+    if WAITS:
+        main.wait_stream(side)
+    result.copy_(x, non_blocking=True)
+    before = int(result.sum())
+    main.synchronize()
+    print(before, int(result.sum()))
+"""
+WAITS = [
+    # streams, whether the program waits, what it reads before and after it synchronizes
+    ("now", False, "65536 65536"),
+    ("now", True, "65536 65536"),
+    ("late", False, "0 0"),  # the mistake shows
+    ("late", True, "0 65536"),
+]
+
+
+@pytest.mark.parametrize(("streams", "waits", "reads"), WAITS)
+def test_late_streams_show_a_wait_that_was_forgotten(streams, waits, reads, tmp_path) -> None:
+    script = FORGOTTEN_WAIT.replace("WAITS", str(waits))
+    assert run(tmp_path, script, "--streams", streams) == reads + "\n"
+
+
+@pytest.mark.parametrize("streams", ["now", "late"])
+def test_events(streams: str, tmp_path) -> None:
+    script = """
+        import time, torch
+        first, last = (torch.npu.Event(enable_timing=True) for _ in range(2))
+        stream = torch.npu.Stream()
+        print(first.query())  # never recorded
+        with torch.npu.stream(stream):
+            first.record()
+            x = torch.ones(256, 256, device="npu")
+            y = (x @ x).sum()
+            last.record()
+        stream.wait_event(last)
+        last.synchronize()
+        stream.synchronize()
+        print(last.query(), stream.query(), y.item(), first.elapsed_time(last) > 0)
+        for _ in range(100):
+            last.record(stream)
+        while not last.query():  # asking gets there
+            pass
+        print("done")
+    """
+    assert run(tmp_path, script, "--streams", streams).splitlines() == [
+        "True",
+        f"True True {256.0**3} True",
+        "done",
+    ]
+
+
+def test_a_failure_of_late_work_is_told_to_the_one_who_waits(tmp_path) -> None:
+    script = """
+        import torch, cann_host
+        x, y = torch.ones(4, device="npu"), torch.zeros(4, device="npu")
+        stream = torch.npu.Stream()
+        torch.npu.synchronize()
+        from cann_host import aclnn
+        copy = aclnn.OPERATORS["aclnnInplaceCopy"]
+        def broken(*_):
+            raise aclnn.Refused("broken on purpose")
+        aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], broken)
+        with torch.npu.stream(stream):
+            y.copy_(x)
+        print("launched")
+        try:
+            stream.synchronize()
+        except RuntimeError as error:
+            print("told")
+        aclnn.OPERATORS["aclnnInplaceCopy"] = copy
+        with torch.npu.stream(stream):
+            y.copy_(x)
+        stream.synchronize()
+        print(y.tolist())
+    """
+    output = run(tmp_path, script, "--streams", "late")
+    assert output.splitlines() == ["launched", "told", "[1.0, 1.0, 1.0, 1.0]"]
+
+
+@pytest.mark.parametrize("streams", ["now", "late"])
+def test_captured_graph_over_two_streams(streams: str, tmp_path) -> None:
+    script = """
+        import torch
+        a, b, c = (torch.full((4,), float(i), device="npu") for i in range(3))
+        side = torch.npu.Stream()
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            main = torch.npu.current_stream()
+            b.copy_(a)
+            side.wait_stream(main)
+            with torch.npu.stream(side):
+                c.copy_(b)
+            main.wait_stream(side)
+        print(b.tolist()[0], c.tolist()[0])  # only captured
+        for value in (5.0, 6.0):
+            a.fill_(value)
+            graph.replay()
+            torch.npu.synchronize()
+            print(b.tolist()[0], c.tolist()[0])
+        other = torch.npu.NPUGraph()
+        try:
+            with torch.npu.graph(other):
+                b.copy_(a)
+                b.cpu()  # waits for what is only being captured
+        except RuntimeError as error:
+            print("refused")
+        print(int(a.sum()))
+    """
+    output = run(tmp_path, script, "--streams", streams)
+    assert output.splitlines() == ["1.0 2.0", "5.0 5.0", "6.0 6.0", "refused", "24"]
+
+
+def test_threads(tmp_path) -> None:
+    script = """
+        import threading, torch
+        results = [None] * 8
+        def work(i):
+            stream = torch.npu.Stream()
+            with torch.npu.stream(stream):
+                x = torch.full((32, 32), float(i), device="npu")
+                for _ in range(20):
+                    y = x.clone() + x
+            stream.synchronize()
+            results[i] = y.sum().item()
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(results == [2.0 * i * 1024 for i in range(8)])
+    """
+    for streams in ("now", "late"):
+        assert run(tmp_path, script, "--streams", streams) == "True\n"
+
+
+# ---- training, workers, profiler ----
+
+
+def test_a_training_step_on_fallback_operators(tmp_path) -> None:
+    script = """
+        import torch
+        from torch import nn
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+                              nn.Flatten(), nn.Linear(196, 5))
+        x, target = torch.randn(2, 3, 16, 16), torch.tensor([1, 2])
+        def step(model, x, target):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+            return [p.detach().cpu() for p in model.parameters()]
+        import copy
+        twin = copy.deepcopy(model)
+        for a, b in zip(step(model.npu(), x.npu(), target.npu()), step(twin, x, target)):
+            torch.testing.assert_close(a, b)
+        print("equal")
+    """
+    assert run(tmp_path, script) == "equal\n"
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_data_loader_workers(context: str, tmp_path) -> None:
+    script = f"""
+        import torch
+        from torch.utils.data import DataLoader, Dataset
+        class Numbers(Dataset):
+            def __len__(self):
+                return 8
+            def __getitem__(self, i):
+                return torch.full((2,), float(i))
+        if __name__ == "__main__":
+            torch.ones(1, device="npu")  # the parent has used the device
+            loader = DataLoader(Numbers(), 2, num_workers=2, pin_memory=True,
+                                multiprocessing_context="{context}")
+            print([int(x.to("npu", non_blocking=True).sum()) for x in loader])
+    """
+    assert run(tmp_path, script) == "[2, 10, 18, 26]\n"
+
+
+def test_a_spawned_process_has_the_same_options(tmp_path) -> None:
+    script = """
+        import multiprocessing
+        def work(queue):
+            import cann_host, torch
+            there = torch.ones(2).npu().tolist()
+            queue.put((cann_host.info()["soc"], torch.npu.device_count(), there))
+        if __name__ == "__main__":
+            context = multiprocessing.get_context("spawn")
+            queue = context.Queue()
+            process = context.Process(target=work, args=(queue,))
+            process.start()
+            print(queue.get())
+            process.join()
+            print(process.exitcode)
+    """
+    output = run(tmp_path, script, "--soc", "Ascend910B4", "--devices", "2")
+    assert output.splitlines() == ["('Ascend910B4', 2, [1.0, 1.0])", "0"]
+
+
+def test_torch_profiler(tmp_path) -> None:
+    script = """
+        import torch
+        with torch.profiler.profile() as profile:
+            torch.ones(4, device="npu") + torch.ones(4, device="npu")
+        print("aten::add" in {event.key for event in profile.key_averages()})
+    """
+    assert "True\n" in run(tmp_path, script)
+
+
+# ---- the end of the process ----
+
+SETUP = """
+    import atexit, os, sys, threading, time
+    import torch, torch_npu
+    x = torch.ones(64, 64, device="npu")
+    stream, event = torch.npu.Stream(), torch.npu.Event(enable_timing=True)
+"""
+GRAPH = """
+    graph = torch.npu.NPUGraph()
+    y = torch.empty_like(x)
+    with torch.npu.graph(graph):
+        y.copy_(x)
+"""
+COMPILED = """
+    import torchair
+    compiled = torch.compile(lambda t: t + 1, backend=torchair.get_npu_backend(), dynamic=False)
+    compiled(x)
+"""
+ENDS: dict[str, tuple[str, int | None]] = {
+    # what the script does last: its exit code
+    "live tensors": ("", 0),
+    "tensors gone first": ("del x, stream, event", 0),
+    "work on a stream": ("with torch.npu.stream(stream): x.add_(1); event.record()", 0),
+    "captured graph": (GRAPH, 0),
+    "captured graph, replayed": (GRAPH + "    graph.replay()", 0),
+    "captured graph, gone after its tensors": (GRAPH + "    del x, y; del graph", 0),
+    "capture left open": (
+        "graph = torch.npu.NPUGraph()\nwith torch.npu.stream(stream): graph.capture_begin()",
+        0,
+    ),
+    "compiled graph": (COMPILED, 0),
+    "compiled graph, gone before": (COMPILED + "    del compiled; torch._dynamo.reset()", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "os._exit": ("os._exit(4)", 4),
+    "exception": ("raise ValueError('on purpose')", 1),
+    "use at exit": ("atexit.register(lambda: print(x.sum().item()))", 0),
+    "use at exit, made there": ("atexit.register(lambda: torch.ones(2, device='npu').cpu())", 0),
+    "daemon thread at work": (
+        """
+    def work():
+        while True:
+            x.clone().copy_(x)
+    threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.3)
+""",
+        None,  # PyTorch itself ends the process then, on a CPU too: it must only end
+    ),
+    "finalizer": (
+        """
+    class Holder:
+        def __del__(self):
+            self.tensor.add_(1)
+    holder = Holder(); holder.tensor = x
+    holder.cycle = holder
+""",
+        0,
+    ),
+    "empty cache": ("del x; torch.npu.empty_cache()", 0),
+    "emptied twice": ("atexit.register(torch.npu.synchronize); torch.npu.empty_cache()", 0),
+}
+
+
+WITH_WORK_LEFT = (
+    "work on a stream",
+    "captured graph, replayed",
+    "compiled graph",
+    "use at exit",
+    "daemon thread at work",
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "streams"),
+    [(what, "now") for what in ENDS] + [(what, "late") for what in WITH_WORK_LEFT],
+)
+def test_a_clean_end(what: str, streams: str, tmp_path) -> None:
+    last, code = ENDS[what]
+    done = start(tmp_path, textwrap.dedent(SETUP) + textwrap.dedent(last), "--streams", streams)
+    if code is None:
+        return
+    assert done.returncode == code, done.stderr[-2000:]
+    assert not re.search(r"Fatal|terminate called|Segmentation|core dumped", done.stderr)
+
+
+# ---- hostile calls ----
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    folder = _native.library_directory()
+    assert folder is not None
+    torch.zeros(1, device="npu")  # a device is chosen
+    return _native.load(folder)
+
+
+def last_error(library: ctypes.CDLL) -> str:
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    return library.aclGetRecentErrMsg().decode()
+
+
+FAILING = [symbol for _, symbol, kind in cann_host.entries() if kind == "fails"]
+
+
+@pytest.mark.parametrize("symbol", FAILING)
+def test_what_is_not_implemented_fails_by_its_name(symbol: str, library) -> None:
+    function = getattr(library, symbol)
+    function.restype = ctypes.c_int64
+    code = function() & 0xFFFFFFFF
+    assert f"cann_host: {symbol} is not implemented" in last_error(library)
+    returns_no_code = symbol.startswith(("acltdtCreate", "acltdtGet")) or "IsEnabled" in symbol
+    assert code == 200006 or returns_no_code
+
+
+def test_every_symbol_is_listed(library) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    shown = subprocess.run(
+        ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
+    )
+    theirs = re.compile(r"(acl|Hccl|mspti|Msprof|rt[A-Z])\w*")
+    exported = {line.split()[-1] for line in shown.stdout.splitlines()}
+    symbols = {name for name in exported if theirs.fullmatch(name)}
+    listed = {symbol for _, symbol, _ in cann_host.entries() if not symbol.startswith("ge.")}
+    assert symbols == {name for name in listed if theirs.fullmatch(name)}
+
+
+HANDLES = {
+    "aclrtSynchronizeStream": "is no stream",
+    "aclrtDestroyStream": "is no stream",
+    "aclrtSynchronizeEvent": "is no event",
+    "aclrtDestroyEvent": "is no event",
+    "aclrtFree": "was not allocated here",
+    "aclrtFreeHost": "was not allocated here",
+    "aclmdlRIDestroy": "is no captured graph",
+    "aclrtSetCurrentContext": "unknown context",
+}
+
+
+@pytest.mark.parametrize("symbol", HANDLES)
+@pytest.mark.parametrize("handle", [1, 0x5A5A5A5A5A5A])
+def test_a_handle_that_was_never_given(symbol: str, handle: int, library) -> None:
+    assert getattr(library, symbol)(ctypes.c_void_p(handle)) != 0
+    assert HANDLES[symbol] in last_error(library)
+
+
+COPIES = {
+    # direction of aclrtMemcpyKind: what overruns
+    "to the device": 1,
+    "to the host": 2,
+    "in the device": 3,
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_stays_inside_what_was_allocated(kind: str, library) -> None:
+    block = ctypes.c_void_p()
+    assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+    host = ctypes.create_string_buffer(256)
+    here = ctypes.c_void_p(ctypes.addressof(host))
+    dst = here if kind == "to the host" else block
+    src = here if kind == "to the device" else block
+
+    def copy(count: int) -> int:
+        size = ctypes.c_size_t(count)
+        return library.aclrtMemcpy(dst, size, src, size, COPIES[kind])
+
+    assert copy(64) == 0
+    assert copy(65) == 100000
+    assert "not all in memory that was allocated here" in last_error(library)
+    assert library.aclrtMemset(block, ctypes.c_size_t(65), 0, ctypes.c_size_t(65)) == 100000
+    assert library.aclrtFree(block) == 0
+
+
+DESCRIPTORS = [
+    # dims, strides, offset, storage, dtype, format: in 64 bytes
+    ("fits", (4, 4), (4, 1), 0, (16,), 0, 2, True),
+    ("one row too many", (5, 4), (4, 1), 0, (20,), 0, 2, False),
+    ("offset", (4, 4), (4, 1), 1, (16,), 0, 2, False),
+    ("negative offset", (1,), (1,), -1, (16,), 0, 2, False),
+    ("negative dim", (-4, 4), (4, 1), 0, (16,), 0, 2, False),
+    ("negative stride", (4, 4), (-4, 1), 0, (16,), 0, 2, False),
+    ("overflowing dim", (1 << 62, 4), (4, 1), 0, (16,), 0, 2, False),
+    ("overflowing stride", (3, 4), (1 << 62, 1), 0, (16,), 0, 2, False),
+    ("wide dtype", (4, 4), (4, 1), 0, (16,), 9, 2, False),
+    ("unknown dtype", (4, 4), (4, 1), 0, (16,), 99, 2, False),
+    ("storage of blocks", (4, 4), (4, 1), 0, (1, 1, 16, 8), 0, 29, False),
+]
+
+
+@pytest.mark.parametrize("case", DESCRIPTORS, ids=lambda case: case[0])
+def test_a_descriptor_stays_inside_what_was_allocated(case: tuple, library) -> None:
+    _, dims, strides, offset, storage, dtype, acl_format, fits = case
+    block = ctypes.c_void_p()
+    assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    numbers = [(ctypes.c_int64 * len(values))(*values) for values in (dims, strides, storage)]
+    tensor = library.aclCreateTensor(
+        numbers[0],
+        ctypes.c_uint64(len(dims)),
+        dtype,
+        numbers[1],
+        ctypes.c_int64(offset),
+        acl_format,
+        numbers[2],
+        ctypes.c_uint64(len(storage)),
+        block,
+    )
+    size, executor = ctypes.c_uint64(), ctypes.c_void_p()
+    code = library.aclnnInplaceZeroGetWorkspaceSize(
+        ctypes.c_void_p(tensor), ctypes.byref(size), ctypes.byref(executor)
+    )
+    assert code == (0 if fits else 161002), last_error(library)
+    if fits:
+        assert library.aclnnInplaceZero(None, ctypes.c_uint64(0), executor, None) == 0
+    library.aclDestroyTensor(ctypes.c_void_p(tensor))
+    assert library.aclrtFree(block) == 0
+
+
+def test_an_impossible_descriptor_is_none(library) -> None:
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    assert (
+        library.aclCreateTensor(
+            None,
+            ctypes.c_uint64(1 << 40),
+            0,
+            None,
+            ctypes.c_int64(0),
+            2,
+            None,
+            ctypes.c_uint64(0),
+            None,
+        )
+        is None
+    )
+    assert "aclCreateTensor: 1099511627776 dims" in last_error(library)
