@@ -174,9 +174,7 @@ def _add_faults(text: str, source: str) -> None:
     for fault in wanted:
         if fault.symbol not in possible:
             near = sorted(s for s in possible if fault.symbol in s)
-            others = (
-                f"it has {', '.join(near)}" if near else "cann_host.entries() lists them"
-            )
+            others = f"it has {', '.join(near)}" if near else "cann_host.entries() lists them"
             raise CannHostError(
                 f"{source} names {fault.symbol}, which this stand-in does not have or cannot let "
                 f"fail; {others}."

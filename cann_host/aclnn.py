@@ -7,6 +7,7 @@ compute, on torch_npu's queue thread. What is not in `OPERATORS` is not in libop
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cann_host import rules
 from cann_host.memory import FRACTAL_NZ, over_memory
+from cann_host.ops.nn import rms_norm
 from lq_graph import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
@@ -104,7 +106,7 @@ class AclTensor(NamedTuple):
 
 
 # An argument of an operator: a tensor, None for an absent one, or a number.
-Argument = AclTensor | int | None
+Argument = AclTensor | int | float | None
 
 
 def _unpack(words: list[int]) -> list[Argument]:
@@ -118,6 +120,9 @@ def _unpack(words: list[int]) -> list[Argument]:
             at += 1
         elif kind == 2:
             arguments.append(words[at + 1])
+            at += 2
+        elif kind == 3:
+            arguments.append(struct.unpack("<d", struct.pack("<q", words[at + 1]))[0])
             at += 2
         else:
             address, dtype, format_, offset, rank = words[at + 1 : at + 6]
@@ -428,6 +433,29 @@ def _ascend_quant(
     y.view().copy_(numerics.static_quant(x.view(), factor, addend, axis))
 
 
+# ---- what models have around their quantized layers ----
+
+
+def _check_rms_norm(
+    x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
+) -> None:
+    del epsilon
+    _need_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
+    kept = x.shape[: len(x.shape) - len(gamma.shape)]
+    if not gamma.shape or x.shape != (*kept, *gamma.shape) or y.shape != x.shape:
+        raise Refused(f"x has shape {x.shape}, gamma {gamma.shape} and y {y.shape}")
+    if rstd.shape != (*kept, *(1 for _ in gamma.shape)):
+        raise Refused(f"rstd has shape {rstd.shape}")
+
+
+def _rms_norm(
+    x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
+) -> None:
+    values, factors = rms_norm(x.view(), gamma.view(), epsilon=epsilon)
+    y.view().copy_(values)
+    rstd.view().copy_(factors)
+
+
 # ---- copies, casts, formats ----
 
 
@@ -501,6 +529,7 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),
     "aclnnQuantMatmulV5": (_check_quant_matmul, _quant_matmul),
     "aclnnQuantMatmulWeightNz": (_check_quant_matmul, _quant_matmul),
+    "aclnnRmsNorm": (_check_rms_norm, _rms_norm),
     "aclnnTransQuantParamV2": (_check_trans_quant_param, _trans_quant_param),
     "aclnnTransQuantParamV3": (_check_trans_quant_param, _trans_quant_param),
 }

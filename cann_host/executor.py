@@ -217,11 +217,16 @@ class Op:
 
 OPS: dict[str, Op] = {}
 
+
+def announce(op: Op) -> None:
+    """Tell the native library of an operator; `cann_host.ge.install` replaces this."""
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def op(*types: str, special: bool = False) -> Callable[[F], F]:
-    """Register a function under its GE op types."""
+    """Register a function under its GE op types, before or after the stand-in is active."""
 
     def register(function: F) -> F:
         parameters = inspect.signature(function).parameters.values()
@@ -236,6 +241,7 @@ def op(*types: str, special: bool = False) -> Callable[[F], F]:
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 special=special,
             )
+            announce(OPS[type_])
         return function
 
     return register

@@ -510,15 +510,16 @@ class _Bridge:
         lib.cann_host_ge_fail.argtypes = [ctypes.c_char_p]
         # Native code keeps the addresses, so these must live as long as the process.
         self.callbacks = (_Compile(self.compile), _Run(self.run), _Release(self.release))
-        self.register_ops()
+        for op in executor.OPS.values():
+            self.announce(op)
+        executor.announce = self.announce
         lib.cann_host_set_ge_executor(*self.callbacks)
         # Past this point the interpreter is gone but torchair's statics still remove their graphs.
         atexit.register(lib.cann_host_set_ge_executor, None, None, None)
 
-    def register_ops(self) -> None:
-        for op in executor.OPS.values():
-            names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
-            self.lib.cann_host_ge_register_op(*(name.encode() for name in names))
+    def announce(self, op: Op) -> None:
+        names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
+        self.lib.cann_host_ge_register_op(*(name.encode() for name in names))
 
     def fail(self, error: BaseException) -> int:
         if isinstance(error, GraphError):

@@ -612,8 +612,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         "SwiGluQuant",
     ),
     "an operator nobody implemented, through aclop": (
-        lambda: torch_npu.npu_rms_norm(torch.ones(3, 4, device="npu"), torch.ones(4, device="npu")),
-        "RmsNorm",
+        lambda: torch_npu.npu_fast_gelu(torch.ones(3, 4, device="npu")),
+        "operator FastGelu was called through aclopCompileAndExecute",
     ),
 }
 
@@ -661,6 +661,19 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, gamma = values(3, 5, 16, dtype=dtype), values(16, dtype=dtype, seed=1)
+    y, rstd = torch_npu.npu_rms_norm(x.npu(), gamma.npu(), 0.5)
+    a, g = x.double().numpy(), gamma.double().numpy()
+    factor = 1 / np.sqrt((a * a).mean(-1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(rstd.cpu().numpy(), factor, rtol=1e-5)
+    close = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    np.testing.assert_allclose(y.cpu().double().numpy(), a * factor * g, rtol=close)
+    with pytest.raises(RuntimeError, match=r"aclnnRmsNorm: x has shape \(3, 5, 16\), gamma \(8,\)"):
+        torch_npu.npu_rms_norm(x.npu(), gamma[:8].npu(), 0.5)
 
 
 def resident_kilobytes() -> int:

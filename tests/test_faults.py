@@ -168,15 +168,10 @@ def test_preparation_that_fails_changes_nothing(fault: str, where: str, x: Tenso
     assert all(torch.equal(one(inputs).cpu(), w) for one, w in zip(prepared, want, strict=True))
 
 
-@pytest.mark.parametrize("fault", ["aclrtMemcpyAsync:507899", "aclrtMemcpy:507899"])
-def test_moving_to_the_device(fault: str, x: Tensor) -> None:
+def test_moving_to_the_device(x: Tensor) -> None:
     ours = model()
     kept = copy.deepcopy(ours.state_dict())
-    try:
-        with cann_host.faults(fault):
-            ours.npu()
-    except RuntimeError as error:
-        assert "507899" in str(error)  # the copy goes through one of the two
+    assert "507899" in fails("aclrtMemcpy:507899@2", ours.npu)
     ours.npu()
     for name, value in ours.state_dict().items():
         assert torch.equal(value.cpu(), kept[name]), name
@@ -217,7 +212,7 @@ def test_a_run_that_fails_is_followed_by_one_that_works(x: Tensor) -> None:
     compiled = compiled_layer(ours)
     with cann_host.faults("ge.run:EZ9999@2"):
         assert torch.equal(compiled(on_npu).cpu(), want)
-        with pytest.raises(RuntimeError, match="EZ9999: .* call 2 of ge.run"):
+        with pytest.raises(RuntimeError, match=r"EZ9999: .* call 2 of ge\.run"):
             compiled(on_npu)
         assert torch.equal(compiled(on_npu).cpu(), want)
 

@@ -7,6 +7,7 @@
 //   tensor         1, address, dtype, format, offset, rank, dims..., strides...,
 //                  storage rank, storage dims...
 //   number         2, value
+//   real number    3, bits of the double
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -96,6 +97,7 @@ int Check(const char* op, const aclTensor* tensor) {
 }
 
 int Check(const char*, int64_t) { return kSuccess; }
+int Check(const char*, double) { return kSuccess; }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
@@ -113,6 +115,12 @@ void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
 
 void Pack(std::vector<int64_t>& words, int64_t number) {
   words.insert(words.end(), {2, number});
+}
+
+void Pack(std::vector<int64_t>& words, double number) {
+  int64_t bits = 0;
+  std::memcpy(&bits, &number, sizeof(bits));
+  words.insert(words.end(), {3, bits});
 }
 
 template <typename... Arguments>
@@ -247,6 +255,13 @@ int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scal
                  int64_t{sqrt_mode}, int64_t{rounds}, int64_t{dst_type}, int64_t{axis}, y);
 }
 
+int aclnnRmsNormGetWorkspaceSize(const aclTensor* x, const aclTensor* gamma, double epsilon,
+                                 const aclTensor* y, const aclTensor* rstd,
+                                 uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnRmsNormGetWorkspaceSize);
+  return Prepare("aclnnRmsNorm", workspace_size, executor, x, gamma, epsilon, y, rstd);
+}
+
 int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* self, const aclTensor* source,
                                      uint64_t* workspace_size, aclOpExecutor** executor) {
   CANN_HOST_CALL(aclnnInplaceCopyGetWorkspaceSize);
@@ -317,3 +332,4 @@ CANN_HOST_LAUNCH(aclnnInplaceCopy)
 CANN_HOST_LAUNCH(aclnnCast)
 CANN_HOST_LAUNCH(aclnnInplaceZero)
 CANN_HOST_LAUNCH(aclnnNpuFormatCast)
+CANN_HOST_LAUNCH(aclnnRmsNorm)

@@ -4,6 +4,13 @@
 #include <cstdio>
 #include <cstring>
 
+#include "core.h"
+
+#define GROUP "Bounded strings"
+CANN_HOST_ENTRY(vsnprintf_s, "makes")
+CANN_HOST_ENTRY(snprintf_s, "makes")
+CANN_HOST_ENTRY(strcpy_s, "makes")
+
 extern "C" {
 
 int vsnprintf_s(char* dst, size_t size, size_t count, const char* fmt, va_list args) {

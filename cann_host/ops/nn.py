@@ -91,7 +91,7 @@ def _conv2d(
 
 
 @op("RmsNorm")
-def _rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     value = x.to(torch.float32)
     dims = list(range(-gamma.dim(), 0))
     rstd = torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
