@@ -18,19 +18,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LinearQuantValueError
 from .formats import dtype_name
-from .module import layer_of
+from .module import LinearQuant, layer_of
 from .quantized_linear import QuantizedLinear
 from .text import table
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    from .parallel import LinearQuantStyle
 
 __all__ = ["CheckpointError", "LoadReport", "Loaded", "load_checkpoint"]
 
@@ -107,7 +117,13 @@ class Loaded:
 
 
 class LoadReport(list[Loaded]):
-    """What load_checkpoint loaded; prints as a table."""
+    """What load_checkpoint loaded; prints as a table.
+
+    Attributes:
+        bytes_read: of tensors, out of the files, by this process.
+    """
+
+    bytes_read = 0
 
     def __str__(self) -> str:
         head = ["module", "scheme", "n", "k", "output", "bytes"]
@@ -133,6 +149,7 @@ class _Files:
         self._error = safetensors.SafetensorError
         self._open = safetensors.safe_open
         self.keys: dict[str, Path] = {}
+        self.bytes_read = 0
         self._handles: dict[Path, Any] = {}
         for file in _files_of(path):
             for key in self._handle(file).keys():  # noqa: SIM118 - not a dict
@@ -156,6 +173,16 @@ class _Files:
     def read(self, key: str) -> Tensor:
         """The tensor itself."""
         tensor: Tensor = self._handle(self.keys[key]).get_tensor(key)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def read_part(self, key: str, dim: int, part: int, parts: int) -> Tensor:
+        """One of the equal parts of a tensor along a dim; nothing else of it is read."""
+        lazy = self._handle(self.keys[key]).get_slice(key)
+        size = lazy.get_shape()[dim] // parts
+        wanted = slice(part * size, (part + 1) * size)
+        tensor: Tensor = lazy[(slice(None),) * dim + (wanted,)]
+        self.bytes_read += tensor.nbytes
         return tensor
 
 
@@ -308,7 +335,12 @@ def _targets(pattern: str, name: str) -> bool:
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
+    plan: Mapping[str, ParallelStyle] | None = None,
 ) -> LoadReport:
     """Load a W8A8 checkpoint into a model.
 
@@ -323,45 +355,153 @@ def load_checkpoint(
         dtype: float16 or bfloat16, output of the dynamic layers, and of the static ones of
             compressed-tensors; default that of the layer's own weight. A static layer of
             msmodelslim says its own: int64 deq_scale float16, float32 deq_scale bfloat16.
+        mesh, plan: to split quantized layers over devices: a mesh of one dim, and for names of
+            layers (`*` for any part between two dots) a ColwiseLinearQuant or RowwiseLinearQuant of
+            `lq_graph.parallel`. Each process reads only its part of those layers' tensors. The plan
+            is applied: leave these layers out of parallelize_module.
 
     Returns:
         A report, one `Loaded` for each quantized layer.
 
     Raises:
-        CheckpointError: anything missing, truncated, of another dtype or size, or not finite.
+        CheckpointError: anything missing, truncated, of another dtype or size, or not finite. With
+            a mesh, on every rank if it is so on one.
+        LinearQuantError: a layer that the plan cannot split.
 
     Source: see the module.
     """
-    path = Path(path)
+    if (mesh is None) != (plan is None):
+        raise CheckpointError("load_checkpoint: mesh and plan go together; give both or neither.")
+    shares = None if mesh is None or plan is None else _Shares(mesh, plan)
+    if shares is None:
+        return _load(model, Path(path), dtype, None)()
+    with shares.agreeing():  # nothing is changed on any rank unless all can go on
+        finish = _load(model, Path(path), dtype, shares)
+    return finish()
+
+
+class _Shares:
+    """Which part of which layer is this process's."""
+
+    def __init__(self, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+        from .parallel import LinearQuantStyle
+
+        for pattern, style in plan.items():
+            if not isinstance(style, LinearQuantStyle):
+                raise CheckpointError(
+                    f"load_checkpoint: the plan has {type(style).__name__} for {pattern}; allowed "
+                    "are ColwiseLinearQuant and RowwiseLinearQuant. What to do: leave other modules "
+                    "to parallelize_module, after loading."
+                )
+            style.check_mesh(mesh)
+        self.mesh, self._plan = mesh, dict(plan)
+        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
+
+    def style(self, name: str) -> LinearQuantStyle | None:
+        """The plan for a layer, if it has one."""
+        tokens = name.split(".")
+        for pattern, style in self._plan.items():
+            patterns = pattern.split(".")
+            if len(patterns) == len(tokens) and all(map(fnmatchcase, tokens, patterns)):
+                return cast("LinearQuantStyle", style)
+        return None
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Raise on every rank what one of them raises in the block."""
+        import torch.distributed as dist
+
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            mine = error
+        told: list[str | None] = [None] * self.ranks
+        text = None if mine is None else str(mine)
+        dist.all_gather_object(told, text, group=self.mesh.get_group())
+        if mine is not None:
+            raise mine
+        for rank, theirs in enumerate(told):
+            if theirs is not None:
+                raise CheckpointError(f"rank {rank} of {self.ranks} could not load: {theirs}")
+
+
+def _load(
+    model: nn.Module, path: Path, dtype: torch.dtype | None, shares: _Shares | None
+) -> Callable[[], LoadReport]:
+    """Check and read the layers; what is returned puts them into the model."""
     if not path.exists():
         _refuse(path, None, "a folder or a safetensors file", "nothing")
     files = _Files(path)
     kind, schemes = _schemes(path, files)
     modules = dict(model.named_modules())
     used: set[str] = set()
-    plans = []
+    layers = []
     for name, dynamic in schemes.items():
         parts = _check_layer(files, path, name, PARTS[kind, dynamic], modules.get(name))
         used |= {f"{name}.{part}" for part in parts}
-        plans.append(
-            (name, dynamic, parts, _output(files, path, name, parts, modules[name], dtype))
-        )
+        output = _output(files, path, name, parts, modules[name], dtype)
+        style = None if shares is None else shares.style(name)
+        read = partial(_read, files, name, parts, shares, style)
+        if style is not None and shares is not None:
+            n, k = files.header(f"{name}.weight")[1]
+            whole = LinearQuant(
+                k,
+                n,
+                bias="bias" in parts or "quant_bias" in parts,
+                pertoken_scale=dynamic,
+                output_dtype=output,
+                device="meta",
+            )
+            style.check(name, whole, shares.ranks)
+        layers.append((name, dynamic, output, style, read))
     rest = _check_rest(model, files, path, set(schemes), used)
+    new = {name: _build(kind, dynamic, output, read) for name, dynamic, output, _, read in layers}
 
-    new = {
-        name: _build(files, kind, name, dynamic, parts, output)
-        for name, dynamic, parts, output in plans
-    }
-    report = LoadReport()
-    for name, dynamic, _, output in plans:
-        parent, _, child = name.rpartition(".")
-        layer = new[name].to(_device_of(modules[name]))
-        setattr(modules[parent], child, layer.train(modules[name].training))
-        n, k = layer.linear.weight.shape
-        report.append(Loaded(name, "dynamic" if dynamic else "static", n, k, output))
-    for key in rest:
-        _put(model, key, files.read(key))
-    return report
+    def finish() -> LoadReport:
+        report = LoadReport()
+        for name, dynamic, output, style, _ in layers:
+            parent, _, child = name.rpartition(".")
+            layer = new[name].to(_device_of(modules[name]))
+            n, k = files.header(f"{name}.weight")[1]
+            if style is not None and shares is not None:
+                style.adopt(layer, shares.mesh, n, k)
+            setattr(modules[parent], child, layer.train(modules[name].training))
+            report.append(Loaded(name, "dynamic" if dynamic else "static", n, k, output))
+        for key in rest:
+            _put(model, key, files.read(key))
+        report.bytes_read = files.bytes_read
+        return report
+
+    return finish
+
+
+# what a tensor of the files becomes: a parameter, by whose placement it is split
+_BECOMES = {"weight": "weight", "quant_bias": "bias", "bias": "bias"}
+
+
+def _read(
+    files: _Files,
+    name: str,
+    parts: dict[str, Part],
+    shares: _Shares | None,
+    style: LinearQuantStyle | None,
+    part: str,
+) -> Tensor | None:
+    """A tensor of a layer, or this process's part of it; None if the layer has none."""
+    if part not in parts:
+        return None
+    key = f"{name}.{part}"
+    shape = files.header(key)[1]
+    if style is None or shares is None or parts[part].shapes[0][0] != "n":
+        return files.read(key)
+    size = shape if part == "weight" else shape[:1]
+    placement = style.placement(_BECOMES.get(part, "scale"), size)
+    if placement.is_shard():
+        dim = cast("Shard", placement).dim
+        return files.read_part(key, dim, shares.rank, shares.ranks)
+    tensor = files.read(key)
+    return torch.zeros_like(tensor) if placement.is_partial() and shares.rank else tensor
 
 
 def _check_layer(
@@ -484,16 +624,14 @@ def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 
 def _build(
-    files: _Files, kind: str, name: str, dynamic: bool, parts: dict[str, Part], output: torch.dtype
+    kind: str, dynamic: bool, output: torch.dtype, read: Callable[[str], Tensor | None]
 ) -> QuantizedLinear:
-    def read(part: str) -> Tensor | None:
-        return files.read(f"{name}.{part}") if part in parts else None
-
     def floats(part: str) -> Tensor | None:
         tensor = read(part)
         return None if tensor is None else tensor.reshape(-1).to(_F32)
 
-    weight, bias = files.read(f"{name}.weight"), read("bias")
+    weight, bias = read("weight"), read("bias")
+    assert weight is not None
     weight_scale, input_scale, float_bias = floats("weight_scale"), floats("input_scale"), None
     if dynamic:
         scale = weight_scale

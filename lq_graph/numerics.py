@@ -23,6 +23,7 @@ __all__ = [
     "INT4_PER_INT32",
     "NzWeight",
     "dynamic_quant",
+    "epilogue",
     "matmul_int32",
     "nd_to_nz",
     "nz_shape",
@@ -30,6 +31,8 @@ __all__ = [
     "pack_int4",
     "pack_scale",
     "quant_matmul",
+    "quantize_rows",
+    "row_peaks",
     "s19",
     "static_quant",
     "unpack_int4",
@@ -297,6 +300,44 @@ def quant_matmul(
     if x1.dtype == torch.int32:
         x1, weight = unpack_int4(x1), unpack_int4(weight)
     acc = matmul_int32(x1, weight)
+    offset = None
+    folded = scale.dtype in (torch.int64, torch.uint64)
+    if folded and output_dtype != torch.int32:
+        scale, offset = unpack_scale(scale)
+    return epilogue(
+        acc,
+        scale,
+        folded=folded,
+        offset=offset,
+        bias=bias,
+        pertoken_scale=pertoken_scale,
+        output_dtype=output_dtype,
+    )
+
+
+def epilogue(
+    acc: Tensor,
+    scale: Tensor,
+    *,
+    folded: bool,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """What follows the matmul.
+
+    Args:
+        acc: int32, (..., m, n), the accumulators; may be overwritten.
+        scale: (1,) or (n,): float32 with 19 bits where the row reads the packed form (`folded`),
+            float32 or bfloat16 elsewhere.
+        folded: whether the row reads the packed form.
+        offset: of the packed form, an integer from -256 to 255 each; None for 0.
+        bias, pertoken_scale, output_dtype: as `quant_matmul` takes them.
+
+    Returns:
+        output_dtype, (..., m, n).
+    """
     if bias is not None and bias.dtype == torch.int32:
         acc = acc.add_(bias) if acc.dim() >= bias.dim() else acc + bias
         bias = None
@@ -304,12 +345,14 @@ def quant_matmul(
         return acc
 
     value = acc.to(torch.float32)
-    if scale.dtype in (torch.int64, torch.uint64):
-        fixed_scale, offset = unpack_scale(scale)
-        value.mul_(fixed_scale)
+    if folded:
+        value.mul_(scale)
         if output_dtype == torch.int8:
             # 9-bit clip first, the offset after it: 400 with offset -200 gives 55, not 127
-            value.round_().clamp_(-256, 255).add_(offset).clamp_(-128, 127)
+            value.round_().clamp_(-256, 255)
+            if offset is not None:
+                value.add_(offset)
+            value.clamp_(-128, 127)
         elif output_dtype == torch.float16:
             value.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
         return value.to(output_dtype)
@@ -342,12 +385,20 @@ def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     Returns:
         int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
     """
+    return quantize_rows(x, row_peaks(x), bits)
+
+
+def row_peaks(x: Tensor) -> Tensor:
+    """The largest magnitude of each row: float32 (...) of a float (..., k)."""
+    return x.to(torch.float32).abs().amax(-1)
+
+
+def quantize_rows(x: Tensor, peak: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """`dynamic_quant` of rows, or of a part of their k, whose largest magnitudes are known."""
     top = _LIMITS[bits][1]
-    value = x.to(torch.float32)
-    peak = value.abs().amax(-1)
     # torch computes `top / peak` as a reciprocal times top, which is another number
     factor = torch.full_like(peak, top).div_(peak)
-    steps = value * factor.unsqueeze(-1)
+    steps = x.to(torch.float32) * factor.unsqueeze(-1)
     return _to_integer(steps, bits), peak * (1 / top)
 
 

@@ -112,7 +112,7 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor
         if self._scale_reciprocal is None:
-            quantized, scale = _dynamic_quant(rows, dtype=self.linear.weight.dtype)
+            quantized, scale = self.quantize_rows(rows, self.linear.weight.dtype)
             out = self.linear(quantized, scale)
         elif x.dtype == torch.int8:
             out = self.linear(rows)
@@ -125,6 +125,11 @@ class QuantizedLinear(nn.Module):
                 )
             out = self.linear(_static_quant(rows, self._scale_reciprocal, self._offset))
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Quantize a dynamic layer's input, (m, k); `lq_graph.dynamic_quant`."""
+        out: tuple[Tensor, Tensor] = _dynamic_quant(rows, dtype=dtype)
+        return out
 
     def to_float(self, out: Tensor) -> Tensor:
         """An output as the numbers it stands for: int8 ones dequantized, others as they are."""

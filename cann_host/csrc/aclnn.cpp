@@ -69,9 +69,9 @@ int Check(const char* op, const aclTensor* tensor) {
   if (width == 0) {
     return Fail(kInvalid, "%s: cann_host does not know aclDataType %d", op, tensor->dtype);
   }
-  bool is_empty = false;
-  for (const int64_t size : tensor->dims) is_empty |= size == 0;
-  for (const int64_t size : tensor->storage) is_empty |= size == 0;
+  // What is read is what decides: the storage of FRACTAL_NZ, the dims of anything else.
+  const auto& sizes = tensor->format == kFormatNz ? tensor->storage : tensor->dims;
+  const bool is_empty = std::count(sizes.begin(), sizes.end(), 0) != 0;
   bool fits = tensor->offset >= 0;
   int64_t bytes = 1;
   if (tensor->format == kFormatNz) {
