@@ -269,20 +269,18 @@ class LinearQuantStyle(ParallelStyle):
                 f"{name}: weight is FRACTAL_NZ, whose blocks of 16 x 32 bytes do not split. What "
                 "to do: parallelize the model first and call use_internal_format_weight after it."
             )
-        words = weight.shape[self.weight_dim]
-        unit = 1
-        if weight.dtype == _I32 and self.weight_dim == 0:
-            unit = STORAGE_DTYPES[_I32]  # int4 needs n to be a multiple of 8, on each device
-        if words % ranks or words // ranks % unit:
-            size, what = ("n", "out_features") if self.weight_dim == 0 else ("k", "in_features")
-            pack = STORAGE_DTYPES[weight.dtype] if self.weight_dim else unit
-            whole = words * (pack if self.weight_dim else 1)
+        pack = STORAGE_DTYPES[weight.dtype]  # int4 needs n and k in eights, on each device
+        what, size = (
+            ("out_features (n)", weight.shape[0])
+            if self.weight_dim == 0
+            else ("in_features (k)", weight.shape[1] * pack)
+        )
+        if size % (ranks * pack):
             raise LinearQuantValueError(
-                f"{name}: {what} ({size}) is {whole} and there are {ranks} devices; each takes an "
-                f"equal part, a multiple of {pack}"
-                + (" for int4" if pack > 1 else "")
-                + ". What to do: pad it with zeros to a multiple of "
-                f"{ranks * pack}, or use a mesh of another size."
+                f"{name}: {what} is {size} and there are {ranks} devices; each takes an equal part"
+                + (f", a multiple of {pack} for int4" if pack > 1 else "")
+                + f". What to do: pad it with zeros to a multiple of {ranks * pack}, or use a mesh "
+                "of another size."
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
