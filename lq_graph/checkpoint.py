@@ -390,8 +390,8 @@ class _Shares:
             if not isinstance(style, LinearQuantStyle):
                 raise CheckpointError(
                     f"load_checkpoint: the plan has {type(style).__name__} for {pattern}; allowed "
-                    "are ColwiseLinearQuant and RowwiseLinearQuant. What to do: leave other modules "
-                    "to parallelize_module, after loading."
+                    "are ColwiseLinearQuant and RowwiseLinearQuant. What to do: leave other "
+                    "modules to parallelize_module, after loading."
                 )
             style.check_mesh(mesh)
         self.mesh, self._plan = mesh, dict(plan)
@@ -465,7 +465,7 @@ def _load(
             layer = new[name].to(_device_of(modules[name]))
             n, k = files.header(f"{name}.weight")[1]
             if style is not None and shares is not None:
-                style.adopt(layer, shares.mesh, n, k)
+                style.adopt(layer, shares.mesh)
             setattr(modules[parent], child, layer.train(modules[name].training))
             report.append(Loaded(name, "dynamic" if dynamic else "static", n, k, output))
         for key in rest:

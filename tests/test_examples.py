@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,20 @@ def test_example(name: str, shown: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
+
+
+def test_tensor_parallel(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *command, str(EXAMPLES / "tensor_parallel.py")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "int32, then the scale                     530,440               0 of 8,192" in done.stdout
+    )
+    assert "rank 0 read 542,720, 0 of 8,192 differ" in done.stdout

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -302,6 +303,12 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format
       return Fail(kInvalid,
                   "aclnnNpuFormatCast: no FRACTAL_NZ for %zu dims and dtype %d (CANN error %d)",
                   out.size(), additional_dtype, kInvalid);
+    }
+    for (const int64_t size : out) {
+      if (size < 0 || size > std::numeric_limits<int64_t>::max() - kNzBytes) {
+        return Fail(kInvalid, "aclnnNpuFormatCast: a size of %lld (CANN error %d)",
+                    static_cast<long long>(size), kInvalid);
+      }
     }
     const int64_t c0 = kNzBytes / width;
     const int64_t columns = out.back();
