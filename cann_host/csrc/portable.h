@@ -1,0 +1,19 @@
+// Put before every source of cann_host (CMakeLists.txt): functions that glibc 2.34 moved into libc
+// are asked for under the version they had before, so that a library built on a new system loads on
+// an old one. They do the same under both. tests/test_wheel.py tells when one is missing here.
+#pragma once
+
+#include <features.h>
+
+#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 34)
+#if defined(__x86_64__)
+#define CANN_HOST_OLDEST "GLIBC_2.2.5"
+#elif defined(__aarch64__)
+#define CANN_HOST_OLDEST "GLIBC_2.17"
+#endif
+#endif
+
+#ifdef CANN_HOST_OLDEST
+__asm__(".symver dlsym,dlsym@" CANN_HOST_OLDEST);
+__asm__(".symver pthread_mutex_trylock,pthread_mutex_trylock@" CANN_HOST_OLDEST);
+#endif
