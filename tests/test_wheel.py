@@ -103,10 +103,8 @@ def test_no_newer_than_the_torch_npu_wheel(library: Path, limits: dict[str, Vers
 def test_a_newer_one_would_be_found(tmp_path: Path, limits: dict[str, Version]) -> None:
     source, library = tmp_path / "new.cpp", tmp_path / "new.so"
     source.write_text("#include <vector>\nint f() { return *std::vector<int>(3).rbegin(); }")
-    subprocess.run(
-        [str(COMPILER), "-shared", "-fPIC", str(source), "-o", str(library)], check=True
-    )
+    subprocess.run([str(COMPILER), "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     lower = {**limits, "GLIBCXX": (3, 4), "GLIBC": (2, 0), "CXXABI": (1, 0)}
     found = too_new(library, lower)
     assert found and all(re.fullmatch(r"[A-Z]+_[0-9.]+ \S+", text) for text in found)
-    assert not too_new(library, {family: (99,) for family in FAMILIES})
+    assert not too_new(library, dict.fromkeys(FAMILIES, (99,)))
