@@ -56,16 +56,15 @@ constexpr int kColumns = 4;       // rows of w, columns of the result
 constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
 constexpr int64_t kBlock = 32;    // columns at a time
 
-// Many rows: w is turned, one panel at a time, so that registers run along n and need no sum across.
-// Below, turning a weight that is in no cache yet costs more than it saves; sooner for int8 FRACTAL_NZ,
-// which comes in halves of a register.
-constexpr int64_t kManyRows = 192, kManyRowsNz = 48;
-constexpr int kPanelRows = 12;        // rows of x in one block of registers
-constexpr int kPanelColumns = 32;     // two registers
-constexpr int64_t kPanelDepth = 512;  // values of k at a time: a panel is 16 KB, and stays in L1
-constexpr int kAhead = 3;             // lines to fetch ahead with each 64 bytes of a row of w
-constexpr int64_t kPanels = 4;        // panels that x, in L2, is multiplied by before it moves on
-constexpr int64_t kTall = 768;        // rows at a time: x and the accumulators stay in L2
+// Many rows: x is turned, once, so that registers run along m and need no sum across. w is read by
+// words of four values, from a copy of a few of its rows that lies close together: rows a multiple of
+// 4096 bytes apart would all want the same lines of the L1 cache.
+constexpr int64_t kManyRows = 32;
+constexpr int64_t kPanel = 16;     // rows of x in a register
+constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
+constexpr int64_t kWide = 32;      // rows of w in a slice
+constexpr int64_t kSlice = 1024;   // values of k in a slice, at most
+constexpr int64_t kTall = 256;     // rows at a time: x and the accumulators stay in L2
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
@@ -170,52 +169,102 @@ constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<
 template <bool int4, bool nz>
 constexpr auto kMultiply = EachHeight<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
 
-// rows x kPanelColumns results of a turned panel over `steps` times four values of k, put into or
-// added to c. x has kPanelRows times four values a step, panel kPanelColumns times four. Meanwhile
-// kAhead lines that begin at `ahead`, `line` bytes apart, and those every `next` bytes after, come to
-// L2: all of them at once would keep x waiting.
-template <int rows>
-VNNI void MultiplyPanel(const int8_t* x, const uint8_t* panel, int64_t steps, const uint8_t* ahead,
-                        int64_t line, int64_t next, bool first, int32_t* c, int64_t c_stride) {
-  __m512i left[rows], right[rows];
-#pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) left[i] = right[i] = _mm512_setzero_si512();
-  for (; steps; steps -= 16, ahead += next) {
-    for (int i = 0; i < kAhead; ++i) _mm_prefetch(ahead + i * line, _MM_HINT_T1);
-    for (const uint8_t* end = panel + 16 * 4 * kPanelColumns; panel != end;
-         x += 4 * kPanelRows, panel += 4 * kPanelColumns) {
-      const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
-#pragma GCC unroll 12
-      for (int i = 0; i < rows; ++i) {
+// How 64 bytes of a row of w become values in the order x's are in: 64 of int8, 128 of int4. In memory,
+// so that the constants take no register from the accumulators.
+struct Unfolding {
+  int32_t flip, low;
+  bool int4;
+};
+constexpr Unfolding kUnfolding[] = {{int32_t(0x80808080), 0, false},
+                                    {int32_t(0x88888888), 0x0F0F0F0F, true}};
+
+INLINE_VNNI void Unfold(__m512i v, const Unfolding& how, uint8_t* out) {
+  v = _mm512_xor_si512(v, _mm512_set1_epi32(how.flip));
+  if (how.int4) {
+    const __m512i odd = _mm512_srli_epi16(v, 4);
+    _mm512_store_si512(out + 64, _mm512_and_si512(odd, _mm512_set1_epi32(how.low)));
+    v = _mm512_and_si512(v, _mm512_set1_epi32(how.low));
+  }
+  _mm512_store_si512(out, v);
+}
+
+// Rows of w to be copied while others are multiplied: alone, the copy would wait for memory.
+struct Upcoming {
+  const uint8_t* from;
+  uint8_t* to;
+  int64_t rows, row_step;  // how many, and from one to the next
+  int64_t blocks;          // of 64 bytes in each
+  int64_t w_step;          // from 32 bytes of a row to its next
+  int64_t fetch;           // what comes after it, to be brought to L2, is so many bytes further
+  Unfolding unfolding;
+};
+
+// panels * 16 rows by `columns` results over `blocks` of 64 bytes of w, put into or added to c, which
+// has the rows of a column together. x has 16 rows times four values a step, the next panel `x_panel`
+// bytes on; w has kSlice bytes a column.
+template <int panels, int columns>
+VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
+                        const Upcoming& upcoming, bool first, int32_t* c, int64_t c_stride) {
+  __m512i sum[columns][panels];
+#pragma GCC unroll 16
+  for (int j = 0; j < columns; ++j)
+#pragma GCC unroll 2
+    for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
+  const int64_t values = upcoming.unfolding.int4 ? 128 : 64;
+  const uint8_t* from = upcoming.from;
+  uint8_t* to = upcoming.to;
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (block < upcoming.blocks) {
+      const uint8_t* source = from;
+      uint8_t* target = to;
+      for (int64_t i = upcoming.rows; i; --i) {
+        const bool nz = upcoming.w_step != 32;
+        const __m512i v = nz ? LoadWeight<true>(source, 0, upcoming.w_step)
+                             : LoadWeight<false>(source, 0, 32);
+        _mm_prefetch(source + upcoming.fetch, _MM_HINT_T1);
+        if (nz) _mm_prefetch(source + upcoming.fetch + upcoming.w_step, _MM_HINT_T1);
+        Unfold(v, upcoming.unfolding, target);
+        source += upcoming.row_step;
+        target += kSlice;
+      }
+      from += 2 * upcoming.w_step;
+      to += values;
+    }
+    for (const int8_t* end = x + values * kPanel; x != end; x += 4 * kPanel, w += 4) {
+      __m512i rows[panels];
+#pragma GCC unroll 2
+      for (int i = 0; i < panels; ++i) rows[i] = _mm512_load_si512(x + i * x_panel);
+#pragma GCC unroll 16
+      for (int j = 0; j < columns; ++j) {
         int32_t four;
-        std::memcpy(&four, x + 4 * i, 4);
-        const __m512i row = _mm512_set1_epi32(four);
-        left[i] = _mm512_dpbusd_epi32(left[i], w0, row);
-        right[i] = _mm512_dpbusd_epi32(right[i], w1, row);
+        std::memcpy(&four, w + j * kSlice, 4);
+        const __m512i word = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+        for (int i = 0; i < panels; ++i)
+          sum[j][i] = _mm512_dpbusd_epi32(sum[j][i], word, rows[i]);
       }
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) {
-    int32_t* target = c + i * c_stride;
-    if (!first) {
-      left[i] = _mm512_add_epi32(left[i], _mm512_load_si512(target));
-      right[i] = _mm512_add_epi32(right[i], _mm512_load_si512(target + 16));
+#pragma GCC unroll 16
+  for (int j = 0; j < columns; ++j)
+#pragma GCC unroll 2
+    for (int i = 0; i < panels; ++i) {
+      int32_t* target = c + j * c_stride + kPanel * i;
+      if (!first) sum[j][i] = _mm512_add_epi32(sum[j][i], _mm512_load_si512(target));
+      _mm512_store_si512(target, sum[j][i]);
     }
-    _mm512_store_si512(target, left[i]);
-    _mm512_store_si512(target + 16, right[i]);
-  }
 }
 
-using PanelMultiplier = void (*)(const int8_t*, const uint8_t*, int64_t, const uint8_t*, int64_t,
-                                 int64_t, bool, int32_t*, int64_t);
-template <int... i>
-constexpr std::array<PanelMultiplier, sizeof...(i)> EachPanelHeight(
-    std::integer_sequence<int, i...>) {
-  return {MultiplyPanel<i + 1>...};
+using SliceMultiplier = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const Upcoming&,
+                                 bool, int32_t*, int64_t);
+template <int panels, int... i>
+constexpr std::array<SliceMultiplier, sizeof...(i)> EachWidth(std::integer_sequence<int, i...>) {
+  return {MultiplySlice<panels, i + 1>...};
 }
-// By rows less one.
-constexpr auto kMultiplyPanel = EachPanelHeight(std::make_integer_sequence<int, kPanelRows>{});
+// By columns less one.
+template <int panels>
+constexpr auto kMultiplySlice =
+    EachWidth<panels>(std::make_integer_sequence<int, kAccumulators / panels>{});
 
 // 16 x 16 words turned over: v[i] gets word i of each.
 INLINE_VNNI void Turn(__m512i v[16]) {
@@ -286,26 +335,25 @@ INLINE_VNNI __m256i ToBfloat16(__m512 value) {
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
 }
 
-// The results of one row, columns [from, from + count), from accumulators to `out`. `surplus` is what
-// flipping w added to each.
-VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, int64_t row,
-                 int64_t from, int64_t count) {
-  for (int64_t j = 0; j < count; j += 16) {
-    const int64_t column = from + j;
-    const __mmask16 mask = count - j >= 16 ? 0xFFFF : (1u << (count - j)) - 1;
-    __m512i sum = _mm512_maskz_loadu_epi32(mask, sums + j);
-    sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(surplus));
-    if (call.int_bias)
-      sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(mask, call.int_bias + column));
-    const int64_t at = row * call.n + column;
+// Some rows and columns of the result, to be computed by one thread.
+struct Part {
+  int64_t top, bottom, left, right;
+};
+
+// Results of some rows and columns, from accumulators to `out`. What flipping w added to each row's
+// is `surplus`.
+VNNI void Finish(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* surplus,
+                 const Part& part) {
+  for (int64_t column = part.left; column < part.right; column += 16) {
+    const int64_t count = part.right - column;
+    const __mmask16 mask = count >= 16 ? 0xFFFF : (1u << count) - 1;
+    __m512i int_bias = _mm512_setzero_si512(), offset = int_bias;
+    if (call.int_bias) int_bias = _mm512_maskz_loadu_epi32(mask, call.int_bias + column);
+    __m512 scale = _mm512_setzero_ps(), float_bias = scale;
+    if (call.float_bias) float_bias = _mm512_maskz_loadu_ps(mask, call.float_bias + column);
     if (call.output == 0) {
-      _mm512_mask_storeu_epi32(static_cast<int32_t*>(call.out) + at, mask, sum);
-      continue;
-    }
-    __m512 value = _mm512_cvtepi32_ps(sum);
-    __m512i offset = _mm512_setzero_si512();
-    __m512 scale;
-    if (call.packed) {
+      // no scale
+    } else if (call.packed) {
       __m512i words[2];
       for (int half = 0; half < 2; ++half) {
         const auto* word = static_cast<const int64_t*>(call.scale);
@@ -324,40 +372,43 @@ VNNI void Finish(const LqMatmul& call, const int32_t* sums, int32_t surplus, int
       scale = call.scale_stride ? _mm512_maskz_loadu_ps(mask, factor + column)
                                 : _mm512_set1_ps(*factor);
     }
-    value = _mm512_mul_ps(value, scale);
-    if (call.output == 1) {
-      // the 9-bit clip comes before the offset, rounding before both
-      value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      value = _mm512_min_ps(_mm512_set1_ps(255), _mm512_max_ps(_mm512_set1_ps(-256), value));
-      const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), offset);
-      _mm_mask_storeu_epi8(static_cast<int8_t*>(call.out) + at, mask,
-                           _mm512_cvtsepi32_epi8(whole));
-      continue;
+    for (int64_t row = part.top; row < part.bottom; ++row) {
+      const int64_t i = row - part.top, at = row * call.n + column;
+      __m512i sum = _mm512_loadu_si512(sums + i * stride + column - part.left);
+      sum = _mm512_add_epi32(_mm512_sub_epi32(sum, _mm512_set1_epi32(surplus[i])), int_bias);
+      if (call.output == 0) {
+        _mm512_mask_storeu_epi32(static_cast<int32_t*>(call.out) + at, mask, sum);
+        continue;
+      }
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+      if (call.output == 1) {
+        // the 9-bit clip comes before the offset, rounding before both
+        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        value = _mm512_min_ps(_mm512_set1_ps(255), _mm512_max_ps(_mm512_set1_ps(-256), value));
+        const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), offset);
+        _mm_mask_storeu_epi8(static_cast<int8_t*>(call.out) + at, mask,
+                             _mm512_cvtsepi32_epi8(whole));
+        continue;
+      }
+      if (call.packed && call.output == 2)
+        value = _mm512_min_ps(_mm512_set1_ps(65504), _mm512_max_ps(_mm512_set1_ps(-65504), value));
+      if (call.pertoken) value = _mm512_mul_ps(value, _mm512_set1_ps(call.pertoken[row]));
+      if (call.float_bias) value = _mm512_add_ps(value, float_bias);
+      const __m256i narrow =
+          call.output == 2
+              ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+              : ToBfloat16(value);
+      _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, mask, narrow);
     }
-    if (call.packed && call.output == 2)
-      value = _mm512_min_ps(_mm512_set1_ps(65504), _mm512_max_ps(_mm512_set1_ps(-65504), value));
-    if (call.pertoken) value = _mm512_mul_ps(value, _mm512_set1_ps(call.pertoken[row]));
-    if (call.float_bias)
-      value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, call.float_bias + column));
-    const __m256i narrow =
-        call.output == 2
-            ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-            : ToBfloat16(value);
-    _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, mask, narrow);
   }
 }
 
-// Some rows and columns of the result, to be computed by one thread.
-struct Part {
-  int64_t top, bottom, left, right;
-};
-
 // x as it is read. With few rows they end in zeros up to a multiple of 64 bytes of w, and begin 64
 // bytes further from one another than that: rows a multiple of 4096 bytes apart would all want the
-// same lines of the L1 cache. With many, as MultiplyPanel reads them, a block of rows after another.
+// same lines of the L1 cache. With many, as MultiplySlice reads them: for each slice of k, its panels.
 struct Left {
   int8_t* x;
-  int64_t stride;    // bytes a row
+  int64_t stride;    // few rows: bytes a row; many: bytes a value of k
   int32_t* surplus;  // what flipping w adds to each row's results
 };
 
@@ -407,102 +458,166 @@ VNNI void FewRows(const LqMatmul& call, const Left& x, const Part& all, int32_t*
       Slab<int4>(call, x, part, from, std::min(kDepth, whole - from), sums);
     if (whole < call.row_bytes)
       Slab<int4>(call, x, part, whole, call.row_bytes - whole, sums);
-    for (int64_t row = part.top; row < part.bottom; ++row)
-      Finish(call, sums + (row - part.top) * kBlock, x.surplus[row], row, left, part.right - left);
+    Finish(call, sums, kBlock, x.surplus + part.top, part);
   }
 }
 
-// The panel of columns from `column` over the bytes [from, from + depth) of the rows of w, turned and
-// flipped: for each step of four values of k, those of each column. Steps are in the order x is in.
-template <bool int4>
-VNNI void TurnPanel(const LqMatmul& call, int64_t column, int64_t from, int64_t depth,
-                    uint8_t* panel) {
-  const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
-  const __m512i low = _mm512_set1_epi8(0x0F);
-  const bool nz = IsNz(call);
-  for (int64_t side = 0; side < kPanelColumns; side += 16) {
-    const uint8_t* rows[16];
-    for (int64_t i = 0; i < 16; ++i)
-      rows[i] = WeightAt(call, std::min(column + side + i, call.n - 1), from);
-    uint8_t* out = panel + 4 * side;
-    for (int64_t at = 0; at < depth; at += 64) {
-      __m512i v[16];
-      if (nz) {
-        // its rows end in zeros up to a multiple of 32 bytes
-        const bool half = depth - at <= 32;
+// Sums of a panel of x and the columns of `part`, turned so that those of a row are together.
+VNNI void FinishPanel(const LqMatmul& call, const int32_t* sums, int64_t stride,
+                      const int32_t* surplus, const Part& part) {
+  for (Part some = part; some.left < part.right; some.left += 16, sums += 16 * stride) {
+    some.right = std::min(some.left + 16, part.right);
+    __m512i v[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          v[i] = LoadWeight<true>(rows[i] + at / 32 * call.w_step, 0, half ? 0 : call.w_step);
-      } else if (depth - at >= 64) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(rows[i] + at);
-      } else {
-        const __mmask64 mask = Mask(depth - at);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
-      }
-      Turn(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const __m512i flipped = _mm512_xor_si512(v[i], flip);
-        uint8_t* target = out + 4 * kPanelColumns * i;
-        if constexpr (int4) {
-          _mm512_store_si512(target, _mm512_and_si512(flipped, low));
-          _mm512_store_si512(target + 4 * kPanelColumns * 16,
-                             _mm512_and_si512(_mm512_srli_epi16(flipped, 4), low));
-        } else {
-          _mm512_store_si512(target, flipped);
-        }
-      }
-      out += 4 * kPanelColumns * (int4 ? 32 : 16);
-    }
-  }
-}
-
-template <bool int4>
-VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
-  constexpr int64_t kBytes = kPanelDepth / (int4 ? 2 : 1), kWide = kPanels * kPanelColumns;
-  alignas(64) uint8_t panel[kPanelDepth * kPanelColumns];
-  const bool nz = IsNz(call);
-  for (int64_t top = all.top; top < all.bottom; top += kTall) {
-    const int64_t bottom = std::min(all.bottom, top + kTall);
-    for (int64_t left = all.left; left < all.right; left += kWide) {
-      const int64_t right = std::min(all.right, left + kWide);
-      for (int64_t from = 0; from < call.row_bytes; from += kBytes) {
-        const int64_t depth = std::min(kBytes, call.row_bytes - from);
-        const int64_t steps = (depth + 63) / 64 * (int4 ? 32 : 16);
-        for (int64_t column = left; column < right; column += kPanelColumns) {
-          TurnPanel<int4>(call, column, from, depth, panel);
-          // what comes next of w; a line of FRACTAL_NZ holds two rows
-          const uint8_t* const next = column + kPanelColumns < right
-                                          ? WeightAt(call, column + kPanelColumns, from)
-                                          : WeightAt(call, left, from + kBytes);
-          for (int64_t row = top, line = 0; row < bottom;
-               row += kPanelRows, line = (line + kAhead) % kPanelColumns) {
-            const uint8_t* const ahead =
-                next + (nz ? line / 16 * call.w_step + line % 16 * 64 : line * call.w_stride);
-            kMultiplyPanel[std::min<int64_t>(kPanelRows, bottom - row) - 1](
-                x.x + row * x.stride + from * (int4 ? 2 : 1) * kPanelRows, panel, steps, ahead,
-                nz ? 64 : call.w_stride, 2 * call.w_step, from == 0,
-                sums + (row - top) * kWide + column - left, kWide);
-          }
-        }
-      }
-      for (int64_t row = top; row < bottom; ++row)
-        Finish(call, sums + (row - top) * kWide, x.surplus[row], row, left, right - left);
-    }
-  }
-}
-
-// A block of at most kPanelRows rows, turned: four values of each in turn.
-VNNI void TurnRows(const int8_t* block, int64_t height, int64_t padded, int8_t* out) {
-  for (int64_t at = 0; at < padded; at += 64) {
-    __m512i v[16] = {};
-    for (int64_t i = 0; i < height; ++i) v[i] = _mm512_load_si512(block + i * padded + at);
+    for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(sums + i * stride);
     Turn(v);
-    for (int64_t i = 0; i < 16; ++i)
-      _mm512_mask_storeu_epi32(out + (at / 4 + i) * 4 * kPanelRows, (1 << kPanelRows) - 1, v[i]);
+    alignas(64) int32_t rows[16 * 16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + 16 * i, v[i]);
+    Finish(call, rows, 16, surplus, some);
   }
+}
+
+// Bytes of w's rows in each slice but the last, which has hardly less: what is copied while a short
+// slice is multiplied is short.
+int64_t SliceBytes(const LqMatmul& call) {
+  const int64_t blocks = (call.row_bytes + 63) / 64, most = kSlice / (call.int4 ? 128 : 64);
+  const int64_t slices = (blocks + most - 1) / most;
+  return (blocks + slices - 1) / slices * 64;
+}
+
+// Some rows of w, and the bytes of them, that are a slice.
+struct Slice {
+  int64_t left, right, from, depth;
+};
+
+// The slices of the columns of `part`, those of the same columns after one another; at their end one
+// without columns.
+Slice SliceAt(const LqMatmul& call, const Part& part, int64_t left, int64_t from) {
+  const int64_t most = SliceBytes(call);
+  if (from >= call.row_bytes) left = std::min(part.right, left + kWide), from = 0;
+  return {left, std::min(part.right, left + kWide), from, std::min(most, call.row_bytes - from)};
+}
+
+// A slice, from byte `done` of each row on, for MultiplySlice.
+VNNI void CopySlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
+  const int64_t values = call.int4 ? 2 : 1;
+  for (int64_t row = slice.left; row < slice.right; ++row, out += kSlice) {
+    const uint8_t* const w = WeightAt(call, row, slice.from);
+    for (int64_t at = done; at < slice.depth; at += 64) {
+      const int64_t left = slice.depth - at;
+      __m512i v;
+      if (IsNz(call))  // its rows end in zeros up to a multiple of 32 bytes
+        v = LoadWeight<true>(w + at / 32 * call.w_step, 0, left > 32 ? call.w_step : 0);
+      else
+        v = _mm512_maskz_loadu_epi8(Mask(left), w + at);
+      Unfold(v, kUnfolding[call.int4], out + at * values);
+    }
+  }
+}
+
+// Panels of x, which begin at `x`, by a slice that is copied to `w`, into `sums`; what is `upcoming`
+// is shared out over the calls.
+VNNI void MultiplyPanels(const int8_t* x, int64_t panels, const uint8_t* w, const Slice& slice,
+                         Upcoming upcoming, int32_t* sums) {
+  constexpr int64_t kNarrow = kAccumulators / 2;
+  const int64_t columns = slice.right - slice.left, pairs = panels / 2;
+  const int64_t blocks = (slice.depth + 63) / 64;
+  const int64_t x_panel = blocks * (upcoming.unfolding.int4 ? 128 : 64) * kPanel;
+  const int64_t calls = pairs * ((columns + kNarrow - 1) / kNarrow) +
+                        panels % 2 * ((columns + kAccumulators - 1) / kAccumulators);
+  int64_t left = upcoming.rows;
+  const int64_t each = (left + calls - 1) / calls;
+  const auto multiply = [&](int64_t panel, int64_t column, const auto& kernels) {
+    upcoming.rows = std::min(each, left);
+    kernels[std::min<int64_t>(kernels.size(), columns - column) - 1](
+        x + panel * x_panel, x_panel, w + column * kSlice, blocks, upcoming, slice.from == 0,
+        sums + (column * panels + panel) * kPanel, panels * kPanel);
+    left -= upcoming.rows;
+    upcoming.from += upcoming.rows * upcoming.row_step;
+    upcoming.to += upcoming.rows * kSlice;
+  };
+  // the columns' part of w stays in L1 while x's pairs of panels pass by
+  for (int64_t column = 0; column < columns; column += kNarrow)
+    for (int64_t pair = 0; pair < pairs; ++pair) multiply(2 * pair, column, kMultiplySlice<2>);
+  if (panels % 2)
+    for (int64_t column = 0; column < columns; column += kAccumulators)
+      multiply(panels - 1, column, kMultiplySlice<1>);
+}
+
+VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+  const int64_t values = call.int4 ? 2 : 1;
+  alignas(64) uint8_t copies[2][kSlice * kWide];
+  for (Part part = all; part.top < all.bottom; part.top += kTall) {
+    part.bottom = std::min(all.bottom, part.top + kTall);
+    const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
+    uint8_t *w = copies[0], *other = copies[1];
+    int64_t copied = 0;  // bytes of each row of the slice that are there already
+    Slice slice = SliceAt(call, all, all.left, 0);
+    while (slice.left < all.right) {
+      if (copied < slice.depth) CopySlice(call, slice, copied, w);
+      const Slice next = SliceAt(call, all, slice.left, slice.from + slice.depth);
+      const Slice after = SliceAt(call, all, next.left, next.from + next.depth);
+      const uint8_t* const from = WeightAt(call, next.left, next.from);
+      copied = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
+      const Upcoming upcoming{from,
+                              other,
+                              next.right - next.left,
+                              call.w_stride,
+                              copied / 64,
+                              call.w_step,
+                              WeightAt(call, after.left, after.from) - from,
+                              kUnfolding[call.int4]};
+      const int64_t padded = (slice.depth + 63) / 64 * 64 * values;
+      MultiplyPanels(x.x + slice.from * values * x.stride + part.top * padded, panels, w, slice,
+                     upcoming, sums);
+      if (next.left > slice.left)
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int64_t top = part.top + panel * kPanel;
+          FinishPanel(call, sums + panel * kPanel, panels * kPanel, x.surplus + top,
+                      {top, std::min(part.bottom, top + kPanel), slice.left, slice.right});
+        }
+      slice = next;
+      std::swap(w, other);
+    }
+  }
+}
+
+// A panel of kPanel rows of x from `top`, turned: for each slice of k, and for each four values of
+// k, those of each row.
+template <bool int4>
+VNNI void TurnRows(const LqMatmul& call, int64_t top, const Left& x) {
+  constexpr int64_t kValues = int4 ? 2 : 1;
+  const int64_t most = SliceBytes(call);
+  const __m512i low = _mm512_set1_epi8(0x0F), eight = _mm512_set1_epi8(8);
+  const __m512i one = _mm512_set1_epi8(1);
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t from = 0; from < call.row_bytes; from += most) {
+    const int64_t depth = std::min(most, call.row_bytes - from);
+    int8_t* out = x.x + from * kValues * x.stride + top * ((depth + 63) / 64 * 64 * kValues);
+    for (int64_t at = 0; at < depth; at += 64) {
+      const __mmask64 mask = Mask(depth - at);
+      __m512i halves[kValues][16] = {};
+      for (int64_t i = 0; i < std::min(kPanel, call.m - top); ++i) {
+        const __m512i v =
+            _mm512_maskz_loadu_epi8(mask, call.x + (top + i) * call.x_stride + from + at);
+        halves[0][i] = v;
+        if constexpr (int4) {
+          halves[0][i] = _mm512_sub_epi8(_mm512_xor_si512(_mm512_and_si512(v, low), eight), eight);
+          halves[1][i] = _mm512_sub_epi8(
+              _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), eight), eight);
+        }
+      }
+      for (auto& half : halves) {
+        Turn(half);
+        for (int i = 0; i < 16; ++i, out += 64) {
+          _mm512_store_si512(out, half[i]);
+          total = _mm512_dpbusd_epi32(total, one, half[i]);
+        }
+      }
+    }
+  }
+  _mm512_store_si512(x.surplus + top, _mm512_slli_epi32(total, int4 ? 3 : 7));
 }
 
 struct Free {
@@ -530,34 +645,25 @@ VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t pad
 template <bool int4>
 VNNI int Run(const LqMatmul& call) {
   const int64_t m = call.m, n = call.n, threads = call.threads;
-  const bool many = m >= (IsNz(call) && !int4 ? kManyRowsNz : kManyRows);
+  const bool many = m >= kManyRows;
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
-  const int64_t stride = many ? padded : padded + 64;
-  // panels read whole blocks of rows
-  const int64_t blocks = (m + kPanelRows - 1) / kPanelRows;
-  const int64_t own_sums = many ? std::min(m, kTall) * kPanels * kPanelColumns : m * kBlock;
-  const auto copy = Allocate<int8_t>((many ? blocks * kPanelRows : m) * stride);
-  const auto plain = Allocate<int8_t>(many ? threads * kPanelRows * padded : 0);
-  const auto surplus = Allocate<int32_t>(m);
+  const int64_t panels = (m + kPanel - 1) / kPanel;
+  const int64_t stride = many ? panels * kPanel : padded + 64;
+  const int64_t own_sums = many ? std::min(kTall, panels * kPanel) * kWide : m * kBlock;
+  const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
+  const auto surplus = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
-  if (!copy || !plain || !surplus || !sums) return 1;
+  if (!copy || !surplus || !sums) return 1;
   const Left x{copy.get(), stride, surplus.get()};
 
   const auto copy_few = [&](int64_t number, int64_t count) {
     for (int64_t i = m * number / count; i < m * (number + 1) / count; ++i)
-      x.surplus[i] = Copy<int4>(call.x + i * call.x_stride, call.row_bytes, x.x + i * stride, padded);
+      x.surplus[i] = Copy<int4>(call.x + i * call.x_stride, call.row_bytes,
+                                x.x + i * stride, padded);
   };
-  // blocks of rows, four values of each in turn
   const auto copy_many = [&](int64_t number, int64_t count) {
-    int8_t* const block = plain.get() + number * kPanelRows * padded;
-    for (int64_t top = blocks * number / count * kPanelRows;
-         top < std::min(m, blocks * (number + 1) / count * kPanelRows); top += kPanelRows) {
-      const int64_t height = std::min<int64_t>(kPanelRows, m - top);
-      for (int64_t i = 0; i < height; ++i)
-        x.surplus[top + i] = Copy<int4>(call.x + (top + i) * call.x_stride, call.row_bytes,
-                                        block + i * padded, padded);
-      TurnRows(block, height, padded, x.x + top * stride);
-    }
+    for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
+      TurnRows<int4>(call, panel * kPanel, x);
   };
   const auto compute_part = [&](int64_t number, int64_t count) {
     Part own{0, m, 0, n};
@@ -567,13 +673,13 @@ VNNI int Run(const LqMatmul& call) {
       own.left = groups * number / count * 16;
       own.right = std::min(n, groups * (number + 1) / count * 16);
     } else if (many) {
-      own.top = blocks * number / count * kPanelRows;
-      own.bottom = std::min(m, blocks * (number + 1) / count * kPanelRows);
+      own.top = panels * number / count * kPanel;
+      own.bottom = std::min(m, panels * (number + 1) / count * kPanel);
     } else {
       own.top = m * number / count;
       own.bottom = m * (number + 1) / count;
     }
-    (many ? ManyRows<int4> : FewRows<int4>)(call, x, own, sums.get() + number * own_sums);
+    (many ? ManyRows : FewRows<int4>)(call, x, own, sums.get() + number * own_sums);
   };
   const auto copy_part = [&](int64_t number, int64_t count) {
     many ? copy_many(number, count) : copy_few(number, count);
