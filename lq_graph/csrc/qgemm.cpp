@@ -54,7 +54,7 @@ template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 constexpr int kColumns = 4;       // rows of w, columns of the result
 constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
-constexpr int64_t kBlock = 32;    // columns at a time
+constexpr int64_t kBlock = 64;    // columns at a time
 
 // Many rows: x is turned, once, so that registers run along m and need no sum across. w is read by
 // words of four values, from a copy of a few of its rows that lies close together: rows a multiple of
@@ -64,7 +64,7 @@ constexpr int64_t kPanel = 16;     // rows of x in a register
 constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
 constexpr int64_t kWide = 32;      // rows of w in a slice
 constexpr int64_t kSlice = 1024;   // values of k in a slice, at most
-constexpr int64_t kTall = 256;     // rows at a time: x and the accumulators stay in L2
+constexpr int64_t kTall = 128;     // rows at a time, at most: x and the accumulators stay in L2
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
@@ -91,10 +91,10 @@ INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + step)), 1);
 }
 
-// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c; what
-// will be read next of w is `ahead` bytes further. A row of x has a byte for each of w; for int4 64
-// even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out flat: only so
-// does GCC 12 keep an array of accumulators in registers.
+// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c. What is
+// `ahead` bytes further in w is brought to L2, unless that is 0. A row of x has a byte for each of w;
+// for int4 64 even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out
+// flat: only so does GCC 12 keep an array of accumulators in registers.
 template <int rows, bool int4, bool nz>
 VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
                    int64_t ahead, int64_t depth, bool first, int32_t* c, int64_t c_stride) {
@@ -107,18 +107,13 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
-    // into L2 for the next block of columns; the processor looks ahead to the end of a page only
-    const int64_t next = ahead + at / 32 * step;
-    if constexpr (nz) {  // two rows in a line
+    if (ahead) {
+      const int64_t next = ahead + at / 32 * step;
       _mm_prefetch(w0 + next, _MM_HINT_T1);
       _mm_prefetch(w2 + next, _MM_HINT_T1);
-      _mm_prefetch(w0 + next + step, _MM_HINT_T1);
-      _mm_prefetch(w2 + next + step, _MM_HINT_T1);
-    } else {
-      _mm_prefetch(w0 + next, _MM_HINT_T1);
-      _mm_prefetch(w1 + next, _MM_HINT_T1);
-      _mm_prefetch(w2 + next, _MM_HINT_T1);
-      _mm_prefetch(w3 + next, _MM_HINT_T1);
+      // a line of FRACTAL_NZ has two rows, and half of what is wanted of each
+      _mm_prefetch(nz ? w0 + next + step : w1 + next, _MM_HINT_T1);
+      _mm_prefetch(nz ? w2 + next + step : w3 + next, _MM_HINT_T1);
     }
     __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
                            LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
@@ -211,24 +206,26 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
   const int64_t values = upcoming.unfolding.int4 ? 128 : 64;
+  const int64_t step = 2 * upcoming.w_step;  // of 64 bytes
   const uint8_t* from = upcoming.from;
   uint8_t* to = upcoming.to;
+  int64_t left = upcoming.blocks;
   for (int64_t block = 0; block < blocks; ++block) {
-    if (block < upcoming.blocks) {
-      const uint8_t* source = from;
-      uint8_t* target = to;
-      for (int64_t i = upcoming.rows; i; --i) {
-        const bool nz = upcoming.w_step != 32;
-        const __m512i v = nz ? LoadWeight<true>(source, 0, upcoming.w_step)
-                             : LoadWeight<false>(source, 0, 32);
-        _mm_prefetch(source + upcoming.fetch, _MM_HINT_T1);
-        if (nz) _mm_prefetch(source + upcoming.fetch + upcoming.w_step, _MM_HINT_T1);
-        Unfold(v, upcoming.unfolding, target);
-        source += upcoming.row_step;
-        target += kSlice;
-      }
-      from += 2 * upcoming.w_step;
+    // one row after another, as memory is read fastest
+    for (int64_t i = block < upcoming.blocks ? upcoming.rows : 0; i; --i) {
+      const bool nz = step != 64;
+      const __m512i v = nz ? LoadWeight<true>(from, 0, upcoming.w_step)
+                           : LoadWeight<false>(from, 0, 32);
+      _mm_prefetch(from + upcoming.fetch, _MM_HINT_T1);
+      if (nz) _mm_prefetch(from + upcoming.fetch + upcoming.w_step, _MM_HINT_T1);
+      Unfold(v, upcoming.unfolding, to);
+      from += step;
       to += values;
+      if (--left == 0) {
+        left = upcoming.blocks;
+        from += upcoming.row_step - left * step;
+        to += kSlice - left * values;
+      }
     }
     for (const int8_t* end = x + values * kPanel; x != end; x += 4 * kPanel, w += 4) {
       __m512i rows[panels];
@@ -425,14 +422,17 @@ template <bool int4>
 VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t from, int64_t depth,
                int32_t* sums) {
   const bool tail = depth < 64;
-  const int64_t ahead = tail ? 0 : kBlock * call.w_stride;
   // a copied tail is plain
   const auto& multiply = IsNz(call) && !tail ? kMultiply<int4, true> : kMultiply<int4, false>;
   const int8_t* x = left.x + from * (int4 ? 2 : 1);
   uint8_t copies[kColumns][64] = {};
-  // x's rows stay in L1 while w's pass by
-  for (int64_t row = part.top; row < part.bottom; row += kRows<int4>) {
-    const int64_t rows = std::min<int64_t>(kRows<int4>, part.bottom - row);
+  // x's rows stay in L1 while w's pass by; blocks of them are as high as one another
+  const int64_t height = part.bottom - part.top, count = (height + kRows<int4> - 1) / kRows<int4>;
+  for (int64_t number = 0; number < count; ++number) {
+    // the processor itself looks ahead to the end of a page only; once is enough, and best at the end
+    const int64_t ahead = tail || number < count - 1 ? 0 : kBlock * call.w_stride;
+    const int64_t row = part.top + height * number / count;
+    const int64_t rows = part.top + height * (number + 1) / count - row;
     for (int64_t column = part.left; column < part.right; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i) {
@@ -548,8 +548,11 @@ VNNI void MultiplyPanels(const int8_t* x, int64_t panels, const uint8_t* w, cons
 VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
   const int64_t values = call.int4 ? 2 : 1;
   alignas(64) uint8_t copies[2][kSlice * kWide];
-  for (Part part = all; part.top < all.bottom; part.top += kTall) {
-    part.bottom = std::min(all.bottom, part.top + kTall);
+  // as many each time
+  const int64_t height = all.bottom - all.top, times = (height + kTall - 1) / kTall;
+  const int64_t tall = (height + times * kPanel - 1) / (times * kPanel) * kPanel;
+  for (Part part = all; part.top < all.bottom; part.top += tall) {
+    part.bottom = std::min(all.bottom, part.top + tall);
     const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
     uint8_t *w = copies[0], *other = copies[1];
     int64_t copied = 0;  // bytes of each row of the slice that are there already
