@@ -206,25 +206,27 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
   const int64_t values = upcoming.unfolding.int4 ? 128 : 64;
-  const int64_t step = 2 * upcoming.w_step;  // of 64 bytes
+  // as they follow in memory: blocks of a row, or rows of a block where w is FRACTAL_NZ
+  const bool nz = upcoming.w_step != 32;
+  const int64_t run = nz ? upcoming.rows : upcoming.blocks;
+  const int64_t step = nz ? 32 : 64, to_step = nz ? kSlice : values;
+  const int64_t turn = nz ? 2 * upcoming.w_step : upcoming.row_step, to_turn = nz ? values : kSlice;
   const uint8_t* from = upcoming.from;
   uint8_t* to = upcoming.to;
-  int64_t left = upcoming.blocks;
+  int64_t left = run;
   for (int64_t block = 0; block < blocks; ++block) {
-    // one row after another, as memory is read fastest
     for (int64_t i = block < upcoming.blocks ? upcoming.rows : 0; i; --i) {
-      const bool nz = step != 64;
       const __m512i v = nz ? LoadWeight<true>(from, 0, upcoming.w_step)
                            : LoadWeight<false>(from, 0, 32);
       _mm_prefetch(from + upcoming.fetch, _MM_HINT_T1);
       if (nz) _mm_prefetch(from + upcoming.fetch + upcoming.w_step, _MM_HINT_T1);
       Unfold(v, upcoming.unfolding, to);
       from += step;
-      to += values;
+      to += to_step;
       if (--left == 0) {
-        left = upcoming.blocks;
-        from += upcoming.row_step - left * step;
-        to += kSlice - left * values;
+        left = run;
+        from += turn - run * step;
+        to += to_turn - run * to_step;
       }
     }
     for (const int8_t* end = x + values * kPanel; x != end; x += 4 * kPanel, w += 4) {
