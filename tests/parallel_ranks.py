@@ -291,13 +291,19 @@ class Block(nn.Module):
         return out
 
 
-def quantized_block(config: str, dtype: torch.dtype) -> tuple[Block, Tensor]:
+def block(device: str) -> Block:
+    return Block(BF16).eval().to(device)
+
+
+def quantized_block(
+    config: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Block, Tensor]:
     model = Block(dtype).eval()
     g = torch.Generator().manual_seed(1)
     x = torch.randn(M, K, generator=g).to(dtype)
     calibration = None if "dynamic" in config else [x]
     lq_graph.quantize(model, CONFIGS[config], calibration=calibration)
-    return model, x
+    return model.to(device), x.to(device)
 
 
 def plan(exact: bool) -> dict[str, Any]:
@@ -318,8 +324,7 @@ def models(mesh: DeviceMesh, folder: Path) -> Check:
             for exact in (False, True):
                 if exact and config == "a4w4_dynamic":
                     continue
-                model, x = quantized_block(config, dtype)
-                model, x = model.to(mesh.device_type), x.to(mesh.device_type)
+                model, x = quantized_block(config, dtype, mesh.device_type)
                 want = model(x)
                 split = parallelize_module(model, mesh, plan(exact))
                 name = f"{config} {dtype} {'exact' if exact else 'summed'}"
@@ -363,7 +368,7 @@ def refusals(mesh: DeviceMesh, folder: Path) -> Check:
             continue
         wrong = refusal(lambda m=module, s=style: parallelize_module(m, mesh, s), text)
         yield name, wrong
-    square = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("tp", "dp"))
+    square = init_device_mesh(mesh.device_type, (ranks, 1), mesh_dim_names=("tp", "dp"))
     text = (
         'the mesh has 2 dims; a plan takes one. What to do: pass a part of it, such as mesh["tp"]'
     )
@@ -387,19 +392,19 @@ def differing(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
-    rank = mesh.get_local_rank()
+    rank, device = mesh.get_local_rank(), mesh.device_type
     for config, kind in (
         ("a8w8_static", "msmodelslim"),
         ("a8w8_dynamic", "msmodelslim"),
         ("a8w8_dynamic", "compressed-tensors"),
     ):
         files = folder / f"{config}-{kind}"
-        model, x = quantized_block(config, BF16)
+        model, x = quantized_block(config, BF16, device)
         if rank == 0:
             save_checkpoint(model, files, kind)
         dist.barrier()
         for exact in (False, True):
-            whole, part = Block(BF16).eval(), Block(BF16).eval()
+            whole, part = block(device), block(device)
             everything = load_checkpoint(whole, files).bytes_read
             report = load_checkpoint(part, files, mesh=mesh, plan=plan(exact))
             want = whole(x)
@@ -412,7 +417,7 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
             kinds = [type(m).__name__ for m in (part.up, part.down)]
             yield f"{name} kinds", "" if kinds == ["QuantizedLinear"] * 2 else str(kinds)
 
-    wild = Block(BF16).eval()
+    wild = block(device)
     load_checkpoint(
         wild, files, mesh=mesh, plan={"*": ColwiseLinearQuant(output_layouts=Replicate())}
     )
@@ -426,7 +431,7 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
     dist.barrier()
     if rank == mesh.size() - 1:
         broken = folder / "not there"
-    kept = Block(BF16)
+    kept = block(device)
     text = "expected a folder or a safetensors file, found nothing"
     action = lambda: load_checkpoint(kept, broken, mesh=mesh, plan=plan(False))  # noqa: E731
     yield "one rank has no files", refusal(action, text)
@@ -438,7 +443,7 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
 
 def killed(mesh: DeviceMesh, folder: Path) -> Check:
     """The last rank dies between two calls; the others get an error, soon."""
-    layer, x1, _ = layer_for(Case(output=F16), "cpu")
+    layer, x1, _ = layer_for(Case(output=F16), mesh.device_type)
     split = parallelize_module(layer, mesh, RowwiseLinearQuant(input_layouts=Replicate()))
     split(x1)
     if mesh.get_local_rank() == mesh.size() - 1:
@@ -456,7 +461,7 @@ def killed(mesh: DeviceMesh, folder: Path) -> Check:
 
 def mismatched(mesh: DeviceMesh, folder: Path) -> Check:
     """One rank's input has another m: TORCH_DISTRIBUTED_DEBUG=DETAIL tells everybody."""
-    layer, x1, _ = layer_for(Case(output=F16), "cpu")
+    layer, x1, _ = layer_for(Case(output=F16), mesh.device_type)
     split = parallelize_module(layer, mesh, RowwiseLinearQuant(input_layouts=Replicate()))
     mine = x1[:-1] if mesh.get_local_rank() == mesh.size() - 1 else x1
     yield "error", refusal(lambda: split(mine), "ismatch")

@@ -304,4 +304,20 @@ int HcclBarrier(void* comm, void* stream) {
   return Launch("HcclBarrier", comm, {Kind::kBarrier, kInt8, kSum, 0, 0, {}, {}}, {}, {}, stream);
 }
 
+// A collective inside a graph, on memory of the graph engine's own. `kind` is hccl::Kind.
+int cann_host_hccl_run(const char* name, int kind, int dtype, int op, uint32_t root, uint64_t count,
+                       const void* send, void* receive) {
+  cann_host::DoAllWork();  // what was launched before goes first, on every rank
+  const auto group = Find(std::string(name));
+  if (!group) return Fail(kParameter, "there is no communicator %s in this process", name);
+  const Call call{static_cast<Kind>(kind), dtype, op, root, count, {}, {}};
+  if (const int code = Check(name, *group, call)) return code;
+  return group->Run(call, send, receive);
+}
+
+uint32_t cann_host_hccl_ranks(const char* name) {
+  const auto group = Find(std::string(name));
+  return group ? group->ranks() : 0;
+}
+
 }  // extern "C"
