@@ -38,6 +38,7 @@ from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import FRACTAL_NZ, STORAGE_DTYPES, dtype_name, rows_of
 from .module import PARAMETERS, LinearQuant
 from .npu import format_of
+from .numerics import INT4_PER_INT32
 from .plan import check_finite
 from .prepare import folds_scale
 from .product import get_product
@@ -451,9 +452,18 @@ def _quantize_rows_together(
     mesh: DeviceMesh, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """dynamic_quant of rows whose k is split: the largest magnitude is that of all parts."""
-    peak = numerics.row_peaks(rows)
+    peak = rows.to(torch.float32).abs().max(-1).values  # torchair has no converter for amax
     if mesh.size() > 1:
         peak = _done(collectives.all_reduce(peak, "max", mesh.get_group()))
     bits = 4 if dtype == _I32 else 8
     values, scale = numerics.quantize_rows(rows, peak, bits)
-    return (numerics.pack_int4(values) if bits == 4 else values), scale
+    return (_pack_int4(values) if bits == 4 else values), scale
+
+
+def _pack_int4(values: Tensor) -> Tensor:
+    """`numerics.pack_int4`, of operators that torch.compile and torchair take."""
+    nibbles = values.to(torch.int32).reshape(*values.shape[:-1], -1, INT4_PER_INT32)
+    packed = nibbles[..., -1]  # the last one is the highest and holds the sign
+    for i in range(INT4_PER_INT32 - 2, -1, -1):
+        packed = packed * 16 + nibbles[..., i].remainder(16)
+    return packed

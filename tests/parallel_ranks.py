@@ -333,14 +333,42 @@ def models(mesh: DeviceMesh, folder: Path) -> Check:
 
 def compiled(mesh: DeviceMesh, folder: Path) -> Check:
     del folder
-    for exact in (False, True):
-        model, x = quantized_block("a8w8_dynamic", BF16)
-        want = model(x)
-        split = parallelize_module(model, mesh, plan(exact))
-        for backend in ("aot_eager", "inductor"):
-            torch._dynamo.reset()
-            got = torch.compile(split, backend=backend, fullgraph=True)(x)
-            yield f"{backend} exact={exact}", compared(got, want, exact=exact)
+    for config in CONFIGS:
+        for exact in (False, True):
+            if exact and config == "a4w4_dynamic":
+                continue
+            model, x = quantized_block(config, BF16, mesh.device_type)
+            want = model(x)
+            split = parallelize_module(model, mesh, plan(exact))
+            ways = on_torchair if mesh.device_type == "npu" else on_cpu
+            for way, got in ways(split, x):
+                wrong = got if isinstance(got, str) else compared(got, want, exact=exact)
+                yield f"{config} exact={exact} {way}", wrong
+
+
+def on_cpu(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str]]:
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        yield backend, torch.compile(model, backend=backend, fullgraph=True)(x)
+
+
+def on_torchair(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str]]:
+    """The sums are GE nodes of the one graph, not calls between two graphs."""
+    import torchair
+
+    from converters import graph
+
+    for way in ("static", "dynamic", "prepared"):
+        torch._dynamo.reset()
+        if way == "prepared":
+            lq_graph.use_internal_format_weight(model)
+        config = torchair.CompilerConfig()
+        backend = torchair.get_npu_backend(compiler_config=config)
+        with graph.capture(config) as graphs:
+            run = torch.compile(model, backend=backend, fullgraph=True, dynamic=way == "dynamic")
+            yield way, run(x)
+        sums = str(graphs[0]).count("HcomAllReduce")
+        yield f"{way} graph", "" if len(graphs) == 1 and sums else f"{sums} HcomAllReduce"
 
 
 def refusals(mesh: DeviceMesh, folder: Path) -> Check:
