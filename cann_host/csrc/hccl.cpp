@@ -156,6 +156,52 @@ uint32_t RankOf(void* handle) {
   return group ? group->rank() : 0;
 }
 
+// One side of an HcclAlltoAllV: elements for, or from, each rank, and where they begin.
+struct Side {
+  const void* data;
+  const uint64_t* counts;
+  const uint64_t* offsets;  // null for one after the other
+  int dtype;
+};
+
+int AllToAllV(const char* symbol, const Side& send, const Side& receive, void* comm, void* stream) {
+  Call call{Kind::kAllToAll, send.dtype, kSum, 0, 0, {}, {}};
+  if (send.dtype != receive.dtype) {
+    return Fail(kNotSupported, "%s: cann_host sends and receives one dtype, not %s and %s", symbol,
+                Name(send.dtype), Name(receive.dtype));
+  }
+  uint64_t totals[2] = {0, 0};
+  for (int side = 0; side < 2; ++side) {
+    const Side& from = side == 0 ? send : receive;
+    if (from.counts == nullptr) return Fail(kNullPointer, "%s: the counts are null", symbol);
+    for (uint32_t rank = 0; rank < RanksOf(comm); ++rank) {
+      const uint64_t count = from.counts[rank];
+      if (count > UINT64_MAX / 8 / kMostRanks) {
+        return Fail(kParameter, "%s: a count of %llu", symbol,
+                    static_cast<unsigned long long>(count));
+      }
+      if (from.offsets != nullptr && count != 0 && from.offsets[rank] != totals[side]) {
+        return Fail(kNotSupported, "%s: cann_host takes the ranks' parts one after the other, "
+                    "without gaps", symbol);
+      }
+      (side == 0 ? call.sends : call.receives)[rank] = count;
+      totals[side] += count;
+    }
+  }
+  return Launch(symbol, comm, call, {"sendBuf", send.data, totals[0]},
+                {"recvBuf", receive.data, totals[1]}, stream);
+}
+
+int Pair(const char* symbol, uint32_t from, uint32_t other, const Buffer& buffer, int dtype,
+         void* comm, void* stream) {
+  if (RanksOf(comm) > 2) {
+    return Fail(kNotSupported, "%s: cann_host sends within communicators of two ranks only", symbol);
+  }
+  if (other == RankOf(comm)) return Fail(kParameter, "%s: rank %u is this one", symbol, other);
+  return Launch(symbol, comm, {Kind::kSend, dtype, kSum, from, buffer.count, {}, {}}, buffer, buffer,
+                stream);
+}
+
 }  // namespace
 
 #define GROUP "Collectives (hccl)"
@@ -297,6 +343,33 @@ int HcclScatter(void* send, void* receive, uint64_t count, int dtype, uint32_t r
   const uint64_t sends = RankOf(comm) == root ? count * RanksOf(comm) : 0;
   return Launch("HcclScatter", comm, call, {"sendBuf", send, sends}, {"recvBuf", receive, count},
                 stream);
+}
+
+int HcclAlltoAllV(const void* send, const uint64_t* send_counts, const uint64_t* send_offsets,
+                  int send_type, const void* receive, const uint64_t* receive_counts,
+                  const uint64_t* receive_offsets, int receive_type, void* comm, void* stream) {
+  CANN_HOST_CALL(HcclAlltoAllV);
+  return AllToAllV("HcclAlltoAllV", {send, send_counts, send_offsets, send_type},
+                   {receive, receive_counts, receive_offsets, receive_type}, comm, stream);
+}
+
+int HcclAlltoAll(const void* send, uint64_t send_count, int send_type, const void* receive,
+                 uint64_t receive_count, int receive_type, void* comm, void* stream) {
+  CANN_HOST_CALL(HcclAlltoAll);
+  const std::vector<uint64_t> sends(kMostRanks, send_count), receives(kMostRanks, receive_count);
+  return AllToAllV("HcclAlltoAll", {send, sends.data(), nullptr, send_type},
+                   {receive, receives.data(), nullptr, receive_type}, comm, stream);
+}
+
+// torch_npu makes a communicator for each pair that talks.
+int HcclSend(void* data, uint64_t count, int dtype, uint32_t to, void* comm, void* stream) {
+  CANN_HOST_CALL(HcclSend);
+  return Pair("HcclSend", RankOf(comm), to, {"sendBuf", data, count}, dtype, comm, stream);
+}
+
+int HcclRecv(void* data, uint64_t count, int dtype, uint32_t from, void* comm, void* stream) {
+  CANN_HOST_CALL(HcclRecv);
+  return Pair("HcclRecv", from, from, {"recvBuf", data, count}, dtype, comm, stream);
 }
 
 int HcclBarrier(void* comm, void* stream) {

@@ -68,6 +68,7 @@ enum class Kind : int32_t {
   kBroadcast,
   kScatter,
   kAllToAll,
+  kSend,  // from the root to the other of two ranks
   kBarrier,
 };
 

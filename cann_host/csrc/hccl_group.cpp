@@ -135,6 +135,7 @@ uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks) {
     case Kind::kReduce:
     case Kind::kAllGather: return call.count;
     case Kind::kReduceScatter: return call.count * ranks;
+    case Kind::kSend:
     case Kind::kBroadcast: return rank == call.root ? call.count : 0;
     case Kind::kScatter: return rank == call.root ? call.count * ranks : 0;
     case Kind::kAllToAll: return Total(call.sends, ranks);
@@ -148,6 +149,7 @@ uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks) {
     case Kind::kReduceScatter:
     case Kind::kScatter: return call.count;
     case Kind::kReduce: return rank == call.root ? call.count : 0;
+    case Kind::kSend:
     case Kind::kBroadcast: return rank == call.root ? 0 : call.count;
     case Kind::kAllGather: return call.count * ranks;
     case Kind::kAllToAll: return Total(call.receives, ranks);
@@ -219,15 +221,16 @@ std::string Late(const std::string& who, int seconds) {
 std::string Text(const Call& call) {
   static const char* const names[] = {"HcclAllReduce", "HcclReduce",  "HcclReduceScatter",
                                       "HcclAllGather", "HcclBroadcast", "HcclScatter",
-                                      "HcclAlltoAll",  "HcclBarrier"};
+                                      "HcclAlltoAll",  "HcclSend and HcclRecv", "HcclBarrier"};
   std::string text = names[static_cast<int>(call.kind)];
   if (call.kind == Kind::kBarrier) return text;
   text += "(";
   if (call.kind != Kind::kAllToAll) text += std::to_string(call.count) + " ";
   text += Name(call.dtype);
   if (Sums(call)) text += std::string(", ") + OpName(call.op);
-  if (call.kind == Kind::kReduce || call.kind == Kind::kBroadcast || call.kind == Kind::kScatter) {
-    text += ", root " + std::to_string(call.root);
+  if (call.kind == Kind::kReduce || call.kind == Kind::kBroadcast || call.kind == Kind::kScatter ||
+      call.kind == Kind::kSend) {
+    text += (call.kind == Kind::kSend ? ", from rank " : ", root ") + std::to_string(call.root);
   }
   return text + ")";
 }
