@@ -1,4 +1,4 @@
-"""One rank of a job on cann_host's HCCL: `hccl_ranks.py JOB FOLDER RANK RANKS`.
+"""One rank of a job on cann_host's HCCL: `hccl_ranks.py JOB FOLDER RANK RANKS npu`.
 
 What each check found goes to FOLDER/RANK.json, as in parallel_ranks.py. The expected values are plain
 numpy, computed by every rank from the seed that made everybody's inputs.
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 Check = Iterator[tuple[str, str]]
 SIZE = 37
@@ -210,6 +211,22 @@ def order(rank: int, ranks: int) -> Check:
         dist.all_reduce(y)
     torch.npu.current_stream().wait_stream(side)
     yield "another stream", differs(y, np.full(1000, total + ranks, dtype=np.float32))
+    if ranks != 4:
+        return
+    # two groups launched in one order by all, and waited for in orders that would go in a circle
+    mesh = init_device_mesh("npu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for step in range(5):
+        x = torch.full((64,), float(rank + step), device="npu")
+        y = x + 1
+        works = [
+            dist.all_reduce(t, group=mesh[name].get_group(), async_op=True)
+            for t, name in ((x, "tp"), (y, "dp"))
+        ]
+        for work in works if rank in (0, 3) else works[::-1]:
+            work.wait()
+            torch.npu.synchronize()
+        want = (rank + (rank ^ 1) + 2 * step) * 1000 + rank + (rank ^ 2) + 2 * step + 2
+        yield "two groups", differs(x * 1000 + y, np.full(64, want, dtype=np.float32))
 
 
 # ---- ranks that go wrong: what a rank is told, and within what time ----
@@ -242,6 +259,7 @@ def mismatch(kind: str) -> Callable[[int, int], Check]:
         dist.all_reduce(x)
         texts = ("[EI0005] the ranks' calls differ", "rank 0 calls HcclAllReduce(8 float32, sum)")
         yield "told", told(theirs if last else mine, *texts)
+        time.sleep(2)  # torch_npu's watchdog leaves the process alone
         yield "told again", told(mine, "has failed before: [EI0005]")
 
     return check
@@ -262,7 +280,8 @@ def gone(rank: int, ranks: int) -> Check:
     """A rank is killed while the others wait for it."""
     x = torch.ones(8, device="npu")
     dist.all_reduce(x)
-    victim = 0 if os.environ["VICTIM"] == "first" else ranks - 1
+    victim = int(os.environ["VICTIM"])
+    del ranks
     if rank == victim:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -316,5 +335,5 @@ def main(job: str, folder: Path, rank: int, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    job, folder, rank, ranks = sys.argv[1:]
+    job, folder, rank, ranks, _ = sys.argv[1:]
     main(job, Path(folder), int(rank), int(ranks))

@@ -141,7 +141,7 @@ int Launch(const char* symbol, void* handle, const Call& call, const Buffer& sen
   if (code == kOk) code = Check(symbol, send, call.dtype);
   if (code == kOk) code = Check(symbol, receive, call.dtype);
   if (code != kOk) return code;
-  return cann_host::OnStream(symbol, stream, [group, call, from = send.data, to = receive.data] {
+  return cann_host::OnStreamInTurn(symbol, stream, [group, call, from = send.data, to = receive.data] {
     return group->Run(call, from, const_cast<void*>(to));
   });
 }
@@ -289,11 +289,12 @@ int HcclGetRankId(void* comm, uint32_t* rank) {
   return kOk;
 }
 
+// HCCL tells faults of the network here, and torch_npu ends the process on any. There is no network:
+// the call that failed, or whoever waits for its stream, was told.
 int HcclGetCommAsyncError(void* comm, int* error) {
   CANN_HOST_CALL(HcclGetCommAsyncError);
-  const auto group = Find(comm);
-  if (!group) return NoGroup("HcclGetCommAsyncError", comm);
-  *error = group->failure();
+  if (!Find(comm)) return NoGroup("HcclGetCommAsyncError", comm);
+  *error = kOk;
   return kOk;
 }
 

@@ -111,7 +111,6 @@ class Group {
   const std::string& name() const { return name_; }
   uint32_t ranks() const { return ranks_; }
   uint32_t rank() const { return rank_; }
-  int failure();
 
  private:
   using Time = std::chrono::steady_clock::time_point;

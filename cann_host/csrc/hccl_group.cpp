@@ -373,11 +373,6 @@ void Group::Leave() {
   for (int& peer : peers_) Close(peer);
 }
 
-int Group::failure() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return failure_;
-}
-
 int Group::End(int code, const std::string& text) {
   failure_ = code;
   reason_ = text;
