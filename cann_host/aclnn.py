@@ -488,9 +488,7 @@ def _cast(self: AclTensor, dtype: int, out: AclTensor) -> None:
     out.view().copy_(self.view())
 
 
-def _check_pad(
-    self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTensor
-) -> None:
+def _check_pad(self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTensor) -> None:
     del value
     self, out = _need("self", self), _need("out", out)
     _need_base_format(self=self, out=out)

@@ -1,7 +1,7 @@
 """One rank of a job on cann_host's HCCL: `hccl_ranks.py JOB FOLDER RANK RANKS npu`.
 
-What each check found goes to FOLDER/RANK.json, as in parallel_ranks.py. The expected values are plain
-numpy, computed by every rank from the seed that made everybody's inputs.
+What each check found goes to FOLDER/RANK.json, as in parallel_ranks.py. The expected values are
+plain numpy, computed by every rank from the seed that made everybody's inputs.
 """
 
 from __future__ import annotations
@@ -249,7 +249,10 @@ def mismatch(kind: str) -> Callable[[int, int], Check]:
     def check(rank: int, ranks: int) -> Check:
         last = rank == ranks - 1
         x = torch.ones(8, device="npu")
-        mine: Callable[[], object] = lambda: dist.all_reduce(x)
+
+        def mine() -> object:
+            return dist.all_reduce(x)
+
         theirs: Callable[[], object] = {
             "count": lambda: dist.all_reduce(torch.ones(9, device="npu")),
             "dtype": lambda: dist.all_reduce(torch.ones(8, device="npu", dtype=torch.int32)),
@@ -290,7 +293,7 @@ def gone(rank: int, ranks: int) -> Check:
 
 
 def fault(rank: int, ranks: int) -> Check:
-    """A call that fails on one rank, on demand, and the others wait for it no longer than allowed."""
+    """A call fails on one rank, on demand; the others wait for it no longer than allowed."""
     import cann_host
 
     del ranks

@@ -295,9 +295,7 @@ def block(device: str) -> Block:
     return Block(BF16).eval().to(device)
 
 
-def quantized_block(
-    config: str, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[Block, Tensor]:
+def quantized_block(config: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Block, Tensor]:
     model = Block(dtype).eval()
     g = torch.Generator().manual_seed(1)
     x = torch.randn(M, K, generator=g).to(dtype)

@@ -1,5 +1,5 @@
-"""cann_host's HCCL under the real torch_npu: every collective against numpy, in the streams' order, and
-what all ranks are told when one goes wrong. The ranks run hccl_ranks.py."""
+"""cann_host's HCCL under the real torch_npu: every collective against numpy, in the streams' order,
+and what all ranks are told when one goes wrong. The ranks run hccl_ranks.py."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ npu with its HCCL, eagerly and in torchair's graphs.
 from __future__ import annotations
 
 import pytest
+from ranks import assert_right, launch
 
 import cann_host
-from ranks import assert_right, launch
 
 needs_cann_host = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 DEVICES = ["cpu", pytest.param("npu", marks=needs_cann_host)]
