@@ -211,6 +211,14 @@ def order(rank: int, ranks: int) -> Check:
         dist.all_reduce(y)
     torch.npu.current_stream().wait_stream(side)
     yield "another stream", differs(y, np.full(1000, total + ranks, dtype=np.float32))
+    x = torch.ones(8, device="npu")
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        dist.all_reduce(x)
+    yield "captured", differs(x, np.ones(8, dtype=np.float32))
+    for _ in range(3):
+        graph.replay()
+    yield "replayed", differs(x, np.full(8, float(ranks) ** 3, dtype=np.float32))
     if ranks != 4:
         return
     # two groups launched in one order by all, and waited for in orders that would go in a circle

@@ -369,6 +369,34 @@ def on_torchair(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str
         yield f"{way} graph", "" if len(graphs) == 1 and sums else f"{sums} HcomAllReduce"
 
 
+def edges(mesh: DeviceMesh, folder: Path) -> Check:
+    """NaN and infinity in the part of one device; an output that does not split evenly."""
+    del folder
+    ranks, device = mesh.size(), mesh.device_type
+    for config in ("a8w8_dynamic", "a4w4_dynamic"):
+        for value in (float("nan"), float("inf")):
+            for column in (0, K - 1):
+                model, x = quantized_block(config, BF16, device)
+                x[1, column] = value
+                want = model.up(x)
+                split = parallelize_module(
+                    model.up, mesh, RowwiseLinearQuant(input_layouts=Replicate())
+                )
+                got = split(x)
+                kept = [i for i in range(M) if i != 1]
+                same = torch.equal(got.isnan().cpu(), want.isnan().cpu())
+                wrong = "" if same and bool(got[1].isnan().all()) else "NaN is elsewhere"
+                name = f"{config} {value} in column {column}"
+                yield name, wrong or compared(got[kept], want[kept], exact=False)
+    for exact in (False, True):
+        layer, x1, _ = layer_for(Case(output=F16), device)
+        style = RowwiseLinearQuant(input_layouts=Replicate(), output_layouts=Shard(0), exact=exact)
+        parallelize_module(layer, mesh, style)
+        text = f"dim 0 of ({ranks + 1}, {N}) is to be split over {ranks} devices"
+        rows = x1[:1].repeat(ranks + 1, 1)
+        yield f"uneven rows exact={exact}", refusal(lambda m=layer, r=rows: m(r), text)
+
+
 def refusals(mesh: DeviceMesh, folder: Path) -> Check:
     del folder
     ranks = mesh.size()
@@ -451,6 +479,35 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
     whole = tuple(wild.down.linear.weight.shape) == (K, 2 * N)
     yield "wildcard", "down is whole" if whole else ""
 
+    # a layer with one output channel for each device
+    few = folder / "few"
+    torch.manual_seed(0)
+    gate = nn.Sequential(nn.Linear(K, mesh.size(), dtype=BF16))
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    lq_graph.quantize(gate, A8W8Dynamic())
+    if rank == 0:
+        save_checkpoint(gate, few)
+    dist.barrier()
+    part = nn.Sequential(nn.Linear(K, mesh.size(), dtype=BF16)).to(device)
+    column = ColwiseLinearQuant(output_layouts=Replicate())
+    load_checkpoint(part, few, mesh=mesh, plan={"0": column})
+    yield "one channel each", compared(part(x), gate.to(device)(x))
+    whole = gate.state_dict()
+    state = {key: t.full_tensor() for key, t in part.state_dict().items() if key in whole}
+    bad = [key for key, t in state.items() if not torch.equal(t.cpu(), whole[key].cpu())]
+    yield "one channel each: state", str(bad) if bad else ""
+    text = "0 is split over devices, and this process has a part of it"
+    yield "saving a part", refusal(lambda: save_checkpoint(part, folder / "part"), text)
+
+    # one rank has the files of another quantization
+    last = rank == mesh.size() - 1
+    files = folder / ("a8w8_static-msmodelslim" if last else "a8w8_dynamic-msmodelslim")
+    text = "the ranks' checkpoints differ: rank 0 has ['down', 'dynamic'"
+    other = block(device)
+    action = lambda: load_checkpoint(other, files, mesh=mesh, plan=plan(False))  # noqa: E731
+    yield "another checkpoint", refusal(action, text)
+    yield "model untouched by it", "" if isinstance(other.up, nn.Linear) else "changed"
+
     broken = folder / "broken"
     if rank == 0:
         save_checkpoint(model, broken, "compressed-tensors")
@@ -494,7 +551,7 @@ def mismatched(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 JOBS: dict[str, tuple[Callable[[DeviceMesh, Path], Check], ...]] = {
-    "values": (rules, batches, activations, plans, models, refusals, differing, checkpoints),
+    "values": (rules, batches, activations, plans, models, edges, refusals, differing, checkpoints),
     "compiled": (compiled,),
     "killed": (killed,),
     "mismatched": (mismatched,),
