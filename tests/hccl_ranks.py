@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -237,6 +239,81 @@ def order(rank: int, ranks: int) -> Check:
         yield "two groups", differs(x * 1000 + y, np.full(64, want, dtype=np.float32))
 
 
+# ---- in torchair's graphs ----
+
+
+def on_torchair(function: Callable[[Tensor], Any], x: Tensor, **options: Any) -> tuple[Any, str]:
+    """The results, and the GE operators of the graph."""
+    import torchair
+
+    from converters import graph
+
+    torch._dynamo.reset()
+    config = torchair.CompilerConfig()
+    backend = torchair.get_npu_backend(compiler_config=config)
+    with graph.capture(config) as graphs:
+        got = torch.compile(function, backend=backend, fullgraph=True, **options)(x)
+    return got, " ".join(op for one in graphs for op in one.ops())
+
+
+def graphs(rank: int, ranks: int) -> Check:
+    """Each functional collective: the GE operator it becomes, and its values."""
+    group = dist.group.WORLD
+    table: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[list[Tensor]], Any]]] = {
+        "sum": (
+            "HcomAllReduce",
+            lambda x: collectives.all_reduce(x, "sum", group),
+            lambda every: reduced(every, "sum"),
+        ),
+        "max": (
+            "HcomAllReduce",
+            lambda x: collectives.all_reduce(x, "max", group),
+            lambda every: reduced(every, "max"),
+        ),
+        "gather": (
+            "HcomAllGather",
+            lambda x: collectives.all_gather_tensor(x, 0, group),
+            lambda every: np.concatenate([as_numpy(t) for t in every]),
+        ),
+        "gather columns": (
+            "HcomAllGather",
+            lambda x: collectives.all_gather_tensor(x, 1, group),
+            lambda every: np.concatenate([as_numpy(t) for t in every], axis=1),
+        ),
+        "scatter": (
+            "HcomReduceScatter",
+            lambda x: collectives.reduce_scatter_tensor(x, "sum", 0, group),
+            lambda every: np.split(reduced(every, "sum"), ranks)[rank],
+        ),
+        "broadcast": (
+            "HcomBroadcast",
+            lambda x: collectives.broadcast(x, ranks - 1, group),
+            lambda every: as_numpy(every[-1]),
+        ),
+    }
+    for dtype in (torch.int8, torch.int32, *FLOATS):
+        everybody = [t.view(ranks * 2, 6) for t in inputs(dtype, ranks, ranks * 12)]
+        for name, (op, function, expected) in table.items():
+            for dynamic in (False, True):
+                got, ops = on_torchair(function, everybody[rank].npu(), dynamic=dynamic)
+                wrong = "" if op in ops.split() else f"became {ops}"
+                label = f"{name} {dtype} {'dynamic' if dynamic else 'static'}"
+                yield label, wrong or differs(got, expected(everybody))
+    # a constant is not summed while the graph is compiled, and nobody else's sum is either
+    got, _ = on_torchair(
+        lambda x: collectives.all_reduce(torch.ones(3, device="npu"), "sum", group) + x[:3, 0],
+        torch.zeros(4, 4, device="npu"),
+    )
+    yield "a constant", differs(got, np.full(3, ranks, dtype=np.float32))
+
+
+def graph_mismatch(rank: int, ranks: int) -> Check:
+    """The last rank compiles a graph for another shape."""
+    x = torch.ones(8 + (rank == ranks - 1), device="npu")
+    run = lambda: on_torchair(lambda t: collectives.all_reduce(t, "sum", dist.group.WORLD), x)  # noqa: E731
+    yield "told", told(run, "[EI0005] the ranks' calls differ", within=60)
+
+
 # ---- ranks that go wrong: what a rank is told, and within what time ----
 
 
@@ -317,6 +394,7 @@ def fault(rank: int, ranks: int) -> Check:
 JOBS: dict[str, tuple[Callable[[int, int], Check], ...]] = {
     "values": (reductions, moves, groups, order),
     "order": (order, groups),
+    "graphs": (graphs, graph_mismatch),
     "late": (late,),
     "gone": (gone,),
     "fault": (fault,),

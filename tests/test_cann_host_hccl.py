@@ -29,6 +29,12 @@ def test_every_collective_and_dtype(ranks: int, tmp_path, tally) -> None:
     tally(f"collectives against numpy, {ranks} ranks", len(found[-1]))
 
 
+def test_graphs(tmp_path, tally) -> None:
+    found = launch("hccl_ranks.py", "graphs", 2, tmp_path, "npu")
+    assert_right(found, 60)
+    tally("collectives in graphs against numpy", len(found[0]))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_late_streams_keep_the_order(ranks: int, tmp_path) -> None:
     found = launch("hccl_ranks.py", "order", ranks, tmp_path, "npu", options=STREAMS[1])
