@@ -166,6 +166,16 @@ def test_a_rank_that_never_comes(hccl, monkeypatch) -> None:
     assert hccl.HcclCommInitRootInfo(3, root, 0, ctypes.byref(handle)) == PARAMETER
 
 
+@pytest.mark.parametrize("variable", ["HCCL_EXEC_TIMEOUT", "HCCL_CONNECT_TIMEOUT"])
+@pytest.mark.parametrize("value", ["soon", "-1", "1.5", "99999999999"])
+def test_a_timeout_that_is_none(hccl, variable: str, value: str, monkeypatch) -> None:
+    monkeypatch.setenv(variable, value)
+    root, handle = ctypes.create_string_buffer(4108), ctypes.c_void_p()
+    assert hccl.HcclGetRootInfo(root) == OK
+    assert hccl.HcclCommInitRootInfo(1, root, 0, ctypes.byref(handle)) == PARAMETER
+    assert f"[EI0001] {variable} is '{value}'; it must be a whole number of seconds" in said(hccl)
+
+
 @pytest.mark.parametrize(("ranks", "rank"), [(0, 0), (2, 2), (65, 0)])
 def test_ranks_that_cannot_be(hccl, ranks: int, rank: int) -> None:
     root, handle = ctypes.create_string_buffer(4108), ctypes.c_void_p()

@@ -29,7 +29,22 @@ struct Config {
 };
 constexpr uint32_t kConfigMagic = 0xf0f0f0f0;
 constexpr int32_t kNotSet = -1;
-constexpr int kExecTimeout = 1836;  // seconds: CANN's default
+// Seconds: CANN's defaults. CANN takes no connect timeout below 120; a test wants to.
+constexpr int kExecTimeout = 1836, kConnectTimeout = 120;
+
+// A number of seconds from a variable.
+int ReadSeconds(const char* variable, int least, int* seconds) {
+  const char* text = std::getenv(variable);
+  if (text == nullptr || *text == '\0') return kOk;
+  char* end = nullptr;
+  const long value = std::strtol(text, &end, 10);
+  if (*end != '\0' || value < least || value > INT32_MAX) {
+    return Fail(kParameter, "[EI0001] %s is '%s'; it must be a whole number of seconds, %d or more",
+                variable, text, least);
+  }
+  *seconds = static_cast<int>(value);
+  return kOk;
+}
 
 // Leaked: see core.cpp.
 struct State {
@@ -61,6 +76,7 @@ int NoGroup(const char* symbol, void* handle) {
   return Fail(kParameter, "%s: %p is no communicator", symbol, handle);
 }
 
+// `timeout`: of collectives; kNotSet takes the variable.
 int Connect(const char* symbol, uint32_t ranks, const Root* root, uint32_t rank, std::string name,
             int timeout, void** out) {
   if (root == nullptr || out == nullptr) {
@@ -71,19 +87,18 @@ int Connect(const char* symbol, uint32_t ranks, const Root* root, uint32_t rank,
                 kMostRanks);
   }
   if (name.empty()) name = std::string(root->address, strnlen(root->address, sizeof(root->address)));
-  int code = kOk;
-  auto group = Group::Connect(*root, ranks, rank, name, timeout, &code);
+  int exec_timeout = kExecTimeout, connect_timeout = kConnectTimeout;
+  int code = ReadSeconds("HCCL_EXEC_TIMEOUT", 0, &exec_timeout);
+  if (code == kOk) code = ReadSeconds("HCCL_CONNECT_TIMEOUT", 1, &connect_timeout);
+  if (code != kOk) return code;
+  if (timeout != kNotSet) exec_timeout = timeout;
+  auto group = Group::Connect(*root, ranks, rank, name, connect_timeout, exec_timeout, &code);
   if (group == nullptr) return code;
   *out = group.get();
   State& state = GetState();
   std::lock_guard<std::mutex> lock(state.mutex);
   state.groups[*out] = std::move(group);
   return kOk;
-}
-
-int ExecTimeout() {
-  const char* wanted = std::getenv("HCCL_EXEC_TIMEOUT");
-  return wanted == nullptr || *wanted == '\0' ? kExecTimeout : std::max(0, std::atoi(wanted));
 }
 
 // One buffer of a collective: where, and how many elements.
@@ -227,7 +242,7 @@ int HcclGetRootInfo(Root* root) {
 
 int HcclCommInitRootInfo(uint32_t ranks, const Root* root, uint32_t rank, void** comm) {
   CANN_HOST_CALL(HcclCommInitRootInfo);
-  return Connect("HcclCommInitRootInfo", ranks, root, rank, "", ExecTimeout(), comm);
+  return Connect("HcclCommInitRootInfo", ranks, root, rank, "", kNotSet, comm);
 }
 
 int HcclCommInitRootInfoConfig(uint32_t ranks, const Root* root, uint32_t rank,
@@ -240,9 +255,10 @@ int HcclCommInitRootInfoConfig(uint32_t ranks, const Root* root, uint32_t rank,
                 symbol);
   }
   const std::string name(config->name, strnlen(config->name, sizeof(config->name)));
-  const int timeout = config->exec_timeout == kNotSet ? ExecTimeout() : config->exec_timeout;
-  if (timeout < 0) return Fail(kParameter, "%s: an exec timeout of %d s", symbol, timeout);
-  return Connect(symbol, ranks, root, rank, name, timeout, comm);
+  if (config->exec_timeout < kNotSet) {
+    return Fail(kParameter, "%s: an exec timeout of %d s", symbol, config->exec_timeout);
+  }
+  return Connect(symbol, ranks, root, rank, name, config->exec_timeout, comm);
 }
 
 // Fields of a config up to this number are known; what is no name and no timeout changes no result.

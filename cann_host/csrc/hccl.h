@@ -97,9 +97,10 @@ int NewRoot(Root* root);
 // calls something else is an error on all of them, and the communicator's end.
 class Group {
  public:
-  // Waits until everybody is there. Null, with the reason kept and the code in `code`.
+  // Waits until everybody is there; seconds each. Null, with the reason kept and the code in `code`.
   static std::shared_ptr<Group> Connect(const Root& root, uint32_t ranks, uint32_t rank,
-                                        std::string name, int timeout, int* code);
+                                        std::string name, int connect_timeout,
+                                        int exec_timeout, int* code);
   ~Group();
   Group(const Group&) = delete;
 

@@ -264,16 +264,15 @@ int NewRoot(Root* root) {
 }
 
 std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t rank,
-                                      std::string name, int timeout, int* code) {
-  std::shared_ptr<Group> group(new Group(ranks, rank, std::move(name), timeout));
+                                      std::string name, int connect_timeout,
+                                      int exec_timeout, int* code) {
+  std::shared_ptr<Group> group(new Group(ranks, rank, std::move(name), exec_timeout));
   if (std::memcmp(root.magic, kMagic, sizeof(kMagic)) != 0) {
     *code = Fail(kParameter, "HcclCommInitRootInfo: the root info is not HcclGetRootInfo's");
     return nullptr;
   }
-  const char* wanted = std::getenv("HCCL_CONNECT_TIMEOUT");
-  const int seconds = std::max(1, wanted == nullptr ? 120 : std::atoi(wanted));
   if (rank != 0) {
-    *code = group->Join(root, After(seconds));
+    *code = group->Join(root, After(connect_timeout));
   } else {
     auto& listeners = GetListeners();
     int listener = -1;
@@ -286,7 +285,7 @@ std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t
       }
     }
     *code = listener >= 0
-                ? group->Host(listener, root, After(seconds))
+                ? group->Host(listener, root, After(connect_timeout))
                 : Fail(kParameter,
                        "HcclCommInitRootInfo: rank 0 is to be the process that called "
                        "HcclGetRootInfo, and to use its answer once");
