@@ -105,8 +105,8 @@ class AclTensor(NamedTuple):
         return over_memory(self.address, self.dtype, self.storage)
 
 
-# An argument of an operator: a tensor, None for an absent one, or a number.
-Argument = AclTensor | int | float | None
+# An argument of an operator: a tensor, None for an absent one, a number, or integers.
+Argument = AclTensor | int | float | tuple[int, ...] | None
 
 
 def _unpack(words: list[int]) -> list[Argument]:
@@ -124,6 +124,9 @@ def _unpack(words: list[int]) -> list[Argument]:
         elif kind == 3:
             arguments.append(struct.unpack("<d", struct.pack("<q", words[at + 1]))[0])
             at += 2
+        elif kind == 4:
+            arguments.append(tuple(words[at + 2 : at + 2 + words[at + 1]]))
+            at += 2 + words[at + 1]
         else:
             address, dtype, format_, offset, rank = words[at + 1 : at + 6]
             at += 6
@@ -485,6 +488,26 @@ def _cast(self: AclTensor, dtype: int, out: AclTensor) -> None:
     out.view().copy_(self.view())
 
 
+def _check_pad(self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTensor) -> None:
+    del value
+    self, out = _need("self", self), _need("out", out)
+    _need_base_format(self=self, out=out)
+    if len(pad) % 2 or len(pad) > 2 * len(self.shape) or min(pad, default=0) < 0:
+        raise Refused(f"pad is {list(pad)} for {len(self.shape)} dims; cann_host only adds")
+    # the last dim comes first in pad
+    added = [pad[i] + pad[i + 1] for i in range(0, len(pad), 2)][::-1]
+    added = [0] * (len(self.shape) - len(added)) + added
+    shape = tuple(size + more for size, more in zip(self.shape, added, strict=True))
+    if self.dtype != out.dtype or out.shape != shape:
+        raise Refused(
+            f"out is {out.dtype_name}{list(out.shape)}; it must be {self.dtype_name}{list(shape)}"
+        )
+
+
+def _pad(self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTensor) -> None:
+    out.view().copy_(torch.nn.functional.pad(self.view(), pad, value=value))
+
+
 def _check_zero(self: AclTensor) -> None:
     _need_base_format(self=self)
 
@@ -523,6 +546,7 @@ def _format_cast(source: AclTensor, out: AclTensor) -> None:
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnAscendQuantV3": (_check_ascend_quant, _ascend_quant),
     "aclnnCast": (_check_cast, _cast),
+    "aclnnConstantPadNd": (_check_pad, _pad),
     "aclnnDynamicQuantV2": (_check_dynamic_quant, _dynamic_quant),
     "aclnnInplaceCopy": (_check_copy, _copy),
     "aclnnInplaceZero": (_check_zero, _zero),

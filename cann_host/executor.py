@@ -204,6 +204,7 @@ class Op:
         dynamic: the input that stands for many, if any.
         attrs: names of the attributes.
         special: whether the function takes Int4 and FractalNZ as they are.
+        talks: whether it reaches other processes: never computed while a graph is compiled.
     """
 
     type: str
@@ -213,6 +214,7 @@ class Op:
     dynamic: str | None
     attrs: frozenset[str]
     special: bool
+    talks: bool = False
 
 
 OPS: dict[str, Op] = {}
@@ -225,7 +227,7 @@ def announce(op: Op) -> None:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def op(*types: str, special: bool = False) -> Callable[[F], F]:
+def op(*types: str, special: bool = False, talks: bool = False) -> Callable[[F], F]:
     """Register a function under its GE op types, before or after the stand-in is active."""
 
     def register(function: F) -> F:
@@ -240,6 +242,7 @@ def op(*types: str, special: bool = False) -> Callable[[F], F]:
                 dynamic=next((p.name for p in inputs if p.annotation == "Dynamic"), None),
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 special=special,
+                talks=talks,
             )
             announce(OPS[type_])
         return function
@@ -262,13 +265,16 @@ def find_op(type_: str) -> Op:
     raise GraphError(f"op type {type_} is not implemented by cann_host")
 
 
-def run_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any]) -> list[Any]:
+def run_op(
+    op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compiling: bool = False
+) -> list[Any]:
     """Compute one operator.
 
     Args:
         op: what to compute.
         inputs: values by input name; the dynamic input is a list. Absent ones are left out.
         attrs: attributes by name.
+        compiling: whether only shapes are wanted, and values where they are known.
 
     Returns:
         The outputs, in order.
@@ -282,7 +288,7 @@ def run_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any]) -> list[Any]:
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not op.special and any(isinstance(value, Int4 | FractalNZ) for value in values):
         inputs = {name: _plain(op, value) for name, value in inputs.items()}
-    if any(is_meta(value) for value in values):
+    if (compiling and op.talks) or any(is_meta(value) for value in values):
         inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
     result = op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
@@ -319,6 +325,11 @@ def torch_dtype(code: int, what: str = "an attribute") -> torch.dtype:
 
 def ints(value: Host) -> list[int]:
     return [int(v) for v in value.reshape(-1).tolist()]
+
+
+def native() -> Any:
+    """The stand-in's library; `cann_host.ge.install` replaces this."""
+    raise GraphError("cann_host is not active in this process")
 
 
 def soc_name() -> str:

@@ -70,14 +70,14 @@ class Step:
     attrs: dict[str, Any]
     last_use: list[Slot] = field(default_factory=list)
 
-    def run(self, values: dict[Slot, Any]) -> list[Any]:
+    def run(self, values: dict[Slot, Any], *, compiling: bool = False) -> list[Any]:
         """Compute the step's outputs from the values so far."""
         inputs = {
             name: [values[s] for s in slot] if isinstance(slot, list) else values[slot]
             for name, slot in self.inputs.items()
         }
         try:
-            return executor.run_op(self.op, inputs, self.attrs)
+            return executor.run_op(self.op, inputs, self.attrs, compiling=compiling)
         except ShapeUnknownError:
             raise
         except GraphError as error:
@@ -368,7 +368,7 @@ def _predict(
     left: list[Step] = []
     for step in steps:
         try:
-            results = step.run(values)
+            results = step.run(values, compiling=True)
         except ShapeUnknownError:
             return steps  # shapes that depend on values: GE makes such a graph a dynamic one
         slots = [Slot(step.node, index) for index in range(len(results))]
@@ -605,6 +605,7 @@ def install(lib: ctypes.CDLL) -> None:
     bytes_at = lib.cann_host_bytes_at
     lib.aclrtGetSocName.restype = ctypes.c_char_p
     executor.soc_name = lambda: lib.aclrtGetSocName().decode()
+    executor.native = lambda: lib
     _bridge = _Bridge(lib)
 
 

@@ -2,7 +2,8 @@
 
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
-runs on the CPU with gloo, with or without torch_npu. On NPUs leave the variable out; on cann_host:
+runs on the CPU with gloo, with or without torch_npu. On NPUs, with HCCL, leave the variable out; on
+cann_host, with its HCCL:
 
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 torchrun --nproc-per-node 2 --no-python \\
         python -m cann_host --devices 2 examples/tensor_parallel.py
@@ -89,7 +90,7 @@ def main() -> None:
     one = quantized().to(device)
     x = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
     want = one(x)
-    say(f"{ranks} processes on {device}, {mesh.get_group().name()}\n")
+    say(f"{ranks} processes on {device}, {dist.get_backend()}\n")
     say(f"   {'row-wise sum':24s} {'bytes a rank of weights':>24s} {'differ from one device':>24s}")
     wrong = False
     for exact in (False, True):

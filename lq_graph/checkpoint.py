@@ -374,9 +374,10 @@ def load_checkpoint(
         raise CheckpointError("load_checkpoint: mesh and plan go together; give both or neither.")
     shares = None if mesh is None or plan is None else _Shares(mesh, plan)
     if shares is None:
-        return _load(model, Path(path), dtype, None)()
-    with shares.agreeing():  # nothing is changed on any rank unless all can go on
-        finish = _load(model, Path(path), dtype, shares)
+        return _load(model, Path(path), dtype, None)[1]()
+    with shares.agreeing() as found:  # nothing is changed on any rank unless all can go on
+        layers, finish = _load(model, Path(path), dtype, shares)
+        found += [str(layer.row()) for layer in layers]
     return finish()
 
 
@@ -407,29 +408,41 @@ class _Shares:
         return None
 
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """Raise on every rank what one of them raises in the block."""
+    def agreeing(self) -> Iterator[list[str]]:
+        """Raise on every rank what one of them raises in the block, or that they differ in what
+        they put into the list."""
         import torch.distributed as dist
 
         mine: Exception | None = None
+        found: list[str] = []
         try:
-            yield
+            yield found
         except Exception as error:  # whatever it is, the others must not wait for this rank
             mine = error
-        told: list[str | None] = [None] * self.ranks
-        text = None if mine is None else str(mine)
-        dist.all_gather_object(told, text, group=self.mesh.get_group())
+        told: list[Any] = [None] * self.ranks
+        answer = (None if mine is None else str(mine), found)
+        dist.all_gather_object(told, answer, group=self.mesh.get_group())
         if mine is not None:
             raise mine
-        for rank, theirs in enumerate(told):
-            if theirs is not None:
-                raise CheckpointError(f"rank {rank} of {self.ranks} could not load: {theirs}")
+        for rank, (text, _) in enumerate(told):
+            if text is not None:
+                raise CheckpointError(f"rank {rank} of {self.ranks} could not load: {text}")
+        for rank, (_, theirs) in enumerate(told):
+            if theirs != told[0][1]:
+                here, there = (
+                    next(iter(sorted(set(a) - set(b))), "nothing more")
+                    for a, b in ((told[0][1], theirs), (theirs, told[0][1]))
+                )
+                raise CheckpointError(
+                    f"the ranks' checkpoints differ: rank 0 has {here}, rank {rank} has "
+                    f"{there}. What to do: give every rank the same files and the same model."
+                )
 
 
 def _load(
     model: nn.Module, path: Path, dtype: torch.dtype | None, shares: _Shares | None
-) -> Callable[[], LoadReport]:
-    """Check and read the layers; what is returned puts them into the model."""
+) -> tuple[LoadReport, Callable[[], LoadReport]]:
+    """Check and read the layers; the function that is returned puts them into the model."""
     if not path.exists():
         _refuse(path, None, "a folder or a safetensors file", "nothing")
     files = _Files(path)
@@ -458,22 +471,24 @@ def _load(
     rest = _check_rest(model, files, path, set(schemes), used)
     new = {name: _build(kind, dynamic, output, read) for name, dynamic, output, _, read in layers}
 
+    report = LoadReport()
+    for name, dynamic, output, _, _ in layers:
+        n, k = files.header(f"{name}.weight")[1]
+        report.append(Loaded(name, "dynamic" if dynamic else "static", n, k, output))
+
     def finish() -> LoadReport:
-        report = LoadReport()
-        for name, dynamic, output, style, _ in layers:
+        for name, _, _, style, _ in layers:
             parent, _, child = name.rpartition(".")
             layer = new[name].to(_device_of(modules[name]))
-            n, k = files.header(f"{name}.weight")[1]
             if style is not None and shares is not None:
                 style.adopt(layer, shares.mesh)
             setattr(modules[parent], child, layer.train(modules[name].training))
-            report.append(Loaded(name, "dynamic" if dynamic else "static", n, k, output))
         for key in rest:
             _put(model, key, files.read(key))
         report.bytes_read = files.bytes_read
         return report
 
-    return finish
+    return report, finish
 
 
 # what a tensor of the files becomes: a parameter, by whose placement it is split

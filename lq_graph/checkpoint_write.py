@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import DESCRIPTION, SCHEMES, CheckpointError, require_safetensors
+from .module import SPLIT
 from .ops import trans_quant_param
 from .quantized_linear import QuantizedLinear
 
@@ -34,8 +35,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         format: "msmodelslim" or "compressed-tensors".
 
     Raises:
-        CheckpointError: another format, a static layer of the other one, an int4 layer, or one with
-            int8 output. Nothing is written.
+        CheckpointError: another format, a static layer of the other one, an int4 layer, one with
+            int8 output, or one that is split over devices. Nothing is written.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -71,7 +72,13 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
 
 
 def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
-    """The formats hold int8 weights and float outputs."""
+    """The formats hold whole layers, int8 weights and float outputs."""
+    if SPLIT in vars(layer.linear):
+        raise CheckpointError(
+            f"save_checkpoint: {name} is split over devices, and this process has a part of it. "
+            "What to do: save before the model is split, or save model.state_dict(), whose "
+            "DTensors torch.distributed.checkpoint writes."
+        )
     if layer.linear.weight.dtype != torch.int8:
         what, todo = "is int4", "quantize it with A8W8Dynamic or A8W8Static"
     elif layer.linear.output_dtype not in (torch.float16, torch.bfloat16):

@@ -19,6 +19,8 @@ __all__ = ["PARAMETERS", "LinearQuant", "keeping_dtypes", "layer_of"]
 
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
+# Attribute of a layer that holds a part of it: (mesh, placements by parameter). See parallel.py.
+SPLIT = "_lq_graph_split"
 
 
 class LinearQuant(nn.Module):

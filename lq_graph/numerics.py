@@ -368,7 +368,8 @@ def epilogue(
 def _to_integer(value: Tensor, bits: int) -> Tensor:
     """float32 to int8 values, rounded half to even and clamped; NaN becomes 0, as on the chip."""
     low, high = _LIMITS[bits]
-    return value.round_().nan_to_num_(0.0).clamp_(low, high).to(torch.int8)
+    # all three values given: torchair's converter takes no None
+    return value.round_().nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
 
 
 def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:

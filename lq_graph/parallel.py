@@ -36,8 +36,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from . import numerics
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import FRACTAL_NZ, STORAGE_DTYPES, dtype_name, rows_of
-from .module import PARAMETERS, LinearQuant
+from .module import PARAMETERS, SPLIT, LinearQuant
 from .npu import format_of
+from .numerics import INT4_PER_INT32
 from .plan import check_finite
 from .prepare import folds_scale
 from .product import get_product
@@ -126,7 +127,7 @@ class LinearQuantStyle(ParallelStyle):
                 "torch's own plans are for nn.Linear."
             )
         layer = _layer_in(module)
-        if _SPLIT in vars(layer):
+        if SPLIT in vars(layer):
             raise LinearQuantValueError(
                 f"{name}: the layer is split already, by load_checkpoint or another plan. What to "
                 "do: leave it out of this one."
@@ -142,13 +143,11 @@ class LinearQuantStyle(ParallelStyle):
     def adopt(self, module: QuantizedLinear, mesh: DeviceMesh) -> nn.Module:
         """Apply the plan to a layer whose parameters are this device's parts already, as
         `placement` says."""
-        ranks, placements = mesh.size(), {}
-        for name, part in _parameters(module.linear):
-            split = self.placement(name, (2,) * part.dim() if part.numel() > 1 else (1,))
-            shape = list(part.shape)
-            if isinstance(split, Shard):
-                shape[split.dim] *= ranks
-            placements[name] = self.placement(name, tuple(shape))
+        # vectors are per channel in checkpoints, also where a part is one channel
+        placements = {
+            name: self.placement(name, (2,) * part.dim())
+            for name, part in _parameters(module.linear)
+        }
         return self._finish(module, mesh, placements)
 
     def _finish(
@@ -159,7 +158,7 @@ class LinearQuantStyle(ParallelStyle):
     ) -> nn.Module:
         """Let a layer whose parameters are parts take, give, save and load what the plan says."""
         layer = _layer_in(module)
-        vars(layer)[_SPLIT] = (mesh, placements)
+        vars(layer)[SPLIT] = (mesh, placements)
         n, words = layer.weight.shape
         layer.out_features, layer.in_features = n, words * STORAGE_DTYPES[layer.weight.dtype]
         layer._float_scale = None  # of the whole layer; state dicts hold the scale that is in use
@@ -325,8 +324,6 @@ class RowwiseLinearQuant(LinearQuantStyle):
 
 # ---- what a layer knows of its split ----
 
-_SPLIT = "_lq_graph_split"  # (mesh, placements by parameter) among the attributes of a LinearQuant
-
 
 def _layer_in(module: LinearQuant | QuantizedLinear) -> LinearQuant:
     return module.linear if isinstance(module, QuantizedLinear) else module
@@ -351,7 +348,7 @@ def _part(
 def _to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A state dict holds the whole layer, each device its part of it."""
     del metadata
-    mesh, placements = vars(layer)[_SPLIT]
+    mesh, placements = vars(layer)[SPLIT]
     for name, placement in placements.items():
         key = prefix + name
         if key in state:
@@ -360,7 +357,7 @@ def _to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) 
 
 def _to_parts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """And loads one: its DTensors, or whole tensors, of which it takes its parts."""
-    mesh, placements = vars(layer)[_SPLIT]
+    mesh, placements = vars(layer)[SPLIT]
     for name, placement in placements.items():
         given = state.get(prefix + name)
         if isinstance(given, DTensor):
@@ -376,7 +373,8 @@ def _check_same(style_name: str, layer: LinearQuant, mesh: DeviceMesh) -> None:
     """Every rank must split the same layer: a rank with another checkpoint or another model is told
     so, on all ranks, before anything is split."""
     everyone = [""] * mesh.size()
-    dist.all_gather_object(everyone, layer.extra_repr(), group=mesh.get_group())
+    mine = f"{layer.extra_repr()}, weight format {format_of(layer.weight)}"
+    dist.all_gather_object(everyone, mine, group=mesh.get_group())
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise LinearQuantValueError(
@@ -408,6 +406,11 @@ def _move(x: Tensor, have: Placement, want: Placement, mesh: DeviceMesh) -> Tens
     have, want = _at(have, x), _at(want, x)
     if have == want or mesh.size() == 1:
         return x
+    if isinstance(want, Shard) and x.shape[want.dim] % mesh.size():
+        raise LinearQuantValueError(
+            f"dim {want.dim} of {tuple(x.shape)} is to be split over {mesh.size()} devices; each "
+            "takes an equal part. What to do: pad it, or use Replicate()."
+        )
     group = mesh.get_group()
     if isinstance(have, Partial):
         if isinstance(want, Shard):
@@ -451,9 +454,20 @@ def _quantize_rows_together(
     mesh: DeviceMesh, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """dynamic_quant of rows whose k is split: the largest magnitude is that of all parts."""
-    peak = numerics.row_peaks(rows)
+    peak = rows.to(torch.float32).abs().max(-1).values  # torchair has no converter for amax
     if mesh.size() > 1:
+        # A backend's maximum may lose NaN; it keeps infinity, and the row is NaN all the same.
+        peak = peak.nan_to_num(torch.inf, torch.inf, 0.0)
         peak = _done(collectives.all_reduce(peak, "max", mesh.get_group()))
     bits = 4 if dtype == _I32 else 8
     values, scale = numerics.quantize_rows(rows, peak, bits)
-    return (numerics.pack_int4(values) if bits == 4 else values), scale
+    return (_pack_int4(values) if bits == 4 else values), scale
+
+
+def _pack_int4(values: Tensor) -> Tensor:
+    """`numerics.pack_int4`, of operators that torch.compile and torchair take."""
+    nibbles = values.to(torch.int32).reshape(*values.shape[:-1], -1, INT4_PER_INT32)
+    packed = nibbles[..., -1]  # the last one is the highest and holds the sign
+    for i in range(INT4_PER_INT32 - 2, -1, -1):
+        packed = packed * 16 + nibbles[..., i].remainder(16)
+    return packed

@@ -291,13 +291,17 @@ class Block(nn.Module):
         return out
 
 
-def quantized_block(config: str, dtype: torch.dtype) -> tuple[Block, Tensor]:
+def block(device: str) -> Block:
+    return Block(BF16).eval().to(device)
+
+
+def quantized_block(config: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Block, Tensor]:
     model = Block(dtype).eval()
     g = torch.Generator().manual_seed(1)
     x = torch.randn(M, K, generator=g).to(dtype)
     calibration = None if "dynamic" in config else [x]
     lq_graph.quantize(model, CONFIGS[config], calibration=calibration)
-    return model, x
+    return model.to(device), x.to(device)
 
 
 def plan(exact: bool) -> dict[str, Any]:
@@ -318,8 +322,7 @@ def models(mesh: DeviceMesh, folder: Path) -> Check:
             for exact in (False, True):
                 if exact and config == "a4w4_dynamic":
                     continue
-                model, x = quantized_block(config, dtype)
-                model, x = model.to(mesh.device_type), x.to(mesh.device_type)
+                model, x = quantized_block(config, dtype, mesh.device_type)
                 want = model(x)
                 split = parallelize_module(model, mesh, plan(exact))
                 name = f"{config} {dtype} {'exact' if exact else 'summed'}"
@@ -328,14 +331,70 @@ def models(mesh: DeviceMesh, folder: Path) -> Check:
 
 def compiled(mesh: DeviceMesh, folder: Path) -> Check:
     del folder
+    for config in CONFIGS:
+        for exact in (False, True):
+            if exact and config == "a4w4_dynamic":
+                continue
+            model, x = quantized_block(config, BF16, mesh.device_type)
+            want = model(x)
+            split = parallelize_module(model, mesh, plan(exact))
+            ways = on_torchair if mesh.device_type == "npu" else on_cpu
+            for way, got in ways(split, x):
+                wrong = got if isinstance(got, str) else compared(got, want, exact=exact)
+                yield f"{config} exact={exact} {way}", wrong
+
+
+def on_cpu(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str]]:
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        yield backend, torch.compile(model, backend=backend, fullgraph=True)(x)
+
+
+def on_torchair(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str]]:
+    """The sums are GE nodes of the one graph, not calls between two graphs."""
+    import torchair
+
+    from converters import graph
+
+    for way in ("static", "dynamic", "prepared"):
+        torch._dynamo.reset()
+        if way == "prepared":
+            lq_graph.use_internal_format_weight(model)
+        config = torchair.CompilerConfig()
+        backend = torchair.get_npu_backend(compiler_config=config)
+        with graph.capture(config) as graphs:
+            run = torch.compile(model, backend=backend, fullgraph=True, dynamic=way == "dynamic")
+            yield way, run(x)
+        sums = str(graphs[0]).count("HcomAllReduce")
+        yield f"{way} graph", "" if len(graphs) == 1 and sums else f"{sums} HcomAllReduce"
+
+
+def edges(mesh: DeviceMesh, folder: Path) -> Check:
+    """NaN and infinity in the part of one device; an output that does not split evenly."""
+    del folder
+    ranks, device = mesh.size(), mesh.device_type
+    for config in ("a8w8_dynamic", "a4w4_dynamic"):
+        for value in (float("nan"), float("inf")):
+            for column in (0, K - 1):
+                model, x = quantized_block(config, BF16, device)
+                x[1, column] = value
+                want = model.up(x)
+                split = parallelize_module(
+                    model.up, mesh, RowwiseLinearQuant(input_layouts=Replicate())
+                )
+                got = split(x)
+                kept = [i for i in range(M) if i != 1]
+                same = torch.equal(got.isnan().cpu(), want.isnan().cpu())
+                wrong = "" if same and bool(got[1].isnan().all()) else "NaN is elsewhere"
+                name = f"{config} {value} in column {column}"
+                yield name, wrong or compared(got[kept], want[kept], exact=False)
     for exact in (False, True):
-        model, x = quantized_block("a8w8_dynamic", BF16)
-        want = model(x)
-        split = parallelize_module(model, mesh, plan(exact))
-        for backend in ("aot_eager", "inductor"):
-            torch._dynamo.reset()
-            got = torch.compile(split, backend=backend, fullgraph=True)(x)
-            yield f"{backend} exact={exact}", compared(got, want, exact=exact)
+        layer, x1, _ = layer_for(Case(output=F16), device)
+        style = RowwiseLinearQuant(input_layouts=Replicate(), output_layouts=Shard(0), exact=exact)
+        parallelize_module(layer, mesh, style)
+        text = f"dim 0 of ({ranks + 1}, {N}) is to be split over {ranks} devices"
+        rows = x1[:1].repeat(ranks + 1, 1)
+        yield f"uneven rows exact={exact}", refusal(lambda m=layer, r=rows: m(r), text)
 
 
 def refusals(mesh: DeviceMesh, folder: Path) -> Check:
@@ -363,7 +422,7 @@ def refusals(mesh: DeviceMesh, folder: Path) -> Check:
             continue
         wrong = refusal(lambda m=module, s=style: parallelize_module(m, mesh, s), text)
         yield name, wrong
-    square = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("tp", "dp"))
+    square = init_device_mesh(mesh.device_type, (ranks, 1), mesh_dim_names=("tp", "dp"))
     text = (
         'the mesh has 2 dims; a plan takes one. What to do: pass a part of it, such as mesh["tp"]'
     )
@@ -387,19 +446,19 @@ def differing(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
-    rank = mesh.get_local_rank()
+    rank, device = mesh.get_local_rank(), mesh.device_type
     for config, kind in (
         ("a8w8_static", "msmodelslim"),
         ("a8w8_dynamic", "msmodelslim"),
         ("a8w8_dynamic", "compressed-tensors"),
     ):
         files = folder / f"{config}-{kind}"
-        model, x = quantized_block(config, BF16)
+        model, x = quantized_block(config, BF16, device)
         if rank == 0:
             save_checkpoint(model, files, kind)
         dist.barrier()
         for exact in (False, True):
-            whole, part = Block(BF16).eval(), Block(BF16).eval()
+            whole, part = block(device), block(device)
             everything = load_checkpoint(whole, files).bytes_read
             report = load_checkpoint(part, files, mesh=mesh, plan=plan(exact))
             want = whole(x)
@@ -412,7 +471,7 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
             kinds = [type(m).__name__ for m in (part.up, part.down)]
             yield f"{name} kinds", "" if kinds == ["QuantizedLinear"] * 2 else str(kinds)
 
-    wild = Block(BF16).eval()
+    wild = block(device)
     load_checkpoint(
         wild, files, mesh=mesh, plan={"*": ColwiseLinearQuant(output_layouts=Replicate())}
     )
@@ -420,13 +479,42 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
     whole = tuple(wild.down.linear.weight.shape) == (K, 2 * N)
     yield "wildcard", "down is whole" if whole else ""
 
+    # a layer with one output channel for each device
+    few = folder / "few"
+    torch.manual_seed(0)
+    gate = nn.Sequential(nn.Linear(K, mesh.size(), dtype=BF16))
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    lq_graph.quantize(gate, A8W8Dynamic())
+    if rank == 0:
+        save_checkpoint(gate, few)
+    dist.barrier()
+    part = nn.Sequential(nn.Linear(K, mesh.size(), dtype=BF16)).to(device)
+    column = ColwiseLinearQuant(output_layouts=Replicate())
+    load_checkpoint(part, few, mesh=mesh, plan={"0": column})
+    yield "one channel each", compared(part(x), gate.to(device)(x))
+    whole = gate.state_dict()
+    state = {key: t.full_tensor() for key, t in part.state_dict().items() if key in whole}
+    bad = [key for key, t in state.items() if not torch.equal(t.cpu(), whole[key].cpu())]
+    yield "one channel each: state", str(bad) if bad else ""
+    text = "0 is split over devices, and this process has a part of it"
+    yield "saving a part", refusal(lambda: save_checkpoint(part, folder / "part"), text)
+
+    # one rank has the files of another quantization
+    last = rank == mesh.size() - 1
+    files = folder / ("a8w8_static-msmodelslim" if last else "a8w8_dynamic-msmodelslim")
+    text = "the ranks' checkpoints differ: rank 0 has ['down', 'dynamic'"
+    other = block(device)
+    action = lambda: load_checkpoint(other, files, mesh=mesh, plan=plan(False))  # noqa: E731
+    yield "another checkpoint", refusal(action, text)
+    yield "model untouched by it", "" if isinstance(other.up, nn.Linear) else "changed"
+
     broken = folder / "broken"
     if rank == 0:
         save_checkpoint(model, broken, "compressed-tensors")
     dist.barrier()
     if rank == mesh.size() - 1:
         broken = folder / "not there"
-    kept = Block(BF16)
+    kept = block(device)
     text = "expected a folder or a safetensors file, found nothing"
     action = lambda: load_checkpoint(kept, broken, mesh=mesh, plan=plan(False))  # noqa: E731
     yield "one rank has no files", refusal(action, text)
@@ -438,7 +526,7 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
 
 def killed(mesh: DeviceMesh, folder: Path) -> Check:
     """The last rank dies between two calls; the others get an error, soon."""
-    layer, x1, _ = layer_for(Case(output=F16), "cpu")
+    layer, x1, _ = layer_for(Case(output=F16), mesh.device_type)
     split = parallelize_module(layer, mesh, RowwiseLinearQuant(input_layouts=Replicate()))
     split(x1)
     if mesh.get_local_rank() == mesh.size() - 1:
@@ -455,15 +543,16 @@ def killed(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 def mismatched(mesh: DeviceMesh, folder: Path) -> Check:
-    """One rank's input has another m: TORCH_DISTRIBUTED_DEBUG=DETAIL tells everybody."""
-    layer, x1, _ = layer_for(Case(output=F16), "cpu")
+    """One rank's input has another m: all are told, with gloo by TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    layer, x1, _ = layer_for(Case(output=F16), mesh.device_type)
     split = parallelize_module(layer, mesh, RowwiseLinearQuant(input_layouts=Replicate()))
     mine = x1[:-1] if mesh.get_local_rank() == mesh.size() - 1 else x1
-    yield "error", refusal(lambda: split(mine), "ismatch")
+    text = "ismatch" if mesh.device_type == "cpu" else "[EI0005] the ranks' calls differ"
+    yield "error", refusal(lambda: split(mine), text)
 
 
 JOBS: dict[str, tuple[Callable[[DeviceMesh, Path], Check], ...]] = {
-    "values": (rules, batches, activations, plans, models, refusals, differing, checkpoints),
+    "values": (rules, batches, activations, plans, models, edges, refusals, differing, checkpoints),
     "compiled": (compiled,),
     "killed": (killed,),
     "mismatched": (mismatched,),

@@ -35,8 +35,23 @@ def test_example(name: str, shown: str, tmp_path: Path) -> None:
     assert shown in done.stdout
 
 
-def test_tensor_parallel(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+ON_CANN_HOST = ["--no-python", sys.executable, "-m", "cann_host", "--devices", "2"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "where"),
+    [
+        ([], "2 processes on cpu, gloo"),
+        pytest.param(
+            ON_CANN_HOST,
+            "2 processes on npu, hccl",
+            marks=pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only"),
+        ),
+    ],
+    ids=["cpu", "npu"],
+)
+def test_tensor_parallel(launcher: list[str], where: str, tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *launcher]
     done = subprocess.run(
         [sys.executable, *command, str(EXAMPLES / "tensor_parallel.py")],
         capture_output=True,
@@ -46,6 +61,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert where in done.stdout
     assert (
         "int32, then the scale                     530,440               0 of 8,192" in done.stdout
     )

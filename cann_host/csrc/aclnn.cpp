@@ -8,6 +8,7 @@
 //                  storage rank, storage dims...
 //   number         2, value
 //   real number    3, bits of the double
+//   integers       4, how many, values...
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -30,6 +31,17 @@ struct aclTensor {
   int format;
   int64_t offset;
   void* data;
+};
+
+struct aclIntArray {
+  std::vector<int64_t> values;
+};
+
+// A number, whatever its dtype was.
+struct aclScalar {
+  bool is_real;
+  double real;
+  int64_t integer;
 };
 
 struct aclOpExecutor {
@@ -100,6 +112,13 @@ int Check(const char* op, const aclTensor* tensor) {
 int Check(const char*, int64_t) { return kSuccess; }
 int Check(const char*, double) { return kSuccess; }
 
+template <typename T>
+int CheckPresent(const char* op, const T* argument) {
+  return argument == nullptr ? Fail(kNullPointer, "%s: an argument is null", op) : +kSuccess;
+}
+int Check(const char* op, const aclIntArray* array) { return CheckPresent(op, array); }
+int Check(const char* op, const aclScalar* scalar) { return CheckPresent(op, scalar); }
+
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
     words.push_back(0);
@@ -122,6 +141,19 @@ void Pack(std::vector<int64_t>& words, double number) {
   int64_t bits = 0;
   std::memcpy(&bits, &number, sizeof(bits));
   words.insert(words.end(), {3, bits});
+}
+
+void Pack(std::vector<int64_t>& words, const aclIntArray* array) {
+  words.insert(words.end(), {4, static_cast<int64_t>(array->values.size())});
+  words.insert(words.end(), array->values.begin(), array->values.end());
+}
+
+void Pack(std::vector<int64_t>& words, const aclScalar* scalar) {
+  if (scalar->is_real) {
+    Pack(words, scalar->real);
+  } else {
+    Pack(words, scalar->integer);
+  }
 }
 
 template <typename... Arguments>
@@ -191,6 +223,50 @@ aclTensor* aclCreateTensor(const int64_t* dims, uint64_t rank, int dtype, const 
 int aclDestroyTensor(const aclTensor* tensor) {
   CANN_HOST_CALL(aclDestroyTensor);
   delete tensor;
+  return kSuccess;
+}
+
+CANN_HOST_ENTRY(aclCreateIntArray, "makes")
+aclIntArray* aclCreateIntArray(const int64_t* values, uint64_t size) {
+  if (size > kMostDims * 2 || (size && !values)) {
+    Fail(kInvalid, "aclCreateIntArray: %llu values, or a null list of them",
+         static_cast<unsigned long long>(size));
+    return nullptr;
+  }
+  return new aclIntArray{{values, values + size}};
+}
+
+int aclDestroyIntArray(const aclIntArray* array) {
+  CANN_HOST_CALL(aclDestroyIntArray);
+  delete array;
+  return kSuccess;
+}
+
+// torch_npu makes float, double, int64 and bool scalars.
+CANN_HOST_ENTRY(aclCreateScalar, "makes")
+aclScalar* aclCreateScalar(void* value, int dtype) {
+  if (value == nullptr) {
+    Fail(kNullPointer, "aclCreateScalar: no value");
+    return nullptr;
+  }
+  switch (dtype) {
+    case 0:
+      return new aclScalar{true, *static_cast<float*>(value), 0};
+    case 11:
+      return new aclScalar{true, *static_cast<double*>(value), 0};
+    case 9:
+      return new aclScalar{false, 0, *static_cast<int64_t*>(value)};
+    case 12:
+      return new aclScalar{false, 0, *static_cast<bool*>(value)};
+    default:
+      Fail(kInvalid, "aclCreateScalar: cann_host does not know a scalar of aclDataType %d", dtype);
+      return nullptr;
+  }
+}
+
+int aclDestroyScalar(const aclScalar* scalar) {
+  CANN_HOST_CALL(aclDestroyScalar);
+  delete scalar;
   return kSuccess;
 }
 
@@ -275,6 +351,13 @@ int aclnnCastGetWorkspaceSize(const aclTensor* self, int dtype, const aclTensor*
   return Prepare("aclnnCast", workspace_size, executor, self, int64_t{dtype}, out);
 }
 
+int aclnnConstantPadNdGetWorkspaceSize(const aclTensor* self, const aclIntArray* pad,
+                                       const aclScalar* value, const aclTensor* out,
+                                       uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnConstantPadNdGetWorkspaceSize);
+  return Prepare("aclnnConstantPadNd", workspace_size, executor, self, pad, value, out);
+}
+
 int aclnnInplaceZeroGetWorkspaceSize(const aclTensor* self, uint64_t* workspace_size,
                                      aclOpExecutor** executor) {
   CANN_HOST_CALL(aclnnInplaceZeroGetWorkspaceSize);
@@ -337,6 +420,7 @@ CANN_HOST_LAUNCH(aclnnDynamicQuantV2)
 CANN_HOST_LAUNCH(aclnnAscendQuantV3)
 CANN_HOST_LAUNCH(aclnnInplaceCopy)
 CANN_HOST_LAUNCH(aclnnCast)
+CANN_HOST_LAUNCH(aclnnConstantPadNd)
 CANN_HOST_LAUNCH(aclnnInplaceZero)
 CANN_HOST_LAUNCH(aclnnNpuFormatCast)
 CANN_HOST_LAUNCH(aclnnRmsNorm)

@@ -49,6 +49,9 @@ int Fault(const char* symbol);
 // kept while a graph is captured. Returns the work's own code if it was done.
 using Task = std::function<int()>;
 int OnStream(const char* symbol, void* stream, Task task);
+// The same for work that meets other processes: done after all such work that was launched before, on
+// whatever stream, so that processes that launch in one order also meet in one.
+int OnStreamInTurn(const char* symbol, void* stream, Task task);
 // Waits for a stream and hands over how its work went.
 int FinishStream(const char* symbol, void* stream);
 // Does all the work that is left on any stream; whoever waits for a stream is told how it went.

@@ -64,6 +64,7 @@ struct State {
   std::map<int, std::shared_ptr<StreamState>> defaults;   // by device: the stream that null means
   std::map<void*, std::shared_ptr<EventState>> events;
   int32_t next_id = 0;
+  std::shared_ptr<EventState> last_turn;  // of OnStreamInTurn
   std::unique_ptr<Captured> graph;  // one capture at a time
   std::set<StreamState*> capturing;
   std::map<void*, std::shared_ptr<const Captured>> graphs;  // finished ones
@@ -280,6 +281,25 @@ int OnStream(const char* symbol, void* handle, Task task) {
     }
   }
   return task();
+}
+
+int OnStreamInTurn(const char* symbol, void* handle, Task task) {
+  State& state = GetState();
+  {
+    std::lock_guard<std::mutex> lock(state.mutex);
+    const auto stream = FindStream(handle);
+    if (stream && GetOptions().late_streams && !state.capturing.count(stream.get())) {
+      if (state.last_turn) stream->queue.push_back({nullptr, state.last_turn, 1, true});
+      stream->queue.push_back({std::move(task), nullptr, 0, false});
+      auto turn = std::make_shared<EventState>();
+      turn->stream = stream;
+      turn->recorded = 1;
+      stream->queue.push_back({nullptr, turn, 1, false});
+      state.last_turn = std::move(turn);
+      return kSuccess;
+    }
+  }
+  return OnStream(symbol, handle, std::move(task));
 }
 
 int FinishStream(const char* symbol, void* handle) {

@@ -257,6 +257,11 @@ def _is_nan(x: Tensor) -> Tensor:
     return x.isnan()
 
 
+@op("NanToNum")
+def _nan_to_num(x: Tensor, *, nan: float, posinf: float, neginf: float) -> Tensor:
+    return x.nan_to_num(nan, posinf, neginf)
+
+
 @op("IsFinite")
 def _is_finite(x: Tensor) -> Tensor:
     return x.isfinite()

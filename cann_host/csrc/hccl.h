@@ -1,0 +1,138 @@
+// What the files of libhccl share. hccl.cpp: CANN's functions and what they refuse; hccl_group.cpp:
+// the processes of a communicator and what goes between them; hccl_reduce.cpp: the arithmetic.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace cann_host {
+namespace hccl {
+
+// HcclResult of the public header, those that are returned here.
+enum Result : int {
+  kOk = 0,
+  kParameter = 1,
+  kNullPointer = 2,
+  kNotSupported = 5,
+  kSystemCall = 8,
+  kTimeout = 9,
+  kConnect = 11,
+  kRemote = 21,
+};
+
+enum ReduceOp : int32_t { kSum = 0, kProd = 1, kMax = 2, kMin = 3 };  // HcclReduceOp
+
+// HcclDataType
+enum Dtype : int32_t {
+  kInt8 = 0,
+  kInt16 = 1,
+  kInt32 = 2,
+  kFloat16 = 3,
+  kFloat32 = 4,
+  kInt64 = 5,
+  kUint64 = 6,
+  kUint8 = 7,
+  kUint16 = 8,
+  kUint32 = 9,
+  kFloat64 = 10,
+  kBfloat16 = 11,
+  kFloat8E4M3 = 15,
+  kFloat8E5M2 = 16,
+};
+
+// Bytes of an element, 0 for a dtype that is not known here; and its name.
+size_t Width(int32_t dtype);
+const char* Name(int32_t dtype);
+const char* OpName(int32_t op);
+
+// Whether the chip reduces this dtype by this op. Source: HcclAllReduce, HcclReduceScatter and
+// HcclReduce of the HCCL documents, which say the same.
+bool CanReduce(const std::string& soc, int32_t dtype, int32_t op);
+
+// total = total op more, `count` elements of one of the dtypes above. Each step is rounded to the
+// dtype; integers wrap; NaN stays NaN.
+void Reduce(int32_t dtype, int32_t op, uint64_t count, void* total, const void* more);
+
+constexpr uint32_t kMostRanks = 64;  // as many as there can be devices
+
+enum class Kind : int32_t {
+  kAllReduce,
+  kReduce,
+  kReduceScatter,
+  kAllGather,
+  kBroadcast,
+  kScatter,
+  kAllToAll,
+  kSend,  // from the root to the other of two ranks
+  kBarrier,
+};
+
+// What one rank calls. All but the arrays must be the same on all ranks.
+struct Call {
+  Kind kind;
+  int32_t dtype = kInt8;
+  int32_t op = kSum;
+  uint32_t root = 0;
+  uint64_t count = 0;  // elements of the smallest piece: of one rank's part, or of the whole
+  // AllToAll: elements for each rank and from each rank
+  std::array<uint64_t, kMostRanks> sends{}, receives{};
+};
+std::string Text(const Call& call);
+
+// Where the ranks meet: rank 0 makes it, all of them connect to it. 0 is a success.
+struct Root {
+  char magic[16];
+  char address[32];  // of a socket in Linux's abstract namespace: no file, no network
+  char token[16];    // what only those who were told the root know
+};
+int NewRoot(Root* root);
+
+// One rank's side of a communicator. The ranks are processes of one user on one machine; rank 0
+// takes everybody's data, computes, and gives everybody their part. A rank that is gone, late, or
+// calls something else is an error on all of them, and the communicator's end.
+class Group {
+ public:
+  // Waits until everybody is there; seconds each. Null, with the reason kept and the code in `code`.
+  static std::shared_ptr<Group> Connect(const Root& root, uint32_t ranks, uint32_t rank,
+                                        std::string name, int connect_timeout,
+                                        int exec_timeout, int* code);
+  ~Group();
+  Group(const Group&) = delete;
+
+  // Takes part in a collective. The buffers are checked already; AllToAll's are without gaps.
+  int Run(const Call& call, const void* send, void* receive);
+  // Has the other ranks find this one gone.
+  void Leave();
+
+  const std::string& name() const { return name_; }
+  uint32_t ranks() const { return ranks_; }
+  uint32_t rank() const { return rank_; }
+
+ private:
+  using Time = std::chrono::steady_clock::time_point;
+
+  Group(uint32_t ranks, uint32_t rank, std::string name, int timeout)
+      : ranks_(ranks), rank_(rank), timeout_(timeout), name_(std::move(name)), peers_(ranks, -1) {}
+  int Host(int listener, const Root& root, Time deadline);
+  int Join(const Root& root, Time deadline);
+  int Lead(const Call& call, const void* send, void* receive, Time deadline);
+  int Follow(const Call& call, const void* send, void* receive, Time deadline);
+  // Ends the communicator: tells the ranks that rank 0 still reaches, and keeps the reason.
+  int End(int code, const std::string& text);
+
+  const uint32_t ranks_, rank_;
+  const int timeout_;  // seconds to wait for the others in a collective; 0 waits for ever
+  const std::string name_;
+  std::mutex mutex_;        // one collective at a time
+  std::vector<int> peers_;  // sockets by rank: rank 0's to all, the others' to rank 0
+  int failure_ = kOk;
+  std::string reason_;
+};
+
+}  // namespace hccl
+}  // namespace cann_host

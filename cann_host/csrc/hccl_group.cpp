@@ -1,0 +1,486 @@
+// The processes of a communicator, and what goes between them: a star of Unix sockets with rank 0 in
+// the middle. The addresses are abstract (no file, no network), every end must belong to the same
+// user, and the kernel closes the sockets of a process that dies, which its peers see at once.
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <numeric>
+
+#include "core.h"
+#include "hccl.h"
+
+namespace cann_host {
+namespace hccl {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+
+constexpr char kMagic[16] = "cann_host hccl1";
+
+Time After(int seconds) {
+  return seconds == 0 ? Time::max() : Clock::now() + std::chrono::seconds(seconds);
+}
+
+enum class Io { kDone, kGone, kLate };
+
+// Waits until something can be done with one of these; false when it is too late.
+bool Wait(std::vector<pollfd>& sockets, Time deadline) {
+  for (;;) {
+    int milliseconds = -1;
+    if (deadline != Time::max()) {
+      const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
+      milliseconds = static_cast<int>(std::clamp<int64_t>(left.count(), 0, 3600 * 1000));
+    }
+    const int ready = poll(sockets.data(), sockets.size(), milliseconds);
+    if (ready > 0) return true;
+    if (ready == 0 && deadline != Time::max() && Clock::now() >= deadline) return false;
+  }
+}
+
+template <typename Transfer>
+Io Move(int socket, short event, size_t bytes, Time deadline, Transfer transfer) {
+  size_t done = 0;
+  while (done < bytes) {
+    const ssize_t moved = transfer(done);
+    if (moved > 0) {
+      done += moved;
+    } else if (moved == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
+      return Io::kGone;
+    } else {
+      std::vector<pollfd> one{{socket, event, 0}};
+      if (!Wait(one, deadline)) return Io::kLate;
+    }
+  }
+  return Io::kDone;
+}
+
+Io Send(int socket, const void* data, size_t bytes, Time deadline) {
+  return Move(socket, POLLOUT, bytes, deadline, [=](size_t done) {
+    return send(socket, static_cast<const char*>(data) + done, bytes - done,
+                MSG_NOSIGNAL | MSG_DONTWAIT);
+  });
+}
+
+Io Receive(int socket, void* data, size_t bytes, Time deadline) {
+  return Move(socket, POLLIN, bytes, deadline, [=](size_t done) {
+    return recv(socket, static_cast<char*>(data) + done, bytes - done, MSG_DONTWAIT);
+  });
+}
+
+void Close(int& socket) {
+  if (socket >= 0) close(socket);
+  socket = -1;
+}
+
+// Rank 0's answer: data follows a zero, and the reason anything else.
+struct Answer {
+  int32_t code = kOk;
+  uint32_t length = 0;
+};
+
+struct Hello {
+  char token[16];
+  uint32_t ranks, rank;
+};
+
+socklen_t AddressOf(const Root& root, sockaddr_un* address) {
+  *address = {};
+  address->sun_family = AF_UNIX;
+  // the first byte of the path stays zero: an abstract address
+  std::memcpy(address->sun_path + 1, root.address, sizeof(root.address));
+  return offsetof(sockaddr_un, sun_path) + 1 + strnlen(root.address, sizeof(root.address));
+}
+
+bool IsMine(int socket) {
+  ucred peer{};
+  socklen_t size = sizeof(peer);
+  return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == geteuid();
+}
+
+// Sockets that wait for the ranks, by token. Leaked: see core.cpp.
+struct Listeners {
+  std::mutex mutex;
+  std::map<std::string, int> sockets;
+};
+Listeners& GetListeners() {
+  static Listeners* listeners = new Listeners;
+  return *listeners;
+}
+
+std::string TokenOf(const Root& root) { return {root.token, sizeof(root.token)}; }
+
+bool Sums(const Call& call) {
+  return call.kind == Kind::kAllReduce || call.kind == Kind::kReduce ||
+         call.kind == Kind::kReduceScatter;
+}
+
+uint64_t Total(const std::array<uint64_t, kMostRanks>& counts, uint32_t first) {
+  return std::accumulate(counts.begin(), counts.begin() + first, uint64_t{0});
+}
+
+// Elements a rank gives to a collective, and gets from it.
+uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks) {
+  switch (call.kind) {
+    case Kind::kAllReduce:
+    case Kind::kReduce:
+    case Kind::kAllGather: return call.count;
+    case Kind::kReduceScatter: return call.count * ranks;
+    case Kind::kSend:
+    case Kind::kBroadcast: return rank == call.root ? call.count : 0;
+    case Kind::kScatter: return rank == call.root ? call.count * ranks : 0;
+    case Kind::kAllToAll: return Total(call.sends, ranks);
+    default: return 0;
+  }
+}
+
+uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks) {
+  switch (call.kind) {
+    case Kind::kAllReduce:
+    case Kind::kReduceScatter:
+    case Kind::kScatter: return call.count;
+    case Kind::kReduce: return rank == call.root ? call.count : 0;
+    case Kind::kSend:
+    case Kind::kBroadcast: return rank == call.root ? 0 : call.count;
+    case Kind::kAllGather: return call.count * ranks;
+    case Kind::kAllToAll: return Total(call.receives, ranks);
+    default: return 0;
+  }
+}
+
+// Where a rank's part lies among the data of all: (first element, elements) of each piece.
+std::vector<std::pair<uint64_t, uint64_t>> Pieces(const std::vector<Call>& calls, uint32_t rank) {
+  const Call& call = calls[rank];
+  const auto ranks = static_cast<uint32_t>(calls.size());
+  if (call.kind == Kind::kReduceScatter || call.kind == Kind::kScatter) {
+    return {{call.count * rank, call.count}};
+  }
+  if (call.kind != Kind::kAllToAll) return {{0, Gets(call, rank, ranks)}};
+  std::vector<std::pair<uint64_t, uint64_t>> pieces;
+  uint64_t first = 0;
+  for (const Call& from : calls) {
+    pieces.push_back({first + Total(from.sends, rank), from.sends[rank]});
+    first += Total(from.sends, ranks);
+  }
+  return pieces;
+}
+
+bool IsSame(const Call& a, const Call& b) {
+  return a.kind == b.kind && a.dtype == b.dtype && a.op == b.op && a.root == b.root &&
+         a.count == b.count;
+}
+
+// How the calls differ; empty if they fit together.
+std::string Difference(const std::vector<Call>& calls) {
+  for (size_t rank = 1; rank < calls.size(); ++rank) {
+    if (!IsSame(calls[0], calls[rank])) {
+      return "rank 0 calls " + Text(calls[0]) + ", rank " + std::to_string(rank) + " " +
+             Text(calls[rank]);
+    }
+  }
+  if (calls[0].kind != Kind::kAllToAll) return "";
+  for (size_t from = 0; from < calls.size(); ++from) {
+    for (size_t to = 0; to < calls.size(); ++to) {
+      const uint64_t given = calls[from].sends[to], taken = calls[to].receives[from];
+      if (given == taken) continue;
+      return "in " + Text(calls[0]) + " rank " + std::to_string(from) + " sends " +
+             std::to_string(given) + " elements to rank " + std::to_string(to) +
+             ", which expects " + std::to_string(taken);
+    }
+  }
+  return "";
+}
+
+// "rank 1" or "ranks 1, 3"
+std::string Ranks(const std::vector<uint32_t>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
+  return text;
+}
+
+std::string Gone(const std::string& who) {
+  return who + " is gone: its process has ended, or left the communicator";
+}
+
+std::string Late(const std::string& who, int seconds) {
+  return who + " did not come within " + std::to_string(seconds) +
+         " s (HCCL_EXEC_TIMEOUT, or hccl_exec_timeout of the communicator)";
+}
+
+}  // namespace
+
+std::string Text(const Call& call) {
+  static const char* const names[] = {"HcclAllReduce", "HcclReduce",  "HcclReduceScatter",
+                                      "HcclAllGather", "HcclBroadcast", "HcclScatter",
+                                      "HcclAlltoAll",  "HcclSend and HcclRecv", "HcclBarrier"};
+  std::string text = names[static_cast<int>(call.kind)];
+  if (call.kind == Kind::kBarrier) return text;
+  text += "(";
+  if (call.kind != Kind::kAllToAll) text += std::to_string(call.count) + " ";
+  text += Name(call.dtype);
+  if (Sums(call)) text += std::string(", ") + OpName(call.op);
+  if (call.kind == Kind::kReduce || call.kind == Kind::kBroadcast || call.kind == Kind::kScatter ||
+      call.kind == Kind::kSend) {
+    text += (call.kind == Kind::kSend ? ", from rank " : ", root ") + std::to_string(call.root);
+  }
+  return text + ")";
+}
+
+int NewRoot(Root* root) {
+  *root = {};
+  std::memcpy(root->magic, kMagic, sizeof(kMagic));
+  unsigned char random[8 + sizeof(root->token)];
+  const int source = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+  const bool is_read = source >= 0 && read(source, random, sizeof(random)) == sizeof(random);
+  if (source >= 0) close(source);
+  if (!is_read) return Fail(kSystemCall, "HcclGetRootInfo: /dev/urandom cannot be read");
+  std::memcpy(root->token, random + 8, sizeof(root->token));
+  uint64_t number;
+  std::memcpy(&number, random, sizeof(number));
+  std::snprintf(root->address, sizeof(root->address), "cann_host.%016llx",
+                static_cast<unsigned long long>(number));
+  sockaddr_un address;
+  const socklen_t length = AddressOf(*root, &address);
+  int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (listener < 0 || bind(listener, reinterpret_cast<sockaddr*>(&address), length) != 0 ||
+      listen(listener, kMostRanks) != 0) {
+    const int code = Fail(kSystemCall, "HcclGetRootInfo: no Unix socket: %s", std::strerror(errno));
+    Close(listener);
+    return code;
+  }
+  auto& listeners = GetListeners();
+  std::lock_guard<std::mutex> lock(listeners.mutex);
+  listeners.sockets[TokenOf(*root)] = listener;
+  return kOk;
+}
+
+std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t rank,
+                                      std::string name, int connect_timeout,
+                                      int exec_timeout, int* code) {
+  std::shared_ptr<Group> group(new Group(ranks, rank, std::move(name), exec_timeout));
+  if (std::memcmp(root.magic, kMagic, sizeof(kMagic)) != 0) {
+    *code = Fail(kParameter, "HcclCommInitRootInfo: the root info is not HcclGetRootInfo's");
+    return nullptr;
+  }
+  if (rank != 0) {
+    *code = group->Join(root, After(connect_timeout));
+  } else {
+    auto& listeners = GetListeners();
+    int listener = -1;
+    {
+      std::lock_guard<std::mutex> lock(listeners.mutex);
+      const auto found = listeners.sockets.find(TokenOf(root));
+      if (found != listeners.sockets.end()) {
+        listener = found->second;
+        listeners.sockets.erase(found);
+      }
+    }
+    *code = listener >= 0
+                ? group->Host(listener, root, After(connect_timeout))
+                : Fail(kParameter,
+                       "HcclCommInitRootInfo: rank 0 is to be the process that called "
+                       "HcclGetRootInfo, and to use its answer once");
+    Close(listener);
+  }
+  return *code == kOk ? group : nullptr;
+}
+
+// Rank 0: waits for the others.
+int Group::Host(int listener, const Root& root, Time deadline) {
+  for (;;) {
+    std::vector<uint32_t> missing;
+    for (uint32_t rank = 1; rank < ranks_; ++rank) {
+      if (peers_[rank] < 0) missing.push_back(rank);
+    }
+    if (missing.empty()) break;
+    std::vector<pollfd> one{{listener, POLLIN, 0}};
+    if (!Wait(one, deadline)) {
+      return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Ranks(missing) +
+                               " did not connect in time (HCCL_CONNECT_TIMEOUT)");
+    }
+    int peer = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+    if (peer < 0) continue;
+    Hello hello;
+    if (!IsMine(peer) || Receive(peer, &hello, sizeof(hello), After(5)) != Io::kDone ||
+        std::memcmp(hello.token, root.token, sizeof(hello.token)) != 0) {
+      Close(peer);
+      continue;
+    }
+    if (hello.ranks != ranks_ || hello.rank == 0 || hello.rank >= ranks_ || peers_[hello.rank] >= 0) {
+      const std::string text = "[EI0004] HcclCommInitRootInfo: somebody comes as rank " +
+                               std::to_string(hello.rank) + " of " + std::to_string(hello.ranks) +
+                               "; there are " + std::to_string(ranks_) + ", one of each";
+      const Answer answer{kParameter, static_cast<uint32_t>(text.size())};
+      Send(peer, &answer, sizeof(answer), After(1));
+      Send(peer, text.data(), text.size(), After(1));
+      Close(peer);
+      return End(kParameter, text);
+    }
+    peers_[hello.rank] = peer;
+  }
+  const Answer welcome;
+  for (uint32_t rank = 1; rank < ranks_; ++rank) {
+    if (Send(peers_[rank], &welcome, sizeof(welcome), deadline) != Io::kDone) {
+      return End(kRemote, "[EI0006] HcclCommInitRootInfo: " + Gone(Ranks({rank})));
+    }
+  }
+  return kOk;
+}
+
+int Group::Join(const Root& root, Time deadline) {
+  sockaddr_un address;
+  const socklen_t length = AddressOf(root, &address);
+  int& peer = peers_[0];
+  peer = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (peer < 0 || connect(peer, reinterpret_cast<sockaddr*>(&address), length) != 0 ||
+      !IsMine(peer)) {
+    return End(kConnect, "[EI0006] HcclCommInitRootInfo: rank 0 cannot be reached; cann_host's "
+                         "ranks are processes of one user on one machine");
+  }
+  Hello hello{{}, ranks_, rank_};
+  std::memcpy(hello.token, root.token, sizeof(hello.token));
+  Answer answer;
+  if (Send(peer, &hello, sizeof(hello), deadline) == Io::kGone) {
+    return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Gone("rank 0"));
+  }
+  // rank 0 says who is missing when its time is over; it began to wait at another moment
+  const Time later = deadline + std::chrono::seconds(20);
+  const Io io = Receive(peer, &answer, sizeof(answer), later);
+  if (io != Io::kDone) {
+    return End(kConnect, "[EI0006] HcclCommInitRootInfo: " +
+                             (io == Io::kGone ? Gone("rank 0") : "rank 0 does not answer"));
+  }
+  if (answer.code == kOk) return kOk;
+  std::string text(answer.length, ' ');
+  Receive(peer, text.data(), text.size(), later);
+  return End(answer.code, text);
+}
+
+Group::~Group() { Leave(); }
+
+void Group::Leave() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (int& peer : peers_) Close(peer);
+}
+
+int Group::End(int code, const std::string& text) {
+  failure_ = code;
+  reason_ = text;
+  const Answer answer{code, static_cast<uint32_t>(text.size())};
+  for (int& peer : peers_) {
+    if (rank_ == 0 && peer >= 0 && Send(peer, &answer, sizeof(answer), After(1)) == Io::kDone) {
+      Send(peer, text.data(), text.size(), After(1));
+    }
+    Close(peer);
+  }
+  return Fail(code, "%s", text.c_str());
+}
+
+int Group::Run(const Call& call, const void* send, void* receive) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (failure_ != kOk) {
+    return Fail(failure_, "%s: the communicator %s has failed before: %s", Text(call).c_str(),
+                name_.c_str(), reason_.c_str());
+  }
+  const Time deadline = After(timeout_);
+  return rank_ == 0 ? Lead(call, send, receive, deadline) : Follow(call, send, receive, deadline);
+}
+
+int Group::Lead(const Call& call, const void* send, void* receive, Time deadline) {
+  const auto begin = [&](const char* code) { return std::string(code) + " " + Text(call) + ": "; };
+  std::vector<Call> calls(ranks_);
+  calls[0] = call;
+  std::vector<uint32_t> missing(ranks_ - 1);
+  std::iota(missing.begin(), missing.end(), 1);
+  while (!missing.empty()) {
+    std::vector<pollfd> sockets;
+    for (const uint32_t rank : missing) sockets.push_back({peers_[rank], POLLIN, 0});
+    if (!Wait(sockets, deadline)) {
+      return End(kTimeout, begin("[EI0002]") + Late(Ranks(missing), timeout_));
+    }
+    std::vector<uint32_t> left;
+    for (size_t i = 0; i < missing.size(); ++i) {
+      const uint32_t rank = missing[i];
+      if (sockets[i].revents == 0) {
+        left.push_back(rank);
+      } else if (Receive(peers_[rank], &calls[rank], sizeof(Call), deadline) != Io::kDone) {
+        return End(kRemote, begin("[EI0002]") + Gone(Ranks({rank})));
+      }
+    }
+    missing = left;
+  }
+  if (const std::string text = Difference(calls); !text.empty()) {
+    return End(kParameter, "[EI0005] the ranks' calls differ: " + text);
+  }
+
+  // Everybody's data one after the other, or their sum: in the order of the ranks, whoever is first.
+  const size_t width = Width(call.dtype);
+  std::vector<char> all, more;
+  for (uint32_t rank = 0; rank < ranks_; ++rank) {
+    const size_t bytes = Gives(calls[rank], rank, ranks_) * width;
+    const bool adds = Sums(call) && rank != 0;
+    if (adds) more.resize(bytes);
+    if (!adds) all.resize(all.size() + bytes);
+    char* place = adds ? more.data() : all.data() + all.size() - bytes;
+    if (rank == 0) {
+      if (bytes) std::memcpy(place, send, bytes);
+    } else if (Receive(peers_[rank], place, bytes, deadline) != Io::kDone) {
+      return End(kRemote, begin("[EI0002]") + Gone(Ranks({rank})));
+    }
+    if (adds) Reduce(call.dtype, call.op, bytes / width, all.data(), more.data());
+  }
+
+  const Answer done;
+  for (uint32_t rank = 0; rank < ranks_; ++rank) {
+    char* place = static_cast<char*>(receive);
+    bool is_sent = rank == 0 || Send(peers_[rank], &done, sizeof(done), deadline) == Io::kDone;
+    for (const auto& [first, count] : Pieces(calls, rank)) {
+      const char* piece = all.data() + first * width;
+      const size_t bytes = count * width;
+      if (bytes == 0) continue;
+      if (rank == 0) {
+        std::memcpy(place, piece, bytes);
+        place += bytes;
+      } else {
+        is_sent = is_sent && Send(peers_[rank], piece, bytes, deadline) == Io::kDone;
+      }
+    }
+    if (!is_sent) return End(kRemote, begin("[EI0002]") + Gone(Ranks({rank})));
+  }
+  return kOk;
+}
+
+int Group::Follow(const Call& call, const void* send, void* receive, Time deadline) {
+  const int peer = peers_[0];
+  const size_t width = Width(call.dtype);
+  Io io = Send(peer, &call, sizeof(call), deadline);
+  if (io == Io::kDone) io = Send(peer, send, Gives(call, rank_, ranks_) * width, deadline);
+  // If rank 0 has ended the communicator, its reason is there to be read.
+  Answer answer;
+  if (io != Io::kLate) io = Receive(peer, &answer, sizeof(answer), deadline);
+  if (io == Io::kDone && answer.code != kOk) {
+    std::string text(answer.length, ' ');
+    if (Receive(peer, text.data(), text.size(), deadline) == Io::kDone) {
+      return End(answer.code, text);
+    }
+  }
+  if (io == Io::kDone) {
+    io = Receive(peer, receive, Gets(call, rank_, ranks_) * width, deadline);
+  }
+  if (io == Io::kDone) return kOk;
+  const std::string text = "[EI0002] " + Text(call) + ": ";
+  return io == Io::kLate ? End(kTimeout, text + Late("rank 0", timeout_))
+                         : End(kRemote, text + Gone("rank 0"));
+}
+
+}  // namespace hccl
+}  // namespace cann_host
