@@ -549,11 +549,11 @@ def _run(op: bytes, phase: int, words: ctypes._Pointer[ctypes.c_int64], count: i
         with torch._C.DisableTorchFunction():
             OPERATORS[name][phase](*_unpack(words[:count]))
     except Refused as refusal:
-        _library.cann_host_set_error(f"{name}: {refusal}".encode())
+        _library.cann_host_set_error(f"{name}: {refusal}".encode(errors="replace"))
         return refusal.code
-    except Exception as error:
+    except BaseException as error:  # ctypes would drop it, and return success
         text = f"{name}: cann_host failed: {type(error).__name__}: {error}"
-        _library.cann_host_set_error(text.encode())
+        _library.cann_host_set_error(text.encode(errors="replace"))
         return INNER
     return 0
 

@@ -546,6 +546,8 @@ HANDLES = {
     "aclrtFree": "was not allocated here",
     "aclrtFreeHost": "was not allocated here",
     "aclmdlRIDestroy": "is no captured graph",
+    "aclDestroyTensor": "is no tensor",
+    "aclDestroyDataBuffer": "is nothing that was created here",
     "aclrtSetCurrentContext": "unknown context",
 }
 
@@ -628,6 +630,39 @@ def test_a_descriptor_stays_inside_what_was_allocated(case: tuple, library) -> N
         assert library.aclnnInplaceZero(None, ctypes.c_uint64(0), executor, None) == 0
     library.aclDestroyTensor(ctypes.c_void_p(tensor))
     assert library.aclrtFree(block) == 0
+
+
+def test_an_executor_is_used_once_and_on_memory_that_is_there(library) -> None:
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    eight = (ctypes.c_int64 * 1)(8)
+    one = (ctypes.c_int64 * 1)(1)
+
+    def prepared() -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+        block, size, executor = ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p()
+        assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+        rank, offset = ctypes.c_uint64(1), ctypes.c_int64(0)
+        made = library.aclCreateTensor(eight, rank, 9, one, offset, 2, eight, rank, block)
+        tensor = ctypes.c_void_p(made)
+        code = library.aclnnInplaceZeroGetWorkspaceSize(
+            tensor, ctypes.byref(size), ctypes.byref(executor)
+        )
+        assert code == 0
+        assert library.aclDestroyTensor(tensor) == 0
+        assert library.aclDestroyTensor(tensor) == 161002  # twice
+        return block, executor
+
+    def launch(executor: ctypes.c_void_p) -> int:
+        return library.aclnnInplaceZero(None, ctypes.c_uint64(0), executor, None)
+
+    block, executor = prepared()
+    assert launch(executor) == 0
+    assert launch(executor) == 161001
+    assert "without an executor of its own" in last_error(library)
+    assert library.aclrtFree(block) == 0
+    block, executor = prepared()
+    assert library.aclrtFree(block) == 0
+    assert launch(executor) == 161002
+    assert "is freed" in last_error(library)
 
 
 def test_an_impossible_descriptor_is_none(library) -> None:

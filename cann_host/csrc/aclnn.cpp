@@ -20,6 +20,7 @@
 #include "core.h"
 
 using cann_host::Fail;
+using cann_host::HandlesOf;
 using cann_host::kSuccess;
 
 struct aclTensor {
@@ -32,9 +33,16 @@ struct aclTensor {
   void* data;
 };
 
+// Memory a tensor reaches.
+struct Reach {
+  const void* data;
+  size_t bytes;
+};
+
 struct aclOpExecutor {
   const char* op;
   std::vector<int64_t> words;
+  std::vector<Reach> reaches;
 };
 
 namespace {
@@ -63,9 +71,15 @@ int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
   return run(op, phase, words.data(), static_cast<int64_t>(words.size()));
 }
 
+int NoTensor(const char* op, const aclTensor* tensor) {
+  return Fail(kInvalid, "%s: %p is no tensor (CANN error %d)", op,
+              static_cast<const void*>(tensor), kInvalid);
+}
+
 // A tensor must lie in memory that was allocated here: reading past it would be garbage or a crash.
-int Check(const char* op, const aclTensor* tensor) {
+int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) {
   if (tensor == nullptr) return kSuccess;
+  if (!HandlesOf<aclTensor>().Has(tensor)) return NoTensor(op, tensor);
   const int64_t width = cann_host::DtypeBytes(tensor->dtype);
   if (width == 0) {
     return Fail(kInvalid, "%s: cann_host does not know aclDataType %d", op, tensor->dtype);
@@ -73,7 +87,7 @@ int Check(const char* op, const aclTensor* tensor) {
   // What is read is what decides: the storage of FRACTAL_NZ, the dims of anything else.
   const auto& sizes = tensor->format == kFormatNz ? tensor->storage : tensor->dims;
   const bool is_empty = std::count(sizes.begin(), sizes.end(), 0) != 0;
-  bool fits = tensor->offset >= 0;
+  bool fits = tensor->offset >= 0 && reinterpret_cast<uintptr_t>(tensor->data) % width == 0;
   int64_t bytes = 1;
   if (tensor->format == kFormatNz) {
     for (const int64_t size : tensor->storage) {
@@ -90,15 +104,19 @@ int Check(const char* op, const aclTensor* tensor) {
     }
   }
   fits = fits && !__builtin_mul_overflow(bytes, width, &bytes);
-  if (fits && (is_empty || cann_host::IsAllocated(tensor->data, bytes))) return kSuccess;
+  if (fits && is_empty) return kSuccess;
+  if (fits && cann_host::IsAllocated(tensor->data, bytes)) {
+    reaches.push_back({tensor->data, static_cast<size_t>(bytes)});
+    return kSuccess;
+  }
   return Fail(kInvalid,
-              "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here (CANN "
-              "error %d)",
+              "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
+              "a multiple of its element's bytes (CANN error %d)",
               op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
-int Check(const char*, int64_t) { return kSuccess; }
-int Check(const char*, double) { return kSuccess; }
+int Check(const char*, std::vector<Reach>&, int64_t) { return kSuccess; }
+int Check(const char*, std::vector<Reach>&, double) { return kSuccess; }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
@@ -131,7 +149,8 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
   int code = kSuccess;
-  ((code = code == kSuccess ? Check(op, arguments) : code), ...);
+  std::vector<Reach> reaches;
+  ((code = code == kSuccess ? Check(op, reaches, arguments) : code), ...);
   if (code != kSuccess) return code;
   std::vector<int64_t> words;
   words.reserve(160);
@@ -139,17 +158,24 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   code = Call(op, kCheck, words);
   if (code != kSuccess) return code;
   *workspace_size = 0;
-  *executor = new aclOpExecutor{op, std::move(words)};
+  *executor = HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches)});
   return kSuccess;
 }
 
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
-  if (executor == nullptr || std::strcmp(executor->op, op) != 0) {
+  const auto owned = HandlesOf<aclOpExecutor>().Take(executor);
+  if (owned == nullptr || std::strcmp(owned->op, op) != 0) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
-  const std::unique_ptr<aclOpExecutor> owned(executor);
-  return cann_host::OnStream(op, stream, [op, words = std::move(owned->words)] {
-    return Call(op, kRun, words);
+  return cann_host::OnStream(op, stream, [call = *owned] {
+    // it may be much later, and again: a captured graph
+    for (const Reach& reach : call.reaches) {
+      if (!cann_host::IsAllocated(reach.data, reach.bytes)) {
+        return Fail(kInvalid, "%s: a tensor's memory at %p is freed (CANN error %d)", call.op,
+                    reach.data, kInvalid);
+      }
+    }
+    return Call(call.op, kRun, call.words);
   });
 }
 
@@ -179,19 +205,19 @@ aclTensor* aclCreateTensor(const int64_t* dims, uint64_t rank, int dtype, const 
          static_cast<unsigned long long>(rank), static_cast<unsigned long long>(storage_rank));
     return nullptr;
   }
-  return new aclTensor{{dims, dims + rank},
-                       {strides, strides + rank},
-                       {storage, storage + storage_rank},
-                       dtype,
-                       format,
-                       offset,
-                       data};
+  return HandlesOf<aclTensor>().Give({{dims, dims + rank},
+                                      {strides, strides + rank},
+                                      {storage, storage + storage_rank},
+                                      dtype,
+                                      format,
+                                      offset,
+                                      data});
 }
 
 int aclDestroyTensor(const aclTensor* tensor) {
   CANN_HOST_CALL(aclDestroyTensor);
-  delete tensor;
-  return kSuccess;
+  if (tensor == nullptr || HandlesOf<aclTensor>().Take(tensor)) return kSuccess;
+  return NoTensor("aclDestroyTensor", tensor);
 }
 
 int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
@@ -296,19 +322,20 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format
   if (source == nullptr || dims == nullptr || rank == nullptr || actual_format == nullptr) {
     return Fail(kNullPointer, "aclnnNpuFormatCastCalculateSizeAndFormat: an argument is null");
   }
+  if (!HandlesOf<aclTensor>().Has(source)) return NoTensor("aclnnNpuFormatCast", source);
   std::vector<int64_t> out = source->dims;
+  for (const int64_t size : out) {
+    if (size < 0 || size > std::numeric_limits<int64_t>::max() - kNzBytes) {
+      return Fail(kInvalid, "aclnnNpuFormatCast: a size of %lld (CANN error %d)",
+                  static_cast<long long>(size), kInvalid);
+    }
+  }
   if (format == kFormatNz) {
     const int64_t width = cann_host::DtypeBytes(additional_dtype);
     if (out.size() < 2 || width == 0 || width > 4) {
       return Fail(kInvalid,
                   "aclnnNpuFormatCast: no FRACTAL_NZ for %zu dims and dtype %d (CANN error %d)",
                   out.size(), additional_dtype, kInvalid);
-    }
-    for (const int64_t size : out) {
-      if (size < 0 || size > std::numeric_limits<int64_t>::max() - kNzBytes) {
-        return Fail(kInvalid, "aclnnNpuFormatCast: a size of %lld (CANN error %d)",
-                    static_cast<long long>(size), kInvalid);
-      }
     }
     const int64_t c0 = kNzBytes / width;
     const int64_t columns = out.back();

@@ -170,6 +170,9 @@ int aclrtFreeHost(void* memory) {
 
 int aclrtGetMemInfo(int, size_t* free_bytes, size_t* total_bytes) {
   CANN_HOST_CALL(aclrtGetMemInfo);
+  if (free_bytes == nullptr || total_bytes == nullptr) {
+    return Fail(kInvalidParam, "aclrtGetMemInfo: no place for the sizes");
+  }
   const int device = cann_host::CurrentDevice();
   Memory& memory = GetMemory();
   std::lock_guard<std::mutex> lock(memory.mutex);
@@ -187,6 +190,9 @@ struct aclrtPtrAttributes {
 
 int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attributes) {
   CANN_HOST_CALL(aclrtPointerGetAttributes);
+  if (attributes == nullptr) {
+    return Fail(kInvalidParam, "aclrtPointerGetAttributes: no place for the attributes");
+  }
   *attributes = {0, static_cast<int32_t>(Where::kUnregistered), 4096, {}};
   std::lock_guard<std::mutex> lock(GetMemory().mutex);
   if (const auto* block = Find(pointer)) {
@@ -217,7 +223,10 @@ int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, 
     src = staged->data();
   }
   const int code = cann_host::OnStream("aclrtMemcpyAsync", stream, [=] {
-    (void)staged;
+    const int direction = staged ? kToDevice : kind;
+    if (const int code = CheckCopy("aclrtMemcpyAsync", dst, dst_size, src, count, direction)) {
+      return code;
+    }
     std::memmove(dst, src, count);
     return +kSuccess;
   });
@@ -239,6 +248,7 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
   if (count == 0) return kSuccess;
   if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
   return cann_host::OnStream("aclrtMemsetAsync", stream, [=] {
+    if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
     std::memset(dst, value, count);
     return +kSuccess;
   });
