@@ -7,6 +7,7 @@ compute, on torch_npu's queue thread. What is not in `OPERATORS` is not in libop
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -440,6 +441,9 @@ def _check_rms_norm(
     x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
 ) -> None:
     del epsilon
+    for name, tensor in (("x", x), ("gamma", gamma), ("y", y), ("rstd", rstd)):
+        if not _need(name, tensor).dtype.is_floating_point:
+            raise Refused(f"{name} is {tensor.dtype_name}; it must be a float")
     _need_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
     kept = x.shape[: len(x.shape) - len(gamma.shape)]
     if not gamma.shape or x.shape != (*kept, *gamma.shape) or y.shape != x.shape:
@@ -487,6 +491,11 @@ def _cast(self: AclTensor, dtype: int, out: AclTensor) -> None:
 
 def _check_zero(self: AclTensor) -> None:
     _need_base_format(self=self)
+    reach = 1 + sum(
+        (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+    )
+    if math.prod(self.shape) > reach and 0 not in self.shape:
+        raise Refused(f"self has shape {self.shape} and strides {self.strides}: elements overlap")
 
 
 def _zero(self: AclTensor) -> None:

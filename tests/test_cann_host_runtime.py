@@ -337,6 +337,17 @@ def test_threads(tmp_path) -> None:
         assert run(tmp_path, script, "--streams", streams) == "True\n"
 
 
+def test_memory_stays_flat(tmp_path) -> None:
+    """benchmarks/soak.py, shorter, and that it would tell."""
+    soak = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    command = [sys.executable, "-m", "cann_host", str(soak), "--calls", "4000", "--runs", "400"]
+    for bound, status, word in (("1", 0, "flat"), ("-1000", 1, "NOT FLAT")):
+        done = subprocess.run([*command, "--bound", bound], capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1].startswith(word)
+        command[-3:] = ["10", "--runs", "10"]
+
+
 # ---- training, workers, profiler ----
 
 
@@ -496,6 +507,49 @@ def test_a_clean_end(what: str, streams: str, tmp_path) -> None:
     assert not re.search(r"Fatal|terminate called|Segmentation|core dumped", done.stderr)
 
 
+# ---- what it leaves alone ----
+
+
+def test_nothing_is_written_and_nothing_connects(tmp_path) -> None:
+    script = """
+        import sys
+        seen = set()
+        sys.addaudithook(lambda event, _: event.startswith("socket.") and seen.add(event))
+        import torch, torchair
+        double = torch.compile(lambda t: t + t, backend=torchair.get_npu_backend(), dynamic=False)
+        print(double(torch.ones(2, device="npu")).tolist(), sorted(seen - {"socket.gethostname"}))
+    """
+    home, cwd = tmp_path / "home", tmp_path / "cwd"
+    home.mkdir(), cwd.mkdir()
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, "-m", "cann_host", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HOME": str(home), "TMPDIR": str(home)},
+        check=True,
+    )
+    assert done.stdout == "[2.0, 2.0] []\n"
+    # the one folder is torch's own
+    assert {item.name.partition("_")[0] for item in home.iterdir()} <= {"torchinductor"}
+    assert not [item for item in tmp_path.rglob("*") if item.is_file() and item != path]
+
+
+def test_libraries_come_by_absolute_path_and_use_no_network(library) -> None:
+    assert Path(library._name).is_absolute()
+    assert [Path(library._name)] == _native.loaded_libraries("libcann_host.so")
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    shown = subprocess.run(
+        ["nm", "-D", "--undefined-only", library._name], capture_output=True, text=True, check=True
+    )
+    wanted = {line.split()[-1].partition("@")[0] for line in shown.stdout.splitlines()}
+    assert "dlsym" in wanted
+    assert not wanted & {"socket", "connect", "bind", "listen", "accept", "system", "execve"}
+
+
 # ---- hostile calls ----
 
 
@@ -557,6 +611,23 @@ HANDLES = {
 def test_a_handle_that_was_never_given(symbol: str, handle: int, library) -> None:
     assert getattr(library, symbol)(ctypes.c_void_p(handle)) != 0
     assert HANDLES[symbol] in last_error(library)
+
+
+def test_null_arguments_end_no_process(tmp_path) -> None:
+    script = """
+        import ctypes, os, cann_host, torch
+        torch.npu.set_device(0)
+        symbols = [symbol for _, symbol, _ in cann_host.entries() if "." not in symbol]
+        for symbol in symbols:
+            pid = os.fork()
+            if not pid:
+                getattr(cann_host._library, symbol)(*[ctypes.c_void_p(None)] * 14)
+                os._exit(0)
+            if os.waitpid(pid, 0)[1]:
+                print(symbol)
+        print(len(symbols) > 150)
+    """
+    assert run(tmp_path, script) == "True\n"
 
 
 COPIES = {

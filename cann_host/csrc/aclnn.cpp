@@ -105,6 +105,12 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
   }
   fits = fits && !__builtin_mul_overflow(bytes, width, &bytes);
   if (fits && is_empty) return kSuccess;
+  // A stride of 0 makes much of little; what no device could hold would be computed for ever.
+  int64_t whole = width;
+  for (const int64_t size : tensor->dims) {
+    fits = fits && !__builtin_mul_overflow(whole, size, &whole);
+  }
+  fits = fits && whole <= static_cast<int64_t>(cann_host::DeviceBytes());
   if (fits && cann_host::IsAllocated(tensor->data, bytes)) {
     reaches.push_back({tensor->data, static_cast<size_t>(bytes)});
     return kSuccess;

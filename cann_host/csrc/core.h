@@ -66,6 +66,9 @@ int CurrentDevice();
 void* AllocateDevice(size_t bytes);
 void FreeDevice(void* memory);
 
+// Bytes of each device.
+size_t DeviceBytes();
+
 // The bytes from an address to the end of the memory it is in; 0 if it was not allocated here.
 size_t BytesAt(const void* address);
 
@@ -133,3 +136,10 @@ struct Entry {
 #define CANN_HOST_CALL(symbol)       \
   CANN_HOST_ENTRY(symbol, "does")    \
   if (const int cann_host_code = cann_host::Fault(#symbol)) return cann_host_code
+
+// Follows it where an answer goes to, or text comes from, an address.
+#define CANN_HOST_NEEDS(symbol, argument)                                                       \
+  if ((argument) == nullptr) {                                                                  \
+    return cann_host::Fail(cann_host::kInvalidParam, "%s: %s is null", #symbol, #argument);     \
+  }                                                                                             \
+  static_assert(true, "so that a semicolon follows")

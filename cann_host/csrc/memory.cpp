@@ -10,6 +10,7 @@
 
 #include "core.h"
 
+using cann_host::DeviceBytes;
 using cann_host::Fail;
 using cann_host::GetOptions;
 using cann_host::kInvalidParam;
@@ -40,12 +41,6 @@ struct Memory {
 Memory& GetMemory() {
   static Memory* memory = new Memory;
   return *memory;
-}
-
-size_t DeviceBytes() {
-  if (GetOptions().memory != 0) return GetOptions().memory;
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) /
-         GetOptions().devices;
 }
 
 int Allocate(const char* symbol, void** out, size_t size, Where where) {
@@ -128,6 +123,12 @@ int CheckSet(const char* symbol, const void* dst, size_t dst_size, size_t count)
 
 namespace cann_host {
 
+size_t DeviceBytes() {
+  if (GetOptions().memory != 0) return GetOptions().memory;
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) /
+         GetOptions().devices;
+}
+
 void* AllocateDevice(size_t bytes) {
   void* memory = nullptr;
   Allocate("GE", &memory, bytes, Where::kDevice);
@@ -170,9 +171,8 @@ int aclrtFreeHost(void* memory) {
 
 int aclrtGetMemInfo(int, size_t* free_bytes, size_t* total_bytes) {
   CANN_HOST_CALL(aclrtGetMemInfo);
-  if (free_bytes == nullptr || total_bytes == nullptr) {
-    return Fail(kInvalidParam, "aclrtGetMemInfo: no place for the sizes");
-  }
+  CANN_HOST_NEEDS(aclrtGetMemInfo, free_bytes);
+  CANN_HOST_NEEDS(aclrtGetMemInfo, total_bytes);
   const int device = cann_host::CurrentDevice();
   Memory& memory = GetMemory();
   std::lock_guard<std::mutex> lock(memory.mutex);
@@ -190,9 +190,7 @@ struct aclrtPtrAttributes {
 
 int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attributes) {
   CANN_HOST_CALL(aclrtPointerGetAttributes);
-  if (attributes == nullptr) {
-    return Fail(kInvalidParam, "aclrtPointerGetAttributes: no place for the attributes");
-  }
+  CANN_HOST_NEEDS(aclrtPointerGetAttributes, attributes);
   *attributes = {0, static_cast<int32_t>(Where::kUnregistered), 4096, {}};
   std::lock_guard<std::mutex> lock(GetMemory().mutex);
   if (const auto* block = Find(pointer)) {
@@ -259,6 +257,7 @@ uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(add
 // All memory is the host's, so every device reaches every other's.
 int aclrtDeviceCanAccessPeer(int32_t* can_access, int32_t, int32_t) {
   CANN_HOST_CALL(aclrtDeviceCanAccessPeer);
+  CANN_HOST_NEEDS(aclrtDeviceCanAccessPeer, can_access);
   *can_access = 1;
   return kSuccess;
 }

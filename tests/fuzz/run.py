@@ -62,16 +62,15 @@ class Fuzz:
     def work(self, kind: str, tally: Tally, *arguments: str) -> bool:
         """Let a process work; whether it came to its end."""
         with tempfile.NamedTemporaryFile() as state, tempfile.TemporaryFile() as errors:
-            state.write(HEAD.pack(0, 0, 0, 0) + bytes(MOST_BYTES))
+            state.write(bytes(HEAD.size) + bytes(MOST_BYTES))
             state.flush()
             command = [sys.executable, str(HERE / "worker.py"), kind, str(self.folder), state.name]
             environment = {**os.environ, **ENVIRONMENT, "LD_PRELOAD": self.preload}
-            begin = time.time()
             process = subprocess.Popen([*command, *arguments], stderr=errors, env=environment)
             status = self._wait(process, state.name)
-            tally.seconds += time.time() - begin
             content = Path(state.name).read_bytes()
-            number, accepted, refused, length = HEAD.unpack_from(content)
+            number, accepted, refused, length, seconds = HEAD.unpack_from(content)
+            tally.seconds += seconds
             tally.inputs += accepted + refused
             tally.accepted += accepted
             tally.refused += refused
@@ -119,9 +118,10 @@ class Fuzz:
 
     def burst(self, kind: str, seconds: float) -> Tally:
         total = Tally()
-        until, self.next = time.time() + seconds, 0
-        while time.time() < until:
-            arguments = ["--seed", self.seed, "--first", self.next, "--until", until]
+        self.next = 0
+        while total.seconds < seconds:
+            left = seconds - total.seconds
+            arguments = ["--seed", self.seed, "--first", self.next, "--seconds", left]
             if self.work(kind, total, *map(str, arguments)):
                 break
         return total

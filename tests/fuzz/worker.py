@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# number of the input, accepted, refused, length of the input
-HEAD = struct.Struct("<4Q")
+# number of the input, accepted, refused, length of the input, seconds so far
+HEAD = struct.Struct("<4Qd")
 MOST_BYTES = 1 << 20
 FAILED = 99  # exit status of a failure that is no crash
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("state", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--until", type=float, default=0.0, help="a time.time()")
+    parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--replay", type=Path, nargs="*", default=None)
     parser.add_argument("--tell", action="store_true", help="what became of each input")
     options = parser.parse_args()
@@ -64,6 +64,7 @@ def main() -> None:
     with options.state.open("r+b") as file:
         state = mmap.mmap(file.fileno(), 0)
     accepted = refused = 0
+    begin = time.monotonic()
 
     def inputs() -> Any:
         if options.replay is not None:
@@ -71,14 +72,14 @@ def main() -> None:
                 yield path.read_bytes()
             return
         index = options.first
-        while time.time() < options.until:
+        while time.monotonic() - begin < options.seconds:
             yield target.make(random.Random(f"{options.seed} {options.kind} {index}"))
             index += 1
 
     number = options.first
     for data in inputs():
         data = data[:MOST_BYTES]
-        HEAD.pack_into(state, 0, number, accepted, refused, len(data))
+        HEAD.pack_into(state, 0, number, accepted, refused, len(data), time.monotonic() - begin)
         state[HEAD.size : HEAD.size + len(data)] = data
         library.cann_host_set_error(b"")
         done = target.run(data)
@@ -89,7 +90,7 @@ def main() -> None:
         if options.tell:
             print("accepted" if done else f"refused: {text}", flush=True)
         number += 1
-    HEAD.pack_into(state, 0, number, accepted, refused, 0)
+    HEAD.pack_into(state, 0, number, accepted, refused, 0, time.monotonic() - begin)
     os._exit(0)  # an end in order takes seconds under the sanitizers; tests/ has it
 
 
