@@ -52,3 +52,35 @@ for kind in (calls, graphs):
         [sys.executable, "-c", script, str(FUZZ)], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["True True", "True True"]
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_one_byte_beyond_an_allocation_ends_the_process(beyond: int, monkeypatch) -> None:
+    """In a kernel of torch's, which the sanitizers do not know."""
+    monkeypatch.syspath_prepend(str(FUZZ))
+    import sanitized
+    from run import ENVIRONMENT
+
+    folder = sanitized.ROOT / "build" / "fuzz"
+    try:
+        sanitized.build(folder)
+    except sanitized.NoSanitizersError as error:
+        pytest.skip(str(error))
+    script = f"""
+import sys
+sys.path.insert(0, {str(FUZZ)!r})
+import cann_host
+cann_host.__path__.insert(0, {str(folder / "cann_host")!r})
+cann_host.activate()
+import calls, torch
+from cann_host.memory import over_memory
+torch.npu.set_device(0)
+block, size = calls.Target(cann_host._library).blocks[2], calls.BLOCKS[2]
+over_memory(block, torch.int8, (size + {beyond},)).sum()
+"""
+    environment = {**os.environ, **ENVIRONMENT, "LD_PRELOAD": " ".join(sanitized.runtime())}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode != 0) == bool(beyond), done.stderr
+    assert ("AddressSanitizer: SEGV" in done.stderr) == bool(beyond)

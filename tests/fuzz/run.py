@@ -24,9 +24,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import sanitized
 from worker import HEAD, MOST_BYTES
-
-import build
 
 HERE = Path(__file__).parent
 SUFFIX = {"graphs": "pb", "calls": "json"}
@@ -57,7 +56,7 @@ class Fuzz:
 
     def __init__(self, folder: Path, crashes: Path, seed: int) -> None:
         self.folder, self.crashes, self.seed = folder, crashes, seed
-        self.preload = " ".join(build.runtime())
+        self.preload = " ".join(sanitized.runtime())
 
     def work(self, kind: str, tally: Tally, *arguments: str) -> bool:
         """Let a process work; whether it came to its end."""
@@ -140,12 +139,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of new inputs, in all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--replay", type=Path, nargs="*", help="files to run, and nothing else")
-    parser.add_argument("--build", type=Path, default=build.ROOT / "build" / "fuzz")
-    parser.add_argument("--crashes", type=Path, default=build.ROOT / "build" / "crashes")
+    parser.add_argument("--build", type=Path, default=sanitized.ROOT / "build" / "fuzz")
+    parser.add_argument("--crashes", type=Path, default=sanitized.ROOT / "build" / "crashes")
     options = parser.parse_args()
     try:
-        build.build(options.build)
-    except build.NoSanitizersError as error:
+        sanitized.build(options.build)
+    except sanitized.NoSanitizersError as error:
         print(f"not run: {error}")
         return SKIPPED
     fuzz = Fuzz(options.build, options.crashes, options.seed)
