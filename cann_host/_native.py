@@ -30,7 +30,7 @@ def library_directory() -> Path | None:
     import cann_host
 
     for folder in cann_host.__path__:
-        candidate = Path(folder) / "lib"
+        candidate = (Path(folder) / "lib").absolute()
         if all((candidate / name).is_file() for name in NAMES):
             return candidate
     return None

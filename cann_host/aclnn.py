@@ -7,6 +7,7 @@ compute, on torch_npu's queue thread. What is not in `OPERATORS` is not in libop
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -443,6 +444,9 @@ def _check_rms_norm(
     x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
 ) -> None:
     del epsilon
+    for name, tensor in (("x", x), ("gamma", gamma), ("y", y), ("rstd", rstd)):
+        if not _need(name, tensor).dtype.is_floating_point:
+            raise Refused(f"{name} is {tensor.dtype_name}; it must be a float")
     _need_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
     kept = x.shape[: len(x.shape) - len(gamma.shape)]
     if not gamma.shape or x.shape != (*kept, *gamma.shape) or y.shape != x.shape:
@@ -510,6 +514,11 @@ def _pad(self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTens
 
 def _check_zero(self: AclTensor) -> None:
     _need_base_format(self=self)
+    reach = 1 + sum(
+        (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+    )
+    if math.prod(self.shape) > reach and 0 not in self.shape:
+        raise Refused(f"self has shape {self.shape} and strides {self.strides}: elements overlap")
 
 
 def _zero(self: AclTensor) -> None:
@@ -573,11 +582,11 @@ def _run(op: bytes, phase: int, words: ctypes._Pointer[ctypes.c_int64], count: i
         with torch._C.DisableTorchFunction():
             OPERATORS[name][phase](*_unpack(words[:count]))
     except Refused as refusal:
-        _library.cann_host_set_error(f"{name}: {refusal}".encode())
+        _library.cann_host_set_error(f"{name}: {refusal}".encode(errors="replace"))
         return refusal.code
-    except Exception as error:
+    except BaseException as error:  # ctypes would drop it, and return success
         text = f"{name}: cann_host failed: {type(error).__name__}: {error}"
-        _library.cann_host_set_error(text.encode())
+        _library.cann_host_set_error(text.encode(errors="replace"))
         return INNER
     return 0
 

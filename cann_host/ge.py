@@ -110,6 +110,7 @@ class Plan:
         outputs: slots of the results.
         output_infos: what the summary says about them.
         is_static: whether every shape is known.
+        borrowed: (name, address, bytes) of constants in the caller's memory.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Plan:
     outputs: list[Slot]
     output_infos: list[TensorInfo]
     is_static: bool
+    borrowed: list[tuple[str, int, int]] = field(default_factory=list)
 
     def run(self, inputs: Sequence[Value]) -> list[Tensor]:
         """Compute the graph's outputs.
@@ -131,6 +133,9 @@ class Plan:
         """
         if len(inputs) != len(self.inputs):
             raise GraphError(f"the graph has {len(self.inputs)} inputs but got {len(inputs)}")
+        for name, address, size in self.borrowed:
+            if bytes_at(address) < size:
+                raise GraphError(f"the memory of constant {name} was freed after compilation")
         values: dict[Slot, Any] = dict(self.constants)
         values.update(zip(self.inputs, inputs, strict=True))
         for step in self.steps:
@@ -221,6 +226,10 @@ def _constant(node: Any) -> Tensor:
     tensor = node.attr["value"].t
     dtype = torch_dtype(_proto_dtype(tensor.desc.dtype), f"constant {node.name}")
     shape = tuple(tensor.desc.shape.dim)
+    if min(shape, default=0) < 0 or len(tensor.data) != math.prod(shape) * dtype.itemsize:
+        raise GraphError(
+            f"constant {node.name} of shape {shape} and {dtype} has {len(tensor.data)} bytes"
+        )
     if not tensor.data:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(shape)
@@ -244,6 +253,7 @@ def compile_graph(model: bytes) -> Plan:
     infos: dict[Slot, TensorInfo] = {}
     formats: dict[Slot, int] = {}
     constants: dict[Slot, Any] = {}
+    borrowed: list[tuple[str, int, int]] = []
     steps: list[Step] = []
     outputs: list[Slot] = []
     declared: list[TensorInfo] = []
@@ -258,7 +268,8 @@ def compile_graph(model: bytes) -> Plan:
         elif node.type in ("Const", "Constant"):
             constants[slot] = _constant(node)
         elif node.type == "ConstPlaceHolder":
-            constants[slot] = _placeholder(node)
+            constants[slot], address, size = _placeholder(node)
+            borrowed.append((node.name, address, size))
         elif node.type == "NetOutput":
             sources = [source for source in node.input if not source.endswith(":-1")]
             for source, desc in zip(sources, node.input_desc, strict=True):
@@ -278,7 +289,7 @@ def compile_graph(model: bytes) -> Plan:
         steps = _predict(steps, constants, infos, formats, outputs, declared)
     static = static and all(info.known for info in declared)
     _mark_last_uses(steps, outputs)
-    return Plan(graph.name, inputs, constants, steps, outputs, declared, static)
+    return Plan(graph.name, inputs, constants, steps, outputs, declared, static, borrowed)
 
 
 def _needed(nodes: Sequence[Any]) -> list[Any]:
@@ -412,6 +423,8 @@ def _wrap(address: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -
         raise GraphError(
             f"a tensor of shape {shape} takes {needed} bytes, and its memory has {size}"
         )
+    if needed and address % dtype.itemsize:
+        raise GraphError(f"a {dtype} tensor at {address:#x}, no multiple of its element's bytes")
     return over_memory(address, dtype, shape)
 
 
@@ -439,13 +452,15 @@ def _with_format(
     )
 
 
-def _placeholder(node: Any) -> Value:
-    """ConstPlaceHolder: a constant that lives in the caller's memory."""
+def _placeholder(node: Any) -> tuple[Value, int, int]:
+    """ConstPlaceHolder: a constant in the caller's memory, with its address and bytes."""
     attr = node.attr
     dtype = torch_dtype(attr["dtype"].dt, f"constant {node.name}")
     shape, storage = (tuple(attr[name].list.i) for name in ("origin_shape", "storage_shape"))
-    address = attr["addr"].i
-    return _with_format(address, bytes_at(address), dtype, attr["storage_format"].i, shape, storage)
+    address, form = attr["addr"].i, attr["storage_format"].i
+    value = _with_format(address, bytes_at(address), dtype, form, shape, storage)
+    dims = storage if isinstance(value, FractalNZ) else shape
+    return value, address, math.prod(dims) * dtype.itemsize
 
 
 def bytes_at(address: int) -> int:
@@ -526,7 +541,7 @@ class _Bridge:
             text = f"cann_host: {error}"
         else:
             text = "cann_host: " + "".join(traceback.format_exception(error))
-        self.lib.cann_host_ge_fail(text.encode())
+        self.lib.cann_host_ge_fail(text.encode(errors="replace"))
         return 1
 
     def compile(self, model: int, size: int, summary: int, number: Any) -> int:

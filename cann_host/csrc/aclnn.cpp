@@ -21,6 +21,7 @@
 #include "core.h"
 
 using cann_host::Fail;
+using cann_host::HandlesOf;
 using cann_host::kSuccess;
 
 struct aclTensor {
@@ -44,9 +45,16 @@ struct aclScalar {
   int64_t integer;
 };
 
+// Memory a tensor reaches.
+struct Reach {
+  const void* data;
+  size_t bytes;
+};
+
 struct aclOpExecutor {
   const char* op;
   std::vector<int64_t> words;
+  std::vector<Reach> reaches;
 };
 
 namespace {
@@ -75,9 +83,21 @@ int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
   return run(op, phase, words.data(), static_cast<int64_t>(words.size()));
 }
 
+int NoHandle(const char* op, const void* handle) {
+  return Fail(kInvalid, "%s: %p was not made here, or is destroyed (CANN error %d)", op, handle,
+              kInvalid);
+}
+
+template <typename T>
+int Destroy(const char* op, const T* handle) {
+  if (handle == nullptr || HandlesOf<T>().Take(handle)) return kSuccess;
+  return NoHandle(op, handle);
+}
+
 // A tensor must lie in memory that was allocated here: reading past it would be garbage or a crash.
-int Check(const char* op, const aclTensor* tensor) {
+int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) {
   if (tensor == nullptr) return kSuccess;
+  if (!HandlesOf<aclTensor>().Has(tensor)) return NoHandle(op, tensor);
   const int64_t width = cann_host::DtypeBytes(tensor->dtype);
   if (width == 0) {
     return Fail(kInvalid, "%s: cann_host does not know aclDataType %d", op, tensor->dtype);
@@ -85,7 +105,7 @@ int Check(const char* op, const aclTensor* tensor) {
   // What is read is what decides: the storage of FRACTAL_NZ, the dims of anything else.
   const auto& sizes = tensor->format == kFormatNz ? tensor->storage : tensor->dims;
   const bool is_empty = std::count(sizes.begin(), sizes.end(), 0) != 0;
-  bool fits = tensor->offset >= 0;
+  bool fits = tensor->offset >= 0 && reinterpret_cast<uintptr_t>(tensor->data) % width == 0;
   int64_t bytes = 1;
   if (tensor->format == kFormatNz) {
     for (const int64_t size : tensor->storage) {
@@ -102,22 +122,32 @@ int Check(const char* op, const aclTensor* tensor) {
     }
   }
   fits = fits && !__builtin_mul_overflow(bytes, width, &bytes);
-  if (fits && (is_empty || cann_host::IsAllocated(tensor->data, bytes))) return kSuccess;
+  if (fits && is_empty) return kSuccess;
+  // A stride of 0 makes much of little; what no device could hold would be computed for ever.
+  int64_t whole = width;
+  for (const int64_t size : tensor->dims) {
+    fits = fits && !__builtin_mul_overflow(whole, size, &whole);
+  }
+  fits = fits && whole <= static_cast<int64_t>(cann_host::DeviceBytes());
+  if (fits && cann_host::IsAllocated(tensor->data, bytes)) {
+    reaches.push_back({tensor->data, static_cast<size_t>(bytes)});
+    return kSuccess;
+  }
   return Fail(kInvalid,
-              "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here (CANN "
-              "error %d)",
+              "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
+              "a multiple of its element's bytes (CANN error %d)",
               op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
-int Check(const char*, int64_t) { return kSuccess; }
-int Check(const char*, double) { return kSuccess; }
+int Check(const char*, std::vector<Reach>&, int64_t) { return kSuccess; }
+int Check(const char*, std::vector<Reach>&, double) { return kSuccess; }
 
+// Lists and scalars, which an operator always has.
 template <typename T>
-int CheckPresent(const char* op, const T* argument) {
-  return argument == nullptr ? Fail(kNullPointer, "%s: an argument is null", op) : +kSuccess;
+int Check(const char* op, std::vector<Reach>&, const T* argument) {
+  if (argument == nullptr) return Fail(kNullPointer, "%s: an argument is null", op);
+  return HandlesOf<T>().Has(argument) ? kSuccess : NoHandle(op, argument);
 }
-int Check(const char* op, const aclIntArray* array) { return CheckPresent(op, array); }
-int Check(const char* op, const aclScalar* scalar) { return CheckPresent(op, scalar); }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
@@ -163,7 +193,8 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
   int code = kSuccess;
-  ((code = code == kSuccess ? Check(op, arguments) : code), ...);
+  std::vector<Reach> reaches;
+  ((code = code == kSuccess ? Check(op, reaches, arguments) : code), ...);
   if (code != kSuccess) return code;
   std::vector<int64_t> words;
   words.reserve(160);
@@ -171,17 +202,24 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   code = Call(op, kCheck, words);
   if (code != kSuccess) return code;
   *workspace_size = 0;
-  *executor = new aclOpExecutor{op, std::move(words)};
+  *executor = HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches)});
   return kSuccess;
 }
 
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
-  if (executor == nullptr || std::strcmp(executor->op, op) != 0) {
+  const auto owned = HandlesOf<aclOpExecutor>().Take(executor);
+  if (owned == nullptr || std::strcmp(owned->op, op) != 0) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
-  const std::unique_ptr<aclOpExecutor> owned(executor);
-  return cann_host::OnStream(op, stream, [op, words = std::move(owned->words)] {
-    return Call(op, kRun, words);
+  return cann_host::OnStream(op, stream, [call = *owned] {
+    // it may be much later, and again: a captured graph
+    for (const Reach& reach : call.reaches) {
+      if (!cann_host::IsAllocated(reach.data, reach.bytes)) {
+        return Fail(kInvalid, "%s: a tensor's memory at %p is freed (CANN error %d)", call.op,
+                    reach.data, kInvalid);
+      }
+    }
+    return Call(call.op, kRun, call.words);
   });
 }
 
@@ -211,19 +249,18 @@ aclTensor* aclCreateTensor(const int64_t* dims, uint64_t rank, int dtype, const 
          static_cast<unsigned long long>(rank), static_cast<unsigned long long>(storage_rank));
     return nullptr;
   }
-  return new aclTensor{{dims, dims + rank},
-                       {strides, strides + rank},
-                       {storage, storage + storage_rank},
-                       dtype,
-                       format,
-                       offset,
-                       data};
+  return HandlesOf<aclTensor>().Give({{dims, dims + rank},
+                                      {strides, strides + rank},
+                                      {storage, storage + storage_rank},
+                                      dtype,
+                                      format,
+                                      offset,
+                                      data});
 }
 
 int aclDestroyTensor(const aclTensor* tensor) {
   CANN_HOST_CALL(aclDestroyTensor);
-  delete tensor;
-  return kSuccess;
+  return Destroy("aclDestroyTensor", tensor);
 }
 
 CANN_HOST_ENTRY(aclCreateIntArray, "makes")
@@ -233,13 +270,12 @@ aclIntArray* aclCreateIntArray(const int64_t* values, uint64_t size) {
          static_cast<unsigned long long>(size));
     return nullptr;
   }
-  return new aclIntArray{{values, values + size}};
+  return HandlesOf<aclIntArray>().Give({{values, values + size}});
 }
 
 int aclDestroyIntArray(const aclIntArray* array) {
   CANN_HOST_CALL(aclDestroyIntArray);
-  delete array;
-  return kSuccess;
+  return Destroy("aclDestroyIntArray", array);
 }
 
 // torch_npu makes float, double, int64 and bool scalars.
@@ -251,13 +287,13 @@ aclScalar* aclCreateScalar(void* value, int dtype) {
   }
   switch (dtype) {
     case 0:
-      return new aclScalar{true, *static_cast<float*>(value), 0};
+      return HandlesOf<aclScalar>().Give({true, *static_cast<float*>(value), 0});
     case 11:
-      return new aclScalar{true, *static_cast<double*>(value), 0};
+      return HandlesOf<aclScalar>().Give({true, *static_cast<double*>(value), 0});
     case 9:
-      return new aclScalar{false, 0, *static_cast<int64_t*>(value)};
+      return HandlesOf<aclScalar>().Give({false, 0, *static_cast<int64_t*>(value)});
     case 12:
-      return new aclScalar{false, 0, *static_cast<bool*>(value)};
+      return HandlesOf<aclScalar>().Give({false, 0, *static_cast<bool*>(value)});
     default:
       Fail(kInvalid, "aclCreateScalar: cann_host does not know a scalar of aclDataType %d", dtype);
       return nullptr;
@@ -266,8 +302,7 @@ aclScalar* aclCreateScalar(void* value, int dtype) {
 
 int aclDestroyScalar(const aclScalar* scalar) {
   CANN_HOST_CALL(aclDestroyScalar);
-  delete scalar;
-  return kSuccess;
+  return Destroy("aclDestroyScalar", scalar);
 }
 
 int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
@@ -379,19 +414,20 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format
   if (source == nullptr || dims == nullptr || rank == nullptr || actual_format == nullptr) {
     return Fail(kNullPointer, "aclnnNpuFormatCastCalculateSizeAndFormat: an argument is null");
   }
+  if (!HandlesOf<aclTensor>().Has(source)) return NoHandle("aclnnNpuFormatCast", source);
   std::vector<int64_t> out = source->dims;
+  for (const int64_t size : out) {
+    if (size < 0 || size > std::numeric_limits<int64_t>::max() - kNzBytes) {
+      return Fail(kInvalid, "aclnnNpuFormatCast: a size of %lld (CANN error %d)",
+                  static_cast<long long>(size), kInvalid);
+    }
+  }
   if (format == kFormatNz) {
     const int64_t width = cann_host::DtypeBytes(additional_dtype);
     if (out.size() < 2 || width == 0 || width > 4) {
       return Fail(kInvalid,
                   "aclnnNpuFormatCast: no FRACTAL_NZ for %zu dims and dtype %d (CANN error %d)",
                   out.size(), additional_dtype, kInvalid);
-    }
-    for (const int64_t size : out) {
-      if (size < 0 || size > std::numeric_limits<int64_t>::max() - kNzBytes) {
-        return Fail(kInvalid, "aclnnNpuFormatCast: a size of %lld (CANN error %d)",
-                    static_cast<long long>(size), kInvalid);
-      }
     }
     const int64_t c0 = kNzBytes / width;
     const int64_t columns = out.back();

@@ -9,6 +9,7 @@
 #include "core.h"
 
 using cann_host::Fail;
+using cann_host::HandlesOf;
 using cann_host::kFeatureUnsupported;
 using cann_host::kInvalidParam;
 using cann_host::kSuccess;
@@ -37,6 +38,10 @@ constexpr int kFormatNd = 2;
 constexpr int kFormatNz = 29;
 constexpr int64_t kNzRows = 16;
 
+int NoHandle(const char* symbol, const void* handle) {
+  return Fail(kInvalidParam, "%s: %p is nothing that was created here", symbol, handle);
+}
+
 int64_t Count(const std::vector<int64_t>& dims) {
   int64_t count = 1;
   for (const int64_t dim : dims) {
@@ -44,6 +49,9 @@ int64_t Count(const std::vector<int64_t>& dims) {
   }
   return count;
 }
+
+// How many parts of a size hold a count that is not negative.
+int64_t Parts(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
 bool Holds(const aclDataBuffer& buffer, int64_t count, int64_t width) {
   int64_t bytes = 0;
@@ -59,10 +67,13 @@ int CastFormat(const aclTensorDesc& nd, const aclTensorDesc& nz, char* nd_data, 
     return Fail(kInvalidParam, "Identity: a FRACTAL_NZ tensor has 2 dims or more, and 2 more stored");
   }
   const int64_t rows = nd.dims[rank - 2], cols = nd.dims[rank - 1];
+  if (cols < 0 || rows < 0 || Count(nd.dims) < 0) {
+    return Fail(kInvalidParam, "Identity: the shape is no shape");
+  }
   const int64_t c1 = nz.storage[rank - 2], r1 = nz.storage[rank - 1], c0 = nz.storage[rank + 1];
   const int64_t batch = rows && cols ? Count(nd.dims) / rows / cols : 0;
-  if (nz.storage[rank] != kNzRows || c0 < 1 || c1 != (cols + c0 - 1) / c0 ||
-      r1 != (rows + kNzRows - 1) / kNzRows ||
+  if (nz.storage[rank] != kNzRows || c0 < 1 || c1 != Parts(cols, c0) ||
+      r1 != Parts(rows, kNzRows) ||
       Count(nz.storage) != batch * c1 * r1 * kNzRows * c0) {
     return Fail(kInvalidParam, "Identity: the stored shape is not FRACTAL_NZ of the tensor's shape");
   }
@@ -89,18 +100,25 @@ int Identity(const aclTensorDesc& in, const aclDataBuffer& from, const aclTensor
     return Fail(kInvalidParam, "Identity: dtypes %d and %d, or the shapes, are not supported",
                 in.dtype, out.dtype);
   }
-  if (!Holds(from, Count(in.storage), width) || !Holds(to, Count(out.storage), width)) {
+  // what is read of an ND tensor is its shape
+  const auto& read = in.storage_format == kFormatNd ? in.dims : in.storage;
+  const auto& written = out.storage_format == kFormatNd ? out.dims : out.storage;
+  if (!Holds(from, Count(read), width) || !Holds(to, Count(written), width)) {
     return Fail(kInvalidParam, "Identity: a buffer is smaller than its tensor");
   }
   char* source = static_cast<char*>(from.data);
   char* target = static_cast<char*>(to.data);
   const bool from_nz = in.storage_format == kFormatNz, to_nz = out.storage_format == kFormatNz;
   if (from_nz != to_nz && (from_nz ? out : in).storage_format == kFormatNd) {
+    const int64_t read_bytes = Count(read) * width, written_bytes = Count(written) * width;
+    if (source < target + written_bytes && target < source + read_bytes) {
+      return Fail(kInvalidParam, "Identity: the two tensors of a cast share memory");
+    }
     return to_nz ? CastFormat(in, out, source, target, true, width)
                  : CastFormat(out, in, target, source, false, width);
   }
-  if (in.storage_format == out.storage_format && in.storage == out.storage) {
-    std::memmove(target, source, Count(in.storage) * width);
+  if (in.storage_format == out.storage_format && read == written) {
+    std::memmove(target, source, Count(read) * width);
     return kSuccess;
   }
   return Fail(kFeatureUnsupported,
@@ -122,21 +140,38 @@ aclTensorDesc* aclCreateTensorDesc(int dtype, int rank, const int64_t* dims, int
     return nullptr;
   }
   const std::vector<int64_t> sizes(dims, dims + rank);
-  return new aclTensorDesc{dtype, format, sizes, "", format, sizes};
+  return HandlesOf<aclTensorDesc>().Give({dtype, format, sizes, "", format, sizes});
 }
 
 CANN_HOST_ENTRY(aclDestroyTensorDesc, "makes")
-void aclDestroyTensorDesc(const aclTensorDesc* desc) { delete desc; }
+void aclDestroyTensorDesc(const aclTensorDesc* desc) {
+  if (desc != nullptr && !HandlesOf<aclTensorDesc>().Take(desc)) {
+    NoHandle("aclDestroyTensorDesc", desc);
+  }
+}
 CANN_HOST_ENTRY(aclGetTensorDescType, "makes")
-int aclGetTensorDescType(const aclTensorDesc* desc) { return desc->dtype; }
+int aclGetTensorDescType(const aclTensorDesc* desc) {
+  if (HandlesOf<aclTensorDesc>().Has(desc)) return desc->dtype;
+  NoHandle("aclGetTensorDescType", desc);
+  return -1;  // ACL_DT_UNDEFINED
+}
 CANN_HOST_ENTRY(aclGetTensorDescFormat, "makes")
-int aclGetTensorDescFormat(const aclTensorDesc* desc) { return desc->format; }
+int aclGetTensorDescFormat(const aclTensorDesc* desc) {
+  if (HandlesOf<aclTensorDesc>().Has(desc)) return desc->format;
+  NoHandle("aclGetTensorDescFormat", desc);
+  return -1;  // ACL_FORMAT_UNDEFINED
+}
 CANN_HOST_ENTRY(aclGetTensorDescNumDims, "makes")
-size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) { return desc->dims.size(); }
+size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) {
+  if (HandlesOf<aclTensorDesc>().Has(desc)) return desc->dims.size();
+  NoHandle("aclGetTensorDescNumDims", desc);
+  return 0;
+}
 
 int aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size) {
   CANN_HOST_CALL(aclGetTensorDescDimV2);
-  if (index >= desc->dims.size()) {
+  if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclGetTensorDescDimV2", desc);
+  if (size == nullptr || index >= desc->dims.size()) {
     return Fail(kInvalidParam, "aclGetTensorDescDimV2: dimension %zu of %zu", index,
                 desc->dims.size());
   }
@@ -145,16 +180,24 @@ int aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size
 }
 
 CANN_HOST_ENTRY(aclSetTensorDescName, "makes")
-void aclSetTensorDescName(aclTensorDesc* desc, const char* name) { desc->name = name; }
+void aclSetTensorDescName(aclTensorDesc* desc, const char* name) {
+  if (!HandlesOf<aclTensorDesc>().Has(desc)) {
+    NoHandle("aclSetTensorDescName", desc);
+  } else {
+    desc->name = name == nullptr ? "" : name;
+  }
+}
 
 int aclSetTensorFormat(aclTensorDesc* desc, int format) {
   CANN_HOST_CALL(aclSetTensorFormat);
+  if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclSetTensorFormat", desc);
   desc->storage_format = format;
   return kSuccess;
 }
 
 int aclSetTensorShape(aclTensorDesc* desc, int rank, const int64_t* dims) {
   CANN_HOST_CALL(aclSetTensorShape);
+  if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclSetTensorShape", desc);
   if (rank < 0 || rank > kMostDims || (rank && !dims)) {
     return Fail(kInvalidParam, "aclSetTensorShape: %d dims, or a null list of them", rank);
   }
@@ -169,19 +212,21 @@ int aclSetTensorPlaceMent(aclTensorDesc*, int) {
 
 CANN_HOST_ENTRY(aclCreateDataBuffer, "makes")
 aclDataBuffer* aclCreateDataBuffer(void* data, size_t size) {
-  return new aclDataBuffer{data, size};
+  return HandlesOf<aclDataBuffer>().Give({data, size});
 }
 
 int aclDestroyDataBuffer(const aclDataBuffer* buffer) {
   CANN_HOST_CALL(aclDestroyDataBuffer);
-  delete buffer;
-  return kSuccess;
+  if (buffer == nullptr || HandlesOf<aclDataBuffer>().Take(buffer)) return kSuccess;
+  return NoHandle("aclDestroyDataBuffer", buffer);
 }
 
 CANN_HOST_ENTRY(aclopCreateAttr, "makes")
-aclopAttr* aclopCreateAttr() { return new aclopAttr; }
+aclopAttr* aclopCreateAttr() { return HandlesOf<aclopAttr>().Give({}); }
 CANN_HOST_ENTRY(aclopDestroyAttr, "makes")
-void aclopDestroyAttr(const aclopAttr* attr) { delete attr; }
+void aclopDestroyAttr(const aclopAttr* attr) {
+  if (attr != nullptr && !HandlesOf<aclopAttr>().Take(attr)) NoHandle("aclopDestroyAttr", attr);
+}
 int aclopSetAttrBool(aclopAttr*, const char*, uint8_t) {
   CANN_HOST_CALL(aclopSetAttrBool);
   return kSuccess;
@@ -224,7 +269,17 @@ int aclopCompileAndExecute(const char* op_type, int num_inputs, const aclTensorD
                            const aclTensorDesc* const* outputs, aclDataBuffer* const* targets,
                            const aclopAttr*, int, int, const char*, void* stream) {
   CANN_HOST_CALL(aclopCompileAndExecute);
+  if (op_type == nullptr) return Fail(kInvalidParam, "aclopCompileAndExecute: no operator's name");
   if (op_type == std::string("Identity") && num_inputs == 1 && num_outputs == 1) {
+    if (!inputs || !sources || !outputs || !targets) {
+      return Fail(kInvalidParam, "aclopCompileAndExecute: Identity without its tensors");
+    }
+    for (const aclTensorDesc* desc : {inputs[0], outputs[0]}) {
+      if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclopCompileAndExecute", desc);
+    }
+    for (const aclDataBuffer* buffer : {sources[0], static_cast<const aclDataBuffer*>(targets[0])}) {
+      if (!HandlesOf<aclDataBuffer>().Has(buffer)) return NoHandle("aclopCompileAndExecute", buffer);
+    }
     // The caller destroys what it passes as soon as the call returns.
     return cann_host::OnStream("aclopCompileAndExecute", stream,
                                [in = *inputs[0], from = *sources[0], out = *outputs[0],

@@ -5,7 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <unordered_set>
 
 namespace cann_host {
 
@@ -66,6 +69,9 @@ int CurrentDevice();
 void* AllocateDevice(size_t bytes);
 void FreeDevice(void* memory);
 
+// Bytes of each device.
+size_t DeviceBytes();
+
 // The bytes from an address to the end of the memory it is in; 0 if it was not allocated here.
 size_t BytesAt(const void* address);
 
@@ -73,6 +79,39 @@ size_t BytesAt(const void* address);
 inline bool IsAllocated(const void* memory, size_t bytes) {
   const size_t found = BytesAt(memory);
   return found != 0 && bytes <= found;
+}
+
+// The objects of one kind that were given to a caller as handles. A handle that was not, or no longer
+// is, is found out before it is followed.
+template <typename T>
+class Handles {
+ public:
+  T* Give(T object) {
+    auto owned = std::make_unique<T>(std::move(object));
+    std::lock_guard<std::mutex> lock(mutex_);
+    given_.insert(owned.get());
+    return owned.release();
+  }
+  bool Has(const T* handle) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return given_.count(handle) != 0;
+  }
+  // Null if it was never given, or is taken already.
+  std::unique_ptr<const T> Take(const T* handle) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::unique_ptr<const T>(given_.erase(handle) ? handle : nullptr);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_set<const T*> given_;
+};
+
+// Those of a type. Leaked on purpose: torch_npu still calls in while static destructors run.
+template <typename T>
+Handles<T>& HandlesOf() {
+  static auto* handles = new Handles<T>;
+  return *handles;
 }
 
 // Bytes of an element of an aclDataType, 0 for one that is not known here or shorter than a byte.
@@ -100,3 +139,10 @@ struct Entry {
 #define CANN_HOST_CALL(symbol)       \
   CANN_HOST_ENTRY(symbol, "does")    \
   if (const int cann_host_code = cann_host::Fault(#symbol)) return cann_host_code
+
+// Follows it where an answer goes to, or text comes from, an address.
+#define CANN_HOST_NEEDS(symbol, argument)                                                       \
+  if ((argument) == nullptr) {                                                                  \
+    return cann_host::Fail(cann_host::kInvalidParam, "%s: %s is null", #symbol, #argument);     \
+  }                                                                                             \
+  static_assert(true, "so that a semicolon follows")

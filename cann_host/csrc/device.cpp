@@ -97,6 +97,7 @@ int aclsysGetCANNVersion(int, aclCANNPackageVersion* version) {
 // The place has 128 bytes; the Python side keeps the version shorter.
 int aclsysGetVersionStr(char*, char* version) {
   CANN_HOST_CALL(aclsysGetVersionStr);
+  CANN_HOST_NEEDS(aclsysGetVersionStr, version);
   std::strcpy(version, GetOptions().cann_version.c_str());
   return kSuccess;
 }
@@ -106,6 +107,7 @@ int aclsysGetVersionStr(char*, char* version) {
 
 int aclrtGetDeviceCount(uint32_t* count) {
   CANN_HOST_CALL(aclrtGetDeviceCount);
+  CANN_HOST_NEEDS(aclrtGetDeviceCount, count);
   *count = GetOptions().devices;
   return kSuccess;
 }
@@ -129,6 +131,7 @@ int aclrtResetDevice(int32_t device) {
 
 int aclrtGetDevice(int32_t* device) {
   CANN_HOST_CALL(aclrtGetDevice);
+  CANN_HOST_NEEDS(aclrtGetDevice, device);
   if (current_device < 0) return Fail(kContextNull, "aclrtGetDevice: no device set on this thread");
   *device = current_device;
   return kSuccess;
@@ -136,6 +139,7 @@ int aclrtGetDevice(int32_t* device) {
 
 int aclrtGetCurrentContext(void** context) {
   CANN_HOST_CALL(aclrtGetCurrentContext);
+  CANN_HOST_NEEDS(aclrtGetCurrentContext, context);
   if (current_device < 0) {
     return Fail(kContextNull, "aclrtGetCurrentContext: no device set on this thread");
   }
@@ -157,6 +161,7 @@ int aclrtSetCurrentContext(void* context) {
 // Plausible sizes of such a chip. torch_npu only hands them on; nothing here depends on them.
 int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
   CANN_HOST_CALL(aclGetDeviceCapability);
+  CANN_HOST_NEEDS(aclGetDeviceCapability, value);
   const bool inference = GetOptions().soc.rfind("Ascend310P", 0) == 0;
   switch (info) {
     case 0:
@@ -193,6 +198,7 @@ int aclrtSetOpExecuteTimeOut(uint32_t) {
 }
 int aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t* actual) {
   CANN_HOST_CALL(aclrtSetOpExecuteTimeOutV2);
+  CANN_HOST_NEEDS(aclrtSetOpExecuteTimeOutV2, actual);
   *actual = timeout;
   return kSuccess;
 }
@@ -216,6 +222,7 @@ int aclrtCtxSetSysParamOpt(int option, int64_t value) {
 
 int aclrtGetSysParamOpt(int option, int64_t* value) {
   CANN_HOST_CALL(aclrtGetSysParamOpt);
+  CANN_HOST_NEEDS(aclrtGetSysParamOpt, value);
   Acl& acl = GetAcl();
   std::lock_guard<std::mutex> lock(acl.mutex);
   auto found = acl.system_parameters.find(option);
@@ -228,6 +235,7 @@ int aclrtGetSysParamOpt(int option, int64_t* value) {
 
 int aclSetCompileopt(int option, const char* value) {
   CANN_HOST_CALL(aclSetCompileopt);
+  CANN_HOST_NEEDS(aclSetCompileopt, value);
   Acl& acl = GetAcl();
   std::lock_guard<std::mutex> lock(acl.mutex);
   acl.compile_options[option] = value;
@@ -243,6 +251,7 @@ size_t aclGetCompileoptSize(int option) {
 
 int aclGetCompileopt(int option, char* value, size_t length) {
   CANN_HOST_CALL(aclGetCompileopt);
+  CANN_HOST_NEEDS(aclGetCompileopt, value);
   Acl& acl = GetAcl();
   std::lock_guard<std::mutex> lock(acl.mutex);
   const std::string& text = acl.compile_options[option];

@@ -280,6 +280,7 @@ class OperatorImpl {
 };
 
 bool OperatorFactory::IsExistOp(const char* const type) {
+  if (type == nullptr) return false;
   State& state = GetState();
   std::lock_guard<std::mutex> lock(state.mutex);
   return state.ops.count(type) != 0;
@@ -288,6 +289,7 @@ Operator OperatorFactory::CreateOperator(const char* const /*name*/, const char*
   State& state = GetState();
   std::lock_guard<std::mutex> lock(state.mutex);
   Operator op;
+  if (type == nullptr) return op;
   const auto found = state.ops.find(type);
   if (found != state.ops.end()) {
     op.operator_impl_ = std::make_shared<OperatorImpl>(OperatorImpl{type, found->second});
@@ -296,6 +298,8 @@ Operator OperatorFactory::CreateOperator(const char* const /*name*/, const char*
 }
 graphStatus Operator::UpdateInputDesc(const char* name, const TensorDesc& /*desc*/) {
   if (operator_impl_ == nullptr) return Failed("this operator does not exist");
+  if (name == nullptr) return Failed("operator %s: an input without a name",
+                                     operator_impl_->type.c_str());
   if (operator_impl_->definition.inputs.count(name) != 0) return GRAPH_SUCCESS;
   return Failed("operator %s has no input %s", operator_impl_->type.c_str(), name);
 }
@@ -368,7 +372,9 @@ constexpr uint64_t kOpType = 2;
 
 }  // namespace
 
-Graph::Graph(const char* name) : impl_(std::make_shared<GraphImpl>()) { impl_->name = name; }
+Graph::Graph(const char* name) : impl_(std::make_shared<GraphImpl>()) {
+  if (name != nullptr) impl_->name = name;
+}
 
 graphStatus Graph::LoadFromSerializedModelArray(const void* model, size_t size) {
   if (Fault("ge.load")) return kFailed;
@@ -382,6 +388,7 @@ graphStatus Graph::LoadFromSerializedModelArray(const void* model, size_t size) 
   return GRAPH_SUCCESS;
 }
 graphStatus Graph::SaveToFile(const char* path) const {
+  if (path == nullptr) return Failed("there is no file to save the graph to");
   if (impl_ == nullptr) return Failed("there is no graph to save to %s", path);
   std::ofstream file(path, std::ios::binary);
   file << impl_->model;

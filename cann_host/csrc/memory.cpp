@@ -10,6 +10,7 @@
 
 #include "core.h"
 
+using cann_host::DeviceBytes;
 using cann_host::Fail;
 using cann_host::GetOptions;
 using cann_host::kInvalidParam;
@@ -40,12 +41,6 @@ struct Memory {
 Memory& GetMemory() {
   static Memory* memory = new Memory;
   return *memory;
-}
-
-size_t DeviceBytes() {
-  if (GetOptions().memory != 0) return GetOptions().memory;
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) /
-         GetOptions().devices;
 }
 
 int Allocate(const char* symbol, void** out, size_t size, Where where) {
@@ -128,6 +123,12 @@ int CheckSet(const char* symbol, const void* dst, size_t dst_size, size_t count)
 
 namespace cann_host {
 
+size_t DeviceBytes() {
+  if (GetOptions().memory != 0) return GetOptions().memory;
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) /
+         GetOptions().devices;
+}
+
 void* AllocateDevice(size_t bytes) {
   void* memory = nullptr;
   Allocate("GE", &memory, bytes, Where::kDevice);
@@ -170,6 +171,8 @@ int aclrtFreeHost(void* memory) {
 
 int aclrtGetMemInfo(int, size_t* free_bytes, size_t* total_bytes) {
   CANN_HOST_CALL(aclrtGetMemInfo);
+  CANN_HOST_NEEDS(aclrtGetMemInfo, free_bytes);
+  CANN_HOST_NEEDS(aclrtGetMemInfo, total_bytes);
   const int device = cann_host::CurrentDevice();
   Memory& memory = GetMemory();
   std::lock_guard<std::mutex> lock(memory.mutex);
@@ -187,6 +190,7 @@ struct aclrtPtrAttributes {
 
 int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attributes) {
   CANN_HOST_CALL(aclrtPointerGetAttributes);
+  CANN_HOST_NEEDS(aclrtPointerGetAttributes, attributes);
   *attributes = {0, static_cast<int32_t>(Where::kUnregistered), 4096, {}};
   std::lock_guard<std::mutex> lock(GetMemory().mutex);
   if (const auto* block = Find(pointer)) {
@@ -217,7 +221,10 @@ int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, 
     src = staged->data();
   }
   const int code = cann_host::OnStream("aclrtMemcpyAsync", stream, [=] {
-    (void)staged;
+    const int direction = staged ? kToDevice : kind;
+    if (const int code = CheckCopy("aclrtMemcpyAsync", dst, dst_size, src, count, direction)) {
+      return code;
+    }
     std::memmove(dst, src, count);
     return +kSuccess;
   });
@@ -239,6 +246,7 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
   if (count == 0) return kSuccess;
   if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
   return cann_host::OnStream("aclrtMemsetAsync", stream, [=] {
+    if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
     std::memset(dst, value, count);
     return +kSuccess;
   });
@@ -249,6 +257,7 @@ uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(add
 // All memory is the host's, so every device reaches every other's.
 int aclrtDeviceCanAccessPeer(int32_t* can_access, int32_t, int32_t) {
   CANN_HOST_CALL(aclrtDeviceCanAccessPeer);
+  CANN_HOST_NEEDS(aclrtDeviceCanAccessPeer, can_access);
   *can_access = 1;
   return kSuccess;
 }

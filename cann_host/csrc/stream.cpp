@@ -367,6 +367,7 @@ int aclrtSynchronizeDeviceWithTimeout(int32_t) {
 // A stream with work left says so, and does it: whoever asks until it is done gets there.
 int aclrtStreamQuery(void* handle, int* status) {
   CANN_HOST_CALL(aclrtStreamQuery);
+  CANN_HOST_NEEDS(aclrtStreamQuery, status);
   bool idle = false;
   {
     std::lock_guard<std::mutex> lock(GetState().mutex);
@@ -380,6 +381,7 @@ int aclrtStreamQuery(void* handle, int* status) {
 
 int aclrtStreamGetId(void* handle, int32_t* id) {
   CANN_HOST_CALL(aclrtStreamGetId);
+  CANN_HOST_NEEDS(aclrtStreamGetId, id);
   std::lock_guard<std::mutex> lock(GetState().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtStreamGetId", handle);
@@ -404,6 +406,7 @@ int aclrtSetStreamOverflowSwitch(void* handle, uint32_t flag) {
 
 int aclrtGetStreamOverflowSwitch(void* handle, uint32_t* flag) {
   CANN_HOST_CALL(aclrtGetStreamOverflowSwitch);
+  CANN_HOST_NEEDS(aclrtGetStreamOverflowSwitch, flag);
   std::lock_guard<std::mutex> lock(GetState().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtGetStreamOverflowSwitch", handle);
@@ -463,6 +466,7 @@ int aclrtResetEvent(void* handle, void*) {
 // An event that was never recorded is complete, as in CANN. See aclrtStreamQuery for the others.
 int aclrtQueryEventStatus(void* event, int* status) {
   CANN_HOST_CALL(aclrtQueryEventStatus);
+  CANN_HOST_NEEDS(aclrtQueryEventStatus, status);
   bool done = false;
   if (!FinishEvent("aclrtQueryEventStatus", event, &done)) return kInvalidParam;
   *status = done ? 1 : 0;  // ACL_EVENT_RECORDED_STATUS_COMPLETE, _NOT_READY
@@ -471,6 +475,7 @@ int aclrtQueryEventStatus(void* event, int* status) {
 
 int aclrtQueryEventWaitStatus(void* event, int* status) {
   CANN_HOST_CALL(aclrtQueryEventWaitStatus);
+  CANN_HOST_NEEDS(aclrtQueryEventWaitStatus, status);
   bool done = false;
   if (!FinishEvent("aclrtQueryEventWaitStatus", event, &done)) return kInvalidParam;
   *status = done ? 0 : 1;  // ACL_EVENT_WAIT_STATUS_COMPLETE, _NOT_READY
@@ -501,6 +506,7 @@ int aclrtStreamWaitEvent(void* on, void* handle) {
 
 int aclrtEventElapsedTime(float* milliseconds, void* start, void* end) {
   CANN_HOST_CALL(aclrtEventElapsedTime);
+  CANN_HOST_NEEDS(aclrtEventElapsedTime, milliseconds);
   std::lock_guard<std::mutex> lock(GetState().mutex);
   const auto first = FindEvent(start);
   const auto last = FindEvent(end);
@@ -515,6 +521,7 @@ int aclrtEventElapsedTime(float* milliseconds, void* start, void* end) {
 
 int aclrtEventGetTimestamp(void* handle, uint64_t* timestamp) {
   CANN_HOST_CALL(aclrtEventGetTimestamp);
+  CANN_HOST_NEEDS(aclrtEventGetTimestamp, timestamp);
   std::lock_guard<std::mutex> lock(GetState().mutex);
   const auto event = FindEvent(handle);
   if (!event) return NoEvent("aclrtEventGetTimestamp", handle);

@@ -22,6 +22,8 @@ from ..executor import (
     torch_dtype,
 )
 
+MOST_OUTPUTS = 1 << 16  # of one node; a tensor each
+
 
 @op("Identity", "TensorMove", special=True)
 def _identity(x: Any) -> Any:
@@ -187,6 +189,11 @@ def _concat_d(x: Dynamic, *, concat_dim: int, N: int = 1) -> Tensor:
 
 @op("Unpack")
 def _unpack(x: Tensor, *, num: int, axis: int = 0) -> tuple[Tensor, ...]:
+    if x.shape[axis] != num or num > MOST_OUTPUTS:
+        raise GraphError(
+            f"Unpack of {tuple(x.shape)} along {axis} into {num}: they must agree, up to "
+            f"{MOST_OUTPUTS}"
+        )
     return x.unbind(axis)
 
 

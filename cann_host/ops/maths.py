@@ -61,8 +61,13 @@ def _real_div(x1: Tensor, x2: Tensor) -> Tensor:
 @op("Div")
 def _div(x1: Tensor, x2: Tensor) -> Tensor:
     """Integers stay integers."""
-    whole = not (x1.is_floating_point() or x2.is_floating_point())
-    return torch.div(x1, x2, rounding_mode="trunc" if whole else None)
+    if x1.is_floating_point() or x2.is_floating_point():
+        return torch.div(x1, x2)
+    left, right = promoted([x1, x2])
+    # the smallest integer by -1 wraps; in torch's division it ends the process
+    negates = right == -1
+    quotient = torch.div(left, torch.where(negates, 1, right), rounding_mode="trunc")
+    return torch.where(negates, -left, quotient)
 
 
 @op("FloorDiv")

@@ -1,0 +1,95 @@
+"""Writes the graphs that example layers become into corpus/: `python tests/fuzz/record.py`.
+
+Weights are small, and constants that lie in memory point to the blocks that graphs.py has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cann_host
+
+cann_host.activate()
+
+import torch  # noqa: E402
+import torch_npu  # noqa: E402
+import torchair  # noqa: E402
+from torch import nn  # noqa: E402
+from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef  # noqa: E402
+
+import converters  # noqa: E402, F401 - registers ours
+import lq_graph  # noqa: E402
+from cann_host import ge  # noqa: E402
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+class Vendor(nn.Module):
+    """npu_quant_matmul on a transposed weight, as the vendor's module has it."""
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(torch.rand(weight.shape[0]) * 0.01, requires_grad=False)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.scale
+        if self.dtype == torch.float16:
+            scale = torch_npu.npu_trans_quant_param(scale)
+        return torch_npu.npu_quant_matmul(x, self.weight.t(), scale, output_dtype=self.dtype)
+
+
+def ours(out: torch.dtype, **options: bool) -> nn.Module:
+    layer = lq_graph.LinearQuant(64, 32, output_dtype=out, **options)
+    layer.weight.data = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
+    layer.scale.data = torch.rand(32) * 0.01
+    return layer
+
+
+def main() -> None:
+    i8, f16, bf16 = torch.int8, torch.float16, torch.bfloat16
+    x = torch.randint(-128, 128, (4, 64), dtype=i8)
+    int4 = torch.randint(-(2**31), 2**31 - 1, (32, 8), dtype=torch.int32)
+    block = nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4), nn.Softmax(-1)
+    )
+    mixed = [  # name, module, input, dynamic, frozen
+        ("ours_int8", ours(i8, bias=False), x, False, False),
+        ("ours_bfloat16", ours(bf16, bias=False), x, False, False),
+        ("ours_dynamic", ours(f16, bias=False), x, True, False),
+        ("ours_frozen", ours(f16, bias=False), x, False, True),
+        ("vendor_int8", Vendor(x[:1].repeat(32, 1), bf16), x, False, False),
+        ("vendor_int4", Vendor(int4, f16), int4[:4].contiguous(), False, False),
+        ("vendor_int4_dynamic", Vendor(int4, f16), int4[:4].contiguous(), True, False),
+        ("floats", block, torch.randn(2, 8), False, False),
+    ]  # fmt: skip
+    CORPUS.mkdir(exist_ok=True)
+    compile_graph = ge.compile_graph
+    for name, module, inputs, dynamic, frozen in mixed:
+        found: list[bytes] = []
+        ge.compile_graph = lambda model, found=found: found.append(model) or compile_graph(model)
+        torch._dynamo.reset()
+        config = torchair.CompilerConfig()
+        config.experimental_config.frozen_parameter = frozen
+        module = module.npu()
+        if name == "ours_int8":
+            torch.npu.config.allow_internal_format = True
+            lq_graph.use_internal_format_weight(module)
+        backend = torchair.get_npu_backend(compiler_config=config)
+        with torch.no_grad():
+            torch.compile(module, backend=backend, dynamic=dynamic)(inputs.npu())
+        for number, model in enumerate(found):
+            parsed = ModelDef.FromString(model)
+            blocks = 0
+            for node in parsed.graph[0].op:
+                if node.type == "ConstPlaceHolder":
+                    node.attr["addr"].i = blocks
+                    blocks += 1
+            path = CORPUS / f"graph_{name}{number or ''}.pb"
+            path.write_bytes(parsed.SerializeToString(deterministic=True))
+            print(f"{path.name}: {len(parsed.graph[0].op)} nodes, {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

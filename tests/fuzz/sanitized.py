@@ -1,0 +1,91 @@
+"""Builds the native libraries with AddressSanitizer and UndefinedBehaviorSanitizer, for `run.py`.
+
+The folder gets the layout of the installed packages: {cann_host,lq_graph}/lib. The libraries that
+only carry CANN's names come from the installed package.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cann_host
+from cann_host import _native
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-w", "-fno-omit-frame-pointer"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# device memory lies between pages that nobody may touch: see entry.cpp
+WRAP = ["-Wl,--wrap=posix_memalign", "-Wl,--wrap=free"]
+
+
+class NoSanitizersError(Exception):
+    """The compiler is missing, or cannot do it."""
+
+
+def runtime() -> list[str]:
+    """What must be in the process before Python: the sanitizer, and libstdc++ for exceptions."""
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        try:
+            asked = [COMPILER, f"-print-file-name={name}"]
+            path = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            raise NoSanitizersError(f"there is no compiler {COMPILER}") from None
+        if not Path(path).is_absolute():
+            raise NoSanitizersError(f"{COMPILER} has no {name}")
+        paths.append(str(Path(path).resolve()))
+    return paths
+
+
+def _compile(source: Path, target: Path, flags: list[str]) -> Path:
+    made = target / f"{source.stem}.o"
+    newest = max(f.stat().st_mtime for f in (source, *source.parent.glob("*.h")))
+    if not made.exists() or made.stat().st_mtime < newest:
+        command = [COMPILER, *FLAGS, *SANITIZE, *flags, "-c", str(source), "-o", str(made)]
+        subprocess.run(command, check=True)
+    return made
+
+
+def build(folder: Path) -> None:
+    """Make the libraries, or what of them is out of date.
+
+    Raises:
+        NoSanitizersError: this machine cannot.
+    """
+    runtime()
+    installed = _native.library_directory()
+    if installed is None:
+        raise NoSanitizersError("cann_host was installed without its native libraries")
+    probe = folder / "probe.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.write_text("int main() {}")
+    command = [COMPILER, *SANITIZE, str(probe), "-o", str(folder / "probe")]
+    if subprocess.run(command, capture_output=True).returncode:
+        raise NoSanitizersError(f"{COMPILER} has no sanitizers")
+
+    csrc = Path(cann_host.__file__).parent / "csrc"
+    objects, libraries = folder / "objects", folder / "cann_host" / "lib"
+    for path in (objects, libraries, folder / "lq_graph" / "lib"):
+        path.mkdir(parents=True, exist_ok=True)
+    for name in _native.NAMES[1:]:
+        shutil.copy(installed / name, libraries / name)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        flags = [f"-I{csrc}"]
+        sources = [*csrc.glob("*.cpp"), HERE / "entry.cpp"]
+        made = list(pool.map(lambda source: _compile(source, objects, flags), sources))
+    link = [COMPILER, *SANITIZE, *WRAP, "-shared", "-Wl,-soname,libcann_host.so"]
+    target = libraries / "libcann_host.so"
+    subprocess.run([*link, *map(str, made), "-o", str(target), "-ldl", "-lpthread"], check=True)
+
+    if platform.machine() == "x86_64":  # the CPU kernel reads what the operators hand it
+        kernel = _compile(ROOT / "lq_graph" / "csrc" / "qgemm.cpp", objects, ["-fopenmp"])
+        target = folder / "lq_graph" / "lib" / "liblq_graph_cpu.so"
+        # without OpenMP's library: it takes the one torch has loaded
+        subprocess.run([COMPILER, *SANITIZE, "-shared", str(kernel), "-o", str(target)], check=True)
