@@ -552,3 +552,210 @@ def test_libraries_come_by_absolute_path_and_start_nothing(library) -> None:
     sources = Path(cann_host.__file__).parent.glob("csrc/*.cpp")
     assert [path.name for path in sources if "socket(" in path.read_text()] == ["hccl_group.cpp"]
     assert "AF_INET" not in (Path(cann_host.__file__).parent / "csrc/hccl_group.cpp").read_text()
+
+
+# ---- hostile calls ----
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    folder = _native.library_directory()
+    assert folder is not None
+    torch.zeros(1, device="npu")  # a device is chosen
+    return _native.load(folder)
+
+
+def last_error(library: ctypes.CDLL) -> str:
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    return library.aclGetRecentErrMsg().decode()
+
+
+FAILING = [symbol for _, symbol, kind in cann_host.entries() if kind == "fails"]
+
+
+@pytest.mark.parametrize("symbol", FAILING)
+def test_what_is_not_implemented_fails_by_its_name(symbol: str, library) -> None:
+    function = getattr(library, symbol)
+    function.restype = ctypes.c_int64
+    code = function() & 0xFFFFFFFF
+    assert f"cann_host: {symbol} is not implemented" in last_error(library)
+    returns_no_code = symbol.startswith(("acltdtCreate", "acltdtGet")) or "IsEnabled" in symbol
+    assert code == 200006 or returns_no_code
+
+
+def test_every_symbol_is_listed(library) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    shown = subprocess.run(
+        ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
+    )
+    theirs = re.compile(r"(acl|Hccl|mspti|Msprof|rt[A-Z])\w*")
+    exported = {line.split()[-1] for line in shown.stdout.splitlines()}
+    symbols = {name for name in exported if theirs.fullmatch(name)}
+    listed = {symbol for _, symbol, _ in cann_host.entries() if not symbol.startswith("ge.")}
+    assert symbols == {name for name in listed if theirs.fullmatch(name)}
+
+
+HANDLES = {
+    "aclrtSynchronizeStream": "is no stream",
+    "aclrtDestroyStream": "is no stream",
+    "aclrtSynchronizeEvent": "is no event",
+    "aclrtDestroyEvent": "is no event",
+    "aclrtFree": "was not allocated here",
+    "aclrtFreeHost": "was not allocated here",
+    "aclmdlRIDestroy": "is no captured graph",
+    "aclDestroyTensor": "was not made here",
+    "aclDestroyIntArray": "was not made here",
+    "aclDestroyScalar": "was not made here",
+    "aclDestroyDataBuffer": "is nothing that was created here",
+    "aclrtSetCurrentContext": "unknown context",
+}
+
+
+@pytest.mark.parametrize("symbol", HANDLES)
+@pytest.mark.parametrize("handle", [1, 0x5A5A5A5A5A5A])
+def test_a_handle_that_was_never_given(symbol: str, handle: int, library) -> None:
+    assert getattr(library, symbol)(ctypes.c_void_p(handle)) != 0
+    assert HANDLES[symbol] in last_error(library)
+
+
+def test_null_arguments_end_no_process(tmp_path) -> None:
+    script = """
+        import ctypes, os, cann_host, torch
+        torch.npu.set_device(0)
+        symbols = [symbol for _, symbol, _ in cann_host.entries() if "." not in symbol]
+        for symbol in symbols:
+            pid = os.fork()
+            if not pid:
+                getattr(cann_host._library, symbol)(*[ctypes.c_void_p(None)] * 14)
+                os._exit(0)
+            if os.waitpid(pid, 0)[1]:
+                print(symbol)
+        print(len(symbols) > 150)
+    """
+    assert run(tmp_path, script) == "True\n"
+
+
+COPIES = {
+    # direction of aclrtMemcpyKind: what overruns
+    "to the device": 1,
+    "to the host": 2,
+    "in the device": 3,
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_stays_inside_what_was_allocated(kind: str, library) -> None:
+    block = ctypes.c_void_p()
+    assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+    host = ctypes.create_string_buffer(256)
+    here = ctypes.c_void_p(ctypes.addressof(host))
+    dst = here if kind == "to the host" else block
+    src = here if kind == "to the device" else block
+
+    def copy(count: int) -> int:
+        size = ctypes.c_size_t(count)
+        return library.aclrtMemcpy(dst, size, src, size, COPIES[kind])
+
+    assert copy(64) == 0
+    assert copy(65) == 100000
+    assert "not all in memory that was allocated here" in last_error(library)
+    assert library.aclrtMemset(block, ctypes.c_size_t(65), 0, ctypes.c_size_t(65)) == 100000
+    assert library.aclrtFree(block) == 0
+
+
+DESCRIPTORS = [
+    # dims, strides, offset, storage, dtype, format: in 64 bytes
+    ("fits", (4, 4), (4, 1), 0, (16,), 0, 2, True),
+    ("one row too many", (5, 4), (4, 1), 0, (20,), 0, 2, False),
+    ("offset", (4, 4), (4, 1), 1, (16,), 0, 2, False),
+    ("negative offset", (1,), (1,), -1, (16,), 0, 2, False),
+    ("negative dim", (-4, 4), (4, 1), 0, (16,), 0, 2, False),
+    ("negative stride", (4, 4), (-4, 1), 0, (16,), 0, 2, False),
+    ("overflowing dim", (1 << 62, 4), (4, 1), 0, (16,), 0, 2, False),
+    ("overflowing stride", (3, 4), (1 << 62, 1), 0, (16,), 0, 2, False),
+    ("wide dtype", (4, 4), (4, 1), 0, (16,), 9, 2, False),
+    ("unknown dtype", (4, 4), (4, 1), 0, (16,), 99, 2, False),
+    ("storage of blocks", (4, 4), (4, 1), 0, (1, 1, 16, 8), 0, 29, False),
+]
+
+
+@pytest.mark.parametrize("case", DESCRIPTORS, ids=lambda case: case[0])
+def test_a_descriptor_stays_inside_what_was_allocated(case: tuple, library) -> None:
+    _, dims, strides, offset, storage, dtype, acl_format, fits = case
+    block = ctypes.c_void_p()
+    assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    numbers = [(ctypes.c_int64 * len(values))(*values) for values in (dims, strides, storage)]
+    tensor = library.aclCreateTensor(
+        numbers[0],
+        ctypes.c_uint64(len(dims)),
+        dtype,
+        numbers[1],
+        ctypes.c_int64(offset),
+        acl_format,
+        numbers[2],
+        ctypes.c_uint64(len(storage)),
+        block,
+    )
+    size, executor = ctypes.c_uint64(), ctypes.c_void_p()
+    code = library.aclnnInplaceZeroGetWorkspaceSize(
+        ctypes.c_void_p(tensor), ctypes.byref(size), ctypes.byref(executor)
+    )
+    assert code == (0 if fits else 161002), last_error(library)
+    if fits:
+        assert library.aclnnInplaceZero(None, ctypes.c_uint64(0), executor, None) == 0
+    library.aclDestroyTensor(ctypes.c_void_p(tensor))
+    assert library.aclrtFree(block) == 0
+
+
+def test_an_executor_is_used_once_and_on_memory_that_is_there(library) -> None:
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    eight = (ctypes.c_int64 * 1)(8)
+    one = (ctypes.c_int64 * 1)(1)
+
+    def prepared() -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+        block, size, executor = ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p()
+        assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+        rank, offset = ctypes.c_uint64(1), ctypes.c_int64(0)
+        made = library.aclCreateTensor(eight, rank, 9, one, offset, 2, eight, rank, block)
+        tensor = ctypes.c_void_p(made)
+        code = library.aclnnInplaceZeroGetWorkspaceSize(
+            tensor, ctypes.byref(size), ctypes.byref(executor)
+        )
+        assert code == 0
+        assert library.aclDestroyTensor(tensor) == 0
+        assert library.aclDestroyTensor(tensor) == 161002  # twice
+        return block, executor
+
+    def launch(executor: ctypes.c_void_p) -> int:
+        return library.aclnnInplaceZero(None, ctypes.c_uint64(0), executor, None)
+
+    block, executor = prepared()
+    assert launch(executor) == 0
+    assert launch(executor) == 161001
+    assert "without an executor of its own" in last_error(library)
+    assert library.aclrtFree(block) == 0
+    block, executor = prepared()
+    assert library.aclrtFree(block) == 0
+    assert launch(executor) == 161002
+    assert "is freed" in last_error(library)
+
+
+def test_an_impossible_descriptor_is_none(library) -> None:
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    assert (
+        library.aclCreateTensor(
+            None,
+            ctypes.c_uint64(1 << 40),
+            0,
+            None,
+            ctypes.c_int64(0),
+            2,
+            None,
+            ctypes.c_uint64(0),
+            None,
+        )
+        is None
+    )
+    assert "aclCreateTensor: 1099511627776 dims" in last_error(library)
