@@ -316,6 +316,108 @@ def test_captured_graph_over_two_streams(streams: str, tmp_path) -> None:
     assert output.splitlines() == ["1.0 2.0", "5.0 5.0", "6.0 6.0", "refused", "24"]
 
 
+@pytest.mark.parametrize("streams", ["now", "late"])
+def test_ordinary_operators_are_captured(streams: str, tmp_path) -> None:
+    script = """
+        import torch
+        torch.manual_seed(0)
+        def compute(x, w, seen, out):
+            h = torch.relu(x.t() @ w + 1.5) * 2
+            peak, at = h.max(dim=1)
+            seen.add_(h.sum(0))  # in place
+            torch.add(h, 1, out=out)
+            more = torch._foreach_mul([h, peak], 3.0)
+            like = torch.arange(3, device=x.device) + torch.ones(3, device=x.device)
+            return [h, peak, at, h.softmax(-1), *more, like, h.view(-1)[2:] - 1, h.half()]
+        def tensors(device):
+            shapes = (8, 4), (8, 3), (3,), (4, 3)
+            return [torch.linspace(-1, 1, a * b[0] if b else a).view(a, *b).to(device)
+                    for a, *b in shapes]
+        on_npu, on_cpu = tensors("npu"), tensors("cpu")
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            got = compute(*on_npu)
+        for scale in (1.0, -3.0, 0.5):
+            on_npu[0].fill_(scale), on_cpu[0].fill_(scale)
+            graph.replay()
+            torch.npu.synchronize()
+            want = compute(*on_cpu)
+            for a, b in zip(got + on_npu, want + on_cpu, strict=True):
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a.cpu(), b)
+        from cann_host import captured
+        held = len(captured._works)
+        del graph
+        with torch.npu.graph(torch.npu.NPUGraph()):
+            on_npu[0].abs()
+        print(held > 10, len(captured._works) <= 1)
+    """
+    assert run(tmp_path, script, "--streams", streams) == "True True\n"
+
+
+NOT_CAPTURED = {
+    "torch.nonzero(x)": "aten.nonzero.default is not captured: the shape of its result depends on",
+    "torch.randn_like(x)": "draws random numbers, which is not captured",
+    "torch.add(x, 1, out=small)": "would resize out in a captured graph",
+    "blocks.abs()": "of an internal format is not captured here",
+    "one.item()": "the stream is being captured; nothing can wait for it",
+}
+
+
+def test_what_is_not_captured_says_why(tmp_path) -> None:
+    script = """
+        import torch, torch_npu
+        torch.npu.config.allow_internal_format = True
+        x, small, one = (torch.ones(n, device="npu") for n in (4, 2, 1))
+        blocks = torch_npu.npu_format_cast(torch.ones(32, 32, device="npu").half(), 29)
+        for what in WHATS:
+            try:
+                with torch.npu.graph(torch.npu.NPUGraph()):
+                    eval(what)
+            except RuntimeError as error:
+                print(str(error).replace("\\n", " "))
+            assert x.sum().item() == 4  # nothing is left of the capture
+    """
+    output = run(tmp_path, script.replace("WHATS", repr(list(NOT_CAPTURED)))).splitlines()
+    for line, text in zip(output, NOT_CAPTURED.values(), strict=True):
+        assert text in line
+
+
+GONE = {
+    # what the graph does with memory that is given back before its replay: what is told
+    "y.copy_(big)": "aclnnInplaceCopy: 67108864 bytes at",
+    "y.add_(big)": "aten.add_.Tensor: a tensor that the graph uses is no longer allocated",
+    "big.zero_()": "no longer allocated",
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+@pytest.mark.parametrize("streams", ["now", "late"])
+def test_a_replay_on_memory_that_is_gone_is_an_error(what: str, streams: str, tmp_path) -> None:
+    script = """
+        import gc, torch
+        big, y = (torch.ones(1 << 24, device="npu") for _ in range(2))
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            WHAT
+        graph.replay()
+        torch.npu.synchronize()
+        print("replayed")
+        del big
+        gc.collect()
+        torch.npu.empty_cache()
+        try:
+            graph.replay()
+            torch.npu.synchronize()
+        except RuntimeError as error:
+            print(str(error).replace("\\n", " "))
+        print(y[0].item() >= 1)
+    """
+    output = run(tmp_path, script.replace("WHAT", what), "--streams", streams).splitlines()
+    assert (output[0], output[-1]) == ("replayed", "True")
+    assert GONE[what] in output[1]
+
+
 def test_threads(tmp_path) -> None:
     script = """
         import threading, torch

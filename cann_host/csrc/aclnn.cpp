@@ -32,9 +32,16 @@ struct aclTensor {
   void* data;
 };
 
+// What a tensor reaches in memory.
+struct Span {
+  const void* memory;
+  size_t bytes;
+};
+
 struct aclOpExecutor {
   const char* op;
   std::vector<int64_t> words;
+  std::vector<Span> spans;
 };
 
 namespace {
@@ -64,7 +71,7 @@ int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
 }
 
 // A tensor must lie in memory that was allocated here: reading past it would be garbage or a crash.
-int Check(const char* op, const aclTensor* tensor) {
+int Check(const char* op, const aclTensor* tensor, std::vector<Span>& spans) {
   if (tensor == nullptr) return kSuccess;
   const int64_t width = cann_host::DtypeBytes(tensor->dtype);
   if (width == 0) {
@@ -90,15 +97,19 @@ int Check(const char* op, const aclTensor* tensor) {
     }
   }
   fits = fits && !__builtin_mul_overflow(bytes, width, &bytes);
-  if (fits && (is_empty || cann_host::IsAllocated(tensor->data, bytes))) return kSuccess;
+  if (fits && is_empty) return kSuccess;
+  if (fits && cann_host::IsAllocated(tensor->data, bytes)) {
+    spans.push_back({tensor->data, static_cast<size_t>(bytes)});
+    return kSuccess;
+  }
   return Fail(kInvalid,
               "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here (CANN "
               "error %d)",
               op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
-int Check(const char*, int64_t) { return kSuccess; }
-int Check(const char*, double) { return kSuccess; }
+int Check(const char*, int64_t, std::vector<Span>&) { return kSuccess; }
+int Check(const char*, double, std::vector<Span>&) { return kSuccess; }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
@@ -131,7 +142,8 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
   int code = kSuccess;
-  ((code = code == kSuccess ? Check(op, arguments) : code), ...);
+  std::vector<Span> spans;
+  ((code = code == kSuccess ? Check(op, arguments, spans) : code), ...);
   if (code != kSuccess) return code;
   std::vector<int64_t> words;
   words.reserve(160);
@@ -139,7 +151,7 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   code = Call(op, kCheck, words);
   if (code != kSuccess) return code;
   *workspace_size = 0;
-  *executor = new aclOpExecutor{op, std::move(words)};
+  *executor = new aclOpExecutor{op, std::move(words), std::move(spans)};
   return kSuccess;
 }
 
@@ -148,9 +160,17 @@ int Launch(const char* op, aclOpExecutor* executor, void* stream) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
   const std::unique_ptr<aclOpExecutor> owned(executor);
-  return cann_host::OnStream(op, stream, [op, words = std::move(owned->words)] {
-    return Call(op, kRun, words);
-  });
+  return cann_host::OnStream(
+      op, stream, [op, words = std::move(owned->words), spans = std::move(owned->spans)] {
+        // A graph may be replayed when memory it was captured with is gone.
+        for (const Span& span : spans) {
+          if (!cann_host::IsAllocated(span.memory, span.bytes)) {
+            return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", op,
+                        span.bytes, span.memory, kInvalid);
+          }
+        }
+        return Call(op, kRun, words);
+      });
 }
 
 }  // namespace

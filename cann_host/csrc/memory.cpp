@@ -216,8 +216,15 @@ int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, 
     staged = std::make_shared<std::vector<char>>(bytes, bytes + count);
     src = staged->data();
   }
+  const bool ours_from = cann_host::IsAllocated(src, count);
+  const bool ours_to = cann_host::IsAllocated(dst, count);
   const int code = cann_host::OnStream("aclrtMemcpyAsync", stream, [=] {
     (void)staged;
+    // A graph may be replayed when memory it was captured with is gone.
+    if ((ours_from && !cann_host::IsAllocated(src, count)) ||
+        (ours_to && !cann_host::IsAllocated(dst, count))) {
+      return Fail(kInvalidParam, "aclrtMemcpyAsync: %p or %p is no longer allocated", src, dst);
+    }
     std::memmove(dst, src, count);
     return +kSuccess;
   });
@@ -239,6 +246,7 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
   if (count == 0) return kSuccess;
   if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
   return cann_host::OnStream("aclrtMemsetAsync", stream, [=] {
+    if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
     std::memset(dst, value, count);
     return +kSuccess;
   });
