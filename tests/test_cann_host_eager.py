@@ -818,6 +818,11 @@ def test_launcher_runs_a_module_and_shows_its_exception(tmp_path: Path) -> None:
     assert done.stderr.rstrip().endswith("ValueError: from the script")
 
 
+def test_launcher_alone_says_what_the_options_make_of_it() -> None:
+    done = launch("-m", "cann_host", "--soc", "Ascend310P3", "--devices", "2")
+    assert {"soc: Ascend310P3", "devices: 2", "active: False"} <= set(done.stdout.splitlines())
+
+
 def test_launcher_alone_says_what_it_is() -> None:
     done = launch("-m", "cann_host")
     assert done.returncode == 0

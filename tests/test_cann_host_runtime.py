@@ -44,7 +44,9 @@ def run(folder: Path, script: str, *options: str, **variables: str) -> str:
 # ---- options ----
 
 BAD_OPTIONS = [
-    (("--soc", "chip"), "soc is 'chip'; a chip's name is like Ascend910B2"),
+    (("--soc", "chip"), "soc is 'chip'; a chip is Ascend910B1 to B4"),
+    (("--soc", "Ascend910B9"), "soc is 'Ascend910B9'; a chip is"),  # torch_npu has no such chip
+    (("--soc", "Ascend910A"), "soc is 'Ascend910A'; a chip is"),  # no rules for it here
     (("--cann-version", "new"), "cann_version is 'new'; a CANN version is like 9.1.0 or 8.2.RC1"),
     (("--devices", "0"), "devices is '0'; it must be a number from 1 to 64"),
     (("--devices", "65"), "devices is '65'; it must be a number from 1 to 64"),
@@ -93,7 +95,15 @@ def test_cann_version(version: str, tmp_path) -> None:
     assert run(tmp_path, script, "--cann-version", version) == f"{version} {version} {newer}\n"
 
 
-SOCS = ("Ascend910B1", "Ascend910B4", "Ascend910_9391", "Ascend310P3", "Ascend950PR_9579")
+SOCS = (
+    "Ascend910B1",
+    "Ascend910B4-1",
+    "Ascend910_9363",
+    "Ascend910_9391",
+    "Ascend310P3",
+    "Ascend310P7",
+    "Ascend950PR_9579",
+)
 
 
 @pytest.mark.parametrize("soc", SOCS)
