@@ -559,6 +559,39 @@ ENDS: dict[str, tuple[str, int | None]] = {
     "sys.exit": ("sys.exit(3)", 3),
     "os._exit": ("os._exit(4)", 4),
     "exception": ("raise ValueError('on purpose')", 1),
+    "KeyboardInterrupt": ("raise KeyboardInterrupt", -2),
+    "KeyboardInterrupt while a thread works": (
+        """
+    def work():
+        for _ in range(2000):
+            x.clone().copy_(x)
+    threading.Thread(target=work).start()
+    os.kill(os.getpid(), 2)
+    time.sleep(9)
+""",
+        -2,
+    ),
+    "sys.exit and exceptions in threads": (
+        """
+    for last in (sys.exit, lambda: x.view(7)):
+        def work():
+            with torch.npu.stream(torch.npu.Stream()):
+                x.add_(1)
+                last()
+        thread = threading.Thread(target=work); thread.start(); thread.join()
+""",
+        0,
+    ),
+    "captured graph of ordinary operators": (
+        GRAPH
+        + """
+    z = torch.npu.NPUGraph()
+    with torch.npu.graph(z):
+        y.add_(x.sum())
+    z.replay(); atexit.register(z.replay)
+""",
+        0,
+    ),
     "use at exit": ("atexit.register(lambda: print(x.sum().item()))", 0),
     "use at exit, made there": ("atexit.register(lambda: torch.ones(2, device='npu').cpu())", 0),
     "daemon thread at work": (
@@ -589,6 +622,7 @@ ENDS: dict[str, tuple[str, int | None]] = {
 WITH_WORK_LEFT = (
     "work on a stream",
     "captured graph, replayed",
+    "captured graph of ordinary operators",
     "compiled graph",
     "use at exit",
     "daemon thread at work",
