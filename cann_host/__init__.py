@@ -325,6 +325,7 @@ def _drain() -> None:
 
 
 def _leave() -> None:
-    from cann_host import aclnn
+    from cann_host import aclnn, captured
 
+    captured.uninstall()
     aclnn.uninstall()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import cann_host
-from cann_host.options import VARIABLES
+from cann_host.options import VARIABLES, Options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     module, script = parsed.module, parsed.script
+    given = {name: getattr(parsed, name) for name in VARIABLES}
     if module == []:
         parser.error("-m needs the name of a module")
     if not module and script and not Path(script[0]).exists():
@@ -40,10 +42,10 @@ def main(arguments: list[str]) -> int:
     try:
         if not module and not script:
             parser.print_usage()
-            for name, value in cann_host.info().items():
+            for name, value in {**cann_host.info(), **asdict(Options.of(**given))}.items():
                 print(f"{name}: {value}")
             return 0
-        cann_host.activate(**{name: getattr(parsed, name) for name in VARIABLES})
+        cann_host.activate(**given)
     except cann_host.CannHostError as error:
         print(f"cann_host: {error}", file=sys.stderr)
         return 1

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from cann_host import rules
+from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
-from cann_host.ops.nn import rms_norm
+from cann_host.ops.nn import add_rms_norm, rms_norm
+from cann_host.ops.quant import smoothed
 from lq_graph import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
@@ -350,14 +352,14 @@ def _check_dynamic_quant(
     """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn."""
     for name, needed in (("x", x), ("y", y), ("scale", scale)):
         _need(name, needed)
-    for name, tensor in (("smooth_scales", smooth_scales), ("group_index", group_index)):
-        if tensor is not None:
-            raise Refused(f"cann_host does not implement {name}")
     if offset is not None:
         raise Refused("offset is given; a symmetric quantization has none")
-    _need_base_format(x=x, y=y, scale=scale)
+    _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
     del dst_type  # CANN goes by y's dtype
-    refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name)
+    smooth, groups = (
+        None if t is None else (t.dtype_name, t.shape) for t in (smooth_scales, group_index)
+    )
+    refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name, smooth, groups)
     if refusal is not None:
         raise Refused(refusal)
     _need_quantized_shape(x, y)
@@ -374,11 +376,15 @@ def _dynamic_quant(
     scale: AclTensor,
     offset: AclTensor | None,
 ) -> None:
-    del smooth_scales, group_index, dst_type, offset  # refused above
+    del dst_type, offset  # see above
     if 0 in x.shape:
         return
     int4 = y.dtype == torch.int32
-    values, scales = numerics.dynamic_quant(x.view(), bits=4 if int4 else 8)
+    value = x.view()
+    if smooth_scales is not None:
+        ends = None if group_index is None else group_index.view()
+        value = smoothed(value, smooth_scales.view(), ends)
+    values, scales = numerics.dynamic_quant(value, bits=4 if int4 else 8)
     y.view().copy_(numerics.pack_int4(values) if int4 else values)
     scale.view().copy_(scales)
 
@@ -414,10 +420,8 @@ def _check_ascend_quant(
     if refusal is not None:
         raise Refused(refusal)
     _need_quantized_shape(x, y)
-    if sqrt_mode or not rounds or y.dtype != torch.int8:
-        raise Refused(
-            "cann_host implements AscendQuantV3 for int8, with round_mode round and no sqrt_mode"
-        )
+    if sqrt_mode or not rounds:
+        raise Refused("cann_host implements AscendQuantV3 with round_mode round and no sqrt_mode")
 
 
 def _ascend_quant(
@@ -434,7 +438,69 @@ def _ascend_quant(
     # CANN casts both to x's dtype first
     factor = scale.view().to(x.dtype)
     addend = None if offset is None else offset.view().to(x.dtype)
-    y.view().copy_(numerics.static_quant(x.view(), factor, addend, axis))
+    int4 = y.dtype == torch.int32
+    values = numerics.static_quant(x.view(), factor, addend, axis, bits=4 if int4 else 8)
+    y.view().copy_(numerics.pack_int4(values) if int4 else values)
+
+
+# dtype of the result: the least and largest value
+_QUANTIZE_LIMITS = {
+    torch.int8: (-128, 127),
+    torch.uint8: (0, 255),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
+
+
+def _check_quantize(
+    x: AclTensor,
+    scales: AclTensor,
+    zero_points: AclTensor | None,
+    dtype: int,
+    axis: int,
+    out: AclTensor,
+) -> None:
+    """By aclnnQuantize's document."""
+    for name, needed in (("x", x), ("scales", scales), ("out", out)):
+        _need(name, needed)
+    _need_base_format(x=x, scales=scales, zero_points=zero_points, out=out)
+    allowed: dict[str, tuple[AclTensor | None, tuple[torch.dtype, ...]]] = {
+        "x": (x, (torch.float32, torch.float16, torch.bfloat16)),
+        "scales": (scales, (torch.float32, torch.bfloat16)),
+        "zero_points": (
+            zero_points,
+            (torch.int32, torch.int8, torch.uint8, torch.float32, torch.bfloat16),
+        ),
+        "out": (out, tuple(_QUANTIZE_LIMITS)),
+    }
+    for name, (tensor, dtypes) in allowed.items():
+        if tensor is not None and tensor.dtype not in dtypes:
+            names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
+            raise Refused(f"{name} is {tensor.dtype_name}; it must be one of {names}")
+    if out.shape != x.shape or dtype != out.dtype_code:
+        raise Refused(f"out is aclDataType {out.dtype_code} {out.shape}, not {dtype} {x.shape}")
+    if not -len(x.shape) <= axis < len(x.shape):
+        raise Refused(f"axis is {axis} and x has {len(x.shape)} dims")
+    for name, tensor in (("scales", scales), ("zero_points", zero_points)):
+        if tensor is not None and tensor.shape not in ((1,), (x.shape[axis],)):
+            raise Refused(f"{name} has shape {tensor.shape}; it must have {x.shape[axis]} values")
+
+
+def _quantize(
+    x: AclTensor,
+    scales: AclTensor,
+    zero_points: AclTensor | None,
+    dtype: int,
+    axis: int,
+    out: AclTensor,
+) -> None:
+    del dtype  # it is out's
+    along = [1] * len(x.shape)
+    along[axis] = -1
+    value = x.view().to(torch.float32) / scales.view().to(torch.float32).reshape(along)
+    if zero_points is not None:
+        value += zero_points.view().to(torch.float32).reshape(along)
+    low, high = _QUANTIZE_LIMITS[out.dtype]
+    out.view().copy_(value.to(torch.float64).round_().clamp_(low, high))
 
 
 # ---- what models have around their quantized layers ----
@@ -461,6 +527,35 @@ def _rms_norm(
     values, factors = rms_norm(x.view(), gamma.view(), epsilon=epsilon)
     y.view().copy_(values)
     rstd.view().copy_(factors)
+
+
+def _check_add_rms_norm(
+    x1: AclTensor,
+    x2: AclTensor,
+    gamma: AclTensor,
+    epsilon: float,
+    y: AclTensor,
+    rstd: AclTensor,
+    x: AclTensor,
+) -> None:
+    _check_rms_norm(x1, gamma, epsilon, y, rstd)
+    _need_base_format(x2=x2, x=x)
+    if (x2.shape, x2.dtype) != (x1.shape, x1.dtype) or (x.shape, x.dtype) != (x1.shape, x1.dtype):
+        raise Refused(f"x1 is {x1.dtype_name} {x1.shape}, x2 {x2.dtype_name} {x2.shape}")
+
+
+def _add_rms_norm(
+    x1: AclTensor,
+    x2: AclTensor,
+    gamma: AclTensor,
+    epsilon: float,
+    y: AclTensor,
+    rstd: AclTensor,
+    x: AclTensor,
+) -> None:
+    results = add_rms_norm(x1.view(), x2.view(), gamma.view(), epsilon=epsilon)
+    for place, value in zip((y, rstd, x), results, strict=True):
+        place.view().copy_(value)
 
 
 # ---- copies, casts, formats ----
@@ -553,6 +648,7 @@ def _format_cast(source: AclTensor, out: AclTensor) -> None:
 
 # name: (check, compute). Both get the arguments in the order of CANN's own header.
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "aclnnAddRmsNorm": (_check_add_rms_norm, _add_rms_norm),
     "aclnnAscendQuantV3": (_check_ascend_quant, _ascend_quant),
     "aclnnCast": (_check_cast, _cast),
     "aclnnConstantPadNd": (_check_pad, _pad),
@@ -562,6 +658,7 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),
     "aclnnQuantMatmulV5": (_check_quant_matmul, _quant_matmul),
     "aclnnQuantMatmulWeightNz": (_check_quant_matmul, _quant_matmul),
+    "aclnnQuantize": (_check_quantize, _quantize),
     "aclnnRmsNorm": (_check_rms_norm, _rms_norm),
     "aclnnTransQuantParamV2": (_check_trans_quant_param, _trans_quant_param),
     "aclnnTransQuantParamV3": (_check_trans_quant_param, _trans_quant_param),
@@ -581,6 +678,9 @@ def _run(op: bytes, phase: int, words: ctypes._Pointer[ctypes.c_int64], count: i
         # A default device or a function mode of the caller must not reach these tensors.
         with torch._C.DisableTorchFunction():
             OPERATORS[name][phase](*_unpack(words[:count]))
+    except GraphError as refusal:  # what the GE operator of the same meaning refuses
+        _library.cann_host_set_error(f"{name}: {refusal}".encode())
+        return INVALID
     except Refused as refusal:
         _library.cann_host_set_error(f"{name}: {refusal}".encode(errors="replace"))
         return refusal.code

@@ -1,4 +1,5 @@
-"""Ordinary aten operators on npu tensors: copy to the CPU, compute, copy back.
+"""Ordinary aten operators on npu tensors: copy to the CPU, compute, copy back. While a graph is
+captured they are kept for its replays instead (captured.py).
 
 torch_npu registers its own kernels for some 900 aten operators; each ends in an aclnn kernel that
 this stand-in does not have. They are replaced here. Operators that only allocate, copy or make
@@ -9,13 +10,15 @@ others again, so their gradients come from PyTorch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cann_host import captured
 
 __all__ = ["install"]
 
@@ -49,7 +52,6 @@ KEPT = frozenset(
 
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 _library: torch.library.Library  # registrations live as long as this object
-_is_capturing: Callable[[], int]
 count = 0  # of the operators replaced
 
 
@@ -161,11 +163,8 @@ class _CpuKernel:
         self.names = [argument.name for argument in schema.arguments]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_capturing():
-            raise RuntimeError(
-                f"cann_host: {self.op} runs on the CPU here, which a captured graph cannot hold; "
-                "only what is launched through aclnn is captured."
-            )
+        if captured.is_capturing(lambda: _device_of([*args, *kwargs.values()])):
+            return self._record(args, kwargs)
         cpu_args = [_to_cpu(value) for value in args]
         cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
         if "device" in self.names and cpu_kwargs.get("device") is None:
@@ -176,25 +175,80 @@ class _CpuKernel:
         else:
             result = self.op(*cpu_args, **cpu_kwargs)
 
-        written: dict[str, Any] = {}
-        for i, name in self.written:
-            target, value = (
-                (args[i], cpu_args[i]) if i < len(args) else (kwargs[name], cpu_kwargs[name])
-            )
+        written = self._written(args, kwargs)
+        for target, value in zip(
+            written.values(), self._written(cpu_args, cpu_kwargs).values(), strict=True
+        ):
             _write_back(target, value)
-            written[name] = target
+        return self._results(
+            result, written, lambda value: _to_npu(value, _device_of([*args, *kwargs.values()]))
+        )
+
+    def _written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments the operator writes to, by name."""
+        return {name: args[i] if i < len(args) else kwargs.get(name) for i, name in self.written}
+
+    def _results(self, result: Any, written: dict[str, Any], give: Callable[[Any], Any]) -> Any:
+        """What the caller gets: arguments that were written to, what `give` makes of results."""
         if not self.returned:
             return None
         results = result if len(self.returned) > 1 else (result,)
-        device: torch.device | None = None
-        out = []
-        for value, source in zip(results, self.returned, strict=True):
-            if source is not None:
-                out.append(written[source])
-            else:
-                device = device or _device_of([*args, *kwargs.values()])
-                out.append(_to_npu(value, device))
+        out = [
+            give(value) if source is None else written[source]
+            for value, source in zip(results, self.returned, strict=True)
+        ]
         return tuple(out) if len(out) > 1 else out[0]
+
+    def _record(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Keep the call for the graph that is being captured: now only shapes are known."""
+        if self.draws:
+            raise RuntimeError(f"cann_host: {self.op} draws random numbers, which is not captured.")
+        device = _device_of([*args, *kwargs.values()])
+        if "device" in self.names and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": device}
+        meta_args = captured.on_meta(args)
+        meta_kwargs = {name: captured.on_meta(value) for name, value in kwargs.items()}
+        try:
+            shapes = self.op(*meta_args, **meta_kwargs)
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"cann_host: {self.op} is not captured: the shape of its result depends on values, "
+                "or PyTorch does not tell it."
+            ) from error
+        written = self._written(args, kwargs)
+        for name, meta in self._written(meta_args, meta_kwargs).items():
+            if isinstance(meta, Tensor) and meta.shape != written[name].shape:
+                raise RuntimeError(f"cann_host: {self.op} would resize {name} in a captured graph.")
+
+        made: list[Tensor] = []
+
+        def make(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                made.append(torch.empty(value.shape, dtype=value.dtype, device=device))
+                return made[-1]
+            return type(value)(map(make, value)) if isinstance(value, (list, tuple)) else value
+
+        results = self._results(shapes, written, make)
+        used = list(captured.tensors([*args, *kwargs.values(), *made]))
+        cpu_args = captured.on_memory(args)
+        cpu_kwargs = {name: captured.on_memory(value) for name, value in kwargs.items()}
+        cpu_written = self._written(cpu_args, cpu_kwargs)
+        cpu_made = captured.on_memory(made)
+
+        def work() -> None:
+            places = iter(cpu_made)
+
+            def place(value: Any) -> None:
+                if isinstance(value, Tensor):
+                    next(places).copy_(value)
+                elif isinstance(value, (list, tuple)):
+                    for item in value:
+                        place(item)
+
+            self._results(self.op(*cpu_args, **cpu_kwargs), cpu_written, place)
+
+        captured.record(device, str(self.op), used, work)
+        return results
 
 
 def _is_plain(value: Any) -> bool:
@@ -247,8 +301,8 @@ def _makes_view(op: torch._ops.OpOverload) -> bool:
 
 def install(native: ctypes.CDLL) -> None:
     """Replace torch_npu's aten kernels."""
-    global _library, _is_capturing, count
-    _is_capturing = native.cann_host_is_capturing
+    global _library, count
+    captured.install(native)
     _library = torch.library.Library("aten", "IMPL")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     has_computed_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key

@@ -90,9 +90,20 @@ class Options:
         }
 
 
+# The chips that torch_npu knows and cann_host has rules for (rules.py).
+_SOC = re.compile(
+    r"Ascend910B([1-4]|2C|4-1)|Ascend910_93(62|63|72|81|82|91|92)|Ascend310P[123457]|"
+    r"Ascend950[0-9A-Za-z_]{0,40}"
+)
+
+
 def _soc(text: str, source: str) -> str:
-    if not re.fullmatch(r"Ascend[0-9A-Za-z_-]{1,50}", text):
-        raise CannHostError(f"{source} is {text!r}; a chip's name is like Ascend910B2")
+    if not _SOC.fullmatch(text):
+        raise CannHostError(
+            f"{source} is {text!r}; a chip is Ascend910B1 to B4, B2C or B4-1, Ascend910_9362, "
+            "9363, 9372, 9381, 9382, 9391 or 9392, Ascend310P1 to P5 or P7, or Ascend950 and what "
+            "follows"
+        )
     return text
 
 

@@ -403,7 +403,13 @@ def _coded(text: str | None, graph: bool) -> str | None:
 
 
 def check_dynamic_quant(
-    soc: str, x: str, x_shape: Sequence[int], y: str, graph: bool = False
+    soc: str,
+    x: str,
+    x_shape: Sequence[int],
+    y: str,
+    smooth: tuple[str, Sequence[int]] | None = None,
+    groups: tuple[str, Sequence[int]] | None = None,
+    graph: bool = False,
 ) -> str | None:
     """Why a per-token DynamicQuant is refused; None if it is not.
 
@@ -411,6 +417,9 @@ def check_dynamic_quant(
         soc: name of the chip.
         x: dtype of the input, and its shape.
         y: dtype of the quantized output; "int32" for eight int4 each.
+        smooth: dtype and shape of smooth_scales, if given: a factor for each of the last dim, and
+            with groups a row of them for each group.
+        groups: dtype and shape of group_index, if given.
         graph: whether it is the graph's operator, whose tiling also refuses rows without elements.
     """
     text = _check_activation(_DYNAMIC_QUANT, soc, x, x_shape, y, graph)
@@ -418,7 +427,30 @@ def check_dynamic_quant(
         text = f"x has {len(x_shape)} dims; it must have 2 to 8"
     if text is None and graph and x_shape[-1] == 0:
         text = f"x has shape {tuple(x_shape)}; its last dim cannot be 0"
+    if text is None:
+        text = _check_smooth(soc, x, x_shape, smooth, groups)
     return _coded(text, graph)
+
+
+def _check_smooth(
+    soc: str,
+    x: str,
+    x_shape: Sequence[int],
+    smooth: tuple[str, Sequence[int]] | None,
+    groups: tuple[str, Sequence[int]] | None,
+) -> str | None:
+    """What DynamicQuant refuses of smooth_scales and group_index, without an error code."""
+    wanted: tuple[int, ...] = (x_shape[-1],)
+    if groups is not None:
+        if smooth is None or soc_family(soc) == _310P:
+            return "group_index is given without smooth_scales, or on 310P"
+        if groups[0] != "int32" or len(groups[1]) != 1 or not 1 <= groups[1][0] <= 1024:
+            given = f"{groups[0]} {tuple(groups[1])}"
+            return f"group_index is {given}; it must be int32, 1 to 1024 of them"
+        wanted = (groups[1][0], *wanted)
+    if smooth is not None and (smooth[0], tuple(smooth[1])) != (x, wanted):
+        return f"smooth_scales is {smooth[0]} {tuple(smooth[1])}; it must be {x} {wanted}"
+    return None
 
 
 def check_ascend_quant(

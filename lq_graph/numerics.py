@@ -404,7 +404,11 @@ def quantize_rows(x: Tensor, peak: Tensor, bits: int = 8) -> tuple[Tensor, Tenso
 
 
 def static_quant(
-    x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None, axis: int = -1
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    axis: int = -1,
+    bits: int = 8,
 ) -> Tensor:
     """Quantize with a scale that is known: x * scale_reciprocal + offset, in float32.
 
@@ -413,13 +417,14 @@ def static_quant(
         scale_reciprocal: float, 1 value or one for each index of the axis.
         offset: float, as scale_reciprocal, or None.
         axis: the dim of x they run along.
+        bits: 8, or 4.
 
     Returns:
-        int8, x's shape.
+        int8, x's shape; int4 values unpacked.
     """
     shape = [1] * x.dim()
     shape[axis] = -1
     value = x.to(torch.float32) * scale_reciprocal.to(torch.float32).reshape(shape)
     if offset is not None:
         value.add_(offset.to(torch.float32).reshape(shape))
-    return _to_integer(value, 8)
+    return _to_integer(value, bits)

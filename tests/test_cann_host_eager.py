@@ -506,6 +506,67 @@ def test_npu_quantize(dtype: torch.dtype, length: int, zero_points: bool, way: s
     np.testing.assert_array_equal(y.cpu().numpy(), np.clip(np.rint(steps), -128, 127))
 
 
+@pytest.mark.parametrize("way", ["eager", "static"])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("int4", [False, True], ids=["int8", "int4"])
+def test_npu_dynamic_quant_with_smooth_scales(int4: bool, grouped: bool, way: str) -> None:
+    x, smooth = values(2, 3, 40, dtype=F16), values(3, 40, dtype=F16, seed=1) / 50
+    smooth = smooth if grouped else smooth[0].contiguous()
+    groups = torch.tensor([2, 2, 6], dtype=I32) if grouped else None  # the second one is empty
+
+    def run(x: Tensor, smooth: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype = torch.quint4x2 if int4 else I8
+        return torch_npu.npu_dynamic_quant(
+            x, smooth_scales=smooth, group_index=groups, dst_type=dtype
+        )
+
+    given = None if groups is None else groups.npu()
+    y, scale = either_way(run, way)(x.npu(), smooth.npu(), given)
+    factors = smooth.float().numpy()
+    if grouped:
+        factors = factors[[0, 0, 2, 2, 2, 2]].reshape(2, 3, 40)
+    want, want_scale = golden.dynamic_quant(x.float().numpy() * factors, 7 if int4 else 127)
+    want = want.astype(np.int8)
+    np.testing.assert_array_equal(y.cpu().numpy(), golden.pack_int4(want) if int4 else want)
+    np.testing.assert_array_equal(scale.cpu().numpy(), want_scale)
+
+
+@pytest.mark.parametrize("way", ["eager", "static"])
+def test_npu_quantize_to_int4(way: str) -> None:
+    x, scale = values(3, 40, dtype=F16), values(40, dtype=F16, seed=1) / 99
+
+    def run(x: Tensor, scale: Tensor) -> Tensor:
+        return torch_npu.npu_quantize(x, scale, None, torch.quint4x2, -1, False)
+
+    y = either_way(run, way)(x.npu(), scale.npu())
+    steps = np.clip(np.rint(x.float().numpy() * scale.float().numpy()), -8, 7).astype(np.int8)
+    np.testing.assert_array_equal(y.cpu().numpy(), golden.pack_int4(steps))
+
+
+QUANTIZE = [
+    # dtype of x, of zero_points, to, axis, length, range of the result
+    (F32, I32, torch.qint32, 0, 3, (-(2**31), 2**31 - 1)),
+    (F32, I8, torch.qint8, 1, 40, (-128, 127)),
+    (F16, I32, torch.quint8, -1, 40, (0, 255)),
+    (BF16, None, torch.qint8, 0, 3, (-128, 127)),
+    (F32, F32, torch.quint8, 1, 1, (0, 255)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "points", "to", "axis", "length", "limits"), QUANTIZE)
+def test_npu_quantize_by_a_division(dtype, points, to, axis, length, limits) -> None:
+    x, scale = values(3, 40, dtype=dtype), values(length, seed=1).abs()
+    offset = None if points is None else (values(length, seed=2) / 9).to(points)
+    y = torch_npu.npu_quantize(
+        x.npu(), scale.npu(), None if offset is None else offset.npu(), to, axis
+    )
+    along = (-1, 1) if axis == 0 else (1, -1)
+    steps = x.float().numpy() / scale.numpy().reshape(along)
+    if offset is not None:
+        steps = steps + offset.float().numpy().reshape(along)
+    np.testing.assert_array_equal(y.cpu().numpy(), np.clip(np.rint(steps), *limits))
+
+
 def test_npu_quantize_casts_the_scale_of_a_float32_x() -> None:
     x, scale = values(3, 40), torch.tensor([0.3], dtype=F16)
     y = torch_npu.npu_quantize(x.npu(), scale.npu(), None, torch.qint8, -1, False)
@@ -577,12 +638,19 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: torch_npu.npu_dynamic_quant(torch.ones(2, 8, device="npu")),
         "(?s)161002.*x is float32; Ascend910B2 allows float16 or bfloat16",
     ),
-    "dynamic_quant with what is not here": (
+    "dynamic_quant with groups that do not hold all rows": (
         lambda: torch_npu.npu_dynamic_quant(
             torch.ones(2, 8, device="npu", dtype=F16),
-            smooth_scales=torch.ones(8, device="npu", dtype=F16),
+            smooth_scales=torch.ones(2, 8, device="npu", dtype=F16),
+            group_index=torch.tensor([0, 1], dtype=I32).npu(),
         ),
-        "cann_host does not implement smooth_scales",
+        "(?s)161002.*group_index ends with 1 and must rise to 2",
+    ),
+    "quantize by a division, with scales of another length": (
+        lambda: torch.ops.npu.npu_quantize(
+            torch.ones(2, 8, device="npu"), torch.ones(7).npu(), None, torch.qint8, -1
+        ),
+        r"(?s)161002.*scales has shape \(7,\); it must have 8 values",
     ),
     "quantize with a scale of another dtype": (
         lambda: torch_npu.npu_quantize(
@@ -600,12 +668,6 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
             torch.ones(2, 8, device="npu"), torch.ones(7).npu(), None, torch.qint8, -1, False
         ),
         r"(?s)161002.*scale has shape \(7,\); it must have 1 or 8 values",
-    ),
-    "quantize to int4": (
-        lambda: torch_npu.npu_quantize(
-            torch.ones(2, 8, device="npu"), torch.ones(1).npu(), None, torch.quint4x2, -1, False
-        ),
-        "cann_host implements AscendQuantV3 for int8",
     ),
     "an operator nobody implemented, through aclnn": (
         lambda: torch_npu.npu_swiglu_quant(torch.ones(4, 8, device="npu")),
@@ -676,6 +738,22 @@ def test_rms_norm(dtype: torch.dtype) -> None:
         torch_npu.npu_rms_norm(x.npu(), gamma[:8].npu(), 0.5)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    x1, x2 = values(3, 5, 16, dtype=dtype), values(3, 5, 16, dtype=dtype, seed=1)
+    gamma = values(16, dtype=dtype, seed=2)
+    y, rstd, x = torch_npu.npu_add_rms_norm(x1.npu(), x2.npu(), gamma.npu(), 0.5)
+    total = x1.double().numpy() + x2.double().numpy()
+    factor = 1 / np.sqrt((total * total).mean(-1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(rstd.cpu().numpy(), factor, rtol=1e-5)
+    close = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}[dtype]
+    np.testing.assert_allclose(x.cpu().double().numpy(), total, rtol=close, atol=1e-5)
+    want = total * factor * gamma.double().numpy()
+    np.testing.assert_allclose(y.cpu().double().numpy(), want, rtol=close, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"aclnnAddRmsNorm: x1 is .* x2 .* \(3, 5, 8\)"):
+        torch_npu.npu_add_rms_norm(x1.npu(), x2[..., :8].contiguous().npu(), gamma.npu(), 0.5)
+
+
 def resident_kilobytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") // 1024
@@ -738,6 +816,11 @@ def test_launcher_runs_a_module_and_shows_its_exception(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.startswith("['y']\n")  # torch_npu adds a line of its own
     assert done.stderr.rstrip().endswith("ValueError: from the script")
+
+
+def test_launcher_alone_says_what_the_options_make_of_it() -> None:
+    done = launch("-m", "cann_host", "--soc", "Ascend310P3", "--devices", "2")
+    assert {"soc: Ascend310P3", "devices: 2", "active: False"} <= set(done.stdout.splitlines())
 
 
 def test_launcher_alone_says_what_it_is() -> None:

@@ -74,6 +74,12 @@ def conv2d(x: np.ndarray, w: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return out
 
 
+def dynamic_quant(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """To int8, in the dtypes the operator gives."""
+    values, scale = golden.dynamic_quant(x, 127)
+    return values.astype(np.int8), scale.astype(np.float32)
+
+
 class Case(NamedTuple):
     """One call. `inputs` in the order of the operator's definition, None for an absent one; a list
     is the input that stands for many."""
@@ -94,6 +100,7 @@ QW = rng.integers(-128, 128, (48, 64)).astype(np.int8)
 QS = (rng.random(48) * 0.01).astype(np.float32)
 QT = rng.random(3).astype(np.float32)
 LOWEST = np.array([-(2**31), -(2**31) + 1, 7], np.int32)
+SMOOTH = rng.random((2, 4)).astype(np.float16)
 SPECIAL = np.array([1.0, np.inf, -np.inf, np.nan], np.float32)
 
 CASES = [
@@ -244,6 +251,9 @@ CASES = [
     Case("RmsNorm", (C, FOUR), {"epsilon": 0.5},
          (C * FOUR / np.sqrt((C * C).mean(-1, keepdims=True) + 0.5),
           1 / np.sqrt((C * C).mean(-1, keepdims=True) + 0.5))),
+    Case("AddRmsNorm", (C, C, FOUR), {"epsilon": 0.5},
+         (2 * C * FOUR / np.sqrt((4 * C * C).mean(-1, keepdims=True) + 0.5),
+          1 / np.sqrt((4 * C * C).mean(-1, keepdims=True) + 0.5), 2 * C)),
     Case("MatMul", (A, W), {"transpose_x2": True}, A @ W.T),
     Case("MatMulV2", (A.T.copy(), W.T.copy(), W[:, 0], None), {"transpose_x1": True},
          A @ W.T + W[:, 0]),
@@ -265,8 +275,10 @@ CASES = [
          np.clip(np.round(A * 20 + 3), -128, 127).astype(np.int8)),
     Case("AscendQuantV2", (A, np.float32([20, 30, 400]), None), {"axis": -2},
          np.clip(np.round(A * np.float32([[20], [30], [400]])), -128, 127).astype(np.int8)),
-    Case("DynamicQuant", (H, None, None), {},
-         tuple(golden.dynamic_quant(H, 127)[i].astype(t) for i, t in enumerate("bf"))),
+    Case("DynamicQuant", (H, None, None), {}, dynamic_quant(H)),
+    Case("DynamicQuant", (H, SMOOTH[0], None), {}, dynamic_quant(H * SMOOTH[0].astype("f"))),
+    Case("DynamicQuant", (H, SMOOTH, np.int32([0, len(H)])), {},
+         dynamic_quant(H * SMOOTH[1].astype("f"))),
     Case("Bitcast", (np.int32([[1, -1]]),), {"type": GE_I8}, np.int8([[[1, 0, 0, 0], [-1] * 4]])),
     Case("Bitcast", (np.int8([[1, 0, 0, 0]]),), {"type": GE_I32}, np.int32([1])),
     Case("Bitcast", (np.float32([1.0]),), {"type": GE_I32}, np.int32([0x3F800000])),
@@ -457,6 +469,8 @@ NONE = torch.tensor([], dtype=I64)
 FLOAT32_X = r"x is float32; Ascend910B2 allows float16 or bfloat16 \(CANN error 561002"
 DTYPES_DIFFER = "scale is float16 and x float32; they must be of one dtype"
 
+FALLING = torch.tensor([2, 1], dtype=torch.int32)
+
 REFUSED = [
     ("GatherV2", INDEX, {}, "index out of range"),
     ("GatherV2", INDEX, {"batch_dims": 1}, "batch_dims 1"),
@@ -476,10 +490,16 @@ REFUSED = [
     ("DynamicQuant", {"x": HALF}, {"dst_type": GE_I32}, "y is GE dtype 3; .* int8 or int4 "),
     ("DynamicQuant", {"x": HALF[:, :0]}, {}, "last dim cannot be 0"),
     ("DynamicQuant", {"x": HALF[:, :3]}, {"dst_type": GE_INT4}, "multiple of 2"),
-    ("DynamicQuant", {"x": HALF, "smooth_scales": ONE}, {}, "smooth_scales .* not implemented"),
+    ("DynamicQuant", {"x": HALF, "smooth_scales": ONE}, {}, r"it must be float16 \(4,\)"),
+    (
+        "DynamicQuant",
+        {"x": HALF, "smooth_scales": HALF, "group_index": FALLING},
+        {},
+        "group_index ends with 1 and must rise to 2",
+    ),
     ("AscendQuantV2", {"x": MATRIX, "scale": ONE}, {}, DTYPES_DIFFER),
     ("AscendQuantV2", {"x": HALF, "scale": ONE}, {"round_mode": "floor"}, "round_mode floor"),
-    ("AscendQuantV2", {"x": HALF, "scale": ONE}, {"dst_type": GE_INT4}, "dst_type 29: cann_host"),
+    ("AscendQuantV2", {"x": HALF[:, :3], "scale": ONE}, {"dst_type": GE_INT4}, "multiple of 2"),
 ]
 
 

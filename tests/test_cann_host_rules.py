@@ -244,7 +244,29 @@ def check_text(text: str | None, graph: bool, message: str | None) -> None:
 @pytest.mark.parametrize(("soc", "x", "shape", "y", "ways", "message"), DYNAMIC_QUANT)
 def test_dynamic_quant(soc, x, shape, y, ways, message) -> None:
     for graph in ways:
-        check_text(check_dynamic_quant(soc, x, shape, y, graph), graph, message)
+        check_text(check_dynamic_quant(soc, x, shape, y, graph=graph), graph, message)
+
+
+SMOOTH = [
+    # soc, smooth_scales and group_index of float16 (2, 4, 64), what the refusal says
+    (A2, ("float16", (64,)), None, None),
+    (A2, ("float16", (3, 64)), ("int32", (3,)), None),
+    (P310, ("float16", (64,)), None, None),
+    (A2, ("float16", (1,)), None, "smooth_scales is float16 (1,); it must be float16 (64,)"),
+    (A2, ("float32", (64,)), None, "it must be float16 (64,)"),
+    (A2, ("float16", (64,)), ("int32", (3,)), "it must be float16 (3, 64)"),
+    (A2, ("float16", (3, 64)), ("int64", (3,)), "group_index is int64 (3,)"),
+    (A2, ("float16", (0, 64)), ("int32", (0,)), "it must be int32, 1 to 1024 of them"),
+    (A2, None, ("int32", (3,)), "group_index is given without smooth_scales"),
+    (P310, ("float16", (3, 64)), ("int32", (3,)), "or on 310P"),
+]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(("soc", "smooth", "groups", "message"), SMOOTH)
+def test_dynamic_quant_with_smooth_scales(soc, smooth, groups, message, graph) -> None:
+    text = check_dynamic_quant(soc, "float16", (2, 4, 64), "int8", smooth, groups, graph)
+    check_text(text, graph, message)
 
 
 # changes to float16 (2, 4, 64), scale and offset (64,) to int8 on A2; ways; what the refusal says

@@ -44,7 +44,9 @@ def run(folder: Path, script: str, *options: str, **variables: str) -> str:
 # ---- options ----
 
 BAD_OPTIONS = [
-    (("--soc", "chip"), "soc is 'chip'; a chip's name is like Ascend910B2"),
+    (("--soc", "chip"), "soc is 'chip'; a chip is Ascend910B1 to B4"),
+    (("--soc", "Ascend910B9"), "soc is 'Ascend910B9'; a chip is"),  # torch_npu has no such chip
+    (("--soc", "Ascend910A"), "soc is 'Ascend910A'; a chip is"),  # no rules for it here
     (("--cann-version", "new"), "cann_version is 'new'; a CANN version is like 9.1.0 or 8.2.RC1"),
     (("--devices", "0"), "devices is '0'; it must be a number from 1 to 64"),
     (("--devices", "65"), "devices is '65'; it must be a number from 1 to 64"),
@@ -93,7 +95,15 @@ def test_cann_version(version: str, tmp_path) -> None:
     assert run(tmp_path, script, "--cann-version", version) == f"{version} {version} {newer}\n"
 
 
-SOCS = ("Ascend910B1", "Ascend910B4", "Ascend910_9391", "Ascend310P3", "Ascend950PR_9579")
+SOCS = (
+    "Ascend910B1",
+    "Ascend910B4-1",
+    "Ascend910_9363",
+    "Ascend910_9391",
+    "Ascend310P3",
+    "Ascend310P7",
+    "Ascend950PR_9579",
+)
 
 
 @pytest.mark.parametrize("soc", SOCS)
@@ -316,6 +326,108 @@ def test_captured_graph_over_two_streams(streams: str, tmp_path) -> None:
     assert output.splitlines() == ["1.0 2.0", "5.0 5.0", "6.0 6.0", "refused", "24"]
 
 
+@pytest.mark.parametrize("streams", ["now", "late"])
+def test_ordinary_operators_are_captured(streams: str, tmp_path) -> None:
+    script = """
+        import torch
+        torch.manual_seed(0)
+        def compute(x, w, seen, out):
+            h = torch.relu(x.t() @ w + 1.5) * 2
+            peak, at = h.max(dim=1)
+            seen.add_(h.sum(0))  # in place
+            torch.add(h, 1, out=out)
+            more = torch._foreach_mul([h, peak], 3.0)
+            like = torch.arange(3, device=x.device) + torch.ones(3, device=x.device)
+            return [h, peak, at, h.softmax(-1), *more, like, h.view(-1)[2:] - 1, h.half()]
+        def tensors(device):
+            shapes = (8, 4), (8, 3), (3,), (4, 3)
+            return [torch.linspace(-1, 1, a * b[0] if b else a).view(a, *b).to(device)
+                    for a, *b in shapes]
+        on_npu, on_cpu = tensors("npu"), tensors("cpu")
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            got = compute(*on_npu)
+        for scale in (1.0, -3.0, 0.5):
+            on_npu[0].fill_(scale), on_cpu[0].fill_(scale)
+            graph.replay()
+            torch.npu.synchronize()
+            want = compute(*on_cpu)
+            for a, b in zip(got + on_npu, want + on_cpu, strict=True):
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a.cpu(), b)
+        from cann_host import captured
+        held = len(captured._works)
+        del graph
+        with torch.npu.graph(torch.npu.NPUGraph()):
+            on_npu[0].abs()
+        print(held > 10, len(captured._works) <= 1)
+    """
+    assert run(tmp_path, script, "--streams", streams) == "True True\n"
+
+
+NOT_CAPTURED = {
+    "torch.nonzero(x)": "aten.nonzero.default is not captured: the shape of its result depends on",
+    "torch.randn_like(x)": "draws random numbers, which is not captured",
+    "torch.add(x, 1, out=small)": "would resize out in a captured graph",
+    "blocks.abs()": "of an internal format is not captured here",
+    "one.item()": "the stream is being captured; nothing can wait for it",
+}
+
+
+def test_what_is_not_captured_says_why(tmp_path) -> None:
+    script = """
+        import torch, torch_npu
+        torch.npu.config.allow_internal_format = True
+        x, small, one = (torch.ones(n, device="npu") for n in (4, 2, 1))
+        blocks = torch_npu.npu_format_cast(torch.ones(32, 32, device="npu").half(), 29)
+        for what in WHATS:
+            try:
+                with torch.npu.graph(torch.npu.NPUGraph()):
+                    eval(what)
+            except RuntimeError as error:
+                print(str(error).replace("\\n", " "))
+            assert x.sum().item() == 4  # nothing is left of the capture
+    """
+    output = run(tmp_path, script.replace("WHATS", repr(list(NOT_CAPTURED)))).splitlines()
+    for line, text in zip(output, NOT_CAPTURED.values(), strict=True):
+        assert text in line
+
+
+GONE = {
+    # what the graph does with memory that is given back before its replay: what is told
+    "y.copy_(big)": "aclnnInplaceCopy: 67108864 bytes at",
+    "y.add_(big)": "aten.add_.Tensor: a tensor that the graph uses is no longer allocated",
+    "big.zero_()": "no longer allocated",
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+@pytest.mark.parametrize("streams", ["now", "late"])
+def test_a_replay_on_memory_that_is_gone_is_an_error(what: str, streams: str, tmp_path) -> None:
+    script = """
+        import gc, torch
+        big, y = (torch.ones(1 << 24, device="npu") for _ in range(2))
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            WHAT
+        graph.replay()
+        torch.npu.synchronize()
+        print("replayed")
+        del big
+        gc.collect()
+        torch.npu.empty_cache()
+        try:
+            graph.replay()
+            torch.npu.synchronize()
+        except RuntimeError as error:
+            print(str(error).replace("\\n", " "))
+        print(y[0].item() >= 1)
+    """
+    output = run(tmp_path, script.replace("WHAT", what), "--streams", streams).splitlines()
+    assert (output[0], output[-1]) == ("replayed", "True")
+    assert GONE[what] in output[1]
+
+
 def test_threads(tmp_path) -> None:
     script = """
         import threading, torch
@@ -458,6 +570,39 @@ ENDS: dict[str, tuple[str, int | None]] = {
     "sys.exit": ("sys.exit(3)", 3),
     "os._exit": ("os._exit(4)", 4),
     "exception": ("raise ValueError('on purpose')", 1),
+    "KeyboardInterrupt": ("raise KeyboardInterrupt", -2),
+    "KeyboardInterrupt while a thread works": (
+        """
+    def work():
+        for _ in range(2000):
+            x.clone().copy_(x)
+    threading.Thread(target=work).start()
+    os.kill(os.getpid(), 2)
+    time.sleep(9)
+""",
+        -2,
+    ),
+    "sys.exit and exceptions in threads": (
+        """
+    for last in (sys.exit, lambda: x.view(7)):
+        def work():
+            with torch.npu.stream(torch.npu.Stream()):
+                x.add_(1)
+                last()
+        thread = threading.Thread(target=work); thread.start(); thread.join()
+""",
+        0,
+    ),
+    "captured graph of ordinary operators": (
+        GRAPH
+        + """
+    z = torch.npu.NPUGraph()
+    with torch.npu.graph(z):
+        y.add_(x.sum())
+    z.replay(); atexit.register(z.replay)
+""",
+        0,
+    ),
     "use at exit": ("atexit.register(lambda: print(x.sum().item()))", 0),
     "use at exit, made there": ("atexit.register(lambda: torch.ones(2, device='npu').cpu())", 0),
     "daemon thread at work": (
@@ -488,6 +633,7 @@ ENDS: dict[str, tuple[str, int | None]] = {
 WITH_WORK_LEFT = (
     "work on a stream",
     "captured graph, replayed",
+    "captured graph of ordinary operators",
     "compiled graph",
     "use at exit",
     "daemon thread at work",
@@ -739,7 +885,7 @@ def test_an_executor_is_used_once_and_on_memory_that_is_there(library) -> None:
     block, executor = prepared()
     assert library.aclrtFree(block) == 0
     assert launch(executor) == 161002
-    assert "is freed" in last_error(library)
+    assert "no longer allocated" in last_error(library)
 
 
 def test_an_impossible_descriptor_is_none(library) -> None:

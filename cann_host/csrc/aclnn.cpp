@@ -215,8 +215,8 @@ int Launch(const char* op, aclOpExecutor* executor, void* stream) {
     // it may be much later, and again: a captured graph
     for (const Reach& reach : call.reaches) {
       if (!cann_host::IsAllocated(reach.data, reach.bytes)) {
-        return Fail(kInvalid, "%s: a tensor's memory at %p is freed (CANN error %d)", call.op,
-                    reach.data, kInvalid);
+        return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", call.op,
+                    reach.bytes, reach.data, kInvalid);
       }
     }
     return Call(call.op, kRun, call.words);
@@ -367,6 +367,23 @@ int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scal
                  int64_t{sqrt_mode}, int64_t{rounds}, int64_t{dst_type}, int64_t{axis}, y);
 }
 
+int aclnnQuantizeGetWorkspaceSize(const aclTensor* x, const aclTensor* scales,
+                                  const aclTensor* zero_points, int dtype, int32_t axis,
+                                  const aclTensor* out, uint64_t* workspace_size,
+                                  aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnQuantizeGetWorkspaceSize);
+  return Prepare("aclnnQuantize", workspace_size, executor, x, scales, zero_points, int64_t{dtype},
+                 int64_t{axis}, out);
+}
+
+int aclnnAddRmsNormGetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
+                                    const aclTensor* gamma, double epsilon, const aclTensor* y,
+                                    const aclTensor* rstd, const aclTensor* x,
+                                    uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnAddRmsNormGetWorkspaceSize);
+  return Prepare("aclnnAddRmsNorm", workspace_size, executor, x1, x2, gamma, epsilon, y, rstd, x);
+}
+
 int aclnnRmsNormGetWorkspaceSize(const aclTensor* x, const aclTensor* gamma, double epsilon,
                                  const aclTensor* y, const aclTensor* rstd,
                                  uint64_t* workspace_size, aclOpExecutor** executor) {
@@ -448,6 +465,8 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format
 
 }  // extern "C"
 
+CANN_HOST_LAUNCH(aclnnAddRmsNorm)
+CANN_HOST_LAUNCH(aclnnQuantize)
 CANN_HOST_LAUNCH(aclnnTransQuantParamV3)
 CANN_HOST_LAUNCH(aclnnTransQuantParamV2)
 CANN_HOST_LAUNCH(aclnnQuantMatmulV5)

@@ -552,7 +552,7 @@ void* cann_host_ge_output(cann_host_ge_outputs* outputs, size_t index, int32_t d
       tensor.Set(static_cast<uint8_t*>(data), size, [](uint8_t* at) { std::free(at); });
     }
     tensor.desc.placement = outputs->placement;
-  } else if (outputs->placement == ge::kPlacementDevice &&
+  } else if (tensor.desc.placement == ge::kPlacementDevice &&
              !cann_host::IsAllocated(tensor.data, size)) {
     Failed("output %zu: %zu bytes at %p do not lie in memory that was allocated here", index, size,
            static_cast<void*>(tensor.data));

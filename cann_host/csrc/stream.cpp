@@ -56,6 +56,26 @@ struct Captured {
   std::vector<Task> tasks;
 };
 
+// Work of Python's in a captured graph goes by its number. That it can go with the graph is noted
+// here and not told at once: whoever destroys a graph may hold locks that Python's threads wait for.
+using Replay = int (*)(int64_t number);
+std::atomic<Replay> replay_in_python{nullptr};
+std::mutex ended_mutex;
+std::vector<int64_t>& Ended() {
+  static auto* numbers = new std::vector<int64_t>;
+  return *numbers;
+}
+
+struct Recorded {
+  const int64_t number;
+  explicit Recorded(int64_t of) : number(of) {}
+  Recorded(const Recorded&) = delete;
+  ~Recorded() {
+    std::lock_guard<std::mutex> lock(ended_mutex);
+    Ended().push_back(number);
+  }
+};
+
 // Leaked: see core.cpp.
 struct State {
   std::recursive_mutex work;  // whoever does late work holds it
@@ -614,7 +634,34 @@ int aclrtSetStreamAttribute(void*, int, void*) {
 
 void cann_host_leave() { is_leaving = true; }
 
-// Whether a capture is on: Python's CPU kernels cannot be captured.
+// Whether a capture is on, on whatever stream.
 int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
+
+// Whether it is on this stream.
+int cann_host_captures(void* handle) {
+  State& state = GetState();
+  std::lock_guard<std::mutex> lock(state.mutex);
+  return state.graph && state.capturing.count(FindStream(handle).get()) ? 1 : 0;
+}
+
+// Python's side of replays; null when the interpreter is about to end.
+void cann_host_set_replay(Replay replay) { replay_in_python = replay; }
+
+// Adds work of Python's to what the stream captures: at each replay it is asked for by its number.
+int cann_host_record(void* stream, int64_t number) {
+  return OnStream("cann_host_record", stream, [work = std::make_shared<Recorded>(number)] {
+    const Replay replay = replay_in_python;
+    return replay ? replay(work->number) : Fail(kFailure, "cann_host: the interpreter is ending");
+  });
+}
+
+// A number that no graph has any more, -1 if there is none.
+int64_t cann_host_next_ended() {
+  std::lock_guard<std::mutex> lock(ended_mutex);
+  if (Ended().empty()) return -1;
+  const int64_t number = Ended().back();
+  Ended().pop_back();
+  return number;
+}
 
 }  // extern "C"

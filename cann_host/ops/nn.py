@@ -98,6 +98,15 @@ def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor
     return (value * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
 
 
+@op("AddRmsNorm")
+def add_rms_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x1.to(torch.float32) + x2.to(torch.float32)
+    y, rstd = rms_norm(total, gamma, epsilon=epsilon)
+    return y.to(x1.dtype), rstd, total.to(x1.dtype)
+
+
 @op("LayerNormV4")
 def _layer_norm(
     x: Tensor,

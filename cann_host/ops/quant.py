@@ -178,7 +178,7 @@ def _ascend_quant(
     round_mode: str = "round",
     dst_type: int = 2,
     axis: int = -1,
-) -> Tensor:
+) -> Tensor | Int4:
     refusal = check_ascend_quant(
         executor.soc_name(),
         dtype_name(x),
@@ -193,12 +193,33 @@ def _ascend_quant(
     )
     if refusal:
         raise GraphError(refusal)
-    if round_mode != "round" or sqrt_mode or dst_type != INT8:
+    if round_mode != "round" or sqrt_mode:
         raise GraphError(
-            f"round_mode {round_mode}, sqrt_mode {sqrt_mode}, dst_type {dst_type}: cann_host "
-            f"implements round, False and {INT8}"
+            f"round_mode {round_mode}, sqrt_mode {sqrt_mode}: cann_host implements round and False"
         )
-    return static_quant(x, scale, offset, axis)
+    values = static_quant(x, scale, offset, axis, bits=4 if dst_type == INT4 else 8)
+    return Int4(values) if dst_type == INT4 else values
+
+
+def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> Tensor:
+    """x times the factors of its columns, in float32.
+
+    Args:
+        x: (..., k).
+        factors: (k,), or with group_index (groups, k).
+        group_index: for each group of x's rows the row after its last, never falling.
+    """
+    value, factors = x.to(torch.float32), factors.to(torch.float32)
+    if group_index is None or executor.is_meta(x):
+        return value * (factors if group_index is None else factors[0])
+    ends, count = group_index.tolist(), value.numel() // x.shape[-1]
+    if ends != sorted(ends) or ends[0] < 0 or ends[-1] != count:
+        raise GraphError(
+            f"group_index ends with {ends[-1]} and must rise to {count}, the number of rows "
+            "(CANN does not look; it would leave rows out)"
+        )
+    rows = torch.diff(group_index, prepend=group_index.new_zeros(1))
+    return value * factors.repeat_interleave(rows, 0).view(x.shape)
 
 
 @op("DynamicQuant")
@@ -209,11 +230,14 @@ def _dynamic_quant(
     *,
     dst_type: int = 2,
 ) -> tuple[Tensor | Int4, Tensor]:
-    if smooth_scales is not None or group_index is not None:
-        raise GraphError("smooth_scales and group_index are not implemented by cann_host")
+    smooth, groups = (
+        None if t is None else (dtype_name(t), tuple(t.shape)) for t in (smooth_scales, group_index)
+    )
     soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
-    if refusal := check_dynamic_quant(soc, dtype_name(x), shape, y, graph=True):
+    if refusal := check_dynamic_quant(soc, dtype_name(x), shape, y, smooth, groups, graph=True):
         raise GraphError(refusal)
+    if smooth_scales is not None:
+        x = smoothed(x, smooth_scales, group_index)
     values, scale = dynamic_quant(x, bits=4 if dst_type == INT4 else 8)
     return Int4(values) if dst_type == INT4 else values, scale
 
