@@ -160,7 +160,8 @@ def _reason(text: str) -> str:
     lines = [re.sub(r"0x[0-9a-f]+", "0x..", line) for line in lines]
     wrapper = re.compile(r"BackendCompilerFailed|collection failure")
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Unsupported)\b", line)]
-    found = [line for line in lines if NOT_HERE.search(line)]
+    found = [line for line in lines if re.match(r"op type \w+, node", line)]
+    found += [line for line in lines if NOT_HERE.search(line)]
     found += [line for line in errors if not wrapper.search(line)] + lines + ["no reason"]
     # of this machine the folders are not told
     return re.sub(r"/\S+/", ".../", found[0])[:150]
