@@ -131,9 +131,8 @@ def _start(command: list[str], folder: str, limit: float, outcome: Outcome) -> s
 def _count_lines(output: str, outcome: Outcome) -> None:
     """Of torchair's test of its converters."""
     outcome.passed += len(re.findall(r"^\[PASS\] ", output, re.MULTILINE))
-    failures = re.findall(
-        r"^FAILED \[[^\n]*\nError: (.*?)^-{20}$", output, re.MULTILINE | re.DOTALL
-    )
+    failure = re.compile(r"^FAILED \[.*?^Error: (.*?)(?=^-{20}$|^Test result)", re.M | re.S)
+    failures = failure.findall(output)
     failed = len(re.findall(r"^\[FAILED\] ", output, re.MULTILINE))
     outcome.failed += failed
     for text in [*failures, *[""] * (failed - len(failures))]:
@@ -157,11 +156,12 @@ def _count(results: Path, outcome: Outcome) -> None:
 
 def _reason(text: str) -> str:
     """The line that says most: what is not here, else the first error that is no wrapper of one."""
-    lines = [line.removeprefix("E ").strip() for line in text.splitlines()]
-    lines = [re.sub(r"0x[0-9a-f]+", "0x..", line) for line in lines if line]
+    lines = [line.removeprefix("E ").strip() for line in text.splitlines() if line.strip()]
+    lines = [re.sub(r"0x[0-9a-f]+", "0x..", line) for line in lines]
     wrapper = re.compile(r"BackendCompilerFailed|collection failure")
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Unsupported)\b", line)]
-    found = [line for line in lines if NOT_HERE.search(line) and not line.startswith("assert ")]
+    found = [line for line in lines if re.match(r"op type \w+, node", line)]
+    found += [line for line in lines if NOT_HERE.search(line)]
     found += [line for line in errors if not wrapper.search(line)] + lines + ["no reason"]
     # of this machine the folders are not told
     return re.sub(r"/\S+/", ".../", found[0])[:150]

@@ -459,7 +459,9 @@ def _check_quantize(
     axis: int,
     out: AclTensor,
 ) -> None:
-    """By aclnnQuantize's document."""
+    """By quant/quantize/docs of hicann/ops-nn."""
+    if rules.soc_family(_soc) == "Atlas inference (310P)":
+        raise Refused(f"{_soc} has no such operator")
     for name, needed in (("x", x), ("scales", scales), ("out", out)):
         _need(name, needed)
     _need_base_format(x=x, scales=scales, zero_points=zero_points, out=out)
