@@ -64,7 +64,7 @@ int Check(int64_t m, int64_t n, int64_t row_bytes, bool int4, bool nz, int outpu
 
 int main() {
   int64_t calls = 0;
-  for (int64_t m : {1, 5, 7, 31, 32, 33, 48, 63, 129, 300})
+  for (int64_t m : {1, 5, 7, 31, 32, 33, 48, 63, 257, 300})
     for (int64_t row_bytes : {1, 4, 32, 33, 64, 65, 96, 256, 257, 512, 516, 1030, 1088, 1093})
       for (int64_t n : {1, 15, 16, 17, 33, 65, 130})
         for (int kind = 0; kind < 4; ++kind)

@@ -70,7 +70,7 @@ def epilogues(n: int, m: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | 
 
 
 @needs_kernel
-@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 31, 32, 33, 48, 63, 128, 129, 289])
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 31, 32, 33, 48, 63, 256, 257, 289])
 @pytest.mark.parametrize("k", [1, 7, 63, 64, 65, 128, 1023, 1024, 1025, 2049, 4160])
 def test_edges_of_the_blocks(m: int, k: int) -> None:
     for n in (1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 129):

@@ -64,7 +64,7 @@ constexpr int64_t kPanel = 16;     // rows of x in a register
 constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
 constexpr int64_t kWide = 32;      // rows of w in a slice
 constexpr int64_t kSlice = 1024;   // values of k in a slice, at most
-constexpr int64_t kTall = 128;     // rows at a time, at most: x and the accumulators stay in L2
+constexpr int64_t kTall = 256;     // rows at a time, at most: x and the accumulators stay in L2
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
