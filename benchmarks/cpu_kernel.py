@@ -3,8 +3,8 @@
 `... --write` also rewrites benchmarks/cpu_kernel.txt, which holds the last results. onnxruntime and
 torchao are shown where they are installed (`pip install onnx onnxruntime torchao`).
 
-All calls of one size take turns in one process; shown are medians. Two measure the floor, in
-the same rounds and with the same caches: as many int8 products as the matmul has, from registers,
+All calls of one size take turns in one process, in another order each round; shown are medians. Two
+measure the floor, in the same rounds: as many int8 products as the matmul has, from registers,
 and reading its weight. The floor is the longer of the two. A sentinel, a known piece of work, runs
 between the rounds: rounds in which it is slower than usual are dropped, and their number is told.
 """
@@ -17,6 +17,7 @@ import importlib.util
 import io
 import os
 import platform
+import random
 import statistics
 import subprocess
 import tempfile
@@ -41,7 +42,7 @@ SIZES = [
     (512, 4096, 11008),
     (1, 512, 128),
 ]
-ROUNDS = 15
+ROUNDS = 31
 DISTURBED = 1.15  # a sentinel so many times its best marks the round
 
 
@@ -222,10 +223,12 @@ def measure(calls: dict[str, Callable[[], object]], floor: Floor) -> tuple[dict[
         repeats[name] = max(1, min(200, int(2e-3 / (time.perf_counter() - start))))
     rounds: list[dict[str, float]] = []
     disturbed = 0
+    turns = list(calls.items())
     while len(rounds) < ROUNDS and disturbed < 6 * ROUNDS:
         before = floor.sentinel()
         seconds = {}
-        for name, call in calls.items():
+        # in another order each round: who comes after whom finds other things in the caches
+        for name, call in random.Random(len(rounds) + disturbed).sample(turns, len(turns)):
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

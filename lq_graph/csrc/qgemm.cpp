@@ -431,8 +431,10 @@ VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t
   // x's rows stay in L1 while w's pass by; blocks of them are as high as one another
   const int64_t height = part.bottom - part.top, count = (height + kRows<int4> - 1) / kRows<int4>;
   for (int64_t number = 0; number < count; ++number) {
-    // the processor itself looks ahead to the end of a page only; once is enough, and best at the end
-    const int64_t ahead = tail || number < count - 1 ? 0 : kBlock * call.w_stride;
+    // The processor looks ahead to the end of a page only, which for one row of int8 is the best; else
+    // what comes next is asked for, once, and the sooner the more there is to do with what is here.
+    const int64_t next = int4 || count > 1 ? kBlock : height > 1 ? kBlock / 4 : 0;
+    const int64_t ahead = tail || number < count - 1 ? 0 : next * call.w_stride;
     const int64_t row = part.top + height * number / count;
     const int64_t rows = part.top + height * (number + 1) / count - row;
     for (int64_t column = part.left; column < part.right; column += kColumns) {
