@@ -32,7 +32,6 @@ __all__ = [
     "pack_scale",
     "quant_matmul",
     "quantize_rows",
-    "row_peaks",
     "s19",
     "static_quant",
     "unpack_int4",
@@ -386,12 +385,7 @@ def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     Returns:
         int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
     """
-    return quantize_rows(x, row_peaks(x), bits)
-
-
-def row_peaks(x: Tensor) -> Tensor:
-    """The largest magnitude of each row: float32 (...) of a float (..., k)."""
-    return x.to(torch.float32).abs().amax(-1)
+    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits)
 
 
 def quantize_rows(x: Tensor, peak: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:

@@ -207,19 +207,19 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
 }
 
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
-  const auto owned = HandlesOf<aclOpExecutor>().Take(executor);
-  if (owned == nullptr || std::strcmp(owned->op, op) != 0) {
+  const std::shared_ptr<const aclOpExecutor> call = HandlesOf<aclOpExecutor>().Take(executor);
+  if (call == nullptr || std::strcmp(call->op, op) != 0) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
-  return cann_host::OnStream(op, stream, [call = *owned] {
+  return cann_host::OnStream(op, stream, [call] {
     // it may be much later, and again: a captured graph
-    for (const Reach& reach : call.reaches) {
+    for (const Reach& reach : call->reaches) {
       if (!cann_host::IsAllocated(reach.data, reach.bytes)) {
-        return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", call.op,
+        return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", call->op,
                     reach.bytes, reach.data, kInvalid);
       }
     }
-    return Call(call.op, kRun, call.words);
+    return Call(call->op, kRun, call->words);
   });
 }
 

@@ -303,17 +303,20 @@ VNNI int32_t Sum(const int8_t* x, int64_t count) {
   return _mm512_reduce_add_epi32(sum);
 }
 
+// The low four bits of each byte as a number from -8 to 7.
+INLINE_VNNI __m512i LowNibbles(__m512i v) {
+  const __m512i eight = _mm512_set1_epi8(8);
+  v = _mm512_xor_si512(_mm512_and_si512(v, _mm512_set1_epi8(0x0F)), eight);
+  return _mm512_sub_epi8(v, eight);
+}
+
 // Packed int4 rows as int8: for each 64 bytes the 64 even values, then the 64 odd ones, the end
 // filled with zeros.
 VNNI void SplitNibbles(const uint8_t* x, int64_t bytes, int8_t* out) {
-  const __m512i low = _mm512_set1_epi8(0x0F), eight = _mm512_set1_epi8(8);
   for (int64_t at = 0; at < bytes; at += 64) {
     const __m512i v = _mm512_maskz_loadu_epi8(Mask(bytes - at), x + at);
-    const __m512i even = _mm512_xor_si512(_mm512_and_si512(v, low), eight);
-    const __m512i odd =
-        _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), eight);
-    _mm512_storeu_si512(out + 2 * at, _mm512_sub_epi8(even, eight));
-    _mm512_storeu_si512(out + 2 * at + 64, _mm512_sub_epi8(odd, eight));
+    _mm512_storeu_si512(out + 2 * at, LowNibbles(v));
+    _mm512_storeu_si512(out + 2 * at + 64, LowNibbles(_mm512_srli_epi16(v, 4)));
   }
 }
 
@@ -596,7 +599,6 @@ template <bool int4>
 VNNI void TurnRows(const LqMatmul& call, int64_t top, const Left& x) {
   constexpr int64_t kValues = int4 ? 2 : 1;
   const int64_t most = SliceBytes(call);
-  const __m512i low = _mm512_set1_epi8(0x0F), eight = _mm512_set1_epi8(8);
   const __m512i one = _mm512_set1_epi8(1);
   __m512i total = _mm512_setzero_si512();
   for (int64_t from = 0; from < call.row_bytes; from += most) {
@@ -610,9 +612,8 @@ VNNI void TurnRows(const LqMatmul& call, int64_t top, const Left& x) {
             _mm512_maskz_loadu_epi8(mask, call.x + (top + i) * call.x_stride + from + at);
         halves[0][i] = v;
         if constexpr (int4) {
-          halves[0][i] = _mm512_sub_epi8(_mm512_xor_si512(_mm512_and_si512(v, low), eight), eight);
-          halves[1][i] = _mm512_sub_epi8(
-              _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), eight), eight);
+          halves[0][i] = LowNibbles(v);
+          halves[1][i] = LowNibbles(_mm512_srli_epi16(v, 4));
         }
       }
       for (auto& half : halves) {
