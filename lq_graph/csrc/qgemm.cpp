@@ -13,13 +13,14 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <utility>
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")))
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,prfchw")))
 #define INLINE_VNNI __attribute__((always_inline)) inline VNNI
 
 extern "C" {
@@ -337,71 +338,145 @@ INLINE_VNNI __m256i ToBfloat16(__m512 value) {
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
 }
 
-// Some rows and columns of the result, to be computed by one thread.
+// Some rows and columns of the result.
 struct Part {
   int64_t top, bottom, left, right;
 };
 
-// Results of some rows and columns, from accumulators to `out`. What flipping w added to each row's
-// is `surplus`.
+// The parts the result is computed in. Threads come for more when they are done with what they have:
+// cores of one machine are not equally fast, and not equally far from the memory w is in.
+class Parts {
+ public:
+  // Of at most `tall` rows, a multiple of `unit` but at the bottom, and at most `wide` columns.
+  Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide)
+      : rows_(call.m), columns_(call.n), threads_(call.threads) {
+    // columns by sixteens, several parts a thread where there are enough
+    wide_ = std::min(wide, (columns_ + 64 * threads_ - 1) / (64 * threads_) * 16);
+    across_ = (columns_ + wide_ - 1) / wide_;
+    const int64_t times = std::max((rows_ + tall - 1) / tall, across_ < threads_ ? threads_ : 1);
+    tall_ = (rows_ + times * unit - 1) / (times * unit) * unit;
+    count_ = (rows_ + tall_ - 1) / tall_ * across_;
+  }
+
+  // What one thread has taken: parts next to one another, the fewer the nearer the end is.
+  struct Own {
+    int64_t next = 0, end = 0;
+  };
+
+  // The next part of a thread; at the end one without columns.
+  Part Next(Own* own) {
+    if (own->next == own->end) {
+      own->next = taken_.load(std::memory_order_relaxed);
+      do {
+        if (own->next >= count_) {
+          own->end = own->next;
+          return {};
+        }
+        own->end = own->next + std::max<int64_t>(1, (count_ - own->next) / (2 * threads_));
+      } while (!taken_.compare_exchange_weak(own->next, own->end, std::memory_order_relaxed));
+    }
+    const int64_t top = own->next / across_ * tall_, left = own->next % across_ * wide_;
+    ++own->next;
+    return {top, std::min(rows_, top + tall_), left, std::min(columns_, left + wide_)};
+  }
+
+ private:
+  int64_t rows_, columns_, threads_, tall_, wide_, across_, count_;
+  std::atomic<int64_t> taken_{0};
+};
+
+// What sixteen columns of the result are multiplied by, and what is added to them.
+struct Columns {
+  __mmask16 mask;
+  __m512i int_bias, offset;
+  __m512 scale, float_bias;
+};
+
+// From `column` on; only `count` of them if that is less than sixteen.
+INLINE_VNNI Columns ColumnsAt(const LqMatmul& call, int64_t column, int64_t count) {
+  Columns c;
+  c.mask = count >= 16 ? 0xFFFF : (1u << std::max<int64_t>(count, 0)) - 1;
+  c.int_bias = c.offset = _mm512_setzero_si512();
+  c.scale = c.float_bias = _mm512_setzero_ps();
+  if (call.int_bias) c.int_bias = _mm512_maskz_loadu_epi32(c.mask, call.int_bias + column);
+  if (call.float_bias) c.float_bias = _mm512_maskz_loadu_ps(c.mask, call.float_bias + column);
+  if (call.output == 0) {
+    // no scale
+  } else if (call.packed) {
+    __m512i words[2];
+    for (int half = 0; half < 2; ++half) {
+      const auto* word = static_cast<const int64_t*>(call.scale);
+      words[half] = call.scale_stride
+                        ? _mm512_maskz_loadu_epi64(c.mask >> (8 * half), word + column + 8 * half)
+                        : _mm512_set1_epi64(*word);
+    }
+    const __m512i low = Low32(words[0], words[1]);
+    c.scale = _mm512_castsi512_ps(_mm512_and_si512(low, _mm512_set1_epi32(~0x1FFF)));
+    // bits 37 to 45, two's complement
+    const __m512i high = Low32(_mm512_srli_epi64(words[0], 37), _mm512_srli_epi64(words[1], 37));
+    c.offset = _mm512_srai_epi32(_mm512_slli_epi32(high, 23), 23);
+  } else {
+    const auto* factor = static_cast<const float*>(call.scale);
+    c.scale = call.scale_stride ? _mm512_maskz_loadu_ps(c.mask, factor + column)
+                                : _mm512_set1_ps(*factor);
+  }
+  return c;
+}
+
+// Sixteen results of a row, from their sums to `out`, whose element `at` is the first.
+INLINE_VNNI void Store(const LqMatmul& call, const Columns& c, __m512i sum, int64_t row,
+                       int64_t at) {
+  sum = _mm512_add_epi32(sum, c.int_bias);
+  if (call.output == 0) {
+    _mm512_mask_storeu_epi32(static_cast<int32_t*>(call.out) + at, c.mask, sum);
+    return;
+  }
+  __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), c.scale);
+  if (call.output == 1) {
+    // the 9-bit clip comes before the offset, rounding before both
+    value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    value = _mm512_min_ps(_mm512_set1_ps(255), _mm512_max_ps(_mm512_set1_ps(-256), value));
+    const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), c.offset);
+    _mm_mask_storeu_epi8(static_cast<int8_t*>(call.out) + at, c.mask, _mm512_cvtsepi32_epi8(whole));
+    return;
+  }
+  if (call.packed && call.output == 2)
+    value = _mm512_min_ps(_mm512_set1_ps(65504), _mm512_max_ps(_mm512_set1_ps(-65504), value));
+  if (call.pertoken) value = _mm512_mul_ps(value, _mm512_set1_ps(call.pertoken[row]));
+  if (call.float_bias) value = _mm512_add_ps(value, c.float_bias);
+  const __m256i narrow = call.output == 2
+                             ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                             : ToBfloat16(value);
+  _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, c.mask, narrow);
+}
+
+// Results of a part, from accumulators to `out`. What flipping w added to each row's is `surplus`. By
+// 32 columns, for a line of 16-bit results has as many, and rows of `out` may be such a distance apart
+// that the first cache loses a line before it is come back to.
 VNNI void Finish(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* surplus,
                  const Part& part) {
-  for (int64_t column = part.left; column < part.right; column += 16) {
+  for (int64_t column = part.left; column < part.right; column += 32, sums += 32) {
     const int64_t count = part.right - column;
-    const __mmask16 mask = count >= 16 ? 0xFFFF : (1u << count) - 1;
-    __m512i int_bias = _mm512_setzero_si512(), offset = int_bias;
-    if (call.int_bias) int_bias = _mm512_maskz_loadu_epi32(mask, call.int_bias + column);
-    __m512 scale = _mm512_setzero_ps(), float_bias = scale;
-    if (call.float_bias) float_bias = _mm512_maskz_loadu_ps(mask, call.float_bias + column);
-    if (call.output == 0) {
-      // no scale
-    } else if (call.packed) {
-      __m512i words[2];
-      for (int half = 0; half < 2; ++half) {
-        const auto* word = static_cast<const int64_t*>(call.scale);
-        words[half] = call.scale_stride
-                          ? _mm512_maskz_loadu_epi64(mask >> (8 * half), word + column + 8 * half)
-                          : _mm512_set1_epi64(*word);
-      }
-      const __m512i low = Low32(words[0], words[1]);
-      scale = _mm512_castsi512_ps(_mm512_and_si512(low, _mm512_set1_epi32(~0x1FFF)));
-      // bits 37 to 45, two's complement
-      const __m512i high =
-          Low32(_mm512_srli_epi64(words[0], 37), _mm512_srli_epi64(words[1], 37));
-      offset = _mm512_srai_epi32(_mm512_slli_epi32(high, 23), 23);
-    } else {
-      const auto* factor = static_cast<const float*>(call.scale);
-      scale = call.scale_stride ? _mm512_maskz_loadu_ps(mask, factor + column)
-                                : _mm512_set1_ps(*factor);
-    }
+    const Columns first = ColumnsAt(call, column, count);
+    const Columns second = ColumnsAt(call, column + 16, count - 16);
     for (int64_t row = part.top; row < part.bottom; ++row) {
       const int64_t i = row - part.top, at = row * call.n + column;
-      __m512i sum = _mm512_loadu_si512(sums + i * stride + column - part.left);
-      sum = _mm512_add_epi32(_mm512_sub_epi32(sum, _mm512_set1_epi32(surplus[i])), int_bias);
-      if (call.output == 0) {
-        _mm512_mask_storeu_epi32(static_cast<int32_t*>(call.out) + at, mask, sum);
-        continue;
-      }
-      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-      if (call.output == 1) {
-        // the 9-bit clip comes before the offset, rounding before both
-        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        value = _mm512_min_ps(_mm512_set1_ps(255), _mm512_max_ps(_mm512_set1_ps(-256), value));
-        const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), offset);
-        _mm_mask_storeu_epi8(static_cast<int8_t*>(call.out) + at, mask,
-                             _mm512_cvtsepi32_epi8(whole));
-        continue;
-      }
-      if (call.packed && call.output == 2)
-        value = _mm512_min_ps(_mm512_set1_ps(65504), _mm512_max_ps(_mm512_set1_ps(-65504), value));
-      if (call.pertoken) value = _mm512_mul_ps(value, _mm512_set1_ps(call.pertoken[row]));
-      if (call.float_bias) value = _mm512_add_ps(value, float_bias);
-      const __m256i narrow =
-          call.output == 2
-              ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-              : ToBfloat16(value);
-      _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, mask, narrow);
+      const __m512i more = _mm512_set1_epi32(surplus[i]);
+      const int32_t* const sum = sums + i * stride;
+      Store(call, first, _mm512_sub_epi32(_mm512_loadu_si512(sum), more), row, at);
+      if (count > 16)
+        Store(call, second, _mm512_sub_epi32(_mm512_loadu_si512(sum + 16), more), row, at + 16);
     }
+  }
+}
+
+// Brings what will be written to the caches.
+VNNI void Expect(const LqMatmul& call, const Part& part) {
+  const int64_t width = call.output == 0 ? 4 : call.output == 1 ? 1 : 2;
+  for (int64_t row = part.top; row < part.bottom; ++row) {
+    char* const out = static_cast<char*>(call.out) + row * call.n * width;
+    for (int64_t at = part.left * width; at < part.right * width; at += 64)
+      __builtin_prefetch(out + at, 1);
   }
 }
 
@@ -457,10 +532,10 @@ VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t
 }
 
 template <bool int4>
-VNNI void FewRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
+VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* sums) {
   const int64_t whole = call.row_bytes / 64 * 64;
-  for (int64_t left = all.left; left < all.right; left += kBlock) {
-    const Part part{all.top, all.bottom, left, std::min(all.right, left + kBlock)};
+  Parts::Own own;
+  for (Part part = parts->Next(&own); part.right; part = parts->Next(&own)) {
     for (int64_t from = 0; from < whole; from += kDepth)
       Slab<int4>(call, x, part, from, std::min(kDepth, whole - from), sums);
     if (whole < call.row_bytes)
@@ -472,17 +547,16 @@ VNNI void FewRows(const LqMatmul& call, const Left& x, const Part& all, int32_t*
 // Sums of a panel of x and the columns of `part`, turned so that those of a row are together.
 VNNI void FinishPanel(const LqMatmul& call, const int32_t* sums, int64_t stride,
                       const int32_t* surplus, const Part& part) {
-  for (Part some = part; some.left < part.right; some.left += 16, sums += 16 * stride) {
-    some.right = std::min(some.left + 16, part.right);
+  alignas(64) int32_t rows[kPanel * kWide];
+  for (int64_t column = 0; column < part.right - part.left; column += 16, sums += 16 * stride) {
     __m512i v[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(sums + i * stride);
     Turn(v);
-    alignas(64) int32_t rows[16 * 16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + 16 * i, v[i]);
-    Finish(call, rows, 16, surplus, some);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + i * kWide + column, v[i]);
   }
+  Finish(call, rows, kWide, surplus, part);
 }
 
 // Bytes of w's rows in each slice but the last, which has hardly less: what is copied while a short
@@ -493,23 +567,36 @@ int64_t SliceBytes(const LqMatmul& call) {
   return (blocks + slices - 1) / slices * 64;
 }
 
-// Some rows of w, and the bytes of them, that are a slice.
+// The bytes [from, from + depth) of the rows of w that a part's columns are.
 struct Slice {
-  int64_t left, right, from, depth;
+  Part part;
+  int64_t from, depth;
+  bool last;  // of its part
 };
 
-// The slices of the columns of `part`, those of the same columns after one another; at their end one
-// without columns.
-Slice SliceAt(const LqMatmul& call, const Part& part, int64_t left, int64_t from) {
-  const int64_t most = SliceBytes(call);
-  if (from >= call.row_bytes) left = std::min(part.right, left + kWide), from = 0;
-  return {left, std::min(part.right, left + kWide), from, std::min(most, call.row_bytes - from)};
-}
+// The slices of one thread, in their order; at the end one without columns.
+class Slices {
+ public:
+  Slices(const LqMatmul& call, Parts* parts) : bytes_(call.row_bytes), most_(SliceBytes(call)), parts_(parts) {}
+
+  Slice Next() {
+    if (from_ == 0) part_ = parts_->Next(&own_);
+    Slice slice{part_, from_, std::min(most_, bytes_ - from_), from_ + most_ >= bytes_};
+    from_ = slice.last ? 0 : from_ + most_;
+    return slice;
+  }
+
+ private:
+  int64_t bytes_, most_, from_ = 0;
+  Parts* parts_;
+  Parts::Own own_;
+  Part part_{};
+};
 
 // A slice, from byte `done` of each row on, for MultiplySlice.
 VNNI void CopySlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
   const int64_t values = call.int4 ? 2 : 1;
-  for (int64_t row = slice.left; row < slice.right; ++row, out += kSlice) {
+  for (int64_t row = slice.part.left; row < slice.part.right; ++row, out += kSlice) {
     const uint8_t* const w = WeightAt(call, row, slice.from);
     for (int64_t at = done; at < slice.depth; at += 64) {
       const int64_t left = slice.depth - at;
@@ -523,22 +610,30 @@ VNNI void CopySlice(const LqMatmul& call, const Slice& slice, int64_t done, uint
   }
 }
 
-// Panels of x, which begin at `x`, by a slice that is copied to `w`, into `sums`; what is `upcoming`
-// is shared out over the calls.
-VNNI void MultiplyPanels(const int8_t* x, int64_t panels, const uint8_t* w, const Slice& slice,
+// The rows of x of a slice's part by the slice, which is copied to `w`, into `sums`; what is `upcoming`
+// is shared out over the calls, and so is what of the result will be written after them.
+VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice, const uint8_t* w,
                          Upcoming upcoming, int32_t* sums) {
   constexpr int64_t kNarrow = kAccumulators / 2;
-  const int64_t columns = slice.right - slice.left, pairs = panels / 2;
-  const int64_t blocks = (slice.depth + 63) / 64;
-  const int64_t x_panel = blocks * (upcoming.unfolding.int4 ? 128 : 64) * kPanel;
+  const Part& part = slice.part;
+  const int64_t values = call.int4 ? 2 : 1;
+  const int64_t height = part.bottom - part.top, columns = part.right - part.left;
+  const int64_t panels = (height + kPanel - 1) / kPanel, pairs = panels / 2;
+  const int64_t blocks = (slice.depth + 63) / 64, x_panel = blocks * 64 * values * kPanel;
+  const int8_t* const rows =
+      x.x + slice.from * values * x.stride + part.top * blocks * 64 * values;
   const int64_t calls = pairs * ((columns + kNarrow - 1) / kNarrow) +
                         panels % 2 * ((columns + kAccumulators - 1) / kAccumulators);
-  int64_t left = upcoming.rows;
+  int64_t left = upcoming.rows, number = 0;
   const int64_t each = (left + calls - 1) / calls;
   const auto multiply = [&](int64_t panel, int64_t column, const auto& kernels) {
+    if (slice.last)
+      Expect(call, {part.top + height * number / calls, part.top + height * (number + 1) / calls,
+                    part.left, part.right});
+    ++number;
     upcoming.rows = std::min(each, left);
     kernels[std::min<int64_t>(kernels.size(), columns - column) - 1](
-        x + panel * x_panel, x_panel, w + column * kSlice, blocks, upcoming, slice.from == 0,
+        rows + panel * x_panel, x_panel, w + column * kSlice, blocks, upcoming, slice.from == 0,
         sums + (column * panels + panel) * kPanel, panels * kPanel);
     left -= upcoming.rows;
     upcoming.from += upcoming.rows * upcoming.row_step;
@@ -552,44 +647,38 @@ VNNI void MultiplyPanels(const int8_t* x, int64_t panels, const uint8_t* w, cons
       multiply(panels - 1, column, kMultiplySlice<1>);
 }
 
-VNNI void ManyRows(const LqMatmul& call, const Left& x, const Part& all, int32_t* sums) {
-  const int64_t values = call.int4 ? 2 : 1;
+VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* sums) {
   alignas(64) uint8_t copies[2][kSlice * kWide];
-  // as many each time
-  const int64_t height = all.bottom - all.top, times = (height + kTall - 1) / kTall;
-  const int64_t tall = (height + times * kPanel - 1) / (times * kPanel) * kPanel;
-  for (Part part = all; part.top < all.bottom; part.top += tall) {
-    part.bottom = std::min(all.bottom, part.top + tall);
-    const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
-    uint8_t *w = copies[0], *other = copies[1];
-    int64_t copied = 0;  // bytes of each row of the slice that are there already
-    Slice slice = SliceAt(call, all, all.left, 0);
-    while (slice.left < all.right) {
-      if (copied < slice.depth) CopySlice(call, slice, copied, w);
-      const Slice next = SliceAt(call, all, slice.left, slice.from + slice.depth);
-      const Slice after = SliceAt(call, all, next.left, next.from + next.depth);
-      const uint8_t* const from = WeightAt(call, next.left, next.from);
-      copied = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
-      const Upcoming upcoming{from,
-                              other,
-                              next.right - next.left,
-                              call.w_stride,
-                              copied / 64,
-                              call.w_step,
-                              WeightAt(call, after.left, after.from) - from,
-                              kUnfolding[call.int4]};
-      const int64_t padded = (slice.depth + 63) / 64 * 64 * values;
-      MultiplyPanels(x.x + slice.from * values * x.stride + part.top * padded, panels, w, slice,
-                     upcoming, sums);
-      if (next.left > slice.left)
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const int64_t top = part.top + panel * kPanel;
-          FinishPanel(call, sums + panel * kPanel, panels * kPanel, x.surplus + top,
-                      {top, std::min(part.bottom, top + kPanel), slice.left, slice.right});
-        }
-      slice = next;
-      std::swap(w, other);
+  uint8_t *w = copies[0], *other = copies[1];
+  int64_t copied = 0;  // bytes of each row of the slice that are there already
+  Slices slices(call, parts);
+  Slice slice = slices.Next(), next = slices.Next();
+  while (slice.part.right) {
+    const Slice after = slices.Next();
+    const Part& part = slice.part;
+    if (copied < slice.depth) CopySlice(call, slice, copied, w);
+    const uint8_t* const from = WeightAt(call, next.part.left, next.from);
+    copied = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
+    const Upcoming upcoming{from,
+                            other,
+                            next.part.right - next.part.left,
+                            call.w_stride,
+                            copied / 64,
+                            call.w_step,
+                            WeightAt(call, after.part.left, after.from) - from,
+                            kUnfolding[call.int4]};
+    MultiplyPanels(call, x, slice, w, upcoming, sums);
+    if (slice.last) {
+      const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t top = part.top + panel * kPanel;
+        FinishPanel(call, sums + panel * kPanel, panels * kPanel, x.surplus + top,
+                    {top, std::min(part.bottom, top + kPanel), part.left, part.right});
+      }
     }
+    slice = next;
+    next = after;
+    std::swap(w, other);
   }
 }
 
@@ -673,34 +762,22 @@ VNNI int Run(const LqMatmul& call) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
       TurnRows<int4>(call, panel * kPanel, x);
   };
-  const auto compute_part = [&](int64_t number, int64_t count) {
-    Part own{0, m, 0, n};
-    // columns are shared out in sixteens, unless there are too few of them for all threads
-    const int64_t groups = (n + 15) / 16;
-    if (groups >= count) {
-      own.left = groups * number / count * 16;
-      own.right = std::min(n, groups * (number + 1) / count * 16);
-    } else if (many) {
-      own.top = panels * number / count * kPanel;
-      own.bottom = std::min(m, panels * (number + 1) / count * kPanel);
-    } else {
-      own.top = m * number / count;
-      own.bottom = m * (number + 1) / count;
-    }
-    (many ? ManyRows : FewRows<int4>)(call, x, own, sums.get() + number * own_sums);
+  Parts parts = many ? Parts(call, kTall, kPanel, kWide) : Parts(call, m, 1, kBlock);
+  const auto compute_part = [&](int64_t number) {
+    (many ? ManyRows : FewRows<int4>)(call, x, &parts, sums.get() + number * own_sums);
   };
   const auto copy_part = [&](int64_t number, int64_t count) {
     many ? copy_many(number, count) : copy_few(number, count);
   };
   if (threads == 1) {
     copy_part(0, 1);
-    compute_part(0, 1);
+    compute_part(0);
   } else {
 #pragma omp parallel num_threads(threads)
     {
       copy_part(omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
-      compute_part(omp_get_thread_num(), omp_get_num_threads());
+      compute_part(omp_get_thread_num());
     }
   }
   return 0;
