@@ -54,7 +54,9 @@ namespace {
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 constexpr int kColumns = 4;       // rows of w, columns of the result
-constexpr int64_t kDepth = 4096;  // bytes of w's row at a time: w's rows stay in L1 beside most of x
+// Bytes of w's rows at a time: x's stay in L1 beside them. w is read fastest by whole pages, but not
+// where it is read again, by the next rows of x.
+constexpr int64_t kDepth = 4096, kDepthAgain = 2048;
 constexpr int64_t kBlock = 64;    // columns at a time
 
 // Many rows: x is turned, once, so that registers run along m and need no sum across. w is read by
@@ -92,29 +94,47 @@ INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + step)), 1);
 }
 
-// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c. What is
-// `ahead` bytes further in w is brought to L2, unless that is 0. A row of x has a byte for each of w;
-// for int4 64 even values, then the 64 odd ones, for each 64 bytes of w. The loops are written out
-// flat: only so does GCC 12 keep an array of accumulators in registers.
+// Whether what comes next from memory is asked for. The processor looks ahead by itself, to the end of
+// a page, and for one row of int8 that is faster.
+template <int rows, bool int4>
+constexpr bool kAsks = int4 || rows > 1;
+
+// 64 bytes of a row of w, to be brought to the caches.
+template <bool nz>
+INLINE_VNNI void Ask(const uint8_t* w, int64_t step) {
+  _mm_prefetch(w, _MM_HINT_T0);
+  if (nz) _mm_prefetch(w + step, _MM_HINT_T0);
+}
+
+// Rows of w to be asked for while others are multiplied: none, one, two or four.
+struct Coming {
+  const uint8_t* from;
+  int64_t stride, rows;
+};
+
+// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c. A row of
+// x has a byte for each of w; for int4 64 even values, then the 64 odd ones, for each 64 bytes of w.
+// The loops are written out flat: only so does GCC 12 keep an array of accumulators in registers.
 template <int rows, bool int4, bool nz>
 VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
-                   int64_t ahead, int64_t depth, bool first, int32_t* c, int64_t c_stride) {
+                   const Coming& coming, int64_t depth, bool first, int32_t* c,
+                   int64_t c_stride) {
   const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+  const int64_t asked = coming.rows;
   __m512i sum[rows][kColumns];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
-    if (ahead) {
-      const int64_t next = ahead + at / 32 * step;
-      _mm_prefetch(w0 + next, _MM_HINT_T1);
-      _mm_prefetch(w2 + next, _MM_HINT_T1);
-      // a line of FRACTAL_NZ has two rows, and half of what is wanted of each
-      _mm_prefetch(nz ? w0 + next + step : w1 + next, _MM_HINT_T1);
-      _mm_prefetch(nz ? w2 + next + step : w3 + next, _MM_HINT_T1);
+    if constexpr (kAsks<rows, int4>) {
+      const uint8_t* next = coming.from + at / 32 * step;
+      if (asked > 0) Ask<nz>(next, step);
+      if (asked > 1) Ask<nz>(next + coming.stride, step);
+      if (asked > 2) Ask<nz>(next + 2 * coming.stride, step);
+      if (asked > 2) Ask<nz>(next + 3 * coming.stride, step);
     }
     __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
                            LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
@@ -155,8 +175,8 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
   }
 }
 
-using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, int64_t, int64_t,
-                            bool, int32_t*, int64_t);
+using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, const Coming&,
+                            int64_t, bool, int32_t*, int64_t);
 template <bool int4, bool nz, int... i>
 constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
   return {Multiply<i + 1, int4, nz>...};
@@ -496,51 +516,101 @@ inline const uint8_t* WeightAt(const LqMatmul& call, int64_t row, int64_t from) 
 
 bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
 
-// Products of some rows of x over the bytes [from, from + depth) of some rows of w. The tail, which
-// is shorter than 64 bytes, is multiplied as copies that end in zeros.
+// Bytes of w's rows in each slice but the last, which has hardly less: what comes from memory while a
+// short slice is multiplied is short.
+int64_t SliceBytes(const LqMatmul& call) {
+  int64_t most = call.int4 ? kSlice / 2 : kSlice;
+  if (call.m < kManyRows)
+    most = call.m <= (call.int4 ? kRows<true> : kRows<false>) ? kDepth : kDepthAgain;
+  const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
+  return (blocks + slices - 1) / slices * 64;
+}
+
+// The bytes [from, from + depth) of the rows of w that a part's columns are.
+struct Slice {
+  Part part;
+  int64_t from, depth;
+  bool last;  // of its part
+};
+
+// The slices of one thread, in their order; at the end one without columns.
+class Slices {
+ public:
+  Slices(const LqMatmul& call, Parts* parts)
+      : bytes_(call.row_bytes), most_(SliceBytes(call)), parts_(parts) {}
+
+  Slice Next() {
+    if (from_ == 0) part_ = parts_->Next(&own_);
+    const Slice slice{part_, from_, std::min(most_, bytes_ - from_), from_ + most_ >= bytes_};
+    from_ = slice.last ? 0 : from_ + most_;
+    return slice;
+  }
+
+ private:
+  int64_t bytes_, most_, from_ = 0;
+  Parts* parts_;
+  Parts::Own own_;
+  Part part_{};
+};
+
+// Few rows of x by a slice, into `sums`, while the next comes from memory.
 template <bool int4>
-VNNI void Slab(const LqMatmul& call, const Left& left, const Part& part, int64_t from, int64_t depth,
-               int32_t* sums) {
-  const bool tail = depth < 64;
-  // a copied tail is plain
-  const auto& multiply = IsNz(call) && !tail ? kMultiply<int4, true> : kMultiply<int4, false>;
-  const int8_t* x = left.x + from * (int4 ? 2 : 1);
-  uint8_t copies[kColumns][64] = {};
+VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slice,
+                       const Slice& next, int32_t* sums) {
+  const Part& part = slice.part;
+  const int64_t whole = slice.depth / 64 * 64, tail = slice.depth - whole;
+  const int8_t* const x = left.x + slice.from * (int4 ? 2 : 1);
   // x's rows stay in L1 while w's pass by; blocks of them are as high as one another
   const int64_t height = part.bottom - part.top, count = (height + kRows<int4> - 1) / kRows<int4>;
+  const int64_t width = part.right - part.left;
+  // asked for the sooner the more there is to do with what is here
+  const int64_t ahead = int4 || count > 1 ? width : kBlock / 4;
   for (int64_t number = 0; number < count; ++number) {
-    // The processor looks ahead to the end of a page only, which for one row of int8 is the best; else
-    // what comes next is asked for, once, and the sooner the more there is to do with what is here.
-    const int64_t next = int4 || count > 1 ? kBlock : height > 1 ? kBlock / 4 : 0;
-    const int64_t ahead = tail || number < count - 1 ? 0 : next * call.w_stride;
     const int64_t row = part.top + height * number / count;
     const int64_t rows = part.top + height * (number + 1) / count - row;
-    for (int64_t column = part.left; column < part.right; column += kColumns) {
+    // Of each four rows of w to come, those that are asked for while this block is multiplied.
+    const int64_t asked = kColumns * number / count;
+    const int64_t asking = kColumns * (number + 1) / count - asked;
+    for (int64_t column = 0; column < width; column += kColumns) {
       const uint8_t* w[kColumns];
-      for (int64_t i = 0; i < kColumns; ++i) {
-        w[i] = WeightAt(call, std::min(column + i, call.n - 1), from);
-        if (!tail) continue;
-        std::memcpy(copies[i], w[i], std::min<int64_t>(depth, 32));
-        if (depth > 32) std::memcpy(copies[i] + 32, w[i] + call.w_step, depth - 32);
-        w[i] = copies[i];
+      for (int64_t i = 0; i < kColumns; ++i)
+        w[i] = WeightAt(call, std::min(part.left + column + i, call.n - 1), slice.from);
+      const int8_t* const some = x + row * left.stride;
+      int32_t* const c = sums + (row - part.top) * kBlock + column;
+      if (whole) {
+        const int64_t row_ahead =
+            ahead + asked * ((width + kColumns - 1) / kColumns) + column / kColumns * asking;
+        const bool here = row_ahead < width;
+        const Coming coming{here ? WeightAt(call, part.left + row_ahead, slice.from)
+                                 : WeightAt(call, next.part.left + row_ahead - width, next.from),
+                            call.w_stride, here || next.part.right ? asking : 0};
+        const auto& multiply = IsNz(call) ? kMultiply<int4, true> : kMultiply<int4, false>;
+        multiply[rows - 1](some, left.stride, w, call.w_step, coming, whole, slice.from == 0, c,
+                           kBlock);
       }
-      multiply[rows - 1](x + row * left.stride, left.stride, w, call.w_step, ahead,
-                         tail ? 64 : depth, from == 0,
-                         sums + (row - part.top) * kBlock + column - part.left, kBlock);
+      if (tail) {  // as copies, plain ones, that end in zeros
+        uint8_t copies[kColumns][64] = {};
+        for (int64_t i = 0; i < kColumns; ++i) {
+          const uint8_t* const end = w[i] + whole / 32 * call.w_step;
+          std::memcpy(copies[i], end, std::min<int64_t>(tail, 32));
+          if (tail > 32) std::memcpy(copies[i] + 32, end + call.w_step, tail - 32);
+          w[i] = copies[i];
+        }
+        kMultiply<int4, false>[rows - 1](some + whole * (int4 ? 2 : 1), left.stride, w, 32, {}, 64,
+                                         slice.depth == tail && slice.from == 0, c, kBlock);
+      }
     }
   }
 }
 
 template <bool int4>
 VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* sums) {
-  const int64_t whole = call.row_bytes / 64 * 64;
-  Parts::Own own;
-  for (Part part = parts->Next(&own); part.right; part = parts->Next(&own)) {
-    for (int64_t from = 0; from < whole; from += kDepth)
-      Slab<int4>(call, x, part, from, std::min(kDepth, whole - from), sums);
-    if (whole < call.row_bytes)
-      Slab<int4>(call, x, part, whole, call.row_bytes - whole, sums);
-    Finish(call, sums, kBlock, x.surplus + part.top, part);
+  Slices slices(call, parts);
+  for (Slice slice = slices.Next(); slice.part.right;) {
+    const Slice next = slices.Next();
+    MultiplyRows<int4>(call, x, slice, next, sums);
+    if (slice.last) Finish(call, sums, kBlock, x.surplus + slice.part.top, slice.part);
+    slice = next;
   }
 }
 
@@ -558,40 +628,6 @@ VNNI void FinishPanel(const LqMatmul& call, const int32_t* sums, int64_t stride,
   }
   Finish(call, rows, kWide, surplus, part);
 }
-
-// Bytes of w's rows in each slice but the last, which has hardly less: what is copied while a short
-// slice is multiplied is short.
-int64_t SliceBytes(const LqMatmul& call) {
-  const int64_t blocks = (call.row_bytes + 63) / 64, most = kSlice / (call.int4 ? 128 : 64);
-  const int64_t slices = (blocks + most - 1) / most;
-  return (blocks + slices - 1) / slices * 64;
-}
-
-// The bytes [from, from + depth) of the rows of w that a part's columns are.
-struct Slice {
-  Part part;
-  int64_t from, depth;
-  bool last;  // of its part
-};
-
-// The slices of one thread, in their order; at the end one without columns.
-class Slices {
- public:
-  Slices(const LqMatmul& call, Parts* parts) : bytes_(call.row_bytes), most_(SliceBytes(call)), parts_(parts) {}
-
-  Slice Next() {
-    if (from_ == 0) part_ = parts_->Next(&own_);
-    Slice slice{part_, from_, std::min(most_, bytes_ - from_), from_ + most_ >= bytes_};
-    from_ = slice.last ? 0 : from_ + most_;
-    return slice;
-  }
-
- private:
-  int64_t bytes_, most_, from_ = 0;
-  Parts* parts_;
-  Parts::Own own_;
-  Part part_{};
-};
 
 // A slice, from byte `done` of each row on, for MultiplySlice.
 VNNI void CopySlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
