@@ -67,7 +67,8 @@ constexpr int64_t kPanel = 16;     // rows of x in a register
 constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
 constexpr int64_t kWide = 32;      // rows of w in a slice
 constexpr int64_t kSlice = 1024;   // values of k in a slice, at most
-constexpr int64_t kTall = 256;     // rows at a time, at most: x and the accumulators stay in L2
+// Rows and columns at a time, at most: a slice of x and all accumulators stay in L2.
+constexpr int64_t kTall = 256, kWidest = 256;
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
@@ -363,46 +364,39 @@ struct Part {
   int64_t top, bottom, left, right;
 };
 
-// The parts the result is computed in. Threads come for more when they are done with what they have:
-// cores of one machine are not equally fast, and not equally far from the memory w is in.
+// The parts the result is computed in. Threads come for another when they are done with one: cores of
+// one machine are not equally fast, and not equally far from the memory w is in. The nearer the end,
+// the narrower they are.
 class Parts {
  public:
-  // Of at most `tall` rows, a multiple of `unit` but at the bottom, and at most `wide` columns.
-  Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide)
+  // Of at most `tall` rows, a multiple of `unit` but at the bottom. Of at most `widest` columns,
+  // a multiple of `wide` unless there are few.
+  Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide, int64_t widest)
       : rows_(call.m), columns_(call.n), threads_(call.threads) {
-    // columns by sixteens, several parts a thread where there are enough
     wide_ = std::min(wide, (columns_ + 64 * threads_ - 1) / (64 * threads_) * 16);
+    most_ = std::max<int64_t>(1, widest / wide_);
     across_ = (columns_ + wide_ - 1) / wide_;
     const int64_t times = std::max((rows_ + tall - 1) / tall, across_ < threads_ ? threads_ : 1);
     tall_ = (rows_ + times * unit - 1) / (times * unit) * unit;
     count_ = (rows_ + tall_ - 1) / tall_ * across_;
   }
 
-  // What one thread has taken: parts next to one another, the fewer the nearer the end is.
-  struct Own {
-    int64_t next = 0, end = 0;
-  };
-
-  // The next part of a thread; at the end one without columns.
-  Part Next(Own* own) {
-    if (own->next == own->end) {
-      own->next = taken_.load(std::memory_order_relaxed);
-      do {
-        if (own->next >= count_) {
-          own->end = own->next;
-          return {};
-        }
-        own->end = own->next + std::max<int64_t>(1, (count_ - own->next) / (2 * threads_));
-      } while (!taken_.compare_exchange_weak(own->next, own->end, std::memory_order_relaxed));
-    }
-    const int64_t top = own->next / across_ * tall_, left = own->next % across_ * wide_;
-    ++own->next;
-    return {top, std::min(rows_, top + tall_), left, std::min(columns_, left + wide_)};
+  // The next; at the end one without columns.
+  Part Next() {
+    int64_t begin = taken_.load(std::memory_order_relaxed), end;
+    do {
+      if (begin >= count_) return {};
+      const int64_t share = std::max<int64_t>(1, (count_ - begin) / (2 * threads_));
+      end = begin + std::min({share, most_, across_ - begin % across_});
+    } while (!taken_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    const int64_t top = begin / across_ * tall_, left = begin % across_ * wide_;
+    return {top, std::min(rows_, top + tall_), left,
+            std::min(columns_, left + (end - begin) * wide_)};
   }
 
  private:
-  int64_t rows_, columns_, threads_, tall_, wide_, across_, count_;
-  std::atomic<int64_t> taken_{0};
+  int64_t rows_, columns_, threads_, tall_, wide_, most_, across_, count_;
+  std::atomic<int64_t> taken_{0};  // pieces of tall_ rows and wide_ columns
 };
 
 // What sixteen columns of the result are multiplied by, and what is added to them.
@@ -526,31 +520,44 @@ int64_t SliceBytes(const LqMatmul& call) {
   return (blocks + slices - 1) / slices * 64;
 }
 
-// The bytes [from, from + depth) of the rows of w that a part's columns are.
+// The bytes [from, from + depth) of the rows of w that some columns of a part are: `part` is these, and
+// there are `before` columns left of them.
 struct Slice {
   Part part;
-  int64_t from, depth;
-  bool last;  // of its part
+  int64_t before, from, depth;
+  bool last;  // of these columns
 };
 
 // The slices of one thread, in their order; at the end one without columns.
 class Slices {
  public:
   Slices(const LqMatmul& call, Parts* parts)
-      : bytes_(call.row_bytes), most_(SliceBytes(call)), parts_(parts) {}
+      : many_(call.m >= kManyRows), wide_(many_ ? kWide : kBlock), bytes_(call.row_bytes),
+        most_(SliceBytes(call)), deep_((bytes_ + most_ - 1) / most_), parts_(parts) {}
 
   Slice Next() {
-    if (from_ == 0) part_ = parts_->Next(&own_);
-    const Slice slice{part_, from_, std::min(most_, bytes_ - from_), from_ + most_ >= bytes_};
-    from_ = slice.last ? 0 : from_ + most_;
-    return slice;
+    if (number_ == across_ * deep_) {
+      part_ = parts_->Next();
+      across_ = (part_.right - part_.left + wide_ - 1) / wide_;
+      number_ = 0;
+    }
+    if (!across_) return {};
+    // With many rows all of x's values that a slice needs stay in L2 while columns pass by; with few,
+    // a row of w is read to its end.
+    const int64_t column = many_ ? number_ % across_ : number_ / deep_;
+    const int64_t from = (many_ ? number_ / across_ : number_ % deep_) * most_;
+    ++number_;
+    const int64_t before = column * wide_, left = part_.left + before;
+    return {{part_.top, part_.bottom, left, std::min(part_.right, left + wide_)}, before, from,
+            std::min(most_, bytes_ - from), from + most_ >= bytes_};
   }
 
  private:
-  int64_t bytes_, most_, from_ = 0;
+  bool many_;
+  int64_t wide_, bytes_, most_, deep_;
   Parts* parts_;
-  Parts::Own own_;
   Part part_{};
+  int64_t across_ = 0, number_ = 0;
 };
 
 // Few rows of x by a slice, into `sums`, while the next comes from memory.
@@ -703,12 +710,13 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* s
                             call.w_step,
                             WeightAt(call, after.part.left, after.from) - from,
                             kUnfolding[call.int4]};
-    MultiplyPanels(call, x, slice, w, upcoming, sums);
+    const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
+    int32_t* const own = sums + slice.before * panels * kPanel;
+    MultiplyPanels(call, x, slice, w, upcoming, own);
     if (slice.last) {
-      const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t top = part.top + panel * kPanel;
-        FinishPanel(call, sums + panel * kPanel, panels * kPanel, x.surplus + top,
+        FinishPanel(call, own + panel * kPanel, panels * kPanel, x.surplus + top,
                     {top, std::min(part.bottom, top + kPanel), part.left, part.right});
       }
     }
@@ -782,7 +790,7 @@ VNNI int Run(const LqMatmul& call) {
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
   const int64_t panels = (m + kPanel - 1) / kPanel;
   const int64_t stride = many ? panels * kPanel : padded + 64;
-  const int64_t own_sums = many ? std::min(kTall, panels * kPanel) * kWide : m * kBlock;
+  const int64_t own_sums = many ? std::min(kTall, panels * kPanel) * kWidest : m * kBlock;
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
   const auto surplus = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
@@ -798,7 +806,7 @@ VNNI int Run(const LqMatmul& call) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
       TurnRows<int4>(call, panel * kPanel, x);
   };
-  Parts parts = many ? Parts(call, kTall, kPanel, kWide) : Parts(call, m, 1, kBlock);
+  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kWide : kBlock, many ? kWidest : n);
   const auto compute_part = [&](int64_t number) {
     (many ? ManyRows : FewRows<int4>)(call, x, &parts, sums.get() + number * own_sums);
   };
