@@ -3,10 +3,13 @@
 `... --write` also rewrites benchmarks/cpu_kernel.txt, which holds the last results. onnxruntime and
 torchao are shown where they are installed (`pip install onnx onnxruntime torchao`).
 
-All calls of one size take turns in one process, in another order each round; shown are medians. Two
-measure the floor, in the same rounds: as many int8 products as the matmul has, from registers,
-and reading its weight. The floor is the longer of the two. A sentinel, a known piece of work, runs
-between the rounds: rounds in which it is slower than usual are dropped, and their number is told.
+All calls of one size take turns in one process, in another order each round; shown are medians. Each
+is measured in two ways: `layers`, one layer after another as in a model, so that each call's weight
+comes from memory; and `again`, one layer over and over, so that a weight the last cache has room for
+stays there. Two calls measure the floor, in the same rounds and ways: as many int8 products as the
+matmul has, from registers, and reading its weight. The floor is the longer of the two. A sentinel, a
+known piece of work, runs between the rounds: rounds in which it is slower than usual are dropped,
+and their number is told.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import ctypes
 import importlib.util
 import io
+import itertools
 import os
 import platform
 import random
@@ -43,7 +47,12 @@ SIZES = [
     (1, 512, 128),
 ]
 ROUNDS = 31
+TURN = 4e-3  # seconds of calls in a turn, if one call takes less
+CACHE = 96 << 20  # bytes that no cache holds
 DISTURBED = 1.15  # a sentinel so many times its best marks the round
+
+
+Call = Callable[[], object]
 
 
 class Floor:
@@ -75,7 +84,7 @@ class Floor:
         self.best = min(self.best, now)
         return now / self.best
 
-    def calls(self, m: int, k: int, n: int, weight: Tensor) -> dict[str, Callable[[], object]]:
+    def calls(self, m: int, k: int, n: int, weight: Tensor) -> dict[str, Call]:
         """The two limits of a matmul of this size."""
         threads = 1 if m * k * n < 1 << 20 else self.threads
         address, size = weight.data_ptr(), weight.numel()
@@ -86,9 +95,10 @@ class Floor:
 
 
 PRODUCTS, READING = "floor: int8 products", "floor: reading the weight"
+OURS = "ours to bfloat16, pertoken"
 
 
-def without_native(call: Callable[[], object]) -> Callable[[], object]:
+def without_native(call: Call) -> Call:
     """The same call on torch alone."""
 
     def run() -> object:
@@ -101,9 +111,15 @@ def without_native(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def calls_for(m: int, k: int, n: int) -> tuple[dict[str, Callable[[], object]], Tensor]:
-    """What is compared at one size, and the weight all of them read."""
-    generator = torch.Generator().manual_seed(0)
+@torch.compile
+def inductor(x: Tensor, weight: Tensor, scale: Tensor, pertoken: Tensor) -> Tensor:
+    acc = torch._int_mm(x, weight.t()).to(torch.float32)
+    return (acc * scale * pertoken.unsqueeze(-1)).to(torch.bfloat16)
+
+
+def calls_for(m: int, k: int, n: int, seed: int) -> tuple[dict[str, Call], Tensor]:
+    """What is compared at one size, for one layer, and its weight."""
+    generator = torch.Generator().manual_seed(seed)
 
     def ints(*shape: int) -> Tensor:
         return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
@@ -120,16 +136,11 @@ def calls_for(m: int, k: int, n: int) -> tuple[dict[str, Callable[[], object]], 
     def to_bf16() -> Tensor:
         return op(x, weight, scale, None, pertoken, output_dtype=torch.bfloat16)
 
-    def formula(x: Tensor, weight: Tensor, scale: Tensor, pertoken: Tensor) -> Tensor:
-        acc = torch._int_mm(x, weight.t()).to(torch.float32)
-        return (acc * scale * pertoken.unsqueeze(-1)).to(torch.bfloat16)
-
-    inductor = torch.compile(formula)
     linear, linear16 = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False).bfloat16()
     xf, xb = torch.randn(m, k), torch.randn(m, k).bfloat16()
-    calls: dict[str, Callable[[], object]] = {
+    calls: dict[str, Call] = {
         "ours to int8": to_int8,
-        "ours to bfloat16, pertoken": to_bf16,
+        OURS: to_bf16,
         "ours int4 to bfloat16": lambda: op(
             x4, w4, scale, None, pertoken, output_dtype=torch.bfloat16
         ),
@@ -145,7 +156,7 @@ def calls_for(m: int, k: int, n: int) -> tuple[dict[str, Callable[[], object]], 
     return calls, weight
 
 
-def _onednn(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+def _onednn(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Call]]:
     """qlinear with unsigned activations, the form of oneDNN that is fast: 128 stands for 0."""
     unsigned = (x.to(torch.int16) + 128).to(torch.uint8)
     ops = torch.ops.onednn
@@ -160,9 +171,7 @@ def _onednn(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Cal
     yield "oneDNN qlinear u8 to bfloat16", run
 
 
-def _onnxruntime(
-    x: Tensor, weight: Tensor, scale: Tensor
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _onnxruntime(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Call]]:
     if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx")):
         return
     import numpy as np
@@ -201,7 +210,7 @@ def _onnxruntime(
     yield "onnxruntime QLinearMatMul u8", lambda: session.run(None, feed)
 
 
-def _torchao(x: Tensor, k: int, n: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def _torchao(x: Tensor, k: int, n: int) -> Iterator[tuple[str, Call]]:
     """Its activations are quantized in the call, so it does more."""
     if not importlib.util.find_spec("torchao"):
         return
@@ -212,33 +221,50 @@ def _torchao(x: Tensor, k: int, n: int) -> Iterator[tuple[str, Callable[[], obje
     yield "torchao int8 dynamic", lambda: model(x)
 
 
-def measure(calls: dict[str, Callable[[], object]], floor: Floor) -> tuple[dict[str, float], int]:
-    """Median seconds of each call over the undisturbed rounds, and how many were disturbed."""
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(3):
+class Turn:
+    """One call's turns: its layers, and how many calls a turn has."""
+
+    def __init__(self, layers: list[Call]) -> None:
+        self.layers = layers
+        self.next = itertools.cycle(layers)
+        for call in layers * 2:
             call()
+        self.count = 1
+        self.count = max(1, min(200, int(TURN / self.seconds(self.next))))
+
+    def seconds(self, calls: Iterator[Call]) -> float:
+        """Of one call."""
         start = time.perf_counter()
-        call()
-        repeats[name] = max(1, min(200, int(2e-3 / (time.perf_counter() - start))))
-    rounds: list[dict[str, float]] = []
+        for call in itertools.islice(calls, self.count):
+            call()
+        return (time.perf_counter() - start) / self.count
+
+    def both(self) -> tuple[float, float]:
+        """One layer after another, and one over and over."""
+        layers = self.seconds(self.next)
+        self.layers[0]()
+        return layers, self.seconds(itertools.repeat(self.layers[0]))
+
+
+def measure(calls: dict[str, list[Call]], floor: Floor) -> tuple[list[dict[str, float]], int]:
+    """Median seconds of each call over the undisturbed rounds, in both ways, and how many rounds
+    were disturbed."""
+    turns = [(name, Turn(layers)) for name, layers in calls.items()]
+    rounds: list[dict[str, tuple[float, float]]] = []
     disturbed = 0
-    turns = list(calls.items())
     while len(rounds) < ROUNDS and disturbed < 6 * ROUNDS:
         before = floor.sentinel()
-        seconds = {}
         # in another order each round: who comes after whom finds other things in the caches
-        for name, call in random.Random(len(rounds) + disturbed).sample(turns, len(turns)):
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            seconds[name] = (time.perf_counter() - start) / repeats[name]
+        order = random.Random(len(rounds) + disturbed).sample(turns, len(turns))
+        seconds = {name: turn.both() for name, turn in order}
         if max(before, floor.sentinel()) > DISTURBED:
             disturbed += 1
         else:
             rounds.append(seconds)
     kept = rounds or [seconds]
-    return {name: statistics.median(r[name] for r in kept) for name in calls}, disturbed
+    return [
+        {name: statistics.median(r[name][way] for r in kept) for name in calls} for way in (0, 1)
+    ], disturbed
 
 
 def report(out: io.StringIO) -> None:
@@ -254,19 +280,29 @@ def report(out: io.StringIO) -> None:
     say(f"int8 peak {(1 << 30) / floor.best / 1e9:.0f} GMAC/s")
     with torch.no_grad():
         for m, k, n in SIZES:
-            calls, weight = calls_for(m, k, n)
-            seconds, disturbed = measure({**floor.calls(m, k, n, weight), **calls}, floor)
-            least = max(seconds[PRODUCTS], seconds[READING])
-            ours = seconds["ours to bfloat16, pertoken"]
+            calls: dict[str, list[Call]] = {}
+            for seed in range(min(8, CACHE // (k * n) + 1)):
+                layer, weight = calls_for(m, k, n, seed)
+                for name, call in {**floor.calls(m, k, n, weight), **layer}.items():
+                    calls.setdefault(name, []).append(call)
+            ways, disturbed = measure(calls, floor)
+            least = [max(seconds[PRODUCTS], seconds[READING]) for seconds in ways]
             say(
-                f"\n({m}, {k}, {n}): floor {least * 1e6:,.1f} us"
+                f"\n({m}, {k}, {n}): floor {least[0] * 1e6:,.1f} us in {len(calls[OURS])} layers, "
+                f"{least[1] * 1e6:,.1f} us again"
                 + (f"; {disturbed} disturbed rounds dropped" if disturbed else "")
                 + (" - ALL OF THEM: do not trust these" if disturbed == 6 * ROUNDS else "")
             )
-            for name, time_ in seconds.items():
+            heads = (f"{way:>12s}  floor/it   it/ours" for way in ("layers", "again"))
+            say(f"   {'':30s}" + "".join(heads))
+            for name in calls:
                 say(
-                    f"   {name:34s} {time_ * 1e6:12,.1f} us   floor / it {least / time_:5.2f}"
-                    f"   it / ours {time_ / ours:6.2f}"
+                    f"   {name:30s}"
+                    + "".join(
+                        f"{seconds[name] * 1e6:9,.1f} us{floor_ / seconds[name]:10.2f}"
+                        f"{seconds[name] / seconds[OURS]:10.2f}"
+                        for seconds, floor_ in zip(ways, least, strict=True)
+                    )
                 )
 
 
