@@ -212,7 +212,9 @@ struct Upcoming {
   int64_t rows, row_step;  // how many, and from one to the next
   int64_t blocks;          // of 64 bytes in each
   int64_t w_step;          // from 32 bytes of a row to its next
-  int64_t fetch;           // what comes after it, to be brought to L2, is so many bytes further
+  // The slices that come after it, to be brought to L2, are so many bytes further. So each is asked for
+  // twice: the processor forgets one line in some hundreds.
+  int64_t after, later;
   Unfolding unfolding;
 };
 
@@ -240,8 +242,10 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
     for (int64_t i = block < upcoming.blocks ? upcoming.rows : 0; i; --i) {
       const __m512i v = nz ? LoadWeight<true>(from, 0, upcoming.w_step)
                            : LoadWeight<false>(from, 0, 32);
-      _mm_prefetch(from + upcoming.fetch, _MM_HINT_T1);
-      if (nz) _mm_prefetch(from + upcoming.fetch + upcoming.w_step, _MM_HINT_T1);
+      _mm_prefetch(from + upcoming.after, _MM_HINT_T1);
+      _mm_prefetch(from + upcoming.later, _MM_HINT_T1);
+      if (nz) _mm_prefetch(from + upcoming.after + upcoming.w_step, _MM_HINT_T1);
+      if (nz) _mm_prefetch(from + upcoming.later + upcoming.w_step, _MM_HINT_T1);
       Unfold(v, upcoming.unfolding, to);
       from += step;
       to += to_step;
@@ -695,9 +699,9 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* s
   uint8_t *w = copies[0], *other = copies[1];
   int64_t copied = 0;  // bytes of each row of the slice that are there already
   Slices slices(call, parts);
-  Slice slice = slices.Next(), next = slices.Next();
+  Slice slice = slices.Next(), next = slices.Next(), after = slices.Next();
   while (slice.part.right) {
-    const Slice after = slices.Next();
+    const Slice later = slices.Next();
     const Part& part = slice.part;
     if (copied < slice.depth) CopySlice(call, slice, copied, w);
     const uint8_t* const from = WeightAt(call, next.part.left, next.from);
@@ -709,6 +713,7 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* s
                             copied / 64,
                             call.w_step,
                             WeightAt(call, after.part.left, after.from) - from,
+                            WeightAt(call, later.part.left, later.from) - from,
                             kUnfolding[call.int4]};
     const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
     int32_t* const own = sums + slice.before * panels * kPanel;
@@ -722,6 +727,7 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* s
     }
     slice = next;
     next = after;
+    after = later;
     std::swap(w, other);
   }
 }
