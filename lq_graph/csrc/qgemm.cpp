@@ -65,8 +65,9 @@ constexpr int64_t kBlock = 64;    // columns at a time
 constexpr int64_t kManyRows = 32;
 constexpr int64_t kPanel = 16;     // rows of x in a register
 constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
-constexpr int64_t kWide = 32;      // rows of w in a slice
-constexpr int64_t kSlice = 1024;   // values of k in a slice, at most
+constexpr int64_t kWide = 16;      // rows of w in a slice
+constexpr int64_t kSlice = 2048;   // values of k in a slice, at most
+constexpr int64_t kLine = 32;      // columns written at once: 64 bytes of 16-bit results
 // Rows and columns at a time, at most: a slice of x and all accumulators stay in L2.
 constexpr int64_t kTall = 256, kWidest = 256;
 
@@ -212,7 +213,7 @@ struct Upcoming {
   int64_t rows, row_step;  // how many, and from one to the next
   int64_t blocks;          // of 64 bytes in each
   int64_t w_step;          // from 32 bytes of a row to its next
-  // The slices that come after it, to be brought to L2, are so many bytes further. So each is asked for
+  // The slices that come after it, to be asked for, are so many bytes further. So each is asked for
   // twice: the processor forgets one line in some hundreds.
   int64_t after, later;
   Unfolding unfolding;
@@ -242,10 +243,10 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
     for (int64_t i = block < upcoming.blocks ? upcoming.rows : 0; i; --i) {
       const __m512i v = nz ? LoadWeight<true>(from, 0, upcoming.w_step)
                            : LoadWeight<false>(from, 0, 32);
-      _mm_prefetch(from + upcoming.after, _MM_HINT_T1);
-      _mm_prefetch(from + upcoming.later, _MM_HINT_T1);
-      if (nz) _mm_prefetch(from + upcoming.after + upcoming.w_step, _MM_HINT_T1);
-      if (nz) _mm_prefetch(from + upcoming.later + upcoming.w_step, _MM_HINT_T1);
+      for (const uint8_t* next : {from + upcoming.after, from + upcoming.later}) {
+        _mm_prefetch(next, _MM_HINT_T0);
+        if (nz) _mm_prefetch(next + upcoming.w_step, _MM_HINT_T0);
+      }
       Unfold(v, upcoming.unfolding, to);
       from += step;
       to += to_step;
@@ -525,11 +526,11 @@ int64_t SliceBytes(const LqMatmul& call) {
 }
 
 // The bytes [from, from + depth) of the rows of w that some columns of a part are: `part` is these, and
-// there are `before` columns left of them.
+// there are `before` columns left of them. With it the results of `complete` are, if that has columns.
 struct Slice {
   Part part;
   int64_t before, from, depth;
-  bool last;  // of these columns
+  Part complete;
 };
 
 // The slices of one thread, in their order; at the end one without columns.
@@ -552,8 +553,16 @@ class Slices {
     const int64_t from = (many_ ? number_ / across_ : number_ % deep_) * most_;
     ++number_;
     const int64_t before = column * wide_, left = part_.left + before;
-    return {{part_.top, part_.bottom, left, std::min(part_.right, left + wide_)}, before, from,
-            std::min(most_, bytes_ - from), from + most_ >= bytes_};
+    Slice slice{part_, before, from, std::min(most_, bytes_ - from), {}};
+    slice.part.left = left;
+    slice.part.right = std::min(part_.right, left + wide_);
+    const int64_t written = std::max(wide_, kLine);
+    const bool fills = (before + wide_) % written == 0 || slice.part.right == part_.right;
+    if (from + most_ >= bytes_ && fills) {
+      slice.complete = slice.part;
+      slice.complete.left -= before % written;
+    }
+    return slice;
   }
 
  private:
@@ -620,7 +629,8 @@ VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* su
   for (Slice slice = slices.Next(); slice.part.right;) {
     const Slice next = slices.Next();
     MultiplyRows<int4>(call, x, slice, next, sums);
-    if (slice.last) Finish(call, sums, kBlock, x.surplus + slice.part.top, slice.part);
+    if (slice.complete.right)
+      Finish(call, sums, kBlock, x.surplus + slice.part.top, slice.complete);
     slice = next;
   }
 }
@@ -628,16 +638,16 @@ VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* su
 // Sums of a panel of x and the columns of `part`, turned so that those of a row are together.
 VNNI void FinishPanel(const LqMatmul& call, const int32_t* sums, int64_t stride,
                       const int32_t* surplus, const Part& part) {
-  alignas(64) int32_t rows[kPanel * kWide];
+  alignas(64) int32_t rows[kPanel * kLine];
   for (int64_t column = 0; column < part.right - part.left; column += 16, sums += 16 * stride) {
     __m512i v[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(sums + i * stride);
     Turn(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + i * kWide + column, v[i]);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + i * kLine + column, v[i]);
   }
-  Finish(call, rows, kWide, surplus, part);
+  Finish(call, rows, kLine, surplus, part);
 }
 
 // A slice, from byte `done` of each row on, for MultiplySlice.
@@ -674,10 +684,10 @@ VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice
   int64_t left = upcoming.rows, number = 0;
   const int64_t each = (left + calls - 1) / calls;
   const auto multiply = [&](int64_t panel, int64_t column, const auto& kernels) {
-    if (slice.last)
-      Expect(call, {part.top + height * number / calls, part.top + height * (number + 1) / calls,
-                    part.left, part.right});
-    ++number;
+    Part written = slice.complete;
+    written.top = part.top + height * number / calls;
+    written.bottom = part.top + height * ++number / calls;
+    Expect(call, written);
     upcoming.rows = std::min(each, left);
     kernels[std::min<int64_t>(kernels.size(), columns - column) - 1](
         rows + panel * x_panel, x_panel, w + column * kSlice, blocks, upcoming, slice.from == 0,
@@ -718,11 +728,13 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* s
     const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
     int32_t* const own = sums + slice.before * panels * kPanel;
     MultiplyPanels(call, x, slice, w, upcoming, own);
-    if (slice.last) {
+    if (slice.complete.right) {
+      const int32_t* const first = own - (part.left - slice.complete.left) * panels * kPanel;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t top = part.top + panel * kPanel;
-        FinishPanel(call, own + panel * kPanel, panels * kPanel, x.surplus + top,
-                    {top, std::min(part.bottom, top + kPanel), part.left, part.right});
+        Part written = slice.complete;
+        written.top += panel * kPanel;
+        written.bottom = std::min(part.bottom, written.top + kPanel);
+        FinishPanel(call, first + panel * kPanel, panels * kPanel, x.surplus + written.top, written);
       }
     }
     slice = next;
@@ -812,7 +824,7 @@ VNNI int Run(const LqMatmul& call) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
       TurnRows<int4>(call, panel * kPanel, x);
   };
-  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kWide : kBlock, many ? kWidest : n);
+  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kLine : kBlock, many ? kWidest : n);
   const auto compute_part = [&](int64_t number) {
     (many ? ManyRows : FewRows<int4>)(call, x, &parts, sums.get() + number * own_sums);
   };
