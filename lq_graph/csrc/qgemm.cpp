@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <utility>
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,prfchw")))
@@ -369,39 +370,72 @@ struct Part {
   int64_t top, bottom, left, right;
 };
 
-// The parts the result is computed in. Threads come for another when they are done with one: cores of
-// one machine are not equally fast, and not equally far from the memory w is in. The nearer the end,
-// the narrower they are.
+// The parts the result is computed in. Each thread has a share of the columns, the same in each call,
+// so that its part of w may be in its cache still; one that is done takes from the others' shares, for
+// cores of one machine are not equally fast, and not equally far from the memory w is in.
 class Parts {
  public:
+  struct alignas(64) Share {
+    std::atomic<uint64_t> pieces;  // the first that is left, and where they end: 32 bits each
+  };
+
   // Of at most `tall` rows, a multiple of `unit` but at the bottom. Of at most `widest` columns,
-  // a multiple of `wide` unless there are few.
-  Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide, int64_t widest)
-      : rows_(call.m), columns_(call.n), threads_(call.threads) {
+  // a multiple of `wide` unless there are few. `shares` has room for one a thread.
+  Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide, int64_t widest,
+        Share* shares)
+      : rows_(call.m), columns_(call.n), threads_(call.threads), shares_(shares) {
     wide_ = std::min(wide, (columns_ + 64 * threads_ - 1) / (64 * threads_) * 16);
-    most_ = std::max<int64_t>(1, widest / wide_);
     across_ = (columns_ + wide_ - 1) / wide_;
+    most_ = std::min(across_, std::max<int64_t>(1, widest / wide_));
     const int64_t times = std::max((rows_ + tall - 1) / tall, across_ < threads_ ? threads_ : 1);
     tall_ = (rows_ + times * unit - 1) / (times * unit) * unit;
-    count_ = (rows_ + tall_ - 1) / tall_ * across_;
+    down_ = (rows_ + tall_ - 1) / tall_;
+    for (int64_t i = 0; i < threads_; ++i)
+      new (&shares_[i].pieces) std::atomic<uint64_t>(
+          Pack(down_ * across_ * i / threads_, down_ * across_ * (i + 1) / threads_));
   }
 
-  // The next; at the end one without columns.
-  Part Next() {
-    int64_t begin = taken_.load(std::memory_order_relaxed), end;
-    do {
-      if (begin >= count_) return {};
-      const int64_t share = std::max<int64_t>(1, (count_ - begin) / (2 * threads_));
-      end = begin + std::min({share, most_, across_ - begin % across_});
-    } while (!taken_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    const int64_t top = begin / across_ * tall_, left = begin % across_ * wide_;
-    return {top, std::min(rows_, top + tall_), left,
-            std::min(columns_, left + (end - begin) * wide_)};
+  // The next for a thread; at the end one without columns.
+  Part Next(int64_t thread) {
+    for (int64_t i = 0; i < threads_; ++i) {
+      std::atomic<uint64_t>& pieces = shares_[(thread + i) % threads_].pieces;
+      uint64_t now = pieces.load(std::memory_order_relaxed);
+      while (now >> 32 < (now & kLow)) {
+        // half of what is left, from the front of one's own share and from the end of another's
+        const int64_t begin = now >> 32, end = now & kLow;
+        const int64_t take = std::min(most_, (end - begin + 1) / 2);
+        const Piece piece = PieceAt(i == 0 ? begin : end - 1);
+        const int64_t from = i == 0 ? begin : std::max(end - take, piece.first);
+        const int64_t to = i == 0 ? std::min(begin + take, piece.last) : end;
+        if (!pieces.compare_exchange_weak(now, i == 0 ? Pack(to, end) : Pack(begin, from),
+                                          std::memory_order_relaxed))
+          continue;
+        const int64_t left = (piece.across + from - piece.first) * wide_;
+        return {piece.down * tall_, std::min(rows_, (piece.down + 1) * tall_), left,
+                std::min(columns_, left + (to - from) * wide_)};
+      }
+    }
+    return {};
   }
 
  private:
-  int64_t rows_, columns_, threads_, tall_, wide_, most_, across_, count_;
-  std::atomic<int64_t> taken_{0};  // pieces of tall_ rows and wide_ columns
+  static constexpr uint64_t kLow = 0xFFFFFFFF;
+  static uint64_t Pack(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
+
+  // Pieces, of tall_ rows and wide_ columns, are numbered so that as many as a part has are next to
+  // one another, below them those of the same columns, and then those to their right.
+  struct Piece {
+    int64_t first, last;   // the numbers of those beside it that one part may have
+    int64_t across, down;  // where the first of them is
+  };
+  Piece PieceAt(int64_t number) const {
+    const int64_t across = number / (most_ * down_) * most_, above = across * down_;
+    const int64_t beside = std::min(most_, across_ - across), down = (number - above) / beside;
+    return {above + down * beside, above + (down + 1) * beside, across, down};
+  }
+
+  int64_t rows_, columns_, threads_, tall_, wide_, most_, across_, down_;
+  Share* shares_;
 };
 
 // What sixteen columns of the result are multiplied by, and what is added to them.
@@ -536,13 +570,13 @@ struct Slice {
 // The slices of one thread, in their order; at the end one without columns.
 class Slices {
  public:
-  Slices(const LqMatmul& call, Parts* parts)
+  Slices(const LqMatmul& call, Parts* parts, int64_t thread)
       : many_(call.m >= kManyRows), wide_(many_ ? kWide : kBlock), bytes_(call.row_bytes),
-        most_(SliceBytes(call)), deep_((bytes_ + most_ - 1) / most_), parts_(parts) {}
+        most_(SliceBytes(call)), deep_((bytes_ + most_ - 1) / most_), parts_(parts), thread_(thread) {}
 
   Slice Next() {
     if (number_ == across_ * deep_) {
-      part_ = parts_->Next();
+      part_ = parts_->Next(thread_);
       across_ = (part_.right - part_.left + wide_ - 1) / wide_;
       number_ = 0;
     }
@@ -569,6 +603,7 @@ class Slices {
   bool many_;
   int64_t wide_, bytes_, most_, deep_;
   Parts* parts_;
+  int64_t thread_;
   Part part_{};
   int64_t across_ = 0, number_ = 0;
 };
@@ -624,8 +659,8 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
 }
 
 template <bool int4>
-VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* sums) {
-  Slices slices(call, parts);
+VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread, int32_t* sums) {
+  Slices slices(call, parts, thread);
   for (Slice slice = slices.Next(); slice.part.right;) {
     const Slice next = slices.Next();
     MultiplyRows<int4>(call, x, slice, next, sums);
@@ -704,11 +739,12 @@ VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice
       multiply(panels - 1, column, kMultiplySlice<1>);
 }
 
-VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int32_t* sums) {
+VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread,
+                   int32_t* sums) {
   alignas(64) uint8_t copies[2][kSlice * kWide];
   uint8_t *w = copies[0], *other = copies[1];
   int64_t copied = 0;  // bytes of each row of the slice that are there already
-  Slices slices(call, parts);
+  Slices slices(call, parts, thread);
   Slice slice = slices.Next(), next = slices.Next(), after = slices.Next();
   while (slice.part.right) {
     const Slice later = slices.Next();
@@ -812,7 +848,8 @@ VNNI int Run(const LqMatmul& call) {
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
   const auto surplus = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
-  if (!copy || !surplus || !sums) return 1;
+  const auto shares = Allocate<Parts::Share>(threads);
+  if (!copy || !surplus || !sums || !shares) return 1;
   const Left x{copy.get(), stride, surplus.get()};
 
   const auto copy_few = [&](int64_t number, int64_t count) {
@@ -824,9 +861,10 @@ VNNI int Run(const LqMatmul& call) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
       TurnRows<int4>(call, panel * kPanel, x);
   };
-  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kLine : kBlock, many ? kWidest : n);
+  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kLine : kBlock, many ? kWidest : n,
+              shares.get());
   const auto compute_part = [&](int64_t number) {
-    (many ? ManyRows : FewRows<int4>)(call, x, &parts, sums.get() + number * own_sums);
+    (many ? ManyRows : FewRows<int4>)(call, x, &parts, number, sums.get() + number * own_sums);
   };
   const auto copy_part = [&](int64_t number, int64_t count) {
     many ? copy_many(number, count) : copy_few(number, count);
