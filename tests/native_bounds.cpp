@@ -63,20 +63,26 @@ int Check(int64_t m, int64_t n, int64_t row_bytes, bool int4, bool nz, int outpu
 }  // namespace
 
 int main() {
-  int64_t calls = 0;
+  struct Size {
+    int64_t m, row_bytes, n;
+  };
+  std::vector<Size> sizes = {{1, 16448, 70}, {1, 32772, 5}, {7, 4100, 130}, {33, 2052, 300},
+                             {300, 2116, 550}};  // more than one part, and slice, of each kind
   for (int64_t m : {1, 5, 7, 31, 32, 33, 48, 63, 257, 300})
     for (int64_t row_bytes : {1, 4, 32, 33, 64, 65, 96, 256, 257, 512, 516, 1030, 1088, 1093})
-      for (int64_t n : {1, 15, 16, 17, 33, 65, 130})
-        for (int kind = 0; kind < 4; ++kind)
-          for (int output = 0; output < (m < 100 ? 4 : 1); ++output) {
-            const bool int4 = kind % 2, nz = kind / 2;
-            if (int4 && row_bytes % 4) continue;
-            if (Check(m, n, row_bytes, int4, nz, output)) {
-              std::printf("wrong: m %ld, n %ld, row_bytes %ld, int4 %d, nz %d, output %d\n", m, n,
-                          row_bytes, int4, nz, output);
-              return 1;
-            }
-            ++calls;
-          }
+      for (int64_t n : {1, 15, 16, 17, 33, 65, 130}) sizes.push_back({m, row_bytes, n});
+  int64_t calls = 0;
+  for (const auto& [m, row_bytes, n] : sizes)
+    for (int kind = 0; kind < 4; ++kind)
+      for (int output = 0; output < (m < 100 ? 4 : 1); ++output) {
+        const bool int4 = kind % 2, nz = kind / 2;
+        if (int4 && row_bytes % 4) continue;
+        if (Check(m, n, row_bytes, int4, nz, output)) {
+          std::printf("wrong: m %ld, n %ld, row_bytes %ld, int4 %d, nz %d, output %d\n", m, n,
+                      row_bytes, int4, nz, output);
+          return 1;
+        }
+        ++calls;
+      }
   std::printf("%ld calls\n", calls);
 }

@@ -204,18 +204,33 @@ def test_every_row_without_the_kernel(case: Case, without_kernel: None) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize(("m", "n"), [(1, 4096), (300, 16), (300, 17), (64, 1000)])
-def test_threads(m: int, n: int, threads: int) -> None:
-    x, weight = values(m, 1024), values(n, 1024, seed=1)
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [
+        (1, 1024, 4096),
+        (1, 16448, 70),
+        (7, 4160, 200),
+        (300, 1024, 16),
+        (300, 1024, 17),
+        (64, 1024, 1000),
+        (257, 4104, 545),
+        (600, 136, 1025),
+    ],
+)
+@pytest.mark.parametrize("int4", [False, True])
+def test_threads(m: int, k: int, n: int, threads: int, int4: bool) -> None:
+    x, weight = values(m, k, int4=int4), values(n, k, int4=int4, seed=1)
     scale = torch.rand(n) * 1e-3
+    want = by_torch(x, weight, scale, output_dtype=BF16)
+    if int4:
+        x, weight = numerics.pack_int4(x), numerics.pack_int4(weight)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         got = native.matmul(x, weight, scale, None, None, BF16)
     finally:
         torch.set_num_threads(before)
-    assert got is not None
-    assert torch.equal(got, by_torch(x, weight, scale, output_dtype=BF16))
+    assert got is not None and torch.equal(got, want)
 
 
 @needs_kernel

@@ -55,9 +55,9 @@ namespace {
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 constexpr int kColumns = 4;       // rows of w, columns of the result
-// Bytes of w's rows at a time: x's stay in L1 beside them. w is read fastest by whole pages, but not
-// where it is read again, by the next rows of x.
-constexpr int64_t kDepth = 4096, kDepthAgain = 2048;
+// Bytes of w's rows at a time, for one row of x, for those of one block of registers and for more: x's
+// stay in L1 beside them. w is read fastest in its own order, but not where it is read again.
+constexpr int64_t kDepthAlone = 16384, kDepth = 4096, kDepthAgain = 2048;
 constexpr int64_t kBlock = 64;    // columns at a time
 
 // Many rows: x is turned, once, so that registers run along m and need no sum across. w is read by
@@ -97,11 +97,6 @@ INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + step)), 1);
 }
 
-// Whether what comes next from memory is asked for. The processor looks ahead by itself, to the end of
-// a page, and for one row of int8 that is faster.
-template <int rows, bool int4>
-constexpr bool kAsks = int4 || rows > 1;
-
 // 64 bytes of a row of w, to be brought to the caches.
 template <bool nz>
 INLINE_VNNI void Ask(const uint8_t* w, int64_t step) {
@@ -132,13 +127,11 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
-    if constexpr (kAsks<rows, int4>) {
-      const uint8_t* next = coming.from + at / 32 * step;
-      if (asked > 0) Ask<nz>(next, step);
-      if (asked > 1) Ask<nz>(next + coming.stride, step);
-      if (asked > 2) Ask<nz>(next + 2 * coming.stride, step);
-      if (asked > 2) Ask<nz>(next + 3 * coming.stride, step);
-    }
+    const uint8_t* next = coming.from + at / 32 * step;
+    if (asked > 0) Ask<nz>(next, step);
+    if (asked > 1) Ask<nz>(next + coming.stride, step);
+    if (asked > 2) Ask<nz>(next + 2 * coming.stride, step);
+    if (asked > 2) Ask<nz>(next + 3 * coming.stride, step);
     __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
                            LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
 #pragma GCC unroll 8
@@ -178,11 +171,47 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
   }
 }
 
+// Products of 64 bytes of a row of w and the values of x they meet, added to sums.
+template <bool int4>
+INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x) {
+  const __m512i v =
+      _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(int4 ? '\x88' : '\x80'));
+  if constexpr (!int4) return _mm512_dpbusd_epi32(sums, v, _mm512_loadu_si512(x));
+  const __m512i low = _mm512_set1_epi8(0x0F), odd = _mm512_srli_epi16(v, 4);
+  sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(v, low), _mm512_loadu_si512(x));
+  return _mm512_dpbusd_epi32(sums, _mm512_and_si512(odd, low), _mm512_loadu_si512(x + 64));
+}
+
+// Multiply for one row of x, where w is not FRACTAL_NZ: one row of w after another, as memory is read
+// the fastest, and nothing is asked for, for the processor looks ahead by itself.
+template <bool int4>
+VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const Coming&,
+                      int64_t depth, bool first, int32_t* c, int64_t) {
+  constexpr int64_t kValues = int4 ? 2 : 1;
+  __m512i sum[kColumns];
+  for (int j = 0; j < kColumns; ++j) {
+    __m512i some[4] = {};  // sums that do not wait for one another
+    int64_t at = 0;
+    for (; at + 256 <= depth; at += 256)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i)
+        some[i] = AddProducts<int4>(some[i], w[j] + at + 64 * i, x + kValues * (at + 64 * i));
+    for (; at < depth; at += 64)
+      some[0] = AddProducts<int4>(some[0], w[j] + at, x + kValues * at);
+    sum[j] = _mm512_add_epi32(_mm512_add_epi32(some[0], some[1]),
+                              _mm512_add_epi32(some[2], some[3]));
+  }
+  auto* const target = reinterpret_cast<__m128i*>(c);
+  __m128i result = Sums(sum[0], sum[1], sum[2], sum[3]);
+  if (!first) result = _mm_add_epi32(result, _mm_loadu_si128(target));
+  _mm_storeu_si128(target, result);
+}
+
 using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, const Coming&,
                             int64_t, bool, int32_t*, int64_t);
 template <bool int4, bool nz, int... i>
 constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
-  return {Multiply<i + 1, int4, nz>...};
+  return {i == 0 && !nz ? MultiplyRow<int4> : Multiply<i + 1, int4, nz>...};
 }
 // By rows less one.
 template <bool int4, bool nz>
@@ -554,7 +583,9 @@ bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
 int64_t SliceBytes(const LqMatmul& call) {
   int64_t most = call.int4 ? kSlice / 2 : kSlice;
   if (call.m < kManyRows)
-    most = call.m <= (call.int4 ? kRows<true> : kRows<false>) ? kDepth : kDepthAgain;
+    most = call.m == 1                                            ? kDepthAlone
+           : call.m <= (call.int4 ? kRows<true> : kRows<false>) ? kDepth
+                                                                  : kDepthAgain;
   const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
   return (blocks + slices - 1) / slices * 64;
 }
