@@ -3,13 +3,13 @@
 `... --write` also rewrites benchmarks/cpu_kernel.txt, which holds the last results. onnxruntime and
 torchao are shown where they are installed (`pip install onnx onnxruntime torchao`).
 
-All calls of one size take turns in one process, in another order each round; shown are medians. Each
-is measured in two ways: `layers`, one layer after another as in a model, so that each call's weight
-comes from memory; and `again`, one layer over and over, so that a weight the last cache has room for
-stays there. Two calls measure the floor, in the same rounds and ways: as many int8 products as the
-matmul has, from registers, and reading its weight. The floor is the longer of the two. A sentinel, a
-known piece of work, runs between the rounds: rounds in which it is slower than usual are dropped,
-and their number is told.
+All calls of one size take turns in one process, in another order each round; shown are medians.
+Each is measured in two ways: `layers`, one layer after another as in a model, so that each call's
+weight comes from memory; and `again`, one layer over and over, so that a weight the last cache has
+room for stays there. Two calls measure the floor, in the same rounds and ways: as many int8
+products as the matmul has, from registers, and reading its weight. The floor is the longer of the
+two. A sentinel, a known piece of work, runs between the rounds: rounds in which it is slower than
+usual are dropped, and their number is told.
 """
 
 from __future__ import annotations

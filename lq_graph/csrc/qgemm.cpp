@@ -54,11 +54,11 @@ namespace {
 // Rows of x in one block of registers: what leaves room for those of w, which int4 has two of each.
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
-constexpr int kColumns = 4;       // rows of w, columns of the result
+constexpr int kColumns = 4;     // rows of w, columns of the result
+constexpr int64_t kBlock = 64;  // columns at a time
 // Bytes of w's rows at a time, for one row of x, for those of one block of registers and for more: x's
 // stay in L1 beside them. w is read fastest in its own order, but not where it is read again.
 constexpr int64_t kDepthAlone = 16384, kDepth = 4096, kDepthAgain = 2048;
-constexpr int64_t kBlock = 64;    // columns at a time
 
 // Many rows: x is turned, once, so that registers run along m and need no sum across. w is read by
 // words of four values, from a copy of a few of its rows that lies close together: rows a multiple of
@@ -552,7 +552,7 @@ VNNI void Finish(const LqMatmul& call, const int32_t* sums, int64_t stride, cons
   }
 }
 
-// Brings what will be written to the caches.
+// Brings what will be written of `out` to the caches.
 VNNI void Expect(const LqMatmul& call, const Part& part) {
   const int64_t width = call.output == 0 ? 4 : call.output == 1 ? 1 : 2;
   for (int64_t row = part.top; row < part.bottom; ++row) {
@@ -581,11 +581,9 @@ bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
 // Bytes of w's rows in each slice but the last, which has hardly less: what comes from memory while a
 // short slice is multiplied is short.
 int64_t SliceBytes(const LqMatmul& call) {
-  int64_t most = call.int4 ? kSlice / 2 : kSlice;
-  if (call.m < kManyRows)
-    most = call.m == 1                                            ? kDepthAlone
-           : call.m <= (call.int4 ? kRows<true> : kRows<false>) ? kDepth
-                                                                  : kDepthAgain;
+  const bool once = call.m <= (call.int4 ? kRows<true> : kRows<false>);
+  int64_t most = call.m == 1 ? kDepthAlone : once ? kDepth : kDepthAgain;
+  if (call.m >= kManyRows) most = call.int4 ? kSlice / 2 : kSlice;
   const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
   return (blocks + slices - 1) / slices * 64;
 }
@@ -602,8 +600,13 @@ struct Slice {
 class Slices {
  public:
   Slices(const LqMatmul& call, Parts* parts, int64_t thread)
-      : many_(call.m >= kManyRows), wide_(many_ ? kWide : kBlock), bytes_(call.row_bytes),
-        most_(SliceBytes(call)), deep_((bytes_ + most_ - 1) / most_), parts_(parts), thread_(thread) {}
+      : many_(call.m >= kManyRows),
+        wide_(many_ ? kWide : kBlock),
+        bytes_(call.row_bytes),
+        most_(SliceBytes(call)),
+        deep_((bytes_ + most_ - 1) / most_),
+        parts_(parts),
+        thread_(thread) {}
 
   Slice Next() {
     if (number_ == across_ * deep_) {
@@ -690,7 +693,8 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
 }
 
 template <bool int4>
-VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread, int32_t* sums) {
+VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread,
+                  int32_t* sums) {
   Slices slices(call, parts, thread);
   for (Slice slice = slices.Next(); slice.part.right;) {
     const Slice next = slices.Next();
