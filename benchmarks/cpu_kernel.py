@@ -293,13 +293,13 @@ def report(out: io.StringIO) -> None:
                 + (f"; {disturbed} disturbed rounds dropped" if disturbed else "")
                 + (" - ALL OF THEM: do not trust these" if disturbed == 6 * ROUNDS else "")
             )
-            heads = (f"{way:>12s}  floor/it   it/ours" for way in ("layers", "again"))
+            heads = (f"{way:>14s}  floor/it   it/ours" for way in ("layers", "again"))
             say(f"   {'':30s}" + "".join(heads))
             for name in calls:
                 say(
                     f"   {name:30s}"
                     + "".join(
-                        f"{seconds[name] * 1e6:9,.1f} us{floor_ / seconds[name]:10.2f}"
+                        f"{seconds[name] * 1e6:11,.1f} us{floor_ / seconds[name]:10.2f}"
                         f"{seconds[name] / seconds[OURS]:10.2f}"
                         for seconds, floor_ in zip(ways, least, strict=True)
                     )
