@@ -56,6 +56,7 @@ template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 constexpr int kColumns = 4;     // rows of w, columns of the result
 constexpr int64_t kBlock = 64;  // columns at a time
+constexpr int64_t kNear = 1 << 20;  // bytes of w that are in a cache, if they have been used
 // Bytes of w's rows at a time, for one row of x, for those of one block of registers and for more: x's
 // stay in L1 beside them. w is read fastest in its own order, but not where it is read again.
 constexpr int64_t kDepthAlone = 16384, kDepth = 4096, kDepthAgain = 2048;
@@ -182,8 +183,9 @@ INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x)
   return _mm512_dpbusd_epi32(sums, _mm512_and_si512(odd, low), _mm512_loadu_si512(x + 64));
 }
 
-// Multiply for one row of x, where w is not FRACTAL_NZ: one row of w after another, as memory is read
-// the fastest, and nothing is asked for, for the processor looks ahead by itself.
+// Multiply for one row of x and a w that is not FRACTAL_NZ and comes from memory: one row of w after
+// another, as memory is read the fastest, and nothing is asked for, for the processor looks ahead by
+// itself.
 template <bool int4>
 VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const Coming&,
                       int64_t depth, bool first, int32_t* c, int64_t) {
@@ -211,7 +213,7 @@ using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64
                             int64_t, bool, int32_t*, int64_t);
 template <bool int4, bool nz, int... i>
 constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
-  return {i == 0 && !nz ? MultiplyRow<int4> : Multiply<i + 1, int4, nz>...};
+  return {Multiply<i + 1, int4, nz>...};
 }
 // By rows less one.
 template <bool int4, bool nz>
@@ -413,7 +415,11 @@ class Parts {
   Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide, int64_t widest,
         Share* shares)
       : rows_(call.m), columns_(call.n), threads_(call.threads), shares_(shares) {
-    wide_ = std::min(wide, (columns_ + 64 * threads_ - 1) / (64 * threads_) * 16);
+    // as many parts a thread as there is work for: one for what takes some 10 us
+    const int64_t each =
+        std::clamp<int64_t>(call.m * call.n * call.row_bytes / threads_ >> 22, 1, 4);
+    const int64_t sixteens = (columns_ + 16 * each * threads_ - 1) / (16 * each * threads_);
+    wide_ = std::min(wide, sixteens * 16);
     across_ = (columns_ + wide_ - 1) / wide_;
     most_ = std::min(across_, std::max<int64_t>(1, widest / wide_));
     const int64_t times = std::max((rows_ + tall - 1) / tall, across_ < threads_ ? threads_ : 1);
@@ -424,6 +430,9 @@ class Parts {
           Pack(down_ * across_ * i / threads_, down_ * across_ * (i + 1) / threads_));
   }
 
+  // Columns of a part, at most.
+  int64_t Widest() const { return most_ * wide_; }
+
   // The next for a thread; at the end one without columns.
   Part Next(int64_t thread) {
     for (int64_t i = 0; i < threads_; ++i) {
@@ -432,7 +441,7 @@ class Parts {
       while (now >> 32 < (now & kLow)) {
         // half of what is left, from the front of one's own share and from the end of another's
         const int64_t begin = now >> 32, end = now & kLow;
-        const int64_t take = std::min(most_, (end - begin + 1) / 2);
+        const int64_t take = threads_ == 1 ? most_ : std::min(most_, (end - begin + 1) / 2);
         const Piece piece = PieceAt(i == 0 ? begin : end - 1);
         const int64_t from = i == 0 ? begin : std::max(end - take, piece.first);
         const int64_t to = i == 0 ? std::min(begin + take, piece.last) : end;
@@ -601,6 +610,7 @@ class Slices {
  public:
   Slices(const LqMatmul& call, Parts* parts, int64_t thread)
       : many_(call.m >= kManyRows),
+        columns_(call.n),
         wide_(many_ ? kWide : kBlock),
         bytes_(call.row_bytes),
         most_(SliceBytes(call)),
@@ -614,16 +624,29 @@ class Slices {
       across_ = (part_.right - part_.left + wide_ - 1) / wide_;
       number_ = 0;
     }
-    if (!across_) return {};
+    return across_ ? At(number_++) : Slice{};
+  }
+
+  // What is likely to come `i` slices after the next, if anything: enough to ask memory for it.
+  Slice Likely(int64_t i) const { return across_ ? At(number_ + i) : Slice{}; }
+
+ private:
+  // Of the part, or beyond it of the columns to its right.
+  Slice At(int64_t number) const {
     // With many rows all of x's values that a slice needs stay in L2 while columns pass by; with few,
     // a row of w is read to its end.
-    const int64_t column = many_ ? number_ % across_ : number_ / deep_;
-    const int64_t from = (many_ ? number_ / across_ : number_ % deep_) * most_;
-    ++number_;
+    const int64_t beyond = number - across_ * deep_;
+    const bool down = many_ && beyond < 0;
+    const int64_t column = down     ? number % across_
+                           : many_  ? across_ + beyond
+                                    : number / deep_;
+    const int64_t from = (down ? number / across_ : many_ ? 0 : number % deep_) * most_;
     const int64_t before = column * wide_, left = part_.left + before;
+    const int64_t end = beyond < 0 ? part_.right : columns_;
+    if (left >= end) return {};
     Slice slice{part_, before, from, std::min(most_, bytes_ - from), {}};
     slice.part.left = left;
-    slice.part.right = std::min(part_.right, left + wide_);
+    slice.part.right = std::min(end, left + wide_);
     const int64_t written = std::max(wide_, kLine);
     const bool fills = (before + wide_) % written == 0 || slice.part.right == part_.right;
     if (from + most_ >= bytes_ && fills) {
@@ -633,9 +656,8 @@ class Slices {
     return slice;
   }
 
- private:
   bool many_;
-  int64_t wide_, bytes_, most_, deep_;
+  int64_t columns_, wide_, bytes_, most_, deep_;
   Parts* parts_;
   int64_t thread_;
   Part part_{};
@@ -654,6 +676,11 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
   const int64_t width = part.right - part.left;
   // asked for the sooner the more there is to do with what is here
   const int64_t ahead = int4 || count > 1 ? width : kBlock / 4;
+  const bool alone = call.m == 1 && !IsNz(call) && call.n * call.row_bytes > kNear;
+  const Multiplier row_by_row[] = {MultiplyRow<int4>};
+  const Multiplier* const multiply = alone        ? row_by_row
+                                     : IsNz(call) ? kMultiply<int4, true>.data()
+                                                  : kMultiply<int4, false>.data();
   for (int64_t number = 0; number < count; ++number) {
     const int64_t row = part.top + height * number / count;
     const int64_t rows = part.top + height * (number + 1) / count - row;
@@ -673,7 +700,6 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
         const Coming coming{here ? WeightAt(call, part.left + row_ahead, slice.from)
                                  : WeightAt(call, next.part.left + row_ahead - width, next.from),
                             call.w_stride, here || next.part.right ? asking : 0};
-        const auto& multiply = IsNz(call) ? kMultiply<int4, true> : kMultiply<int4, false>;
         multiply[rows - 1](some, left.stride, w, call.w_step, coming, whole, slice.from == 0, c,
                            kBlock);
       }
@@ -696,12 +722,10 @@ template <bool int4>
 VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread,
                   int32_t* sums) {
   Slices slices(call, parts, thread);
-  for (Slice slice = slices.Next(); slice.part.right;) {
-    const Slice next = slices.Next();
-    MultiplyRows<int4>(call, x, slice, next, sums);
+  for (Slice slice = slices.Next(); slice.part.right; slice = slices.Next()) {
+    MultiplyRows<int4>(call, x, slice, slices.Likely(0), sums);
     if (slice.complete.right)
       Finish(call, sums, kBlock, x.surplus + slice.part.top, slice.complete);
-    slice = next;
   }
 }
 
@@ -780,9 +804,9 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t th
   uint8_t *w = copies[0], *other = copies[1];
   int64_t copied = 0;  // bytes of each row of the slice that are there already
   Slices slices(call, parts, thread);
-  Slice slice = slices.Next(), next = slices.Next(), after = slices.Next();
+  Slice slice = slices.Next(), next = slices.Next();
   while (slice.part.right) {
-    const Slice later = slices.Next();
+    const Slice after = slices.Likely(0), later = slices.Likely(1);
     const Part& part = slice.part;
     if (copied < slice.depth) CopySlice(call, slice, copied, w);
     const uint8_t* const from = WeightAt(call, next.part.left, next.from);
@@ -809,8 +833,7 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t th
       }
     }
     slice = next;
-    next = after;
-    after = later;
+    next = slices.Next();
     std::swap(w, other);
   }
 }
@@ -879,12 +902,16 @@ VNNI int Run(const LqMatmul& call) {
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
   const int64_t panels = (m + kPanel - 1) / kPanel;
   const int64_t stride = many ? panels * kPanel : padded + 64;
-  const int64_t own_sums = many ? std::min(kTall, panels * kPanel) * kWidest : m * kBlock;
+  const auto shares = Allocate<Parts::Share>(threads);
+  if (!shares) return 1;
+  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kLine : kBlock, many ? kWidest : n,
+              shares.get());
+  const int64_t own_sums =
+      many ? std::min(kTall, panels * kPanel) * parts.Widest() : m * kBlock;
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
   const auto surplus = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
-  const auto shares = Allocate<Parts::Share>(threads);
-  if (!copy || !surplus || !sums || !shares) return 1;
+  if (!copy || !surplus || !sums) return 1;
   const Left x{copy.get(), stride, surplus.get()};
 
   const auto copy_few = [&](int64_t number, int64_t count) {
@@ -896,8 +923,6 @@ VNNI int Run(const LqMatmul& call) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
       TurnRows<int4>(call, panel * kPanel, x);
   };
-  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kLine : kBlock, many ? kWidest : n,
-              shares.get());
   const auto compute_part = [&](int64_t number) {
     (many ? ManyRows : FewRows<int4>)(call, x, &parts, number, sums.get() + number * own_sums);
   };
