@@ -676,7 +676,7 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
   const int64_t width = part.right - part.left;
   // asked for the sooner the more there is to do with what is here
   const int64_t ahead = int4 || count > 1 ? width : kBlock / 4;
-  const bool alone = call.m == 1 && !IsNz(call) && call.n * call.row_bytes > kNear;
+  const bool far = call.n * call.row_bytes > kNear, alone = far && call.m == 1 && !IsNz(call);
   const Multiplier row_by_row[] = {MultiplyRow<int4>};
   const Multiplier* const multiply = alone        ? row_by_row
                                      : IsNz(call) ? kMultiply<int4, true>.data()
@@ -699,7 +699,7 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
         const bool here = row_ahead < width;
         const Coming coming{here ? WeightAt(call, part.left + row_ahead, slice.from)
                                  : WeightAt(call, next.part.left + row_ahead - width, next.from),
-                            call.w_stride, here || next.part.right ? asking : 0};
+                            call.w_stride, far && (here || next.part.right) ? asking : 0};
         multiply[rows - 1](some, left.stride, w, call.w_step, coming, whole, slice.from == 0, c,
                            kBlock);
       }
