@@ -28,6 +28,7 @@ VNNI int Products(int64_t steps) {
 VNNI int64_t Read(const uint8_t* from, int64_t bytes) {
   __m512i bits[4] = {};
   for (int64_t at = 0; at + 256 <= bytes; at += 256)
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
       bits[i] = _mm512_xor_si512(bits[i], _mm512_loadu_si512(from + at + 64 * i));
   return _mm512_reduce_or_epi64(
