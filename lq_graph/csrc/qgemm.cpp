@@ -396,6 +396,8 @@ INLINE_VNNI __m256i ToBfloat16(__m512 value) {
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
 }
 
+bool HasManyRows(const LqMatmul& call) { return call.m >= kManyRows; }
+
 // Some rows and columns of the result.
 struct Part {
   int64_t top, bottom, left, right;
@@ -410,11 +412,13 @@ class Parts {
     std::atomic<uint64_t> pieces;  // the first that is left, and where they end: 32 bits each
   };
 
-  // Of at most `tall` rows, a multiple of `unit` but at the bottom. Of at most `widest` columns,
-  // a multiple of `wide` unless there are few. `shares` has room for one a thread.
-  Parts(const LqMatmul& call, int64_t tall, int64_t unit, int64_t wide, int64_t widest,
-        Share* shares)
+  // `shares` has room for one a thread.
+  Parts(const LqMatmul& call, Share* shares)
       : rows_(call.m), columns_(call.n), threads_(call.threads), shares_(shares) {
+    // With few rows a part has all of them, and as many columns as its thread takes.
+    const bool many = HasManyRows(call);
+    const int64_t tall = many ? kTall : rows_, unit = many ? kPanel : 1;
+    const int64_t wide = many ? kLine : kBlock, widest = many ? kWidest : columns_;
     // as many parts a thread as there is work for: one for what takes some 10 us
     const int64_t each =
         std::clamp<int64_t>(call.m * call.n * call.row_bytes / threads_ >> 22, 1, 4);
@@ -542,11 +546,11 @@ INLINE_VNNI void Store(const LqMatmul& call, const Columns& c, __m512i sum, int6
 }
 
 // Results of a part, from accumulators to `out`. What flipping w added to each row's is `surplus`. By
-// 32 columns, for a line of 16-bit results has as many, and rows of `out` may be such a distance apart
-// that the first cache loses a line before it is come back to.
+// lines of 16-bit results: rows of `out` may be such a distance apart that the first cache loses a
+// line before it is come back to.
 VNNI void Finish(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* surplus,
                  const Part& part) {
-  for (int64_t column = part.left; column < part.right; column += 32, sums += 32) {
+  for (int64_t column = part.left; column < part.right; column += kLine, sums += kLine) {
     const int64_t count = part.right - column;
     const Columns first = ColumnsAt(call, column, count);
     const Columns second = ColumnsAt(call, column + 16, count - 16);
@@ -592,7 +596,7 @@ bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
 int64_t SliceBytes(const LqMatmul& call) {
   const bool once = call.m <= (call.int4 ? kRows<true> : kRows<false>);
   int64_t most = call.m == 1 ? kDepthAlone : once ? kDepth : kDepthAgain;
-  if (call.m >= kManyRows) most = call.int4 ? kSlice / 2 : kSlice;
+  if (HasManyRows(call)) most = call.int4 ? kSlice / 2 : kSlice;
   const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
   return (blocks + slices - 1) / slices * 64;
 }
@@ -609,7 +613,7 @@ struct Slice {
 class Slices {
  public:
   Slices(const LqMatmul& call, Parts* parts, int64_t thread)
-      : many_(call.m >= kManyRows),
+      : many_(HasManyRows(call)),
         columns_(call.n),
         wide_(many_ ? kWide : kBlock),
         bytes_(call.row_bytes),
@@ -636,11 +640,12 @@ class Slices {
     // With many rows all of x's values that a slice needs stay in L2 while columns pass by; with few,
     // a row of w is read to its end.
     const int64_t beyond = number - across_ * deep_;
-    const bool down = many_ && beyond < 0;
-    const int64_t column = down     ? number % across_
-                           : many_  ? across_ + beyond
-                                    : number / deep_;
-    const int64_t from = (down ? number / across_ : many_ ? 0 : number % deep_) * most_;
+    int64_t column = number / deep_, from = number % deep_;
+    if (many_) {
+      column = beyond < 0 ? number % across_ : across_ + beyond;
+      from = beyond < 0 ? number / across_ : 0;
+    }
+    from *= most_;
     const int64_t before = column * wide_, left = part_.left + before;
     const int64_t end = beyond < 0 ? part_.right : columns_;
     if (left >= end) return {};
@@ -677,8 +682,8 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
   // asked for the sooner the more there is to do with what is here
   const int64_t ahead = int4 || count > 1 ? width : kBlock / 4;
   const bool far = call.n * call.row_bytes > kNear, alone = far && call.m == 1 && !IsNz(call);
-  const Multiplier row_by_row[] = {MultiplyRow<int4>};
-  const Multiplier* const multiply = alone        ? row_by_row
+  const Multiplier in_order = MultiplyRow<int4>;
+  const Multiplier* const multiply = alone        ? &in_order
                                      : IsNz(call) ? kMultiply<int4, true>.data()
                                                   : kMultiply<int4, false>.data();
   for (int64_t number = 0; number < count; ++number) {
@@ -778,10 +783,10 @@ VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice
   int64_t left = upcoming.rows, number = 0;
   const int64_t each = (left + calls - 1) / calls;
   const auto multiply = [&](int64_t panel, int64_t column, const auto& kernels) {
-    Part written = slice.complete;
-    written.top = part.top + height * number / calls;
-    written.bottom = part.top + height * ++number / calls;
-    Expect(call, written);
+    if (slice.complete.right)
+      Expect(call, {part.top + height * number / calls, part.top + height * (number + 1) / calls,
+                    slice.complete.left, slice.complete.right});
+    ++number;
     upcoming.rows = std::min(each, left);
     kernels[std::min<int64_t>(kernels.size(), columns - column) - 1](
         rows + panel * x_panel, x_panel, w + column * kSlice, blocks, upcoming, slice.from == 0,
@@ -897,15 +902,14 @@ VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t pad
 
 template <bool int4>
 VNNI int Run(const LqMatmul& call) {
-  const int64_t m = call.m, n = call.n, threads = call.threads;
-  const bool many = m >= kManyRows;
+  const int64_t m = call.m, threads = call.threads;
+  const bool many = HasManyRows(call);
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
   const int64_t panels = (m + kPanel - 1) / kPanel;
   const int64_t stride = many ? panels * kPanel : padded + 64;
   const auto shares = Allocate<Parts::Share>(threads);
   if (!shares) return 1;
-  Parts parts(call, many ? kTall : m, many ? kPanel : 1, many ? kLine : kBlock, many ? kWidest : n,
-              shares.get());
+  Parts parts(call, shares.get());
   const int64_t own_sums =
       many ? std::min(kTall, panels * kPanel) * parts.Widest() : m * kBlock;
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
