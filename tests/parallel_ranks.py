@@ -315,33 +315,35 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def models(mesh: DeviceMesh, folder: Path) -> Check:
-    del folder
+def split_blocks(
+    mesh: DeviceMesh, dtypes: tuple[torch.dtype, ...]
+) -> Iterator[tuple[str, torch.dtype, bool, nn.Module, Tensor, Tensor]]:
+    """Each block that can be split: its configuration, dtype, whether sums are exact, the block
+    split, its input, and what it gave on one device."""
     for config in CONFIGS:
-        for dtype in (F16, BF16):
+        for dtype in dtypes:
             for exact in (False, True):
                 if exact and config == "a4w4_dynamic":
                     continue
                 model, x = quantized_block(config, dtype, mesh.device_type)
                 want = model(x)
-                split = parallelize_module(model, mesh, plan(exact))
-                name = f"{config} {dtype} {'exact' if exact else 'summed'}"
-                yield name, compared(split(x), want, exact=exact)
+                yield config, dtype, exact, parallelize_module(model, mesh, plan(exact)), x, want
+
+
+def models(mesh: DeviceMesh, folder: Path) -> Check:
+    del folder
+    for config, dtype, exact, split, x, want in split_blocks(mesh, (F16, BF16)):
+        name = f"{config} {dtype} {'exact' if exact else 'summed'}"
+        yield name, compared(split(x), want, exact=exact)
 
 
 def compiled(mesh: DeviceMesh, folder: Path) -> Check:
     del folder
-    for config in CONFIGS:
-        for exact in (False, True):
-            if exact and config == "a4w4_dynamic":
-                continue
-            model, x = quantized_block(config, BF16, mesh.device_type)
-            want = model(x)
-            split = parallelize_module(model, mesh, plan(exact))
-            ways = on_torchair if mesh.device_type == "npu" else on_cpu
-            for way, got in ways(split, x):
-                wrong = got if isinstance(got, str) else compared(got, want, exact=exact)
-                yield f"{config} exact={exact} {way}", wrong
+    ways = on_torchair if mesh.device_type == "npu" else on_cpu
+    for config, _, exact, split, x, want in split_blocks(mesh, (BF16,)):
+        for way, got in ways(split, x):
+            wrong = got if isinstance(got, str) else compared(got, want, exact=exact)
+            yield f"{config} exact={exact} {way}", wrong
 
 
 def on_cpu(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str]]:
