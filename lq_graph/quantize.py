@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +20,7 @@ from .quantized_linear import QuantizedLinear
 from .schemes import SCHEMES, A8W8Static, Config
 from .text import table
 from .vendor import vendor_layers
+from .walk import places_of, uninterrupted, why_not_replaceable
 
 __all__ = ["QuantizeReport", "Quantized", "quantize"]
 
@@ -143,7 +141,7 @@ def quantize(
     kept: Kept = {}
     # the largest first: what fits once fits ever after
     order = sorted(todo, key=lambda job: -job.bytes_before)
-    with _uninterrupted():
+    with uninterrupted():
         for job in tqdm(order, "quantizing", disable=None):
             job.put_in_place(kept)
     return QuantizeReport(map(_result, jobs))
@@ -173,12 +171,9 @@ def _survey(model: nn.Module, config: Config, filter_fn: FilterFn | None) -> lis
     """Every nn.Linear of a model, in order; a refusal where it must not be touched."""
     quantized = (QuantizedLinear, LinearQuant, *vendor_layers())
     names = {module: name for name, module in model.named_modules()}
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    places = places_of(model)
     owners: dict[int, list[nn.Module]] = {}
     for parent in names:
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                places.setdefault(child, []).append((parent, attribute))
         for parameter in parent._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(parent)
@@ -203,14 +198,12 @@ def _why_not(job: Job, filter_fn: FilterFn | None) -> str:
     linear = job.source
     if filter_fn is not None and not filter_fn(linear, job.name):
         return "filter_fn leaves it"
-    if type(linear) is not nn.Linear:
-        return f"a {type(linear).__name__}, whose forward may differ from nn.Linear's"
+    if why := why_not_replaceable(linear, nn.Linear):
+        return why
     if not job.places:
         return "the model itself, which cannot be replaced in place: put it in an nn.Sequential"
     if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in job.places):
         return "nn.TransformerEncoderLayer reads the weight itself, on its fast path"
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return "it has forward hooks, which would be lost"
     if linear.weight.is_meta:
         return "its weight is on meta: load the model first"
     if linear.weight.dtype not in (torch.float16, torch.bfloat16):
@@ -285,19 +278,3 @@ def _result(job: Job) -> Quantized:
             note += ", whose range ends where the ReLU between them did"
     size = job.bytes if job.bytes is not None else job.bytes_before
     return Quantized(job.name, scheme, job.k, job.n, output, job.bytes_before, size, note)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block. Python delivers it to the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[0])
