@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .errors import LinearQuantTypeError, LinearQuantValueError
 
-__all__ = ["Range", "call", "check_batches", "evaluating", "observe_inputs"]
+__all__ = ["Range", "Seen", "call", "check_batches", "evaluating", "observe"]
 
 
 class Range:
@@ -76,39 +79,114 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def observe_inputs(
-    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Any]
-) -> dict[nn.Module, Range]:
-    """Run a model and note the range of each layer's input.
+class Seen:
+    """What runs of a model have shown.
+
+    Attributes:
+        ranges: of each layer's inputs.
+        calls: of each module that was watched.
+        read: the operator that read a layer's weight while the layer did not run, by layer.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self.ranges = {layer: Range() for layer in layers}
+        self.calls: Counter[nn.Module] = Counter()
+        self.read: dict[nn.Module, str] = {}
+
+
+def observe(
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Any],
+    layers: Iterable[nn.Module],
+    others: Iterable[nn.Module] = (),
+) -> Seen:
+    """Run a model and note what its layers are given, and who else reads their weights.
+
+    Compiled parts run eagerly meanwhile: what was traced before does not see who watches.
 
     Args:
         model: float; left as it was, whatever happens.
-        layers: those to watch, modules of the model that take one tensor.
+        name: of the argument that holds the batches, for the messages.
         batches: what the model is called with, one at a time; see `call`.
+        layers: those to watch, modules of the model that take one tensor and have a weight.
+        others: modules whose calls are counted.
 
     Raises:
         LinearQuantTypeError: something that is no input.
         LinearQuantValueError: no batches.
     """
-    ranges = {layer: Range() for layer in layers}
-
-    def watch(layer: nn.Module) -> Callable[[nn.Module, Any], None]:
-        return lambda _module, args: ranges[layer].add(args[0])
-
-    hooks = [layer.register_forward_pre_hook(watch(layer)) for layer in ranges]
+    seen = Seen(layers)
+    running: list[nn.Module] = []
     count = 0
-    try:
-        with evaluating(model):
-            # None: no bar where the output is no terminal
-            for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
-                call(model, inputs)
-                count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as undo:
+        for module in [*seen.ranges, *others]:
+            undo.callback(_restore_forward, module, vars(module).get("forward"))
+            vars(module)["forward"] = _watched(module, seen, running)
+        undo.enter_context(evaluating(model))
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(_Reads(seen, running))
+        # None: no bar where the output is no terminal
+        for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
+            call(model, inputs)
+            count += 1
     if not count:
         raise LinearQuantValueError(
-            "quantize: calibration has no inputs. What to do: pass a few batches of what the model "
+            f"quantize: {name} has no inputs. What to do: pass a few batches of what the model "
             "will see."
         )
-    return ranges
+    return seen
+
+
+def _watched(module: nn.Module, seen: Seen, running: list[nn.Module]) -> Callable[..., Any]:
+    forward = module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.calls[module] += 1
+        if module in seen.ranges:
+            seen.ranges[module].add(args[0] if args else kwargs["input"])
+        running.append(module)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            running.pop()
+
+    return watched
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is not None:
+        vars(module)["forward"] = own
+    else:
+        vars(module).pop("forward", None)
+
+
+class _Reads(TorchDispatchMode):
+    """Notes operators that get the weight of a layer that does not run. Questions for its dtype,
+    shape and device are no operators."""
+
+    def __init__(self, seen: Seen, running: list[nn.Module]) -> None:
+        super().__init__()
+        self._seen, self._running = seen, running
+        self._layers: dict[int, list[nn.Module]] = {}
+        for layer in seen.ranges:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            self._layers.setdefault(weight.data_ptr(), []).append(layer)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            # by its memory: weight.data is another object
+            if type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided:
+                layers = self._layers.get(leaf.data_ptr(), ())
+                if not any(layer in self._running for layer in layers):
+                    for layer in layers:
+                        self._seen.read.setdefault(layer, str(func))
+        return func(*args, **kwargs)

@@ -323,7 +323,7 @@ def layer_of(
         dtype=weight.dtype,
         device="meta",  # no memory: the parameters are replaced
     )
-    ones = torch.ones(1, device=weight.device) if pertoken else None
+    ones = torch.ones(1, dtype=torch.float32, device=weight.device) if pertoken else None
     for name, tensor in zip(PARAMETERS, (weight, scale, offset, ones, bias), strict=True):
         if tensor is not None:
             own = tensor if isinstance(tensor, Parameter) else Parameter(tensor, False)

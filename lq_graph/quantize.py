@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from .calibrate import check_batches, observe_inputs
+from .calibrate import Seen, check_batches, observe
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import dtype_name
 from .module import LinearQuant
@@ -20,9 +23,12 @@ from .quantized_linear import QuantizedLinear
 from .schemes import SCHEMES, A8W8Static, Config
 from .text import table
 from .vendor import vendor_layers
-from .walk import places_of, uninterrupted, why_not_replaceable
+from .walk import held_elsewhere, places_of, uninterrupted, why_not_replaceable
 
-__all__ = ["QuantizeReport", "Quantized", "quantize"]
+__all__ = ["QuantizeReport", "Quantized", "StaysFloat", "quantize"]
+
+_LOCK = threading.RLock()  # a model that two threads quantize is quantized by one of them
+_SHOWN = 5  # of what stays float, in a printed report
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,61 @@ class Quantized:
         return bool(self.scheme)
 
 
+@dataclass(frozen=True)
+class StaysFloat:
+    """Float parameters or buffers that a model has after quantize, those of one name.
+
+    Attributes:
+        name: qualified name; `*` for numbers in it, which layers of one kind differ by.
+        kind: class of the module that holds them.
+        shape: of the first of them.
+        bytes: of all of them.
+        share: of the bytes that the model had before.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+    share: float
+
+
 class QuantizeReport(list[Quantized]):
-    """What quantize did, a line for each nn.Linear; prints as a table."""
+    """What quantize did, a line for each nn.Linear; prints as a table.
+
+    Attributes:
+        stays_float: what is float afterwards, in and beside nn.Linear layers (embeddings,
+            convolutions, experts in one tensor of 3 dims), the largest first.
+    """
+
+    stays_float: tuple[StaysFloat, ...] = ()
 
     def __str__(self) -> str:
-        if not self:
-            return "no nn.Linear in this model"
-        rows: list[list[object]] = [
-            ["module", "scheme", "k", "n", "output", "bytes before", "bytes", ""]
-        ]
-        for r in self:
-            scheme, output = r.scheme or "left float", r.output or "-"
-            rows.append([r.name, scheme, r.k, r.n, output, r.bytes_before, r.bytes, r.note])
-        done = [r for r in self if r.changed]
-        before, after = sum(r.bytes_before for r in done), sum(r.bytes for r in done)
-        summary = f"{len(done)} of {len(self)} layers quantized, {before:,} bytes to {after:,}"
-        return "\n".join([*table(rows), summary])
+        lines = ["no nn.Linear in this model"]
+        if self:
+            rows: list[list[object]] = [
+                ["module", "scheme", "k", "n", "output", "bytes before", "bytes", ""]
+            ]
+            for r in self:
+                scheme, output = r.scheme or "left float", r.output or "-"
+                rows.append([r.name, scheme, r.k, r.n, output, r.bytes_before, r.bytes, r.note])
+            done = [r for r in self if r.changed]
+            before, after = sum(r.bytes_before for r in done), sum(r.bytes for r in done)
+            summary = f"{len(done)} of {len(self)} layers quantized, {before:,} bytes to {after:,}"
+            lines = [*table(rows), summary]
+        if self.stays_float:
+            share = sum(left.share for left in self.stays_float)
+            lines.append(f"{share:.1%} of the model's bytes stay float, most of them in")
+            rows = [["tensor", "of", "shape", "bytes", "share"]]
+            for left in self.stays_float[:_SHOWN]:
+                shape = " x ".join(map(str, left.shape))
+                rows.append([left.name, left.kind, shape, left.bytes, f"{left.share:.1%}"])
+            lines += table(rows, "  ")
+        return "\n".join(lines)
 
 
 FilterFn = Callable[[nn.Module, str], bool]
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
 def quantize(
@@ -80,18 +122,24 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     *,
     filter_fn: FilterFn | None = None,
+    example_inputs: Iterable[Any] | None = None,
 ) -> QuantizeReport:
     """Replace the nn.Linear layers of a model by `QuantizedLinear` ones, in place.
 
     A layer that cannot be quantized is left float, and the report says why: it has no row in the
-    product's table, its weight is shared with something else, calibration never reached it, ...
-    Layers that are quantized already stay as they are, so a second call with another config and
-    filter_fn gives the rest another scheme.
+    product's table, it does more than nn.Linear does (a subclass, hooks, adapters, ...), its weight
+    is shared with something else, calibration never reached it, ... The report also names what else
+    is float and holds most of the bytes. Layers that are quantized already stay as they are, so a
+    second call with another config and filter_fn gives the rest another scheme.
+
+    A model may read a layer's weight itself, beside calling the layer or in its place. A quantized
+    layer gives it the float weight that it stands for, computed each time. With example_inputs or
+    calibration such layers are found, and left float.
 
     All or nothing: every layer is built once, and thrown away, before the first one is put in
     place; the largest goes in first, so memory that is too short shows before anything has changed;
     and Ctrl-C waits for the end of that last step. The most this takes beside the model is one
-    quantized layer.
+    quantized layer. What a compiled model compiled before, it compiles again at its next call.
 
     Args:
         model: float16 or bfloat16, on CPU or NPU.
@@ -99,14 +147,17 @@ def quantize(
         calibration: for A8W8Static: inputs of the model, each a tensor, a tuple of positional
             arguments or a mapping of keyword arguments. A few dozen that look like the real ones.
         filter_fn: (module, qualified name) to whether an nn.Linear is to be quantized; default all.
+        example_inputs: inputs of the model, as calibration's, for any config: a layer whose weight
+            something else reads, or that is never called, stays float.
 
     Returns:
         A report: a list with one `Quantized` for each nn.Linear.
 
     Raises:
-        LinearQuantTypeError: another config, or inputs that are none.
-        LinearQuantValueError: a weight or an activation is NaN or infinite; calibration is missing
-            or empty; no layer can be quantized.
+        LinearQuantTypeError: another config, or inputs that are none; a layer has an attribute of
+            its own that a QuantizedLinear has for itself.
+        LinearQuantValueError: a weight or an activation is NaN or infinite; calibration is missing,
+            or has no inputs; no layer can be quantized.
 
     Source: torchao's quantize_ for the interface, aclnnQuantMatmulV4.md (hicann/ops-nn) for what
     the layers compute.
@@ -117,14 +168,22 @@ def quantize(
             "A4W4Dynamic()."
         )
     _check_calibration(config, calibration)
-    jobs = _survey(model, config, filter_fn)
-    for job in _left(jobs):
-        _check_finite(job)
-    if isinstance(config, A8W8Static) and _left(jobs):
-        assert calibration is not None
-        _calibrate(model, config, _left(jobs), calibration)
-        if config.int8_between:
-            _connect(model, _left(jobs))
+    if example_inputs is not None:
+        check_batches("quantize", "example_inputs", example_inputs)
+    # parameters made in inference mode could not be used outside
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        return _quantize(model, config, calibration, filter_fn, example_inputs)
+
+
+def _quantize(
+    model: nn.Module,
+    config: Config,
+    calibration: Iterable[Any] | None,
+    filter_fn: FilterFn | None,
+    example_inputs: Iterable[Any] | None,
+) -> QuantizeReport:
+    bytes_before = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if not is_lazy(t))
+    jobs = _jobs(model, config, calibration, filter_fn, example_inputs)
     todo = _left(jobs)
     if jobs and not todo:
         reasons = Counter(job.refusal for job in jobs)
@@ -137,14 +196,54 @@ def quantize(
 
     # None: no bar where the output is no terminal
     for job in tqdm(todo, "checking layers", disable=None):
-        job.build({})
+        try:
+            job.build({})
+        except LinearQuantTypeError as error:
+            raise LinearQuantTypeError(f"quantize: {job.name}: {error}") from None
+    _put_in_place(todo)
+    report = QuantizeReport(map(_result, jobs))
+    report.stays_float = _stays_float(model, bytes_before)
+    return report
+
+
+def _jobs(
+    model: nn.Module,
+    config: Config,
+    calibration: Iterable[Any] | None,
+    filter_fn: FilterFn | None,
+    example_inputs: Iterable[Any] | None,
+) -> list[Job]:
+    """What is to be done to each nn.Linear. Nothing but the jobs holds them afterwards, so that
+    their memory goes as they are replaced."""
+    places = places_of(model)
+    jobs = _survey(model, config, filter_fn, places)
+    _keep_tied(model, jobs)
+    for job in _left(jobs):
+        _check_finite(job)
+    _observe(model, config, jobs, places, calibration, example_inputs)
+    return jobs
+
+
+def _put_in_place(todo: list[Job]) -> None:
+    """The last step. It cannot be taken back, for the float weights go as it goes, so it is
+    completed: what fails once, for lack of memory perhaps, is tried again."""
     kept: Kept = {}
-    # the largest first: what fits once fits ever after
-    order = sorted(todo, key=lambda job: -job.bytes_before)
+    failed: BaseException | None = None
+    bar = tqdm(total=len(todo), desc="quantizing", disable=None)
     with uninterrupted():
-        for job in tqdm(order, "quantizing", disable=None):
-            job.put_in_place(kept)
-    return QuantizeReport(map(_result, jobs))
+        # the largest first: what fits once fits ever after
+        for job in sorted(todo, key=lambda job: -job.bytes_before):
+            try:
+                job.put_in_place(kept)
+            except BaseException as error:
+                failed = None if isinstance(error, Exception) else error
+                job.put_in_place(kept)
+            with suppress(Exception):  # a terminal that is gone
+                bar.update()
+    with suppress(Exception):
+        bar.close()
+    if failed is not None:
+        raise failed
 
 
 def _left(jobs: list[Job]) -> list[Job]:
@@ -167,30 +266,39 @@ def _check_calibration(config: Config, calibration: object) -> None:
         check_batches("quantize", "calibration", calibration)
 
 
-def _survey(model: nn.Module, config: Config, filter_fn: FilterFn | None) -> list[Job]:
-    """Every nn.Linear of a model, in order; a refusal where it must not be touched."""
-    quantized = (QuantizedLinear, LinearQuant, *vendor_layers())
-    names = {module: name for name, module in model.named_modules()}
-    places = places_of(model)
-    owners: dict[int, list[nn.Module]] = {}
-    for parent in names:
-        for parameter in parent._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(parent)
+def _quantized_kinds() -> tuple[type[nn.Module], ...]:
+    return (QuantizedLinear, LinearQuant, *vendor_layers())
 
+
+def _survey(
+    model: nn.Module, config: Config, filter_fn: FilterFn | None, places: Places
+) -> list[Job]:
+    """Every nn.Linear of a model, in order; a refusal where it must not be touched."""
+    elsewhere = held_elsewhere(model)
     jobs = [
         Job(name, module, config, places.get(module, []))
-        for module, name in names.items()
-        if isinstance(module, nn.Linear) and not isinstance(module, quantized)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, _quantized_kinds())
     ]
     for job in jobs:
         job.refusal = _why_not(job, filter_fn) or illegal(job)
-    # a refusal may leave float a weight that another layer shares
-    floats = set(names) - {job.source for job in _left(jobs)}
-    for job in _left(jobs):
-        if others := [names[m] for m in owners[id(job.source.weight)] if m in floats]:
-            job.refusal = f"its weight is also that of {', '.join(others)}, which stays float"
+        if not job.refusal and job.source in elsewhere:
+            job.refusal = f"{elsewhere[job.source]} holds it too, where it would stay what it is"
     return jobs
+
+
+def _keep_tied(model: nn.Module, jobs: list[Job]) -> None:
+    """A refusal may leave float a weight that another layer shares; that one stays float too."""
+    floats = set(model.modules()) - {job.source for job in _left(jobs)}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if module in floats:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append(name)
+    for job in _left(jobs):
+        if others := owners.get(id(job.source.weight)):
+            job.refusal = f"its weight is also that of {', '.join(others)}, which stays float"
 
 
 def _why_not(job: Job, filter_fn: FilterFn | None) -> str:
@@ -198,12 +306,14 @@ def _why_not(job: Job, filter_fn: FilterFn | None) -> str:
     linear = job.source
     if filter_fn is not None and not filter_fn(linear, job.name):
         return "filter_fn leaves it"
-    if why := why_not_replaceable(linear, nn.Linear):
+    if why := why_not_replaceable(linear, nn.Linear, job.places):
         return why
     if not job.places:
         return "the model itself, which cannot be replaced in place: put it in an nn.Sequential"
-    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in job.places):
-        return "nn.TransformerEncoderLayer reads the weight itself, on its fast path"
+    for name, wanted in (("weight", (job.n, job.k)), ("bias", (job.n,))):
+        tensor = getattr(linear, name)
+        if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.numel()):
+            return f"its {name} has shape {tuple(tensor.shape)}, not that of a matrix and its bias"
     if linear.weight.is_meta:
         return "its weight is on meta: load the model first"
     if linear.weight.dtype not in (torch.float16, torch.bfloat16):
@@ -227,45 +337,115 @@ def _check_finite(job: Job) -> None:
             )
 
 
-def _calibrate(
-    model: nn.Module, config: A8W8Static, jobs: list[Job], batches: Iterable[Any]
+def _observe(
+    model: nn.Module,
+    config: Config,
+    jobs: list[Job],
+    places: Places,
+    calibration: Iterable[Any] | None,
+    example_inputs: Iterable[Any] | None,
 ) -> None:
-    ranges = observe_inputs(model, [job.source for job in jobs], batches)
+    """Run the model on the inputs there are, for what the layers themselves do not tell."""
+    if example_inputs is not None and _left(jobs):
+        layers = [job.source for job in _left(jobs)]
+        seen = observe(model, "example_inputs", example_inputs, layers)
+        _leave_unusual(model, jobs, seen, "example_inputs")
+    if isinstance(config, A8W8Static) and _left(jobs):
+        assert calibration is not None
+        layers = [job.source for job in _left(jobs)]
+        between = _sequentials(model) if config.int8_between else []
+        seen = observe(model, "calibration", calibration, layers, between)
+        _leave_unusual(model, jobs, seen, "calibration")
+        _calibrate(config, _left(jobs), seen)
+        if config.int8_between:
+            _connect(model, _left(jobs), places, seen.calls)
+
+
+def _leave_unusual(model: nn.Module, jobs: list[Job], seen: Seen, inputs: str) -> None:
+    for job in _left(jobs):
+        if job.source in seen.read:
+            by = seen.read[job.source]
+            job.refusal = f"the model reads its weight outside its forward, by {by}"
+        elif not seen.ranges[job.source].batches:
+            job.refusal = f"{inputs} never reached it"
+    _keep_tied(model, jobs)
+
+
+def _calibrate(config: A8W8Static, jobs: list[Job], seen: Seen) -> None:
     for job in jobs:
-        seen = ranges[job.source]
-        if not seen.batches:
-            job.refusal = "calibration never reached it"
-        elif not seen.finite:
+        found = seen.ranges[job.source]
+        if not found.finite:
             raise LinearQuantValueError(
                 f"quantize: the input of {job.name} holds NaN or infinity during calibration; "
                 "nothing was changed. What to do: check the inputs, or run the model in bfloat16."
             )
-        else:
-            job.input_scale, job.input_offset = affine(
-                seen.low, seen.high, job.input_dtype, config.symmetric
-            )
+        job.input_scale, job.input_offset = affine(
+            found.low, found.high, job.input_dtype, config.symmetric
+        )
 
 
-def _connect(model: nn.Module, jobs: list[Job]) -> None:
-    """Find the pairs between which int8 can stay: neighbours in an nn.Sequential, which hands each
-    output to the next module and to nothing else."""
+def _sequentials(model: nn.Module) -> list[nn.Module]:
+    """Every plain nn.Sequential that hands each output to the next module and to nothing else, if
+    it is called at all; and the ReLUs they hold."""
+    plain = [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in vars(m)]
+    held = dict.fromkeys(child for parent in plain for child in parent)
+    return [*plain, *(m for m in held if not why_not_replaceable(m, nn.ReLU))]
+
+
+def _connect(model: nn.Module, jobs: list[Job], places: Places, calls: Counter[nn.Module]) -> None:
+    """Find the pairs between which int8 can stay: neighbours in an nn.Sequential that is called as
+    a whole. One whose parts are called one by one, as a list of modules, hands on nothing."""
     by_layer: dict[nn.Module, Job] = {job.source: job for job in jobs}
-    uses = Counter(child for parent in model.modules() for child in parent._modules.values())
-    for parent in model.modules():
-        if type(parent) is not nn.Sequential or any(m._forward_hooks for m in parent):
-            continue
+    plain = {module for module in _sequentials(model) if type(module) is nn.Sequential}
+
+    def only_by_sequentials(module: nn.Module) -> bool:
+        parents = [parent for parent, _ in places[module]]
+        return plain.issuperset(parents) and calls[module] == sum(calls[p] for p in parents)
+
+    for parent in plain:
         children = list(parent._modules.items())
         for (_, child), *rest in (children[i:] for i in range(len(children) - 1)):
             relu = None
             if type(rest[0][1]) is nn.ReLU and len(rest) > 1:
-                relu = (parent, rest[0][0])
+                relu = rest[0][1]
+                place = (parent, rest[0][0])
                 rest = rest[1:]
             first, second = (by_layer.get(m) for m in (child, rest[0][1]) if m is not None)
-            if first is None or second is None or uses[first.source] + uses[second.source] > 2:
+            if first is None or second is None or len(first.places) + len(second.places) > 2:
+                continue
+            between = [first.source, second.source] if relu is None else [child, relu, rest[0][1]]
+            if not all(only_by_sequentials(m) for m in between if m is not None):
+                continue
+            if relu is not None and why_not_replaceable(relu, nn.ReLU):
                 continue
             # ReLU's zero is where the int8 range begins: the clamp to it is the ReLU
             if relu is None or second.input_offset == -128:
-                first.next, first.absorbed = second, relu
+                first.next, second.takes_int8 = second, True
+                first.absorbed = place if relu is not None else None
+
+
+def _stays_float(model: nn.Module, bytes_before: int) -> tuple[StaysFloat, ...]:
+    """Float parameters and buffers outside quantized layers, by name, the largest first."""
+    inside = {p for m in model.modules() if isinstance(m, _quantized_kinds()) for p in m.modules()}
+    seen: set[int] = set()
+    groups: dict[tuple[str, str], list[Tensor]] = {}
+    for prefix, module in model.named_modules():
+        if module in inside:
+            continue
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or id(tensor) in seen or is_lazy(tensor):
+                continue
+            seen.add(id(tensor))
+            if tensor.is_floating_point():
+                parts = ["*" if p.isdigit() else p for p in [*prefix.split("."), name] if p]
+                groups.setdefault((".".join(parts), type(module).__name__), []).append(tensor)
+    found = []
+    for (name, kind), tensors in groups.items():
+        size = sum(t.nbytes for t in tensors)
+        found.append(
+            StaysFloat(name, kind, tuple(tensors[0].shape), size, size / max(bytes_before, 1))
+        )
+    return tuple(sorted(found, key=lambda left: -left.bytes))
 
 
 def _result(job: Job) -> Quantized:

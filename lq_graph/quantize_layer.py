@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import LinearQuantError
 from .formats import STORAGE_DTYPES
@@ -15,6 +16,7 @@ from .plan import Spec, plan
 from .plan_quant import plan_dynamic_quant, plan_static_quant
 from .quantized_linear import QuantizedLinear
 from .schemes import A4W4Dynamic, A8W8Static, Config
+from .walk import carry_over
 
 __all__ = ["Job", "Kept", "affine", "illegal"]
 
@@ -41,6 +43,7 @@ class Job:
         sharers: the jobs with the same weight, this one too.
         input_scale, input_offset: static only, see `affine`.
         next: the job that takes this one's output as int8.
+        takes_int8: another job's next is this one.
         absorbed: a ReLU between the two, by its place.
     """
 
@@ -51,14 +54,16 @@ class Job:
         self.linear: nn.Linear | None = linear
         self.config = config
         self.places = places
-        self.n, self.k = linear.weight.shape
+        self.n, self.k = _sizes(linear)
         self.bytes_before = _size(linear)
         self.bytes: int | None = None
-        self.input_dtype = linear.weight.dtype
+        weight = getattr(linear, "weight", None)
+        self.input_dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
         self.refusal = ""
         self.sharers = [self]
         self.input_scale, self.input_offset = 1.0, 0
         self.next: Job | None = None
+        self.takes_int8 = False
         self.absorbed: tuple[nn.Module, str] | None = None
 
     @property
@@ -102,17 +107,20 @@ class Job:
         whose weights are tiny beside its bias is quantized no finer than the bias allows."""
         bias = self.source.bias
         if bias is None or not self.static:
-            return torch.zeros(self.n, dtype=torch.float64)
+            return torch.zeros(self.n, dtype=torch.float64, device="cpu")
         return bias.detach().double().cpu().abs() / (self.input_scale * _BIAS_STEPS)
 
     def build(self, kept: Kept) -> QuantizedLinear:
         """The quantized layer. Changes nothing; keeps in `kept` a weight that others have too."""
-        return _build_static(self, kept) if self.static else _build_dynamic(self, kept)
+        new = _build_static(self, kept) if self.static else _build_dynamic(self, kept)
+        carry_over(self.source, new)
+        return new
 
     def put_in_place(self, kept: Kept) -> None:
-        """Replace the float layer wherever the model holds it."""
+        """Replace the float layer wherever the model holds it. Once or again is the same."""
+        if self.linear is None:
+            return
         new = self.build(kept)
-        new.train(self.source.training)
         self.bytes = _size(new.linear)
         for parent, name in self.places:
             setattr(parent, name, new)
@@ -122,7 +130,16 @@ class Job:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not is_lazy(p))
+
+
+def _sizes(linear: nn.Linear) -> tuple[int, int]:
+    """n and k of a layer, which may be a subclass that has no usual weight."""
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, Tensor) and not is_lazy(weight) and weight.dim() == 2:
+        n, k = weight.shape
+        return n, k
+    return getattr(linear, "out_features", 0), getattr(linear, "in_features", 0)
 
 
 def illegal(job: Job) -> str:
@@ -156,7 +173,7 @@ def affine(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> tupl
     reciprocal, which is what the chip multiplies by, is exact in the activation's dtype."""
     width = max(-low, high) / 127 if symmetric else (high - low) / 255
     scale = max(width, 1 / torch.finfo(torch.float16).max) if width else 1.0
-    reciprocal = torch.tensor(1 / scale, dtype=torch.float64).to(dtype)
+    reciprocal = torch.tensor(1 / scale, dtype=torch.float64, device="cpu").to(dtype)
     scale = float(reciprocal.to(torch.float32).reciprocal())
     offset = 0 if symmetric else round(-128 - low / scale)
     return scale, min(max(offset, -128), 127)
@@ -172,7 +189,7 @@ def _rows(weight: Tensor) -> Iterator[slice]:
 def _peaks(weight: Tensor, top: int) -> Tensor:
     """float64 (n,): the magnitude in each row that the largest integer stands for: that of the
     largest weight, or for int4 one that gives the row the smallest squared error."""
-    peaks = torch.empty(weight.shape[0], dtype=torch.float64)
+    peaks = torch.empty(weight.shape[0], dtype=torch.float64, device="cpu")
     for part in _rows(weight):
         rows = weight[part].float()
         peak = rows.abs().amax(1, keepdim=True)
@@ -235,7 +252,7 @@ def _build_dynamic(job: Job, kept: Kept) -> QuantizedLinear:
     weight, scale = _weight(job, kept)
     own = job.source.bias
     bias = None if own is None else own.detach().to(job.bias_dtype, copy=True)
-    return QuantizedLinear(_linear(job, weight, scale, bias, None))
+    return QuantizedLinear(_linear(job, weight, scale, bias, None), input_dtype=job.input_dtype)
 
 
 def _build_static(job: Job, kept: Kept) -> QuantizedLinear:
@@ -255,7 +272,7 @@ def _build_static(job: Job, kept: Kept) -> QuantizedLinear:
         return torch.tensor([value], dtype=torch.float32, device=weight.device)
 
     following = job.next
-    offset = torch.full((job.n,), float(following.input_offset)) if following else None
+    offset = one(following.input_offset).expand(job.n).contiguous() if following else None
     return QuantizedLinear(
         _linear(job, weight, weight_scale * job.step, bias, offset),
         one(job.input_scale),
@@ -265,6 +282,7 @@ def _build_static(job: Job, kept: Kept) -> QuantizedLinear:
         float_bias=None if own is None else own.detach().clone(),
         output_scale=one(following.input_scale) if following else None,
         output_offset=one(following.input_offset) if following else None,
+        takes_int8=job.takes_int8,
     )
 
 

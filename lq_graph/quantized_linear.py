@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import numerics
 from .errors import LinearQuantTypeError
-from .formats import dtype_name
-from .module import LinearQuant, keeping_dtypes
+from .float_view import FloatView
+from .formats import ND, STORAGE_DTYPES, dtype_name
+from .module import SPLIT, LinearQuant, keeping_dtypes
+from .npu import cast_format, format_of
+from .symbolic import sure
 
 __all__ = ["QuantizedLinear"]
 
@@ -21,6 +25,9 @@ _static_quant = torch.ops.lq_graph.static_quant.default
 class QuantizedLinear(nn.Module):
     """A linear layer that quantizes its float input and runs a LinearQuant.
 
+    Has what nn.Linear has: `in_features`, `out_features`, and `weight` and `bias`, the floats that
+    the quantized ones of `linear` stand for. They are computed when they are read, and read only.
+
     Args:
         linear: int8, or int32 carrying int4 (dynamic only). With pertoken_scale=True the input is
             quantized per token as it comes (dynamic), else by input_scale and input_offset
@@ -28,17 +35,27 @@ class QuantizedLinear(nn.Module):
         input_scale: float32 (1,), the size of one step; static only.
         input_offset: float32 (1,), the integer that stands for 0, static only; None for a
             symmetric scale.
-        input_dtype: float16 or bfloat16, of the input of a static layer; default the output's.
+        input_dtype: float16 or bfloat16, the dtype the layer works in: that of a static layer's
+            input, and of `weight` and `bias`; default the output's.
         weight_scale: float32 (n,), static only: the scale of the weight alone, where it is known.
             The layer does not read it; files do.
         float_bias: the bias before it was rounded to the int32 one of `linear`, likewise.
         output_scale, output_offset: float32 (1,), of an int8 output: the input_scale and
             input_offset of the layer that takes it.
+        takes_int8: static only: whether an int8 input is taken as quantized already, by
+            input_scale and input_offset. Only for a layer that another one with int8 output feeds:
+            an int8 input that came about otherwise is no quantized one.
 
     Shape:
-        input (..., in_features) to output (..., out_features). A static layer also takes int8, as
-        a layer before it with int8 output gives.
+        input (..., in_features) to output (..., out_features); rows may be none.
+
+    Raises (forward):
+        LinearQuantTypeError: an int8 input without takes_int8, or, static, a float one of another
+            dtype than input_dtype.
+        LinearQuantTypeError, LinearQuantValueError: what the operators refuse.
     """
+
+    takes_int8 = False
 
     input_scale: Tensor | None
     input_offset: Tensor | None
@@ -60,10 +77,12 @@ class QuantizedLinear(nn.Module):
         float_bias: Tensor | None = None,
         output_scale: Tensor | None = None,
         output_offset: Tensor | None = None,
+        takes_int8: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
-        self.input_dtype = input_dtype or linear.output_dtype
+        self.takes_int8 = takes_int8
+        self.input_dtype = input_dtype or linear.output_dtype or torch.int8
         if input_scale is not None and input_offset is None:
             input_offset = torch.zeros_like(input_scale)
         self.register_buffer("input_scale", input_scale)
@@ -88,10 +107,80 @@ class QuantizedLinear(nn.Module):
         self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
         self._offset = self.input_offset.to(self.input_dtype)
 
+    @classmethod
+    def _plain(cls) -> QuantizedLinear:
+        """One as quantize makes it, for walk.py."""
+        linear = LinearQuant(8, 8, pertoken_scale=True, output_dtype=torch.float16)
+        return cls(linear)
+
     @property
     def weight(self) -> Tensor:
-        """The quantized weight: models ask a linear layer's weight for its dtype and device."""
-        return self.linear.weight
+        """(n, k), input_dtype: the weight that the quantized one of `linear` stands for."""
+        weight = self.linear.weight
+        shape = (*weight.shape[:-1], weight.shape[-1] * STORAGE_DTYPES[weight.dtype])
+        return self._float_view(self._float_weight, shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(n,), input_dtype: the bias before it was rounded and the zero point of the input was put
+        into it; where it is known no more, what the rounded one stands for: zeros for a layer that
+        has none but the zero point's."""
+        if self.float_bias is None and self.linear.bias is None:
+            return None
+        return self._float_view(self._float_bias, (self.linear.out_features,))
+
+    def _float_view(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph drops what it does not read
+            return compute()
+        return FloatView(compute, shape, self.input_dtype, self.linear.weight.device)
+
+    def _check_whole(self) -> None:
+        if SPLIT in vars(self.linear):
+            raise LinearQuantTypeError(
+                "QuantizedLinear: weight, or bias, was read of a layer that is split over devices; "
+                "this process has a part of it. What to do: read it before the layer is split."
+            )
+
+    def _float_weight(self) -> Tensor:
+        self._check_whole()
+        weight = self.linear.weight
+        if format_of(weight) != ND:
+            weight = cast_format(weight, ND)
+        if weight.dtype == torch.int32:
+            weight = numerics.unpack_int4(weight)
+        scale = self._step()
+        if self.input_scale is not None:
+            scale = scale / self.input_scale
+        return (weight * scale.unsqueeze(-1)).to(self.input_dtype)
+
+    def _float_bias(self) -> Tensor:
+        self._check_whole()
+        bias = self.linear.bias if self.float_bias is None else self.float_bias
+        assert bias is not None
+        if bias.dtype == torch.int32:
+            assert self.input_offset is not None
+            zero_point = self.input_offset.to(torch.int32) * self.linear.weight.sum(
+                -1, dtype=torch.int32
+            )
+            bias = (bias + zero_point) * self._step()
+        return bias.to(self.input_dtype)
+
+    def _step(self) -> Tensor:
+        """float32 (n,): what one step of the int32 product is worth."""
+        scale: Tensor = self.linear.scale
+        if scale.dtype == torch.int64:
+            scale = numerics.unpack_scale(scale)[0]
+        scale = scale.to(torch.float32)
+        return scale if self.output_scale is None else scale * self.output_scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise LinearQuantTypeError(
+                f"QuantizedLinear: {name} was assigned to; it is computed from the quantized "
+                "tensors of layer.linear. What to do: assign before the model is quantized; tied "
+                "weights are left float."
+            )
+        super().__setattr__(name, value)
 
     @property
     def in_features(self) -> int:
@@ -108,23 +197,42 @@ class QuantizedLinear(nn.Module):
         """Whether the input is quantized per token, as it comes."""
         return self.input_scale is None
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
+        rows = input.reshape(-1, input.shape[-1])
+        if sure(rows.shape[0] == 0):
+            # the operators need a row: an expert without a token has none
+            out = self._rows(rows.new_zeros(1, rows.shape[1]))[:0]
+        else:
+            out = self._rows(rows)
+        return out.view(*input.shape[:-1], out.shape[-1])
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """(m, k) to (m, n)."""
         out: Tensor
+        if rows.dtype == torch.int8 and not self.takes_int8:
+            raise LinearQuantTypeError(
+                "QuantizedLinear: x is int8, and no layer before it is known to give int8; values "
+                f"that were cast are no quantized ones. What to do: pass x.to({self.input_dtype}). "
+                "A model that casts to the dtype of a parameter, next(parameters()).dtype for "
+                "example, finds the float one at layer.weight. A chain of layers made by hand says "
+                "takes_int8=True."
+            )
         if self._scale_reciprocal is None:
             quantized, scale = self.quantize_rows(rows, self.linear.weight.dtype)
             out = self.linear(quantized, scale)
-        elif x.dtype == torch.int8:
+        elif rows.dtype == torch.int8:
             out = self.linear(rows)
         else:
-            if x.dtype != self.input_dtype:
+            if rows.dtype != self.input_dtype and _autocasts(rows, self.input_dtype):
+                rows = rows.to(self.input_dtype)
+            if rows.dtype != self.input_dtype:
                 raise LinearQuantTypeError(
-                    f"QuantizedLinear: x is {dtype_name(x.dtype)}; this static layer was made for "
-                    f"{dtype_name(self.input_dtype)}. What to do: pass "
+                    f"QuantizedLinear: x is {dtype_name(rows.dtype)}; this static layer was made "
+                    f"for {dtype_name(self.input_dtype)}. What to do: pass "
                     f"x.to({self.input_dtype}), or quantize the model in the dtype it runs in."
                 )
             out = self.linear(_static_quant(rows, self._scale_reciprocal, self._offset))
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Quantize a dynamic layer's input, (m, k); `lq_graph.dynamic_quant`."""
@@ -150,3 +258,13 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._derive()
+
+
+def _autocasts(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast would have nn.Linear work in a dtype."""
+    device = x.device.type
+    return (
+        x.is_floating_point()
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == dtype
+    )

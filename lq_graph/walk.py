@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from inspect import signature
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
-__all__ = ["all_or_nothing", "places_of", "uninterrupted", "why_not_replaceable"]
+from .errors import LinearQuantTypeError
+
+__all__ = [
+    "all_or_nothing",
+    "carry_over",
+    "held_elsewhere",
+    "places_of",
+    "uninterrupted",
+    "why_not_replaceable",
+]
 
 # hooks of nn.Module that a replacement would lose, by the attribute that holds them
 _HOOKS = {
@@ -24,55 +39,127 @@ _HOOKS = {
     "_load_state_dict_pre_hooks": "state dict hooks",
     "_load_state_dict_post_hooks": "state dict hooks",
 }
-# what an instance may have of its own that its class's forward does not know
-_METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "state_dict")
-_SETTINGS: dict[type[nn.Module], frozenset[str]] = {}
+# modules that read the weight of a layer they hold and do not call the layer, all or some of the
+# time
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_DEPTH = 3  # of lists in lists that are searched for modules
+_PLAIN: dict[type[nn.Module], nn.Module] = {}
+
+Places = Iterable[tuple[nn.Module, str]]
 
 
-def why_not_replaceable(module: nn.Module, kind: type[nn.Module]) -> str:
+def why_not_replaceable(module: nn.Module, kind: type[nn.Module], places: Places = ()) -> str:
     """Why a module does more than its kind says, so that one of another kind cannot stand in its
     place; empty if it may.
+
+    Plain attributes of the instance are no reason: `carry_over` takes them along. Neither are
+    `requires_grad` and the training flag.
 
     Args:
         module: that is to be replaced.
         kind: the class whose behaviour the replacement has, nn.Linear for example.
+        places: where it is held, of `places_of`; for parents that do not call it.
     """
     if type(module) is not kind:
         return f"a {type(module).__name__}, whose forward may differ from {_name(kind)}'s"
-    own = vars(module)
-    for name in _METHODS:
-        if name in own:
-            return f"it has a {name} of its own, which would be lost"
+    if _is_patched(kind):
+        return f"the forward of {_name(kind)} itself was replaced by another, which would be lost"
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "there are forward hooks for all modules, which may act on it"
+    why = _own_behaviour(module, _plain(kind))
+    return why or next(filter(None, (_why_not_in(parent) for parent, _ in places)), "")
+
+
+def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
+    """What a module has that a plain one of its class has not."""
+    own, kind = vars(module), type(plain)
     for attribute, what in _HOOKS.items():
         if own.get(attribute):
             return f"it has {what}, which would be lost"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled by itself, which would be lost: call module.compile() afterwards"
-    for name, child in module._modules.items():
-        if child is not None:
-            return f"it holds a module of its own, {name}, which would be lost"
-    known = _tensors_of(kind)
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is None:
+    for name, value in own.items():
+        if name in vars(plain) or value is getattr(kind, name, plain):
             continue
-        if name not in known:
-            return f"it holds a tensor of its own, {name}, which would be lost"
-        if type(tensor) not in (torch.Tensor, nn.Parameter):
-            return f"its {name} is a {type(tensor).__name__}, with behaviour of its own"
+        if hasattr(kind, name) and not isinstance(value, Tensor):
+            return f"it has a {name} of its own, which would be lost"
+        if isinstance(value, MethodType) and value.__self__ is module:
+            return f"it has a method of its own, {name}, which would be lost"
+    for name, child in module._modules.items():
+        usual = plain._modules.get(name)
+        if child is not None and usual is None:
+            return f"it holds a module of its own, {name}, which would be lost"
+        if child is not None and usual is not None:
+            if type(child) is not type(usual):
+                return f"its {name} is a {type(child).__name__}"
+            if why := _own_behaviour(child, usual):
+                return f"its {name}: {why}"
+    usual_tensors = {**plain._parameters, **plain._buffers}
+    if absent := [name for name in plain._parameters if name not in module._parameters]:
+        return f"its {absent[0]} is no parameter, so something else computes it"
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            if name not in usual_tensors:
+                return f"it holds a tensor of its own, {name}, which would be lost"
+            if type(tensor) not in (Tensor, nn.Parameter):
+                return f"its {name} is a {type(tensor).__name__}, with behaviour of its own"
+            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+                return f"its {name} has gradient hooks, which would be lost"
     return ""
 
 
-def _tensors_of(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of the parameters and buffers that instances of a class have."""
-    if kind not in _SETTINGS:
-        with torch.device("meta"):
-            plain = kind(8, 8)
-        _SETTINGS[kind] = frozenset([*plain._parameters, *plain._buffers])
-    return _SETTINGS[kind]
+def _why_not_in(parent: nn.Module) -> str:
+    """Why a parent needs the module that it holds as it is."""
+    if isinstance(parent, _READERS):
+        kind = next(kind for kind in _READERS if isinstance(parent, kind))
+        return f"nn.{kind.__name__} reads the weight itself, on its fast path"
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
+    if dynamo is not None and isinstance(parent, dynamo.OptimizedModule):
+        return "it is compiled by itself: call torch.compile on it afterwards"
+    return ""
+
+
+def _is_patched(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class is another than that of the file it stands in."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = getattr(vars(owner)["forward"], "__globals__", None)
+    return forward is not vars(sys.modules[owner.__module__]) or "__call__" in vars(kind)
+
+
+def _plain(kind: type[nn.Module]) -> nn.Module:
+    """An instance of a class as its constructor leaves it."""
+    if kind not in _PLAIN:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a deprecated class says so
+            make = getattr(kind, "_plain", None)
+            sizes = (8, 8) if "in_features" in signature(kind).parameters else ()
+            _PLAIN[kind] = kind(*sizes) if make is None else make()
+    return _PLAIN[kind]
 
 
 def _name(kind: type[nn.Module]) -> str:
     return f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__name__
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give a replacement the training flag and the plain attributes that its predecessor's instance
+    has beside those of its class: names, indices, marks of libraries.
+
+    Call it before the replacement is put in place.
+
+    Raises:
+        LinearQuantTypeError: the replacement has something else of that name.
+    """
+    usual = vars(_plain(type(old)))
+    own = {name: value for name, value in vars(old).items() if name not in usual}
+    if clash := [name for name in own if hasattr(new, name)]:
+        raise LinearQuantTypeError(
+            f"the layer has an attribute of its own, {clash[0]}, and {_name(type(new))} has one of "
+            "that name for itself; nothing was changed. What to do: rename it, or leave the layer "
+            "out."
+        )
+    vars(new).update(own)
+    new.train(old.training)
 
 
 def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -83,6 +170,35 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(child, []).append((parent, attribute))
     return places
+
+
+def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
+    """Submodules that attributes of the model's modules hold, where no replacement reaches them:
+    lists, tuples, dicts and sets, partial functions, and attributes set past nn.Module. By each the
+    name of the attribute."""
+    usual = set(vars(nn.Module()))
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in usual:
+                for held in _modules_in(value, _DEPTH):
+                    found.setdefault(held, f"{name}.{attribute}" if name else attribute)
+    return found
+
+
+def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for part in [*value.keys(), *value.values()]:
+            yield from _modules_in(part, depth - 1)
+    elif depth and isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _modules_in(part, depth - 1)
+    elif depth and isinstance(value, partial):
+        yield from _modules_in((value.func, value.args, value.keywords), depth - 1)
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__, depth)
 
 
 @contextmanager
