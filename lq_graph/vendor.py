@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import STORAGE_DTYPES, dtype_name
 from .module import PARAMETERS, LinearQuant
+from .quantized_linear import QuantizedLinear
+from .walk import all_or_nothing, carry_over, places_of, why_not_replaceable
 
 __all__ = ["convert", "vendor_layers"]
 
@@ -36,8 +38,9 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
     exception: the vendor's module starts with a float32 weight, into which a state dict's int8
     values are cast; such a weight becomes int8 if it holds int8 values, and is refused if not.
 
-    All or nothing: on an error the model is as before. Subclasses of the vendor's modules, whose
-    forward may differ, are left alone. Hooks of a replaced module are not carried over.
+    All or nothing: on an error the model is as before, and Ctrl-C waits for the end. Subclasses,
+    whose forward may differ, are left alone, and a warning names them. Plain attributes of a
+    module's instance are carried over; one with hooks, a forward of its own or the like is refused.
 
     Args:
         model: any module. If it is itself a layer to be replaced, only the result is new.
@@ -48,31 +51,57 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
 
     Raises:
         LinearQuantValueError: another `to`.
-        LinearQuantTypeError: a float32 weight that holds other than int8 values.
+        LinearQuantTypeError: a float32 weight that holds other than int8 values; a module that does
+            more than its class does, or, on the way back, a dynamic QuantizedLinear's, which gives
+            it a scale with each call.
+
+    Warns:
+        UserWarning: a subclass is left alone.
     """
     if to not in _TARGETS:
         raise LinearQuantValueError(
             f"convert: to is {to!r}; allowed are {' and '.join(map(repr, _TARGETS))}."
         )
     kinds = vendor_layers() if to == "lq_graph" else (LinearQuant,)
-    # every replacement is made before the first one is put in place
-    new = {
-        old: _ours(name, old) if to == "lq_graph" else _vendors(old)
-        for name, old in model.named_modules()
-        if type(old) in kinds
-    }
-    for parent, name, child in list(_children(model)):
-        if child in new:
-            setattr(parent, name, new[child])
+    places = places_of(model)
+    # every replacement is made before the first one is put in place; parameters made in inference
+    # mode could not be used outside
+    new: dict[nn.Module, nn.Module] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, old in model.named_modules():
+            if isinstance(old, kinds) and _is_convertible(name, old, places.get(old, []), kinds):
+                new[old] = _ours(name, old) if to == "lq_graph" else _vendors(old)
+                carry_over(old, new[old])
+    with all_or_nothing() as undo:
+        for old, replacement in new.items():
+            for parent, name in places.get(old, []):
+                undo.callback(setattr, parent, name, old)
+                setattr(parent, name, replacement)
     return new.get(model, model)
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Every place a module is held in, shared ones as often as they are held."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                yield parent, name, child
+def _is_convertible(
+    name: str,
+    old: nn.Module,
+    places: list[tuple[nn.Module, str]],
+    kinds: tuple[type[nn.Module], ...],
+) -> bool:
+    """Whether a module is to be replaced; one that does more than its class does is refused."""
+    what = f"convert: {name or 'the model'}"
+    if type(old) not in kinds:
+        warnings.warn(f"{what} is left alone: {why_not_replaceable(old, kinds[0])}.", stacklevel=3)
+        return False
+    why = why_not_replaceable(old, type(old), places)
+    if any(isinstance(parent, QuantizedLinear) and parent.dynamic for parent, _ in places):
+        why = (
+            "its QuantizedLinear gives it a scale with each call, which the vendor's does not take"
+        )
+    if why:
+        raise LinearQuantTypeError(
+            f"{what}: {why}; nothing was changed. What to do: take that away before, or convert "
+            "the parts of the model without this module."
+        )
+    return True
 
 
 def _settings(old: nn.Module) -> dict[str, object]:
@@ -111,7 +140,6 @@ def _vendors(old: nn.Module) -> nn.Module:
 def _share(old: nn.Module, new: nn.Module) -> None:
     for name in PARAMETERS:
         new.register_parameter(name, old._parameters[name])
-    new.train(old.training)
 
 
 def _as_int8(name: str, weight: Tensor) -> Tensor:
