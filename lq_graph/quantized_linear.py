@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import numerics
 from .errors import LinearQuantTypeError
@@ -14,7 +15,6 @@ from .float_view import FloatView
 from .formats import ND, STORAGE_DTYPES, dtype_name
 from .module import SPLIT, LinearQuant, keeping_dtypes
 from .npu import cast_format, format_of
-from .symbolic import sure
 
 __all__ = ["QuantizedLinear"]
 
@@ -144,8 +144,8 @@ class QuantizedLinear(nn.Module):
     def _float_weight(self) -> Tensor:
         self._check_whole()
         weight = self.linear.weight
-        if format_of(weight) != ND:
-            weight = cast_format(weight, ND)
+        if not torch.compiler.is_compiling() and format_of(weight) != ND:
+            weight = cast_format(weight, ND)  # in a graph GE does that
         if weight.dtype == torch.int32:
             weight = numerics.unpack_int4(weight)
         scale = self._step()
@@ -199,11 +199,13 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         rows = input.reshape(-1, input.shape[-1])
-        if sure(rows.shape[0] == 0):
-            # the operators need a row: an expert without a token has none
-            out = self._rows(rows.new_zeros(1, rows.shape[1]))[:0]
-        else:
+        some = rows.shape[0] > 0
+        if guard_or_false(some) if torch.compiler.is_compiling() else some:
             out = self._rows(rows)
+        else:
+            # an expert without a token has no row, and the operators need one
+            one = rows.new_zeros(1, rows.shape[1])
+            out = self._rows(torch.cat([rows, one]))[: rows.shape[0]]
         return out.view(*input.shape[:-1], out.shape[-1])
 
     def _rows(self, rows: Tensor) -> Tensor:
