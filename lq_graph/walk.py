@@ -78,11 +78,15 @@ def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
             return f"it has {what}, which would be lost"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled by itself, which would be lost: call module.compile() afterwards"
-    for name, value in own.items():
-        if name in vars(plain) or value is getattr(kind, name, plain):
-            continue
+    added = {
+        name: value
+        for name, value in own.items()
+        if name not in vars(plain) and value is not getattr(kind, name, plain)
+    }
+    for name, value in added.items():
         if hasattr(kind, name) and not isinstance(value, Tensor):
             return f"it has a {name} of its own, which would be lost"
+    for name, value in added.items():
         if isinstance(value, MethodType) and value.__self__ is module:
             return f"it has a method of its own, {name}, which would be lost"
     for name, child in module._modules.items():
