@@ -344,6 +344,210 @@ def test_shared_layers_and_weights_stay_shared(config: Any) -> None:
     assert nn.functional.cosine_similarity(got.ravel(), want.ravel(), 0) > least
 
 
+# ---- what runs of the model show ----
+
+
+class Reads(nn.Module):
+    """Layers of which something is read beside, or in place of, a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(64, 32)
+        self.read = nn.Linear(32, 32)
+        self.read_and_called = nn.Linear(32, 32)
+        self.tied = nn.Linear(32, 32)
+        self.tied.weight = self.read.weight
+        self.by_data = nn.Linear(32, 32)
+        self.by_forward = nn.Linear(32, 32)
+        self.unused = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(x.to(self.plain.weight.dtype))
+        # Mamba's dt_proj: the product without the bias
+        x = (self.read.weight @ x.transpose(0, 1)).transpose(0, 1) + self.read.bias
+        x = nn.functional.linear(self.read_and_called(x), self.read_and_called.weight)
+        x = nn.functional.linear(self.tied(x), self.by_data.weight.data.t())
+        return self.by_data(self.by_forward.forward(input=x))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_weights_that_are_read_elsewhere_stay_float(config: Any) -> None:
+    torch.manual_seed(0)
+    model = Reads().half()
+    x = data()[0]
+    want = model(x)
+    inputs = {} if isinstance(config, A8W8Static) else {"example_inputs": [x]}
+    report = {r.name: r for r in run(model, config, [x], **inputs)}
+    assert {name for name, r in report.items() if r.changed} == {"plain", "by_forward"}
+    reached = "example_inputs" if inputs else "calibration"
+    for name, text in {
+        "read": "the model reads its weight outside its forward, by aten.",
+        "read_and_called": "the model reads its weight outside its forward, by aten.",
+        "tied": "the model reads its weight outside its forward, by aten.",
+        "by_data": "the model reads its weight outside its forward, by aten.",
+        "unused": f"{reached} never reached it",
+    }.items():
+        assert report[name].note.startswith(text), name
+    assert not any("forward" in vars(module) for module in model.modules())
+    scale = want.float().abs().max()
+    assert (model(x).float() - want.float()).abs().max() < 0.2 * scale
+
+
+@pytest.mark.parametrize("config", [A8W8Dynamic(), A4W4Dynamic()], ids=repr)
+def test_weights_that_are_read_elsewhere_without_inputs(config: Any) -> None:
+    torch.manual_seed(0)
+    model = Reads().half()
+    x = data()[0]
+    want = model(x).float()
+    assert all(r.changed for r in run(model, config))
+    far = (model(x).float() - want).abs().max() / want.abs().max()
+    assert far < (0.5 if isinstance(config, A4W4Dynamic) else 0.05)
+
+
+def test_a_layer_tied_to_one_that_inputs_never_reach() -> None:
+    model = make(hidden=64, n=64)
+    model.unused = nn.Linear(64, 64).half()
+    model.unused.weight = model.down.weight
+    report = {r.name: r for r in quantize(model, A8W8Dynamic(), example_inputs=data())}
+    assert report["up"].changed and report["unused"].note == "example_inputs never reached it"
+    assert report["down"].note == "its weight is also that of unused, which stays float"
+    assert model.unused.weight is model.down.weight
+
+
+class AsList(nn.Module):
+    """An nn.Sequential whose layers are called one by one."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.call(self.layers, x)
+        return out
+
+
+def _residual(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = x + layer(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _residual,
+        lambda layers, x: layers(x) + layers[0](x),
+        lambda layers, x: layers(x) + layers[1](x),  # the ReLU would be gone
+        lambda layers, x: layers(x) + layers[:2](x),
+        lambda layers, x: layers(x) + layers[0].forward(x),
+    ],
+    ids=["residual", "first again", "relu again", "slice", "forward"],
+)
+def test_int8_is_not_kept_where_the_layers_are_called_one_by_one(call: Any) -> None:
+    torch.manual_seed(0)
+    model = AsList(call).half()
+    x = data()[0]
+    want = model(x).float()
+    report = run(model, A8W8Static(), [x])
+    assert {r.output for r in report} == {"float16"} and type(model.layers[1]) is nn.ReLU
+    assert (model(x).float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model[1].register_forward_hook(lambda *_: None),
+        lambda model: setattr(model, "forward", lambda x: model[2](model[1](model[0](x))) + 1),
+        lambda model: setattr(model[1], "forward", lambda x: x.relu() * 2),
+    ],
+    ids=["hook", "forward", "relu"],
+)
+def test_int8_is_not_kept_through_what_is_not_plain(change: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).half()
+    change(model)
+    x = data()[0]
+    want = model(x).float()
+    report = run(model, A8W8Static(), [x])
+    assert {r.output for r in report} == {"float16"}
+    assert (model(x).float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_a_model_that_is_compiled_already(config: Any) -> None:
+    plain, model = make(), make()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    x = data()[0]
+    compiled(x)
+    run(plain, config)
+    # through the compiled model: calibration sees its layers, though graphs of them exist
+    report = run(compiled, config)
+    assert [(r.name, r.changed) for r in report] == [
+        ("_orig_mod.up", True),
+        ("_orig_mod.down", True),
+    ]
+    assert torch.equal(compiled(x), plain(x)) and torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_threads_that_quantize_one_model(config: Any) -> None:
+    plain, model = make(), make()
+    run(plain, config)
+    reports: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: reports.append(run(model, config))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(len, reports)) == [0, 0, 2]
+    assert torch.equal(model(data()[0]), plain(data()[0]))
+
+
+def test_lazy_layers_and_layers_without_a_weight_stay_float() -> None:
+    class NoWeight(nn.Linear):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = nn.ModuleList([nn.Linear(16, 16), nn.LazyLinear(8), NoWeight()]).half()
+    report = quantize(model, A8W8Dynamic())
+    assert [r.changed for r in report] == [True, False, False]
+    assert "LazyLinear" in str(report)
+
+
+class Mixture(nn.Module):
+    """Fused experts: a float parameter of 3 dims that is no nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(64, 4)
+        self.experts = nn.Parameter(torch.ones(4, 64, 64))
+
+
+def test_what_holds_the_bytes_and_stays_float_is_named() -> None:
+    model = nn.Sequential(nn.Embedding(16, 64), Mixture(), Mixture(), nn.Linear(64, 64)).half()
+    report = quantize(model, A8W8Dynamic())
+    assert all(r.changed for r in report)
+    total = 2 * (16 * 64 + 2 * (4 * 64 * 64 + 4 * 64 + 4) + 64 * 64 + 64)
+    experts, embedding = report.stays_float
+    assert (experts.name, experts.kind, experts.shape) == ("*.experts", "Mixture", (4, 64, 64))
+    assert experts.bytes == 2 * 2 * 4 * 64 * 64 and experts.share == experts.bytes / total
+    assert (embedding.name, embedding.bytes) == ("*.weight", 2 * 16 * 64)
+    text = str(report)
+    assert "3 of 3 layers quantized" in text
+    share = (experts.bytes + embedding.bytes) / total
+    assert f"{share:.1%} of the model's bytes stay float, most of them in" in text
+    assert f"*.experts  Mixture    4 x 64 x 64  65,536  {experts.share:.1%}" in text
+    assert "stay float" in str(quantize(model, A8W8Dynamic()))  # no nn.Linear is left
+    assert "stay float" not in str(run(make(), A8W8Dynamic()))
+
+
 # ---- all or nothing ----
 
 
@@ -406,6 +610,31 @@ def test_failure_while_building_leaves_the_model(
     with pytest.raises(MemoryError):
         run(model, config)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_failure_while_replacing_is_made_up_for(
+    config: Any, at: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = make(), make()
+    run(plain, config)
+    build, built = Job.build, []
+
+    def failing(job: Job, kept: Any) -> Any:
+        built.append(job.name)
+        if len(built) == 2 + at + 1:  # each is built once before the first is put in place
+            raise error
+        return build(job, kept)
+
+    monkeypatch.setattr(Job, "build", failing)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, config)
+    else:
+        run(model, config)
+    assert torch.equal(model(data()[0]), plain(data()[0]))
 
 
 def test_ctrl_c_while_replacing_waits_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,6 +723,16 @@ class _PeakOfAllocations(torch.utils._python_dispatch.TorchDispatchMode):
         ((A8W8Static(), 3), LinearQuantTypeError, "calibration is a int; allowed is"),
         ((A8W8Static(), ["text"]), LinearQuantTypeError, "inputs hold a str; allowed are"),
         (
+            (A8W8Dynamic(), None, {"example_inputs": torch.ones(2, 64)}),
+            LinearQuantTypeError,
+            r"example_inputs is a Tensor; allowed is an iterable.*pass \[inputs\]",
+        ),
+        (
+            (A8W8Dynamic(), None, {"example_inputs": []}),
+            LinearQuantValueError,
+            "example_inputs has no inputs",
+        ),
+        (
             (A8W8Dynamic(), [1]),
             LinearQuantValueError,
             "calibration is given; A8W8 dynamic",
@@ -508,8 +747,9 @@ class _PeakOfAllocations(torch.utils._python_dispatch.TorchDispatchMode):
 def test_refusals(args: tuple[Any, ...], error: type[Exception], text: str) -> None:
     model = make()
     before = state(model)
+    options = args[2] if len(args) > 2 else {}
     with pytest.raises(error, match=text):
-        quantize(model, *args)
+        quantize(model, *args[:2], **options)
     assert_unchanged(model, before)
 
 
