@@ -81,19 +81,24 @@ def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0)
         scale: float32, (1,), (n,) or (1, n).
         offset: float32, broadcastable with scale, or None.
         round_mode: 0 truncates the scale to 19 bits, 1 rounds it half to even and subnormals to
-            zero.
+            zero, but truncates infinity and NaN, which may make infinity of NaN.
 
     Returns:
         int64, the broadcast shape of scale and offset.
+
+    Source: op_kernel/trans_quant_param_v2.h, the same on every chip.
     """
     bits = scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     if round_mode == 1:
+        exponent = bits & 0x7F800000
         rounded = bits + 0xFFF + ((bits >> 13) & 1)
-        # the kernel flushes subnormals to zero in this mode (trans_quant_param_v2.h)
-        bits = torch.where(bits & 0x7F800000 == 0, bits & 0x80000000, rounded)
+        rounded = torch.where(exponent == 0x7F800000, bits, rounded)
+        bits = torch.where(exponent == 0, bits & 0x80000000, rounded)
     packed = (bits & _SCALE_MASK) | _VALID_BIT
     if offset is not None:
-        offset9 = torch.round(offset).clamp(-256, 255).to(torch.int64) & _OFFSET_MASK
+        # the chip's cast makes 0 of NaN
+        whole = torch.round(offset).nan_to_num(0.0, 255, -256).clamp(-256, 255)
+        offset9 = whole.to(torch.int64) & _OFFSET_MASK
         packed = packed | (offset9 << _OFFSET_SHIFT)
     return packed
 
@@ -247,6 +252,10 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
     Returns:
         int32, (..., m, n), batch dims broadcast.
     """
+    if 0 in x1.shape or 0 in weight.shape:
+        batch = torch.broadcast_shapes(x1.shape[:-2], weight.shape[:-2])
+        sizes = (*batch, x1.shape[-2], weight.shape[-2])
+        return torch.zeros(sizes, dtype=torch.int32, device=x1.device)
     if x1.shape[-1] == 1:
         # torch._int_mm (2.13, CPU) gives garbage for k = 1 and n > 1
         return x1.to(torch.int32) * weight.to(torch.int32).transpose(-1, -2)
@@ -291,6 +300,10 @@ def quant_matmul(
 
     Returns:
         output_dtype, (..., m, n).
+
+    Raises:
+        LinearQuantValueError: a packed scale that is read holds infinity or NaN, or a tensor's
+            storage is shorter than its shape.
     """
     if isinstance(weight, NzWeight):
         stored, nz_shape = weight.blocks, (weight.n, weight.columns)
@@ -299,6 +312,10 @@ def quant_matmul(
     out = native.matmul(x1, stored, scale, bias, pertoken_scale, output_dtype, nz_shape)
     if out is not None:
         return out
+    operands = {"x1": x1, "weight": stored, "scale": scale, "bias": bias}
+    for name, tensor in {**operands, "pertoken_scale": pertoken_scale}.items():
+        if tensor is not None:
+            native.refuse_shortened(name, tensor)
     if isinstance(weight, NzWeight):
         weight = weight.nd()
     if x1.dtype == torch.int32:
@@ -308,6 +325,8 @@ def quant_matmul(
     folded = scale.dtype in (torch.int64, torch.uint64)
     if folded and output_dtype != torch.int32:
         scale, offset = unpack_scale(scale)
+        if not scale.isfinite().all():
+            native.refuse_not_finite()
     return epilogue(
         acc,
         scale,

@@ -37,6 +37,7 @@ from . import numerics
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import FRACTAL_NZ, STORAGE_DTYPES, dtype_name, rows_of
 from .module import PARAMETERS, SPLIT, LinearQuant
+from .native import refuse_not_finite
 from .npu import format_of
 from .numerics import INT4_PER_INT32, Arithmetic
 from .plan import check_finite, cuts_scale
@@ -434,6 +435,8 @@ def _read_scale(layer: Any, fold: bool) -> None:
             check_finite(scale, offset)
             scale = numerics.pack_scale(scale, offset)
         scale, offset = numerics.unpack_scale(scale)
+        if not bool(scale.isfinite().all()):
+            refuse_not_finite()
     layer._fixed_scale, layer._fixed_offset = scale.data, offset if fold else None
 
 

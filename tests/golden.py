@@ -38,11 +38,13 @@ def trans_quant_param(scale: Array, offset: Array | None = None, round_mode: int
     if round_mode == 1:  # to 10 mantissa bits, half to even
         tail, kept = bits & 0x1FFF, bits >> 13
         rounded = (kept + ((tail > 0x1000) | ((tail == 0x1000) & (kept & 1 == 1)))) << 13
-        subnormal = (bits >> 23) & 0xFF == 0
-        bits = np.where(subnormal, bits & 0x80000000, rounded)
+        exponent = (bits >> 23) & 0xFF
+        bits = np.where(exponent == 255, bits, rounded)  # infinity and NaN are cut
+        bits = np.where(exponent == 0, bits & 0x80000000, bits)
     word = (bits & 0xFFFFE000) + (1 << 46)
     if offset is not None:
-        nine = np.clip(np.rint(offset.astype(np.float64)), -256, 255).astype(np.int64)
+        whole = np.where(np.isnan(offset), 0, np.rint(offset.astype(np.float64)))
+        nine = np.clip(whole, -256, 255).astype(np.int64)
         word = word + ((nine & 0x1FF) << 37)
     return word
 
@@ -75,6 +77,8 @@ def linear_quant(
     if folded or packed:
         word = scale.astype(np.int64) if packed else trans_quant_param(scale, offset)
         s = (word & 0xFFFFE000).astype(np.uint32).view(f32)
+        if not np.isfinite(s).all():
+            raise ValueError("the packed scale holds NaN or infinity")
         nine = (word >> 37) & 0x1FF
         nine = np.where(nine > 255, nine - 512, nine)
         value = value * s
@@ -85,9 +89,9 @@ def linear_quant(
         t = np.clip(np.rint(value), -256, 255).astype(np.int64)
         return np.clip(t + nine, -128, 127).astype(np.int8)
 
-    if product == "950" and scale.size == 1 and pertoken_scale is None:
-        if bias is None or int_bias:  # on the way out of the matrix unit, which has 19 bits for it
-            scale = (scale.astype(f32).view(np.uint32) & np.uint32(0xFFFFE000)).view(f32)
+    on_the_way_out = pertoken_scale is None and (bias is None or int_bias)
+    if product == "950" and scale.size == 1 and on_the_way_out:  # 19 bits of it are kept
+        scale = (scale.astype(f32).view(np.uint32) & np.uint32(0xFFFFE000)).view(f32)
     value = value * scale.astype(f32)
     if pertoken_scale is not None:
         value = value * pertoken_scale.astype(f32)[:, None]

@@ -16,9 +16,8 @@ from torch import Tensor
 
 import converters
 import lq_graph
-from lq_graph import LinearQuantTypeError, LinearQuantValueError, formats, numerics
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, numerics
 from lq_graph.numerics import Arithmetic
-from lq_graph.plan_quant import dynamic_arithmetic
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 I8, I32 = torch.int8, torch.int32
