@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .errors import LinearQuantValueError
 
@@ -137,15 +138,15 @@ def refuse_not_finite() -> None:
     )
 
 
-def refuse_shortened(name: str, tensor: Tensor) -> None:
+def refuse_shortened(name: str, tensor: Tensor, op: str = "linear_quant") -> None:
     """Refuse a tensor whose storage does not hold what its shape says: it would be read beyond its
     end. Such are left by untyped_storage().resize_, with which FSDP frees parameters.
 
     Raises:
         LinearQuantValueError: it is such a tensor.
     """
-    if not tensor.numel():
-        return
+    if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
+        return  # a subclass may have no memory of its own
     # What a kernel reads. torch checks this when a storage is set, not when it shrinks.
     last = tensor.storage_offset() + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
@@ -153,7 +154,7 @@ def refuse_shortened(name: str, tensor: Tensor) -> None:
     held, needed = tensor.untyped_storage().nbytes(), (last + 1) * tensor.element_size()
     if held < needed:
         raise LinearQuantValueError(
-            f"linear_quant: {name} has shape {tuple(tensor.shape)} and needs {needed} bytes of "
+            f"{op}: {name} has shape {tuple(tensor.shape)} and needs {needed} bytes of "
             f"memory; its storage holds {held}. What to do: make it whole first; its owner has "
             "freed it (FSDP does between forwards), or called untyped_storage().resize_."
         )
@@ -189,6 +190,8 @@ def matmul(
     if kernel is None or len(weight_shape) != 2:
         return None
     n, words = weight_shape
+    if not (n and words):
+        return None
     width = x.element_size()
     bytes_in_row = words * width
     weight_row, weight_step = bytes_in_row, 32
@@ -211,7 +214,7 @@ def matmul(
         if rows.stride(1) != 1:
             rows = rows.clone(memory_format=torch.contiguous_format)
         m, row = rows.shape[0], rows.stride(0) * width
-    if not (m and n and words):
+    if not m:
         return None
     scale_dtype = scale.dtype
     packed = scale_dtype is torch.int64 or scale_dtype is torch.uint64

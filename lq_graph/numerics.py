@@ -129,13 +129,16 @@ def pack_int4(values: Tensor) -> Tensor:
     Returns:
         int32, (..., k / 8).
     """
+    shape = (*values.shape[:-1], values.shape[-1] // INT4_PER_INT32)
+    if not values.numel():  # no view of it has another dtype
+        return values.new_empty(shape, dtype=torch.int32)
     pairs = _aligned(values).view(torch.int16).reshape(-1)  # two values each, the first one low
     packed = torch.empty(pairs.shape, dtype=torch.uint8, device=values.device)
     for part in _cache_sized(pairs.numel()):
         pair = pairs[part]
         # the second value moves down beside the first: 0x0B0A becomes 0xBA
         packed[part] = ((pair >> 4) & 0xF0).bitwise_or_(pair & 0xF)
-    return packed.view(torch.int32).view(*values.shape[:-1], values.shape[-1] // INT4_PER_INT32)
+    return packed.view(torch.int32).view(shape)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -147,8 +150,11 @@ def unpack_int4(packed: Tensor) -> Tensor:
     Returns:
         int8, (..., k), values in -8..7.
     """
+    shape = (*packed.shape[:-1], packed.shape[-1] * INT4_PER_INT32)
+    if not packed.numel():
+        return packed.new_empty(shape, dtype=torch.int8)
     packed = packed.contiguous()
-    if packed.dim() and packed.stride(-1) != 1:  # a dim of 1 may have any stride
+    if packed.stride(-1) != 1:  # a dim of 1 may have any stride
         packed = packed.clone(memory_format=torch.contiguous_format)
     pairs = packed.view(torch.uint8).reshape(-1)
     values = torch.empty(2 * pairs.numel(), dtype=torch.int8, device=packed.device)
@@ -159,7 +165,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
         # 0xBA becomes 0x0B0A; (x ^ 8) - 8 in each byte is the sign extension
         word.copy_(((pair << 4) | pair).bitwise_and_(0x0F0F).bitwise_xor_(0x0808))
         word.view(torch.int8).sub_(8)
-    return values.view(*packed.shape[:-1], packed.shape[-1] * INT4_PER_INT32)
+    return values.view(shape)
 
 
 def _cache_sized(count: int) -> Iterator[slice]:
@@ -189,6 +195,8 @@ def nd_to_nz(x: Tensor, c0: int) -> Tensor:
         c0: elements in a block's row, a multiple of 8 bytes (CANN's blocks have 32).
     """
     rows, cols = x.shape[-2:]
+    if not x.numel():
+        return x.new_empty((*x.shape[:-2], *nz_shape(rows, cols, c0)))
     if rows % 16 or cols % c0:
         x = torch.nn.functional.pad(x, (0, -cols % c0, 0, -rows % 16))
     # words of 8 bytes move faster than elements
@@ -199,6 +207,8 @@ def nd_to_nz(x: Tensor, c0: int) -> Tensor:
 
 def nz_to_nd(x: Tensor, rows: int, cols: int) -> Tensor:
     """Inverse of `nd_to_nz`: (..., C/c0, R/16, 16, c0) to (..., rows, cols), padding dropped."""
+    if not x.numel():
+        return x.new_empty((*x.shape[:-4], rows, cols))
     words = _aligned(x).view(torch.int64).movedim(-4, -2).flatten(-2).flatten(-3, -2)
     return words.contiguous().view(x.dtype)[..., :rows, :cols].contiguous()
 

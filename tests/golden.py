@@ -81,7 +81,8 @@ def linear_quant(
             raise ValueError("the packed scale holds NaN or infinity")
         nine = (word >> 37) & 0x1FF
         nine = np.where(nine > 255, nine - 512, nine)
-        value = value * s
+        with np.errstate(over="ignore"):
+            value = value * s
         if output_dtype == "float16":
             return np.clip(value, f32(-65504), f32(65504)).astype(np.float16)
         if output_dtype == "bfloat16":  # Ascend 950 only

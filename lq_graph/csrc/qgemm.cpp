@@ -979,11 +979,15 @@ int lq_matmul_supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+#ifndef LQ_SOURCES
+#define LQ_SOURCES ""
+#endif
+
 // The sources this was built from, as CMakeLists.txt puts them into one word.
 const char* lq_matmul_sources() { return LQ_SOURCES; }
 
 // One of Answer. `bytes` is what the caller takes LqMatmul to have.
-int lq_matmul(const LqMatmul* call, size_t bytes) {
+int lq_matmul(const LqMatmul* call, size_t bytes = sizeof(LqMatmul)) {
   if (bytes != sizeof(LqMatmul)) return kOtherStruct;
   if (!IsFinite(*call)) return kNotFinite;
   return call->int4 ? Run<true>(*call) : Run<false>(*call);
