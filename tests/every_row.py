@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import cases
 import torch
+import torch_npu
 from test_converter import lower
 from test_module import module_for
 from test_quant_ops import check_dynamic, check_static, compiled, make
@@ -33,6 +34,10 @@ def run_activation_rows(product: Product) -> int:
 
             for got in (dynamic(x), dynamic(x.npu()), compiled(dynamic, x.npu())[0]):
                 check_dynamic(got, x, row.output_dtype == torch.int32, arithmetic)
+    if product.key == "310P":  # its kernels take smooth_scales and never read them
+        x, smooth = make((5, 64), torch.float16), torch.rand(64).half()
+        check_dynamic(torch_npu.npu_dynamic_quant(x.npu(), smooth_scales=smooth.npu()), x, False,
+                      arithmetic)  # fmt: skip
     for row in quant_rows_of(product, "static_quant"):
         for dtype in row.x:
             args, count = (make((5, 64), dtype), torch.tensor([20.0], dtype=dtype)), count + 1
