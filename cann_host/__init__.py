@@ -247,6 +247,12 @@ def _open() -> ctypes.CDLL:
             "cann_host's native libraries were not built, because no C++ compiler was found when "
             "lq-graph was installed: install one (apt-get install g++) and install lq-graph again."
         )
+    sources = _native.sources()
+    if sources is not None and sources != _native.built_from(directory):
+        raise CannHostError(
+            f"cann_host's native libraries ({directory}) were built from other sources than the "
+            "Python beside them: run pip install -e . again."
+        )
     return _native.load(directory)
 
 

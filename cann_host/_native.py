@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from hashlib import sha256
 from pathlib import Path
 
 # libcann_host holds all the code; the others carry the names torch_npu and torchair look for.
@@ -34,6 +35,32 @@ def library_directory() -> Path | None:
         if all((candidate / name).is_file() for name in NAMES):
             return candidate
     return None
+
+
+def sources() -> str | None:
+    """What the C++ sources beside this package are, in one word, as CMakeLists.txt computes it.
+    None in a wheel, which has none."""
+    import cann_host
+
+    files = sorted(
+        (file.as_posix(), file)
+        for folder in cann_host.__path__
+        for file in Path(folder, "csrc").rglob("*")
+        if file.suffix in (".cpp", ".h")
+    )
+    digests = "".join(sha256(file.read_bytes()).hexdigest() for _, file in files)
+    return sha256(digests.encode()).hexdigest() if files else None
+
+
+def built_from(directory: Path) -> str:
+    """The same of a library; "" for one that does not say, being older. Loads it."""
+    library = ctypes.CDLL(str(directory / NAMES[0]))
+    try:
+        library.cann_host_sources.restype = ctypes.c_char_p
+    except AttributeError:
+        return ""
+    found: bytes = library.cann_host_sources()
+    return found.decode()
 
 
 def loaded_libraries(name: str) -> list[Path]:

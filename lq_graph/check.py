@@ -72,6 +72,8 @@ class Check:
                 answer = (
                     f"yes  {{}}: {dtype_name(self.output_dtype)}{list(verdict.plan.output_shape)}"
                 )
+                if verdict.plan.cut_scale:
+                    answer += "; its kernel keeps the first 19 bits of this scale, others all 32"
             else:
                 text = str(verdict.error).removeprefix("linear_quant: ")
                 answer = f"no   {{}}: {text.replace(name, 'the product')}"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .native import refuse_shortened
 from .plan import check_finite, plan, plan_trans_quant_param
-from .plan_quant import plan_dynamic_quant, plan_static_quant
+from .plan_quant import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
 
 __all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
@@ -28,6 +29,8 @@ def linear_quant(
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
     if p.fold_scale:
         scale = trans_quant_param(scale, offset)
+    elif p.cut_scale:
+        scale = numerics.s19(scale)
     return numerics.quant_matmul(
         x1,
         weight,
@@ -41,6 +44,7 @@ def linear_quant(
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
     plan_trans_quant_param(scale, offset, round_mode)
+    _check_held("trans_quant_param", scale=scale, offset=offset)
     check_finite(scale, offset)
     return numerics.pack_scale(scale, offset, round_mode)
 
@@ -48,11 +52,20 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
     p = plan_dynamic_quant(x, dtype)
-    quantized, scale = numerics.dynamic_quant(x, bits=4 if p.int4 else 8)
+    _check_held("dynamic_quant", x=x)
+    arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
+    quantized, scale = numerics.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
     return (numerics.pack_int4(quantized) if p.int4 else quantized), scale
 
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
     plan_static_quant(x, scale_reciprocal, offset)
+    _check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
     return numerics.static_quant(x, scale_reciprocal, offset)
+
+
+def _check_held(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            refuse_shortened(name, tensor, op)

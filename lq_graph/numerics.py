@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from . import native
 
 __all__ = [
     "INT4_PER_INT32",
+    "Arithmetic",
     "NzWeight",
     "dynamic_quant",
+    "dynamic_quant_with_offset",
     "epilogue",
     "matmul_int32",
     "nd_to_nz",
@@ -51,6 +54,8 @@ _FLOAT16_MAX = 65504.0
 # the range of a quantized value: int8, and int4 (held as int8 until it is packed)
 _LIMITS = {8: (-128, 127), 4: (-8, 7)}
 
+_EPSILON = 1e-12  # DYNAMIC_QUANT_EPSINON of the DynamicQuant kernels
+
 
 def s19(scale: Tensor) -> Tensor:
     """Truncate float32 to the 19 bits the fixed-point pipe keeps (sign, exponent, 10 mantissa).
@@ -76,19 +81,24 @@ def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0)
         scale: float32, (1,), (n,) or (1, n).
         offset: float32, broadcastable with scale, or None.
         round_mode: 0 truncates the scale to 19 bits, 1 rounds it half to even and subnormals to
-            zero.
+            zero, but truncates infinity and NaN, which may make infinity of NaN.
 
     Returns:
         int64, the broadcast shape of scale and offset.
+
+    Source: op_kernel/trans_quant_param_v2.h, the same on every chip.
     """
     bits = scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     if round_mode == 1:
+        exponent = bits & 0x7F800000
         rounded = bits + 0xFFF + ((bits >> 13) & 1)
-        # the kernel flushes subnormals to zero in this mode (trans_quant_param_v2.h)
-        bits = torch.where(bits & 0x7F800000 == 0, bits & 0x80000000, rounded)
+        rounded = torch.where(exponent == 0x7F800000, bits, rounded)
+        bits = torch.where(exponent == 0, bits & 0x80000000, rounded)
     packed = (bits & _SCALE_MASK) | _VALID_BIT
     if offset is not None:
-        offset9 = torch.round(offset).clamp(-256, 255).to(torch.int64) & _OFFSET_MASK
+        # the chip's cast makes 0 of NaN
+        whole = torch.round(offset).nan_to_num(0.0, 255, -256).clamp(-256, 255)
+        offset9 = whole.to(torch.int64) & _OFFSET_MASK
         packed = packed | (offset9 << _OFFSET_SHIFT)
     return packed
 
@@ -119,13 +129,16 @@ def pack_int4(values: Tensor) -> Tensor:
     Returns:
         int32, (..., k / 8).
     """
+    shape = (*values.shape[:-1], values.shape[-1] // INT4_PER_INT32)
+    if not values.numel():  # no view of it has another dtype
+        return values.new_empty(shape, dtype=torch.int32)
     pairs = _aligned(values).view(torch.int16).reshape(-1)  # two values each, the first one low
     packed = torch.empty(pairs.shape, dtype=torch.uint8, device=values.device)
     for part in _cache_sized(pairs.numel()):
         pair = pairs[part]
         # the second value moves down beside the first: 0x0B0A becomes 0xBA
         packed[part] = ((pair >> 4) & 0xF0).bitwise_or_(pair & 0xF)
-    return packed.view(torch.int32).view(*values.shape[:-1], values.shape[-1] // INT4_PER_INT32)
+    return packed.view(torch.int32).view(shape)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -137,8 +150,11 @@ def unpack_int4(packed: Tensor) -> Tensor:
     Returns:
         int8, (..., k), values in -8..7.
     """
+    shape = (*packed.shape[:-1], packed.shape[-1] * INT4_PER_INT32)
+    if not packed.numel():
+        return packed.new_empty(shape, dtype=torch.int8)
     packed = packed.contiguous()
-    if packed.dim() and packed.stride(-1) != 1:  # a dim of 1 may have any stride
+    if packed.stride(-1) != 1:  # a dim of 1 may have any stride
         packed = packed.clone(memory_format=torch.contiguous_format)
     pairs = packed.view(torch.uint8).reshape(-1)
     values = torch.empty(2 * pairs.numel(), dtype=torch.int8, device=packed.device)
@@ -149,7 +165,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
         # 0xBA becomes 0x0B0A; (x ^ 8) - 8 in each byte is the sign extension
         word.copy_(((pair << 4) | pair).bitwise_and_(0x0F0F).bitwise_xor_(0x0808))
         word.view(torch.int8).sub_(8)
-    return values.view(*packed.shape[:-1], packed.shape[-1] * INT4_PER_INT32)
+    return values.view(shape)
 
 
 def _cache_sized(count: int) -> Iterator[slice]:
@@ -179,6 +195,8 @@ def nd_to_nz(x: Tensor, c0: int) -> Tensor:
         c0: elements in a block's row, a multiple of 8 bytes (CANN's blocks have 32).
     """
     rows, cols = x.shape[-2:]
+    if not x.numel():
+        return x.new_empty((*x.shape[:-2], *nz_shape(rows, cols, c0)))
     if rows % 16 or cols % c0:
         x = torch.nn.functional.pad(x, (0, -cols % c0, 0, -rows % 16))
     # words of 8 bytes move faster than elements
@@ -189,6 +207,8 @@ def nd_to_nz(x: Tensor, c0: int) -> Tensor:
 
 def nz_to_nd(x: Tensor, rows: int, cols: int) -> Tensor:
     """Inverse of `nd_to_nz`: (..., C/c0, R/16, 16, c0) to (..., rows, cols), padding dropped."""
+    if not x.numel():
+        return x.new_empty((*x.shape[:-4], rows, cols))
     words = _aligned(x).view(torch.int64).movedim(-4, -2).flatten(-2).flatten(-3, -2)
     return words.contiguous().view(x.dtype)[..., :rows, :cols].contiguous()
 
@@ -242,6 +262,10 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
     Returns:
         int32, (..., m, n), batch dims broadcast.
     """
+    if 0 in x1.shape or 0 in weight.shape:
+        batch = torch.broadcast_shapes(x1.shape[:-2], weight.shape[:-2])
+        sizes = (*batch, x1.shape[-2], weight.shape[-2])
+        return torch.zeros(sizes, dtype=torch.int32, device=x1.device)
     if x1.shape[-1] == 1:
         # torch._int_mm (2.13, CPU) gives garbage for k = 1 and n > 1
         return x1.to(torch.int32) * weight.to(torch.int32).transpose(-1, -2)
@@ -286,6 +310,10 @@ def quant_matmul(
 
     Returns:
         output_dtype, (..., m, n).
+
+    Raises:
+        LinearQuantValueError: a packed scale that is read holds infinity or NaN, or a tensor's
+            storage is shorter than its shape.
     """
     if isinstance(weight, NzWeight):
         stored, nz_shape = weight.blocks, (weight.n, weight.columns)
@@ -294,6 +322,10 @@ def quant_matmul(
     out = native.matmul(x1, stored, scale, bias, pertoken_scale, output_dtype, nz_shape)
     if out is not None:
         return out
+    operands = {"x1": x1, "weight": stored, "scale": scale, "bias": bias}
+    for name, tensor in {**operands, "pertoken_scale": pertoken_scale}.items():
+        if tensor is not None:
+            native.refuse_shortened(name, tensor)
     if isinstance(weight, NzWeight):
         weight = weight.nd()
     if x1.dtype == torch.int32:
@@ -303,6 +335,8 @@ def quant_matmul(
     folded = scale.dtype in (torch.int64, torch.uint64)
     if folded and output_dtype != torch.int32:
         scale, offset = unpack_scale(scale)
+        if not scale.isfinite().all():
+            native.refuse_not_finite()
     return epilogue(
         acc,
         scale,
@@ -364,37 +398,131 @@ def epilogue(
     return value.to(output_dtype)
 
 
-def _to_integer(value: Tensor, bits: int) -> Tensor:
-    """float32 to int8 values, rounded half to even and clamped; NaN becomes 0, as on the chip."""
+class Arithmetic(Enum):
+    """How a DynamicQuant kernel gets from a row's largest magnitude, its peak, to values and scale.
+
+    top is 127, or 7 for int4. Which kernel a chip runs is said by `lq_graph.plan_quant`.
+
+    Attributes:
+        MULTIPLY: float32 x * (top / peak), scale peak * (1 / top). dynamic_quant_db.h,
+            dynamic_quant_multi_row.h, dynamic_quant_single_row.h.
+        RECIPROCAL: the same values, scale 1 / (top / peak). dynamic_quant.h,
+            dynamic_quant_large_shape_opt.h, dynamic_quant_moe.h, dynamic_quant_moe_large_shape.h.
+        DIVIDE: float32 x / scale, scale peak * (1 / top). arch35/dynamic_quant_regbase_*.h.
+        HALF: float16 x * float16(127 / peak), halves rounded away from zero, scale
+            peak * (1 / 127) in float32. dynamic_quant_align_310p.h and both unalign files. The
+            factor leaves float16 for a peak below 127 / 65504.
+    """
+
+    MULTIPLY = "multiply"
+    RECIPROCAL = "reciprocal"
+    DIVIDE = "divide"
+    HALF = "half"
+
+
+def _clamped(whole: Tensor, bits: int) -> Tensor:
+    """Whole float32 numbers to int8 values, clamped; NaN becomes 0, as on the chip."""
     low, high = _LIMITS[bits]
     # all three values given: torchair's converter takes no None
-    return value.round_().nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
+    return whole.nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
 
 
-def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def _to_integer(value: Tensor, bits: int) -> Tensor:
+    """float32 to int8 values, rounded half to even and clamped."""
+    return _clamped(value.round_(), bits)
+
+
+def _half_to_integer(value: Tensor) -> Tensor:
+    """float16 to int8, halves rounded away from zero: CAST_ROUND of 310P."""
+    value = value.to(torch.float32)
+    return _clamped((value + value.sign() * 0.5).trunc_(), 8)
+
+
+def _ratio(top: float, divisor: Tensor) -> Tensor:
+    """top / divisor, rounded once: torch computes it as a reciprocal times top."""
+    return torch.full_like(divisor, top).div_(divisor)
+
+
+def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Quantize each row of the last dim by its largest magnitude, symmetric.
 
-    The arithmetic is that of the A2 kernels (quant/dynamic_quant/op_kernel): one multiplication by
-    127 / peak, and a scale of peak * (1 / 127), both in float32. A row of zeros gives zeros and a
-    scale of 0; one that holds infinity or NaN gives zeros and a scale that is infinite or NaN.
+    A row of zeros gives zeros and a scale of 0; one that holds infinity or NaN gives zeros and a
+    scale that is infinite or NaN.
 
     Args:
-        x: float16 or bfloat16, (..., k).
+        x: float16 or bfloat16, or float32 once smooth scales are in it; (..., k).
         bits: 8, or 4 with 7 in place of 127.
+        arithmetic: of the kernel that is stood in for.
 
     Returns:
         int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
     """
-    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits)
+    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits, arithmetic)
 
 
-def quantize_rows(x: Tensor, peak: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, peak: Tensor, bits: int, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
     """`dynamic_quant` of rows, or of a part of their k, whose largest magnitudes are known."""
     top = _LIMITS[bits][1]
-    # torch computes `top / peak` as a reciprocal times top, which is another number
-    factor = torch.full_like(peak, top).div_(peak)
-    steps = x.to(torch.float32) * factor.unsqueeze(-1)
-    return _to_integer(steps, bits), peak * (1 / top)
+    scale = peak * (1 / top)
+    if arithmetic is Arithmetic.DIVIDE:
+        return _to_integer(x.to(torch.float32) / scale.unsqueeze(-1), bits), scale
+    factor = _ratio(top, peak)
+    if arithmetic is Arithmetic.HALF:
+        factor = factor.masked_fill(peak <= _EPSILON, 0.0).to(torch.float16)
+        return _half_to_integer(x.to(torch.float16) * factor.unsqueeze(-1)), scale
+    if arithmetic is Arithmetic.RECIPROCAL:
+        scale = _ratio(1.0, factor)
+    return _to_integer(x.to(torch.float32) * factor.unsqueeze(-1), bits), scale
+
+
+def dynamic_quant_with_offset(
+    x: Tensor, bits: int, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row of the last dim by its least and largest value, asymmetric.
+
+    What DynamicQuantV2 computes with an offset (aclnnDynamicQuantV2 to V4): x is about
+    (value - offset) * scale. With top 127 and span 255 (7 and 15 for int4), in float32:
+
+    - MULTIPLY and RECIPROCAL: scale max((high - low) / span, 1e-12), offset top - high / scale,
+      values x * (1 / scale) + offset.
+    - DIVIDE: scale (high - low) * (1 / span), offset top - high / scale, values
+      x / scale + offset.
+    - HALF, int8 only: factor span / (high - low), 0 for a row of one value; scale
+      (high - low) / span, offset -(high + low) * factor / 2, values in float16
+      x * float16(factor) + float16(offset), halves rounded away from zero.
+
+    Args:
+        x: as `dynamic_quant` takes it.
+        bits: 8, or 4.
+        arithmetic: of the kernel that is stood in for.
+
+    Returns:
+        int8 (..., k), int4 values unpacked, and float32 (...) twice: scale and offset.
+    """
+    top = _LIMITS[bits][1]
+    span = float(2**bits - 1)
+    value = x.to(torch.float32)
+    high, low = value.amax(-1), value.amin(-1)
+    spread = high - low
+    if arithmetic is Arithmetic.HALF:
+        scale = spread / torch.full_like(spread, span)
+        factor = _ratio(span, spread).masked_fill(spread <= _EPSILON, 0.0)
+        offset = -(high + low) * factor * 0.5
+        half = x.to(torch.float16) * factor.to(torch.float16).unsqueeze(-1)
+        return _half_to_integer(half + offset.to(torch.float16).unsqueeze(-1)), scale, offset
+    if arithmetic is Arithmetic.DIVIDE:
+        scale = spread * (1 / span)
+        steps = value / scale.unsqueeze(-1)
+        offset = -(high / scale) + top
+    else:
+        scale = spread / torch.full_like(spread, span)
+        # the kernel's maximum gives the second for NaN
+        scale = torch.where(scale > _EPSILON, scale, torch.full_like(scale, _EPSILON))
+        steps = value * _ratio(1.0, scale).unsqueeze(-1)
+        offset = top - high / scale
+    return _to_integer(steps + offset.unsqueeze(-1), bits), scale, offset
 
 
 def static_quant(

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import numerics
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import STORAGE_DTYPES, dtype_name, storage_name
+from .native import refuse_shortened
 from .numerics import INT4_PER_INT32
 
 __all__ = ["from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"]
@@ -40,6 +41,7 @@ def pack_int4(values: Tensor) -> Tensor:
             f"pack_int4: values has shape {tuple(values.shape)}; the last dim (k) must be a "
             f"multiple of {INT4_PER_INT32}. What to do: pad k with zeros in x1 and weight alike."
         )
+    refuse_shortened("values", values, "pack_int4")
     if values.numel():
         low, high = (int(v) for v in values.aminmax())
         if low < -8 or high > 7:
@@ -69,6 +71,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
         )
     if packed.dim() == 0:
         raise LinearQuantValueError("unpack_int4: packed has no dims; allowed is (..., k/8).")
+    refuse_shortened("packed", packed, "unpack_int4")
     return numerics.unpack_int4(packed)
 
 
@@ -97,6 +100,7 @@ def to_fractal_nz(weight: Tensor) -> Tensor:
             f"to_fractal_nz: weight has shape {tuple(weight.shape)}; allowed is (..., n, k), not "
             "empty."
         )
+    refuse_shortened("weight", weight, "to_fractal_nz")
     return numerics.nd_to_nz(weight, c0)
 
 
@@ -126,6 +130,7 @@ def from_fractal_nz(blocks: Tensor, n: int, k: int) -> Tensor:
             + (f", and k be a multiple of {pack}" if rest else "")
             + ". What to do: pass the n and k of the weight before padding."
         )
+    refuse_shortened("blocks", blocks, "from_fractal_nz")
     return numerics.nz_to_nd(blocks, n, columns)
 
 

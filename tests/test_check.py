@@ -98,6 +98,11 @@ def test_unknown_product() -> None:
         ("--x1 int4[4,512] --output fp16 --product A2", 0, "x1 int32[4, 64], weight int32[64, 64]"),
         ("--scale bf16 --pertoken float32 --output bf16", 0, "matching row"),
         ("--scale int64 --output bf16", 0, "yes  Ascend 950: bfloat16[16, 64]"),
+        (
+            "--scale float32[1] --output bf16",
+            0,
+            "yes  Ascend 950: bfloat16[16, 64]; its kernel keeps",
+        ),
         ("--offset float32 --output float16", 1, "nearest legal rows, * where they differ"),
         ("--x1 float16 --product Ascend310P3", 1, "x1 is float16; the product allows int8."),
         ("--weight int8[64,65]", 0, "x1 int8[16, 65]"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import golden
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from torch import Tensor
 
 import converters
 import lq_graph
-from lq_graph import LinearQuantTypeError, LinearQuantValueError, numerics
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, formats, native, numerics
+from lq_graph.formats import A2, A3, Product
+from lq_graph.numerics import Arithmetic
+from lq_graph.plan_quant import dynamic_arithmetic
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 I8, I32 = torch.int8, torch.int32
@@ -40,8 +44,10 @@ def as_numpy(x: Tensor) -> np.ndarray:
     return x.cpu().float().numpy() if x.is_floating_point() else x.cpu().numpy()
 
 
-def check_dynamic(got: tuple[Tensor, Tensor], x: Tensor, int4: bool) -> None:
-    values, scale = golden.dynamic_quant(as_numpy(x), 7 if int4 else 127)
+def check_dynamic(
+    got: tuple[Tensor, Tensor], x: Tensor, int4: bool, arithmetic: str = "multiply"
+) -> None:
+    values, scale = golden.dynamic_quant(as_numpy(x), 7 if int4 else 127, arithmetic)
     want = golden.pack_int4(values) if int4 else values.astype(np.int8)
     np.testing.assert_array_equal(as_numpy(got[0]), want)
     np.testing.assert_array_equal(as_numpy(got[1]), scale)
@@ -314,6 +320,154 @@ def test_refusals(
 def test_error_is_at_most_half_a_step(shape: tuple[int, ...]) -> None:
     x = make(shape, F16)
     for bits in (8, 4):
-        values, scale = numerics.dynamic_quant(x, bits)
+        values, scale = numerics.dynamic_quant(x, bits, Arithmetic.MULTIPLY)
         error = (values.float() * scale.unsqueeze(-1) - x.float()).abs()
         assert (error <= scale.unsqueeze(-1) * 0.5001).all()
+
+
+# ---- each chip's own arithmetic ----
+
+# which kernel A2 and A3 choose, by k: dynamic_quant_tiling.cpp (hicann/ops-nn)
+LONG = [
+    (15040, "multiply"),
+    (15041, "reciprocal"),
+    (15048, "multiply"),
+    (16320, "multiply"),
+    (16321, "reciprocal"),
+    (16328, "reciprocal"),
+    (17776, "reciprocal"),
+    (17792, "reciprocal"),
+    (32768, "reciprocal"),
+]
+LONG_SMOOTH = [
+    (10288, "multiply"),
+    (10289, "reciprocal"),
+    (10296, "multiply"),
+    (12800, "multiply"),
+    (12808, "reciprocal"),
+    (16384, "reciprocal"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+@pytest.mark.parametrize(("k", "arithmetic"), LONG)
+def test_long_rows(k: int, arithmetic: str, device: str) -> None:
+    x = torch.randn(40, k, generator=torch.Generator().manual_seed(k)).to(BF16)
+    check_dynamic(lq_graph.dynamic_quant(x.to(device)), x, False, arithmetic)
+    both = [golden.dynamic_quant(as_numpy(x), 127, one)[1] for one in ("multiply", "reciprocal")]
+    assert (both[0] != both[1]).any()  # else it would not show
+
+
+@pytest.mark.parametrize(("smooth", "table"), [(False, LONG), (True, LONG_SMOOTH)])
+@pytest.mark.parametrize("product", [A2, A3])
+def test_the_kernel_that_is_chosen(
+    product: Product, smooth: bool, table: list[tuple[int, str]]
+) -> None:
+    for k, arithmetic in table:
+        assert dynamic_arithmetic(product, k, smooth=smooth).value == arithmetic, k
+    for k in (1, 8, 100, 120, 127, 129, 4096, 5120, 10240):
+        assert dynamic_arithmetic(product, k, smooth=smooth) is Arithmetic.MULTIPLY, k
+        grouped = dynamic_arithmetic(product, k, smooth=True, groups=True)
+        assert grouped is Arithmetic.RECIPROCAL
+
+
+CHIPS = [
+    ("310P", "half", I8, F16),
+    *(
+        (product, arithmetic, out, dtype)
+        for product, arithmetic in (("A2", "multiply"), ("A3", "multiply"), ("950", "divide"))
+        for out in (I8, I32)
+        for dtype in (F16, BF16)
+    ),
+]
+
+
+@pytest.mark.parametrize(("product", "arithmetic", "out", "dtype"), CHIPS)
+@pytest.mark.parametrize("spread", [3.0, 1e-4, 400.0])
+def test_products(
+    product: str, arithmetic: str, out: torch.dtype, dtype: torch.dtype, spread: float
+) -> None:
+    """Rows of zeros, of one value, of tiny and of large values, enough of them to differ."""
+    x = make((3000, 64), dtype, spread)
+    lq_graph.set_product(product)
+    try:
+        got = lq_graph.dynamic_quant(x, dtype=out)
+    finally:
+        lq_graph.set_product(None)
+    check_dynamic(got, x, out == I32, arithmetic)
+    if product in ("310P", "950") and out == I8 and spread == 3.0:
+        values, _ = golden.dynamic_quant(as_numpy(x), 127)
+        assert (as_numpy(got[0]) != values).any()
+
+
+def test_310p_takes_multiples_of_32() -> None:
+    lq_graph.set_product("310P")
+    try:
+        with pytest.raises(LinearQuantValueError, match=r"k = 40; on .* a multiple of 32. What"):
+            lq_graph.dynamic_quant(torch.ones(2, 40, dtype=F16))
+    finally:
+        lq_graph.set_product(None)
+
+
+WITH_OFFSET = [(one, bits) for one in Arithmetic for bits in (8, 4)]
+WITH_OFFSET.remove((Arithmetic.HALF, 4))  # 310P has int8 only
+
+
+@pytest.mark.parametrize(("arithmetic", "bits"), WITH_OFFSET)
+@pytest.mark.parametrize("move", [0.0, 2.0, -300.0])
+def test_with_an_offset(arithmetic: Arithmetic, bits: int, move: float) -> None:
+    """Asymmetric, as DynamicQuantV2 computes it."""
+    x = (make((2000, 64), F32) + move).to(F16)
+    top = 127 if bits == 8 else 7
+    got = numerics.dynamic_quant_with_offset(x, bits, arithmetic)
+    want = golden.dynamic_quant_with_offset(x.numpy(), top, arithmetic.value)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
+    values, scale, offset = (t.double() for t in got)
+    finite = scale > 1e-6  # not a row of one value
+    error = ((values - offset[:, None]) * scale[:, None] - x.double()).abs()[finite]
+    loose = 40 if arithmetic is Arithmetic.HALF else 1
+    assert (error <= loose * scale[finite, None]).all()
+
+
+# ---- Ascend 950 cuts a float32 scale of one value ----
+
+CUT = [
+    # scale values, pertoken, bias, whether it is cut
+    (1, False, None, True),
+    (1, False, I32, True),
+    (1, False, BF16, False),
+    (1, False, F32, False),
+    (1, True, None, False),
+    (1, True, I32, False),
+    (24, False, None, False),
+    (24, False, I32, False),
+]
+
+
+@pytest.mark.parametrize("product", ["A2", "A3", "950"])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(("size", "pertoken", "bias", "cut"), CUT)
+def test_a_scale_that_is_cut(
+    size: int, pertoken: bool, bias: torch.dtype | None, cut: bool, product: str, kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if not kernel:
+        monkeypatch.setattr(native, "_kernel", lambda: None)
+    case = cases.Case(
+        scale=F32, output=BF16, m=15, pertoken=pertoken, bias=bias, scalar_scale=size == 1
+    )
+    inputs = cases.make(case, seed=1)
+    monkeypatch.setattr(lq_graph.product, "_chosen", formats.product_by_name(product))
+    out = lq_graph.linear_quant(**inputs)
+    cases.assert_equal(out, inputs)
+    whole = {**inputs, "scale": numerics.s19(inputs["scale"])}
+    with_cut = lq_graph.linear_quant(**whole)
+    assert torch.equal(out, with_cut) == (cut and product == "950")
+
+
+def test_a_bfloat16_scale_has_nothing_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = cases.make(cases.Case(scale=BF16, output=BF16, scalar_scale=True))
+    want = lq_graph.linear_quant(**inputs)
+    monkeypatch.setattr(lq_graph.product, "_chosen", formats.ASCEND_950)
+    assert torch.equal(lq_graph.linear_quant(**inputs), want)

@@ -50,6 +50,9 @@ struct LqMatmul {
 
 namespace {
 
+// What lq_matmul answers.
+enum Answer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
+
 // Few rows: w is read as it is stored, registers run along k and are summed across at the end.
 // Rows of x in one block of registers: what leaves room for those of w, which int4 has two of each.
 template <bool int4>
@@ -803,10 +806,13 @@ VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice
       multiply(panels - 1, column, kMultiplySlice<1>);
 }
 
+// Bytes of two slices of w, as MultiplySlice reads them. Not on a thread's stack: OMP_STACKSIZE may
+// have left it little.
+constexpr int64_t kCopies = 2 * kSlice * kWide;
+
 VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread,
-                   int32_t* sums) {
-  alignas(64) uint8_t copies[2][kSlice * kWide];
-  uint8_t *w = copies[0], *other = copies[1];
+                   uint8_t* copies, int32_t* sums) {
+  uint8_t *w = copies, *other = copies + kSlice * kWide;
   int64_t copied = 0;  // bytes of each row of the slice that are there already
   Slices slices(call, parts, thread);
   Slice slice = slices.Next(), next = slices.Next();
@@ -908,14 +914,15 @@ VNNI int Run(const LqMatmul& call) {
   const int64_t panels = (m + kPanel - 1) / kPanel;
   const int64_t stride = many ? panels * kPanel : padded + 64;
   const auto shares = Allocate<Parts::Share>(threads);
-  if (!shares) return 1;
+  if (!shares) return kNoMemory;
   Parts parts(call, shares.get());
   const int64_t own_sums =
       many ? std::min(kTall, panels * kPanel) * parts.Widest() : m * kBlock;
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
   const auto surplus = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
-  if (!copy || !surplus || !sums) return 1;
+  const auto copies = Allocate<uint8_t>(many ? threads * kCopies : 0);
+  if (!copy || !surplus || !sums || !copies) return kNoMemory;
   const Left x{copy.get(), stride, surplus.get()};
 
   const auto copy_few = [&](int64_t number, int64_t count) {
@@ -928,7 +935,11 @@ VNNI int Run(const LqMatmul& call) {
       TurnRows<int4>(call, panel * kPanel, x);
   };
   const auto compute_part = [&](int64_t number) {
-    (many ? ManyRows : FewRows<int4>)(call, x, &parts, number, sums.get() + number * own_sums);
+    int32_t* const own = sums.get() + number * own_sums;
+    if (many)
+      ManyRows(call, x, &parts, number, copies.get() + number * kCopies, own);
+    else
+      FewRows<int4>(call, x, &parts, number, own);
   };
   const auto copy_part = [&](int64_t number, int64_t count) {
     many ? copy_many(number, count) : copy_few(number, count);
@@ -944,7 +955,18 @@ VNNI int Run(const LqMatmul& call) {
       compute_part(omp_get_thread_num());
     }
   }
-  return 0;
+  return kDone;
+}
+
+// Whether no packed scale holds infinity or NaN: what the chips make of them is not published.
+bool IsFinite(const LqMatmul& call) {
+  if (!call.packed || call.output == 0) return true;
+  constexpr int64_t kExponent = 0x7F800000;
+  const auto* word = static_cast<const int64_t*>(call.scale);
+  const int64_t count = call.scale_stride ? call.n : 1;
+  bool finite = true;  // no early end, so that the compiler makes vectors of it
+  for (int64_t i = 0; i < count; ++i) finite &= (word[i] & kExponent) != kExponent;
+  return finite;
 }
 
 }  // namespace
@@ -957,8 +979,17 @@ int lq_matmul_supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-// 0, or 1 where there was no memory.
-int lq_matmul(const LqMatmul* call) {
+#ifndef LQ_SOURCES
+#define LQ_SOURCES ""
+#endif
+
+// The sources this was built from, as CMakeLists.txt puts them into one word.
+const char* lq_matmul_sources() { return LQ_SOURCES; }
+
+// One of Answer. `bytes` is what the caller takes LqMatmul to have.
+int lq_matmul(const LqMatmul* call, size_t bytes = sizeof(LqMatmul)) {
+  if (bytes != sizeof(LqMatmul)) return kOtherStruct;
+  if (!IsFinite(*call)) return kNotFinite;
   return call->int4 ? Run<true>(*call) : Run<false>(*call);
 }
 }
