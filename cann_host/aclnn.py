@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from cann_host import rules
+from cann_host import executor, rules
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
-from cann_host.ops.quant import smoothed
+from cann_host.ops.quant import pack_parameters, smoothed
 from lq_graph import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
@@ -57,9 +59,10 @@ class Refused(Exception):  # noqa: N818 - the answer of the operator, not a faul
     """A call CANN would refuse, with CANN's code."""
 
     def __init__(self, text: str, code: int = INVALID) -> None:
-        ours = "CANN error" in text or "cann_host" in text  # coded already, or not CANN's refusal
-        super().__init__(text if ours else f"{text} (CANN error {code})")
-        self.code = code
+        coded = re.search(r"CANN error (\d+)", text)
+        ours = "cann_host" in text  # not CANN's refusal
+        super().__init__(text if coded or ours else f"{text} (CANN error {code})")
+        self.code = int(coded[1]) if coded else code
 
 
 class AclTensor(NamedTuple):
@@ -164,35 +167,27 @@ def _check_trans_quant_param(
     _need("scale", scale)
     _need("out", out)
     _need_base_format(scale=scale, offset=offset, out=out)
-    if scale.dtype != torch.float32:
-        raise Refused(f"scale is {scale.dtype_name}; it must be float32")
-    if offset is not None and offset.dtype != torch.float32:
-        raise Refused(f"offset is {offset.dtype_name}; it must be float32")
     if out.dtype not in (torch.int64, torch.uint64):
         raise Refused(f"out is {out.dtype_name}; it must be int64 or uint64")
-    for name, tensor in (("scale", scale), ("offset", offset)):
-        if tensor is None:
-            continue
-        shape = tensor.shape
-        if len(shape) not in (1, 2) or 0 in shape or (len(shape) == 2 and shape[0] != 1):
-            raise Refused(f"{name} has shape {shape}; it must be (n,) or (1, n)")
-    if offset is not None:
-        lengths = (scale.shape[-1], offset.shape[-1])
-        if 1 not in lengths and lengths[0] != lengths[1]:
-            raise Refused(
-                f"offset has shape {offset.shape} but scale {scale.shape}; "
-                "they must agree or have one element"
-            )
-    if round_mode not in (0, 1):
-        raise Refused(f"round_mode is {round_mode}; it must be 0 or 1")
+    refusal = rules.check_trans_quant_param(
+        _soc, _described(scale), _described(offset), round_mode, graph=False
+    )
+    if refusal is None:
+        shape = None if offset is None else offset.shape
+        found = rules.packed_words(scale.shape, shape, out.shape)
+        refusal = found.refusal
+        if found.overrun and executor.overruns == "refuse":
+            executor.overrun(found.overrun)
+    if refusal is not None:
+        raise Refused(refusal)
 
 
 def _trans_quant_param(
     scale: AclTensor, offset: AclTensor | None, round_mode: int, out: AclTensor
 ) -> None:
-    offset_value = None if offset is None else offset.view()
-    packed = numerics.pack_scale(scale.view(), offset_value, round_mode)
-    out.view().view(torch.int64).copy_(packed.reshape(out.shape))
+    added = None if offset is None else offset.view()
+    packed = pack_parameters(scale.view(), added, round_mode, out.shape)
+    out.view().view(torch.int64).copy_(packed)
 
 
 def _logical(tensor: AclTensor) -> tuple[str, tuple[int, ...]]:
@@ -205,6 +200,19 @@ def _logical(tensor: AclTensor) -> tuple[str, tuple[int, ...]]:
 
 def _optional(tensor: AclTensor | None) -> tuple[str | None, tuple[int, ...] | None]:
     return (None, None) if tensor is None else (tensor.dtype_name, tensor.shape)
+
+
+@overload
+def _described(tensor: AclTensor) -> tuple[str, tuple[int, ...]]: ...
+@overload
+def _described(tensor: None) -> None: ...
+@overload
+def _described(tensor: AclTensor | None) -> tuple[str, tuple[int, ...]] | None: ...
+
+
+def _described(tensor: AclTensor | None) -> tuple[str, tuple[int, ...]] | None:
+    """dtype and shape, as the rules ask for them."""
+    return None if tensor is None else (tensor.dtype_name, tensor.shape)
 
 
 def _present(tensor: AclTensor | None) -> AclTensor | None:
@@ -226,6 +234,8 @@ def _check_quant_matmul(
     transpose_x2: int,
     group_size: int,
     out: AclTensor,
+    *,
+    weight_nz: bool = False,
 ) -> None:
     for name, needed in (("x1", x1), ("x2", x2), ("x2_scale", x2_scale), ("out", out)):
         _need(name, needed)
@@ -272,6 +282,7 @@ def _check_quant_matmul(
         x2_format="FRACTAL_NZ" if is_nz else "ND",
         x2_storage_shape=storage,
         out_shape=out.shape,
+        weight_nz=weight_nz,
     )
     if refusal is not None:
         raise Refused(refusal)
@@ -322,7 +333,7 @@ def _quant_matmul(
         numerics.quant_matmul(
             x,
             weight,
-            x2_scale.view(),
+            x2_scale.view().reshape(-1),
             bias=None if bias is None else bias.view(),
             pertoken_scale=None if x1_scale is None else x1_scale.view(),
             output_dtype=out.dtype,
@@ -459,32 +470,19 @@ def _check_quantize(
     axis: int,
     out: AclTensor,
 ) -> None:
-    """By quant/quantize/docs of hicann/ops-nn."""
-    if rules.soc_family(_soc) == "Atlas inference (310P)":
-        raise Refused(f"{_soc} has no such operator")
+    """By quant/quantize/op_api of hicann/ops-nn."""
     for name, needed in (("x", x), ("scales", scales), ("out", out)):
         _need(name, needed)
+    refusal = rules.check_quantize(
+        _soc, _described(x), _described(scales), _described(zero_points), _described(out), axis
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    if dtype != out.dtype_code:
+        raise Refused(f"dtype is {dtype} and out has aclDataType {out.dtype_code}")
     _need_base_format(x=x, scales=scales, zero_points=zero_points, out=out)
-    allowed: dict[str, tuple[AclTensor | None, tuple[torch.dtype, ...]]] = {
-        "x": (x, (torch.float32, torch.float16, torch.bfloat16)),
-        "scales": (scales, (torch.float32, torch.bfloat16)),
-        "zero_points": (
-            zero_points,
-            (torch.int32, torch.int8, torch.uint8, torch.float32, torch.bfloat16),
-        ),
-        "out": (out, tuple(_QUANTIZE_LIMITS)),
-    }
-    for name, (tensor, dtypes) in allowed.items():
-        if tensor is not None and tensor.dtype not in dtypes:
-            names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
-            raise Refused(f"{name} is {tensor.dtype_name}; it must be one of {names}")
-    if out.shape != x.shape or dtype != out.dtype_code:
-        raise Refused(f"out is aclDataType {out.dtype_code} {out.shape}, not {dtype} {x.shape}")
-    if not -len(x.shape) <= axis < len(x.shape):
-        raise Refused(f"axis is {axis} and x has {len(x.shape)} dims")
-    for name, tensor in (("scales", scales), ("zero_points", zero_points)):
-        if tensor is not None and tensor.shape not in ((1,), (x.shape[axis],)):
-            raise Refused(f"{name} has shape {tensor.shape}; it must have {x.shape[axis]} values")
+    if out.dtype not in _QUANTIZE_LIMITS and 0 not in out.shape:
+        raise Refused(f"cann_host does not compute {out.dtype_name}")
 
 
 def _quantize(
@@ -496,8 +494,11 @@ def _quantize(
     out: AclTensor,
 ) -> None:
     del dtype  # it is out's
+    if 0 in x.shape or 0 in scales.shape:
+        return  # CANN returns at once
     along = [1] * len(x.shape)
-    along[axis] = -1
+    if scales.shape != (1,):  # one value goes with any axis
+        along[axis] = -1
     value = x.view().to(torch.float32) / scales.view().to(torch.float32).reshape(along)
     if zero_points is not None:
         value += zero_points.view().to(torch.float32).reshape(along)
@@ -509,23 +510,38 @@ def _quantize(
 
 
 def _check_rms_norm(
-    x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
+    x: AclTensor,
+    gamma: AclTensor,
+    epsilon: float,
+    y: AclTensor,
+    rstd: AclTensor,
+    *,
+    x2: AclTensor | None = None,
 ) -> None:
-    del epsilon
+    """By norm/rms_norm and, with x2, norm/add_rms_norm of hicann/ops-nn."""
     for name, tensor in (("x", x), ("gamma", gamma), ("y", y), ("rstd", rstd)):
-        if not _need(name, tensor).dtype.is_floating_point:
-            raise Refused(f"{name} is {tensor.dtype_name}; it must be a float")
+        _need(name, tensor)
+    refusal = rules.check_rms_norm(
+        _soc, _described(x), _described(gamma), epsilon, x2=None if x2 is None else _described(x2)
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    if y.dtype != x.dtype or rstd.dtype != torch.float32:
+        raise Refused(f"y is {y.dtype_name} and rstd {rstd.dtype_name}; x is {x.dtype_name}")
     _need_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
+    if y.shape != x.shape:
+        code = rules.TILING if x2 is None else INVALID
+        raise Refused(f"x has shape {x.shape} and y {y.shape}", code)
     kept = x.shape[: len(x.shape) - len(gamma.shape)]
-    if not gamma.shape or x.shape != (*kept, *gamma.shape) or y.shape != x.shape:
-        raise Refused(f"x has shape {x.shape}, gamma {gamma.shape} and y {y.shape}")
     if rstd.shape != (*kept, *(1 for _ in gamma.shape)):
-        raise Refused(f"rstd has shape {rstd.shape}")
+        raise Refused(f"rstd has shape {rstd.shape}", rules.TILING)
 
 
 def _rms_norm(
     x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
 ) -> None:
+    if 0 in x.shape:
+        return
     values, factors = rms_norm(x.view(), gamma.view(), epsilon=epsilon)
     y.view().copy_(values)
     rstd.view().copy_(factors)
@@ -540,10 +556,15 @@ def _check_add_rms_norm(
     rstd: AclTensor,
     x: AclTensor,
 ) -> None:
-    _check_rms_norm(x1, gamma, epsilon, y, rstd)
+    for name, tensor in (("x1", x1), ("x2", x2), ("gamma", gamma), ("y", y)):
+        _need(name, tensor)
+    if rstd is None:
+        raise Refused("cann_host implements aclnnAddRmsNorm with rstd and x")
+    _need("x", x)
+    _check_rms_norm(x1, gamma, epsilon, y, rstd, x2=x2)
     _need_base_format(x2=x2, x=x)
-    if (x2.shape, x2.dtype) != (x1.shape, x1.dtype) or (x.shape, x.dtype) != (x1.shape, x1.dtype):
-        raise Refused(f"x1 is {x1.dtype_name} {x1.shape}, x2 {x2.dtype_name} {x2.shape}")
+    if (x.shape, x.dtype) != (x1.shape, x1.dtype):
+        raise Refused(f"x1 is {x1.dtype_name} {x1.shape} and x {x.dtype_name} {x.shape}")
 
 
 def _add_rms_norm(
@@ -555,6 +576,8 @@ def _add_rms_norm(
     rstd: AclTensor,
     x: AclTensor,
 ) -> None:
+    if 0 in x1.shape or 0 in gamma.shape:
+        return
     results = add_rms_norm(x1.view(), x2.view(), gamma.view(), epsilon=epsilon)
     for place, value in zip((y, rstd, x), results, strict=True):
         place.view().copy_(value)
@@ -659,7 +682,7 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnInplaceZero": (_check_zero, _zero),
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),
     "aclnnQuantMatmulV5": (_check_quant_matmul, _quant_matmul),
-    "aclnnQuantMatmulWeightNz": (_check_quant_matmul, _quant_matmul),
+    "aclnnQuantMatmulWeightNz": (partial(_check_quant_matmul, weight_nz=True), _quant_matmul),
     "aclnnQuantize": (_check_quantize, _quantize),
     "aclnnRmsNorm": (_check_rms_norm, _rms_norm),
     "aclnnTransQuantParamV2": (_check_trans_quant_param, _trans_quant_param),

@@ -19,6 +19,7 @@ torchair's `_ge_concrete_graph/auto_generated_ge_raw_ops.py`.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -335,6 +336,27 @@ def native() -> Any:
 def soc_name() -> str:
     """The SoC the stand-in reports; `cann_host.ge.install` replaces this."""
     return "Ascend910B2"
+
+
+overruns = "warn"  # the option of that name; `cann_host.activate` sets it
+
+
+def overrun(text: str) -> None:
+    """A kernel of CANN's writes past its result: warn, or refuse, as the option says.
+
+    Raises:
+        GraphError: overruns are refused.
+    """
+    if overruns == "refuse":
+        raise GraphError(f"{text} (refused by cann_host's option overruns)")
+    caution(text)
+
+
+def caution(text: str) -> None:
+    """Warn of what the device does in silence, in the stand-in's own name."""
+    if "cann_host" not in text:
+        text = f"{text} (cann_host's caution; CANN says nothing)"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:

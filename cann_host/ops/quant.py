@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,22 +22,45 @@ from ..executor import DTYPES, INT4, INT8, FractalNZ, GraphError, Int4, dtype_na
 from ..rules import (
     ND,
     NZ,
+    ascend_quant_axis,
     check_ascend_quant,
     check_dynamic_quant,
     check_quant_matmul,
     check_trans_quant_param,
+    packed_words,
     soc_family,
+    trans_quant_param_shape,
 )
 
 
 @op("TransQuantParamV2")
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
-    refusal = check_trans_quant_param(
-        scale.shape, None if offset is None else offset.shape, round_mode
-    )
-    if refusal:
+    soc = executor.soc_name()
+    given = [None if t is None else (dtype_name(t), tuple(t.shape)) for t in (scale, offset)]
+    assert given[0] is not None
+    if refusal := check_trans_quant_param(soc, given[0], given[1], round_mode):
         raise GraphError(refusal)
-    return pack_scale(scale, offset, round_mode)
+    shapes = (scale.shape, None if offset is None else offset.shape)
+    return pack_parameters(scale, offset, round_mode, trans_quant_param_shape(soc, *shapes))
+
+
+def pack_parameters(
+    scale: Tensor, offset: Tensor | None, round_mode: int, room: Sequence[int]
+) -> Tensor:
+    """The words TransQuantParamV2 leaves in a result of the shape `room`, as int64.
+
+    Raises:
+        GraphError: a word comes from beside scale or offset, or overruns are refused.
+    """
+    found = packed_words(scale.shape, None if offset is None else offset.shape, room)
+    if found.refusal:
+        raise GraphError(found.refusal)
+    if found.overrun:
+        executor.overrun(found.overrun)
+    places = math.prod(room)
+    first = scale.reshape(-1)[:places]
+    added = None if offset is None or not offset.numel() else offset.reshape(-1)[:places]
+    return pack_scale(first, added, round_mode).reshape(tuple(room))
 
 
 @op("QuantBatchMatmulV3", special=True)
@@ -179,8 +204,9 @@ def _ascend_quant(
     dst_type: int = 2,
     axis: int = -1,
 ) -> Tensor | Int4:
+    soc = executor.soc_name()
     refusal = check_ascend_quant(
-        executor.soc_name(),
+        soc,
         dtype_name(x),
         tuple(x.shape),
         dtype_name(scale),
@@ -197,8 +223,18 @@ def _ascend_quant(
         raise GraphError(
             f"round_mode {round_mode}, sqrt_mode {sqrt_mode}: cann_host implements round and False"
         )
-    values = static_quant(x, scale, offset, axis, bits=4 if dst_type == INT4 else 8)
-    return Int4(values) if dst_type == INT4 else values
+    along = ascend_quant_axis(soc, axis)
+    if along != axis and axis not in (-1, x.dim() - 1):
+        executor.caution(
+            f"AscendQuantV2 with axis {axis} on {soc}: its tiling takes the last axis, whatever the "
+            "attribute says"
+        )
+    first, factor, addend = (
+        None if t is None else t.reshape(t.shape or (1,)) for t in (x, scale, offset)
+    )
+    assert first is not None and factor is not None
+    values = static_quant(first, factor, addend, along, bits=4 if dst_type == INT4 else 8)
+    return Int4(values) if dst_type == INT4 else values.reshape(x.shape)
 
 
 def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> Tensor:
