@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from cann_host import executor, rules
+from cann_host import chips, executor, rules
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
@@ -329,13 +329,14 @@ def _quant_matmul(
     x, weight = x1.view(), _untransposed_weight(x2)
     if x1.dtype == torch.int32 and isinstance(weight, Tensor) and weight.dtype == torch.int8:
         x = numerics.unpack_int4(x)
+    pertoken, added = (None if t is None else t.view() for t in (x1_scale, bias))
     out.view().copy_(
         numerics.quant_matmul(
             x,
             weight,
-            x2_scale.view().reshape(-1),
-            bias=None if bias is None else bias.view(),
-            pertoken_scale=None if x1_scale is None else x1_scale.view(),
+            chips.scale_as_read(_soc, x2_scale.view().reshape(-1), pertoken, added, out.dtype),
+            bias=added,
+            pertoken_scale=pertoken,
             output_dtype=out.dtype,
         )
     )
@@ -392,10 +393,13 @@ def _dynamic_quant(
         return
     int4 = y.dtype == torch.int32
     value = x.view()
-    if smooth_scales is not None:
+    smooth, grouped = smooth_scales is not None, group_index is not None
+    arithmetic = chips.dynamic_arithmetic(_soc, x.shape[-1], smooth=smooth, groups=grouped)
+    # 310P's kernels never read them (dynamic_quant.cpp passes none on)
+    if smooth_scales is not None and arithmetic is not numerics.Arithmetic.HALF:
         ends = None if group_index is None else group_index.view()
         value = smoothed(value, smooth_scales.view(), ends)
-    values, scales = numerics.dynamic_quant(value, bits=4 if int4 else 8)
+    values, scales = numerics.dynamic_quant(value, 4 if int4 else 8, arithmetic)
     y.view().copy_(numerics.pack_int4(values) if int4 else values)
     scale.view().copy_(scales)
 

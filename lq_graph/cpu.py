@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import numerics
 from .plan import check_finite, plan, plan_trans_quant_param
-from .plan_quant import plan_dynamic_quant, plan_static_quant
+from .plan_quant import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
 
 __all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
@@ -28,6 +28,8 @@ def linear_quant(
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
     if p.fold_scale:
         scale = trans_quant_param(scale, offset)
+    elif p.cut_scale:
+        scale = numerics.s19(scale)
     return numerics.quant_matmul(
         x1,
         weight,
@@ -48,7 +50,8 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
     p = plan_dynamic_quant(x, dtype)
-    quantized, scale = numerics.dynamic_quant(x, bits=4 if p.int4 else 8)
+    arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
+    quantized, scale = numerics.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
     return (numerics.pack_int4(quantized) if p.int4 else quantized), scale
 
 

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from .numerics import INT4_PER_INT32
+from .numerics import INT4_PER_INT32, Arithmetic
 
 __all__ = [
     "A2",
@@ -30,11 +30,13 @@ __all__ = [
     "PRODUCTS",
     "QUANT_MAX_DIMS",
     "QUANT_ROWS",
+    "RECIPROCAL_BEYOND",
     "ROWS",
     "STORAGE_DTYPES",
     "Peak",
     "Product",
     "QuantRow",
+    "ReciprocalBeyond",
     "Row",
     "dtype_name",
     "product_by_name",
@@ -70,6 +72,12 @@ class Product:
             (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
         limits_k: whether k is limited to LAST_DIM_MAX.
         empty_m: whether an x1 of no rows gives an output of no rows; elsewhere it is refused.
+        dynamic_quant: the arithmetic of its DynamicQuant kernels; for MULTIPLY see
+            `RECIPROCAL_BEYOND`.
+        dynamic_quant_k: what k must be a multiple of in dynamic_quant.
+        cuts_scale: whether a float32 scale of one value loses its last 13 bits where its kernel
+            multiplies by it on the way out of the matrix unit: float output, no pertoken_scale,
+            no float bias.
     """
 
     name: str
@@ -79,16 +87,28 @@ class Product:
     nz_storage: tuple[torch.dtype, ...] = (torch.int8,)
     limits_k: bool = True
     empty_m: bool = False
+    dynamic_quant: Arithmetic = Arithmetic.MULTIPLY
+    dynamic_quant_k: int = 1
+    cuts_scale: bool = False
 
     def __str__(self) -> str:
         return self.name
 
 
-ATLAS_INFERENCE = Product("Atlas inference (310P)", "310P", ("Ascend310P",))
+# dynamic_quant: dynamic_quant_tiling_310P.cpp (hicann/ops-nn), CorrectNumCopyRow
+ATLAS_INFERENCE = Product(
+    "Atlas inference (310P)",
+    "310P",
+    ("Ascend310P",),
+    dynamic_quant=Arithmetic.HALF,
+    dynamic_quant_k=32,
+)
 A2 = Product("Atlas A2", "A2", ("Ascend910B",))
 A3 = Product("Atlas A3", "A3", ("Ascend910_93",))
 # arch35: aclnnQuantMatmulV4.md and V5.md, sections Ascend 950PR / 950DT. torchair lowers to V4
 # there; GE turns the integer cases back into V3 (quant_batch_matmul_v4_to_v3_fusion_pass.cpp).
+# cuts_scale: op_kernel/arch35/qbmm_cube_on_the_fly.h and adaptive_sliding_window_cube_tiling.cpp
+# (op_host/op_tiling/arch35), IsCapable; tests/assets/qbmmv3_kernel_golden.py computes the same.
 ASCEND_950 = Product(
     "Ascend 950",
     "950",
@@ -96,6 +116,8 @@ ASCEND_950 = Product(
     ge_op="QuantBatchMatmulV4",
     limits_k=False,
     empty_m=True,
+    dynamic_quant=Arithmetic.DIVIDE,
+    cuts_scale=True,
 )
 PRODUCTS = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
 
@@ -234,6 +256,31 @@ class QuantRow:
 _DYNAMIC = "hicann/ops-nn quant/dynamic_quant/op_host/dynamic_quant_def.cpp"
 _STATIC = "hicann/ops-nn quant/ascend_quant_v2/op_host/ascend_quant_v2_def.cpp"
 QUANT_MAX_DIMS = 8  # aclnnDynamicQuant.md, aclnnAscendQuantV3.md
+
+
+@dataclass(frozen=True)
+class ReciprocalBeyond:
+    """Up to which k A2 and A3 have a dynamic_quant kernel that writes its scale as
+    peak * (1 / top); beyond it they run one that writes 1 / (top / peak). By what fits the vector
+    unit's memory of 192 KiB: quant/dynamic_quant/op_host/dynamic_quant_tiling.cpp (hicann/ops-nn).
+
+    Attributes:
+        k: any k up to it (SetTilingData: 13 or 19 bytes for each of k, rounded up to 16).
+        multiple, least, most: and from least to most a multiple of it
+            (CheckMultiRowPreconditions).
+    """
+
+    k: int
+    most: int
+    least: int = 128
+    multiple: int = 8
+
+
+# by whether there are smooth scales; with group_index always beyond
+RECIPROCAL_BEYOND = {
+    False: ReciprocalBeyond(k=15040, most=16320),
+    True: ReciprocalBeyond(k=10288, most=12800),
+}
 # fmt: off
 QUANT_ROWS: tuple[QuantRow, ...] = (
     QuantRow("dynamic_quant", (_F16,), _I8, (ATLAS_INFERENCE,), _DYNAMIC),

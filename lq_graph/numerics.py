@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from . import native
 
 __all__ = [
     "INT4_PER_INT32",
+    "Arithmetic",
     "NzWeight",
     "dynamic_quant",
+    "dynamic_quant_with_offset",
     "epilogue",
     "matmul_int32",
     "nd_to_nz",
@@ -50,6 +53,8 @@ _FLOAT16_MAX = 65504.0
 
 # the range of a quantized value: int8, and int4 (held as int8 until it is packed)
 _LIMITS = {8: (-128, 127), 4: (-8, 7)}
+
+_EPSILON = 1e-12  # DYNAMIC_QUANT_EPSINON of the DynamicQuant kernels
 
 
 def s19(scale: Tensor) -> Tensor:
@@ -364,37 +369,131 @@ def epilogue(
     return value.to(output_dtype)
 
 
-def _to_integer(value: Tensor, bits: int) -> Tensor:
-    """float32 to int8 values, rounded half to even and clamped; NaN becomes 0, as on the chip."""
+class Arithmetic(Enum):
+    """How a DynamicQuant kernel gets from a row's largest magnitude, its peak, to values and scale.
+
+    top is 127, or 7 for int4. Which kernel a chip runs is said by `lq_graph.plan_quant`.
+
+    Attributes:
+        MULTIPLY: float32 x * (top / peak), scale peak * (1 / top). dynamic_quant_db.h,
+            dynamic_quant_multi_row.h, dynamic_quant_single_row.h.
+        RECIPROCAL: the same values, scale 1 / (top / peak). dynamic_quant.h,
+            dynamic_quant_large_shape_opt.h, dynamic_quant_moe.h, dynamic_quant_moe_large_shape.h.
+        DIVIDE: float32 x / scale, scale peak * (1 / top). arch35/dynamic_quant_regbase_*.h.
+        HALF: float16 x * float16(127 / peak), halves rounded away from zero, scale
+            peak * (1 / 127) in float32. dynamic_quant_align_310p.h and both unalign files. The
+            factor leaves float16 for a peak below 127 / 65504.
+    """
+
+    MULTIPLY = "multiply"
+    RECIPROCAL = "reciprocal"
+    DIVIDE = "divide"
+    HALF = "half"
+
+
+def _clamped(whole: Tensor, bits: int) -> Tensor:
+    """Whole float32 numbers to int8 values, clamped; NaN becomes 0, as on the chip."""
     low, high = _LIMITS[bits]
     # all three values given: torchair's converter takes no None
-    return value.round_().nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
+    return whole.nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
 
 
-def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def _to_integer(value: Tensor, bits: int) -> Tensor:
+    """float32 to int8 values, rounded half to even and clamped."""
+    return _clamped(value.round_(), bits)
+
+
+def _half_to_integer(value: Tensor) -> Tensor:
+    """float16 to int8, halves rounded away from zero: CAST_ROUND of 310P."""
+    value = value.to(torch.float32)
+    return _clamped((value + value.sign() * 0.5).trunc_(), 8)
+
+
+def _ratio(top: float, divisor: Tensor) -> Tensor:
+    """top / divisor, rounded once: torch computes it as a reciprocal times top."""
+    return torch.full_like(divisor, top).div_(divisor)
+
+
+def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Quantize each row of the last dim by its largest magnitude, symmetric.
 
-    The arithmetic is that of the A2 kernels (quant/dynamic_quant/op_kernel): one multiplication by
-    127 / peak, and a scale of peak * (1 / 127), both in float32. A row of zeros gives zeros and a
-    scale of 0; one that holds infinity or NaN gives zeros and a scale that is infinite or NaN.
+    A row of zeros gives zeros and a scale of 0; one that holds infinity or NaN gives zeros and a
+    scale that is infinite or NaN.
 
     Args:
-        x: float16 or bfloat16, (..., k).
+        x: float16 or bfloat16, or float32 once smooth scales are in it; (..., k).
         bits: 8, or 4 with 7 in place of 127.
+        arithmetic: of the kernel that is stood in for.
 
     Returns:
         int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
     """
-    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits)
+    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits, arithmetic)
 
 
-def quantize_rows(x: Tensor, peak: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, peak: Tensor, bits: int, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
     """`dynamic_quant` of rows, or of a part of their k, whose largest magnitudes are known."""
     top = _LIMITS[bits][1]
-    # torch computes `top / peak` as a reciprocal times top, which is another number
-    factor = torch.full_like(peak, top).div_(peak)
-    steps = x.to(torch.float32) * factor.unsqueeze(-1)
-    return _to_integer(steps, bits), peak * (1 / top)
+    scale = peak * (1 / top)
+    if arithmetic is Arithmetic.DIVIDE:
+        return _to_integer(x.to(torch.float32) / scale.unsqueeze(-1), bits), scale
+    factor = _ratio(top, peak)
+    if arithmetic is Arithmetic.HALF:
+        factor = factor.masked_fill(peak <= _EPSILON, 0.0).to(torch.float16)
+        return _half_to_integer(x.to(torch.float16) * factor.unsqueeze(-1)), scale
+    if arithmetic is Arithmetic.RECIPROCAL:
+        scale = _ratio(1.0, factor)
+    return _to_integer(x.to(torch.float32) * factor.unsqueeze(-1), bits), scale
+
+
+def dynamic_quant_with_offset(
+    x: Tensor, bits: int, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row of the last dim by its least and largest value, asymmetric.
+
+    What DynamicQuantV2 computes with an offset (aclnnDynamicQuantV2 to V4): x is about
+    (value - offset) * scale. With top 127 and span 255 (7 and 15 for int4), in float32:
+
+    - MULTIPLY and RECIPROCAL: scale max((high - low) / span, 1e-12), offset top - high / scale,
+      values x * (1 / scale) + offset.
+    - DIVIDE: scale (high - low) * (1 / span), offset top - high / scale, values
+      x / scale + offset.
+    - HALF, int8 only: factor span / (high - low), 0 for a row of one value; scale
+      (high - low) / span, offset -(high + low) * factor / 2, values in float16
+      x * float16(factor) + float16(offset), halves rounded away from zero.
+
+    Args:
+        x: as `dynamic_quant` takes it.
+        bits: 8, or 4.
+        arithmetic: of the kernel that is stood in for.
+
+    Returns:
+        int8 (..., k), int4 values unpacked, and float32 (...) twice: scale and offset.
+    """
+    top = _LIMITS[bits][1]
+    span = float(2**bits - 1)
+    value = x.to(torch.float32)
+    high, low = value.amax(-1), value.amin(-1)
+    spread = high - low
+    if arithmetic is Arithmetic.HALF:
+        scale = spread / torch.full_like(spread, span)
+        factor = _ratio(span, spread).masked_fill(spread <= _EPSILON, 0.0)
+        offset = -(high + low) * factor * 0.5
+        half = x.to(torch.float16) * factor.to(torch.float16).unsqueeze(-1)
+        return _half_to_integer(half + offset.to(torch.float16).unsqueeze(-1)), scale, offset
+    if arithmetic is Arithmetic.DIVIDE:
+        scale = spread * (1 / span)
+        steps = value / scale.unsqueeze(-1)
+        offset = -(high / scale) + top
+    else:
+        scale = spread / torch.full_like(spread, span)
+        # the kernel's maximum gives the second for NaN
+        scale = torch.where(scale > _EPSILON, scale, torch.full_like(scale, _EPSILON))
+        steps = value * _ratio(1.0, scale).unsqueeze(-1)
+        offset = top - high / scale
+    return _to_integer(steps + offset.unsqueeze(-1), bits), scale, offset
 
 
 def static_quant(

@@ -38,8 +38,9 @@ from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import FRACTAL_NZ, STORAGE_DTYPES, dtype_name, rows_of
 from .module import PARAMETERS, SPLIT, LinearQuant
 from .npu import format_of
-from .numerics import INT4_PER_INT32
-from .plan import check_finite
+from .numerics import INT4_PER_INT32, Arithmetic
+from .plan import check_finite, cuts_scale
+from .plan_quant import dynamic_arithmetic
 from .prepare import folds_scale
 from .product import get_product
 from .quantized_linear import QuantizedLinear
@@ -308,7 +309,9 @@ class RowwiseLinearQuant(LinearQuantStyle):
     ) -> nn.Module:
         super()._finish(module, mesh, placements)
         if isinstance(module, QuantizedLinear) and module.dynamic:
-            vars(module)["quantize_rows"] = partial(_quantize_rows_together, mesh)
+            # k of the whole layer: what one device alone would compute with it
+            arithmetic = dynamic_arithmetic(get_product(), module.in_features)
+            vars(module)["quantize_rows"] = partial(_quantize_rows_together, mesh, arithmetic)
         if self.exact:
             layer: Any = _layer_in(module)
             fold = layer.scale.dtype == torch.int64 or folds_scale(layer)
@@ -439,19 +442,23 @@ def _exact_forward(
 ) -> Tensor:
     """Sum the int32 accumulators of every device, and do what follows once."""
     part = _linear_quant(x1, layer.weight, layer._ones, None, None, None, output_dtype=_I32)
+    pertoken = layer.pertoken_scale if pertoken_scale is None else pertoken_scale
+    scale, output = layer._fixed_scale, layer.output_dtype or _I8
+    if not fold and cuts_scale(get_product(), scale, pertoken, layer.bias, output):
+        scale = numerics.s19(scale)
     return numerics.epilogue(
         _move(part, Partial(), Replicate(), mesh),
-        layer._fixed_scale,
+        scale,
         folded=fold,
         offset=layer._fixed_offset,
         bias=layer.bias,
-        pertoken_scale=layer.pertoken_scale if pertoken_scale is None else pertoken_scale,
-        output_dtype=layer.output_dtype or _I8,
+        pertoken_scale=pertoken,
+        output_dtype=output,
     )
 
 
 def _quantize_rows_together(
-    mesh: DeviceMesh, rows: Tensor, dtype: torch.dtype
+    mesh: DeviceMesh, arithmetic: Arithmetic, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """dynamic_quant of rows whose k is split: the largest magnitude is that of all parts."""
     peak = rows.to(torch.float32).abs().max(-1).values  # torchair has no converter for amax
@@ -460,7 +467,7 @@ def _quantize_rows_together(
         peak = peak.nan_to_num(torch.inf, torch.inf, 0.0)
         peak = _done(collectives.all_reduce(peak, "max", mesh.get_group()))
     bits = 4 if dtype == _I32 else 8
-    values, scale = numerics.quantize_rows(rows, peak, bits)
+    values, scale = numerics.quantize_rows(rows, peak, bits, arithmetic)
     return (_pack_int4(values) if bits == 4 else values), scale
 
 

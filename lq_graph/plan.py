@@ -36,6 +36,7 @@ __all__ = [
     "Spec",
     "TensorLike",
     "check_finite",
+    "cuts_scale",
     "nearest_rows",
     "plan",
     "plan_trans_quant_param",
@@ -75,6 +76,7 @@ class Plan:
         int4: x1 and weight are int32 carrying eight int4 each.
         fold_scale: the scale is float32 and the kernel wants it folded, with the offset, into
             the packed int64 form.
+        cut_scale: the kernel keeps only the first 19 bits of the float32 scale.
     """
 
     product: Product
@@ -86,6 +88,7 @@ class Plan:
     n: int
     int4: bool
     fold_scale: bool
+    cut_scale: bool
 
 
 def _type_error(text: str) -> NoReturn:
@@ -501,6 +504,26 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
         n=n,
         int4=int4,
         fold_scale=row.folds_scale and scale.dtype == torch.float32,
+        cut_scale=cuts_scale(product, scale, pertoken_scale, bias, output),
+    )
+
+
+def cuts_scale(
+    product: Product,
+    scale: TensorLike,
+    pertoken_scale: TensorLike | None,
+    bias: TensorLike | None,
+    output: torch.dtype,
+) -> bool:
+    """Whether a product's kernel keeps only the first 19 bits of a float32 scale; see
+    `Product.cuts_scale`."""
+    return (
+        product.cuts_scale
+        and scale.dtype == torch.float32
+        and sure(scale.shape[-1] == 1)
+        and pertoken_scale is None
+        and (bias is None or bias.dtype == torch.int32)
+        and output == torch.bfloat16
     )
 
 

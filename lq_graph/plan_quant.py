@@ -12,17 +12,20 @@ from .errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
 from .formats import (
     MIN_DIMS,
     QUANT_MAX_DIMS,
+    RECIPROCAL_BEYOND,
     STORAGE_DTYPES,
+    Product,
     QuantRow,
     dtype_name,
     quant_rows_of,
     storage_name,
 )
+from .numerics import Arithmetic
 from .plan import TensorLike
 from .product import get_product
 from .symbolic import differ, sure
 
-__all__ = ["QuantPlan", "plan_dynamic_quant", "plan_static_quant"]
+__all__ = ["QuantPlan", "dynamic_arithmetic", "plan_dynamic_quant", "plan_static_quant"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,32 @@ class QuantPlan:
         output_shape: of the quantized tensor: x's, the last dim an eighth of it for int4.
         scale_shape: of the per-token scale: x's without the last dim.
         int4: the output is int32 carrying eight int4 each.
+        product: the product whose table was read.
     """
 
     row: QuantRow
     output_shape: tuple[int, ...]
     scale_shape: tuple[int, ...]
     int4: bool
+    product: Product
+
+
+def dynamic_arithmetic(
+    product: Product, k: int, *, smooth: bool = False, groups: bool = False
+) -> Arithmetic:
+    """What a product's DynamicQuant kernel computes.
+
+    Args:
+        product: whose kernel.
+        k: values in a row.
+        smooth, groups: whether there are smooth_scales, and a group_index.
+    """
+    if product.dynamic_quant is not Arithmetic.MULTIPLY:
+        return product.dynamic_quant
+    beyond = RECIPROCAL_BEYOND[smooth]
+    aligned = k % beyond.multiple == 0 and beyond.least <= k <= beyond.most
+    multiplies = not groups and (k <= beyond.k or aligned)
+    return Arithmetic.MULTIPLY if multiplies else Arithmetic.RECIPROCAL
 
 
 def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
@@ -64,8 +87,14 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
             f"dynamic_quant: x has k = {k}; int4 needs a multiple of {pack}. What to do: quantize "
             "to int8, or pad k with zeros here and in the weight."
         )
+    product = get_product()
+    if sure(k % product.dynamic_quant_k != 0):
+        _value_error(
+            f"dynamic_quant: x has k = {k}; on {product} it must be a multiple of "
+            f"{product.dynamic_quant_k}. What to do: pad k with zeros here and in the weight."
+        )
     words = k if pack == 1 else k // pack
-    return QuantPlan(row, (*rows, words), tuple(rows), pack > 1)
+    return QuantPlan(row, (*rows, words), tuple(rows), pack > 1, product)
 
 
 def plan_static_quant(
@@ -107,7 +136,7 @@ def plan_static_quant(
             f"static_quant: offset has {offset.shape[0]} values and scale_reciprocal "
             f"{scale_reciprocal.shape[0]}; both must have as many. What to do: expand the shorter."
         )
-    return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False)
+    return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, get_product())
 
 
 def _value_error(text: str) -> NoReturn:

@@ -122,6 +122,7 @@ def expected(inputs: Inputs) -> np.ndarray:
         **arrays,  # type: ignore[arg-type]
         output_dtype=str(inputs["output_dtype"]).removeprefix("torch."),
         packed=scale.dtype == I64,
+        product=lq_graph.get_product().key,
     )
 
 

@@ -56,6 +56,7 @@ def linear_quant(
     bias: Array | None = None,
     output_dtype: str = "int8",
     packed: bool = False,
+    product: str = "A2",
 ) -> Array:
     """x1 (..., m, k), weight (..., n, k) int8, or int32 carrying int4; packed: scale is int64."""
     if x1.dtype == np.int32:
@@ -84,6 +85,9 @@ def linear_quant(
         t = np.clip(np.rint(value), -256, 255).astype(np.int64)
         return np.clip(t + nine, -128, 127).astype(np.int8)
 
+    if product == "950" and scale.size == 1 and pertoken_scale is None:
+        if bias is None or int_bias:  # on the way out of the matrix unit, which has 19 bits for it
+            scale = (scale.astype(f32).view(np.uint32) & np.uint32(0xFFFFE000)).view(f32)
     value = value * scale.astype(f32)
     if pertoken_scale is not None:
         value = value * pertoken_scale.astype(f32)[:, None]
@@ -96,15 +100,63 @@ def linear_quant(
     return bfloat16(value)
 
 
-def dynamic_quant(x: Array, top: int) -> tuple[Array, Array]:
-    """float (..., k) -> integers (..., k) and float32 scales (...); top is 127, or 7 for int4."""
+def dynamic_quant(x: Array, top: int, arithmetic: str = "multiply") -> tuple[Array, Array]:
+    """float (..., k) -> integers (..., k) and float32 scales (...); top is 127, or 7 for int4.
+
+    The chips' ways: A2 and A3 "multiply", where the scale may be a "reciprocal"; 950 "divide"; 310P
+    "half".
+    """
     f32 = np.float32
-    x = x.astype(f32)
-    peak = np.abs(x).max(-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = x * (f32(top) / peak)[..., None]
+    peak = np.abs(x.astype(f32)).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor, scale = f32(top) / peak, peak * (f32(1) / f32(top))
+        if arithmetic == "half":
+            factor = np.where(peak == 0, f32(0), factor).astype(np.float16)
+            return away(x.astype(np.float16) * factor[..., None]), scale
+        if arithmetic == "divide":
+            steps = x.astype(f32) / scale[..., None]
+        else:
+            steps = x.astype(f32) * factor[..., None]
+        if arithmetic == "reciprocal":
+            scale = f32(1) / factor
+    return to_even(steps, top), scale
+
+
+def dynamic_quant_with_offset(
+    x: Array, top: int, arithmetic: str = "multiply"
+) -> tuple[Array, Array, Array]:
+    """As dynamic_quant, asymmetric: integers, float32 scales, float32 offsets."""
+    f32, span = np.float32, np.float32(2 * top + 1)
+    value = x.astype(f32)
+    high, low = value.max(-1), value.min(-1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if arithmetic == "half":
+            spread = high - low
+            factor = np.where(spread == 0, f32(0), span / spread)
+            offset = -(high + low) * factor * f32(0.5)
+            steps = x.astype(np.float16) * factor.astype(np.float16)[..., None]
+            return away(steps + offset.astype(np.float16)[..., None]), spread / span, offset
+        if arithmetic == "divide":
+            scale = (high - low) * (f32(1) / span)
+            steps, offset = value / scale[..., None], f32(top) - high / scale
+        else:
+            scale = np.maximum((high - low) / span, f32(1e-12))
+            steps, offset = value * (f32(1) / scale)[..., None], f32(top) - high / scale
+        return to_even(steps + offset[..., None], top), scale, offset
+
+
+def to_even(steps: Array, top: int) -> Array:
+    """Rounded half to even and clipped; no number is 0."""
     values = np.clip(np.rint(np.where(np.isnan(steps), 0, steps)), -top - 1, top)
-    return values.astype(np.int64), peak * (f32(1) / f32(top))
+    return values.astype(np.int64)
+
+
+def away(steps: Array) -> Array:
+    """float16 rounded half away from zero and clipped to int8; no number is 0."""
+    assert steps.dtype == np.float16
+    wide = np.where(np.isnan(steps), 0, steps).astype(np.float64)
+    whole = np.where(wide < 0, np.ceil(wide - 0.5), np.floor(wide + 0.5))
+    return np.clip(whole, -128, 127).astype(np.int64)
 
 
 def static_quant(x: Array, scale_reciprocal: Array, offset: float) -> Array:

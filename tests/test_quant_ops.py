@@ -16,7 +16,9 @@ from torch import Tensor
 
 import converters
 import lq_graph
-from lq_graph import LinearQuantTypeError, LinearQuantValueError, numerics
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, formats, numerics
+from lq_graph.numerics import Arithmetic
+from lq_graph.plan_quant import dynamic_arithmetic
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 I8, I32 = torch.int8, torch.int32
@@ -40,8 +42,10 @@ def as_numpy(x: Tensor) -> np.ndarray:
     return x.cpu().float().numpy() if x.is_floating_point() else x.cpu().numpy()
 
 
-def check_dynamic(got: tuple[Tensor, Tensor], x: Tensor, int4: bool) -> None:
-    values, scale = golden.dynamic_quant(as_numpy(x), 7 if int4 else 127)
+def check_dynamic(
+    got: tuple[Tensor, Tensor], x: Tensor, int4: bool, arithmetic: str = "multiply"
+) -> None:
+    values, scale = golden.dynamic_quant(as_numpy(x), 7 if int4 else 127, arithmetic)
     want = golden.pack_int4(values) if int4 else values.astype(np.int8)
     np.testing.assert_array_equal(as_numpy(got[0]), want)
     np.testing.assert_array_equal(as_numpy(got[1]), scale)
@@ -314,6 +318,6 @@ def test_refusals(
 def test_error_is_at_most_half_a_step(shape: tuple[int, ...]) -> None:
     x = make(shape, F16)
     for bits in (8, 4):
-        values, scale = numerics.dynamic_quant(x, bits)
+        values, scale = numerics.dynamic_quant(x, bits, Arithmetic.MULTIPLY)
         error = (values.float() * scale.unsqueeze(-1) - x.float()).abs()
         assert (error <= scale.unsqueeze(-1) * 0.5001).all()

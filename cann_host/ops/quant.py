@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lq_graph.numerics import (
+    Arithmetic,
     NzWeight,
     dynamic_quant,
     pack_scale,
@@ -17,7 +18,7 @@ from lq_graph.numerics import (
     static_quant,
 )
 
-from .. import executor
+from .. import chips, executor
 from ..executor import DTYPES, INT4, INT8, FractalNZ, GraphError, Int4, dtype_name, op, torch_dtype
 from ..rules import (
     ND,
@@ -128,6 +129,7 @@ def _quant_batch_matmul(
                 x1, x2 = x1.values, x2.values
         left = x1.mT if transpose_x1 else x1
         right = x2 if transpose_x2 else x2.mT  # (..., n, k)
+    scale = chips.scale_as_read(executor.soc_name(), scale, pertoken_scale, bias, out_dtype)
     return quant_matmul(
         left,
         right,
@@ -272,9 +274,13 @@ def _dynamic_quant(
     soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
     if refusal := check_dynamic_quant(soc, dtype_name(x), shape, y, smooth, groups, graph=True):
         raise GraphError(refusal)
-    if smooth_scales is not None:
+    arithmetic = chips.dynamic_arithmetic(
+        soc, shape[-1], smooth=smooth is not None, groups=groups is not None
+    )
+    # 310P's kernels never read them (dynamic_quant.cpp passes none on)
+    if smooth_scales is not None and arithmetic is not Arithmetic.HALF:
         x = smoothed(x, smooth_scales, group_index)
-    values, scale = dynamic_quant(x, bits=4 if dst_type == INT4 else 8)
+    values, scale = dynamic_quant(x, 4 if dst_type == INT4 else 8, arithmetic)
     return Int4(values) if dst_type == INT4 else values, scale
 
 
