@@ -21,7 +21,7 @@ from cann_host import chips, executor, rules
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
-from cann_host.ops.quant import pack_parameters, smoothed
+from cann_host.ops.quant import pack_parameters, quantize_dynamically
 from lq_graph import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
@@ -352,56 +352,102 @@ def _need_quantized_shape(x: AclTensor, y: AclTensor) -> None:
         raise Refused(f"y has shape {y.shape} and x {x.shape}")
 
 
-def _check_dynamic_quant(
+def _check_dynamic_quant_v4(
     x: AclTensor,
     smooth_scales: AclTensor | None,
     group_index: AclTensor | None,
     dst_type: int,
+    symmetric: int,
+    mode: int,
+    dst_type_max: float,
     y: AclTensor,
     scale: AclTensor,
     offset: AclTensor | None,
+    *,
+    version: int = 4,
 ) -> None:
-    """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn."""
+    """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn, for aclnnDynamicQuantV2 to V4."""
+    if version > 2 and rules.soc_family(_soc) != "Ascend 950":
+        raise Refused(f"aclnnDynamicQuantV{version} is for Ascend 950, and this is {_soc}", INNER)
     for name, needed in (("x", x), ("y", y), ("scale", scale)):
         _need(name, needed)
-    if offset is not None:
-        raise Refused("offset is given; a symmetric quantization has none")
-    _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
+    if symmetric == (offset is not None):
+        raise Refused(
+            f"is_symmetrical is {bool(symmetric)} and offset is "
+            f"{'absent' if offset is None else 'given'}"
+        )
     del dst_type  # CANN goes by y's dtype
-    smooth, groups = (
-        None if t is None else (t.dtype_name, t.shape) for t in (smooth_scales, group_index)
+    name = rules.QUANT_MODES[mode] if 0 <= mode < len(rules.QUANT_MODES) else "another"
+    refusal = rules.check_dynamic_quant(
+        _soc,
+        x.dtype_name,
+        x.shape,
+        y.dtype_name,
+        _described(smooth_scales),
+        _described(group_index),
+        mode=name,
+        dst_type_max=dst_type_max,
     )
-    refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name, smooth, groups)
     if refusal is not None:
         raise Refused(refusal)
+    _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
+    _need_base_format(offset=offset)
     _need_quantized_shape(x, y)
-    if scale.dtype != torch.float32 or scale.shape != x.shape[:-1]:
-        raise Refused(f"scale is {scale.dtype_name} {scale.shape}; it must be float32, a row each")
+    declared = rules.dynamic_quant_scale_shape(x.shape, name)
+    for what, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != declared):
+            raise Refused(
+                f"{what} is {tensor.dtype_name} {tensor.shape}; it must be float32 {declared}"
+            )
 
 
-def _dynamic_quant(
+def _dynamic_quant_v4(
     x: AclTensor,
     smooth_scales: AclTensor | None,
     group_index: AclTensor | None,
     dst_type: int,
+    symmetric: int,
+    mode: int,
+    dst_type_max: float,
     y: AclTensor,
     scale: AclTensor,
     offset: AclTensor | None,
 ) -> None:
-    del dst_type, offset  # see above
+    del dst_type, dst_type_max  # see above; of HiFloat8 only
     if 0 in x.shape:
         return
     int4 = y.dtype == torch.int32
-    value = x.view()
-    smooth, grouped = smooth_scales is not None, group_index is not None
-    arithmetic = chips.dynamic_arithmetic(_soc, x.shape[-1], smooth=smooth, groups=grouped)
-    # 310P's kernels never read them (dynamic_quant.cpp passes none on)
-    if smooth_scales is not None and arithmetic is not numerics.Arithmetic.HALF:
-        ends = None if group_index is None else group_index.view()
-        value = smoothed(value, smooth_scales.view(), ends)
-    values, scales = numerics.dynamic_quant(value, 4 if int4 else 8, arithmetic)
+    values, scales, offsets = quantize_dynamically(
+        _soc,
+        x.view(),
+        None if smooth_scales is None else smooth_scales.view(),
+        None if group_index is None else group_index.view(),
+        bits=4 if int4 else 8,
+        symmetric=bool(symmetric),
+        mode=rules.QUANT_MODES[mode],
+    )
     y.view().copy_(numerics.pack_int4(values) if int4 else values)
     scale.view().copy_(scales)
+    if offset is not None and offsets is not None:
+        offset.view().copy_(offsets)
+
+
+def _as_v4(v4: Callable[..., None], **version: int) -> Callable[..., None]:
+    """aclnnDynamicQuantV2: per token, with an offset if there is a place for one."""
+
+    def v2(
+        x: AclTensor,
+        smooth_scales: AclTensor | None,
+        group_index: AclTensor | None,
+        dst_type: int,
+        y: AclTensor,
+        scale: AclTensor,
+        offset: AclTensor | None,
+    ) -> None:
+        first = (x, smooth_scales, group_index, dst_type)
+        v4(*first, int(offset is None), 0, 0.0, y, scale, offset, **version)
+
+    return v2
 
 
 def _check_ascend_quant(
@@ -681,7 +727,13 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnAscendQuantV3": (_check_ascend_quant, _ascend_quant),
     "aclnnCast": (_check_cast, _cast),
     "aclnnConstantPadNd": (_check_pad, _pad),
-    "aclnnDynamicQuantV2": (_check_dynamic_quant, _dynamic_quant),
+    "aclnnDynamicQuantV2": (
+        _as_v4(_check_dynamic_quant_v4, version=2),
+        _as_v4(_dynamic_quant_v4),
+    ),
+    # csrc/aclnn.cpp gives V3 the 0.0 of a dst_type_max
+    "aclnnDynamicQuantV3": (partial(_check_dynamic_quant_v4, version=3), _dynamic_quant_v4),
+    "aclnnDynamicQuantV4": (_check_dynamic_quant_v4, _dynamic_quant_v4),
     "aclnnInplaceCopy": (_check_copy, _copy),
     "aclnnInplaceZero": (_check_zero, _zero),
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),

@@ -249,8 +249,8 @@ def check_quant_matmul(
         left = [k for k in rows if matches(k)]
         if not left and graph and family == _310P and argument == "pertoken_scale":
             return _ours(
-                "pertoken_scale in a graph for 310P: its kernel takes x1 in FRACTAL_NZ, and whether "
-                "GE makes it so is not public; cann_host has the eager call"
+                "pertoken_scale in a graph for 310P: its kernel takes x1 in FRACTAL_NZ; whether "
+                "GE makes it so is not public. cann_host has the eager call"
             )
         if not left:
             return refuse(f"{argument} {given} is not supported here; {_allowed(argument, rows)}")
@@ -514,6 +514,9 @@ _ASCEND_QUANT = {
 }
 
 
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "hifloat8")  # Ascend 950 quantizes to these too
+
+
 def _check_activation(
     table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
     soc: str,
@@ -529,6 +532,8 @@ def _check_activation(
         return f"cann_host has no rules for {soc}"
     if x not in inputs:
         return f"x is {x}; {soc} allows {' or '.join(inputs)}"
+    if y in _FLOAT8 and soc_family(soc) == _950:
+        return f"y is {y}, which cann_host does not compute"
     if y not in outputs:
         return f"y is {y}; {soc} allows {' or '.join(outputs)}"
     parts = {"int4": 2, "int32": 8}.get(y, 1)
@@ -542,7 +547,9 @@ def _code(text: str, error: int) -> str:
 
 
 def _coded(text: str | None, graph: bool) -> str | None:
-    return None if text is None else _code(text, TILING if graph else INVALID)
+    if text is None or "cann_host" in text:  # not CANN's refusal
+        return text
+    return _code(text, TILING if graph else INVALID)
 
 
 QUANT_MODES = ("pertoken", "pertensor", "perchannel")

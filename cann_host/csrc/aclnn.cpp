@@ -355,6 +355,38 @@ int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                  dst_type, y, scale, offset);
 }
 
+// quant_mode crosses to Python as its place in rules.QUANT_MODES, -1 for another one.
+static int64_t QuantMode(const char* quant_mode) {
+  const char* const modes[] = {"pertoken", "pertensor", "perchannel"};
+  for (int64_t i = 0; i < 3; ++i) {
+    if (quant_mode != nullptr && std::strcmp(quant_mode, modes[i]) == 0) return i;
+  }
+  return -1;
+}
+
+int aclnnDynamicQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
+                                        const aclTensor* group_index, int64_t dst_type,
+                                        bool is_symmetrical, const char* quant_mode,
+                                        const aclTensor* y, const aclTensor* scale,
+                                        const aclTensor* offset, uint64_t* workspace_size,
+                                        aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnDynamicQuantV3GetWorkspaceSize);
+  return Prepare("aclnnDynamicQuantV3", workspace_size, executor, x, smooth_scales, group_index,
+                 dst_type, int64_t{is_symmetrical}, QuantMode(quant_mode), 0.0, y, scale, offset);
+}
+
+int aclnnDynamicQuantV4GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
+                                        const aclTensor* group_index, int64_t dst_type,
+                                        bool is_symmetrical, const char* quant_mode,
+                                        float dst_type_max, const aclTensor* y,
+                                        const aclTensor* scale, const aclTensor* offset,
+                                        uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnDynamicQuantV4GetWorkspaceSize);
+  return Prepare("aclnnDynamicQuantV4", workspace_size, executor, x, smooth_scales, group_index,
+                 dst_type, int64_t{is_symmetrical}, QuantMode(quant_mode), double{dst_type_max}, y,
+                 scale, offset);
+}
+
 // round_mode crosses to Python as whether it is "round", the only one there is here.
 int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
                                        const aclTensor* offset, bool sqrt_mode,
@@ -472,6 +504,8 @@ CANN_HOST_LAUNCH(aclnnTransQuantParamV2)
 CANN_HOST_LAUNCH(aclnnQuantMatmulV5)
 CANN_HOST_LAUNCH(aclnnQuantMatmulWeightNz)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV2)
+CANN_HOST_LAUNCH(aclnnDynamicQuantV3)
+CANN_HOST_LAUNCH(aclnnDynamicQuantV4)
 CANN_HOST_LAUNCH(aclnnAscendQuantV3)
 CANN_HOST_LAUNCH(aclnnInplaceCopy)
 CANN_HOST_LAUNCH(aclnnCast)
