@@ -235,7 +235,7 @@ def _check_quant_matmul(
     group_size: int,
     out: AclTensor,
     *,
-    weight_nz: bool = False,
+    entry: str = "v5",
 ) -> None:
     for name, needed in (("x1", x1), ("x2", x2), ("x2_scale", x2_scale), ("out", out)):
         _need(name, needed)
@@ -282,7 +282,7 @@ def _check_quant_matmul(
         x2_format="FRACTAL_NZ" if is_nz else "ND",
         x2_storage_shape=storage,
         out_shape=out.shape,
-        weight_nz=weight_nz,
+        entry=entry,
     )
     if refusal is not None:
         raise Refused(refusal)
@@ -368,7 +368,7 @@ def _check_dynamic_quant_v4(
 ) -> None:
     """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn, for aclnnDynamicQuantV2 to V4."""
     if version > 2 and rules.soc_family(_soc) != "Ascend 950":
-        raise Refused(f"aclnnDynamicQuantV{version} is for Ascend 950, and this is {_soc}", INNER)
+        raise Refused(f"it is for Ascend 950, and this is {_soc}", INNER)
     for name, needed in (("x", x), ("y", y), ("scale", scale)):
         _need(name, needed)
     if symmetric == (offset is not None):
@@ -387,9 +387,11 @@ def _check_dynamic_quant_v4(
         _described(group_index),
         mode=name,
         dst_type_max=dst_type_max,
+        symmetric=bool(symmetric),
     )
-    if refusal is not None:
-        raise Refused(refusal)
+    later = None if refusal is None else Refused(refusal)
+    if later is not None and later.code == INVALID:
+        raise later
     _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
     _need_base_format(offset=offset)
     _need_quantized_shape(x, y)
@@ -399,6 +401,8 @@ def _check_dynamic_quant_v4(
             raise Refused(
                 f"{what} is {tensor.dtype_name} {tensor.shape}; it must be float32 {declared}"
             )
+    if later is not None:  # of the tiling, which comes after
+        raise later
 
 
 def _dynamic_quant_v4(
@@ -450,12 +454,15 @@ def _as_v4(v4: Callable[..., None], **version: int) -> Callable[..., None]:
     return v2
 
 
+ROUND_MODES = ("round", "floor", "ceil", "trunc")  # of integers, as csrc/aclnn.cpp numbers them
+
+
 def _check_ascend_quant(
     x: AclTensor,
     scale: AclTensor,
     offset: AclTensor | None,
     sqrt_mode: int,
-    rounds: int,
+    round_mode: int,
     dst_type: int,
     axis: int,
     y: AclTensor,
@@ -481,7 +488,9 @@ def _check_ascend_quant(
     if refusal is not None:
         raise Refused(refusal)
     _need_quantized_shape(x, y)
-    if sqrt_mode or not rounds:
+    if not 0 <= round_mode < len(ROUND_MODES):
+        raise Refused(f"round_mode is none of {', '.join(ROUND_MODES)}")
+    if sqrt_mode or ROUND_MODES[round_mode] != "round":
         raise Refused("cann_host implements AscendQuantV3 with round_mode round and no sqrt_mode")
 
 
@@ -490,12 +499,12 @@ def _ascend_quant(
     scale: AclTensor,
     offset: AclTensor | None,
     sqrt_mode: int,
-    rounds: int,
+    round_mode: int,
     dst_type: int,
     axis: int,
     y: AclTensor,
 ) -> None:
-    del sqrt_mode, rounds, dst_type  # refused above
+    del sqrt_mode, round_mode, dst_type  # refused above
     # CANN casts both to x's dtype first
     factor = scale.view().to(x.dtype)
     addend = None if offset is None else offset.view().to(x.dtype)
@@ -738,7 +747,7 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnInplaceZero": (_check_zero, _zero),
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),
     "aclnnQuantMatmulV5": (_check_quant_matmul, _quant_matmul),
-    "aclnnQuantMatmulWeightNz": (partial(_check_quant_matmul, weight_nz=True), _quant_matmul),
+    "aclnnQuantMatmulWeightNz": (partial(_check_quant_matmul, entry="nz"), _quant_matmul),
     "aclnnQuantize": (_check_quantize, _quantize),
     "aclnnRmsNorm": (_check_rms_norm, _rms_norm),
     "aclnnTransQuantParamV2": (_check_trans_quant_param, _trans_quant_param),

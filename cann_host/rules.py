@@ -172,7 +172,7 @@ def check_quant_matmul(
     x2_storage_shape: tuple[int, ...] | None = None,
     out_shape: tuple[int, ...] | None = None,
     graph: bool = False,
-    weight_nz: bool = False,
+    entry: str = "v5",
 ) -> str | None:
     """Say why CANN would refuse this quantized matmul.
 
@@ -202,8 +202,9 @@ def check_quant_matmul(
         out_shape: shape of the tensor an eager call writes to, if any.
         graph: the check happens inside a graph, where tiling reports what aclnn's own parameter
             check reports for an eager call.
-        weight_nz: the eager call is aclnnQuantMatmulWeightNz, not aclnnQuantMatmulV5; their checks
-            differ.
+        entry: of an eager call: "v5" for aclnnQuantMatmulV5; "nz" for aclnnQuantMatmulWeightNz,
+            whose checks are other ones; "v4" for V3 and V4, which have those too, and which
+            torch_npu no longer calls.
 
     Returns:
         None if accepted, else a text that names the argument and CANN's error code.
@@ -213,6 +214,7 @@ def check_quant_matmul(
     def refuse(text: str, error: int = code) -> str:
         return f"{text} (CANN error {error}, {_NAMES[error]}; {soc})"
 
+    weight_nz = not graph and entry != "v5"
     family = soc_family(soc)
     if family is None:
         known = ", ".join(prefix for prefix, _ in _SOC_PREFIXES)
@@ -272,6 +274,8 @@ def check_quant_matmul(
         )
     if x1_format != ND:
         return refuse(f"x1 has format {x1_format}; it must be ND")
+    if entry == "nz" and not graph and x2_format != NZ:
+        return refuse(f"x2 has format {x2_format}; it must be FRACTAL_NZ")
 
     if len(x1_shape) not in DIMS or len(x2_shape) not in DIMS:
         return refuse(f"x1 has {len(x1_shape)} dims and x2 {len(x2_shape)}; 2 to 6 are allowed")
@@ -421,7 +425,7 @@ def check_trans_quant_param(
         if graph and (is_950 or name == "offset"):
             continue
         rows = len(shape) == 2 and (shape[0] == 1 or (is_950 and name == "scale"))
-        if 0 in shape or not (len(shape) == 1 or rows):
+        if min(shape, default=0) <= 0 or not (len(shape) == 1 or rows):
             return _code(f"{name} has shape {shape}; it must be (n,) or (1, n)", code)
     if not graph and len(shapes.get("offset", ())) == 1:
         lengths = (shapes["scale"][0], shapes["offset"][0])
@@ -555,6 +559,7 @@ def _coded(text: str | None, graph: bool) -> str | None:
 QUANT_MODES = ("pertoken", "pertensor", "perchannel")
 MOST_GROUPS = 1024  # [dynamic] MAX_EXPERT_NUM
 DST_TYPE_MAX = 32768  # of HiFloat8
+HALF_OFFSET_MOST = 4096  # DYNAMIC_QUANT_FP16_LAST_DIM_LIMITATION_310P
 
 
 def dynamic_quant_scale_shape(x_shape: Sequence[int], mode: str) -> tuple[int, ...]:
@@ -574,6 +579,7 @@ def check_dynamic_quant(
     graph: bool = False,
     mode: str = "pertoken",
     dst_type_max: float = 0.0,
+    symmetric: bool = True,
 ) -> str | None:
     """Why a DynamicQuant, DynamicQuantV2 in a graph or aclnnDynamicQuantV2 to V4, is refused.
 
@@ -591,6 +597,7 @@ def check_dynamic_quant(
         graph: whether it is the graph's operator.
         mode: quant_mode.
         dst_type_max: attribute of that name.
+        symmetric: without an offset.
     """
     family = soc_family(soc)
     text = _check_activation(_DYNAMIC_QUANT, soc, x, x_shape, y, graph)
@@ -609,6 +616,11 @@ def check_dynamic_quant(
     empty = math.prod(x_shape) == 0
     if family == _310P and x_shape[-1] % 32:  # CorrectNumCopyRow of dynamic_quant_tiling_310P.cpp
         return _code(f"x has last dim {x_shape[-1]}; {soc} wants a multiple of 32", TILING)
+    if family == _310P and not symmetric and x_shape[-1] > HALF_OFFSET_MOST:
+        return (
+            f"an offset for rows of {x_shape[-1]} on {soc}: its kernel for more than "
+            f"{HALF_OFFSET_MOST} values never writes one. CANN takes it; cann_host does not"
+        )
     if graph and x_shape[-1] == 0 and family != _950:
         return _code(f"x has shape {tuple(x_shape)}; its last dim cannot be 0", TILING)
     if not 0 <= dst_type_max <= DST_TYPE_MAX and family == _950:

@@ -37,10 +37,6 @@ from ..rules import (
 )
 
 
-# DYNAMIC_QUANT_FP16_LAST_DIM_LIMITATION_310P of dynamic_quant_tiling_310P.cpp
-HALF_OFFSET_MOST = 4096
-
-
 @op("TransQuantParamV2")
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
     soc = executor.soc_name()
@@ -298,11 +294,6 @@ def quantize_dynamically(
         soc, x.shape[-1], smooth=smooth, groups=smooth and grouped
     )
     half = arithmetic is Arithmetic.HALF
-    if half and not symmetric and x.shape[-1] > HALF_OFFSET_MOST:
-        raise GraphError(
-            f"an offset for rows of {x.shape[-1]} on {soc}: its kernel for more than "
-            f"{HALF_OFFSET_MOST} values never writes one. CANN takes it; cann_host does not"
-        )
     if smooth_scales is not None and not half:  # that chip's kernels never read them
         if mode == "perchannel":
             x = x.to(torch.float32) * smooth_scales.to(torch.float32).unsqueeze(-1)
@@ -329,13 +320,14 @@ def _check_dynamic(
     dst_type: int,
     mode: str = "pertoken",
     dst_type_max: float = 0.0,
+    symmetric: bool = True,
 ) -> None:
     smooth, groups = (
         None if t is None else (dtype_name(t), tuple(t.shape)) for t in (smooth_scales, group_index)
     )
     soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
     if refusal := check_dynamic_quant(
-        soc, dtype_name(x), shape, y, smooth, groups, True, mode, dst_type_max
+        soc, dtype_name(x), shape, y, smooth, groups, True, mode, dst_type_max, symmetric
     ):
         raise GraphError(refusal)
 
@@ -368,12 +360,13 @@ def _dynamic_quant_v2(
 ) -> tuple[Tensor | Int4, Tensor, Tensor]:
     """Only Ascend 950 reads is_symmetrical; elsewhere the kernel always writes an offset."""
     soc = executor.soc_name()
-    _check_dynamic(x, smooth_scales, group_index, dst_type, quant_mode, dst_type_max)
     reads = soc_family(soc) == "Ascend 950"
+    symmetric = is_symmetrical and reads
+    _check_dynamic(x, smooth_scales, group_index, dst_type, quant_mode, dst_type_max, symmetric)
     if is_symmetrical and not reads:
         executor.caution(
-            f"DynamicQuantV2 with is_symmetrical=True on {soc}: its kernel quantizes with an offset "
-            "all the same"
+            f"DynamicQuantV2 with is_symmetrical=True on {soc}: its kernel quantizes with an "
+            "offset all the same"
         )
     values, scale, offset = quantize_dynamically(
         soc,
@@ -381,7 +374,7 @@ def _dynamic_quant_v2(
         smooth_scales,
         group_index,
         bits=4 if dst_type == INT4 else 8,
-        symmetric=is_symmetrical and reads,
+        symmetric=symmetric,
         mode=quant_mode if reads else "pertoken",
     )
     offset = torch.zeros_like(scale) if offset is None else offset  # then nobody writes it
