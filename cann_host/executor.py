@@ -29,6 +29,8 @@ from torch import Tensor
 
 from lq_graph.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
 
+from .rules import check_definition
+
 __all__ = [
     "DTYPES",
     "OPS",
@@ -289,6 +291,11 @@ def run_op(
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not op.special and any(isinstance(value, Int4 | FractalNZ) for value in values):
         inputs = {name: _plain(op, value) for name, value in inputs.items()}
+    first = inputs.get(op.inputs[0]) if op.inputs else None
+    if isinstance(first, Tensor):
+        refusal = check_definition(op.type, soc_name(), dtype_name(first))
+        if refusal is not None:
+            raise GraphError(refusal)
     if (compiling and op.talks) or any(is_meta(value) for value in values):
         inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}

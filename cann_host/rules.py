@@ -36,7 +36,9 @@ __all__ = [
     "PackedWords",
     "ascend_quant_axis",
     "check_ascend_quant",
+    "check_definition",
     "check_dynamic_quant",
+    "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",
@@ -933,3 +935,56 @@ def _broadcast(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | N
     if any(a != b and 1 not in (a, b) for a, b in zip(*padded, strict=True)):
         return None
     return tuple(max(a, b) for a, b in zip(*padded, strict=True))
+
+
+# What the definitions of other graph operators have: op_host/<operator>_def.cpp under activation
+# and norm of hicann/ops-nn. Those of the older chips that are not there are not known here either.
+_FLOATS3 = ("float16", "bfloat16", "float32")
+_DEFINED: dict[str, dict[str, tuple[str, ...]]] = {
+    "Gelu": {_950: _FLOATS3},
+    "GeluV2": {_950: _FLOATS3},
+    "LayerNormV4": {_310P: ("float16",), _A2: _FLOATS3, _950: _FLOATS3},
+    "LogSoftmaxV2": {_950: _FLOATS3},
+    "Relu": {_950: (*_FLOATS3, "int8", "int32", "int64")},
+    "Sigmoid": {_950: _FLOATS3},
+    "SoftmaxV2": {_950: _FLOATS3},
+    "Softplus": {_950: _FLOATS3},
+    "SwiGlu": {_310P: ("float16", "float32"), _A2: _FLOATS3, _950: _FLOATS3},
+    "Swish": {_950: _FLOATS3},
+}
+
+
+def check_definition(type_: str, soc: str, x: str) -> str | None:
+    """Why a graph operator has no kernel for the dtype of its first input; None if it may have one.
+
+    Args:
+        type_: GE op type.
+        soc: name of the chip.
+        x: dtype of the first input.
+    """
+    allowed = _DEFINED.get(type_, {}).get(soc_family(soc) or "")
+    if allowed is None or x in allowed:
+        return None
+    return _code(f"x is {x}; {soc} allows {' or '.join(allowed)}", NO_KERNEL)
+
+
+def check_layer_norm(x: str, parameters: Sequence[str], dims: int, normalized: int) -> str | None:
+    """Why a LayerNormV4 is refused; None if it is not.
+
+    Source: hicann/ops-nn norm/layer_norm_v4/op_host, its definition and tiling base.
+
+    Args:
+        x: dtype of x.
+        parameters: dtypes of gamma and beta, those that are given.
+        dims: of x.
+        normalized: how many of its last ones are normalized.
+    """
+    if len(set(parameters)) > 1 or not set(parameters) <= {x, "float32"}:
+        return _code(
+            f"gamma and beta are {' and '.join(parameters)} and x {x}; they must be both {x} or "
+            "both float32",
+            NO_KERNEL,
+        )
+    if normalized > dims:
+        return _code(f"x has {dims} dims and normalized_shape {normalized}", TILING)
+    return None

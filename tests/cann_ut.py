@@ -182,7 +182,8 @@ def tiling(path: Path) -> Iterator[Case]:
         expected = re.findall(r"(?:EXPECT|ASSERT)_EQ\(tiling_func\(\w+\),\s*(?:ge::)?(\w+)\)", rest)
         version = " ".join(re.findall(r'"(?:Short_SoC_version|NpuArch)",\s*"(\w+)"', text))
         version = version.replace("3510", "950").replace("2002", "310P").replace("2201", "910B")
-        soc = soc_of(version) or soc_of(name) or "Ascend910B2"
+        usual = SOC_950 if "arch35" in path.parts else "Ascend910B2"
+        soc = soc_of(version) or soc_of(name) or usual
         inputs, outputs = described("Input"), described("Output")
         yield Case(name, op[1], soc, inputs, outputs, attrs, (expected or [""])[-1], [])
 

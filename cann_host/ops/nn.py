@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import executor
 from ..executor import GraphError, Host, dtype_name, ints, op
-from ..rules import check_rms_norm
+from ..rules import check_layer_norm, check_rms_norm
 
 
 @op("Relu")
@@ -63,6 +63,11 @@ def _log_softmax(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
 
 @op("SwiGlu")
 def _swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
+    if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
+        raise GraphError(
+            f"x has shape {tuple(x.shape)} and dim is {dim}; SwiGlu halves that dim (CANN refuses "
+            "it while it infers shapes)"
+        )
     left, right = x.float().chunk(2, dim)
     return (torch.nn.functional.silu(left) * right).to(x.dtype)
 
@@ -142,8 +147,13 @@ def _layer_norm(
     *,
     epsilon: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = torch.native_layer_norm(x, ints(normalized_shape), gamma, beta, epsilon)
-    return y, mean, rstd
+    last = ints(normalized_shape)
+    given = [dtype_name(t) for t in (gamma, beta) if t is not None]
+    if refusal := check_layer_norm(dtype_name(x), given, x.dim(), len(last)):
+        raise GraphError(refusal)
+    gamma, beta = (None if t is None else t.to(torch.float32) for t in (gamma, beta))
+    y, mean, rstd = torch.native_layer_norm(x.to(torch.float32), last, gamma, beta, epsilon)
+    return y.to(x.dtype), mean, rstd
 
 
 @op("MatMul", "MatMulV2")
