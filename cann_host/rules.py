@@ -251,16 +251,16 @@ def check_quant_matmul(
         ("x2 format", x2_format, lambda k: x2_format in k.x2_formats),
     ):
         left = [k for k in rows if matches(k)]
-        if not left and graph and family == _310P and argument == "pertoken_scale":
-            return _ours(
-                "pertoken_scale in a graph for 310P: its kernel takes x1 in FRACTAL_NZ; whether "
-                "GE makes it so is not public. cann_host has the eager call"
-            )
         if not left:
             return refuse(f"{argument} {given} is not supported here; {_allowed(argument, rows)}")
         rows = left
     if has_pertoken and pertoken_dtype != "float32":
         return refuse(f"pertoken_scale is {pertoken_dtype}; it must be float32")
+    if graph and family == _310P and has_pertoken:
+        return _ours(
+            "pertoken_scale in a graph for 310P: its kernel takes x1 in FRACTAL_NZ; whether GE "
+            "makes it so is not public. cann_host has the eager call"
+        )
     # Before Ascend 950 the tiling never reads offset; [def] gives its dtype.
     ignored = offset_dtype is not None and not rows[0].offset
     if offset_dtype is not None and offset_dtype != "float32":

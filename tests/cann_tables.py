@@ -47,7 +47,6 @@ EXCEPTIONS = {
     "int8 weights FRACTAL_NZ (29), which is taken",
     "test_tiling_failed_empty_tensor_008": "Relu of nothing: whether GE asks a kernel for it is "
     "not public; here it gives nothing",
-    "gather_elements_failed_0": "the test gives the tiling no attribute; a graph always has dim",
 }
 
 _DTYPES = {
