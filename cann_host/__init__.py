@@ -65,6 +65,7 @@ def activate(
     memory: int | str | None = None,
     streams: str | None = None,
     fail: str | None = None,
+    overruns: str | None = None,
 ) -> None:
     """Put the stand-in in the place of CANN in this process, and import torch and torch_npu.
 
@@ -81,6 +82,8 @@ def activate(
         streams: "now": a launch is done when it returns. "late": only when somebody waits for it,
             which shows a wait that was forgotten. CANN_HOST_STREAMS, else "now".
         fail: calls that fail, such as "aclnnQuantMatmulV5:161002@3"; CANN_HOST_FAIL. See `faults`.
+        overruns: "warn" or "refuse" where CANN's kernel writes past its result and says nothing;
+            CANN_HOST_OVERRUNS, else "warn".
 
     Raises:
         CannHostError: it cannot be done here; the text says why and what to do.
@@ -93,6 +96,7 @@ def activate(
         memory=memory,
         streams=streams,
         fail=fail,
+        overruns=overruns,
     )
     options = Options.of(**given)
     if _options is not None:
@@ -112,8 +116,9 @@ def activate(
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     _import_torch_npu()
 
-    from cann_host import aclnn, fallback, ge
+    from cann_host import aclnn, executor, fallback, ge
 
+    executor.overruns = options.overruns
     aclnn.install(library, options.soc)
     ge.install(library)
     fallback.install(library)

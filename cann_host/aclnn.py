@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from cann_host import chips, rules
+from cann_host import chips, executor, rules
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
-from cann_host.ops.quant import smoothed
+from cann_host.ops.quant import pack_parameters, quantize_dynamically
 from lq_graph import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
@@ -57,9 +59,10 @@ class Refused(Exception):  # noqa: N818 - the answer of the operator, not a faul
     """A call CANN would refuse, with CANN's code."""
 
     def __init__(self, text: str, code: int = INVALID) -> None:
-        ours = "CANN error" in text or "cann_host" in text  # coded already, or not CANN's refusal
-        super().__init__(text if ours else f"{text} (CANN error {code})")
-        self.code = code
+        coded = re.search(r"CANN error (\d+)", text)
+        ours = "cann_host" in text  # not CANN's refusal
+        super().__init__(text if coded or ours else f"{text} (CANN error {code})")
+        self.code = int(coded[1]) if coded else code
 
 
 class AclTensor(NamedTuple):
@@ -164,35 +167,27 @@ def _check_trans_quant_param(
     _need("scale", scale)
     _need("out", out)
     _need_base_format(scale=scale, offset=offset, out=out)
-    if scale.dtype != torch.float32:
-        raise Refused(f"scale is {scale.dtype_name}; it must be float32")
-    if offset is not None and offset.dtype != torch.float32:
-        raise Refused(f"offset is {offset.dtype_name}; it must be float32")
     if out.dtype not in (torch.int64, torch.uint64):
         raise Refused(f"out is {out.dtype_name}; it must be int64 or uint64")
-    for name, tensor in (("scale", scale), ("offset", offset)):
-        if tensor is None:
-            continue
-        shape = tensor.shape
-        if len(shape) not in (1, 2) or 0 in shape or (len(shape) == 2 and shape[0] != 1):
-            raise Refused(f"{name} has shape {shape}; it must be (n,) or (1, n)")
-    if offset is not None:
-        lengths = (scale.shape[-1], offset.shape[-1])
-        if 1 not in lengths and lengths[0] != lengths[1]:
-            raise Refused(
-                f"offset has shape {offset.shape} but scale {scale.shape}; "
-                "they must agree or have one element"
-            )
-    if round_mode not in (0, 1):
-        raise Refused(f"round_mode is {round_mode}; it must be 0 or 1")
+    refusal = rules.check_trans_quant_param(
+        _soc, _described(scale), _described(offset), round_mode, graph=False
+    )
+    if refusal is None:
+        shape = None if offset is None else offset.shape
+        found = rules.packed_words(scale.shape, shape, out.shape)
+        refusal = found.refusal
+        if found.overrun and executor.overruns == "refuse":
+            executor.overrun(found.overrun)
+    if refusal is not None:
+        raise Refused(refusal)
 
 
 def _trans_quant_param(
     scale: AclTensor, offset: AclTensor | None, round_mode: int, out: AclTensor
 ) -> None:
-    offset_value = None if offset is None else offset.view()
-    packed = numerics.pack_scale(scale.view(), offset_value, round_mode)
-    out.view().view(torch.int64).copy_(packed.reshape(out.shape))
+    added = None if offset is None else offset.view()
+    packed = pack_parameters(scale.view(), added, round_mode, out.shape)
+    out.view().view(torch.int64).copy_(packed)
 
 
 def _logical(tensor: AclTensor) -> tuple[str, tuple[int, ...]]:
@@ -205,6 +200,19 @@ def _logical(tensor: AclTensor) -> tuple[str, tuple[int, ...]]:
 
 def _optional(tensor: AclTensor | None) -> tuple[str | None, tuple[int, ...] | None]:
     return (None, None) if tensor is None else (tensor.dtype_name, tensor.shape)
+
+
+@overload
+def _described(tensor: AclTensor) -> tuple[str, tuple[int, ...]]: ...
+@overload
+def _described(tensor: None) -> None: ...
+@overload
+def _described(tensor: AclTensor | None) -> tuple[str, tuple[int, ...]] | None: ...
+
+
+def _described(tensor: AclTensor | None) -> tuple[str, tuple[int, ...]] | None:
+    """dtype and shape, as the rules ask for them."""
+    return None if tensor is None else (tensor.dtype_name, tensor.shape)
 
 
 def _present(tensor: AclTensor | None) -> AclTensor | None:
@@ -226,6 +234,8 @@ def _check_quant_matmul(
     transpose_x2: int,
     group_size: int,
     out: AclTensor,
+    *,
+    entry: str = "v5",
 ) -> None:
     for name, needed in (("x1", x1), ("x2", x2), ("x2_scale", x2_scale), ("out", out)):
         _need(name, needed)
@@ -272,6 +282,7 @@ def _check_quant_matmul(
         x2_format="FRACTAL_NZ" if is_nz else "ND",
         x2_storage_shape=storage,
         out_shape=out.shape,
+        entry=entry,
     )
     if refusal is not None:
         raise Refused(refusal)
@@ -323,7 +334,7 @@ def _quant_matmul(
         numerics.quant_matmul(
             x,
             weight,
-            chips.scale_as_read(_soc, x2_scale.view(), pertoken, added, out.dtype),
+            chips.scale_as_read(_soc, x2_scale.view().reshape(-1), pertoken, added, out.dtype),
             bias=added,
             pertoken_scale=pertoken,
             output_dtype=out.dtype,
@@ -341,56 +352,109 @@ def _need_quantized_shape(x: AclTensor, y: AclTensor) -> None:
         raise Refused(f"y has shape {y.shape} and x {x.shape}")
 
 
-def _check_dynamic_quant(
+def _check_dynamic_quant_v4(
     x: AclTensor,
     smooth_scales: AclTensor | None,
     group_index: AclTensor | None,
     dst_type: int,
+    symmetric: int,
+    mode: int,
+    dst_type_max: float,
     y: AclTensor,
     scale: AclTensor,
     offset: AclTensor | None,
+    *,
+    version: int = 4,
 ) -> None:
-    """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn."""
+    """By quant/dynamic_quant/op_host/op_api of hicann/ops-nn, for aclnnDynamicQuantV2 to V4."""
+    if version > 2 and rules.soc_family(_soc) != "Ascend 950":
+        raise Refused(f"it is for Ascend 950, and this is {_soc}", INNER)
     for name, needed in (("x", x), ("y", y), ("scale", scale)):
         _need(name, needed)
-    if offset is not None:
-        raise Refused("offset is given; a symmetric quantization has none")
-    _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
+    if symmetric == (offset is not None):
+        raise Refused(
+            f"is_symmetrical is {bool(symmetric)} and offset is "
+            f"{'absent' if offset is None else 'given'}"
+        )
     del dst_type  # CANN goes by y's dtype
-    smooth, groups = (
-        None if t is None else (t.dtype_name, t.shape) for t in (smooth_scales, group_index)
+    name = rules.QUANT_MODES[mode] if 0 <= mode < len(rules.QUANT_MODES) else "another"
+    refusal = rules.check_dynamic_quant(
+        _soc,
+        x.dtype_name,
+        x.shape,
+        y.dtype_name,
+        _described(smooth_scales),
+        _described(group_index),
+        mode=name,
+        dst_type_max=dst_type_max,
+        symmetric=bool(symmetric),
     )
-    refusal = rules.check_dynamic_quant(_soc, x.dtype_name, x.shape, y.dtype_name, smooth, groups)
-    if refusal is not None:
-        raise Refused(refusal)
+    later = None if refusal is None else Refused(refusal)
+    if later is not None and later.code == INVALID:
+        raise later
+    _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
+    _need_base_format(offset=offset)
     _need_quantized_shape(x, y)
-    if scale.dtype != torch.float32 or scale.shape != x.shape[:-1]:
-        raise Refused(f"scale is {scale.dtype_name} {scale.shape}; it must be float32, a row each")
+    declared = rules.dynamic_quant_scale_shape(x.shape, name)
+    for what, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != declared):
+            raise Refused(
+                f"{what} is {tensor.dtype_name} {tensor.shape}; it must be float32 {declared}"
+            )
+    if later is not None:  # of the tiling, which comes after
+        raise later
 
 
-def _dynamic_quant(
+def _dynamic_quant_v4(
     x: AclTensor,
     smooth_scales: AclTensor | None,
     group_index: AclTensor | None,
     dst_type: int,
+    symmetric: int,
+    mode: int,
+    dst_type_max: float,
     y: AclTensor,
     scale: AclTensor,
     offset: AclTensor | None,
 ) -> None:
-    del dst_type, offset  # see above
+    del dst_type, dst_type_max  # see above; of HiFloat8 only
     if 0 in x.shape:
         return
     int4 = y.dtype == torch.int32
-    value = x.view()
-    smooth, grouped = smooth_scales is not None, group_index is not None
-    arithmetic = chips.dynamic_arithmetic(_soc, x.shape[-1], smooth=smooth, groups=grouped)
-    # 310P's kernels never read them (dynamic_quant.cpp passes none on)
-    if smooth_scales is not None and arithmetic is not numerics.Arithmetic.HALF:
-        ends = None if group_index is None else group_index.view()
-        value = smoothed(value, smooth_scales.view(), ends)
-    values, scales = numerics.dynamic_quant(value, 4 if int4 else 8, arithmetic)
+    values, scales, offsets = quantize_dynamically(
+        _soc,
+        x.view(),
+        None if smooth_scales is None else smooth_scales.view(),
+        None if group_index is None else group_index.view(),
+        bits=4 if int4 else 8,
+        symmetric=bool(symmetric),
+        mode=rules.QUANT_MODES[mode],
+    )
     y.view().copy_(numerics.pack_int4(values) if int4 else values)
     scale.view().copy_(scales)
+    if offset is not None and offsets is not None:
+        offset.view().copy_(offsets)
+
+
+def _as_v4(v4: Callable[..., None], **version: int) -> Callable[..., None]:
+    """aclnnDynamicQuantV2: per token, with an offset if there is a place for one."""
+
+    def v2(
+        x: AclTensor,
+        smooth_scales: AclTensor | None,
+        group_index: AclTensor | None,
+        dst_type: int,
+        y: AclTensor,
+        scale: AclTensor,
+        offset: AclTensor | None,
+    ) -> None:
+        first = (x, smooth_scales, group_index, dst_type)
+        v4(*first, int(offset is None), 0, 0.0, y, scale, offset, **version)
+
+    return v2
+
+
+ROUND_MODES = ("round", "floor", "ceil", "trunc")  # of integers, as csrc/aclnn.cpp numbers them
 
 
 def _check_ascend_quant(
@@ -398,7 +462,7 @@ def _check_ascend_quant(
     scale: AclTensor,
     offset: AclTensor | None,
     sqrt_mode: int,
-    rounds: int,
+    round_mode: int,
     dst_type: int,
     axis: int,
     y: AclTensor,
@@ -424,7 +488,9 @@ def _check_ascend_quant(
     if refusal is not None:
         raise Refused(refusal)
     _need_quantized_shape(x, y)
-    if sqrt_mode or not rounds:
+    if not 0 <= round_mode < len(ROUND_MODES):
+        raise Refused(f"round_mode is none of {', '.join(ROUND_MODES)}")
+    if sqrt_mode or ROUND_MODES[round_mode] != "round":
         raise Refused("cann_host implements AscendQuantV3 with round_mode round and no sqrt_mode")
 
 
@@ -433,12 +499,12 @@ def _ascend_quant(
     scale: AclTensor,
     offset: AclTensor | None,
     sqrt_mode: int,
-    rounds: int,
+    round_mode: int,
     dst_type: int,
     axis: int,
     y: AclTensor,
 ) -> None:
-    del sqrt_mode, rounds, dst_type  # refused above
+    del sqrt_mode, round_mode, dst_type  # refused above
     # CANN casts both to x's dtype first
     factor = scale.view().to(x.dtype)
     addend = None if offset is None else offset.view().to(x.dtype)
@@ -463,32 +529,19 @@ def _check_quantize(
     axis: int,
     out: AclTensor,
 ) -> None:
-    """By quant/quantize/docs of hicann/ops-nn."""
-    if rules.soc_family(_soc) == "Atlas inference (310P)":
-        raise Refused(f"{_soc} has no such operator")
+    """By quant/quantize/op_api of hicann/ops-nn."""
     for name, needed in (("x", x), ("scales", scales), ("out", out)):
         _need(name, needed)
+    refusal = rules.check_quantize(
+        _soc, _described(x), _described(scales), _described(zero_points), _described(out), axis
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    if dtype != out.dtype_code:
+        raise Refused(f"dtype is {dtype} and out has aclDataType {out.dtype_code}")
     _need_base_format(x=x, scales=scales, zero_points=zero_points, out=out)
-    allowed: dict[str, tuple[AclTensor | None, tuple[torch.dtype, ...]]] = {
-        "x": (x, (torch.float32, torch.float16, torch.bfloat16)),
-        "scales": (scales, (torch.float32, torch.bfloat16)),
-        "zero_points": (
-            zero_points,
-            (torch.int32, torch.int8, torch.uint8, torch.float32, torch.bfloat16),
-        ),
-        "out": (out, tuple(_QUANTIZE_LIMITS)),
-    }
-    for name, (tensor, dtypes) in allowed.items():
-        if tensor is not None and tensor.dtype not in dtypes:
-            names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
-            raise Refused(f"{name} is {tensor.dtype_name}; it must be one of {names}")
-    if out.shape != x.shape or dtype != out.dtype_code:
-        raise Refused(f"out is aclDataType {out.dtype_code} {out.shape}, not {dtype} {x.shape}")
-    if not -len(x.shape) <= axis < len(x.shape):
-        raise Refused(f"axis is {axis} and x has {len(x.shape)} dims")
-    for name, tensor in (("scales", scales), ("zero_points", zero_points)):
-        if tensor is not None and tensor.shape not in ((1,), (x.shape[axis],)):
-            raise Refused(f"{name} has shape {tensor.shape}; it must have {x.shape[axis]} values")
+    if out.dtype not in _QUANTIZE_LIMITS and 0 not in out.shape:
+        raise Refused(f"cann_host does not compute {out.dtype_name}")
 
 
 def _quantize(
@@ -500,8 +553,11 @@ def _quantize(
     out: AclTensor,
 ) -> None:
     del dtype  # it is out's
+    if 0 in x.shape or 0 in scales.shape:
+        return  # CANN returns at once
     along = [1] * len(x.shape)
-    along[axis] = -1
+    if scales.shape != (1,):  # one value goes with any axis
+        along[axis] = -1
     value = x.view().to(torch.float32) / scales.view().to(torch.float32).reshape(along)
     if zero_points is not None:
         value += zero_points.view().to(torch.float32).reshape(along)
@@ -513,23 +569,38 @@ def _quantize(
 
 
 def _check_rms_norm(
-    x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
+    x: AclTensor,
+    gamma: AclTensor,
+    epsilon: float,
+    y: AclTensor,
+    rstd: AclTensor,
+    *,
+    x2: AclTensor | None = None,
 ) -> None:
-    del epsilon
+    """By norm/rms_norm and, with x2, norm/add_rms_norm of hicann/ops-nn."""
     for name, tensor in (("x", x), ("gamma", gamma), ("y", y), ("rstd", rstd)):
-        if not _need(name, tensor).dtype.is_floating_point:
-            raise Refused(f"{name} is {tensor.dtype_name}; it must be a float")
+        _need(name, tensor)
+    refusal = rules.check_rms_norm(
+        _soc, _described(x), _described(gamma), epsilon, x2=None if x2 is None else _described(x2)
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    if y.dtype != x.dtype or rstd.dtype != torch.float32:
+        raise Refused(f"y is {y.dtype_name} and rstd {rstd.dtype_name}; x is {x.dtype_name}")
     _need_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
+    if y.shape != x.shape:
+        code = rules.TILING if x2 is None else INVALID
+        raise Refused(f"x has shape {x.shape} and y {y.shape}", code)
     kept = x.shape[: len(x.shape) - len(gamma.shape)]
-    if not gamma.shape or x.shape != (*kept, *gamma.shape) or y.shape != x.shape:
-        raise Refused(f"x has shape {x.shape}, gamma {gamma.shape} and y {y.shape}")
     if rstd.shape != (*kept, *(1 for _ in gamma.shape)):
-        raise Refused(f"rstd has shape {rstd.shape}")
+        raise Refused(f"rstd has shape {rstd.shape}", rules.TILING)
 
 
 def _rms_norm(
     x: AclTensor, gamma: AclTensor, epsilon: float, y: AclTensor, rstd: AclTensor
 ) -> None:
+    if 0 in x.shape:
+        return
     values, factors = rms_norm(x.view(), gamma.view(), epsilon=epsilon)
     y.view().copy_(values)
     rstd.view().copy_(factors)
@@ -544,10 +615,15 @@ def _check_add_rms_norm(
     rstd: AclTensor,
     x: AclTensor,
 ) -> None:
-    _check_rms_norm(x1, gamma, epsilon, y, rstd)
+    for name, tensor in (("x1", x1), ("x2", x2), ("gamma", gamma), ("y", y)):
+        _need(name, tensor)
+    if rstd is None:
+        raise Refused("cann_host implements aclnnAddRmsNorm with rstd and x")
+    _need("x", x)
+    _check_rms_norm(x1, gamma, epsilon, y, rstd, x2=x2)
     _need_base_format(x2=x2, x=x)
-    if (x2.shape, x2.dtype) != (x1.shape, x1.dtype) or (x.shape, x.dtype) != (x1.shape, x1.dtype):
-        raise Refused(f"x1 is {x1.dtype_name} {x1.shape}, x2 {x2.dtype_name} {x2.shape}")
+    if (x.shape, x.dtype) != (x1.shape, x1.dtype):
+        raise Refused(f"x1 is {x1.dtype_name} {x1.shape} and x {x.dtype_name} {x.shape}")
 
 
 def _add_rms_norm(
@@ -559,6 +635,8 @@ def _add_rms_norm(
     rstd: AclTensor,
     x: AclTensor,
 ) -> None:
+    if 0 in x1.shape or 0 in gamma.shape:
+        return
     results = add_rms_norm(x1.view(), x2.view(), gamma.view(), epsilon=epsilon)
     for place, value in zip((y, rstd, x), results, strict=True):
         place.view().copy_(value)
@@ -658,12 +736,18 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnAscendQuantV3": (_check_ascend_quant, _ascend_quant),
     "aclnnCast": (_check_cast, _cast),
     "aclnnConstantPadNd": (_check_pad, _pad),
-    "aclnnDynamicQuantV2": (_check_dynamic_quant, _dynamic_quant),
+    "aclnnDynamicQuantV2": (
+        _as_v4(_check_dynamic_quant_v4, version=2),
+        _as_v4(_dynamic_quant_v4),
+    ),
+    # csrc/aclnn.cpp gives V3 the 0.0 of a dst_type_max
+    "aclnnDynamicQuantV3": (partial(_check_dynamic_quant_v4, version=3), _dynamic_quant_v4),
+    "aclnnDynamicQuantV4": (_check_dynamic_quant_v4, _dynamic_quant_v4),
     "aclnnInplaceCopy": (_check_copy, _copy),
     "aclnnInplaceZero": (_check_zero, _zero),
     "aclnnNpuFormatCast": (_check_format_cast, _format_cast),
     "aclnnQuantMatmulV5": (_check_quant_matmul, _quant_matmul),
-    "aclnnQuantMatmulWeightNz": (_check_quant_matmul, _quant_matmul),
+    "aclnnQuantMatmulWeightNz": (partial(_check_quant_matmul, entry="nz"), _quant_matmul),
     "aclnnQuantize": (_check_quantize, _quantize),
     "aclnnRmsNorm": (_check_rms_norm, _rms_norm),
     "aclnnTransQuantParamV2": (_check_trans_quant_param, _trans_quant_param),

@@ -19,6 +19,7 @@ torchair's `_ge_concrete_graph/auto_generated_ge_raw_ops.py`.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from lq_graph.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
+
+from .rules import check_definition
 
 __all__ = [
     "DTYPES",
@@ -288,6 +291,11 @@ def run_op(
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not op.special and any(isinstance(value, Int4 | FractalNZ) for value in values):
         inputs = {name: _plain(op, value) for name, value in inputs.items()}
+    first = inputs.get(op.inputs[0]) if op.inputs else None
+    if isinstance(first, Tensor):
+        refusal = check_definition(op.type, soc_name(), dtype_name(first))
+        if refusal is not None:
+            raise GraphError(refusal)
     if (compiling and op.talks) or any(is_meta(value) for value in values):
         inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
@@ -335,6 +343,27 @@ def native() -> Any:
 def soc_name() -> str:
     """The SoC the stand-in reports; `cann_host.ge.install` replaces this."""
     return "Ascend910B2"
+
+
+overruns = "warn"  # the option of that name; `cann_host.activate` sets it
+
+
+def overrun(text: str) -> None:
+    """A kernel of CANN's writes past its result: warn, or refuse, as the option says.
+
+    Raises:
+        GraphError: overruns are refused.
+    """
+    if overruns == "refuse":
+        raise GraphError(f"{text} (refused by cann_host's option overruns)")
+    caution(text)
+
+
+def caution(text: str) -> None:
+    """Warn of what the device does in silence, in the stand-in's own name."""
+    if "cann_host" not in text:
+        text = f"{text} (cann_host's caution; CANN says nothing)"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -38,6 +38,12 @@ VARIABLES = {
         "SYMBOL:CODE[@N],...",
         "calls that fail: aclnnQuantMatmulV5:161002@3 is the third call of that symbol",
     ),
+    "overruns": (
+        "CANN_HOST_OVERRUNS",
+        "warn|refuse",
+        "what is done where CANN's kernel writes past its result and says nothing: compute what is "
+        "read afterwards, with a RuntimeWarning, or refuse",
+    ),
 }
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -55,6 +61,7 @@ class Options:
         memory: bytes of each; 0 shares the host's memory among them.
         streams: "now" or "late", see `VARIABLES`.
         fail: calls that fail, see `parse_faults`.
+        overruns: "warn" or "refuse", see `VARIABLES`.
     """
 
     soc: str = "Ascend910B2"
@@ -63,6 +70,7 @@ class Options:
     memory: int = 0
     streams: str = "now"
     fail: str = ""
+    overruns: str = "warn"
 
     @classmethod
     def of(cls, **given: Any) -> Options:
@@ -133,6 +141,12 @@ def _streams(text: str, source: str) -> str:
     return text
 
 
+def _overruns(text: str, source: str) -> str:
+    if text not in ("warn", "refuse"):
+        raise CannHostError(f"{source} is {text!r}; it must be warn or refuse")
+    return text
+
+
 def _fail(text: str, source: str) -> str:
     parse_faults(text, source)
     return text
@@ -145,6 +159,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "memory": _memory,
     "streams": _streams,
     "fail": _fail,
+    "overruns": _overruns,
 }
 
 

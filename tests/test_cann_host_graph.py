@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 import golden
@@ -18,6 +19,7 @@ from torch_npu.contrib.module import LinearQuant
 
 import cann_host.executor as executor
 import cann_host.ge as ge
+import lq_graph
 
 pytestmark = pytest.mark.skipif(not ge.is_installed(), reason="needs cann_host in place of CANN")
 
@@ -244,12 +246,6 @@ REFUSED = {
         lambda x, w, s: torch_npu.npu_quant_matmul(x, w, s, output_dtype=F16),
         "scale dtype float32 .*561002, tiling",
     ),
-    "short-offset": (
-        lambda x, w, s: torch_npu.npu_quant_matmul(
-            x, w, torch_npu.npu_trans_quant_param(s[:1], s), output_dtype=I8
-        ),
-        "expand scale first",
-    ),
 }
 
 
@@ -259,6 +255,56 @@ def test_refused(function: Callable, message: str, dynamic: bool) -> None:
     inputs = (values(4, 64).npu(), values(64, 32).npu(), torch.ones(32).npu())
     with pytest.raises(RuntimeError, match=message):
         compiled(function, dynamic=dynamic)(*inputs)
+
+
+A2, A950, P310 = "Ascend910B2", "Ascend950PR_9579", "Ascend310P3"
+
+
+def golden_of(layer: LinearQuant, x: torch.Tensor, offset: torch.Tensor) -> np.ndarray:
+    x1, weight, scale = (t.cpu().numpy() for t in (x, layer.weight, layer.scale))
+    return golden.linear_quant(x1, weight, scale, offset.cpu().numpy(), output_dtype="int8")
+
+
+@DYNAMIC
+@pytest.mark.parametrize("soc", [A2, A950])
+def test_the_vendors_module_with_one_scale_and_an_offset_each(
+    soc: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph example of the vendor's page. Before 950 offset[0] serves every column."""
+    monkeypatch.setattr(executor, "soc_name", lambda: soc)
+    layer, x = vendor_layer(64, 32, offset=True, scalar=True), values(4, 64).npu()
+    layer.offset.data = torch.randint(-60, 60, (32,)).float().npu()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = compiled(layer, dynamic=dynamic)(x)
+    told = [str(one.message) for one in caught if "overwrite other memory" in str(one.message)]
+    used = layer.offset if soc == A950 else layer.offset[:1]
+    np.testing.assert_array_equal(out.cpu().numpy(), golden_of(layer, x, used))
+    assert bool(told) == (soc == A2)
+    assert all("Expand scale to offset's length, as lq_graph does" in one for one in told)
+
+
+@DYNAMIC
+@pytest.mark.parametrize("soc", [A2, A950, P310])
+def test_lq_graph_makes_a_word_for_each_offset(
+    soc: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "soc_name", lambda: soc)
+    scale, offset = torch.rand(1), torch.randint(-60, 60, (32,)).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        words = compiled(lq_graph.trans_quant_param, dynamic=dynamic)(scale.npu(), offset.npu())
+    want = golden.trans_quant_param(scale.numpy(), offset.numpy())
+    np.testing.assert_array_equal(words.cpu().numpy(), want)
+
+
+def test_overruns_are_refused_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "overruns", "refuse")
+    layer = vendor_layer(64, 32, offset=True, scalar=True)
+    layer.offset.data = torch.randint(-60, 60, (32,)).float().npu()
+    with pytest.raises(RuntimeError, match="refused by cann_host's option overruns") as refusal:
+        compiled(layer)(values(4, 64).npu())
+    assert "CANN error" not in str(refusal.value)
 
 
 def test_unknown_operators_are_named_with_the_torch_calls_they_came_from() -> None:

@@ -4,6 +4,7 @@ the same shapes and dtypes on meta tensors; what it refuses."""
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import golden
@@ -80,6 +81,12 @@ def dynamic_quant(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.astype(np.int8), scale.astype(np.float32)
 
 
+def dynamic_quant_with_offset(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """To int8, in the dtypes the operator gives."""
+    values, *steps = golden.dynamic_quant_with_offset(x, 127)
+    return (values.astype(np.int8), *steps)
+
+
 class Case(NamedTuple):
     """One call. `inputs` in the order of the operator's definition, None for an absent one; a list
     is the input that stands for many."""
@@ -101,6 +108,8 @@ QS = (rng.random(48) * 0.01).astype(np.float32)
 QT = rng.random(3).astype(np.float32)
 LOWEST = np.array([-(2**31), -(2**31) + 1, 7], np.int32)
 SMOOTH = rng.random((2, 4)).astype(np.float16)
+LONG = (rng.normal(size=48) * 40).astype(np.float32)  # offsets
+WORDS = np.array(golden.trans_quant_param(QS, LONG))
 SPECIAL = np.array([1.0, np.inf, -np.inf, np.nan], np.float32)
 
 CASES = [
@@ -265,17 +274,36 @@ CASES = [
          conv2d(IMAGE, FILTER, FOUR)),
     # ---- quantization ----
     Case("TransQuantParamV2", (QS, None), {}, golden.trans_quant_param(QS, None)),
+    Case("TransQuantParamV2", (QS, LONG), {"round_mode": 1}, golden.trans_quant_param(QS, LONG, 1)),
+    Case("TransQuantParamV2", (QS[None], LONG[:1]), {},
+         golden.trans_quant_param(QS[None], LONG[:1])),
+    Case("TransQuantParamV2", (QS[:1], LONG[None]), {},
+         golden.trans_quant_param(QS[:1], LONG[None])),
     Case("QuantBatchMatmulV3", (QX, QW, QS, None, None, QT),
          {"dtype": GE_F16, "transpose_x2": True},
          golden.linear_quant(QX, QW, QS, pertoken_scale=QT, output_dtype="float16")),
     Case("QuantBatchMatmulV3", (QX, QW, np.array(golden.trans_quant_param(QS, None))),
          {"dtype": GE_I8, "transpose_x2": True},
          golden.linear_quant(QX, QW, QS, output_dtype="int8")),
+    # before 950 no tiling reads the offset beside the words, whatever its length
+    Case("QuantBatchMatmulV3", (QX, QW, WORDS, LONG[:5]), {"dtype": GE_I8, "transpose_x2": True},
+         golden.linear_quant(QX, QW, QS, LONG, output_dtype="int8")),
+    Case("QuantBatchMatmulV3", (QX, QW, WORDS, LONG), {"dtype": GE_F16, "transpose_x2": True},
+         golden.linear_quant(QX, QW, QS, output_dtype="float16")),
+    Case("QuantBatchMatmulV3", (QX, QW, WORDS[None]), {"dtype": GE_I8, "transpose_x2": True},
+         golden.linear_quant(QX, QW, QS, LONG, output_dtype="int8")),
+    Case("QuantBatchMatmulV3", (QX, QW, QS[:, None], None, None, QT),
+         {"dtype": GE_F16, "transpose_x2": True},
+         golden.linear_quant(QX, QW, QS, pertoken_scale=QT, output_dtype="float16")),
     Case("AscendQuantV2", (A, np.float32([20]), np.float32([3])), {},
          np.clip(np.round(A * 20 + 3), -128, 127).astype(np.int8)),
     Case("AscendQuantV2", (A, np.float32([20, 30, 400]), None), {"axis": -2},
          np.clip(np.round(A * np.float32([[20], [30], [400]])), -128, 127).astype(np.int8)),
+    Case("AscendQuantV2", (np.float32(2.5), np.float32(20), np.float32(3)), {}, np.int8(53)),
     Case("DynamicQuant", (H, None, None), {}, dynamic_quant(H)),
+    Case("DynamicQuantV2", (H, None, None), {}, dynamic_quant_with_offset(H)),
+    Case("DynamicQuantV2", (H, SMOOTH[0], None), {},
+         dynamic_quant_with_offset(H * SMOOTH[0].astype("f"))),
     Case("DynamicQuant", (H, SMOOTH[0], None), {}, dynamic_quant(H * SMOOTH[0].astype("f"))),
     Case("DynamicQuant", (H, SMOOTH, np.int32([0, len(H)])), {},
          dynamic_quant(H * SMOOTH[1].astype("f"))),
@@ -397,7 +425,7 @@ def test_int4_values_through_transpose_and_back(perm: list[int]) -> None:
 
 
 # types whose float results have a dtype of their own, by an attribute or the definition
-OWN_DTYPE = {"Cast", "SoftmaxV2", "DynamicQuant", "QuantBatchMatmulV3"}
+OWN_DTYPE = {"Cast", "SoftmaxV2", "DynamicQuant", "DynamicQuantV2", "QuantBatchMatmulV3"}
 
 
 @pytest.mark.parametrize(
@@ -464,6 +492,7 @@ ONE = torch.ones(1, dtype=F16)
 MATRIX = torch.ones(3, 4)
 IMAGES = {"x": torch.ones(1, 2, 3, 3), "filter": torch.ones(1, 2, 1, 1)}
 INDEX = {"x": MATRIX, "indices": torch.tensor([3]), "axis": torch.tensor(0)}
+LAYER = {"x": MATRIX, "normalized_shape": torch.tensor([4])}
 SLICE = {"x": MATRIX, "begin": ONE, "end": ONE}
 NONE = torch.tensor([], dtype=I64)
 FLOAT32_X = r"x is float32; Ascend910B2 allows float16 or bfloat16 \(CANN error 561002"
@@ -490,7 +519,46 @@ REFUSED = [
     ("DynamicQuant", {"x": HALF}, {"dst_type": GE_I32}, "y is GE dtype 3; .* int8 or int4 "),
     ("DynamicQuant", {"x": HALF[:, :0]}, {}, "last dim cannot be 0"),
     ("DynamicQuant", {"x": HALF[:, :3]}, {"dst_type": GE_INT4}, "multiple of 2"),
-    ("DynamicQuant", {"x": HALF, "smooth_scales": ONE}, {}, r"it must be float16 \(4,\)"),
+    ("DynamicQuant", {"x": HALF, "smooth_scales": ONE}, {}, r"it must be \(4,\)"),
+    ("DynamicQuantV2", {"x": MATRIX}, {}, FLOAT32_X),
+    (
+        "DynamicQuantV2",
+        {"x": HALF},
+        {"quant_mode": "pertensor"},
+        r"scale the shape \(1,\); .* \(2,\)",
+    ),
+    ("DynamicQuantV2", {"x": HALF}, {"quant_mode": "each"}, "quant_mode is 'each'; it must be one"),
+    ("DynamicQuantV2", {"x": HALF}, {"dst_type": 35}, "y is float8_e5m2; Ascend910B2 allows"),
+    ("TransQuantParamV2", {"scale": HALF}, {}, "scale is float16; .* 561003"),
+    ("TransQuantParamV2", {"scale": MATRIX}, {}, r"scale has shape \(3, 4\); .* 561002"),
+    (
+        "TransQuantParamV2",
+        {"scale": MATRIX[0], "offset": MATRIX[0, :2]},
+        {},
+        "offset has 2 values and 4 are read; .*cann_host has no values",
+    ),
+    ("RmsNorm", {"x": MATRIX.double(), "gamma": MATRIX[0].double()}, {}, "x is float64.*561003"),
+    ("RmsNorm", {"x": MATRIX, "gamma": MATRIX[0, :3]}, {}, r"gamma has shape \(3,\).*561002"),
+    ("RmsNorm", {"x": MATRIX, "gamma": MATRIX[0]}, {"epsilon": -1.0}, "epsilon is -1.0.*561002"),
+    ("RmsNorm", {"x": MATRIX[:0], "gamma": MATRIX[0]}, {}, "they cannot be empty.*561002"),
+    ("AddRmsNorm", {"x1": HALF, "x2": HALF, "gamma": MATRIX[0]}, {}, "gamma is float32 .*561003"),
+    (
+        "AddRmsNorm",
+        {"x1": HALF, "x2": HALF[:1], "gamma": HALF[0]},
+        {},
+        r"x2 float16 \(1, 4\).*561002",
+    ),
+    ("LayerNormV4", {**LAYER, "gamma": HALF[0]}, {}, "gamma and beta are float16 and x float32"),
+    ("SwiGlu", {"x": MATRIX[:, :3]}, {}, "SwiGlu halves that dim"),
+    ("SwiGlu", {"x": MATRIX}, {"dim": 2}, "dim is 2; SwiGlu halves that dim"),
+    ("SwiGlu", {"x": MATRIX.double()}, {}, "x is float64; .* 561003"),
+    (
+        "GatherElements",
+        {"x": MATRIX, "index": MATRIX},
+        {},
+        "index is torch.float32; it must be int32",
+    ),
+    ("GatherV2", {**INDEX, "indices": ONE}, {}, "indices is torch.float16; it must be int32"),
     (
         "DynamicQuant",
         {"x": HALF, "smooth_scales": HALF, "group_index": FALLING},
@@ -527,3 +595,86 @@ def test_a_shape_that_hangs_on_unknown_values_is_not_guessed() -> None:
 def test_type_of_a_missing_operator_is_named() -> None:
     with pytest.raises(GraphError, match="op type Sinh is not implemented by cann_host"):
         find_op("Sinh")
+
+
+# ---- what chips do otherwise ----
+
+
+def on(soc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "soc_name", lambda: soc)
+
+
+OLDER = ["Ascend910B2", "Ascend910_9391", "Ascend310P3"]
+
+
+def trans_quant_param(scale: np.ndarray, offset: np.ndarray) -> torch.Tensor:
+    inputs = {"scale": torch.from_numpy(scale.copy()), "offset": torch.from_numpy(offset.copy())}
+    op = find_op("TransQuantParamV2")
+    declared = run_op(op, {name: t.to("meta") for name, t in inputs.items()}, {})[0]
+    words = run_op(op, inputs, {})[0]
+    assert declared.shape == words.shape
+    return words
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [(QS[:1], LONG), (QS, LONG[:1].reshape(1, 1)), (QS[:1].reshape(1, 1), LONG)],
+    ids=["one scale", "offset of two dims", "both"],
+)
+@pytest.mark.parametrize("soc", OLDER)
+def test_words_past_the_declared_shape(soc: str, scale, offset, monkeypatch) -> None:
+    """InferShape declares one word, the kernel writes 48, a matmul reads the first."""
+    on(soc, monkeypatch)
+    with pytest.warns(
+        RuntimeWarning, match="writes 48 words: 47 overwrite other memory, and a matmul"
+    ):
+        words = trans_quant_param(scale, offset)
+    first = golden.trans_quant_param(scale.reshape(-1)[:1], offset.reshape(-1)[:1])
+    np.testing.assert_array_equal(words.reshape(-1).numpy(), first)
+    monkeypatch.setattr(executor, "overruns", "refuse")
+    with pytest.raises(GraphError, match="refused by cann_host's option overruns") as refusal:
+        trans_quant_param(scale, offset)
+    assert "CANN error" not in str(refusal.value)
+
+
+def test_950_declares_the_longer_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    on("Ascend950PR_9579", monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words = trans_quant_param(QS[:1], LONG)
+    np.testing.assert_array_equal(words.numpy(), golden.trans_quant_param(QS[:1], LONG))
+
+
+def test_310p_quantizes_along_the_last_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    on("Ascend310P3", monkeypatch)
+    inputs = {"x": torch.from_numpy(A), "scale": torch.tensor([20.0])}
+    with pytest.warns(RuntimeWarning, match="AscendQuantV2 with axis -2 on Ascend310P3"):
+        (got,) = run_op(find_op("AscendQuantV2"), inputs, {"axis": -2})
+    np.testing.assert_array_equal(got.numpy(), np.clip(np.rint(A * 20), -128, 127))
+
+
+def test_symmetric_dynamic_quant_v2_of_950_leaves_the_offset(monkeypatch) -> None:
+    on("Ascend950PR_9579", monkeypatch)
+    got = run_op(find_op("DynamicQuantV2"), {"x": torch.from_numpy(H)}, {"is_symmetrical": True})
+    want, scale = golden.dynamic_quant(H, 127, "divide")
+    np.testing.assert_array_equal(got[0].numpy(), want)
+    np.testing.assert_array_equal(got[1].numpy(), scale)
+    assert got[2].shape == scale.shape
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
+def test_950_quantizes_nothing(shape: tuple[int, ...], monkeypatch) -> None:
+    on("Ascend950PR_9579", monkeypatch)
+    x = torch.empty(shape, dtype=F16)
+    values, scale = run_op(find_op("DynamicQuant"), {"x": x}, {})
+    assert (values.shape, scale.shape) == (shape, shape[:1])
+
+
+@pytest.mark.parametrize("gamma", [F16, F32])
+def test_layer_norm_of_halves_has_float32_statistics(gamma: torch.dtype) -> None:
+    x, factors = torch.from_numpy(C).to(F16), torch.from_numpy(FOUR).to(gamma)
+    shape = torch.tensor([4])
+    got = run_op(find_op("LayerNormV4"), {"x": x, "normalized_shape": shape, "gamma": factors}, {})
+    assert [t.dtype for t in got] == [F16, F32, F32]
+    for one, want in zip(got, layer_norm(x.float().numpy(), FOUR), strict=True):
+        np.testing.assert_allclose(one.float().numpy(), want, rtol=2e-3, atol=1e-3)

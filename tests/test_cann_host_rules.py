@@ -11,11 +11,20 @@ from cann_host.executor import GraphError, find_op, run_op
 from cann_host.rules import (
     KERNELS,
     NZ,
+    ascend_quant_axis,
     check_ascend_quant,
+    check_definition,
     check_dynamic_quant,
+    check_layer_norm,
     check_quant_matmul,
+    check_quantize,
+    check_rms_norm,
     check_trans_quant_param,
+    dynamic_quant_ignores,
+    dynamic_quant_scale_shape,
+    packed_words,
     soc_family,
+    trans_quant_param_shape,
 )
 
 M, K, N = 16, 64, 32
@@ -59,9 +68,16 @@ def test_every_kernel_is_accepted(kernel) -> None:
         for bias in (None, *kernel.bias):
             for x2_format in kernel.x2_formats:
                 changes = {"scale_dtype": scale, "x2_format": x2_format}
+                changes["entry"] = "nz" if x2_format == NZ else "v5"  # as torch_npu calls them
                 if bias:
                     changes |= {"bias_dtype": bias, "bias_shape": (N,)}
                 assert check_quant_matmul(**{**base, **changes}) is None
+                in_graph = check_quant_matmul(**{**base, **changes}, graph=True)
+                if kernel.family == "Atlas inference (310P)" and kernel.pertoken:
+                    assert in_graph is not None and "cann_host has the eager call" in in_graph
+                    assert "CANN error" not in in_graph
+                else:
+                    assert in_graph is None
 
 
 # changes to an accepted call, and what the refusal says
@@ -73,12 +89,6 @@ REFUSED = {
     "packed-scale-bf16": ({"out_dtype": "bfloat16"}, "scale dtype int64"),
     "packed-scale-int32": ({"out_dtype": "int32"}, "scale dtype int64"),
     "output": ({"out_dtype": "float32"}, "output dtype float32"),
-    "offset-fp16": (
-        {"out_dtype": "float16", "offset_dtype": "float32", "offset_shape": (N,)},
-        "offset given",
-    ),
-    "offset-dtype": ({"offset_dtype": "int32", "offset_shape": (N,)}, "offset is int32"),
-    "offset-length": ({"offset_dtype": "float32", "offset_shape": (N - 1,)}, "offset has shape"),
     "pertoken-int8": (PERTOKEN, "output dtype int8"),
     "pertoken-length": (
         {
@@ -97,9 +107,8 @@ REFUSED = {
     "seven-dims": ({"x1_shape": (1, 1, 1, 1, 1, M, K)}, "2 to 6"),
     "empty": ({"x1_shape": (0, K)}, "cannot be empty"),
     "batches": ({"x1_shape": (2, M, K), "x2_shape": (3, K, N)}, "batch dims"),
-    "k-too-long": ({"x1_shape": (M, 65536), "x2_shape": (65536, N)}, "65535"),
-    "n-too-long": ({"x2_shape": (K, 65536), "scale_shape": (1,)}, "65535"),
     "scale-length": ({"scale_shape": (N + 1,)}, "scale has shape"),
+    "scale-3d": ({"scale_shape": (1, 1, N)}, "scale has shape"),
     "nz-narrow": ({"x2_shape": (K, 1), "scale_shape": (1,), "x2_format": NZ}, "neither may be 1"),
     "nz-storage": ({"x2_format": NZ, "x2_storage_shape": (2, 4, 16, 16)}, "storage shape"),
     "int4-int8": ({"x1_dtype": "int4", "x2_dtype": "int4"}, "output dtype int8"),
@@ -113,6 +122,7 @@ REFUSED = {
     ),
     "310P-nd": ({"soc": "Ascend310P3"}, "x2 format ND"),
     "310P-bf16": ({"soc": "Ascend310P3", "out_dtype": "bfloat16"}, "output dtype bfloat16"),
+    "950-2d-scale": ({"soc": "Ascend950PR_9579", "scale_shape": (1, N)}, "scale has shape"),
     "310P-int4": ({"soc": "Ascend310P3", "x1_dtype": "int4", "x2_dtype": "int4"}, "x1 dtype int4"),
     "310P-untransposed": ({"soc": "Ascend310P3", "x2_format": NZ}, "transpose_x2=True"),
 }
@@ -145,9 +155,9 @@ NARROW_NZ = {"x2_format": NZ, "x2_storage_shape": (10, 10, 16, 32)}
         ({**ON_950, "x2_shape": (K, 0), "scale_shape": (1,)}, True, False),
         ({**ON_950, "x1_shape": (M, 0), "x2_shape": (0, N)}, False, False),
         # int4: FRACTAL_NZ has kernels on Atlas A2, none on 950; its blocks are 64 wide
-        (INT4 | {"x2_format": NZ}, True, True),
+        (INT4 | {"x2_format": NZ, "entry": "nz"}, True, True),
         (INT4 | {"x2_format": NZ} | ON_950, False, False),
-        (INT4 | NARROW_NZ, False, False),
+        (INT4 | NARROW_NZ | {"entry": "nz"}, False, False),
         # the tensor an eager call writes to
         ({"out_shape": (M, N)}, True, True),
         ({"out_shape": (M, 1, N)}, True, True),
@@ -163,6 +173,100 @@ def test_taken_or_not(changes: dict[str, Any], eager: bool, graph: bool) -> None
     for in_graph, taken in ((False, eager), (True, graph)):
         text = check_quant_matmul(**arguments(**changes), graph=in_graph)
         assert (text is None) == taken, text
+
+
+BF16 = {"out_dtype": "bfloat16", "scale_dtype": "float32"}
+OFFSET = {"offset_dtype": "float32", "offset_shape": (N,)}
+OTHER = {"offset_dtype": "float32", "offset_shape": (N - 1,)}
+ON_310P = {"soc": "Ascend310P3", "x2_format": NZ, "x2_shape": (N, K), "transpose_x2": True}
+FP16_PT = {"out_dtype": "float16", "scale_dtype": "float32", **PERTOKEN}
+LONG = {"x1_shape": (M, 65536), "x2_shape": (65536, N)}
+TAKEN, PARAMETER, TILED, NO_KERNEL = None, "161002", "561002", "561003"
+OURS = "cann_host's own refusal"
+
+# changes; what aclnnQuantMatmulV5, aclnnQuantMatmulWeightNz (x2 in FRACTAL_NZ) and a graph say
+ENTRIES = {
+    # before 950 the tiling of a graph never reads offset; V5 looks at it for int8 x only where it
+    # says so, WeightNz wants int8 results
+    "offset": (OFFSET, TAKEN, TAKEN, TAKEN),
+    "offset-fp16": (OFFSET | {"out_dtype": "float16"}, PARAMETER, PARAMETER, TAKEN),
+    "offset-bf16": (OFFSET | BF16, PARAMETER, PARAMETER, TAKEN),
+    "offset-int32": (OFFSET | BF16 | {"out_dtype": "int32"}, TAKEN, PARAMETER, TAKEN),
+    "offset-pertoken": (OFFSET | FP16_PT, TAKEN, PARAMETER, TAKEN),
+    "offset-length": (OTHER, PARAMETER, PARAMETER, TAKEN),
+    "offset-dtype": (OFFSET | {"offset_dtype": "int32"}, PARAMETER, PARAMETER, NO_KERNEL),
+    "offset-dtype-int32": (
+        OFFSET | BF16 | {"out_dtype": "int32", "offset_dtype": "float16"},
+        NO_KERNEL,
+        PARAMETER,
+        NO_KERNEL,
+    ),
+    "310P-offset-fp16": (
+        ON_310P | OFFSET | {"out_dtype": "float16"},
+        PARAMETER,
+        PARAMETER,
+        TAKEN,
+    ),
+    "310P-offset-length": (ON_310P | OTHER, PARAMETER, PARAMETER, TAKEN),
+    "950-offset": (ON_950 | OFFSET, TAKEN, TAKEN, TAKEN),
+    "950-offset-fp16": (ON_950 | OFFSET | {"out_dtype": "float16"}, PARAMETER, PARAMETER, TILED),
+    "950-offset-length": (ON_950 | OTHER, PARAMETER, PARAMETER, TILED),
+    "950-offset-pertoken": (ON_950 | OFFSET | FP16_PT, PARAMETER, PARAMETER, TILED),
+    # scales of two dims
+    "scale-1n": ({"scale_shape": (1, N)}, PARAMETER, TAKEN, TAKEN),
+    "scale-n1": ({"scale_shape": (N, 1)}, PARAMETER, TAKEN, TAKEN),
+    "scale-11": ({"scale_shape": (1, 1)}, PARAMETER, TAKEN, TAKEN),
+    "scale-1m": ({"scale_shape": (1, N + 1)}, PARAMETER, OURS, OURS),
+    "scale-2n": ({"scale_shape": (2, N)}, PARAMETER, PARAMETER, TILED),
+    "scale-1n-batched": (
+        {"scale_shape": (1, N), "x1_shape": (2, M, K), "x2_shape": (2, K, N)},
+        PARAMETER,
+        PARAMETER,
+        TAKEN,
+    ),
+    "950-scale-1n": (ON_950 | {"scale_shape": (1, N)}, PARAMETER, PARAMETER, TILED),
+    # the limit of the last dims is V5's tiling's, WeightNz's own
+    "k-too-long": (LONG, TILED, PARAMETER, TILED),
+    "n-too-long": ({"x2_shape": (K, 65536), "scale_shape": (1,)}, TILED, PARAMETER, TILED),
+    # int4 in FRACTAL_NZ: V5 takes ND only
+    "int4-nz": (INT4 | {"x2_format": NZ}, PARAMETER, TAKEN, TAKEN),
+    "310P-pertoken": (ON_310P | FP16_PT, TAKEN, TAKEN, "cann_host has the eager call"),
+    "310P-pertoken-bf16-bias": (
+        ON_310P | FP16_PT | {"bias_dtype": "float32", "bias_shape": (N,)},
+        PARAMETER,
+        PARAMETER,
+        TILED,
+    ),
+    "310P-pertoken-batches": (
+        ON_310P | FP16_PT | {"x1_shape": (2, M, K)},
+        TILED,
+        TILED,
+        "cann_host has the eager call",
+    ),
+}
+
+
+@pytest.mark.parametrize("entry", ["v5", "nz", "graph"])
+@pytest.mark.parametrize("row", ENTRIES.values(), ids=ENTRIES)
+def test_each_way_in_has_its_own_checks(row, entry: str) -> None:
+    changes, *answers = row
+    answer = dict(zip(("v5", "nz", "graph"), answers, strict=True))[entry]
+    if entry == "nz":
+        changes = {**changes, "x2_format": NZ}
+    if entry == "graph":
+        text = check_quant_matmul(**arguments(**changes), graph=True)
+    else:
+        text = check_quant_matmul(**arguments(**changes), entry=entry)
+    if answer is None:
+        assert text is None
+    else:
+        assert text is not None and answer in text
+        assert ("CANN error" in text) == answer.isdigit()
+
+
+def test_weight_nz_takes_no_nd_weight() -> None:
+    text = check_quant_matmul(**arguments(), entry="nz")
+    assert text is not None and "x2 has format ND; it must be FRACTAL_NZ" in text
 
 
 def test_v4_has_no_kernel_for_these_inputs_before_950() -> None:
@@ -185,28 +289,102 @@ def test_pertoken_lifts_the_limit_of_the_last_dim() -> None:
     assert check_quant_matmul(**arguments(**changes, scale_dtype="float32", **PERTOKEN)) is None
 
 
+# ---- TransQuantParamV2 ----
+
+A2, P310, A950 = SOCS.values()
+OLDER = (A2, P310, "Ascend910_9391")
+EITHER = (False, True)
+F32 = "float32"
+
+# SoCs, scale, offset, round_mode; what an eager call and a graph say
+TRANS_QUANT_PARAM = [
+    ((*OLDER, A950), (F32, (N,)), None, 0, TAKEN, TAKEN),
+    ((*OLDER, A950), (F32, (1,)), (F32, (N,)), 1, TAKEN, TAKEN),
+    ((*OLDER, A950), (F32, (N,)), (F32, (1, 1)), 0, TAKEN, TAKEN),
+    ((*OLDER, A950), (F32, (1, N)), (F32, (1, N)), 0, TAKEN, TAKEN),
+    # only aclnn compares lengths, of an offset of one dim with scale's first
+    ((*OLDER, A950), (F32, (N,)), (F32, (N + 1,)), 0, PARAMETER, TAKEN),
+    ((*OLDER, A950), (F32, (N,)), (F32, (1, N + 1)), 0, TAKEN, TAKEN),
+    (OLDER, (F32, (2, N)), None, 0, PARAMETER, TILED),
+    ((A950,), (F32, (2, N)), None, 0, TAKEN, TAKEN),
+    ((A950,), (F32, (2, 1, N)), None, 0, PARAMETER, TAKEN),
+    (OLDER, (F32, ()), None, 0, PARAMETER, TILED),
+    (OLDER, (F32, (0,)), None, 0, PARAMETER, TILED),
+    ((*OLDER, A950), (F32, (N,)), (F32, (2, N)), 0, PARAMETER, TAKEN),
+    ((*OLDER, A950), (F32, (N,)), None, 2, PARAMETER, TILED),
+    ((*OLDER, A950), ("float16", (N,)), None, 0, PARAMETER, NO_KERNEL),
+    ((*OLDER, A950), (F32, (N,)), ("int32", (N,)), 0, PARAMETER, NO_KERNEL),
+]
+
+
 @pytest.mark.parametrize(
-    ("scale", "offset", "refused"),
-    [
-        ((N,), None, None),
-        ((1,), (1,), None),
-        ((N,), (1,), None),
-        ((1, N), (1, N), None),
-        ((1,), (N,), "expand scale first"),
-        ((N,), (N + 1,), "must agree"),
-        ((2, N), None, "(n,) or (1, n)"),
-    ],
-    ids=str,
+    ("socs", "scale", "offset", "round_mode", "eager", "graph"), TRANS_QUANT_PARAM, ids=str
 )
-def test_trans_quant_param(scale, offset, refused) -> None:
-    text = check_trans_quant_param(scale, offset)
-    assert (text is None) if refused is None else (text is not None and refused in text)
+def test_trans_quant_param(socs, scale, offset, round_mode, eager, graph) -> None:
+    for soc in socs:
+        for in_graph, answer in ((False, eager), (True, graph)):
+            text = check_trans_quant_param(soc, scale, offset, round_mode, graph=in_graph)
+            if answer is None:
+                assert text is None
+            else:
+                assert text is not None and f"CANN error {answer}" in text
+
+
+# scale, offset; the shape InferShape declares before 950 and on it
+DECLARED = [
+    ((N,), None, (N,), (N,)),
+    ((1,), (N,), (1,), (N,)),
+    ((N,), (1,), (N,), (N,)),
+    ((1,), (1, N), (1, N), (1, N)),
+    ((N,), (1, 1), (1, 1), (1, 1)),
+    ((1, 1), (N,), (1, 1), (1, 1)),
+    ((1, 1), (1, N), (1, 1), (1, 1)),
+    ((1, N), (1,), (1, N), (1, N)),
+    ((4,), (8,), (4,), (8,)),
+    ((8,), (4,), (8,), (8,)),
+]
+
+
+@pytest.mark.parametrize(("scale", "offset", "older", "newest"), DECLARED, ids=str)
+def test_trans_quant_param_declares(scale, offset, older, newest) -> None:
+    for soc in OLDER:
+        assert trans_quant_param_shape(soc, scale, offset) == older
+    assert trans_quant_param_shape(A950, scale, offset) == newest
+
+
+# scale, offset, room; words written past the room, or what is missing
+WORDS = [
+    ((N,), None, (N,), 0),
+    ((1,), (N,), (N,), 0),
+    ((N,), (0,), (N,), 0),
+    ((1,), (N,), (1,), N - 1),
+    ((N,), (1, 1), (1, 1), N - 1),
+    ((1, 1), (1, N), (1, 1), N - 1),
+    ((4,), (8,), (4,), 4),
+    ((4,), (8,), (8,), "scale has 4 values and 8 are read"),
+    ((8,), (4,), (8,), "offset has 4 values and 8 are read"),
+    ((4,), None, (8,), "4 words for a result of shape (8,)"),
+]
+
+
+@pytest.mark.parametrize(("scale", "offset", "room", "beyond"), WORDS, ids=str)
+def test_words_that_are_written(scale, offset, room, beyond) -> None:
+    found = packed_words(scale, offset, room)
+    if type(beyond) is str:
+        assert found.refusal is not None and found.overrun is None
+        assert beyond in found.refusal and "cann_host" in found.refusal
+        assert "CANN error" not in found.refusal
+    elif beyond == 0:
+        assert found == type(found)()
+    else:
+        assert found.refusal is None and found.overrun is not None
+        assert f"{beyond} overwrite other memory" in found.overrun
+        assert "Expand scale to offset's length" in found.overrun
+        assert ("word 0 for every column" in found.overrun) == (room in ((1,), (1, 1)))
+        assert "cann_host's caution" in found.overrun and "CANN error" not in found.overrun
 
 
 # ---- quantized activations ----
-
-A2, P310, A950 = SOCS.values()
-EITHER = (False, True)
 
 # SoC, dtype of x, shape of x, dtype of y, eager and graph, what the refusal says; None: accepted
 DYNAMIC_QUANT = [
@@ -223,13 +401,59 @@ DYNAMIC_QUANT = [
     (P310, "float16", (4, 64), "int32", EITHER, "y is int32"),
     (A2, "float16", (4, 64), "int32", (True,), "y is int32; Ascend910B2 allows int8 or int4"),
     (A2, "float16", (4, 64), "float16", EITHER, "y is float16"),
-    (A2, "float16", (64,), "int8", EITHER, "1 dims; it must have 2 to 8"),
-    (A2, "float16", (1,) * 9, "int8", EITHER, "9 dims"),
+    (A2, "float16", (64,), "int8", EITHER, "1 dims; it must have 2 "),
+    (A2, "float16", (1,) * 9, "int8", (False,), "9 dims"),
+    (A2, "float16", (1,) * 9, "int8", (True,), None),
+    (A950, "float16", (4, 0), "int8", EITHER, None),
+    (P310, "float16", (64,), "int8", (True,), None),
+    (P310, "float16", (64,), "int8", (False,), "1 dims"),
     (A2, "float16", (4, 7), "int4", EITHER, "last dim 7; for int4 it must be a multiple of 2"),
     (A2, "float16", (4, 12), "int32", (False,), "a multiple of 8"),
     (A2, "float16", (4, 0), "int8", (True,), "last dim cannot be 0"),
-    ("Ascend310B1", "float16", (4, 64), "int8", EITHER, "no rules for Ascend310B1"),
 ]
+
+
+@pytest.mark.parametrize("graph", EITHER)
+def test_rows_of_310p_are_multiples_of_32(graph: bool) -> None:
+    text = check_dynamic_quant(P310, "float16", (4, 48), "int8", graph=graph)
+    assert text is not None and "a multiple of 32 (CANN error 561002, tiling)" in text
+    long = check_dynamic_quant(P310, "float16", (4, 4128), "int8", graph=graph, symmetric=False)
+    assert long is not None and "never writes one" in long and "CANN error" not in long
+    assert check_dynamic_quant(P310, "float16", (4, 4128), "int8", graph=graph) is None
+
+
+@pytest.mark.parametrize("graph", EITHER)
+def test_what_cann_has_and_the_stand_in_has_not_is_its_own_refusal(graph: bool) -> None:
+    for text in (
+        check_dynamic_quant("Ascend310B1", "float16", (4, 64), "int8", graph=graph),
+        check_dynamic_quant(A950, "float16", (4, 64), "float8_e5m2", graph=graph),
+        check_ascend_quant(**BASE | {"soc": A950, "y": "float8_e4m3fn"}, graph=graph),
+    ):
+        assert text is not None and "cann_host" in text and "CANN error" not in text
+
+
+# SoC, quant_mode, dst_type_max, groups given; shape of scale for x (2, 4, 64), eager and graph
+MODES = [
+    (A950, "pertoken", 0.0, False, (2, 4), TAKEN, TAKEN),
+    (A950, "pertensor", 0.0, False, (1,), TAKEN, TAKEN),
+    (A950, "perchannel", 0.0, False, (2, 64), TAKEN, TAKEN),
+    (A950, "perchannel", 0.0, True, (2, 64), PARAMETER, TILED),
+    (A950, "pertoken", 32768.0, False, (2, 4), TAKEN, TAKEN),
+    (A950, "pertoken", 40000.0, False, (2, 4), TILED, TILED),
+    (A950, "each", 0.0, False, (2, 4), PARAMETER, TILED),
+    (A2, "pertensor", 0.0, False, (1,), TAKEN, TILED),  # eagerly V4 refuses before: see aclnn
+]
+
+
+@pytest.mark.parametrize(("soc", "mode", "most", "grouped", "scale", "eager", "graph"), MODES)
+def test_dynamic_quant_modes(soc, mode, most, grouped, scale, eager, graph) -> None:
+    assert dynamic_quant_scale_shape((2, 4, 64), mode) == scale
+    groups = ("int32", (3,)) if grouped else None
+    for in_graph, answer in ((False, eager), (True, graph)):
+        text = check_dynamic_quant(
+            soc, "float16", (2, 4, 64), "int8", None, groups, in_graph, mode, most
+        )
+        assert text is None if answer is None else answer in (text or "")
 
 
 def check_text(text: str | None, graph: bool, message: str | None) -> None:
@@ -247,26 +471,44 @@ def test_dynamic_quant(soc, x, shape, y, ways, message) -> None:
         check_text(check_dynamic_quant(soc, x, shape, y, graph=graph), graph, message)
 
 
+# soc, smooth_scales and group_index of float16 (2, 4, 64); what an eager call and a graph say
 SMOOTH = [
-    # soc, smooth_scales and group_index of float16 (2, 4, 64), what the refusal says
-    (A2, ("float16", (64,)), None, None),
-    (A2, ("float16", (3, 64)), ("int32", (3,)), None),
-    (P310, ("float16", (64,)), None, None),
-    (A2, ("float16", (1,)), None, "smooth_scales is float16 (1,); it must be float16 (64,)"),
-    (A2, ("float32", (64,)), None, "it must be float16 (64,)"),
-    (A2, ("float16", (64,)), ("int32", (3,)), "it must be float16 (3, 64)"),
-    (A2, ("float16", (3, 64)), ("int64", (3,)), "group_index is int64 (3,)"),
-    (A2, ("float16", (0, 64)), ("int32", (0,)), "it must be int32, 1 to 1024 of them"),
-    (A2, None, ("int32", (3,)), "group_index is given without smooth_scales"),
-    (P310, ("float16", (3, 64)), ("int32", (3,)), "or on 310P"),
+    (A2, ("float16", (64,)), None, TAKEN, TAKEN),
+    (A2, ("float16", (3, 64)), ("int32", (3,)), TAKEN, TAKEN),
+    (A2, ("float16", (64,)), ("int32", (0,)), TAKEN, TAKEN),
+    (A950, ("float16", (64,)), ("int32", (0,)), TILED, TILED),
+    (A2, ("float16", (1,)), None, PARAMETER, TILED),
+    (A2, ("float32", (64,)), None, PARAMETER, TILED),
+    (A2, ("float16", (64,)), ("int32", (3,)), TILED, TILED),
+    (A2, ("float16", (3, 32)), ("int32", (3,)), TILED, TILED),
+    (A2, ("float16", (3, 64)), ("int64", (3,)), TILED, TILED),
+    (A2, ("float16", (3, 64)), ("float32", (3,)), PARAMETER, TILED),
+    (A2, ("float16", (3, 64)), ("int32", (1, 3)), PARAMETER, TAKEN),
+    (A2, ("float16", (1025, 64)), ("int32", (1025,)), TILED, TILED),
+    # without smooth_scales nobody looks at it
+    (A2, None, ("int32", (3,)), TAKEN, TAKEN),
+    (A2, None, ("int64", (3,)), NO_KERNEL, NO_KERNEL),
+    # on 310P the kernel reads neither
+    (P310, ("float16", (64,)), None, TAKEN, TAKEN),
+    (P310, ("float16", (3, 64)), ("int32", (3,)), TAKEN, TAKEN),
+    (P310, ("float16", (1,)), None, PARAMETER, TAKEN),
 ]
 
 
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize(("soc", "smooth", "groups", "message"), SMOOTH)
-def test_dynamic_quant_with_smooth_scales(soc, smooth, groups, message, graph) -> None:
-    text = check_dynamic_quant(soc, "float16", (2, 4, 64), "int8", smooth, groups, graph)
-    check_text(text, graph, message)
+@pytest.mark.parametrize(("soc", "smooth", "groups", "eager", "graph"), SMOOTH, ids=str)
+def test_dynamic_quant_with_smooth_scales(soc, smooth, groups, eager, graph) -> None:
+    for in_graph, answer in ((False, eager), (True, graph)):
+        text = check_dynamic_quant(soc, "float16", (2, 4, 64), "int8", smooth, groups, in_graph)
+        assert text is None if answer is None else f"CANN error {answer}" in (text or "")
+
+
+def test_inputs_without_an_effect_are_named() -> None:
+    assert dynamic_quant_ignores(A2, True, True) is None
+    assert "smooth_scales has no effect on Ascend310P3" in str(
+        dynamic_quant_ignores(P310, True, True)
+    )
+    for soc in SOCS.values():
+        assert "group_index has no effect" in str(dynamic_quant_ignores(soc, False, True))
 
 
 # changes to float16 (2, 4, 64), scale and offset (64,) to int8 on A2; ways; what the refusal says
@@ -308,13 +550,16 @@ ASCEND_QUANT = {
     "310P-bfloat16": ({"soc": P310, **BF16_ALL}, EITHER, "x is bfloat16"),
     "310P-scale": ({"soc": P310, "x": "float32", "scale": "bfloat16"}, EITHER, "scale is bfloat16"),
     "310P-int4": ({"soc": P310, "y": "int4"}, EITHER, "y is int4"),
-    "310P-rows": ({"soc": P310, "scale_shape": (4,), "axis": -2}, EITHER, "on 310P the last"),
+    "310P-rows": ({"soc": P310, "scale_shape": (4,), "axis": -2}, (False,), "on 310P the last"),
+    "310P-rows-graph": ({"soc": P310, "scale_shape": (4,), "axis": -2}, (True,), "1 or 64 values"),
+    "310P-axis-graph": ({"soc": P310, "axis": -2}, (True,), None),
     "int8-x": ({"x": "int8"}, EITHER, "x is int8"),
     "int32-in-a-graph": ({"y": "int32"}, (True,), "y is int32"),
     "offset-dtype": ({"offset": "float32", "offset_shape": (64,)}, EITHER, "they must agree"),
     "offset-length": ({"offset": "float16", "offset_shape": (1,)}, EITHER, "they must agree"),
     "length": ({"scale_shape": (63,)}, EITHER, "it must have 1 or 64 values"),
-    "scalar": ({"scale_shape": ()}, EITHER, "it must have 1 or 64 values"),
+    "scalar": ({"scale_shape": ()}, (False,), "it must have 1 or 64 values"),
+    "scalar-graph": ({"scale_shape": ()}, (True,), None),
     "two-dims": ({"scale_shape": (1, 64)}, EITHER, "it must have 1 or 64 values"),
     "other-dim": (
         {"x_shape": (2, 64, 64), "scale_shape": (1, 64, 1)},
@@ -324,8 +569,12 @@ ASCEND_QUANT = {
     "axis-first": ({"axis": 0, "scale_shape": (2,)}, EITHER, "one of the last two"),
     "axis-beyond": ({"axis": 3}, EITHER, "one of the last two"),
     "axis-before": ({"x_shape": (64,), "axis": -2}, EITHER, "one of the last two"),
-    "nine-dims": ({"x_shape": (1,) * 8 + (64,)}, EITHER, "9 dims"),
-    "scalar-x": ({"x_shape": (), "scale_shape": (1,)}, EITHER, "0 dims"),
+    "nine-dims": ({"x_shape": (1,) * 8 + (64,)}, (False,), "9 dims"),
+    "nine-dims-graph": ({"x_shape": (1,) * 8 + (64,)}, (True,), None),
+    "scalar-x": ({"x_shape": (), "scale_shape": (1,)}, (False,), "0 dims"),
+    "scalar-x-graph": ({"x_shape": (), "scale_shape": (1,)}, (True,), None),
+    "950-empty": ({"soc": A950, "x_shape": (0, 64)}, (False,), None),
+    "950-empty-graph": ({"soc": A950, "x_shape": (0, 64)}, (True,), "it cannot be empty"),
     "odd-int4": ({"x_shape": (2, 7), "scale_shape": (1,), "y": "int4"}, EITHER, "multiple of 2"),
 }
 
@@ -334,3 +583,172 @@ ASCEND_QUANT = {
 def test_ascend_quant(changes, ways, message) -> None:
     for graph in ways:
         check_text(check_ascend_quant(**{**BASE, **changes}, graph=graph), graph, message)
+
+
+def test_the_axis_of_a_graph_on_310p_is_the_last() -> None:
+    assert ascend_quant_axis(P310, -2) == -1
+    assert ascend_quant_axis(A2, -2) == ascend_quant_axis(A950, -2) == -2
+
+
+# ---- aclnnQuantize ----
+
+X3 = (4, 64)
+QUANTIZE = [
+    # SoCs, dtypes of x, scales, zero_points, out; None accepts
+    ((A2, A950, P310), "float32", "float32", "int32", "int8", None),
+    ((A2, A950, P310), "float16", "float16", None, "uint8", None),
+    ((A2, A950, P310), "float32", "float16", "uint8", "int32", None),
+    ((A2, A950), "bfloat16", "bfloat16", "bfloat16", "int8", None),
+    ((A2, A950), "bfloat16", "bfloat16", None, "int8", None),
+    ((A2, A950), "bfloat16", "float32", "int32", "int8", None),
+    ((A950,), "float32", "float32", "float32", "int8", None),
+    ((A950,), "float16", "float32", "int8", "float8_e5m2", None),
+    ((A2, P310), "float32", "float32", "float32", "int8", "zero_points is float32"),
+    ((A2, A950), "float32", "bfloat16", None, "int8", "if one of these is bfloat16 all must be"),
+    ((A2, A950), "bfloat16", "bfloat16", "int32", "int8", "all must be"),
+    ((A2, A950), "bfloat16", "float32", "bfloat16", "int8", "all must be"),
+    ((P310,), "bfloat16", "bfloat16", None, "int8", "x is bfloat16"),
+    ((P310,), "float32", "bfloat16", None, "int8", "scales is bfloat16"),
+    ((P310,), "float32", "float32", "bfloat16", "int8", "zero_points is bfloat16"),
+    ((A2, A950, P310), "float64", "float32", None, "int8", "x is float64"),
+    ((A2, A950, P310), "float32", "float64", None, "int8", "scales is float64"),
+    ((A2, A950, P310), "float32", "float32", "int64", "int8", "zero_points is int64"),
+    ((A2, A950, P310), "float32", "float32", None, "int16", "out is int16"),
+    ((A2, P310), "float32", "float32", None, "float8_e5m2", "out is float8_e5m2"),
+]
+
+
+@pytest.mark.parametrize(("socs", "x", "scales", "points", "out", "message"), QUANTIZE, ids=str)
+def test_quantize_dtypes(socs, x, scales, points, out, message) -> None:
+    for soc in socs:
+        zero_points = None if points is None else (points, (64,))
+        text = check_quantize(soc, (x, X3), (scales, (64,)), zero_points, (out, X3), 1)
+        check_text(text, False, message)
+
+
+# shape of x, of scales, of zero_points, of out, axis
+QUANTIZE_SHAPES = [
+    (X3, (64,), (64,), X3, 1, None),
+    (X3, (64,), (64,), X3, -1, None),
+    (X3, (4,), (4,), X3, 0, None),
+    (X3, (1,), (1,), X3, 7, None),  # axis is not looked at
+    ((), (1,), None, (), 0, None),
+    (X3, (64,), (1,), X3, 1, "zero_points has shape (1,); it must be (64,)"),
+    (X3, (1,), (64,), X3, 1, "zero_points has shape (64,); it must be (1,)"),
+    (X3, (1, 64), None, X3, 1, "it must have one dim"),
+    (X3, (), None, X3, 1, "it must have one dim"),
+    (X3, (63,), None, X3, 1, "1 or 64 values"),
+    (X3, (64,), None, X3, 2, "axis is 2 and x has 2 dims"),
+    (X3, (64,), None, (4, 63), 1, "out has shape (4, 63)"),
+    ((1,) * 9, (1,), None, (1,) * 9, 0, "9 dims"),
+]
+
+
+@pytest.mark.parametrize(
+    ("x", "scales", "points", "out", "axis", "message"), QUANTIZE_SHAPES, ids=str
+)
+def test_quantize_shapes(x, scales, points, out, axis, message) -> None:
+    for soc in SOCS.values():
+        zero_points = None if points is None else ("int32", points)
+        text = check_quantize(soc, (F32, x), (F32, scales), zero_points, ("int8", out), axis)
+        check_text(text, False, message)
+
+
+# ---- norms ----
+
+NORM = (2, 4, 64)
+# SoCs, dtype of x and of gamma; what RmsNorm and AddRmsNorm say: a kernel or none
+NORM_DTYPES = [
+    ((A2, A950, P310), "float16", "float16", True, True),
+    ((A2, A950, P310), "float32", "float32", True, True),
+    ((A2, A950), "bfloat16", "bfloat16", True, True),
+    ((A2, A950), "float16", "float32", True, False),
+    ((A2, A950), "bfloat16", "float32", True, False),
+    ((P310,), "float16", "float32", False, False),
+    ((P310,), "bfloat16", "bfloat16", False, False),
+    ((A2, A950, P310), "float32", "float16", False, False),
+    ((A2, A950, P310), "float64", "float64", False, False),
+    ((A2, A950, P310), "int32", "int32", False, False),
+]
+
+
+@pytest.mark.parametrize("graph", EITHER)
+@pytest.mark.parametrize(("socs", "x", "gamma", "alone", "added"), NORM_DTYPES, ids=str)
+def test_norm_dtypes(socs, x, gamma, alone, added, graph) -> None:
+    for soc in socs:
+        for x2, taken in ((None, alone), ((x, NORM), added)):
+            text = check_rms_norm(soc, (x, NORM), (gamma, (64,)), 1e-6, x2=x2, graph=graph)
+            code = NO_KERNEL if graph else PARAMETER
+            assert text is None if taken else f"CANN error {code}" in (text or "")
+
+
+# shape of x, of gamma, epsilon; RmsNorm eagerly and in a graph, AddRmsNorm eagerly and in a graph
+NORM_SHAPES = [
+    (NORM, (64,), 0.0, TAKEN, TAKEN, TAKEN, TAKEN),
+    (NORM, (4, 64), 1.0, TAKEN, TAKEN, TAKEN, TAKEN),
+    (NORM, NORM, 1.0, TAKEN, TAKEN, TAKEN, TAKEN),
+    (NORM, (63,), 1.0, TILED, TILED, TILED, TILED),
+    (NORM, (2, 4), 1.0, TILED, TILED, TILED, TILED),
+    ((64,), (1, 64), 1.0, TILED, TILED, TILED, TILED),
+    (NORM, (), 1.0, TILED, TILED, PARAMETER, TILED),
+    ((1,) * 9, (1,), 1.0, TILED, TILED, PARAMETER, TILED),
+    (NORM, (64,), -1.0, TILED, TILED, TILED, TILED),
+    ((2, 0, 64), (64,), 1.0, TAKEN, TILED, TAKEN, TILED),
+    ((2, 0), (0,), 1.0, TILED, TILED, TAKEN, TILED),
+]
+
+
+@pytest.mark.parametrize(("x", "gamma", "epsilon", "one", "two", "three", "four"), NORM_SHAPES)
+def test_norm_shapes(x, gamma, epsilon, one, two, three, four) -> None:
+    for soc in SOCS.values():
+        for x2, graph, answer in (
+            (None, False, one),
+            (None, True, two),
+            (("float16", x), False, three),
+            (("float16", x), True, four),
+        ):
+            text = check_rms_norm(
+                soc, ("float16", x), ("float16", gamma), epsilon, x2=x2, graph=graph
+            )
+            assert text is None if answer is None else f"CANN error {answer}" in (text or "")
+
+
+@pytest.mark.parametrize("graph", EITHER)
+def test_what_is_added_is_like_x1(graph: bool) -> None:
+    for x2, code in (
+        (("float32", NORM), NO_KERNEL if graph else PARAMETER),
+        (("float16", (1, 4, 64)), TILED if graph else PARAMETER),
+    ):
+        text = check_rms_norm(A2, ("float16", NORM), ("float16", (64,)), 1e-6, x2=x2, graph=graph)
+        assert text is not None and f"CANN error {code}" in text
+
+
+# type, SoC, dtype of x, whether there is a kernel or none is known of
+DEFINED = [
+    ("SwiGlu", P310, "bfloat16", False),
+    ("SwiGlu", P310, "float16", True),
+    ("SwiGlu", A2, "bfloat16", True),
+    ("SwiGlu", A2, "float64", False),
+    ("LayerNormV4", P310, "float32", False),
+    ("LayerNormV4", A950, "float32", True),
+    ("Relu", A950, "int32", True),
+    ("Relu", A950, "float64", False),
+    ("GeluV2", A950, "int32", False),
+    ("GeluV2", A2, "int32", True),  # its definition is not public
+    ("Add", A950, "float64", True),
+]
+
+
+@pytest.mark.parametrize(("type_", "soc", "x", "known"), DEFINED)
+def test_definitions(type_, soc, x, known) -> None:
+    text = check_definition(type_, soc, x)
+    assert text is None if known else f"CANN error {NO_KERNEL}" in (text or "")
+
+
+def test_layer_norm_parameters() -> None:
+    assert check_layer_norm("float16", ["float32", "float32"], 3, 1) is None
+    assert check_layer_norm("bfloat16", ["bfloat16"], 3, 3) is None
+    assert check_layer_norm("float16", [], 3, 1) is None
+    assert NO_KERNEL in str(check_layer_norm("float32", ["float16", "float16"], 3, 1))
+    assert NO_KERNEL in str(check_layer_norm("float16", ["float16", "float32"], 3, 1))
+    assert TILED in str(check_layer_norm("float16", [], 1, 2))

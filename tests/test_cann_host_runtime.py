@@ -53,6 +53,7 @@ BAD_OPTIONS = [
     (("--memory", "much"), "memory is 'much'; a size is like 8GiB, 512MiB or 1073741824"),
     (("--memory", "0"), "memory is '0'; a size is like"),
     (("--streams", "fast"), "streams is 'fast'; it must be now or late"),
+    (("--overruns", "stop"), "overruns is 'stop'; it must be warn or refuse"),
     (("--fail", "aclrtMalloc"), "fail has 'aclrtMalloc'; a fault is SYMBOL:CODE or SYMBOL:CODE@N"),
     (("--fail", "aclrtMalloc:0"), "fail has 'aclrtMalloc:0'; a fault is"),
     (("--fail", "aclrtMalloc:1@0"), "fail has 'aclrtMalloc:1@0'; a fault is"),

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -355,16 +356,53 @@ int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                  dst_type, y, scale, offset);
 }
 
-// round_mode crosses to Python as whether it is "round", the only one there is here.
+// A text crosses to Python as its place among those there are, -1 for another one: of quant_mode in
+// rules.QUANT_MODES, of round_mode in aclnn.ROUND_MODES.
+static int64_t PlaceOf(const char* text, std::initializer_list<const char*> texts) {
+  int64_t place = 0;
+  for (const char* one : texts) {
+    if (text != nullptr && std::strcmp(text, one) == 0) return place;
+    ++place;
+  }
+  return -1;
+}
+
+static int64_t QuantMode(const char* text) {
+  return PlaceOf(text, {"pertoken", "pertensor", "perchannel"});
+}
+
+int aclnnDynamicQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
+                                        const aclTensor* group_index, int64_t dst_type,
+                                        bool is_symmetrical, const char* quant_mode,
+                                        const aclTensor* y, const aclTensor* scale,
+                                        const aclTensor* offset, uint64_t* workspace_size,
+                                        aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnDynamicQuantV3GetWorkspaceSize);
+  return Prepare("aclnnDynamicQuantV3", workspace_size, executor, x, smooth_scales, group_index,
+                 dst_type, int64_t{is_symmetrical}, QuantMode(quant_mode), 0.0, y, scale, offset);
+}
+
+int aclnnDynamicQuantV4GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
+                                        const aclTensor* group_index, int64_t dst_type,
+                                        bool is_symmetrical, const char* quant_mode,
+                                        float dst_type_max, const aclTensor* y,
+                                        const aclTensor* scale, const aclTensor* offset,
+                                        uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_CALL(aclnnDynamicQuantV4GetWorkspaceSize);
+  return Prepare("aclnnDynamicQuantV4", workspace_size, executor, x, smooth_scales, group_index,
+                 dst_type, int64_t{is_symmetrical}, QuantMode(quant_mode), double{dst_type_max}, y,
+                 scale, offset);
+}
+
 int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
                                        const aclTensor* offset, bool sqrt_mode,
                                        const char* round_mode, int32_t dst_type, int32_t axis,
                                        const aclTensor* y, uint64_t* workspace_size,
                                        aclOpExecutor** executor) {
   CANN_HOST_CALL(aclnnAscendQuantV3GetWorkspaceSize);
-  const bool rounds = round_mode != nullptr && std::strcmp(round_mode, "round") == 0;
+  const int64_t rounds = PlaceOf(round_mode, {"round", "floor", "ceil", "trunc"});
   return Prepare("aclnnAscendQuantV3", workspace_size, executor, x, scale, offset,
-                 int64_t{sqrt_mode}, int64_t{rounds}, int64_t{dst_type}, int64_t{axis}, y);
+                 int64_t{sqrt_mode}, rounds, int64_t{dst_type}, int64_t{axis}, y);
 }
 
 int aclnnQuantizeGetWorkspaceSize(const aclTensor* x, const aclTensor* scales,
@@ -472,6 +510,8 @@ CANN_HOST_LAUNCH(aclnnTransQuantParamV2)
 CANN_HOST_LAUNCH(aclnnQuantMatmulV5)
 CANN_HOST_LAUNCH(aclnnQuantMatmulWeightNz)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV2)
+CANN_HOST_LAUNCH(aclnnDynamicQuantV3)
+CANN_HOST_LAUNCH(aclnnDynamicQuantV4)
 CANN_HOST_LAUNCH(aclnnAscendQuantV3)
 CANN_HOST_LAUNCH(aclnnInplaceCopy)
 CANN_HOST_LAUNCH(aclnnCast)

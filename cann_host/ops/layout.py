@@ -131,9 +131,18 @@ def _tril(x: Tensor, *, diagonal: int = 0) -> Tensor:
     return x.tril(diagonal)
 
 
+def _whole(name: str, index: Tensor) -> Tensor:
+    if index.dtype not in (torch.int32, torch.int64):
+        raise GraphError(
+            f"{name} is {index.dtype}; it must be int32 or int64 (CANN error 561003, kernel not "
+            "found)"
+        )
+    return index.to(torch.int64)
+
+
 @op("GatherElements")
 def _gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
-    return x.gather(dim, index.to(torch.int64))
+    return x.gather(dim, _whole("index", index))
 
 
 @op("PadV3")
@@ -219,7 +228,7 @@ def _gather(
     if batch_dims:
         raise GraphError(f"Gather with batch_dims {batch_dims} is not implemented by cann_host")
     dim = ints(axis)[0] % x.dim() if axis is not None else 0
-    index = indices.reshape(-1).to(torch.int64)
+    index = _whole("indices", indices).reshape(-1)
     # what lies outside is undefined on the chip; torch refuses it
     flat = x.index_select(dim, torch.where(index < 0, index + x.shape[dim], index))
     return flat.reshape(x.shape[:dim] + indices.shape + x.shape[dim + 1 :])

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..executor import GraphError, Host, ints, op
+from .. import executor
+from ..executor import GraphError, Host, dtype_name, ints, op
+from ..rules import check_layer_norm, check_rms_norm
 
 
 @op("Relu")
@@ -61,6 +63,11 @@ def _log_softmax(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
 
 @op("SwiGlu")
 def _swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
+    if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
+        raise GraphError(
+            f"x has shape {tuple(x.shape)} and dim is {dim}; SwiGlu halves that dim (CANN refuses "
+            "it while it infers shapes)"
+        )
     left, right = x.float().chunk(2, dim)
     return (torch.nn.functional.silu(left) * right).to(x.dtype)
 
@@ -90,21 +97,45 @@ def _conv2d(
     return torch.conv2d(padded, filter, bias, strides[2:], 0, dilations[2:], groups)
 
 
-@op("RmsNorm")
 def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """y and rstd."""
     value = x.to(torch.float32)
     dims = list(range(-gamma.dim(), 0))
     rstd = torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
     return (value * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
 
 
-@op("AddRmsNorm")
 def add_rms_norm(
     x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, rstd and the sum."""
     total = x1.to(torch.float32) + x2.to(torch.float32)
     y, rstd = rms_norm(total, gamma, epsilon=epsilon)
     return y.to(x1.dtype), rstd, total.to(x1.dtype)
+
+
+def _check_rms_norm(x: Tensor, gamma: Tensor, epsilon: float, x2: Tensor | None = None) -> None:
+    first, last, other = (
+        None if t is None else (dtype_name(t), tuple(t.shape)) for t in (x, gamma, x2)
+    )
+    assert first is not None and last is not None
+    soc = executor.soc_name()
+    if refusal := check_rms_norm(soc, first, last, epsilon, x2=other, graph=True):
+        raise GraphError(refusal)
+
+
+@op("RmsNorm")
+def _rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    _check_rms_norm(x, gamma, epsilon)
+    return rms_norm(x, gamma, epsilon=epsilon)
+
+
+@op("AddRmsNorm")
+def _add_rms_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rms_norm(x1, gamma, epsilon, x2)
+    return add_rms_norm(x1, x2, gamma, epsilon=epsilon)
 
 
 @op("LayerNormV4")
@@ -116,8 +147,13 @@ def _layer_norm(
     *,
     epsilon: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = torch.native_layer_norm(x, ints(normalized_shape), gamma, beta, epsilon)
-    return y, mean, rstd
+    last = ints(normalized_shape)
+    given = [dtype_name(t) for t in (gamma, beta) if t is not None]
+    if refusal := check_layer_norm(dtype_name(x), given, x.dim(), len(last)):
+        raise GraphError(refusal)
+    gamma, beta = (None if t is None else t.to(torch.float32) for t in (gamma, beta))
+    y, mean, rstd = torch.native_layer_norm(x.to(torch.float32), last, gamma, beta, epsilon)
+    return y.to(x.dtype), mean, rstd
 
 
 @op("MatMul", "MatMulV2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from lq_graph.numerics import (
     Arithmetic,
     NzWeight,
     dynamic_quant,
+    dynamic_quant_with_offset,
     pack_scale,
     quant_matmul,
     static_quant,
@@ -21,22 +24,47 @@ from ..executor import DTYPES, INT4, INT8, FractalNZ, GraphError, Int4, dtype_na
 from ..rules import (
     ND,
     NZ,
+    ascend_quant_axis,
     check_ascend_quant,
     check_dynamic_quant,
     check_quant_matmul,
     check_trans_quant_param,
+    dynamic_quant_ignores,
+    dynamic_quant_scale_shape,
+    packed_words,
     soc_family,
+    trans_quant_param_shape,
 )
 
 
 @op("TransQuantParamV2")
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
-    refusal = check_trans_quant_param(
-        scale.shape, None if offset is None else offset.shape, round_mode
-    )
-    if refusal:
+    soc = executor.soc_name()
+    given = [None if t is None else (dtype_name(t), tuple(t.shape)) for t in (scale, offset)]
+    assert given[0] is not None
+    if refusal := check_trans_quant_param(soc, given[0], given[1], round_mode):
         raise GraphError(refusal)
-    return pack_scale(scale, offset, round_mode)
+    shapes = (scale.shape, None if offset is None else offset.shape)
+    return pack_parameters(scale, offset, round_mode, trans_quant_param_shape(soc, *shapes))
+
+
+def pack_parameters(
+    scale: Tensor, offset: Tensor | None, round_mode: int, room: Sequence[int]
+) -> Tensor:
+    """The words TransQuantParamV2 leaves in a result of the shape `room`, as int64.
+
+    Raises:
+        GraphError: a word comes from beside scale or offset, or overruns are refused.
+    """
+    found = packed_words(scale.shape, None if offset is None else offset.shape, room)
+    if found.refusal:
+        raise GraphError(found.refusal)
+    if found.overrun:
+        executor.overrun(found.overrun)
+    places = math.prod(room)
+    first = scale.reshape(-1)[:places]
+    added = None if offset is None or not offset.numel() else offset.reshape(-1)[:places]
+    return pack_scale(first, added, round_mode).reshape(tuple(room))
 
 
 @op("QuantBatchMatmulV3", special=True)
@@ -167,7 +195,8 @@ def _quant_batch_matmul_v4(
 
 
 def _quantized_name(dst_type: int) -> str:
-    return {INT8: "int8", INT4: "int4"}.get(dst_type, f"GE dtype {dst_type}")
+    names = {INT8: "int8", INT4: "int4", 34: "hifloat8", 35: "float8_e5m2", 36: "float8_e4m3fn"}
+    return names.get(dst_type, f"GE dtype {dst_type}")
 
 
 @op("AscendQuantV2")
@@ -181,8 +210,9 @@ def _ascend_quant(
     dst_type: int = 2,
     axis: int = -1,
 ) -> Tensor | Int4:
+    soc = executor.soc_name()
     refusal = check_ascend_quant(
-        executor.soc_name(),
+        soc,
         dtype_name(x),
         tuple(x.shape),
         dtype_name(scale),
@@ -199,8 +229,18 @@ def _ascend_quant(
         raise GraphError(
             f"round_mode {round_mode}, sqrt_mode {sqrt_mode}: cann_host implements round and False"
         )
-    values = static_quant(x, scale, offset, axis, bits=4 if dst_type == INT4 else 8)
-    return Int4(values) if dst_type == INT4 else values
+    along = ascend_quant_axis(soc, axis)
+    if along != axis and axis not in (-1, x.dim() - 1):
+        executor.caution(
+            f"AscendQuantV2 with axis {axis} on {soc}: its tiling takes the last axis, whatever "
+            "the attribute says"
+        )
+    first, factor, addend = (
+        None if t is None else t.reshape(t.shape or (1,)) for t in (x, scale, offset)
+    )
+    assert first is not None and factor is not None
+    values = static_quant(first, factor, addend, along, bits=4 if dst_type == INT4 else 8)
+    return Int4(values) if dst_type == INT4 else values.reshape(x.shape)
 
 
 def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> Tensor:
@@ -224,6 +264,74 @@ def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> T
     return value * factors.repeat_interleave(rows, 0).view(x.shape)
 
 
+def quantize_dynamically(
+    soc: str,
+    x: Tensor,
+    smooth_scales: Tensor | None,
+    group_index: Tensor | None,
+    *,
+    bits: int,
+    symmetric: bool = True,
+    mode: str = "pertoken",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the kernels behind DynamicQuant and DynamicQuantV2 compute on a chip.
+
+    Args:
+        soc: name of the chip.
+        x: (..., m, k), accepted by `check_dynamic_quant` with the rest.
+        smooth_scales, group_index: as there.
+        bits: 8, or 4.
+        symmetric: without an offset.
+        mode: one scale for each row, for all of x, or for each of its columns.
+
+    Returns:
+        int8 of x's shape; float32 scale; offset of scale's shape, None if symmetric.
+    """
+    smooth, grouped = smooth_scales is not None, group_index is not None
+    if ignored := dynamic_quant_ignores(soc, smooth, grouped):
+        executor.caution(ignored)
+    arithmetic = chips.dynamic_arithmetic(
+        soc, x.shape[-1], smooth=smooth, groups=smooth and grouped
+    )
+    half = arithmetic is Arithmetic.HALF
+    if smooth_scales is not None and not half:  # that chip's kernels never read them
+        if mode == "perchannel":
+            x = x.to(torch.float32) * smooth_scales.to(torch.float32).unsqueeze(-1)
+        else:
+            has_groups = group_index is not None and group_index.numel() > 0
+            x = smoothed(x, smooth_scales, group_index if has_groups else None)
+    if not x.numel():
+        scale = torch.zeros(dynamic_quant_scale_shape(x.shape, mode), device=x.device)
+        return x.to(torch.int8), scale, None if symmetric else scale.clone()
+    rows = x.mT if mode == "perchannel" else x.reshape(1, -1) if mode == "pertensor" else x
+    offset: Tensor | None = None
+    if symmetric:
+        values, scale = dynamic_quant(rows, bits, arithmetic)
+    else:
+        values, scale, offset = dynamic_quant_with_offset(rows, bits, arithmetic)
+    values = values.mT.contiguous() if mode == "perchannel" else values.reshape(x.shape)
+    return values, scale, offset
+
+
+def _check_dynamic(
+    x: Tensor,
+    smooth_scales: Tensor | None,
+    group_index: Tensor | None,
+    dst_type: int,
+    mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+    symmetric: bool = True,
+) -> None:
+    smooth, groups = (
+        None if t is None else (dtype_name(t), tuple(t.shape)) for t in (smooth_scales, group_index)
+    )
+    soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
+    if refusal := check_dynamic_quant(
+        soc, dtype_name(x), shape, y, smooth, groups, True, mode, dst_type_max, symmetric
+    ):
+        raise GraphError(refusal)
+
+
 @op("DynamicQuant")
 def _dynamic_quant(
     x: Tensor,
@@ -232,20 +340,45 @@ def _dynamic_quant(
     *,
     dst_type: int = 2,
 ) -> tuple[Tensor | Int4, Tensor]:
-    smooth, groups = (
-        None if t is None else (dtype_name(t), tuple(t.shape)) for t in (smooth_scales, group_index)
+    _check_dynamic(x, smooth_scales, group_index, dst_type)
+    values, scale, _ = quantize_dynamically(
+        executor.soc_name(), x, smooth_scales, group_index, bits=4 if dst_type == INT4 else 8
     )
-    soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
-    if refusal := check_dynamic_quant(soc, dtype_name(x), shape, y, smooth, groups, graph=True):
-        raise GraphError(refusal)
-    arithmetic = chips.dynamic_arithmetic(
-        soc, shape[-1], smooth=smooth is not None, groups=groups is not None
-    )
-    # 310P's kernels never read them (dynamic_quant.cpp passes none on)
-    if smooth_scales is not None and arithmetic is not Arithmetic.HALF:
-        x = smoothed(x, smooth_scales, group_index)
-    values, scale = dynamic_quant(x, 4 if dst_type == INT4 else 8, arithmetic)
     return Int4(values) if dst_type == INT4 else values, scale
+
+
+@op("DynamicQuantV2")
+def _dynamic_quant_v2(
+    x: Tensor,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    *,
+    dst_type: int = 2,
+    is_symmetrical: bool = False,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,  # of HiFloat8 only
+) -> tuple[Tensor | Int4, Tensor, Tensor]:
+    """Only Ascend 950 reads is_symmetrical; elsewhere the kernel always writes an offset."""
+    soc = executor.soc_name()
+    reads = soc_family(soc) == "Ascend 950"
+    symmetric = is_symmetrical and reads
+    _check_dynamic(x, smooth_scales, group_index, dst_type, quant_mode, dst_type_max, symmetric)
+    if is_symmetrical and not reads:
+        executor.caution(
+            f"DynamicQuantV2 with is_symmetrical=True on {soc}: its kernel quantizes with an "
+            "offset all the same"
+        )
+    values, scale, offset = quantize_dynamically(
+        soc,
+        x,
+        smooth_scales,
+        group_index,
+        bits=4 if dst_type == INT4 else 8,
+        symmetric=symmetric,
+        mode=quant_mode if reads else "pertoken",
+    )
+    offset = torch.zeros_like(scale) if offset is None else offset  # then nobody writes it
+    return Int4(values) if dst_type == INT4 else values, scale, offset
 
 
 @op("Bitcast", special=True)
