@@ -10,7 +10,6 @@
 //   real number    3, bits of the double
 //   integers       4, how many, values...
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -19,10 +18,12 @@
 #include <vector>
 
 #include "core.h"
+#include "python.h"
 
 using cann_host::Fail;
 using cann_host::HandlesOf;
 using cann_host::kSuccess;
+using cann_host::Reach;
 
 struct aclTensor {
   std::vector<int64_t> dims;
@@ -45,16 +46,11 @@ struct aclScalar {
   int64_t integer;
 };
 
-// Memory a tensor reaches.
-struct Reach {
-  const void* data;
-  size_t bytes;
-};
-
 struct aclOpExecutor {
   const char* op;
   std::vector<int64_t> words;
   std::vector<Reach> reaches;
+  bool is_checked;  // by Python
 };
 
 namespace {
@@ -71,16 +67,12 @@ constexpr int64_t kNzRows = 16;
 constexpr int64_t kNzBytes = 32;
 
 enum Phase : int { kCheck = 0, kRun = 1 };
-using Run = int (*)(const char* op, int phase, const int64_t* words, int64_t count);
-std::atomic<Run> run_in_python{nullptr};
+cann_host::PythonFunction run_in_python;  // of the operator, the phase, and the words' address and number
 
 int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
-  const Run run = run_in_python.load();
-  if (run == nullptr) {
-    return Fail(kInternal, "cann_host: %s was called, but cann_host is not active in this process",
-                op);
-  }
-  return run(op, phase, words.data(), static_cast<int64_t>(words.size()));
+  return run_in_python.Call(op, kInternal, "(siKK)", op, static_cast<int>(phase),
+                            static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(words.data())),
+                            static_cast<unsigned long long>(words.size()));
 }
 
 int NoHandle(const char* op, const void* handle) {
@@ -129,9 +121,9 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
     fits = fits && !__builtin_mul_overflow(whole, size, &whole);
   }
   fits = fits && whole <= static_cast<int64_t>(cann_host::DeviceBytes());
-  if (fits && cann_host::IsAllocated(tensor->data, bytes)) {
-    reaches.push_back({tensor->data, static_cast<size_t>(bytes)});
-    return kSuccess;
+  if (fits) {
+    reaches.push_back(cann_host::ReachOf(tensor->data, static_cast<size_t>(bytes)));
+    if (reaches.back().block != 0) return kSuccess;
   }
   return Fail(kInvalid,
               "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
@@ -187,8 +179,8 @@ void Pack(std::vector<int64_t>& words, const aclScalar* scalar) {
 }
 
 template <typename... Arguments>
-int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
-            Arguments... arguments) {
+int Prepared(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
+             Arguments... arguments) {
   if (workspace_size == nullptr || executor == nullptr) {
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
@@ -199,42 +191,52 @@ int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   std::vector<int64_t> words;
   words.reserve(160);
   (Pack(words, arguments), ...);
-  code = Call(op, kCheck, words);
+  // Python's check waits for the launch's turn where whoever waits may hold Python's lock: see IsLate.
+  const bool checks = cann_host::GetPython() == nullptr || cann_host::IsPythonThread();
+  if (checks) code = Call(op, kCheck, words);
   if (code != kSuccess) return code;
   *workspace_size = 0;
-  *executor = HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches)});
+  *executor = HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches), checks});
   return kSuccess;
 }
 
+template <typename... Arguments>
+int Prepare(Arguments... arguments) {
+  return cann_host::ReportLaunch(Prepared(arguments...));
+}
+
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
+  // taken first: a launch that fails, on demand too, has used its executor up
   const std::shared_ptr<const aclOpExecutor> call = HandlesOf<aclOpExecutor>().Take(executor);
+  if (const int code = cann_host::Fault(op)) return code;
   if (call == nullptr || std::strcmp(call->op, op) != 0) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
   return cann_host::OnStream(op, stream, [call] {
     // it may be much later, and again: a captured graph
     for (const Reach& reach : call->reaches) {
-      if (!cann_host::IsAllocated(reach.data, reach.bytes)) {
+      if (!cann_host::IsThere(reach)) {
         return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", call->op,
                     reach.bytes, reach.data, kInvalid);
       }
     }
-    return Call(call->op, kRun, call->words);
+    const int code = call->is_checked ? kSuccess : Call(call->op, kCheck, call->words);
+    return code == kSuccess ? Call(call->op, kRun, call->words) : code;
   });
 }
 
 }  // namespace
 
 // The Python side; null when the interpreter is about to end.
-extern "C" void cann_host_set_aclnn_executor(Run run) { run_in_python = run; }
+extern "C" void cann_host_set_aclnn_executor(void* run) { run_in_python.Set(run); }
 
 #define GROUP "Operators (aclnn)"
 
 // The second phase of an operator; the first puts its checks before.
 #define CANN_HOST_LAUNCH(op)                                                              \
   extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {             \
-    CANN_HOST_CALL(op);                                                                   \
-    return Launch(#op, executor, stream);                                                 \
+    CANN_HOST_ENTRY(op, "does")                                                           \
+    return cann_host::ReportLaunch(Launch(#op, executor, stream));                        \
   }
 
 extern "C" {

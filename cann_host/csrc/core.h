@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_set>
+
+#include "mutex.h"
 
 namespace cann_host {
 
@@ -48,6 +49,12 @@ const char* RecentError();
 // nobody does.
 int Fault(const char* symbol);
 
+// torch_npu's task queue, if it is on (TASK_QUEUE_ENABLE): a thread that launches what others queue.
+// After a call that failed there torch_npu drops what is launched, and says so once. What a launching
+// function returns goes through the first; the second fails for ever after, for those who wait.
+int ReportLaunch(int code);
+int QueueFailure(const char* symbol);
+
 // Work on a stream, null for the device's default one: done now, or later in the stream's order, or
 // kept while a graph is captured. Returns the work's own code if it was done.
 using Task = std::function<int()>;
@@ -61,6 +68,9 @@ int FinishStream(const char* symbol, void* stream);
 void DoAllWork();
 // Whether a launch may not be done when it returns.
 bool IsDeferring();
+// Whether work waits until somebody waits for it: late streams, or launches from a thread that Python
+// does not know, torch_npu's task queue. Those who wait for the queue hold Python's lock.
+bool IsLate();
 
 // The device this thread has chosen, the first one if none.
 int CurrentDevice();
@@ -81,6 +91,16 @@ inline bool IsAllocated(const void* memory, size_t bytes) {
   return found != 0 && bytes <= found;
 }
 
+// Memory that work touches when it is done, perhaps much later, and again: a captured graph.
+struct Reach {
+  const void* data;
+  size_t bytes;
+  uint64_t block;  // the allocation they are in, 0 if they are not all in one that was made here
+};
+Reach ReachOf(const void* data, size_t bytes);
+// Whether it is the memory it was; what was never ours cannot be known.
+bool IsThere(const Reach& reach);
+
 // The objects of one kind that were given to a caller as handles. A handle that was not, or no longer
 // is, is found out before it is followed.
 template <typename T>
@@ -88,30 +108,31 @@ class Handles {
  public:
   T* Give(T object) {
     auto owned = std::make_unique<T>(std::move(object));
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock(mutex_);
     given_.insert(owned.get());
     return owned.release();
   }
   bool Has(const T* handle) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock(mutex_);
     return given_.count(handle) != 0;
   }
   // Null if it was never given, or is taken already.
   std::unique_ptr<const T> Take(const T* handle) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock(mutex_);
     return std::unique_ptr<const T>(given_.erase(handle) ? handle : nullptr);
   }
 
  private:
-  std::mutex mutex_;
+  Mutex mutex_;
   std::unordered_set<const T*> given_;
 };
 
 // Those of a type. Leaked on purpose: torch_npu still calls in while static destructors run.
 template <typename T>
+inline Handles<T>& handles_of = *new Handles<T>;
+template <typename T>
 Handles<T>& HandlesOf() {
-  static auto* handles = new Handles<T>;
-  return *handles;
+  return handles_of<T>;
 }
 
 // Bytes of an element of an aclDataType, 0 for one that is not known here or shorter than a byte.
