@@ -1,6 +1,8 @@
 #include "python.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,6 +25,7 @@ struct Api : Python {
   const char* (*text)(void*);
   void (*forget)(void*);
   int (*add_pending)(int (*)(void*), void*);
+  int (*make_pending)();
   unsigned long (*thread_number)();
   int (*set_async)(unsigned long, void*);
   bool is_whole;
@@ -37,6 +40,7 @@ struct Api : Python {
                Find(set_object, "PyErr_SetObject") && Find(attribute, "PyObject_GetAttrString") &&
                Find(text, "PyUnicode_AsUTF8") && Find(forget, "Py_DecRef") &&
                Find(add_pending, "Py_AddPendingCall") &&
+               Find(make_pending, "Py_MakePendingCalls") &&
                Find(thread_number, "PyThread_get_thread_ident") &&
                Find(set_async, "PyThreadState_SetAsyncExc");
   }
@@ -63,10 +67,25 @@ int RaiseNow(void* exception) {
   return -1;
 }
 
+bool IsMainThread() { return syscall(SYS_gettid) == getpid(); }
+
+// The exception that is set, as an object of its own.
+void* TakeException(const Api& api) {
+  void *type = nullptr, *exception = nullptr, *trace = nullptr;
+  api.fetch(&type, &exception, &trace);
+  api.normalize(&type, &exception, &trace);
+  if (trace != nullptr) {
+    api.set_traceback(exception, trace);
+    api.forget(trace);
+  }
+  api.forget(type);
+  return exception;
+}
+
 // Takes the exception. Signals are the main thread's, and there it is raised as it is; in another
 // thread one of its class.
 void RaiseLater(const Api& api, void* exception) {
-  if (syscall(SYS_gettid) == getpid()) {
+  if (IsMainThread()) {
     if (api.add_pending(RaiseNow, exception) == 0) return;
   } else {
     void* type = api.type_of(exception);
@@ -76,7 +95,72 @@ void RaiseLater(const Api& api, void* exception) {
   api.forget(exception);
 }
 
+// Those whose handlers programs let raise: Ctrl-C, the end of a job, a time limit.
+struct Held {
+  int signal;
+  struct sigaction before;
+  bool is_held;
+  std::atomic<int> came;
+};
+Held held_signals[] = {{SIGINT, {}, false, {0}}, {SIGTERM, {}, false, {0}}, {SIGALRM, {}, false, {0}}};
+int depth = 0;  // of the main thread
+
+void Hold(int signal) {
+  for (Held& held : held_signals) {
+    if (held.signal == signal && held.came.fetch_add(1) > 0) held.before.sa_handler(signal);
+  }
+}
+
+void GiveBack() {
+  for (Held& held : held_signals) {
+    if (held.is_held) sigaction(held.signal, &held.before, nullptr);
+  }
+}
+
+// The main thread of a child may be another, which is in no Python function.
+struct HeldAtFork {
+  HeldAtFork() {
+    pthread_atfork([] { is_main = IsMainThread(); }, nullptr, [] {
+      if (is_main || depth == 0) return;
+      depth = 0;
+      GiveBack();
+    });
+  }
+  static inline bool is_main = true;
+};
+const HeldAtFork held_at_fork;
+
 }  // namespace
+
+HeldSignals::HeldSignals() : holds_(IsMainThread() && depth++ == 0) {
+  if (!holds_) return;
+  for (Held& held : held_signals) {
+    held.came = 0;
+    struct sigaction now;
+    held.is_held = sigaction(held.signal, nullptr, &held.before) == 0 &&
+                   held.before.sa_handler != SIG_DFL && held.before.sa_handler != SIG_IGN &&
+                   !(held.before.sa_flags & SA_SIGINFO);
+    now = held.before;
+    now.sa_handler = Hold;
+    if (held.is_held) sigaction(held.signal, &now, nullptr);
+  }
+  // what came just before is handled now; what it raises waits too
+  const Api& api = *GetApi();
+  if (api.make_pending() != 0) exception_ = TakeException(api);
+}
+
+HeldSignals::~HeldSignals() {
+  if (!holds_) {
+    if (IsMainThread()) --depth;
+    return;
+  }
+  --depth;
+  GiveBack();
+  for (Held& held : held_signals) {
+    if (held.is_held && held.came == 1) held.before.sa_handler(held.signal);
+  }
+  if (exception_ != nullptr) RaiseLater(*GetApi(), exception_);
+}
 
 const Python* GetPython() { return GetApi(); }
 
@@ -97,15 +181,12 @@ int PythonFunction::Finish(const char* name, int failure, void* result, bool kno
     api.forget(result);
     if (code != -1 || api.occurred() == nullptr) return static_cast<int>(code);
   }
-  void *type = nullptr, *exception = nullptr, *trace = nullptr;
-  api.fetch(&type, &exception, &trace);
-  api.normalize(&type, &exception, &trace);
-  if (trace != nullptr) api.set_traceback(exception, trace);
+  void* exception = TakeException(api);
+  void* type = api.type_of(exception);
   void* called = api.attribute(type, "__name__");
   Fail(failure, "%s: cann_host was interrupted by %s", name, called ? api.text(called) : "an exception");
   if (called != nullptr) api.forget(called);
   api.forget(type);
-  if (trace != nullptr) api.forget(trace);
   if (knows_thread) {
     RaiseLater(api, exception);
   } else {

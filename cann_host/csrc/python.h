@@ -19,12 +19,25 @@ const Python* GetPython();
 // Whether Python knows this thread. torch_npu's threads it does not.
 bool IsPythonThread();
 
+// While one lives, in the main thread, a signal that Python handles waits. Wants Python's lock.
+class HeldSignals {
+ public:
+  HeldSignals();
+  ~HeldSignals();
+  HeldSignals(const HeldSignals&) = delete;
+
+ private:
+  bool holds_;
+  void* exception_ = nullptr;  // of a signal that came before
+};
+
 // A function of Python's that returns a code, 0 for success.
 //
-// What it does not catch reaches the caller, which C++ between them cannot carry: a Ctrl-C raises
-// KeyboardInterrupt inside whatever Python function is running. The call fails with a text, and the
-// exception is raised again in this thread as soon as it is back in Python. (A ctypes callback would
-// drop an exception, and return success.)
+// A Ctrl-C raises KeyboardInterrupt in whatever Python function the main thread runs, and the C++
+// between this one and its caller cannot carry it. So the first signal waits until the function has
+// returned; a second one does not. An exception that comes out of the function all the same makes the
+// call fail with a text, and is raised again in this thread as soon as that is back in Python. (A
+// ctypes callback would drop an exception, and return success.)
 class PythonFunction {
  public:
   // The object must live as long as the process; null takes it away.
@@ -40,8 +53,11 @@ class PythonFunction {
     if (function == nullptr || python == nullptr) return NotThere(name, failure);
     const bool knows_thread = IsPythonThread();
     const int state = python->ensure();
-    const int code =
-        Finish(name, failure, python->call(function, format, arguments...), knows_thread);
+    int code = 0;
+    {
+      const HeldSignals held;
+      code = Finish(name, failure, python->call(function, format, arguments...), knows_thread);
+    }
     python->release(state);
     return code;
   }

@@ -663,6 +663,8 @@ int aclrtSetStreamAttribute(void*, int, void*) {
 
 void cann_host_leave() { is_leaving = true; }
 
+int cann_host_has_task_queue() { return has_task_queue ? 1 : 0; }
+
 // Whether a capture is on, on whatever stream.
 int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
 
