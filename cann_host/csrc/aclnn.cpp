@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -51,6 +52,7 @@ struct aclOpExecutor {
   std::vector<int64_t> words;
   std::vector<Reach> reaches;
   bool is_checked;  // by Python
+  std::function<void()> abandon;  // its arguments
 };
 
 namespace {
@@ -178,25 +180,45 @@ void Pack(std::vector<int64_t>& words, const aclScalar* scalar) {
   }
 }
 
+// What gives up on an argument once its call has failed.
+std::function<void()> Abandoning(int64_t) { return [] {}; }
+std::function<void()> Abandoning(double) { return [] {}; }
+template <typename T>
+std::function<void()> Abandoning(const T* argument) {
+  const uint64_t number = HandlesOf<T>().Number(argument);
+  if (number == 0) return [] {};
+  return [=] { HandlesOf<T>().Abandon(argument, number); };
+}
+
 template <typename... Arguments>
 int Prepared(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
              Arguments... arguments) {
   if (workspace_size == nullptr || executor == nullptr) {
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
-  int code = kSuccess;
+  int code = cann_host::Fault((std::string(op) + "GetWorkspaceSize").c_str());
   std::vector<Reach> reaches;
   ((code = code == kSuccess ? Check(op, reaches, arguments) : code), ...);
-  if (code != kSuccess) return code;
+  const auto abandon = [all = std::vector<std::function<void()>>{Abandoning(arguments)...}] {
+    for (const auto& one : all) one();
+  };
+  if (code != kSuccess) {
+    abandon();
+    return code;
+  }
   std::vector<int64_t> words;
   words.reserve(160);
   (Pack(words, arguments), ...);
   // Python's check waits for the launch's turn where whoever waits may hold Python's lock: see IsLate.
   const bool checks = cann_host::GetPython() == nullptr || cann_host::IsPythonThread();
   if (checks) code = Call(op, kCheck, words);
-  if (code != kSuccess) return code;
+  if (code != kSuccess) {
+    abandon();
+    return code;
+  }
   *workspace_size = 0;
-  *executor = HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches), checks});
+  *executor =
+      HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches), checks, abandon});
   return kSuccess;
 }
 
@@ -208,21 +230,25 @@ int Prepare(Arguments... arguments) {
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
   // taken first: a launch that fails, on demand too, has used its executor up
   const std::shared_ptr<const aclOpExecutor> call = HandlesOf<aclOpExecutor>().Take(executor);
-  if (const int code = cann_host::Fault(op)) return code;
-  if (call == nullptr || std::strcmp(call->op, op) != 0) {
+  int code = cann_host::Fault(op);
+  if (code == kSuccess && (call == nullptr || std::strcmp(call->op, op) != 0)) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
-  return cann_host::OnStream(op, stream, [call] {
-    // it may be much later, and again: a captured graph
-    for (const Reach& reach : call->reaches) {
-      if (!cann_host::IsThere(reach)) {
-        return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", call->op,
-                    reach.bytes, reach.data, kInvalid);
+  if (code == kSuccess) {
+    code = cann_host::OnStream(op, stream, [call] {
+      // it may be much later, and again: a captured graph
+      for (const Reach& reach : call->reaches) {
+        if (!cann_host::IsThere(reach)) {
+          return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)",
+                      call->op, reach.bytes, reach.data, kInvalid);
+        }
       }
-    }
-    const int code = call->is_checked ? kSuccess : Call(call->op, kCheck, call->words);
-    return code == kSuccess ? Call(call->op, kRun, call->words) : code;
-  });
+      const int refused = call->is_checked ? kSuccess : Call(call->op, kCheck, call->words);
+      return refused ? refused : Call(call->op, kRun, call->words);
+    });
+  }
+  if (code != kSuccess && call != nullptr) call->abandon();
+  return code;
 }
 
 }  // namespace
@@ -232,7 +258,10 @@ extern "C" void cann_host_set_aclnn_executor(void* run) { run_in_python.Set(run)
 
 #define GROUP "Operators (aclnn)"
 
-// The second phase of an operator; the first puts its checks before.
+// Begins the first phase of an operator, which ends in Prepare: that lets it fail on demand.
+#define CANN_HOST_PREPARES(symbol) CANN_HOST_ENTRY(symbol, "does")
+
+// The second phase of an operator.
 #define CANN_HOST_LAUNCH(op)                                                              \
   extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {             \
     CANN_HOST_ENTRY(op, "does")                                                           \
@@ -310,7 +339,7 @@ int aclDestroyScalar(const aclScalar* scalar) {
 int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            int64_t round_mode, const aclTensor* out,
                                            uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnTransQuantParamV3GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnTransQuantParamV3GetWorkspaceSize)
   return Prepare("aclnnTransQuantParamV3", workspace_size, executor, scale, offset, round_mode,
                  out);
 }
@@ -318,7 +347,7 @@ int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTens
 int aclnnTransQuantParamV2GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            const aclTensor* out, uint64_t* workspace_size,
                                            aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnTransQuantParamV2GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnTransQuantParamV2GetWorkspaceSize)
   return Prepare("aclnnTransQuantParamV2", workspace_size, executor, scale, offset, int64_t{0},
                  out);
 }
@@ -330,7 +359,7 @@ int aclnnQuantMatmulV5GetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
                                        const aclTensor* bias, bool transpose_x1, bool transpose_x2,
                                        int64_t group_size, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnQuantMatmulV5GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnQuantMatmulV5GetWorkspaceSize)
   return Prepare("aclnnQuantMatmulV5", workspace_size, executor, x1, x2, x1_scale, x2_scale,
                  y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
                  int64_t{transpose_x2}, group_size, out);
@@ -341,7 +370,7 @@ int aclnnQuantMatmulWeightNzGetWorkspaceSize(
     const aclTensor* y_scale, const aclTensor* x1_offset, const aclTensor* x2_offset,
     const aclTensor* y_offset, const aclTensor* bias, bool transpose_x1, bool transpose_x2,
     int64_t group_size, const aclTensor* out, uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnQuantMatmulWeightNzGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnQuantMatmulWeightNzGetWorkspaceSize)
   return Prepare("aclnnQuantMatmulWeightNz", workspace_size, executor, x1, x2, x1_scale, x2_scale,
                  y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
                  int64_t{transpose_x2}, group_size, out);
@@ -352,7 +381,7 @@ int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                                         const aclTensor* y, const aclTensor* scale,
                                         const aclTensor* offset, uint64_t* workspace_size,
                                         aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnDynamicQuantV2GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnDynamicQuantV2GetWorkspaceSize)
   return Prepare("aclnnDynamicQuantV2", workspace_size, executor, x, smooth_scales, group_index,
                  dst_type, y, scale, offset);
 }
@@ -363,7 +392,7 @@ int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scal
                                        const char* round_mode, int32_t dst_type, int32_t axis,
                                        const aclTensor* y, uint64_t* workspace_size,
                                        aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnAscendQuantV3GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnAscendQuantV3GetWorkspaceSize)
   const bool rounds = round_mode != nullptr && std::strcmp(round_mode, "round") == 0;
   return Prepare("aclnnAscendQuantV3", workspace_size, executor, x, scale, offset,
                  int64_t{sqrt_mode}, int64_t{rounds}, int64_t{dst_type}, int64_t{axis}, y);
@@ -373,7 +402,7 @@ int aclnnQuantizeGetWorkspaceSize(const aclTensor* x, const aclTensor* scales,
                                   const aclTensor* zero_points, int dtype, int32_t axis,
                                   const aclTensor* out, uint64_t* workspace_size,
                                   aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnQuantizeGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnQuantizeGetWorkspaceSize)
   return Prepare("aclnnQuantize", workspace_size, executor, x, scales, zero_points, int64_t{dtype},
                  int64_t{axis}, out);
 }
@@ -382,45 +411,45 @@ int aclnnAddRmsNormGetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
                                     const aclTensor* gamma, double epsilon, const aclTensor* y,
                                     const aclTensor* rstd, const aclTensor* x,
                                     uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnAddRmsNormGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnAddRmsNormGetWorkspaceSize)
   return Prepare("aclnnAddRmsNorm", workspace_size, executor, x1, x2, gamma, epsilon, y, rstd, x);
 }
 
 int aclnnRmsNormGetWorkspaceSize(const aclTensor* x, const aclTensor* gamma, double epsilon,
                                  const aclTensor* y, const aclTensor* rstd,
                                  uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnRmsNormGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnRmsNormGetWorkspaceSize)
   return Prepare("aclnnRmsNorm", workspace_size, executor, x, gamma, epsilon, y, rstd);
 }
 
 int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* self, const aclTensor* source,
                                      uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnInplaceCopyGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnInplaceCopyGetWorkspaceSize)
   return Prepare("aclnnInplaceCopy", workspace_size, executor, self, source);
 }
 
 int aclnnCastGetWorkspaceSize(const aclTensor* self, int dtype, const aclTensor* out,
                               uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnCastGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnCastGetWorkspaceSize)
   return Prepare("aclnnCast", workspace_size, executor, self, int64_t{dtype}, out);
 }
 
 int aclnnConstantPadNdGetWorkspaceSize(const aclTensor* self, const aclIntArray* pad,
                                        const aclScalar* value, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnConstantPadNdGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnConstantPadNdGetWorkspaceSize)
   return Prepare("aclnnConstantPadNd", workspace_size, executor, self, pad, value, out);
 }
 
 int aclnnInplaceZeroGetWorkspaceSize(const aclTensor* self, uint64_t* workspace_size,
                                      aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnInplaceZeroGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnInplaceZeroGetWorkspaceSize)
   return Prepare("aclnnInplaceZero", workspace_size, executor, self);
 }
 
 int aclnnNpuFormatCastGetWorkspaceSize(const aclTensor* source, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnNpuFormatCastGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnNpuFormatCastGetWorkspaceSize)
   return Prepare("aclnnNpuFormatCast", workspace_size, executor, source, out);
 }
 

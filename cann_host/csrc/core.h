@@ -4,10 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
+#include <utility>
 
 #include "mutex.h"
 
@@ -109,22 +111,40 @@ class Handles {
   T* Give(T object) {
     auto owned = std::make_unique<T>(std::move(object));
     const Lock lock(mutex_);
-    given_.insert(owned.get());
+    given_[owned.get()] = next_++;
     return owned.release();
   }
-  bool Has(const T* handle) {
+  // Which one it is, so far none the same; 0 if it was never given, or is taken already.
+  uint64_t Number(const T* handle) {
     const Lock lock(mutex_);
-    return given_.count(handle) != 0;
+    const auto found = given_.find(handle);
+    return found == given_.end() ? 0 : found->second;
   }
-  // Null if it was never given, or is taken already.
+  bool Has(const T* handle) { return Number(handle) != 0; }
   std::unique_ptr<const T> Take(const T* handle) {
     const Lock lock(mutex_);
     return std::unique_ptr<const T>(given_.erase(handle) ? handle : nullptr);
   }
+  // A call with it has failed. torch_npu never destroys such a one; somebody else may, soon.
+  void Abandon(const T* handle, uint64_t number) {
+    std::unique_ptr<const T> oldest;
+    const Lock lock(mutex_);
+    abandoned_.push_back({handle, number});
+    if (abandoned_.size() <= kMostAbandoned) return;
+    const auto found = given_.find(abandoned_.front().first);
+    if (found != given_.end() && found->second == abandoned_.front().second) {
+      oldest.reset(found->first);
+      given_.erase(found);
+    }
+    abandoned_.pop_front();
+  }
 
  private:
+  static constexpr size_t kMostAbandoned = 256;
   Mutex mutex_;
-  std::unordered_set<const T*> given_;
+  uint64_t next_ = 1;
+  std::unordered_map<const T*, uint64_t> given_;
+  std::deque<std::pair<const T*, uint64_t>> abandoned_;
 };
 
 // Those of a type. Leaked on purpose: torch_npu still calls in while static destructors run.
