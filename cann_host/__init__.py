@@ -110,9 +110,8 @@ def activate(
         return
     library = _load()
     _configure(library, options)
-    # With its task queue on, torch_npu reports the first failed launch late and then drops every
-    # later launch in silence, leaving garbage in the results; and some of its waits hold the
-    # interpreter lock that the queue's thread needs here. Without, each launch fails where it is.
+    # With its task queue on, torch_npu reports a failed launch late, at another one. Without, each
+    # launch fails where it is.
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     _import_torch_npu()
 
@@ -124,6 +123,7 @@ def activate(
     fallback.install(library)
     _library, _options = library, options
     _activate_workers()
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
     _add_faults(options.fail, "CANN_HOST_FAIL")
     print(
         f"cann_host: no NPU here; a stand-in for CANN {options.cann_version} ({options.soc}) "
@@ -324,19 +324,33 @@ def _import_torch_npu() -> None:
     atexit.register(_drain)
 
 
-def _drain() -> None:
-    """Finish the launches in torch_npu's queue while their Python can still run.
+def _before_fork() -> None:
+    """Let the child find torch_npu's task queue empty."""
+    if _library.cann_host_has_task_queue():
+        _drain()
 
-    torch_npu would wait for them with the interpreter lock held, for ever.
-    """
+
+def _after_fork() -> None:
+    """The child has no thread for torch_npu's task queue: what it launches must not wait for it."""
+    if _library.cann_host_has_task_queue():
+        import torch_npu
+
+        torch_npu.npu.set_stream(torch_npu.npu.SyncLaunchStream())
+
+
+def _drain() -> None:
+    """Finish the launches in torch_npu's queue while their Python can still run."""
     import torch_npu
 
-    if torch_npu.npu.is_initialized():
+    if not torch_npu.npu.is_initialized():
+        return
+    try:
         torch_npu.npu.synchronize()
+    except RuntimeError as error:
+        print(f"cann_host: work that was not waited for has failed: {error}", file=sys.stderr)
 
 
 def _leave() -> None:
-    from cann_host import aclnn, captured
-
-    captured.uninstall()
-    aclnn.uninstall()
+    for name in ("captured", "aclnn"):  # not there if importing torch_npu failed
+        if module := sys.modules.get(f"cann_host.{name}"):
+            module.uninstall()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cann_host import chips, executor, rules
+from cann_host._callbacks import give, int64s
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
@@ -754,34 +755,27 @@ OPERATORS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "aclnnTransQuantParamV3": (_check_trans_quant_param, _trans_quant_param),
 }
 
-_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
-)
 _library: Any = None  # once installed
 _soc: str
 
 
-def _run(op: bytes, phase: int, words: ctypes._Pointer[ctypes.c_int64], count: int) -> int:
+def _run(name: str, phase: int, words: int, count: int) -> int:
     """Phase 0 checks, phase 1 computes. Returns CANN's code; the text goes to the library."""
-    name = op.decode()
     try:
         # A default device or a function mode of the caller must not reach these tensors.
         with torch._C.DisableTorchFunction():
-            OPERATORS[name][phase](*_unpack(words[:count]))
+            OPERATORS[name][phase](*_unpack(int64s(words, count)))
     except GraphError as refusal:  # what the GE operator of the same meaning refuses
         _library.cann_host_set_error(f"{name}: {refusal}".encode())
         return INVALID
     except Refused as refusal:
         _library.cann_host_set_error(f"{name}: {refusal}".encode(errors="replace"))
         return refusal.code
-    except BaseException as error:  # ctypes would drop it, and return success
+    except Exception as error:
         text = f"{name}: cann_host failed: {type(error).__name__}: {error}"
         _library.cann_host_set_error(text.encode(errors="replace"))
         return INNER
     return 0
-
-
-_callback = _CALLBACK(_run)  # referenced for ever: the library keeps its address
 
 
 def install(library: ctypes.CDLL, soc: str) -> None:
@@ -790,13 +784,11 @@ def install(library: ctypes.CDLL, soc: str) -> None:
     _library, _soc = library, soc
     library.cann_host_set_error.argtypes = (ctypes.c_char_p,)
     library.cann_host_set_error.restype = None
-    library.cann_host_set_aclnn_executor.argtypes = (ctypes.c_void_p,)
-    library.cann_host_set_aclnn_executor.restype = None
-    library.cann_host_set_aclnn_executor(ctypes.cast(_callback, ctypes.c_void_p))
+    give(library.cann_host_set_aclnn_executor, _run)
 
 
 def uninstall() -> None:
     """Take them away: a late launch then fails by name instead of entering a dying interpreter."""
     if _library is not None:
-        _library.cann_host_set_aclnn_executor(None)
+        give(_library.cann_host_set_aclnn_executor, None)
         _library.cann_host_leave()

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cann_host._callbacks import give
 from cann_host.aclnn import BASE_FORMATS, INNER
 from cann_host.memory import over_memory
 
 __all__ = ["install", "is_capturing", "on_memory", "on_meta", "record", "tensors", "uninstall"]
 
-_REPLAY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 _library: ctypes.CDLL | None = None  # once installed
 _is_capturing: Callable[[], int]
 _numbers = count()
@@ -115,9 +115,6 @@ def _replay(number: int) -> int:
     return 0
 
 
-_callback = _REPLAY(_replay)  # referenced for ever: the library keeps its address
-
-
 def install(library: ctypes.CDLL) -> None:
     """Let the library ask for replays."""
     global _library, _is_capturing
@@ -128,12 +125,10 @@ def install(library: ctypes.CDLL) -> None:
     library.cann_host_next_ended.restype = ctypes.c_int64
     library.cann_host_bytes_at.argtypes = (ctypes.c_void_p,)
     library.cann_host_bytes_at.restype = ctypes.c_uint64
-    library.cann_host_set_replay.argtypes = (ctypes.c_void_p,)
-    library.cann_host_set_replay.restype = None
-    library.cann_host_set_replay(ctypes.cast(_callback, ctypes.c_void_p))
+    give(library.cann_host_set_replay, _replay)
 
 
 def uninstall() -> None:
     """A replay then fails instead of entering a dying interpreter."""
     if _library is not None:
-        _library.cann_host_set_replay(None)
+        give(_library.cann_host_set_replay, None)

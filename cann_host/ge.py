@@ -21,6 +21,7 @@ from torch import Tensor
 from lq_graph.numerics import NzWeight, nz_to_nd
 
 from . import executor, ops  # noqa: F401 - ops registers the operators
+from ._callbacks import give
 from .executor import (
     DTYPES,
     FractalNZ,
@@ -486,19 +487,6 @@ class _GeTensor(ctypes.Structure):
     )
 
 
-_Compile = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_void_p,
-    ctypes.POINTER(ctypes.c_uint64),
-)
-_Run = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_uint64, ctypes.POINTER(_GeTensor), ctypes.c_size_t, ctypes.c_void_p
-)
-_Release = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
-
-
 class _Bridge:
     """The three functions csrc/ge.cpp calls, and the plans they share."""
 
@@ -523,14 +511,12 @@ class _Bridge:
         ]
         lib.cann_host_ge_set_static.argtypes = [ctypes.c_void_p, ctypes.c_int]
         lib.cann_host_ge_fail.argtypes = [ctypes.c_char_p]
-        # Native code keeps the addresses, so these must live as long as the process.
-        self.callbacks = (_Compile(self.compile), _Run(self.run), _Release(self.release))
         for op in executor.OPS.values():
             self.announce(op)
         executor.announce = self.announce
-        lib.cann_host_set_ge_executor(*self.callbacks)
+        give(lib.cann_host_set_ge_executor, self.compile, self.run, self.release)
         # Past this point the interpreter is gone but torchair's statics still remove their graphs.
-        atexit.register(lib.cann_host_set_ge_executor, None, None, None)
+        atexit.register(give, lib.cann_host_set_ge_executor, None, None, None)
 
     def announce(self, op: Op) -> None:
         names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
@@ -544,7 +530,7 @@ class _Bridge:
         self.lib.cann_host_ge_fail(text.encode(errors="replace"))
         return 1
 
-    def compile(self, model: int, size: int, summary: int, number: Any) -> int:
+    def compile(self, model: int, size: int, summary: int, number: int) -> int:
         try:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 plan = compile_graph(ctypes.string_at(model, size))
@@ -553,24 +539,26 @@ class _Bridge:
                 self.lib.cann_host_ge_add_output(
                     summary, info.dtype, _int64s(info.shape), len(info.shape)
                 )
-            number[0] = next(self.numbers)
-            self.plans[number[0]] = plan
-        except BaseException as error:
+            place = ctypes.c_uint64.from_address(number)
+            place.value = next(self.numbers)
+            self.plans[place.value] = plan
+        except Exception as error:
             return self.fail(error)
         return 0
 
-    def run(self, number: int, inputs: Any, count: int, outputs: int) -> int:
+    def run(self, number: int, inputs: int, count: int, outputs: int) -> int:
         try:
             plan = self.plans[number]
+            given = (_GeTensor * count).from_address(inputs) if count else ()
             # The caller may be inside `with torch.device("npu")` or a mode of its own.
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                results = plan.run([_read(inputs[i]) for i in range(count)])
+                results = plan.run([_read(tensor) for tensor in given])
                 for index, (result, info) in enumerate(
                     zip(results, plan.output_infos, strict=True)
                 ):
                     if not self.write(outputs, index, result, info):
                         return 1
-        except BaseException as error:
+        except Exception as error:
             return self.fail(error)
         return 0
 
@@ -588,8 +576,9 @@ class _Bridge:
         ctypes.memmove(target, result.data_ptr(), size)
         return True
 
-    def release(self, number: int) -> None:
+    def release(self, number: int) -> int:
         self.plans.pop(number, None)
+        return 0
 
 
 def _int64s(dims: Sequence[int]) -> Any:

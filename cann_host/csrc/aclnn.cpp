@@ -10,9 +10,9 @@
 //   real number    3, bits of the double
 //   integers       4, how many, values...
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -20,10 +20,12 @@
 #include <vector>
 
 #include "core.h"
+#include "python.h"
 
 using cann_host::Fail;
 using cann_host::HandlesOf;
 using cann_host::kSuccess;
+using cann_host::Reach;
 
 struct aclTensor {
   std::vector<int64_t> dims;
@@ -46,16 +48,12 @@ struct aclScalar {
   int64_t integer;
 };
 
-// Memory a tensor reaches.
-struct Reach {
-  const void* data;
-  size_t bytes;
-};
-
 struct aclOpExecutor {
   const char* op;
   std::vector<int64_t> words;
   std::vector<Reach> reaches;
+  bool is_checked;  // by Python
+  std::function<void()> abandon;  // its arguments
 };
 
 namespace {
@@ -72,16 +70,12 @@ constexpr int64_t kNzRows = 16;
 constexpr int64_t kNzBytes = 32;
 
 enum Phase : int { kCheck = 0, kRun = 1 };
-using Run = int (*)(const char* op, int phase, const int64_t* words, int64_t count);
-std::atomic<Run> run_in_python{nullptr};
+cann_host::PythonFunction run_in_python;  // of the operator, the phase, and the words' address and number
 
 int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
-  const Run run = run_in_python.load();
-  if (run == nullptr) {
-    return Fail(kInternal, "cann_host: %s was called, but cann_host is not active in this process",
-                op);
-  }
-  return run(op, phase, words.data(), static_cast<int64_t>(words.size()));
+  return run_in_python.Call(op, kInternal, "(siKK)", op, static_cast<int>(phase),
+                            static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(words.data())),
+                            static_cast<unsigned long long>(words.size()));
 }
 
 int NoHandle(const char* op, const void* handle) {
@@ -130,9 +124,9 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
     fits = fits && !__builtin_mul_overflow(whole, size, &whole);
   }
   fits = fits && whole <= static_cast<int64_t>(cann_host::DeviceBytes());
-  if (fits && cann_host::IsAllocated(tensor->data, bytes)) {
-    reaches.push_back({tensor->data, static_cast<size_t>(bytes)});
-    return kSuccess;
+  if (fits) {
+    reaches.push_back(cann_host::ReachOf(tensor->data, static_cast<size_t>(bytes)));
+    if (reaches.back().block != 0) return kSuccess;
   }
   return Fail(kInvalid,
               "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
@@ -187,55 +181,92 @@ void Pack(std::vector<int64_t>& words, const aclScalar* scalar) {
   }
 }
 
+// What gives up on an argument once its call has failed.
+std::function<void()> Abandoning(int64_t) { return [] {}; }
+std::function<void()> Abandoning(double) { return [] {}; }
+template <typename T>
+std::function<void()> Abandoning(const T* argument) {
+  const uint64_t number = HandlesOf<T>().Number(argument);
+  if (number == 0) return [] {};
+  return [=] { HandlesOf<T>().Abandon(argument, number); };
+}
+
 template <typename... Arguments>
-int Prepare(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
-            Arguments... arguments) {
+int Prepared(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
+             Arguments... arguments) {
   if (workspace_size == nullptr || executor == nullptr) {
     return Fail(kNullPointer, "%s: no place for the workspace size or the executor", op);
   }
-  int code = kSuccess;
+  int code = cann_host::Fault((std::string(op) + "GetWorkspaceSize").c_str());
   std::vector<Reach> reaches;
   ((code = code == kSuccess ? Check(op, reaches, arguments) : code), ...);
-  if (code != kSuccess) return code;
+  const auto abandon = [all = std::vector<std::function<void()>>{Abandoning(arguments)...}] {
+    for (const auto& one : all) one();
+  };
+  if (code != kSuccess) {
+    abandon();
+    return code;
+  }
   std::vector<int64_t> words;
   words.reserve(160);
   (Pack(words, arguments), ...);
-  code = Call(op, kCheck, words);
-  if (code != kSuccess) return code;
+  // Python's check waits for the launch's turn where whoever waits may hold Python's lock: see IsLate.
+  const bool checks = cann_host::GetPython() == nullptr || cann_host::IsPythonThread();
+  if (checks) code = Call(op, kCheck, words);
+  if (code != kSuccess) {
+    abandon();
+    return code;
+  }
   *workspace_size = 0;
-  *executor = HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches)});
+  *executor =
+      HandlesOf<aclOpExecutor>().Give({op, std::move(words), std::move(reaches), checks, abandon});
   return kSuccess;
 }
 
+template <typename... Arguments>
+int Prepare(Arguments... arguments) {
+  return cann_host::ReportLaunch(Prepared(arguments...));
+}
+
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
+  // taken first: a launch that fails, on demand too, has used its executor up
   const std::shared_ptr<const aclOpExecutor> call = HandlesOf<aclOpExecutor>().Take(executor);
-  if (call == nullptr || std::strcmp(call->op, op) != 0) {
+  int code = cann_host::Fault(op);
+  if (code == kSuccess && (call == nullptr || std::strcmp(call->op, op) != 0)) {
     return Fail(kNullPointer, "%s was launched without an executor of its own", op);
   }
-  return cann_host::OnStream(op, stream, [call] {
-    // it may be much later, and again: a captured graph
-    for (const Reach& reach : call->reaches) {
-      if (!cann_host::IsAllocated(reach.data, reach.bytes)) {
-        return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)", call->op,
-                    reach.bytes, reach.data, kInvalid);
+  if (code == kSuccess) {
+    code = cann_host::OnStream(op, stream, [call] {
+      // it may be much later, and again: a captured graph
+      for (const Reach& reach : call->reaches) {
+        if (!cann_host::IsThere(reach)) {
+          return Fail(kInvalid, "%s: %zu bytes at %p are no longer allocated (CANN error %d)",
+                      call->op, reach.bytes, reach.data, kInvalid);
+        }
       }
-    }
-    return Call(call->op, kRun, call->words);
-  });
+      const int refused = call->is_checked ? kSuccess : Call(call->op, kCheck, call->words);
+      return refused ? refused : Call(call->op, kRun, call->words);
+    });
+  }
+  if (code != kSuccess && call != nullptr) call->abandon();
+  return code;
 }
 
 }  // namespace
 
 // The Python side; null when the interpreter is about to end.
-extern "C" void cann_host_set_aclnn_executor(Run run) { run_in_python = run; }
+extern "C" void cann_host_set_aclnn_executor(void* run) { run_in_python.Set(run); }
 
 #define GROUP "Operators (aclnn)"
 
-// The second phase of an operator; the first puts its checks before.
+// Begins the first phase of an operator, which ends in Prepare: that lets it fail on demand.
+#define CANN_HOST_PREPARES(symbol) CANN_HOST_ENTRY(symbol, "does")
+
+// The second phase of an operator.
 #define CANN_HOST_LAUNCH(op)                                                              \
   extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {             \
-    CANN_HOST_CALL(op);                                                                   \
-    return Launch(#op, executor, stream);                                                 \
+    CANN_HOST_ENTRY(op, "does")                                                           \
+    return cann_host::ReportLaunch(Launch(#op, executor, stream));                        \
   }
 
 extern "C" {
@@ -309,7 +340,7 @@ int aclDestroyScalar(const aclScalar* scalar) {
 int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            int64_t round_mode, const aclTensor* out,
                                            uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnTransQuantParamV3GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnTransQuantParamV3GetWorkspaceSize)
   return Prepare("aclnnTransQuantParamV3", workspace_size, executor, scale, offset, round_mode,
                  out);
 }
@@ -317,7 +348,7 @@ int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTens
 int aclnnTransQuantParamV2GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            const aclTensor* out, uint64_t* workspace_size,
                                            aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnTransQuantParamV2GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnTransQuantParamV2GetWorkspaceSize)
   return Prepare("aclnnTransQuantParamV2", workspace_size, executor, scale, offset, int64_t{0},
                  out);
 }
@@ -329,7 +360,7 @@ int aclnnQuantMatmulV5GetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
                                        const aclTensor* bias, bool transpose_x1, bool transpose_x2,
                                        int64_t group_size, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnQuantMatmulV5GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnQuantMatmulV5GetWorkspaceSize)
   return Prepare("aclnnQuantMatmulV5", workspace_size, executor, x1, x2, x1_scale, x2_scale,
                  y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
                  int64_t{transpose_x2}, group_size, out);
@@ -340,7 +371,7 @@ int aclnnQuantMatmulWeightNzGetWorkspaceSize(
     const aclTensor* y_scale, const aclTensor* x1_offset, const aclTensor* x2_offset,
     const aclTensor* y_offset, const aclTensor* bias, bool transpose_x1, bool transpose_x2,
     int64_t group_size, const aclTensor* out, uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnQuantMatmulWeightNzGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnQuantMatmulWeightNzGetWorkspaceSize)
   return Prepare("aclnnQuantMatmulWeightNz", workspace_size, executor, x1, x2, x1_scale, x2_scale,
                  y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
                  int64_t{transpose_x2}, group_size, out);
@@ -351,7 +382,7 @@ int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                                         const aclTensor* y, const aclTensor* scale,
                                         const aclTensor* offset, uint64_t* workspace_size,
                                         aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnDynamicQuantV2GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnDynamicQuantV2GetWorkspaceSize)
   return Prepare("aclnnDynamicQuantV2", workspace_size, executor, x, smooth_scales, group_index,
                  dst_type, y, scale, offset);
 }
@@ -377,7 +408,7 @@ int aclnnDynamicQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                                         const aclTensor* y, const aclTensor* scale,
                                         const aclTensor* offset, uint64_t* workspace_size,
                                         aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnDynamicQuantV3GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnDynamicQuantV3GetWorkspaceSize)
   return Prepare("aclnnDynamicQuantV3", workspace_size, executor, x, smooth_scales, group_index,
                  dst_type, int64_t{is_symmetrical}, QuantMode(quant_mode), 0.0, y, scale, offset);
 }
@@ -388,7 +419,7 @@ int aclnnDynamicQuantV4GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                                         float dst_type_max, const aclTensor* y,
                                         const aclTensor* scale, const aclTensor* offset,
                                         uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnDynamicQuantV4GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnDynamicQuantV4GetWorkspaceSize)
   return Prepare("aclnnDynamicQuantV4", workspace_size, executor, x, smooth_scales, group_index,
                  dst_type, int64_t{is_symmetrical}, QuantMode(quant_mode), double{dst_type_max}, y,
                  scale, offset);
@@ -399,7 +430,7 @@ int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scal
                                        const char* round_mode, int32_t dst_type, int32_t axis,
                                        const aclTensor* y, uint64_t* workspace_size,
                                        aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnAscendQuantV3GetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnAscendQuantV3GetWorkspaceSize)
   const int64_t rounds = PlaceOf(round_mode, {"round", "floor", "ceil", "trunc"});
   return Prepare("aclnnAscendQuantV3", workspace_size, executor, x, scale, offset,
                  int64_t{sqrt_mode}, rounds, int64_t{dst_type}, int64_t{axis}, y);
@@ -409,7 +440,7 @@ int aclnnQuantizeGetWorkspaceSize(const aclTensor* x, const aclTensor* scales,
                                   const aclTensor* zero_points, int dtype, int32_t axis,
                                   const aclTensor* out, uint64_t* workspace_size,
                                   aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnQuantizeGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnQuantizeGetWorkspaceSize)
   return Prepare("aclnnQuantize", workspace_size, executor, x, scales, zero_points, int64_t{dtype},
                  int64_t{axis}, out);
 }
@@ -418,45 +449,45 @@ int aclnnAddRmsNormGetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
                                     const aclTensor* gamma, double epsilon, const aclTensor* y,
                                     const aclTensor* rstd, const aclTensor* x,
                                     uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnAddRmsNormGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnAddRmsNormGetWorkspaceSize)
   return Prepare("aclnnAddRmsNorm", workspace_size, executor, x1, x2, gamma, epsilon, y, rstd, x);
 }
 
 int aclnnRmsNormGetWorkspaceSize(const aclTensor* x, const aclTensor* gamma, double epsilon,
                                  const aclTensor* y, const aclTensor* rstd,
                                  uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnRmsNormGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnRmsNormGetWorkspaceSize)
   return Prepare("aclnnRmsNorm", workspace_size, executor, x, gamma, epsilon, y, rstd);
 }
 
 int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* self, const aclTensor* source,
                                      uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnInplaceCopyGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnInplaceCopyGetWorkspaceSize)
   return Prepare("aclnnInplaceCopy", workspace_size, executor, self, source);
 }
 
 int aclnnCastGetWorkspaceSize(const aclTensor* self, int dtype, const aclTensor* out,
                               uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnCastGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnCastGetWorkspaceSize)
   return Prepare("aclnnCast", workspace_size, executor, self, int64_t{dtype}, out);
 }
 
 int aclnnConstantPadNdGetWorkspaceSize(const aclTensor* self, const aclIntArray* pad,
                                        const aclScalar* value, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnConstantPadNdGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnConstantPadNdGetWorkspaceSize)
   return Prepare("aclnnConstantPadNd", workspace_size, executor, self, pad, value, out);
 }
 
 int aclnnInplaceZeroGetWorkspaceSize(const aclTensor* self, uint64_t* workspace_size,
                                      aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnInplaceZeroGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnInplaceZeroGetWorkspaceSize)
   return Prepare("aclnnInplaceZero", workspace_size, executor, self);
 }
 
 int aclnnNpuFormatCastGetWorkspaceSize(const aclTensor* source, const aclTensor* out,
                                        uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_CALL(aclnnNpuFormatCastGetWorkspaceSize);
+  CANN_HOST_PREPARES(aclnnNpuFormatCastGetWorkspaceSize)
   return Prepare("aclnnNpuFormatCast", workspace_size, executor, source, out);
 }
 

@@ -127,6 +127,41 @@ int Identity(const aclTensorDesc& in, const aclDataBuffer& from, const aclTensor
               in.storage_format, out.storage_format);
 }
 
+int Execute(const char* op_type, int num_inputs, const aclTensorDesc* const* inputs,
+            const aclDataBuffer* const* sources, int num_outputs,
+            const aclTensorDesc* const* outputs, aclDataBuffer* const* targets, void* stream) {
+  if (op_type == nullptr) return Fail(kInvalidParam, "aclopCompileAndExecute: no operator's name");
+  if (op_type == std::string("Identity") && num_inputs == 1 && num_outputs == 1) {
+    if (!inputs || !sources || !outputs || !targets) {
+      return Fail(kInvalidParam, "aclopCompileAndExecute: Identity without its tensors");
+    }
+    for (const aclTensorDesc* desc : {inputs[0], outputs[0]}) {
+      if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclopCompileAndExecute", desc);
+    }
+    for (const aclDataBuffer* buffer : {sources[0], static_cast<const aclDataBuffer*>(targets[0])}) {
+      if (!HandlesOf<aclDataBuffer>().Has(buffer)) return NoHandle("aclopCompileAndExecute", buffer);
+    }
+    // The caller destroys what it passes as soon as the call returns.
+    const auto reaches = {cann_host::ReachOf(sources[0]->data, sources[0]->size),
+                          cann_host::ReachOf(targets[0]->data, targets[0]->size)};
+    return cann_host::OnStream(
+        "aclopCompileAndExecute", stream,
+        [in = *inputs[0], from = *sources[0], out = *outputs[0], to = *targets[0],
+         reaches = std::vector<cann_host::Reach>(reaches)] {
+          for (const auto& reach : reaches) {
+            if (cann_host::IsThere(reach)) continue;
+            return Fail(kInvalidParam, "Identity: %zu bytes at %p are no longer allocated",
+                        reach.bytes, reach.data);
+          }
+          return Identity(in, from, out, to);
+        });
+  }
+  return Fail(kFeatureUnsupported,
+              "cann_host: operator %s was called through aclopCompileAndExecute, which this stand-in "
+              "for CANN does not implement",
+              op_type);
+}
+
 }  // namespace
 
 extern "C" {
@@ -269,26 +304,8 @@ int aclopCompileAndExecute(const char* op_type, int num_inputs, const aclTensorD
                            const aclTensorDesc* const* outputs, aclDataBuffer* const* targets,
                            const aclopAttr*, int, int, const char*, void* stream) {
   CANN_HOST_CALL(aclopCompileAndExecute);
-  if (op_type == nullptr) return Fail(kInvalidParam, "aclopCompileAndExecute: no operator's name");
-  if (op_type == std::string("Identity") && num_inputs == 1 && num_outputs == 1) {
-    if (!inputs || !sources || !outputs || !targets) {
-      return Fail(kInvalidParam, "aclopCompileAndExecute: Identity without its tensors");
-    }
-    for (const aclTensorDesc* desc : {inputs[0], outputs[0]}) {
-      if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclopCompileAndExecute", desc);
-    }
-    for (const aclDataBuffer* buffer : {sources[0], static_cast<const aclDataBuffer*>(targets[0])}) {
-      if (!HandlesOf<aclDataBuffer>().Has(buffer)) return NoHandle("aclopCompileAndExecute", buffer);
-    }
-    // The caller destroys what it passes as soon as the call returns.
-    return cann_host::OnStream("aclopCompileAndExecute", stream,
-                               [in = *inputs[0], from = *sources[0], out = *outputs[0],
-                                to = *targets[0]] { return Identity(in, from, out, to); });
-  }
-  return Fail(kFeatureUnsupported,
-              "cann_host: operator %s was called through aclopCompileAndExecute, which this stand-in "
-              "for CANN does not implement",
-              op_type);
+  return cann_host::ReportLaunch(
+      Execute(op_type, num_inputs, inputs, sources, num_outputs, outputs, targets, stream));
 }
 
 }  // extern "C"

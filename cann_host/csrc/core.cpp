@@ -1,9 +1,11 @@
 #include "core.h"
 
+#include <sys/prctl.h>
+
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
-#include <mutex>
+#include <cstring>
 #include <vector>
 
 namespace cann_host {
@@ -19,22 +21,35 @@ struct Wanted {
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
 struct State {
-  std::mutex mutex;
+  Mutex mutex;
   std::string error;
   Options options;
   std::vector<Wanted> faults;
+  std::string queue_failure;  // of torch_npu's task queue
 };
 
 State& GetState() {
   static State* state = new State;
   return *state;
 }
+// Made when the library is loaded: a fork must not find it half made. The same elsewhere.
+[[maybe_unused]] State& made = GetState();
 
 std::atomic<bool> has_faults{false};
+std::atomic<bool> queue_has_failed{false};
+
+// torch_npu gives its threads names.
+bool IsTaskQueue() {
+  thread_local const bool is_it = [] {
+    char name[16] = "";
+    return prctl(PR_GET_NAME, name) == 0 && std::strcmp(name, "acl_thread") == 0;
+  }();
+  return is_it;
+}
 
 void Keep(const char* text) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   state.error = text;
 }
 
@@ -59,17 +74,54 @@ int Unimplemented(const char* symbol) {
               symbol);
 }
 
+namespace {
+
+// Wants the lock.
+void NoteFailure(State& state) {
+  if (!IsTaskQueue() || queue_has_failed) return;
+  state.queue_failure = state.error;
+  queue_has_failed = true;
+}
+
+}  // namespace
+
+int ReportLaunch(int code) {
+  if (code != kSuccess && IsTaskQueue()) {
+    State& state = GetState();
+    const Lock lock(state.mutex);
+    NoteFailure(state);
+  }
+  return code;
+}
+
+int QueueFailure(const char* symbol) {
+  if (!queue_has_failed) return kSuccess;
+  std::string reason;
+  {
+    State& state = GetState();
+    const Lock lock(state.mutex);
+    reason = state.queue_failure;
+  }
+  return Fail(kFailure,
+              "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops what "
+              "is launched after it: results are not to be trusted. Start the process again; with "
+              "TASK_QUEUE_ENABLE=0 the call that fails is told. The failure: %s",
+              symbol, reason.c_str());
+}
+
 int Fault(const char* symbol) {
   if (!has_faults.load(std::memory_order_relaxed)) return kSuccess;
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   for (Wanted& wanted : state.faults) {
     if (wanted.symbol != symbol) continue;
     ++wanted.calls;
     if (wanted.call != 0 && wanted.call != wanted.calls) continue;
     state.error = wanted.text + ": cann_host: this fault was asked for: call " +
                   std::to_string(wanted.calls) + " of " + symbol;
-    return wanted.code;
+    const int code = wanted.code;
+    NoteFailure(state);
+    return code;
   }
   return kSuccess;
 }
@@ -109,7 +161,7 @@ int64_t DtypeBytes(int dtype) {
 const char* RecentError() {
   thread_local std::string copy;
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   copy = state.error;
   return copy.c_str();
 }
@@ -133,7 +185,7 @@ void cann_host_configure(const char* soc, const char* cann_version, int devices,
 // From now on, call number `call` of a symbol, or every one for 0, returns this code.
 void cann_host_add_fault(const char* symbol, int code, const char* text, long call) {
   auto& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   state.faults.push_back({symbol, code, text, call, 0});
   cann_host::has_faults = true;
 }
@@ -141,7 +193,7 @@ void cann_host_add_fault(const char* symbol, int code, const char* text, long ca
 // Back to how it was when there were only the first `keep`.
 void cann_host_drop_faults(size_t keep) {
   auto& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   if (keep < state.faults.size()) state.faults.resize(keep);
   cann_host::has_faults = !state.faults.empty();
 }

@@ -4,11 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
+#include <utility>
+
+#include "mutex.h"
 
 namespace cann_host {
 
@@ -48,6 +51,12 @@ const char* RecentError();
 // nobody does.
 int Fault(const char* symbol);
 
+// torch_npu's task queue, if it is on (TASK_QUEUE_ENABLE): a thread that launches what others queue.
+// After a call that failed there torch_npu drops what is launched, and says so once. What a launching
+// function returns goes through the first; the second fails for ever after, for those who wait.
+int ReportLaunch(int code);
+int QueueFailure(const char* symbol);
+
 // Work on a stream, null for the device's default one: done now, or later in the stream's order, or
 // kept while a graph is captured. Returns the work's own code if it was done.
 using Task = std::function<int()>;
@@ -61,6 +70,9 @@ int FinishStream(const char* symbol, void* stream);
 void DoAllWork();
 // Whether a launch may not be done when it returns.
 bool IsDeferring();
+// Whether work waits until somebody waits for it: late streams, or launches from a thread that Python
+// does not know, torch_npu's task queue. Those who wait for the queue hold Python's lock.
+bool IsLate();
 
 // The device this thread has chosen, the first one if none.
 int CurrentDevice();
@@ -81,6 +93,16 @@ inline bool IsAllocated(const void* memory, size_t bytes) {
   return found != 0 && bytes <= found;
 }
 
+// Memory that work touches when it is done, perhaps much later, and again: a captured graph.
+struct Reach {
+  const void* data;
+  size_t bytes;
+  uint64_t block;  // the allocation they are in, 0 if they are not all in one that was made here
+};
+Reach ReachOf(const void* data, size_t bytes);
+// Whether it is the memory it was; what was never ours cannot be known.
+bool IsThere(const Reach& reach);
+
 // The objects of one kind that were given to a caller as handles. A handle that was not, or no longer
 // is, is found out before it is followed.
 template <typename T>
@@ -88,30 +110,49 @@ class Handles {
  public:
   T* Give(T object) {
     auto owned = std::make_unique<T>(std::move(object));
-    std::lock_guard<std::mutex> lock(mutex_);
-    given_.insert(owned.get());
+    const Lock lock(mutex_);
+    given_[owned.get()] = next_++;
     return owned.release();
   }
-  bool Has(const T* handle) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return given_.count(handle) != 0;
+  // Which one it is, so far none the same; 0 if it was never given, or is taken already.
+  uint64_t Number(const T* handle) {
+    const Lock lock(mutex_);
+    const auto found = given_.find(handle);
+    return found == given_.end() ? 0 : found->second;
   }
-  // Null if it was never given, or is taken already.
+  bool Has(const T* handle) { return Number(handle) != 0; }
   std::unique_ptr<const T> Take(const T* handle) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock(mutex_);
     return std::unique_ptr<const T>(given_.erase(handle) ? handle : nullptr);
+  }
+  // A call with it has failed. torch_npu never destroys such a one; somebody else may, soon.
+  void Abandon(const T* handle, uint64_t number) {
+    std::unique_ptr<const T> oldest;
+    const Lock lock(mutex_);
+    abandoned_.push_back({handle, number});
+    if (abandoned_.size() <= kMostAbandoned) return;
+    const auto found = given_.find(abandoned_.front().first);
+    if (found != given_.end() && found->second == abandoned_.front().second) {
+      oldest.reset(found->first);
+      given_.erase(found);
+    }
+    abandoned_.pop_front();
   }
 
  private:
-  std::mutex mutex_;
-  std::unordered_set<const T*> given_;
+  static constexpr size_t kMostAbandoned = 256;
+  Mutex mutex_;
+  uint64_t next_ = 1;
+  std::unordered_map<const T*, uint64_t> given_;
+  std::deque<std::pair<const T*, uint64_t>> abandoned_;
 };
 
 // Those of a type. Leaked on purpose: torch_npu still calls in while static destructors run.
 template <typename T>
+inline Handles<T>& handles_of = *new Handles<T>;
+template <typename T>
 Handles<T>& HandlesOf() {
-  static auto* handles = new Handles<T>;
-  return *handles;
+  return handles_of<T>;
 }
 
 // Bytes of an element of an aclDataType, 0 for one that is not known here or shorter than a byte.

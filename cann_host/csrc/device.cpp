@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <string>
 
 #include "core.h"
@@ -22,7 +21,7 @@ constexpr int kMostDevices = 64;
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
 struct Acl {
-  std::mutex mutex;
+  cann_host::Mutex mutex;
   std::map<int, std::string> compile_options;
   std::map<int, int64_t> system_parameters;
   bool initialized = false;
@@ -32,13 +31,14 @@ Acl& GetAcl() {
   static Acl* acl = new Acl;
   return *acl;
 }
+[[maybe_unused]] Acl& made = GetAcl();
 
 thread_local int32_t current_device = -1;
 int contexts[kMostDevices];  // only their addresses matter
 
 int SetParameter(int option, int64_t value) {
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   acl.system_parameters[option] = value;
   return kSuccess;
 }
@@ -54,7 +54,7 @@ extern "C" {
 int aclInit(const char*) {
   CANN_HOST_CALL(aclInit);
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   if (acl.initialized) return Fail(100002, "aclInit was called already");
   acl.initialized = true;
   return kSuccess;
@@ -63,7 +63,7 @@ int aclInit(const char*) {
 int aclFinalize() {
   CANN_HOST_CALL(aclFinalize);
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   acl.initialized = false;
   return kSuccess;
 }
@@ -224,7 +224,7 @@ int aclrtGetSysParamOpt(int option, int64_t* value) {
   CANN_HOST_CALL(aclrtGetSysParamOpt);
   CANN_HOST_NEEDS(aclrtGetSysParamOpt, value);
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   auto found = acl.system_parameters.find(option);
   *value = found == acl.system_parameters.end() ? 0 : found->second;
   return kSuccess;
@@ -237,7 +237,7 @@ int aclSetCompileopt(int option, const char* value) {
   CANN_HOST_CALL(aclSetCompileopt);
   CANN_HOST_NEEDS(aclSetCompileopt, value);
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   acl.compile_options[option] = value;
   return kSuccess;
 }
@@ -245,7 +245,7 @@ int aclSetCompileopt(int option, const char* value) {
 CANN_HOST_ENTRY(aclGetCompileoptSize, "makes")
 size_t aclGetCompileoptSize(int option) {
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   return acl.compile_options[option].size() + 1;
 }
 
@@ -253,7 +253,7 @@ int aclGetCompileopt(int option, char* value, size_t length) {
   CANN_HOST_CALL(aclGetCompileopt);
   CANN_HOST_NEEDS(aclGetCompileopt, value);
   Acl& acl = GetAcl();
-  std::lock_guard<std::mutex> lock(acl.mutex);
+  const cann_host::Lock lock(acl.mutex);
   const std::string& text = acl.compile_options[option];
   if (length < text.size() + 1) {
     return Fail(kInvalidParam, "aclGetCompileopt: %zu bytes are too few", length);

@@ -3,12 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <mutex>
 #include <set>
 #include <string_view>
 #include <utility>
 
 #include "core.h"
+#include "python.h"
 #include "ge_abi.h"
 
 using cann_host::Fault;
@@ -52,22 +52,24 @@ struct cann_host_ge_tensor {
 struct cann_host_ge_summary;
 struct cann_host_ge_outputs;
 
-// Each returns 0 for success. A failing one has called cann_host_ge_fail before.
-using CompileFn = int (*)(const void* model, size_t size, cann_host_ge_summary* summary,
-                          uint64_t* plan);
-using RunFn = int (*)(uint64_t plan, const cann_host_ge_tensor* inputs, size_t input_count,
-                      cann_host_ge_outputs* outputs);
-using ReleaseFn = void (*)(uint64_t plan);
-
 }  // extern "C"
 
 namespace {
 
+// Python functions; pointers go as numbers. Each returns 0 for success. A failing one has called
+// cann_host_ge_fail before.
 struct Executor {
-  CompileFn compile = nullptr;
-  RunFn run = nullptr;
-  ReleaseFn release = nullptr;
+  cann_host::PythonFunction compile;  // of the model, its size, a cann_host_ge_summary, a uint64 for
+                                      // the plan's number
+  cann_host::PythonFunction run;      // of the plan, cann_host_ge_tensors, how many, a
+                                      // cann_host_ge_outputs
+  cann_host::PythonFunction release;  // of the plan
 };
+
+unsigned long long Number(const void* pointer) {
+  return static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(pointer));
+}
+unsigned long long Number(uint64_t number) { return number; }
 
 // Inputs and attributes of an operator, in the order of its GE definition.
 struct OpDefinition {
@@ -77,7 +79,7 @@ struct OpDefinition {
 
 // Leaked on purpose: torchair's own statics still call in while the process exits.
 struct State {
-  std::mutex mutex;
+  cann_host::Mutex mutex;
   Executor executor;
   std::map<std::string, OpDefinition> ops;
 };
@@ -86,12 +88,9 @@ State& GetState() {
   static State* state = new State;
   return *state;
 }
+[[maybe_unused]] State& made = GetState();
 
-Executor GetExecutor() {
-  State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
-  return state.executor;
-}
+Executor& GetExecutor() { return GetState().executor; }
 
 std::set<std::string> Split(const char* names) {
   std::set<std::string> result;
@@ -107,15 +106,16 @@ std::set<std::string> Split(const char* names) {
 
 extern "C" {
 
-void cann_host_set_ge_executor(CompileFn compile, RunFn run, ReleaseFn release) {
-  State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
-  state.executor = {compile, run, release};
+// Null when the interpreter is about to end.
+void cann_host_set_ge_executor(void* compile, void* run, void* release) {
+  GetExecutor().compile.Set(compile);
+  GetExecutor().run.Set(run);
+  GetExecutor().release.Set(release);
 }
 
 void cann_host_ge_register_op(const char* type, const char* inputs, const char* attrs) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   state.ops[type] = {Split(inputs), Split(attrs)};
 }
 
@@ -282,12 +282,12 @@ class OperatorImpl {
 bool OperatorFactory::IsExistOp(const char* const type) {
   if (type == nullptr) return false;
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   return state.ops.count(type) != 0;
 }
 Operator OperatorFactory::CreateOperator(const char* const /*name*/, const char* const type) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   Operator op;
   if (type == nullptr) return op;
   const auto found = state.ops.find(type);
@@ -470,19 +470,19 @@ namespace {
 struct SessionGraph {
   explicit SessionGraph(const Graph& source) : graph(source) {}
   ~SessionGraph() {
-    const ReleaseFn release = GetExecutor().release;
-    if (compiled && release != nullptr) release(plan);
+    const auto& release = GetExecutor().release;
+    if (compiled && release) release.Call("ge.release", cann_host::kFailure, "(K)", Number(plan));
   }
 
   Graph graph;
-  std::mutex mutex;  // of compilation
+  cann_host::Mutex mutex{cann_host::Holding::kLong};  // of compilation
   bool compiled = false;
   uint64_t plan = 0;
   std::shared_ptr<CompiledGraphSummary> summary;
 };
 
 struct Sessions {
-  std::mutex mutex;
+  cann_host::Mutex mutex;
   uint64_t next = 1;
   std::map<std::pair<uint64_t, uint32_t>, std::shared_ptr<SessionGraph>> graphs;
 };
@@ -491,10 +491,11 @@ Sessions& GetSessions() {
   static Sessions* sessions = new Sessions;
   return *sessions;
 }
+[[maybe_unused]] Sessions& made = GetSessions();
 
 std::shared_ptr<SessionGraph> Find(uint64_t session, uint32_t id) {
   Sessions& sessions = GetSessions();
-  std::lock_guard<std::mutex> lock(sessions.mutex);
+  const cann_host::Lock lock(sessions.mutex);
   const auto found = sessions.graphs.find({session, id});
   if (found != sessions.graphs.end()) return found->second;
   Failed("the session has no graph %u", id);
@@ -574,16 +575,15 @@ namespace ge {
 namespace {
 
 Status Compile(SessionGraph& graph) {
-  std::lock_guard<std::mutex> lock(graph.mutex);
+  const cann_host::Lock lock(graph.mutex);
   if (graph.compiled) return GRAPH_SUCCESS;
   if (Fault("ge.compile")) return kFailed;
-  const CompileFn compile = GetExecutor().compile;
-  if (compile == nullptr) {
-    return Failed("no graph executor is installed; call cann_host.activate() before torch");
-  }
   const std::string& model = graph.graph.Model();
   cann_host_ge_summary summary;
-  if (compile(model.data(), model.size(), &summary, &graph.plan) != 0) return kFailed;
+  const int code = GetExecutor().compile.Call("ge.compile", cann_host::kFailure, "(KKKK)",
+                                              Number(model.data()), Number(model.size()),
+                                              Number(&summary), Number(&graph.plan));
+  if (code != 0) return kFailed;
   graph.summary = std::make_shared<CompiledGraphSummary>(
       std::make_shared<CompiledGraphSummary::SummaryData>(std::move(summary.data)));
   graph.compiled = true;
@@ -595,8 +595,6 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   if (Fault("ge.run")) return kFailed;
   const std::shared_ptr<SessionGraph> graph = Find(session, id);
   if (graph == nullptr || Compile(*graph) != GRAPH_SUCCESS) return kFailed;
-  const RunFn run = GetExecutor().run;
-  if (run == nullptr) return Failed("no graph executor is installed");
   std::vector<cann_host_ge_tensor> views;
   views.reserve(inputs.size());
   for (const Tensor& input : inputs) {
@@ -611,7 +609,10 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
                      desc.placement, desc.dims.data(), desc.origin_dims.data()});
   }
   cann_host_ge_outputs sink{outputs, placement};
-  return run(graph->plan, views.data(), views.size(), &sink) == 0 ? GRAPH_SUCCESS : kFailed;
+  const int code = GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKK)",
+                                          Number(graph->plan), Number(views.data()),
+                                          Number(views.size()), Number(&sink));
+  return code == 0 ? GRAPH_SUCCESS : kFailed;
 }
 
 }  // namespace
@@ -623,13 +624,13 @@ const std::string& Graph::Model() const {
 
 Session::Session(const Options& /*options*/) {
   Sessions& sessions = GetSessions();
-  std::lock_guard<std::mutex> lock(sessions.mutex);
+  const cann_host::Lock lock(sessions.mutex);
   sessionId_ = sessions.next++;
 }
 Session::~Session() {
   std::vector<std::shared_ptr<SessionGraph>> gone;  // released after the lock is
   Sessions& sessions = GetSessions();
-  std::lock_guard<std::mutex> lock(sessions.mutex);
+  const cann_host::Lock lock(sessions.mutex);
   const auto first = sessions.graphs.lower_bound({sessionId_, 0});
   const auto last = sessions.graphs.lower_bound({sessionId_ + 1, 0});
   for (auto it = first; it != last; ++it) gone.push_back(std::move(it->second));
@@ -638,7 +639,7 @@ Session::~Session() {
 Status Session::AddGraph(uint32_t id, const Graph& graph, const Options& /*options*/) {
   if (Fault("ge.add")) return kFailed;
   Sessions& sessions = GetSessions();
-  std::lock_guard<std::mutex> lock(sessions.mutex);
+  const cann_host::Lock lock(sessions.mutex);
   const bool added =
       sessions.graphs.try_emplace({sessionId_, id}, std::make_shared<SessionGraph>(graph)).second;
   return added ? GRAPH_SUCCESS : Failed("the session already has a graph %u", id);
@@ -655,7 +656,7 @@ Status Session::RemoveGraph(uint32_t id) {
   std::shared_ptr<SessionGraph> gone = Find(sessionId_, id);
   if (gone == nullptr) return kFailed;
   Sessions& sessions = GetSessions();
-  std::lock_guard<std::mutex> lock(sessions.mutex);
+  const cann_host::Lock lock(sessions.mutex);
   sessions.graphs.erase({sessionId_, id});
   return GRAPH_SUCCESS;
 }

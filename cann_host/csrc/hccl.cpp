@@ -48,24 +48,25 @@ int ReadSeconds(const char* variable, int least, int* seconds) {
 
 // Leaked: see core.cpp.
 struct State {
-  std::mutex mutex;
+  cann_host::Mutex mutex;
   std::map<void*, std::shared_ptr<Group>> groups;
 };
 State& GetState() {
   static State* state = new State;
   return *state;
 }
+[[maybe_unused]] State& made = GetState();
 
 std::shared_ptr<Group> Find(void* handle) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   const auto found = state.groups.find(handle);
   return found == state.groups.end() ? nullptr : found->second;
 }
 
 std::shared_ptr<Group> Find(const std::string& name) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   for (const auto& [handle, group] : state.groups) {
     if (group->name() == name) return group;
   }
@@ -73,7 +74,12 @@ std::shared_ptr<Group> Find(const std::string& name) {
 }
 
 int NoGroup(const char* symbol, void* handle) {
+  if (handle == nullptr) return Fail(kNullPointer, "%s: the communicator is null", symbol);
   return Fail(kParameter, "%s: %p is no communicator", symbol, handle);
+}
+
+int NoPlace(const char* symbol) {
+  return Fail(kNullPointer, "%s: no place for the answer", symbol);
 }
 
 // `timeout`: of collectives; kNotSet takes the variable.
@@ -96,7 +102,7 @@ int Connect(const char* symbol, uint32_t ranks, const Root* root, uint32_t rank,
   if (group == nullptr) return code;
   *out = group.get();
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const cann_host::Lock lock(state.mutex);
   state.groups[*out] = std::move(group);
   return kOk;
 }
@@ -124,6 +130,10 @@ int Check(const char* symbol, const Buffer& buffer, int32_t dtype) {
               Name(dtype), buffer.data);
 }
 
+cann_host::Reach ReachOf(const Buffer& buffer, int32_t dtype) {
+  return cann_host::ReachOf(buffer.data, buffer.count * Width(dtype));
+}
+
 // What a chip has of a call, whoever makes it.
 int Check(const char* symbol, const Group& group, const Call& call) {
   const std::string& soc = cann_host::GetOptions().soc;
@@ -141,24 +151,37 @@ int Check(const char* symbol, const Group& group, const Call& call) {
   if (call.root >= group.ranks()) {
     return Fail(kParameter, "%s: root %u of %u ranks", symbol, call.root, group.ranks());
   }
-  if (call.count > UINT64_MAX / 8 / kMostRanks) {
+  if (call.count > kMostElements) {
     return Fail(kParameter, "%s: a count of %llu", symbol,
                 static_cast<unsigned long long>(call.count));
   }
   return kOk;
 }
 
-int Launch(const char* symbol, void* handle, const Call& call, const Buffer& send,
-           const Buffer& receive, void* stream) {
+int Launched(const char* symbol, void* handle, const Call& call, const Buffer& send,
+             const Buffer& receive, void* stream) {
   const auto group = Find(handle);
   if (!group) return NoGroup(symbol, handle);
   int code = Check(symbol, *group, call);
   if (code == kOk) code = Check(symbol, send, call.dtype);
   if (code == kOk) code = Check(symbol, receive, call.dtype);
   if (code != kOk) return code;
-  return cann_host::OnStreamInTurn(symbol, stream, [group, call, from = send.data, to = receive.data] {
-    return group->Run(call, from, const_cast<void*>(to));
+  const auto from = ReachOf(send, call.dtype), to = ReachOf(receive, call.dtype);
+  return cann_host::OnStreamInTurn(symbol, stream, [symbol, group, call, from, to] {
+    // it may be much later, and again: a captured graph
+    for (const auto& reach : {from, to}) {
+      if (!cann_host::IsThere(reach)) {
+        return Fail(kParameter, "%s: %zu bytes at %p are no longer allocated", symbol, reach.bytes,
+                    reach.data);
+      }
+    }
+    return group->Run(call, from.data, const_cast<void*>(to.data));
   });
+}
+
+int Launch(const char* symbol, void* handle, const Call& call, const Buffer& send,
+           const Buffer& receive, void* stream) {
+  return cann_host::ReportLaunch(Launched(symbol, handle, call, send, receive, stream));
 }
 
 uint32_t RanksOf(void* handle) {
@@ -180,6 +203,7 @@ struct Side {
 };
 
 int AllToAllV(const char* symbol, const Side& send, const Side& receive, void* comm, void* stream) {
+  if (!Find(comm)) return NoGroup(symbol, comm);
   Call call{Kind::kAllToAll, send.dtype, kSum, 0, 0, {}, {}};
   if (send.dtype != receive.dtype) {
     return Fail(kNotSupported, "%s: cann_host sends and receives one dtype, not %s and %s", symbol,
@@ -191,7 +215,7 @@ int AllToAllV(const char* symbol, const Side& send, const Side& receive, void* c
     if (from.counts == nullptr) return Fail(kNullPointer, "%s: the counts are null", symbol);
     for (uint32_t rank = 0; rank < RanksOf(comm); ++rank) {
       const uint64_t count = from.counts[rank];
-      if (count > UINT64_MAX / 8 / kMostRanks) {
+      if (count > kMostElements) {
         return Fail(kParameter, "%s: a count of %llu", symbol,
                     static_cast<unsigned long long>(count));
       }
@@ -209,6 +233,7 @@ int AllToAllV(const char* symbol, const Side& send, const Side& receive, void* c
 
 int Pair(const char* symbol, uint32_t from, uint32_t other, const Buffer& buffer, int dtype,
          void* comm, void* stream) {
+  if (!Find(comm)) return NoGroup(symbol, comm);
   if (RanksOf(comm) > 2) {
     return Fail(kNotSupported, "%s: cann_host sends within communicators of two ranks only", symbol);
   }
@@ -271,7 +296,7 @@ int HcclCommDestroy(void* comm) {
   std::shared_ptr<Group> group;
   {
     State& state = GetState();
-    std::lock_guard<std::mutex> lock(state.mutex);
+    const cann_host::Lock lock(state.mutex);
     const auto found = state.groups.find(comm);
     if (found == state.groups.end()) return NoGroup("HcclCommDestroy", comm);
     group = std::move(found->second);
@@ -285,6 +310,7 @@ int HcclGetCommName(void* comm, char* name) {
   CANN_HOST_CALL(HcclGetCommName);
   const auto group = Find(comm);
   if (!group) return NoGroup("HcclGetCommName", comm);
+  if (name == nullptr) return NoPlace("HcclGetCommName");
   std::memcpy(name, group->name().c_str(), group->name().size() + 1);  // into 128 bytes
   return kOk;
 }
@@ -293,6 +319,7 @@ int HcclGetRankSize(void* comm, uint32_t* size) {
   CANN_HOST_CALL(HcclGetRankSize);
   const auto group = Find(comm);
   if (!group) return NoGroup("HcclGetRankSize", comm);
+  if (size == nullptr) return NoPlace("HcclGetRankSize");
   *size = group->ranks();
   return kOk;
 }
@@ -301,6 +328,7 @@ int HcclGetRankId(void* comm, uint32_t* rank) {
   CANN_HOST_CALL(HcclGetRankId);
   const auto group = Find(comm);
   if (!group) return NoGroup("HcclGetRankId", comm);
+  if (rank == nullptr) return NoPlace("HcclGetRankId");
   *rank = group->rank();
   return kOk;
 }
@@ -310,6 +338,7 @@ int HcclGetRankId(void* comm, uint32_t* rank) {
 int HcclGetCommAsyncError(void* comm, int* error) {
   CANN_HOST_CALL(HcclGetCommAsyncError);
   if (!Find(comm)) return NoGroup("HcclGetCommAsyncError", comm);
+  if (error == nullptr) return NoPlace("HcclGetCommAsyncError");
   *error = kOk;
   return kOk;
 }
@@ -398,6 +427,7 @@ int HcclBarrier(void* comm, void* stream) {
 int cann_host_hccl_run(const char* name, int kind, int dtype, int op, uint32_t root, uint64_t count,
                        const void* send, void* receive) {
   cann_host::DoAllWork();  // what was launched before goes first, on every rank
+  if (name == nullptr) return Fail(kNullPointer, "a communicator without a name");
   const auto group = Find(std::string(name));
   if (!group) return Fail(kParameter, "there is no communicator %s in this process", name);
   const Call call{static_cast<Kind>(kind), dtype, op, root, count, {}, {}};

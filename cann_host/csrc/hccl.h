@@ -6,9 +6,11 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
-#include <mutex>
+#include <set>
 #include <string>
 #include <vector>
+
+#include "mutex.h"
 
 namespace cann_host {
 namespace hccl {
@@ -23,6 +25,7 @@ enum Result : int {
   kTimeout = 9,
   kConnect = 11,
   kRemote = 21,
+  kOutOfMemory = 24,
 };
 
 enum ReduceOp : int32_t { kSum = 0, kProd = 1, kMax = 2, kMin = 3 };  // HcclReduceOp
@@ -84,7 +87,11 @@ struct Call {
 };
 std::string Text(const Call& call);
 
-// Where the ranks meet: rank 0 makes it, all of them connect to it. 0 is a success.
+// The most elements of a call, so that the bytes of all ranks' parts are a number.
+constexpr uint64_t kMostElements = UINT64_MAX / 8 / kMostRanks;
+
+// Where the ranks meet: rank 0 listens there, all the others connect to it. 0 is a success. It takes
+// nothing of the system before it is used.
 struct Root {
   char magic[16];
   char address[32];  // of a socket in Linux's abstract namespace: no file, no network
@@ -92,9 +99,16 @@ struct Root {
 };
 int NewRoot(Root* root);
 
+// What a rank says first.
+struct Hello {
+  char token[16];
+  uint32_t ranks, rank;
+};
+
 // One rank's side of a communicator. The ranks are processes of one user on one machine; rank 0
 // takes everybody's data, computes, and gives everybody their part. A rank that is gone, late, or
-// calls something else is an error on all of them, and the communicator's end.
+// calls something else is an error on all of them, and the communicator's end. A child that a rank
+// forks has no part in it: it keeps no socket, which the others would take for a rank that lives.
 class Group {
  public:
   // Waits until everybody is there; seconds each. Null, with the reason kept and the code in `code`.
@@ -116,20 +130,30 @@ class Group {
  private:
   using Time = std::chrono::steady_clock::time_point;
 
-  Group(uint32_t ranks, uint32_t rank, std::string name, int timeout)
-      : ranks_(ranks), rank_(rank), timeout_(timeout), name_(std::move(name)), peers_(ranks, -1) {}
-  int Host(int listener, const Root& root, Time deadline);
-  int Join(const Root& root, Time deadline);
+  Group(uint32_t ranks, uint32_t rank, std::string name, int timeout);
+  int Host(const Root& root, Time deadline);
+  int Join(const Root& root, Time deadline, int seconds);
+  int Welcome(const Hello& hello, const Root& root, int& socket);
   int Lead(const Call& call, const void* send, void* receive, Time deadline);
   int Follow(const Call& call, const void* send, void* receive, Time deadline);
   // Ends the communicator: tells the ranks that rank 0 still reaches, and keeps the reason.
   int End(int code, const std::string& text);
 
+  // Every socket of the group is opened and closed through these; -1 is none.
+  template <typename Make>
+  int Open(Make make);
+  void Close(int& socket);
+  void CloseUnknown();  // all but the ranks'
+  void CloseAll();
+  friend struct Groups;
+
   const uint32_t ranks_, rank_;
   const int timeout_;  // seconds to wait for the others in a collective; 0 waits for ever
   const std::string name_;
-  std::mutex mutex_;        // one collective at a time
+  Mutex mutex_{Holding::kLong};  // one collective at a time
   std::vector<int> peers_;  // sockets by rank: rank 0's to all, the others' to rank 0
+  std::set<int> open_;      // all sockets
+  bool is_forked_ = false;  // this is the copy in a child
   int failure_ = kOk;
   std::string reason_;
 };

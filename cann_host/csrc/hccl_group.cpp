@@ -1,8 +1,9 @@
 // The processes of a communicator, and what goes between them: a star of Unix sockets with rank 0 in
 // the middle. The addresses are abstract (no file, no network), every end must belong to the same
 // user, and the kernel closes the sockets of a process that dies, which its peers see at once.
-#include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -12,7 +13,9 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
-#include <map>
+#include <deque>
+#include <exception>
+#include <iterator>
 #include <numeric>
 
 #include "core.h"
@@ -77,21 +80,13 @@ Io Receive(int socket, void* data, size_t bytes, Time deadline) {
   });
 }
 
-void Close(int& socket) {
-  if (socket >= 0) close(socket);
-  socket = -1;
-}
-
 // Rank 0's answer: data follows a zero, and the reason anything else.
 struct Answer {
   int32_t code = kOk;
   uint32_t length = 0;
 };
 
-struct Hello {
-  char token[16];
-  uint32_t ranks, rank;
-};
+constexpr uint32_t kLongestReason = 4096;
 
 socklen_t AddressOf(const Root& root, sockaddr_un* address) {
   *address = {};
@@ -107,17 +102,35 @@ bool IsMine(int socket) {
   return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == geteuid();
 }
 
-// Sockets that wait for the ranks, by token. Leaked: see core.cpp.
-struct Listeners {
-  std::mutex mutex;
-  std::map<std::string, int> sockets;
+std::string TokenOf(const Root& root) { return {root.token, sizeof(root.token)}; }
+
+// Tokens of the roots that this process gave and nobody used, the newest of them. Leaked: see core.cpp.
+struct Given {
+  static constexpr size_t kMost = 1024;
+  Mutex mutex;
+  std::deque<std::string> tokens;
 };
-Listeners& GetListeners() {
-  static Listeners* listeners = new Listeners;
-  return *listeners;
+Given& given = *new Given;
+
+// What keeps a socket from being made, and would keep the next one from it.
+bool IsExhausted(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
 
-std::string TokenOf(const Root& root) { return {root.token, sizeof(root.token)}; }
+std::string NoSocket(int error) {
+  return std::string("[EI0006] HcclCommInitRootInfo: no socket: ") + std::strerror(error) +
+         (IsExhausted(error) ? " (ulimit -n, RLIMIT_NOFILE)" : "");
+}
+
+// Somebody who connected and has not said yet who it is.
+struct Guest {
+  int socket;
+  Hello hello;
+  size_t bytes;  // of the hello, so far
+  Time until;
+};
+// Strangers may keep so many connections open without shutting a rank out.
+constexpr size_t kMostGuests = 2 * kMostRanks;
 
 bool Sums(const Call& call) {
   return call.kind == Kind::kAllReduce || call.kind == Kind::kReduce ||
@@ -179,9 +192,16 @@ bool IsSame(const Call& a, const Call& b) {
          a.count == b.count;
 }
 
+bool IsTooLarge(const Call& call) {
+  const auto is_large = [](uint64_t count) { return count > kMostElements; };
+  return is_large(call.count) || std::any_of(call.sends.begin(), call.sends.end(), is_large) ||
+         std::any_of(call.receives.begin(), call.receives.end(), is_large);
+}
+
 // How the calls differ; empty if they fit together.
 std::string Difference(const std::vector<Call>& calls) {
   for (size_t rank = 1; rank < calls.size(); ++rank) {
+    if (IsTooLarge(calls[rank])) return "rank " + std::to_string(rank) + " has counts that are none";
     if (!IsSame(calls[0], calls[rank])) {
       return "rank 0 calls " + Text(calls[0]) + ", rank " + std::to_string(rank) + " " +
              Text(calls[rank]);
@@ -239,28 +259,76 @@ int NewRoot(Root* root) {
   *root = {};
   std::memcpy(root->magic, kMagic, sizeof(kMagic));
   unsigned char random[8 + sizeof(root->token)];
-  const int source = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-  const bool is_read = source >= 0 && read(source, random, sizeof(random)) == sizeof(random);
-  if (source >= 0) close(source);
-  if (!is_read) return Fail(kSystemCall, "HcclGetRootInfo: /dev/urandom cannot be read");
+  if (getrandom(random, sizeof(random), 0) != sizeof(random)) {
+    return Fail(kSystemCall, "HcclGetRootInfo: no random numbers: %s", std::strerror(errno));
+  }
   std::memcpy(root->token, random + 8, sizeof(root->token));
   uint64_t number;
   std::memcpy(&number, random, sizeof(number));
   std::snprintf(root->address, sizeof(root->address), "cann_host.%016llx",
                 static_cast<unsigned long long>(number));
-  sockaddr_un address;
-  const socklen_t length = AddressOf(*root, &address);
-  int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (listener < 0 || bind(listener, reinterpret_cast<sockaddr*>(&address), length) != 0 ||
-      listen(listener, kMostRanks) != 0) {
-    const int code = Fail(kSystemCall, "HcclGetRootInfo: no Unix socket: %s", std::strerror(errno));
-    Close(listener);
-    return code;
-  }
-  auto& listeners = GetListeners();
-  std::lock_guard<std::mutex> lock(listeners.mutex);
-  listeners.sockets[TokenOf(*root)] = listener;
+  const Lock lock(given.mutex);
+  given.tokens.push_back(TokenOf(*root));
+  if (given.tokens.size() > Given::kMost) given.tokens.pop_front();
   return kOk;
+}
+
+// The groups of this process, for a fork. Leaked: see core.cpp.
+struct Groups {
+  Mutex mutex;  // of the set, and of the groups' sets of sockets
+  std::set<Group*> all;
+
+  Groups() { pthread_atfork(nullptr, nullptr, LeaveInChild); }
+  static void LeaveInChild();
+};
+static Groups& groups = *new Groups;
+
+void Groups::LeaveInChild() {
+  for (Group* group : groups.all) {
+    for (const int socket : group->open_) close(socket);
+    group->open_.clear();
+    group->is_forked_ = true;
+  }
+}
+
+Group::Group(uint32_t ranks, uint32_t rank, std::string name, int timeout)
+    : ranks_(ranks), rank_(rank), timeout_(timeout), name_(std::move(name)), peers_(ranks, -1) {
+  const Lock lock(groups.mutex);
+  groups.all.insert(this);
+}
+
+Group::~Group() {
+  Leave();
+  const Lock lock(groups.mutex);
+  groups.all.erase(this);
+}
+
+template <typename Make>
+int Group::Open(Make make) {
+  const Lock lock(groups.mutex);  // no fork between the two
+  const int socket = make();
+  if (socket >= 0) open_.insert(socket);
+  return socket;
+}
+
+void Group::Close(int& socket) {
+  const Lock lock(groups.mutex);
+  if (open_.erase(socket)) close(socket);
+  socket = -1;
+}
+
+void Group::CloseUnknown() {
+  const Lock lock(groups.mutex);
+  for (auto at = open_.begin(); at != open_.end();) {
+    const bool is_rank = std::find(peers_.begin(), peers_.end(), *at) != peers_.end();
+    if (!is_rank) close(*at);
+    at = is_rank ? std::next(at) : open_.erase(at);
+  }
+}
+
+void Group::CloseAll() {
+  std::fill(peers_.begin(), peers_.end(), -1);
+  CloseUnknown();
 }
 
 std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t rank,
@@ -271,62 +339,91 @@ std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t
     *code = Fail(kParameter, "HcclCommInitRootInfo: the root info is not HcclGetRootInfo's");
     return nullptr;
   }
-  if (rank != 0) {
-    *code = group->Join(root, After(connect_timeout));
-  } else {
-    auto& listeners = GetListeners();
-    int listener = -1;
-    {
-      std::lock_guard<std::mutex> lock(listeners.mutex);
-      const auto found = listeners.sockets.find(TokenOf(root));
-      if (found != listeners.sockets.end()) {
-        listener = found->second;
-        listeners.sockets.erase(found);
-      }
-    }
-    *code = listener >= 0
-                ? group->Host(listener, root, After(connect_timeout))
-                : Fail(kParameter,
-                       "HcclCommInitRootInfo: rank 0 is to be the process that called "
-                       "HcclGetRootInfo, and to use its answer once");
-    Close(listener);
+  try {
+    *code = rank == 0 ? group->Host(root, After(connect_timeout))
+                      : group->Join(root, After(connect_timeout), connect_timeout);
+  } catch (const std::exception& error) {  // of memory
+    *code = group->End(kOutOfMemory, std::string("HcclCommInitRootInfo: ") + error.what());
   }
   return *code == kOk ? group : nullptr;
 }
 
-// Rank 0: waits for the others.
-int Group::Host(int listener, const Root& root, Time deadline) {
+// Rank 0: waits for the others. Anybody may connect and say nothing, so all are listened to at a time.
+int Group::Host(const Root& root, Time deadline) {
+  {
+    const Lock lock(given.mutex);
+    const auto found = std::find(given.tokens.begin(), given.tokens.end(), TokenOf(root));
+    if (found == given.tokens.end()) {
+      return Fail(kParameter, "HcclCommInitRootInfo: rank 0 is to be the process that called "
+                              "HcclGetRootInfo, and to use its answer once");
+    }
+    given.tokens.erase(found);
+  }
+  sockaddr_un address;
+  const socklen_t length = AddressOf(root, &address);
+  const int listener =
+      Open([] { return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); });
+  if (listener < 0 || bind(listener, reinterpret_cast<sockaddr*>(&address), length) != 0 ||
+      listen(listener, kMostRanks) != 0) {
+    return End(kSystemCall, NoSocket(errno));
+  }
+  std::vector<Guest> guests;
   for (;;) {
     std::vector<uint32_t> missing;
     for (uint32_t rank = 1; rank < ranks_; ++rank) {
       if (peers_[rank] < 0) missing.push_back(rank);
     }
     if (missing.empty()) break;
-    std::vector<pollfd> one{{listener, POLLIN, 0}};
-    if (!Wait(one, deadline)) {
+    std::vector<pollfd> sockets{{listener, POLLIN, 0}};
+    Time until = deadline;
+    for (const Guest& guest : guests) {
+      sockets.push_back({guest.socket, POLLIN, 0});
+      until = std::min(until, guest.until);
+    }
+    const bool is_ready = Wait(sockets, until);
+    if (Clock::now() >= deadline) {
       return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Ranks(missing) +
                                " did not connect in time (HCCL_CONNECT_TIMEOUT)");
     }
-    int peer = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-    if (peer < 0) continue;
-    Hello hello;
-    if (!IsMine(peer) || Receive(peer, &hello, sizeof(hello), After(5)) != Io::kDone ||
-        std::memcmp(hello.token, root.token, sizeof(hello.token)) != 0) {
-      Close(peer);
+    std::vector<Guest> still;
+    for (size_t i = 0; i < guests.size(); ++i) {
+      Guest guest = guests[i];
+      bool stays = Clock::now() < guest.until;
+      if (is_ready && sockets[i + 1].revents != 0) {
+        const ssize_t got = recv(guest.socket, reinterpret_cast<char*>(&guest.hello) + guest.bytes,
+                                 sizeof(guest.hello) - guest.bytes, MSG_DONTWAIT);
+        stays = got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
+        if (got > 0) guest.bytes += got;
+      }
+      if (!stays) {
+        Close(guest.socket);
+      } else if (guest.bytes < sizeof(guest.hello)) {
+        still.push_back(guest);
+      } else if (const int code = Welcome(guest.hello, root, guest.socket)) {
+        return code;
+      }
+    }
+    guests = std::move(still);
+    if (!is_ready || sockets[0].revents == 0) continue;
+    int error = 0;
+    int socket = Open([&] {
+      const int made = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+      error = errno;
+      return made;
+    });
+    if (socket < 0 && IsExhausted(error)) return End(kSystemCall, NoSocket(error));
+    if (socket < 0) continue;
+    if (!IsMine(socket)) {
+      Close(socket);
       continue;
     }
-    if (hello.ranks != ranks_ || hello.rank == 0 || hello.rank >= ranks_ || peers_[hello.rank] >= 0) {
-      const std::string text = "[EI0004] HcclCommInitRootInfo: somebody comes as rank " +
-                               std::to_string(hello.rank) + " of " + std::to_string(hello.ranks) +
-                               "; there are " + std::to_string(ranks_) + ", one of each";
-      const Answer answer{kParameter, static_cast<uint32_t>(text.size())};
-      Send(peer, &answer, sizeof(answer), After(1));
-      Send(peer, text.data(), text.size(), After(1));
-      Close(peer);
-      return End(kParameter, text);
+    if (guests.size() == kMostGuests) {
+      Close(guests.front().socket);
+      guests.erase(guests.begin());
     }
-    peers_[hello.rank] = peer;
+    guests.push_back({socket, {}, 0, After(5)});
   }
+  CloseUnknown();
   const Answer welcome;
   for (uint32_t rank = 1; rank < ranks_; ++rank) {
     if (Send(peers_[rank], &welcome, sizeof(welcome), deadline) != Io::kDone) {
@@ -336,15 +433,44 @@ int Group::Host(int listener, const Root& root, Time deadline) {
   return kOk;
 }
 
-int Group::Join(const Root& root, Time deadline) {
+// Who says it is a rank. Not 0, with the reason kept, if the communicator cannot be made with it.
+int Group::Welcome(const Hello& hello, const Root& root, int& socket) {
+  if (std::memcmp(hello.token, root.token, sizeof(hello.token)) != 0) {
+    Close(socket);
+    return kOk;
+  }
+  if (hello.ranks == ranks_ && hello.rank != 0 && hello.rank < ranks_ && peers_[hello.rank] < 0) {
+    peers_[hello.rank] = socket;
+    return kOk;
+  }
+  const std::string text = "[EI0004] HcclCommInitRootInfo: somebody comes as rank " +
+                           std::to_string(hello.rank) + " of " + std::to_string(hello.ranks) +
+                           "; there are " + std::to_string(ranks_) + ", one of each";
+  const Answer answer{kParameter, static_cast<uint32_t>(text.size())};
+  Send(socket, &answer, sizeof(answer), After(1));
+  Send(socket, text.data(), text.size(), After(1));
+  return End(kParameter, text);
+}
+
+// Rank 0 may not listen yet, and others may be before this one in its queue.
+int Group::Join(const Root& root, Time deadline, int seconds) {
   sockaddr_un address;
   const socklen_t length = AddressOf(root, &address);
   int& peer = peers_[0];
-  peer = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (peer < 0 || connect(peer, reinterpret_cast<sockaddr*>(&address), length) != 0 ||
-      !IsMine(peer)) {
-    return End(kConnect, "[EI0006] HcclCommInitRootInfo: rank 0 cannot be reached; cann_host's "
-                         "ranks are processes of one user on one machine");
+  peer = Open([] { return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); });
+  if (peer < 0) return End(kSystemCall, NoSocket(errno));
+  while (connect(peer, reinterpret_cast<sockaddr*>(&address), length) != 0) {
+    const int error = errno;
+    const bool comes = error == EAGAIN || error == ECONNREFUSED || error == EINTR;
+    if (!comes || Clock::now() >= deadline) {
+      return End(kConnect, std::string("[EI0006] HcclCommInitRootInfo: rank 0 cannot be reached (") +
+                               std::strerror(error) + ") within HCCL_CONNECT_TIMEOUT; cann_host's "
+                               "ranks are processes of one user on one machine");
+    }
+    poll(nullptr, 0, 5);
+  }
+  if (!IsMine(peer)) {
+    return End(kConnect, "[EI0006] HcclCommInitRootInfo: rank 0 is another user's process");
   }
   Hello hello{{}, ranks_, rank_};
   std::memcpy(hello.token, root.token, sizeof(hello.token));
@@ -353,23 +479,24 @@ int Group::Join(const Root& root, Time deadline) {
     return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Gone("rank 0"));
   }
   // rank 0 says who is missing when its time is over; it began to wait at another moment
-  const Time later = deadline + std::chrono::seconds(20);
+  const Time later = deadline + std::chrono::seconds(std::clamp(seconds / 4, 1, 20));
   const Io io = Receive(peer, &answer, sizeof(answer), later);
   if (io != Io::kDone) {
     return End(kConnect, "[EI0006] HcclCommInitRootInfo: " +
                              (io == Io::kGone ? Gone("rank 0") : "rank 0 does not answer"));
   }
   if (answer.code == kOk) return kOk;
-  std::string text(answer.length, ' ');
+  std::string text(std::min(answer.length, kLongestReason), ' ');
   Receive(peer, text.data(), text.size(), later);
   return End(answer.code, text);
 }
 
-Group::~Group() { Leave(); }
-
 void Group::Leave() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (int& peer : peers_) Close(peer);
+  const Lock lock(mutex_);
+  CloseAll();
+  if (failure_ != kOk) return;
+  failure_ = kParameter;
+  reason_ = "it was destroyed";
 }
 
 int Group::End(int code, const std::string& text) {
@@ -380,19 +507,28 @@ int Group::End(int code, const std::string& text) {
     if (rank_ == 0 && peer >= 0 && Send(peer, &answer, sizeof(answer), After(1)) == Io::kDone) {
       Send(peer, text.data(), text.size(), After(1));
     }
-    Close(peer);
   }
+  CloseAll();
   return Fail(code, "%s", text.c_str());
 }
 
 int Group::Run(const Call& call, const void* send, void* receive) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(mutex_);
+  if (is_forked_) {
+    return Fail(kParameter, "%s: this process was forked after the communicator %s was made, which is "
+                "its parent's", Text(call).c_str(), name_.c_str());
+  }
   if (failure_ != kOk) {
     return Fail(failure_, "%s: the communicator %s has failed before: %s", Text(call).c_str(),
                 name_.c_str(), reason_.c_str());
   }
   const Time deadline = After(timeout_);
-  return rank_ == 0 ? Lead(call, send, receive, deadline) : Follow(call, send, receive, deadline);
+  try {
+    return rank_ == 0 ? Lead(call, send, receive, deadline) : Follow(call, send, receive, deadline);
+  } catch (const std::exception& error) {  // std::bad_alloc: rank 0 holds all ranks' data at a time
+    return End(kOutOfMemory, "[EI0007] " + Text(call) + ": rank " + std::to_string(rank_) +
+                                 " has no memory for the ranks' data: " + error.what());
+  }
 }
 
 int Group::Lead(const Call& call, const void* send, void* receive, Time deadline) {
@@ -468,7 +604,7 @@ int Group::Follow(const Call& call, const void* send, void* receive, Time deadli
   Answer answer;
   if (io != Io::kLate) io = Receive(peer, &answer, sizeof(answer), deadline);
   if (io == Io::kDone && answer.code != kOk) {
-    std::string text(answer.length, ' ');
+    std::string text(std::min(answer.length, kLongestReason), ' ');
     if (Receive(peer, text.data(), text.size(), deadline) == Io::kDone) {
       return End(answer.code, text);
     }

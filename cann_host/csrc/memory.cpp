@@ -1,14 +1,14 @@
 // libascendcl: memory. Device memory is host memory, counted for each device against its limit.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <vector>
 
 #include "core.h"
+#include "python.h"
 
 using cann_host::DeviceBytes;
 using cann_host::Fail;
@@ -29,27 +29,30 @@ struct Block {
   size_t size;
   Where where;
   int device;
+  uint64_t number;  // no other has had it
 };
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
 struct Memory {
-  std::mutex mutex;
+  cann_host::Mutex mutex;
   std::map<uintptr_t, Block> blocks;
   std::map<int, size_t> used;  // bytes of each device
+  uint64_t next = 1;
 };
 
 Memory& GetMemory() {
   static Memory* memory = new Memory;
   return *memory;
 }
+[[maybe_unused]] Memory& made = GetMemory();
 
 int Allocate(const char* symbol, void** out, size_t size, Where where) {
   if (out == nullptr || size == 0) return Fail(kInvalidParam, "%s: size %zu", symbol, size);
   const int device = cann_host::CurrentDevice();
   Memory& memory = GetMemory();
-  std::lock_guard<std::mutex> lock(memory.mutex);
+  const cann_host::Lock lock(memory.mutex);
   size_t& used = memory.used[device];
-  if (where == Where::kDevice && size > DeviceBytes() - used) {
+  if (where == Where::kDevice && size > DeviceBytes() - std::min(DeviceBytes(), used)) {
     return Fail(kOutOfMemory,
                 "%s: %zu bytes do not fit: device %d has %zu bytes, %zu of them in use (cann_host; "
                 "CANN_HOST_MEMORY sets the size)",
@@ -59,7 +62,7 @@ int Allocate(const char* symbol, void** out, size_t size, Where where) {
   if (size > SIZE_MAX - kAlignment || posix_memalign(&bytes, kAlignment, size) != 0) {
     return Fail(kOutOfMemory, "%s: the host has no %zu bytes left", symbol, size);
   }
-  memory.blocks[reinterpret_cast<uintptr_t>(bytes)] = {size, where, device};
+  memory.blocks[reinterpret_cast<uintptr_t>(bytes)] = {size, where, device, memory.next++};
   if (where == Where::kDevice) used += size;
   *out = bytes;
   return kSuccess;
@@ -69,7 +72,7 @@ int Release(const char* symbol, void* bytes, Where where) {
   cann_host::DoAllWork();  // some of it may be with this memory
   Memory& memory = GetMemory();
   {
-    std::lock_guard<std::mutex> lock(memory.mutex);
+    const cann_host::Lock lock(memory.mutex);
     const auto found = memory.blocks.find(reinterpret_cast<uintptr_t>(bytes));
     if (found == memory.blocks.end() || found->second.where != where) {
       return Fail(kInvalidParam, "%s: %p was not allocated here", symbol, bytes);
@@ -92,12 +95,19 @@ const std::pair<const uintptr_t, Block>* Find(const void* address) {
 }
 
 // Whether a copy or set may touch the memory; the kinds are those of aclrtMemcpyKind.
-constexpr int kToDevice = 1, kToHost = 2, kInDevice = 3;
+constexpr int kHostToHost = 0, kToDevice = 1, kToHost = 2, kInDevice = 3, kDefault = 4;
+constexpr int kInOneDevice = 6, kBetweenDevices = 7;
 
 int CheckCopy(const char* symbol, const void* dst, size_t dst_size, const void* src, size_t count,
               int kind) {
-  const bool to_device = kind == kToDevice || kind == kInDevice;
-  const bool from_device = kind == kToHost || kind == kInDevice;
+  if (kind < kHostToHost || kind > kBetweenDevices) {
+    return Fail(kInvalidParam, "%s: %d is no kind of copy", symbol, kind);
+  }
+  const bool in_device = kind == kInDevice || kind == kInOneDevice || kind == kBetweenDevices;
+  // by default the addresses decide, and what begins in memory of ours must end there
+  const bool decides = kind == kDefault;
+  const bool to_device = kind == kToDevice || in_device || (decides && cann_host::BytesAt(dst));
+  const bool from_device = kind == kToHost || in_device || (decides && cann_host::BytesAt(src));
   if (dst == nullptr || src == nullptr || count > dst_size ||
       (to_device && !cann_host::IsAllocated(dst, count)) ||
       (from_device && !cann_host::IsAllocated(src, count))) {
@@ -119,6 +129,55 @@ int CheckSet(const char* symbol, const void* dst, size_t dst_size, size_t count)
   return kSuccess;
 }
 
+int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kind, void* stream) {
+  const char* symbol = "aclrtMemcpyAsync";
+  if (count == 0) return kSuccess;
+  if (const int code = CheckCopy(symbol, dst, dst_size, src, count, kind)) return code;
+  // The caller may take back ordinary host memory as soon as the call returns; only memory from
+  // aclrtMallocHost stays until its work is done.
+  std::shared_ptr<char> staged;
+  if (cann_host::IsDeferring() && kind == kToDevice && !cann_host::IsAllocated(src, count)) {
+    staged.reset(static_cast<char*>(std::malloc(count)), std::free);
+    if (staged == nullptr) {
+      return Fail(kOutOfMemory, "%s: the host has no %zu bytes left", symbol, count);
+    }
+    std::memcpy(staged.get(), src, count);
+    src = staged.get();
+  }
+  // What is ours now, pinned memory included, must be so when it is done, perhaps as part of a replay.
+  const auto from = cann_host::ReachOf(src, count), to = cann_host::ReachOf(dst, count);
+  const int code = cann_host::OnStream(symbol, stream, [=] {
+    (void)staged;
+    for (const auto& reach : {from, to}) {
+      if (!cann_host::IsThere(reach)) {
+        return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, count,
+                    reach.data);
+      }
+    }
+    std::memmove(dst, src, count);
+    return +kSuccess;
+  });
+  // A task queue's thread does not wait: whoever queued the copy does.
+  if (code == kSuccess && cann_host::IsDeferring() && kind == kToHost && to.block == 0 &&
+      cann_host::IsPythonThread()) {
+    return cann_host::FinishStream(symbol, stream);
+  }
+  return code;
+}
+
+int SetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
+  const char* symbol = "aclrtMemsetAsync";
+  if (count == 0) return kSuccess;
+  if (const int code = CheckSet(symbol, dst, dst_size, count)) return code;
+  return cann_host::OnStream(symbol, stream, [=, reach = cann_host::ReachOf(dst, count)] {
+    if (!cann_host::IsThere(reach)) {
+      return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, count, dst);
+    }
+    std::memset(dst, value, count);
+    return +kSuccess;
+  });
+}
+
 }  // namespace
 
 namespace cann_host {
@@ -138,10 +197,23 @@ void* AllocateDevice(size_t bytes) {
 void FreeDevice(void* memory) { Release("GE", memory, Where::kDevice); }
 
 size_t BytesAt(const void* address) {
-  std::lock_guard<std::mutex> lock(GetMemory().mutex);
+  const cann_host::Lock lock(GetMemory().mutex);
   const auto* block = Find(address);
   if (block == nullptr) return 0;
   return block->second.size - (reinterpret_cast<uintptr_t>(address) - block->first);
+}
+
+Reach ReachOf(const void* data, size_t bytes) {
+  const Lock lock(GetMemory().mutex);
+  const auto* block = Find(data);
+  const bool is_ours =
+      block != nullptr &&
+      bytes <= block->second.size - (reinterpret_cast<uintptr_t>(data) - block->first);
+  return {data, bytes, is_ours ? block->second.number : 0};
+}
+
+bool IsThere(const Reach& reach) {
+  return reach.block == 0 || ReachOf(reach.data, reach.bytes).block == reach.block;
 }
 
 }  // namespace cann_host
@@ -175,9 +247,9 @@ int aclrtGetMemInfo(int, size_t* free_bytes, size_t* total_bytes) {
   CANN_HOST_NEEDS(aclrtGetMemInfo, total_bytes);
   const int device = cann_host::CurrentDevice();
   Memory& memory = GetMemory();
-  std::lock_guard<std::mutex> lock(memory.mutex);
+  const cann_host::Lock lock(memory.mutex);
   *total_bytes = DeviceBytes();
-  *free_bytes = DeviceBytes() - memory.used[device];
+  *free_bytes = DeviceBytes() - std::min(DeviceBytes(), memory.used[device]);
   return kSuccess;
 }
 
@@ -192,7 +264,7 @@ int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attribute
   CANN_HOST_CALL(aclrtPointerGetAttributes);
   CANN_HOST_NEEDS(aclrtPointerGetAttributes, attributes);
   *attributes = {0, static_cast<int32_t>(Where::kUnregistered), 4096, {}};
-  std::lock_guard<std::mutex> lock(GetMemory().mutex);
+  const cann_host::Lock lock(GetMemory().mutex);
   if (const auto* block = Find(pointer)) {
     attributes->where = static_cast<int32_t>(block->second.where);
     attributes->device = block->second.device;
@@ -202,6 +274,7 @@ int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attribute
 
 int aclrtMemcpy(void* dst, size_t dst_size, const void* src, size_t count, int kind) {
   CANN_HOST_CALL(aclrtMemcpy);
+  if (const int code = cann_host::QueueFailure("aclrtMemcpy")) return code;
   if (count == 0) return kSuccess;
   if (const int code = CheckCopy("aclrtMemcpy", dst, dst_size, src, count, kind)) return code;
   std::memmove(dst, src, count);
@@ -210,34 +283,7 @@ int aclrtMemcpy(void* dst, size_t dst_size, const void* src, size_t count, int k
 int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kind,
                      void* stream) {
   CANN_HOST_CALL(aclrtMemcpyAsync);
-  if (count == 0) return kSuccess;
-  if (const int code = CheckCopy("aclrtMemcpyAsync", dst, dst_size, src, count, kind)) return code;
-  // The caller may take back ordinary host memory as soon as the call returns; only memory from
-  // aclrtMallocHost stays until its work is done.
-  std::shared_ptr<std::vector<char>> staged;
-  if (cann_host::IsDeferring() && kind == kToDevice && !cann_host::IsAllocated(src, count)) {
-    const char* bytes = static_cast<const char*>(src);
-    staged = std::make_shared<std::vector<char>>(bytes, bytes + count);
-    src = staged->data();
-  }
-  // What is ours now, pinned memory included, must be so when it is done, perhaps as part of a replay.
-  const bool ours_from = cann_host::IsAllocated(src, count);
-  const bool ours_to = cann_host::IsAllocated(dst, count);
-  const int code = cann_host::OnStream("aclrtMemcpyAsync", stream, [=] {
-    (void)staged;
-    if ((ours_from && !cann_host::IsAllocated(src, count)) ||
-        (ours_to && !cann_host::IsAllocated(dst, count))) {
-      return Fail(kInvalidParam, "aclrtMemcpyAsync: %zu bytes at %p or %p are no longer allocated",
-                  count, src, dst);
-    }
-    std::memmove(dst, src, count);
-    return +kSuccess;
-  });
-  if (code == kSuccess && cann_host::IsDeferring() && kind == kToHost &&
-      !cann_host::IsAllocated(dst, count)) {
-    return cann_host::FinishStream("aclrtMemcpyAsync", stream);
-  }
-  return code;
+  return cann_host::ReportLaunch(CopyAsync(dst, dst_size, src, count, kind, stream));
 }
 int aclrtMemset(void* dst, size_t dst_size, int32_t value, size_t count) {
   CANN_HOST_CALL(aclrtMemset);
@@ -248,13 +294,7 @@ int aclrtMemset(void* dst, size_t dst_size, int32_t value, size_t count) {
 }
 int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
   CANN_HOST_CALL(aclrtMemsetAsync);
-  if (count == 0) return kSuccess;
-  if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
-  return cann_host::OnStream("aclrtMemsetAsync", stream, [=] {
-    if (const int code = CheckSet("aclrtMemsetAsync", dst, dst_size, count)) return code;
-    std::memset(dst, value, count);
-    return +kSuccess;
-  });
+  return cann_host::ReportLaunch(SetAsync(dst, dst_size, value, count, stream));
 }
 
 uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(address); }

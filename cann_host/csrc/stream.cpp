@@ -6,6 +6,7 @@
 // does the work: a program that forgot to wait then reads what was there before, as it can on a
 // device.
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,11 +15,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <set>
 #include <utility>
 #include <vector>
 
 #include "core.h"
+#include "python.h"
 
 namespace cann_host {
 namespace {
@@ -58,28 +61,27 @@ struct Captured {
 
 // Work of Python's in a captured graph goes by its number. That it can go with the graph is noted
 // here and not told at once: whoever destroys a graph may hold locks that Python's threads wait for.
-using Replay = int (*)(int64_t number);
-std::atomic<Replay> replay_in_python{nullptr};
-std::mutex ended_mutex;
-std::vector<int64_t>& Ended() {
-  static auto* numbers = new std::vector<int64_t>;
-  return *numbers;
-}
+PythonFunction replay_in_python;
+struct Ended {
+  Mutex mutex;
+  std::vector<int64_t> numbers;
+};
+Ended& ended = *new Ended;  // leaked: see core.cpp
 
 struct Recorded {
   const int64_t number;
   explicit Recorded(int64_t of) : number(of) {}
   Recorded(const Recorded&) = delete;
   ~Recorded() {
-    std::lock_guard<std::mutex> lock(ended_mutex);
-    Ended().push_back(number);
+    const Lock lock(ended.mutex);
+    ended.numbers.push_back(number);
   }
 };
 
 // Leaked: see core.cpp.
 struct State {
   std::recursive_mutex work;  // whoever does late work holds it
-  std::mutex mutex;           // of everything below, for moments only
+  Mutex mutex;                // of everything below, for moments only
   std::map<void*, std::shared_ptr<StreamState>> streams;
   std::map<int, std::shared_ptr<StreamState>> defaults;   // by device: the stream that null means
   std::map<void*, std::shared_ptr<EventState>> events;
@@ -94,8 +96,11 @@ State& GetState() {
   static State* state = new State;
   return *state;
 }
+[[maybe_unused]] State& made = GetState();
 
 std::atomic<bool> is_capturing{false};
+// Work was launched by a thread that Python does not know, and from then on all work waits.
+std::atomic<bool> has_task_queue{false};
 // The interpreter is about to go, and with it threads that may hold the work's lock: nothing is done
 // any more, and nothing waited for.
 std::atomic<bool> is_leaving{false};
@@ -107,12 +112,11 @@ class WorkLock {
   WorkLock() : locked_(!is_leaving) {
     auto& work = GetState().work;
     if (!locked_ || work.try_lock()) return;
-    static const auto has = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
     static const auto save = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
     static const auto restore =
         reinterpret_cast<void (*)(void*)>(dlsym(RTLD_DEFAULT, "PyEval_RestoreThread"));
-    static const auto is_ready = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "Py_IsInitialized"));
-    if (has && save && restore && is_ready && is_ready() && has()) {
+    static const auto has = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
+    if (GetPython() != nullptr && has && save && restore && has()) {
       void* thread = save();
       work.lock();
       restore(thread);
@@ -166,7 +170,7 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
   while (!is_leaving) {
     Item item;
     {
-      std::lock_guard<std::mutex> lock(state.mutex);
+      const Lock lock(state.mutex);
       left = std::min(left, stream->queue.size());
       if (left-- == 0 || (until != nullptr && until->done >= number)) return;
       item = std::move(stream->queue.front());
@@ -177,12 +181,12 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
     } else if (item.waits) {
       std::shared_ptr<StreamState> source;
       {
-        std::lock_guard<std::mutex> lock(state.mutex);
+        const Lock lock(state.mutex);
         if (item.event->done < item.number) source = item.event->stream.lock();
       }
       if (source && source != stream) Work(source, item.event.get(), item.number);
     } else {
-      std::lock_guard<std::mutex> lock(state.mutex);
+      const Lock lock(state.mutex);
       item.event->time = Clock::now();
       item.event->done = item.number;
     }
@@ -199,7 +203,7 @@ int Finish(const std::shared_ptr<StreamState>& stream) {
 // Those of a device, or all for -1.
 std::vector<std::shared_ptr<StreamState>> Streams(int device) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   std::vector<std::shared_ptr<StreamState>> found;
   for (const auto& [handle, stream] : state.streams) {
     if (device < 0 || stream->device == device) found.push_back(stream);
@@ -210,9 +214,10 @@ std::vector<std::shared_ptr<StreamState>> Streams(int device) {
   return found;
 }
 
-int FinishDevice(int device) {
+int FinishDevice(const char* symbol, int device) {
+  if (const int code = QueueFailure(symbol)) return code;
   int first = kSuccess;
-  if (!GetOptions().late_streams) return first;
+  if (!IsLate()) return first;
   for (const auto& stream : Streams(device)) {
     const int code = Finish(stream);
     if (first == kSuccess) first = code;
@@ -231,7 +236,7 @@ int NewStream(const char* symbol, void** out) {
   if (out == nullptr) return Fail(kInvalidParam, "%s: no place for the stream", symbol);
   auto stream = std::make_shared<StreamState>();
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   stream->id = state.next_id++;
   stream->device = CurrentDevice();
   *out = stream.get();
@@ -243,16 +248,35 @@ int EndStream(const char* symbol, void* handle) {
   if (handle == nullptr) return NoStream(symbol, handle);
   const int code = FinishStream(symbol, handle);
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   state.streams.erase(handle);
   return code;
 }
+
+// A fork while another thread does late work leaves that work undone in the child.
+struct WorkAtFork {
+  static void Prepare() { was_free = GetState().work.try_lock(); }
+  static void Parent() {
+    if (was_free) GetState().work.unlock();
+  }
+  static void Child() {
+    State& state = GetState();
+    new (&state.work) std::recursive_mutex;
+    if (was_free) return;
+    for (const auto& stream : Streams(-1)) stream->failure = kLostInFork;
+  }
+  WorkAtFork() { pthread_atfork(Prepare, Parent, Child); }
+
+  static constexpr int kLostInFork = kFailure;
+  static inline bool was_free = true;
+};
+const WorkAtFork work_at_fork;
 
 int NewEvent(const char* symbol, void** out) {
   if (out == nullptr) return Fail(kInvalidParam, "%s: no place for the event", symbol);
   auto event = std::make_shared<EventState>();
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   *out = event.get();
   state.events[*out] = std::move(event);
   return kSuccess;
@@ -260,12 +284,13 @@ int NewEvent(const char* symbol, void** out) {
 
 // The work before the last record of an event, done; null, with the reason kept, if it is none.
 std::shared_ptr<EventState> FinishEvent(const char* symbol, void* handle, bool* was_done) {
+  if (QueueFailure(symbol)) return nullptr;
   State& state = GetState();
   std::shared_ptr<EventState> event;
   std::shared_ptr<StreamState> stream;
   uint64_t number = 0;
   {
-    std::lock_guard<std::mutex> lock(state.mutex);
+    const Lock lock(state.mutex);
     event = FindEvent(handle);
     if (!event) {
       NoEvent(symbol, handle);
@@ -285,17 +310,20 @@ std::shared_ptr<EventState> FinishEvent(const char* symbol, void* handle, bool* 
 
 }  // namespace
 
+bool IsLate() { return GetOptions().late_streams || has_task_queue; }
+
 int OnStream(const char* symbol, void* handle, Task task) {
   State& state = GetState();
+  if (!IsLate() && GetPython() != nullptr && !IsPythonThread()) has_task_queue = true;
   {
-    std::lock_guard<std::mutex> lock(state.mutex);
+    const Lock lock(state.mutex);
     const auto stream = FindStream(handle);
     if (!stream) return NoStream(symbol, handle);
     if (state.graph && state.capturing.count(stream.get())) {
       state.graph->tasks.push_back(std::move(task));
       return kSuccess;
     }
-    if (GetOptions().late_streams) {
+    if (IsLate()) {
       stream->queue.push_back({std::move(task), nullptr, 0, false});
       return kSuccess;
     }
@@ -306,9 +334,9 @@ int OnStream(const char* symbol, void* handle, Task task) {
 int OnStreamInTurn(const char* symbol, void* handle, Task task) {
   State& state = GetState();
   {
-    std::lock_guard<std::mutex> lock(state.mutex);
+    const Lock lock(state.mutex);
     const auto stream = FindStream(handle);
-    if (stream && GetOptions().late_streams && !state.capturing.count(stream.get())) {
+    if (stream && IsLate() && !state.capturing.count(stream.get())) {
       if (state.last_turn) stream->queue.push_back({nullptr, state.last_turn, 1, true});
       stream->queue.push_back({std::move(task), nullptr, 0, false});
       auto turn = std::make_shared<EventState>();
@@ -323,10 +351,11 @@ int OnStreamInTurn(const char* symbol, void* handle, Task task) {
 }
 
 int FinishStream(const char* symbol, void* handle) {
+  if (const int code = QueueFailure(symbol)) return code;
   State& state = GetState();
   std::shared_ptr<StreamState> stream;
   {
-    std::lock_guard<std::mutex> lock(state.mutex);
+    const Lock lock(state.mutex);
     stream = FindStream(handle);
     if (!stream) return NoStream(symbol, handle);
     if (state.capturing.count(stream.get())) return Captures(symbol);
@@ -336,12 +365,12 @@ int FinishStream(const char* symbol, void* handle) {
 }
 
 void DoAllWork() {
-  if (!GetOptions().late_streams) return;
+  if (!IsLate()) return;
   const WorkLock lock;
   for (const auto& stream : Streams(-1)) Work(stream, nullptr, 0);
 }
 
-bool IsDeferring() { return GetOptions().late_streams || is_capturing; }
+bool IsDeferring() { return IsLate() || is_capturing; }
 
 }  // namespace cann_host
 
@@ -377,11 +406,11 @@ int aclrtSynchronizeStreamWithTimeout(void* stream, int32_t) {
 }
 int aclrtSynchronizeDevice() {
   CANN_HOST_CALL(aclrtSynchronizeDevice);
-  return FinishDevice(CurrentDevice());
+  return FinishDevice("aclrtSynchronizeDevice", CurrentDevice());
 }
 int aclrtSynchronizeDeviceWithTimeout(int32_t) {
   CANN_HOST_CALL(aclrtSynchronizeDeviceWithTimeout);
-  return FinishDevice(CurrentDevice());
+  return FinishDevice("aclrtSynchronizeDeviceWithTimeout", CurrentDevice());
 }
 
 // A stream with work left says so, and does it: whoever asks until it is done gets there.
@@ -390,7 +419,7 @@ int aclrtStreamQuery(void* handle, int* status) {
   CANN_HOST_NEEDS(aclrtStreamQuery, status);
   bool idle = false;
   {
-    std::lock_guard<std::mutex> lock(GetState().mutex);
+    const Lock lock(GetState().mutex);
     const auto stream = FindStream(handle);
     if (!stream) return NoStream("aclrtStreamQuery", handle);
     idle = stream->queue.empty();
@@ -402,7 +431,7 @@ int aclrtStreamQuery(void* handle, int* status) {
 int aclrtStreamGetId(void* handle, int32_t* id) {
   CANN_HOST_CALL(aclrtStreamGetId);
   CANN_HOST_NEEDS(aclrtStreamGetId, id);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtStreamGetId", handle);
   *id = stream->id;
@@ -417,7 +446,7 @@ int aclrtSetStreamFailureMode(void*, uint64_t) {
 
 int aclrtSetStreamOverflowSwitch(void* handle, uint32_t flag) {
   CANN_HOST_CALL(aclrtSetStreamOverflowSwitch);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtSetStreamOverflowSwitch", handle);
   stream->overflow_switch = flag;
@@ -427,7 +456,7 @@ int aclrtSetStreamOverflowSwitch(void* handle, uint32_t flag) {
 int aclrtGetStreamOverflowSwitch(void* handle, uint32_t* flag) {
   CANN_HOST_CALL(aclrtGetStreamOverflowSwitch);
   CANN_HOST_NEEDS(aclrtGetStreamOverflowSwitch, flag);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtGetStreamOverflowSwitch", handle);
   *flag = stream->overflow_switch;
@@ -448,14 +477,14 @@ int aclrtCreateEventExWithFlag(void** event, uint32_t) {
 
 int aclrtDestroyEvent(void* event) {
   CANN_HOST_CALL(aclrtDestroyEvent);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   return GetState().events.erase(event) ? +kSuccess : NoEvent("aclrtDestroyEvent", event);
 }
 
 int aclrtRecordEvent(void* handle, void* on) {
   CANN_HOST_CALL(aclrtRecordEvent);
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   const auto event = FindEvent(handle);
   const auto stream = FindStream(on);
   if (!event) return NoEvent("aclrtRecordEvent", handle);
@@ -465,7 +494,7 @@ int aclrtRecordEvent(void* handle, void* on) {
   if (event->captured) return kSuccess;
   event->stream = stream;
   const uint64_t number = ++event->recorded;
-  if (GetOptions().late_streams) {
+  if (IsLate()) {
     stream->queue.push_back({nullptr, event, number, false});
   } else {
     event->time = Clock::now();
@@ -476,7 +505,7 @@ int aclrtRecordEvent(void* handle, void* on) {
 
 int aclrtResetEvent(void* handle, void*) {
   CANN_HOST_CALL(aclrtResetEvent);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   const auto event = FindEvent(handle);
   if (!event) return NoEvent("aclrtResetEvent", handle);
   event->recorded = event->done = 0;
@@ -511,14 +540,14 @@ int aclrtSynchronizeEvent(void* event) {
 int aclrtStreamWaitEvent(void* on, void* handle) {
   CANN_HOST_CALL(aclrtStreamWaitEvent);
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   const auto event = FindEvent(handle);
   const auto stream = FindStream(on);
   if (!event) return NoEvent("aclrtStreamWaitEvent", handle);
   if (!stream) return NoStream("aclrtStreamWaitEvent", on);
   if (state.graph && event->captured) {
     state.capturing.insert(stream.get());  // work that follows captured work is captured too
-  } else if (GetOptions().late_streams && event->done < event->recorded) {
+  } else if (IsLate() && event->done < event->recorded) {
     stream->queue.push_back({nullptr, event, event->recorded, true});
   }
   return kSuccess;
@@ -527,7 +556,7 @@ int aclrtStreamWaitEvent(void* on, void* handle) {
 int aclrtEventElapsedTime(float* milliseconds, void* start, void* end) {
   CANN_HOST_CALL(aclrtEventElapsedTime);
   CANN_HOST_NEEDS(aclrtEventElapsedTime, milliseconds);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   const auto first = FindEvent(start);
   const auto last = FindEvent(end);
   if (!first || !last) return NoEvent("aclrtEventElapsedTime", first ? end : start);
@@ -542,7 +571,7 @@ int aclrtEventElapsedTime(float* milliseconds, void* start, void* end) {
 int aclrtEventGetTimestamp(void* handle, uint64_t* timestamp) {
   CANN_HOST_CALL(aclrtEventGetTimestamp);
   CANN_HOST_NEEDS(aclrtEventGetTimestamp, timestamp);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   const auto event = FindEvent(handle);
   if (!event) return NoEvent("aclrtEventGetTimestamp", handle);
   *timestamp = std::chrono::duration_cast<std::chrono::microseconds>(event->time.time_since_epoch())
@@ -556,7 +585,7 @@ int aclrtEventGetTimestamp(void* handle, uint64_t* timestamp) {
 int aclmdlRICaptureBegin(void* handle, int) {
   CANN_HOST_CALL(aclmdlRICaptureBegin);
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclmdlRICaptureBegin", handle);
   if (state.graph) {
@@ -571,7 +600,7 @@ int aclmdlRICaptureBegin(void* handle, int) {
 int aclmdlRICaptureGetInfo(void* handle, int* status, void** model) {
   CANN_HOST_CALL(aclmdlRICaptureGetInfo);
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclmdlRICaptureGetInfo", handle);
   const bool active = state.capturing.count(stream.get()) != 0;
@@ -583,7 +612,7 @@ int aclmdlRICaptureGetInfo(void* handle, int* status, void** model) {
 int aclmdlRICaptureEnd(void* handle, void** model) {
   CANN_HOST_CALL(aclmdlRICaptureEnd);
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   const auto stream = FindStream(handle);
   if (model == nullptr || !stream || !state.capturing.count(stream.get())) {
     return Fail(kInvalidParam, "aclmdlRICaptureEnd: no capture was begun on this stream");
@@ -604,7 +633,7 @@ int aclmdlRIExecuteAsync(void* model, void* stream) {
   CANN_HOST_CALL(aclmdlRIExecuteAsync);
   std::shared_ptr<const Captured> graph;
   {
-    std::lock_guard<std::mutex> lock(GetState().mutex);
+    const Lock lock(GetState().mutex);
     const auto found = GetState().graphs.find(model);
     if (found == GetState().graphs.end()) {
       return Fail(kInvalidParam, "aclmdlRIExecuteAsync: %p is no captured graph", model);
@@ -621,7 +650,7 @@ int aclmdlRIExecuteAsync(void* model, void* stream) {
 
 int aclmdlRIDestroy(void* model) {
   CANN_HOST_CALL(aclmdlRIDestroy);
-  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const Lock lock(GetState().mutex);
   if (GetState().graphs.erase(model)) return kSuccess;
   return Fail(kInvalidParam, "aclmdlRIDestroy: %p is no captured graph", model);
 }
@@ -634,33 +663,34 @@ int aclrtSetStreamAttribute(void*, int, void*) {
 
 void cann_host_leave() { is_leaving = true; }
 
+int cann_host_has_task_queue() { return has_task_queue ? 1 : 0; }
+
 // Whether a capture is on, on whatever stream.
 int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
 
 // Whether it is on this stream.
 int cann_host_captures(void* handle) {
   State& state = GetState();
-  std::lock_guard<std::mutex> lock(state.mutex);
+  const Lock lock(state.mutex);
   return state.graph && state.capturing.count(FindStream(handle).get()) ? 1 : 0;
 }
 
-// Python's side of replays; null when the interpreter is about to end.
-void cann_host_set_replay(Replay replay) { replay_in_python = replay; }
+// Python's side of replays: a function of the number; null when the interpreter is about to end.
+void cann_host_set_replay(void* replay) { replay_in_python.Set(replay); }
 
 // Adds work of Python's to what the stream captures: at each replay it is asked for by its number.
 int cann_host_record(void* stream, int64_t number) {
   return OnStream("cann_host_record", stream, [work = std::make_shared<Recorded>(number)] {
-    const Replay replay = replay_in_python;
-    return replay ? replay(work->number) : Fail(kFailure, "cann_host: the interpreter is ending");
+    return replay_in_python.Call("replay", kFailure, "(L)", static_cast<long long>(work->number));
   });
 }
 
 // A number that no graph has any more, -1 if there is none.
 int64_t cann_host_next_ended() {
-  std::lock_guard<std::mutex> lock(ended_mutex);
-  if (Ended().empty()) return -1;
-  const int64_t number = Ended().back();
-  Ended().pop_back();
+  const Lock lock(ended.mutex);
+  if (ended.numbers.empty()) return -1;
+  const int64_t number = ended.numbers.back();
+  ended.numbers.pop_back();
   return number;
 }
 

@@ -1,0 +1,72 @@
+// Python functions that this library calls. It is not linked to Python, whose functions are found at
+// run time.
+#pragma once
+
+#include <atomic>
+
+namespace cann_host {
+
+// What is used of Python's C interface.
+struct Python {
+  int (*ensure)();
+  void (*release)(int);
+  void* (*call)(void* function, const char* format, ...);
+};
+
+// Null if there is no Python in this process, or not any more.
+const Python* GetPython();
+
+// Whether Python knows this thread. torch_npu's threads it does not.
+bool IsPythonThread();
+
+// While one lives, in the main thread, a signal that Python handles waits. Wants Python's lock.
+class HeldSignals {
+ public:
+  HeldSignals();
+  ~HeldSignals();
+  HeldSignals(const HeldSignals&) = delete;
+
+ private:
+  bool holds_;
+  void* exception_ = nullptr;  // of a signal that came before
+};
+
+// A function of Python's that returns a code, 0 for success.
+//
+// A Ctrl-C raises KeyboardInterrupt in whatever Python function the main thread runs, and the C++
+// between this one and its caller cannot carry it. So the first signal waits until the function has
+// returned; a second one does not. An exception that comes out of the function all the same makes the
+// call fail with a text, and is raised again in this thread as soon as that is back in Python. (A
+// ctypes callback would drop an exception, and return success.)
+class PythonFunction {
+ public:
+  // The object must live as long as the process; null takes it away.
+  void Set(void* function) { function_ = function; }
+  explicit operator bool() const { return function_ != nullptr; }
+
+  // `format` and arguments are those of PyObject_CallFunction, parentheses included. Returns
+  // `failure`, with the reason kept under the name, if it could not be called or did not return.
+  template <typename... Arguments>
+  int Call(const char* name, int failure, const char* format, Arguments... arguments) const {
+    void* function = function_;
+    const Python* python = GetPython();
+    if (function == nullptr || python == nullptr) return NotThere(name, failure);
+    const bool knows_thread = IsPythonThread();
+    const int state = python->ensure();
+    int code = 0;
+    {
+      const HeldSignals held;
+      code = Finish(name, failure, python->call(function, format, arguments...), knows_thread);
+    }
+    python->release(state);
+    return code;
+  }
+
+ private:
+  static int NotThere(const char* name, int failure);
+  static int Finish(const char* name, int failure, void* result, bool knows_thread);
+
+  std::atomic<void*> function_{nullptr};
+};
+
+}  // namespace cann_host
