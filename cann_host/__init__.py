@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib.metadata
 import importlib.util
 import multiprocessing.spawn
 import os
@@ -25,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from cann_host import allocator_keys
 from cann_host.options import CannHostError, Options, parse_faults
 
 __all__ = ["CannHostError", "activate", "entries", "faults", "info", "is_active"]
@@ -32,6 +34,7 @@ __all__ = ["CannHostError", "activate", "entries", "faults", "info", "is_active"
 _options: Options | None = None  # of this process, once active
 _library: ctypes.CDLL
 _fault_count = 0
+_is_worker = False  # of a process that is on the stand-in and has said so
 
 
 def is_active() -> bool:
@@ -110,7 +113,7 @@ def activate(
     # later launch in silence, leaving garbage in the results; and some of its waits hold the
     # interpreter lock that the queue's thread needs here. Without, each launch fails where it is.
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
-    _import_torch_npu()
+    _import_torch_npu(library)
 
     from cann_host import aclnn, fallback, ge
 
@@ -200,6 +203,8 @@ class _Worker:
 
 
 def _activate_worker(options: dict[str, Any]) -> None:
+    global _is_worker
+    _is_worker = True
     given = {name: value for name, value in options.items() if value}
     activate(**given)
 
@@ -298,7 +303,7 @@ class _WithoutLine:
         return getattr(self._stream, name)
 
 
-def _import_torch_npu() -> None:
+def _import_torch_npu(library: ctypes.CDLL) -> None:
     stdout = sys.stdout
     # torch_npu warns on stdout that no CANN is installed, which is the point of this package.
     line = "Warning: ASCEND_HOME_PATH environment variable is not set."
@@ -306,11 +311,42 @@ def _import_torch_npu() -> None:
     # At exit handlers run in reverse: _drain, torch_npu's own, _leave.
     atexit.register(_leave)
     try:
-        import torch  # noqa: F401 - loads torch_npu too, unless autoload is off
-        import torch_npu  # noqa: F401
+        with allocator_keys.set_aside(library) as both:
+            import torch  # loads torch_npu too, unless autoload is off
+            import torch_npu  # noqa: F401
+    except Exception as error:
+        raise CannHostError(_why_not_imported(error)) from error
     finally:
         sys.stdout = stdout
+        if "torch_npu" not in sys.modules:
+            atexit.unregister(_leave)
     atexit.register(_drain)
+    if both and not _is_worker:
+        version, _, build = torch.__version__.partition("+")
+        build = f" (a {build} build)" if build else ""
+        print(
+            f"cann_host: torch {version}{build} and torch_npu both register the allocator "
+            f"setting{'s' * (len(both) > 1)} {', '.join(both)}. On the stand-in it works; beside a "
+            "real CANN expect `import torch_npu` to end the process. There, install the CPU build "
+            f"of torch {version}, as the install page of pytorch.org gives it.",
+            file=sys.stderr,
+        )
+
+
+def _why_not_imported(error: BaseException) -> str:
+    """What stopped the import of torch or torch_npu; torch's autoload wraps it in its own error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    versions = []
+    for package in ("torch", "torch_npu"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    return (
+        f"torch and torch_npu cannot be imported ({', '.join(versions)} installed): "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _drain() -> None:
