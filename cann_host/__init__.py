@@ -27,9 +27,12 @@ from dataclasses import asdict
 from typing import Any
 
 from cann_host import allocator_keys
-from cann_host.options import CannHostError, Options, parse_faults
+from cann_host.options import CannHostError, Fault, Options, parse_faults
 
 __all__ = ["CannHostError", "activate", "entries", "faults", "info", "is_active"]
+
+# What torch_npu and torchair are here, in pip's words; the extra npu of lq-graph.
+NEEDED = ("torch==2.13.0", "torch_npu==2.13.0", "packaging", "protobuf")
 
 _options: Options | None = None  # of this process, once active
 _library: ctypes.CDLL
@@ -108,6 +111,8 @@ def activate(
                 )
         return
     library = _load()
+    source = "CANN_HOST_FAIL" if fail is None else "fail"
+    _read_faults(options.fail, source)  # before anything is imported
     _configure(library, options)
     # With its task queue on, torch_npu reports the first failed launch late and then drops every
     # later launch in silence, leaving garbage in the results; and some of its waits hold the
@@ -122,7 +127,7 @@ def activate(
     fallback.install(library)
     _library, _options = library, options
     _activate_workers()
-    _add_faults(options.fail, "CANN_HOST_FAIL")
+    _add_faults(options.fail, source)
     print(
         f"cann_host: no NPU here; a stand-in for CANN {options.cann_version} ({options.soc}) "
         "computes on the CPU",
@@ -170,8 +175,7 @@ def entries() -> list[tuple[str, str, str]]:
     return [(group, symbol, kind) for group, symbol, kind in (line.split("\t") for line in lines)]
 
 
-def _add_faults(text: str, source: str) -> None:
-    global _fault_count
+def _read_faults(text: str, source: str) -> list[Fault]:
     wanted = parse_faults(text, source)
     possible = {symbol for _, symbol, kind in entries() if kind == "does"}
     for fault in wanted:
@@ -182,7 +186,12 @@ def _add_faults(text: str, source: str) -> None:
                 f"{source} names {fault.symbol}, which this stand-in does not have or cannot let "
                 f"fail; {others}."
             )
-    for fault in wanted:
+    return wanted
+
+
+def _add_faults(text: str, source: str) -> None:
+    global _fault_count
+    for fault in _read_faults(text, source):
         _library.cann_host_add_fault(
             fault.symbol.encode(), fault.number, fault.code.encode(), fault.call
         )
@@ -237,8 +246,8 @@ def _load() -> ctypes.CDLL:
         )
     if importlib.util.find_spec("torch_npu") is None:
         raise CannHostError(
-            'torch_npu is not installed: pip install "lq-graph[npu]" brings the version this was '
-            "made for."
+            f"torch_npu is not installed: pip install {' '.join(NEEDED)} brings the version this "
+            "was made for."
         )
     return _open()
 
@@ -337,16 +346,15 @@ def _why_not_imported(error: BaseException) -> str:
     """What stopped the import of torch or torch_npu; torch's autoload wraps it in its own error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    versions = []
-    for package in ("torch", "torch_npu"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
-    return (
-        f"torch and torch_npu cannot be imported ({', '.join(versions)} installed): "
-        f"{type(error).__name__}: {error}"
-    )
+    text = f"{type(error).__name__}: {error}"
+    try:
+        torch, torch_npu = map(importlib.metadata.version, ("torch", "torch_npu"))
+    except importlib.metadata.PackageNotFoundError:
+        return f"torch and torch_npu cannot be imported: {text}"
+    train = torch_npu.split(".")[:2]
+    if torch.split(".")[:2] != train:
+        text += f" (this torch_npu is made for torch {'.'.join(train)})"
+    return f"torch {torch} and torch_npu {torch_npu} cannot be imported: {text}"
 
 
 def _drain() -> None:

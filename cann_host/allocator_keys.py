@@ -1,9 +1,9 @@
 """Lets torch_npu be imported beside a CUDA build of torch.
 
 From 2.10 on, the CUDA half of torch and torch_npu register settings of the same names with c10's
-allocator configuration (c10/core/AllocatorConfig.h), and a name registered twice ends the process at
-`import torch_npu`. The stand-in takes the names out of c10's set while torch_npu is imported, and puts
-them back.
+allocator configuration (c10/core/AllocatorConfig.h), and a name registered twice ends the process
+at `import torch_npu`. The stand-in takes the names out of c10's set while torch_npu is imported,
+and puts them back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 
@@ -45,13 +45,14 @@ def _find() -> int | None:
 
 
 class _Before(MetaPathFinder):
-    """Finds no module, but sets the keys aside when torch_npu is asked for: `import torch` loads it."""
+    """Finds no module, but sets the keys aside when torch_npu is about to be imported, which
+    `import torch` does at its end."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.keys: int | None = None
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
+    def find_spec(self, fullname: str, *_: object) -> None:
         if fullname == "torch_npu" and self.keys is None:
             self.keys = _find()
             if self.keys is not None:

@@ -27,7 +27,8 @@ namespace c10::CachingAllocator {
 struct AcceleratorAllocatorConfig { static std::unordered_set<std::string>& getMutableKeys(); };
 }
 static bool registered = [] {
-  for (auto key : {"pinned_reserve_segment_size_mb", "per_process_memory_fraction", "of_cuda_alone"})
+  for (auto key :
+       {"pinned_reserve_segment_size_mb", "per_process_memory_fraction", "of_cuda_alone"})
     c10::CachingAllocator::AcceleratorAllocatorConfig::getMutableKeys().insert(key);
   return true;
 }();
