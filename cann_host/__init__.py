@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib.metadata
 import importlib.util
 import multiprocessing.spawn
 import os
@@ -25,13 +26,18 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from cann_host.options import CannHostError, Options, parse_faults
+from cann_host import allocator_keys
+from cann_host.options import CannHostError, Fault, Options, parse_faults
 
 __all__ = ["CannHostError", "activate", "entries", "faults", "info", "is_active"]
+
+# What torch_npu and torchair are here, in pip's words; the extra npu of lq-graph.
+NEEDED = ("torch==2.13.0", "torch_npu==2.13.0", "packaging", "protobuf")
 
 _options: Options | None = None  # of this process, once active
 _library: ctypes.CDLL
 _fault_count = 0
+_is_worker = False  # of a process that is on the stand-in and has said so
 
 
 def is_active() -> bool:
@@ -109,11 +115,13 @@ def activate(
                 )
         return
     library = _load()
+    source = "CANN_HOST_FAIL" if fail is None else "fail"
+    _read_faults(options.fail, source)  # before anything is imported
     _configure(library, options)
     # With its task queue on, torch_npu reports a failed launch late, at another one. Without, each
     # launch fails where it is.
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
-    _import_torch_npu()
+    _import_torch_npu(library)
 
     from cann_host import aclnn, executor, fallback, ge
 
@@ -124,7 +132,7 @@ def activate(
     _library, _options = library, options
     _activate_workers()
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
-    _add_faults(options.fail, "CANN_HOST_FAIL")
+    _add_faults(options.fail, source)
     print(
         f"cann_host: no NPU here; a stand-in for CANN {options.cann_version} ({options.soc}) "
         "computes on the CPU",
@@ -172,8 +180,7 @@ def entries() -> list[tuple[str, str, str]]:
     return [(group, symbol, kind) for group, symbol, kind in (line.split("\t") for line in lines)]
 
 
-def _add_faults(text: str, source: str) -> None:
-    global _fault_count
+def _read_faults(text: str, source: str) -> list[Fault]:
     wanted = parse_faults(text, source)
     possible = {symbol for _, symbol, kind in entries() if kind == "does"}
     for fault in wanted:
@@ -184,7 +191,12 @@ def _add_faults(text: str, source: str) -> None:
                 f"{source} names {fault.symbol}, which this stand-in does not have or cannot let "
                 f"fail; {others}."
             )
-    for fault in wanted:
+    return wanted
+
+
+def _add_faults(text: str, source: str) -> None:
+    global _fault_count
+    for fault in _read_faults(text, source):
         _library.cann_host_add_fault(
             fault.symbol.encode(), fault.number, fault.code.encode(), fault.call
         )
@@ -205,6 +217,8 @@ class _Worker:
 
 
 def _activate_worker(options: dict[str, Any]) -> None:
+    global _is_worker
+    _is_worker = True
     given = {name: value for name, value in options.items() if value}
     activate(**given)
 
@@ -237,8 +251,8 @@ def _load() -> ctypes.CDLL:
         )
     if importlib.util.find_spec("torch_npu") is None:
         raise CannHostError(
-            'torch_npu is not installed: pip install "lq-graph[npu]" brings the version this was '
-            "made for."
+            f"torch_npu is not installed: pip install {' '.join(NEEDED)} brings the version this "
+            "was made for."
         )
     return _open()
 
@@ -309,7 +323,7 @@ class _WithoutLine:
         return getattr(self._stream, name)
 
 
-def _import_torch_npu() -> None:
+def _import_torch_npu(library: ctypes.CDLL) -> None:
     stdout = sys.stdout
     # torch_npu warns on stdout that no CANN is installed, which is the point of this package.
     line = "Warning: ASCEND_HOME_PATH environment variable is not set."
@@ -317,11 +331,41 @@ def _import_torch_npu() -> None:
     # At exit handlers run in reverse: _drain, torch_npu's own, _leave.
     atexit.register(_leave)
     try:
-        import torch  # noqa: F401 - loads torch_npu too, unless autoload is off
-        import torch_npu  # noqa: F401
+        with allocator_keys.set_aside(library) as both:
+            import torch  # loads torch_npu too, unless autoload is off
+            import torch_npu  # noqa: F401
+    except Exception as error:
+        raise CannHostError(_why_not_imported(error)) from error
     finally:
         sys.stdout = stdout
+        if "torch_npu" not in sys.modules:
+            atexit.unregister(_leave)
     atexit.register(_drain)
+    if both and not _is_worker:
+        version, _, build = torch.__version__.partition("+")
+        build = f" (a {build} build)" if build else ""
+        print(
+            f"cann_host: torch {version}{build} and torch_npu both register the allocator "
+            f"setting{'s' * (len(both) > 1)} {', '.join(both)}. On the stand-in it works; beside a "
+            "real CANN expect `import torch_npu` to end the process. There, install the CPU build "
+            f"of torch {version}, as the install page of pytorch.org gives it.",
+            file=sys.stderr,
+        )
+
+
+def _why_not_imported(error: BaseException) -> str:
+    """What stopped the import of torch or torch_npu; torch's autoload wraps it in its own error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = f"{type(error).__name__}: {error}"
+    try:
+        torch, torch_npu = map(importlib.metadata.version, ("torch", "torch_npu"))
+    except importlib.metadata.PackageNotFoundError:
+        return f"torch and torch_npu cannot be imported: {text}"
+    train = torch_npu.split(".")[:2]
+    if torch.split(".")[:2] != train:
+        text += f" (this torch_npu is made for torch {'.'.join(train)})"
+    return f"torch {torch} and torch_npu {torch_npu} cannot be imported: {text}"
 
 
 def _before_fork() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
 import runpy
 import sys
+import traceback
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,28 +32,77 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _why_no_script(path: Path) -> str:
+    """What keeps Python from running a file or a folder; empty if nothing does."""
+    if not path.exists():
+        return f"no such script: {path}"
+    if path.is_dir():
+        return "" if (path / "__main__.py").is_file() else f"{path} is a folder without __main__.py"
+    if not path.is_file():  # runpy would open it twice, and find a pipe empty
+        return f"{path} is not a regular file"
+    if path.suffix == ".pyc" or zipfile.is_zipfile(path):
+        return ""
+    try:
+        with io.open_code(str(path.absolute())) as file:
+            compile(file.read(), str(path), "exec", dont_inherit=True)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    except (SyntaxError, ValueError) as error:  # ValueError: null bytes, before Python 3.12
+        text = "".join(traceback.format_exception_only(error)).rstrip()
+        return f"{path} is not a Python program\n{text}"
+    return ""
+
+
+def _why_no_module(name: str, active: bool) -> str:
+    """What keeps `-m name` from being found; empty if nothing does, or if it cannot be told before
+    activation, because Python imports the packages around a module to find it."""
+    if name.endswith(".py") and Path(name).exists():
+        return f"-m takes the name of a module; for the file, leave -m out: {name}"
+    if not all(part.isidentifier() for part in name.split(".")):
+        return f"{name!r} is not the name of a module"
+    if "." in name and not active:
+        return ""
+    try:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.submodule_search_locations is not None:
+            if not active:
+                return ""
+            name += ".__main__"
+            found = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the packages around it were found, and need something that is not there
+        found = None
+    except ValueError:  # a module without a spec, such as __main__
+        found = None
+    return "" if found is not None else f"no such module: {name}"
+
+
 def main(arguments: list[str]) -> int:
-    """Run what the arguments name; returns the exit code of the launcher itself."""
+    """Run what the arguments name; returns the exit code of the launcher itself, 2 if it ran
+    nothing."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
     module, script = parsed.module, parsed.script
     given = {name: getattr(parsed, name) for name in VARIABLES}
     if module == []:
         parser.error("-m needs the name of a module")
-    if not module and script and not Path(script[0]).exists():
-        print(f"cann_host: no such script: {script[0]}", file=sys.stderr)
-        return 2
     try:
+        options = Options.of(**given)
         if not module and not script:
             parser.print_usage()
-            for name, value in {**cann_host.info(), **asdict(Options.of(**given))}.items():
+            for name, value in {**cann_host.info(), **asdict(options)}.items():
                 print(f"{name}: {value}")
             return 0
+        why = _why_no_module(module[0], False) if module else _why_no_script(Path(script[0]))
+        if why:
+            return _refuse(why)
         cann_host.activate(**given)
     except cann_host.CannHostError as error:
-        print(f"cann_host: {error}", file=sys.stderr)
-        return 1
+        return _refuse(str(error))
     if module:
+        if why := _why_no_module(module[0], True):
+            return _refuse(why)
         sys.argv = module
         # `python -m` puts the working directory first, as it did for this launcher.
         runpy.run_module(module[0], run_name="__main__", alter_sys=True)
@@ -58,6 +111,11 @@ def main(arguments: list[str]) -> int:
         sys.path[0] = str(Path(script[0]).resolve().parent)
         runpy.run_path(script[0], run_name="__main__")
     return 0
+
+
+def _refuse(why: str) -> int:
+    print(f"cann_host: {why}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

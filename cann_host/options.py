@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 __all__ = ["VARIABLES", "CannHostError", "Fault", "Options", "parse_faults"]
@@ -48,6 +49,7 @@ VARIABLES = {
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 MOST_DEVICES = 64
+MOST_MEMORY = (1 << 63) - 1  # torch keeps sizes as int64
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,19 @@ def _version(text: str, source: str) -> str:
 
 
 def _devices(text: str, source: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_DEVICES:
+    if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= MOST_DEVICES:
         raise CannHostError(f"{source} is {text!r}; it must be a number from 1 to {MOST_DEVICES}")
     return int(text)
 
 
 def _memory(text: str, source: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-    if size <= 0:
-        raise CannHostError(f"{source} is {text!r}; a size is like 8GiB, 512MiB or 1073741824")
+    found = re.fullmatch(r"(\d{1,40}(?:\.\d{1,40})?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    size = int(Fraction(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not 1 <= size <= MOST_MEMORY:
+        raise CannHostError(
+            f"{source} is {text!r}; a size is like 8GiB, 512MiB or 1073741824, from 1 to "
+            f"{MOST_MEMORY} bytes"
+        )
     return size
 
 

@@ -8,26 +8,7 @@ The op runs eagerly on CPU and NPU, under fake tensors, in torch.compile and thr
 
 from __future__ import annotations
 
-import os
-import sys
-
-if sys.argv[:2] == ["-m", "check"] and "lq_graph" in sys.orig_argv:
-    # `python -m lq_graph check` asks no device, and must work where torch_npu has no CANN.
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-
-try:
-    import torch
-except RuntimeError as error:
-    # torch loads torch_npu by itself, which fails on a machine without CANN
-    if "torch_npu" not in str(error):
-        raise
-    raise ImportError(
-        "lq_graph: torch_npu is installed, but neither CANN nor cann_host is active in this "
-        "process, so torch itself cannot be imported. What to do: with an NPU, source CANN's "
-        "set_env.sh first; without one, run `python -m cann_host your_script.py` (a stand-in for "
-        "CANN that computes on the CPU); for plain CPU use, set TORCH_DEVICE_BACKEND_AUTOLOAD=0."
-    ) from None
-
+from . import _import_torch  # noqa: F401 - first: it says why torch cannot be imported
 from .check import Check, check
 from .checkpoint import CheckpointError, load_checkpoint
 from .checkpoint_write import save_checkpoint
@@ -79,5 +60,3 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
-
-del os, sys, torch

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import inspect
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,17 +104,17 @@ def _load(where: str) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
     file, colon, name = where.rpartition(":")
     if not colon or not file or not name:
         raise LinearQuantValueError(f"explain: {where!r} is not FILE.py:FUNCTION")
-    if file.endswith(".py"):
-        if not Path(file).is_file():
-            raise LinearQuantValueError(f"explain: there is no file {file}")
-        found = runpy.run_path(file)
-    else:
-        try:
-            found = vars(importlib.import_module(file))
-        except ModuleNotFoundError as error:
-            raise LinearQuantValueError(f"explain: {error}") from None
+    found = _names_in(file)
     if not callable(found.get(name)):
         raise LinearQuantValueError(f"explain: {file} has no function {name}")
+    try:
+        inspect.signature(found[name]).bind()
+    except ValueError:  # a builtin that tells no signature
+        pass
+    except TypeError as error:
+        raise LinearQuantValueError(
+            f"explain: {where} is called without arguments: {error}"
+        ) from None
     made = found[name]()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
         raise LinearQuantValueError(
@@ -120,20 +124,75 @@ def _load(where: str) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
     return made
 
 
+def _names_in(file: str) -> dict[str, Any]:
+    """The globals of a file or a module, imported."""
+    try:
+        if not file.endswith(".py"):
+            if not all(part.isidentifier() for part in file.split(".")):
+                raise LinearQuantValueError(
+                    f"explain: {file} is neither a file NAME.py nor the name of a module"
+                )
+            return vars(importlib.import_module(file))
+        if not Path(file).is_file():
+            raise LinearQuantValueError(f"explain: there is no file {file}")
+        sys.path.insert(0, str(Path(file).resolve().parent))  # as if it were run
+        return runpy.run_path(file)
+    except ModuleNotFoundError as error:
+        raise LinearQuantValueError(f"explain: {file}: {error}") from None
+    except OSError as error:
+        raise LinearQuantValueError(f"explain: {file} cannot be read: {error}") from None
+    except (SyntaxError, UnicodeDecodeError) as error:
+        text = "".join(traceback.format_exception_only(error)).rstrip()
+        raise LinearQuantValueError(f"explain: {file} is not Python\n{text}") from None
+
+
+def _find_npu() -> None:
+    """Import torch_npu, which torch does by itself except for `python -m lq_graph`.
+
+    Raises:
+        LinearQuantValueError: there is no device.
+    """
+    why = ""
+    if importlib.util.find_spec("torch_npu") is not None:
+        try:
+            importlib.import_module("torch_npu")
+        except Exception as error:
+            why = f" (torch_npu cannot be imported: {error})"
+    try:
+        require_npu()
+    except LinearQuantValueError as error:
+        raise LinearQuantValueError(f"{error}{why}") from None
+
+
+def _explain(model: str, html: str | None) -> None:
+    if html is not None:
+        page = Path(html)
+        if page.is_dir() or not page.absolute().parent.is_dir():
+            raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise LinearQuantValueError(
+                "explain: --html draws with matplotlib. What to do: pip install matplotlib."
+            )
+    _find_npu()
+    story = explain(*_load(model))
+    print(story)
+    if html is not None:
+        try:
+            story.html(html)
+        except OSError as error:
+            raise LinearQuantValueError(f"explain: --html: {error}") from None
+        print(f"\nwritten: {html}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     if asked.command == "explain":
         try:
-            require_npu()
-            story = explain(*_load(asked.model))
+            _explain(asked.model, asked.html)
         except LinearQuantError as error:
             parser.error(str(error))
-        print(story)
-        if asked.html:
-            story.html(asked.html)
-            print(f"\nwritten: {asked.html}")
         return 0
     try:
         answer = check(
@@ -146,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
             output_dtype=asked.output,
             product=asked.product,
         )
-    except LinearQuantValueError as error:
+    except LinearQuantError as error:
         parser.error(str(error))
     print(answer)
     return 0 if answer else 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _lazy_converters
 from .errors import LinearQuantValueError
 from .formats import PEAKS, Peak, Product, dtype_name, storage_name
 from .module import LinearQuant
@@ -301,15 +302,13 @@ def _lower(model: nn.Module, arguments: list[Tensor]) -> list[Any]:
     """The GE graphs a model becomes."""
     import torchair
 
-    import converters
-
     torch._dynamo.reset()
     config = torchair.CompilerConfig()
     backend = torchair.get_npu_backend(compiler_config=config)
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    with converters.graph.capture(config) as graphs, torch.no_grad():
+    with _lazy_converters.load().graph.capture(config) as graphs, torch.no_grad():
         compiled(*arguments)
-    return graphs
+    return list(graphs)
 
 
 def _bytes(spec: Spec) -> int:

@@ -64,7 +64,7 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(("options", "text"), BAD_OPTIONS, ids=lambda v: " ".join(v)[:30])
 def test_a_wrong_option_is_one_sentence(options: tuple[str, ...], text: str, tmp_path) -> None:
     done = start(tmp_path, "print('ran')", *options)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("cann_host: ")
     assert text in done.stderr
     assert done.stderr.count("\n") == 1

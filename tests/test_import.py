@@ -76,6 +76,46 @@ def test_any_import_order_lowers(imports: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+# What a program may have under the name of our package: beside a wheel of ours it is found first.
+SHADOWS = {
+    "a module, imported": {"converters.py": "mine = 1\n"},
+    "a package, imported": {"converters/__init__.py": "mine = 1\n", "converters/graph.py": ""},
+    "a folder, found": {"converters/notes.txt": ""},
+    "a module, found": {"converters.py": "raise ValueError('not to be imported')\n"},
+}
+
+
+@pytest.mark.parametrize("shadow", SHADOWS)
+def test_a_module_of_that_name_of_the_user_s_own(shadow: str, tmp_path: Path) -> None:
+    for name, text in SHADOWS[shadow].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    imported = "" if "found" in shadow else "import converters"
+    result = python(
+        "import os, sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class First:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'converters':\n"
+        f"            return PathFinder.find_spec(name, [{str(tmp_path)!r}])\n"
+        "sys.meta_path.insert(0, First)\n"
+        f"{imported}\n"
+        "if os.environ.get('LQ_GRAPH_TEST_NPU') != '1':\n"
+        "    import cann_host; cann_host.activate()\n"
+        "import torch, torch_npu, lq_graph, torchair as tng\n"
+        "layer = lq_graph.LinearQuant(16, 8).npu()\n"
+        "x = torch.ones(2, 16, dtype=torch.int8).npu()\n"
+        "backend = tng.get_npu_backend(compiler_config=tng.CompilerConfig())\n"
+        "compiled = torch.compile(layer, backend=backend, dynamic=False, fullgraph=True)\n"
+        "assert torch.equal(compiled(x).cpu(), layer(x).cpu())\n"
+        "story = lq_graph.explain(lq_graph.LinearQuant(16, 8), (x.cpu(),))\n"
+        "assert story.layers[0].ours.ops() == ['QuantBatchMatmulV3']\n"
+        "mine = sys.modules.get('converters')\n"
+        f"assert {'mine and ' if imported else 'not mine or '}not hasattr(mine, 'register')\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 # package -> what its modules may import outside functions, beside the standard library
 LAYERS = {
     "lq_graph": {"torch", "tqdm", "lq_graph"},

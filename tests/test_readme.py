@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import cann_host
 import lq_graph
 from lq_graph import __main__ as command_line
 from lq_graph.formats import PRODUCTS, QUANT_ROWS, ROWS, QuantRow, Row, dtype_name, storage_name
@@ -74,6 +77,39 @@ def test_the_two_commands_come_first() -> None:
         'pip install -e ".[npu]" && python -m cann_host examples/graph_mode.py',
         'pip install -e ".[test]" && python -m pytest',
     ]
+
+
+@pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+def test_use_it_is_a_program_and_prepares_the_weights() -> None:
+    """In a process of its own: nothing but the block itself sets anything."""
+    block = re.search(r"## Use it\n\n```python\n(.*?)```", README, re.DOTALL)
+    assert block
+    program = (
+        "import cann_host\ncann_host.activate()\n"
+        "import torch, lq_graph\n"
+        "from torch import nn\n"
+        "class MyModel(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up = lq_graph.LinearQuant(64, 96)\n"
+        "        self.down = lq_graph.LinearQuant(96, 32, output_dtype=torch.float16)\n"
+        "    def forward(self, x):\n"
+        "        return self.down(self.up(x))\n"
+        "torch.manual_seed(0)\n"
+        "other = MyModel()\n"
+        "for layer in (other.up, other.down):\n"
+        "    layer.weight.data = torch.randint(-128, 128, layer.weight.shape, dtype=torch.int8)\n"
+        "    layer.scale.data = torch.rand(layer.out_features) * 1e-3\n"
+        "checkpoint = other.state_dict()\n"
+        f"{block[1]}\n"
+        "x = torch.randint(-128, 128, (4, 64), dtype=torch.int8)\n"
+        "assert torch.equal(model(x.npu()).cpu(), other(x))\n"
+        "for layer in (model.up, model.down):\n"
+        "    print(torch_npu.get_npu_format(layer.weight).name, layer.scale.dtype)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["FRACTAL_NZ torch.int64"] * 2
 
 
 def test_check_shown_is_the_real_one(capsys) -> None:

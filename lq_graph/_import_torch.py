@@ -1,0 +1,63 @@
+"""Imports torch, first of all in this package: torch loads torch_npu by itself, which fails on a
+machine without CANN, and then says little."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
+def _for_the_command_line() -> bool:
+    """Whether this is `python -m lq_graph`, which must answer without a device: what needs one there
+    imports torch_npu itself. While -m imports a package, sys.argv is -m and the arguments."""
+    called = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else ""
+    return called in ("lq_graph", "-mlq_graph")
+
+
+@contextmanager
+def _without_autoload() -> Iterator[None]:
+    before = os.environ.get(_AUTOLOAD)
+    os.environ[_AUTOLOAD] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_AUTOLOAD]
+        else:
+            os.environ[_AUTOLOAD] = before
+
+
+def _why(error: RuntimeError) -> str:
+    """What keeps torch_npu, and so torch, from being imported, and what to do."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if "cannot open shared object file" in str(cause):
+        return (
+            "lq_graph: torch_npu is installed, but neither CANN nor cann_host is active in this "
+            "process, so torch itself cannot be imported. What to do: with an NPU, source CANN's "
+            "set_env.sh first; without one, run `python -m cann_host your_script.py` (a stand-in "
+            "for CANN that computes on the CPU); for plain CPU use, set "
+            f"{_AUTOLOAD}=0."
+        )
+    return (
+        "lq_graph: torch_npu is installed and cannot be imported, so torch itself cannot be "
+        f"imported: {type(cause).__name__}: {cause}. What to do: mend or uninstall torch_npu, or, "
+        f"for plain CPU use, set {_AUTOLOAD}=0."
+    )
+
+
+try:
+    if _for_the_command_line():
+        with _without_autoload():
+            import torch
+    else:
+        import torch  # noqa: F401
+except RuntimeError as error:
+    if "torch_npu" not in str(error):
+        raise
+    raise ImportError(_why(error)) from None

@@ -1,0 +1,241 @@
+"""What a newcomer types by mistake is answered in a sentence, with exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cann_host
+from cann_host import __main__ as launcher
+from cann_host.options import CannHostError, Options
+from lq_graph import __main__ as command_line
+
+on_stand_in = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what people point at."""
+    files = {
+        "bad.py": "import torch\nx = = 1\n",
+        "run.sh": "#!/bin/sh\necho $1\n",
+        "null.py": "x = 1\0\n",
+        "latin.py": "x = '\udce4'\n",
+        "needs.py": "import nothing_of_this_name\ndef f(): pass\n",
+        "pk_front/__init__.py": "",
+        "sub/own.py": "import beside\ndef f(): return beside.model()\n",
+        "sub/beside.py": (
+            "from torch import nn, ones\ndef model(): return nn.Linear(4, 4), (ones(2, 4),)\n"
+        ),
+        "m_front.py": (
+            "import torch, lq_graph\n"
+            "number = 3\n"
+            "def nothing(): pass\n"
+            "def asks(size): pass\n"
+            "def pair(): return 1, 2\n"
+            "def wrong(): return lq_graph.LinearQuant(16, 8), (torch.ones(2, 9).char(),)\n"
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    os.mkfifo(tmp_path / "pipe.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@on_stand_in
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("nosuch.py", "no such script: nosuch.py"),
+        ("sub", "sub is a folder without __main__.py"),
+        ("pipe.py", "pipe.py is not a regular file"),
+        ("bad.py", 'bad.py is not a Python program\n  File "bad.py", line 2'),
+        ("run.sh", 'run.sh is not a Python program\n  File "run.sh", line 2'),
+        ("null.py", "null.py is not a Python program\n"),
+        ("latin.py", "latin.py is not a Python program\n"),
+        ("-m nosuch", "no such module: nosuch"),
+        ("-m nosuch.part", "no such module: nosuch.part"),
+        ("-m pk_front", "no such module: pk_front.__main__"),
+        ("-m pk_front.nosuch", "no such module: pk_front.nosuch"),
+        ("-m m_front.py", "-m takes the name of a module; for the file, leave -m out: m_front.py"),
+        ("-m .m_front", "'.m_front' is not the name of a module"),
+        ("--memory much m_front.py", "memory is 'much'; a size is like 8GiB"),
+        ("--fail aclnnNothing:1 m_front.py", "fail names aclnnNothing, which this stand-in does"),
+    ],
+)
+def test_cann_host(command: str, text: str, folder: Path, capsys, monkeypatch) -> None:
+    if "--fail" in command:  # asked before anything is imported: as in a new process
+        monkeypatch.setattr(cann_host, "_options", None)
+        monkeypatch.setattr(cann_host, "_load", cann_host._open)
+    assert launcher.main(command.split()) == 2
+    assert capsys.readouterr().err.startswith(f"cann_host: {text}")
+
+
+def test_cann_host_lets_a_module_s_own_error_through(folder: Path) -> None:
+    (folder / "pk_broken").mkdir()
+    (folder / "pk_broken/__init__.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        launcher._why_no_module("pk_broken.part", active=True)
+
+
+@pytest.mark.parametrize("memory", ["1", "1b", "8GiB", "0.5 k", "8388607TiB", 2**63 - 1, 4e9])
+def test_memory_that_is_taken(memory: object) -> None:
+    given = {"1": 1, "1b": 1, "8GiB": 8 << 30, "0.5 k": 512, "8388607TiB": 8388607 << 40}
+    assert Options.of(memory=memory).memory == given.get(str(memory), memory)
+
+
+NO_SIZE = ["0", "-1", "nan", "inf", "1e30", 1e30, "0.5", "0.9B", "8 XiB", "1_000", "8GiBs", True]
+TOO_LARGE = [2**63, 2**64, 2**64 + 4096, "8388608TiB", "9" * 41, "9" * 5000]
+
+
+@pytest.mark.parametrize("memory", NO_SIZE + TOO_LARGE, ids=lambda value: str(value)[:20])
+def test_memory_that_is_no_size(memory: object) -> None:
+    with pytest.raises(CannHostError, match="from 1 to 9223372036854775807 bytes"):
+        Options.of(memory=memory)
+
+
+@pytest.mark.parametrize(
+    "devices", [0, -1, 65, 2**64, "two", "1.0", 1.5, "nan", "1e1", True, "9" * 5000]
+)
+def test_devices_that_are_no_number(devices: object) -> None:
+    with pytest.raises(CannHostError, match="it must be a number from 1 to 64"):
+        Options.of(devices=devices)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(arguments)
+    assert caught.value.code == 2
+    text: str = capsys.readouterr().err
+    return text.split(": error: ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("nosuch", "argument command: invalid choice: 'nosuch'"),
+        ("check --x1 int9", "argument --x1: 'int9' is no dtype; write int8, int4"),
+        ("check --x1 int8[2", "argument --x1: 'int8[2' is not of the form int8 or int8[16,512]"),
+        ("check --x1 int8[-1]", "argument --x1: 'int8[-1]' is not of the form"),
+        ("check --output nosuch", "argument --output: 'nosuch' is no dtype"),
+        ("check --product A9", "check: 'A9' is not a product lq_graph knows"),
+        ("check more", "unrecognized arguments: more"),
+        ("explain", "the following arguments are required: model"),
+        ("explain m_front.py", "explain: 'm_front.py' is not FILE.py:FUNCTION"),
+        ("explain :f", "explain: ':f' is not FILE.py:FUNCTION"),
+        ("explain no.py:f", "explain: there is no file no.py"),
+        ("explain no.such:f", "explain: no.such: No module named 'no'"),
+        ("explain run.sh:f", "explain: run.sh: No module named 'run'"),
+        ("explain a-b.txt:f", "explain: a-b.txt is neither a file NAME.py nor the name of"),
+        ("explain ..m_front:f", "explain: ..m_front is neither a file NAME.py nor the name"),
+        ("explain bad.py:f", 'explain: bad.py is not Python\n  File "bad.py", line 2'),
+        ("explain needs.py:f", "explain: needs.py: No module named 'nothing_of_this_name'"),
+        ("explain m_front.py:gone", "explain: m_front.py has no function gone"),
+        ("explain m_front:number", "explain: m_front has no function number"),
+        (
+            "explain m_front.py:asks",
+            "explain: m_front.py:asks is called without arguments: missing",
+        ),
+        ("explain m_front.py:nothing", "explain: m_front.py:nothing returned NoneType; it has to"),
+        ("explain m_front.py:pair", "explain: m_front.py:pair returned tuple; it has to return"),
+        ("explain m_front.py:wrong", "linear_quant: x1 (2, 9) and weight (8, 16) differ in k"),
+        ("explain sub/own.py:f", "explain: no LinearQuant layer was called"),
+        ("explain m_front.py:nothing --html sub", "explain: --html sub: there is no folder for"),
+        ("explain m_front.py:nothing --html gone/a.html", "explain: --html gone/a.html: there is"),
+    ],
+)
+def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert refused(command.split(), capsys).startswith(text)
+
+
+def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
+    said = refused(["explain", "m_front.py:pair", "--html", "a.html"], capsys)
+    assert "What to do: pip install matplotlib." in said
+
+
+def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CANN_", "TORCH_DEVICE"))}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**clean, **env},
+        check=False,
+    )
+
+
+@on_stand_in
+@pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])
+def test_lq_graph_answers_where_torch_npu_has_no_cann(arguments: str) -> None:
+    done = python("-m", "lq_graph", *arguments.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m lq_graph" if "-" in arguments else "x1 int8")
+
+
+@on_stand_in
+def test_explain_without_a_device_is_a_sentence() -> None:
+    done = python("-W", "ignore", "-mlq_graph", "explain", "m.py:f")
+    assert (done.returncode, done.stdout) == (2, "")
+    _, said = done.stderr.split("\npython -m lq_graph: error: ")
+    assert said.startswith(
+        "explain: there is no NPU to lower for. What to do: run it with CANN, or"
+    )
+    assert "`python -m cann_host -m lq_graph explain ...`" in said
+    assert said.count("\n") == 1
+
+
+@on_stand_in
+def test_the_command_line_leaves_the_environment() -> None:
+    """Autoload is off for the command itself, not for what it starts."""
+    program = (
+        "import os, sys\n"
+        "sys.argv, sys.orig_argv = ['-m', 'check'], ['python', '-m', 'lq_graph', 'check']\n"
+        "import lq_graph\n"
+        "print(os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD'))\n"
+    )
+    for before in (None, "1"):
+        env = {} if before is None else {"TORCH_DEVICE_BACKEND_AUTOLOAD": before}
+        assert python("-c", program, **env).stdout == f"{before}\n"
+
+
+FAKE = 'raise ImportError("libprotobuf.so: undefined symbol: f")\n'
+
+
+@on_stand_in
+@pytest.mark.parametrize("autoload", ["1", "0"])
+def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_path: Path) -> None:
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu/__init__.py").write_text(FAKE)
+    (tmp_path / "script.py").write_text("")
+    env = {"PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    why = "ImportError: libprotobuf.so: undefined symbol: f\n"
+    done = python("-m", "cann_host", str(tmp_path / "script.py"), **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"cann_host: torch {torch.__version__} and torch_npu ")
+    assert done.stderr.endswith(f" cannot be imported: {why}")
+    assert done.stderr.count("\n") == 1
+    done = python("-c", "import cann_host; cann_host.activate()", **env)
+    assert done.stderr.endswith(why)
+    assert done.stderr.splitlines()[-1].startswith("cann_host.CannHostError: torch ")
+    assert "_leave" not in done.stderr
+
+
+@on_stand_in
+def test_import_of_lq_graph_tells_why_torch_npu_failed(tmp_path: Path) -> None:
+    (tmp_path / "torch_npu.py").write_text(FAKE)
+    done = python("-c", "import lq_graph", PYTHONPATH=str(tmp_path))
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: lq_graph: torch_npu is installed and cannot be imported")
+    assert "ImportError: libprotobuf.so: undefined symbol: f. What to do: " in last
