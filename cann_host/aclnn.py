@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cann_host import rules
+from cann_host import rules, watched
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
@@ -679,7 +679,10 @@ def _run(op: bytes, phase: int, words: ctypes._Pointer[ctypes.c_int64], count: i
     try:
         # A default device or a function mode of the caller must not reach these tensors.
         with torch._C.DisableTorchFunction():
-            OPERATORS[name][phase](*_unpack(words[:count]))
+            arguments = _unpack(words[:count])
+            OPERATORS[name][phase](*arguments)
+            if phase == 0:
+                watched.note(a.address for a in arguments if isinstance(a, AclTensor))
     except GraphError as refusal:  # what the GE operator of the same meaning refuses
         _library.cann_host_set_error(f"{name}: {refusal}".encode())
         return INVALID
