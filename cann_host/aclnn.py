@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from cann_host import chips, executor, rules
+from cann_host import chips, executor, rules, watched
 from cann_host._callbacks import give, int64s
 from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
@@ -764,7 +764,10 @@ def _run(name: str, phase: int, words: int, count: int) -> int:
     try:
         # A default device or a function mode of the caller must not reach these tensors.
         with torch._C.DisableTorchFunction():
-            OPERATORS[name][phase](*_unpack(int64s(words, count)))
+            arguments = _unpack(int64s(words, count))
+            OPERATORS[name][phase](*arguments)
+            if phase == 0:
+                watched.note(a.address for a in arguments if isinstance(a, AclTensor))
     except GraphError as refusal:  # what the GE operator of the same meaning refuses
         _library.cann_host_set_error(f"{name}: {refusal}".encode())
         return INVALID

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cann_host import watched
 from cann_host._callbacks import give
 from cann_host.aclnn import BASE_FORMATS, INNER
 from cann_host.memory import over_memory
@@ -81,6 +82,7 @@ def record(device: torch.device, what: str, used: list[Tensor], work: Callable[[
         if torch_npu.get_npu_format(tensor) not in BASE_FORMATS:
             raise RuntimeError(f"cann_host: {what} of an internal format is not captured here.")
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in used}
+    watched.note(memory)
     bytes_at = _library.cann_host_bytes_at
 
     def checked() -> None:
@@ -126,6 +128,7 @@ def install(library: ctypes.CDLL) -> None:
     library.cann_host_bytes_at.argtypes = (ctypes.c_void_p,)
     library.cann_host_bytes_at.restype = ctypes.c_uint64
     give(library.cann_host_set_replay, _replay)
+    watched.install()
 
 
 def uninstall() -> None:

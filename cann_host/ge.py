@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lq_graph.numerics import NzWeight, nz_to_nd
 
-from . import executor, ops  # noqa: F401 - ops registers the operators
+from . import executor, ops, watched  # noqa: F401 - ops registers the operators
 from ._callbacks import give
 from .executor import (
     DTYPES,
@@ -112,6 +112,8 @@ class Plan:
         output_infos: what the summary says about them.
         is_static: whether every shape is known.
         borrowed: (name, address, bytes) of constants in the caller's memory.
+        formats: of each graph input, as it was compiled.
+        parameters: those whose memory `borrowed` is.
     """
 
     name: str
@@ -122,6 +124,8 @@ class Plan:
     output_infos: list[TensorInfo]
     is_static: bool
     borrowed: list[tuple[str, int, int]] = field(default_factory=list)
+    formats: list[int] = field(default_factory=list)
+    parameters: list[watched.Watched] = field(default_factory=list)
 
     def run(self, inputs: Sequence[Value]) -> list[Tensor]:
         """Compute the graph's outputs.
@@ -145,6 +149,31 @@ class Plan:
             for slot in step.last_use:
                 values.pop(slot, None)
         return [_output(values[slot], i) for i, slot in enumerate(self.outputs)]
+
+    def check_unchanged(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
+        """Refuse what a device would not notice: torchair says the formats of the inputs once, then
+        only addresses, and no more of constants and of frozen parameters.
+
+        Args:
+            given: the tensors torchair was called with.
+            addresses: that reached the graph.
+
+        Raises:
+            RuntimeError: one of them is not what the graph was compiled for.
+        """
+        todo = (
+            "torch._dynamo.reset() after a weight was replaced, prepared or moved, and call again"
+        )
+        watched.check(f"graph {self.name}", self.parameters, todo)
+        for slot, form, tensor, address in zip(
+            self.inputs, self.formats, given, addresses, strict=False
+        ):
+            if tensor.device.type != "npu" or tensor.numel() == 0:
+                continue
+            name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
+            watched.check_format(name, form, tensor)
+            if tensor.data_ptr() != address:
+                watched.refuse_frozen(name, todo)
 
 
 def _output(value: Value, index: int) -> Tensor:
@@ -265,7 +294,8 @@ def compile_graph(model: bytes) -> Plan:
         if node.type in ("Data", "RefData"):
             data[node.attr["index"].i] = slot
             infos[slot] = _data_info(node)
-            formats[slot] = node.output_desc[0].attr["format_for_int"].i
+            # the bits above hold sub-formats
+            formats[slot] = node.output_desc[0].attr["format_for_int"].i & 0xFF
         elif node.type in ("Const", "Constant"):
             constants[slot] = _constant(node)
         elif node.type == "ConstPlaceHolder":
@@ -290,7 +320,18 @@ def compile_graph(model: bytes) -> Plan:
         steps = _predict(steps, constants, infos, formats, outputs, declared)
     static = static and all(info.known for info in declared)
     _mark_last_uses(steps, outputs)
-    return Plan(graph.name, inputs, constants, steps, outputs, declared, static, borrowed)
+    return Plan(
+        graph.name,
+        inputs,
+        constants,
+        steps,
+        outputs,
+        declared,
+        static,
+        borrowed,
+        [formats[slot] for slot in inputs],
+        watched.watch(address for _, address, _ in borrowed),
+    )
 
 
 def _needed(nodes: Sequence[Any]) -> list[Any]:
@@ -525,6 +566,8 @@ class _Bridge:
     def fail(self, error: BaseException) -> int:
         if isinstance(error, GraphError):
             text = f"cann_host: {error}"
+        elif isinstance(error, watched.ReplacedError):
+            text = str(error)
         else:
             text = "cann_host: " + "".join(traceback.format_exception(error))
         self.lib.cann_host_ge_fail(text.encode(errors="replace"))
@@ -532,6 +575,9 @@ class _Bridge:
 
     def compile(self, model: int, size: int, summary: int, number: int) -> int:
         try:
+            from torchair.core._backend import TorchNpuGraph
+
+            watched.watch_torchair(TorchNpuGraph)
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 plan = compile_graph(ctypes.string_at(model, size))
             self.lib.cann_host_ge_set_static(summary, plan.is_static)
@@ -552,7 +598,9 @@ class _Bridge:
             given = (_GeTensor * count).from_address(inputs) if count else ()
             # The caller may be inside `with torch.device("npu")` or a mode of its own.
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                results = plan.run([_read(tensor) for tensor in given])
+                if (tensors := watched.given_inputs()) is not None:
+                    plan.check_unchanged(tensors, [info.data or 0 for info in given])
+                results = plan.run([_read(info) for info in given])
                 for index, (result, info) in enumerate(
                     zip(results, plan.output_infos, strict=True)
                 ):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .derivatives import asks_for_derivative, no_derivative
 from .native import refuse_shortened
 from .plan import check_finite, plan, plan_trans_quant_param
 from .plan_quant import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
@@ -51,6 +52,8 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
+    if asks_for_derivative(x):
+        no_derivative("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     _check_held("dynamic_quant", x=x)
     arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
@@ -60,6 +63,8 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
+    if asks_for_derivative(x):
+        no_derivative("static_quant", x)
     plan_static_quant(x, scale_reciprocal, offset)
     _check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
     return numerics.static_quant(x, scale_reciprocal, offset)

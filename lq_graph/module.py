@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .errors import PARAM_INVALID, LinearQuantError, LinearQuantTypeError, LinearQuantValueError
-from .formats import ND, ROWS, STORAGE_DTYPES, dtype_name
+from .formats import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 from .npu import cast_format, format_of
 from .ops import trans_quant_param
 from .plan import check_finite
@@ -106,6 +106,7 @@ class LinearQuant(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.output_dtype = output_dtype
+        self._weight_format = ND
         self.x1_dtype = x1_dtype
         self.x2_dtype = x2_dtype
 
@@ -132,6 +133,8 @@ class LinearQuant(nn.Module):
             x1: int8 (..., m, k) or int32 (..., m, k/8).
             pertoken_scale: float32 (m,), in place of the parameter of that name.
         """
+        if self._weight_format:  # read for torch.compile: it compiles anew for another format
+            pass
         own: dict[str, Any] = self._parameters
         # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. A parametrized layer
         # has no other way.
@@ -156,6 +159,23 @@ class LinearQuant(nn.Module):
         )
         return out
 
+    def note_weight_format(self) -> None:
+        """Keep the weight's format where torch.compile sees it: its guards look at dtypes, shapes
+        and attributes, not at formats, and a graph holds for one format. Whatever moves, casts or
+        replaces the weight calls this; `weight.data = ...` is the one way that does not."""
+        weight = self._parameters.get("weight")
+        # a fake or distributed one has no format of its own
+        self._weight_format = format_of(weight) if type(weight) is Parameter else ND
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight":
+            self.note_weight_format()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.note_weight_format()  # a copy, or one from a file, may have another
+
     def fold_scale(self) -> None:
         """Replace the float32 scale by the packed int64 form, with the offset in it.
 
@@ -165,8 +185,9 @@ class LinearQuant(nn.Module):
             LinearQuantTypeError: the scale is not float32.
             LinearQuantValueError: it holds NaN or infinity.
         """
-        packed = _pack(self.scale.data, self.offset)
-        self._float_scale = self.scale.data
+        scale = self.scale.data
+        packed = _pack(scale, self.offset)
+        self._float_scale = scale
         self.scale.data = packed
 
     def _scale_before_folding(self) -> Tensor | None:
@@ -185,12 +206,15 @@ class LinearQuant(nn.Module):
         for name in PARAMETERS:
             tensor = getattr(self, name)
             setting = None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
+            if name == "weight" and self._weight_format == FRACTAL_NZ:
+                setting = f"{setting} FRACTAL_NZ"
             parts.append(f"{name}={setting}")
         parts.append(f"output_dtype={dtype_name(self.output_dtype or torch.int8)}")
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:
         super()._apply(keeping_dtypes(fn), recurse)
+        self.note_weight_format()
         return self
 
     def _load_from_state_dict(
@@ -250,6 +274,7 @@ class LinearQuant(nn.Module):
         )
         if "weight" in found and self.weight.device.type == "npu":
             self.weight.data = cast_format(self.weight.data, acl_format)
+            self.note_weight_format()
         if "scale" in found:
             self._float_scale = scale.detach().clone() if refold and scale is not None else None
 

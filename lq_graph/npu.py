@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derivatives import asks_for_derivative, no_derivative
+from .devices import check_devices
 from .formats import FRACTAL_NZ, LAST_DIM_MAX, ND
 from .plan import plan, plan_trans_quant_param
 from .plan_quant import plan_dynamic_quant, plan_static_quant
@@ -77,7 +79,12 @@ def linear_quant(
     if bias is not None:
         given["bias"] = bias
     # A float32 scale that has to be folded is folded inside, by torch_npu itself.
-    out: Tensor = _quant_matmul()(x1, weight.transpose(-1, -2), scale, **given)
+    try:
+        out: Tensor = _quant_matmul()(x1, weight.transpose(-1, -2), scale, **given)
+    except RuntimeError:
+        del given["output_dtype"]
+        check_devices("linear_quant", x1=x1, weight=weight, scale=scale, **given)
+        raise
     return out
 
 
@@ -86,7 +93,11 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
     import torch_npu
 
     plan_trans_quant_param(scale, offset, round_mode)
-    out: Tensor = torch_npu.npu_trans_quant_param(scale, offset, round_mode)
+    try:
+        out: Tensor = torch_npu.npu_trans_quant_param(scale, offset, round_mode)
+    except RuntimeError:
+        check_devices("trans_quant_param", scale=scale, offset=offset)
+        raise
     return out
 
 
@@ -94,6 +105,8 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     """NPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
     import torch_npu
 
+    if asks_for_derivative(x):
+        no_derivative("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     out: tuple[Tensor, Tensor] = torch_npu.npu_dynamic_quant.default(
         x, dst_type=_QUINT4X2 if p.int4 else _SCALAR_TYPES[torch.int8]
@@ -105,8 +118,14 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
     """NPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
     import torch_npu
 
+    if asks_for_derivative(x):
+        no_derivative("static_quant", x)
     plan_static_quant(x, scale_reciprocal, offset)
-    out: Tensor = torch_npu.npu_quantize.default(x, scale_reciprocal, offset, _QINT8, -1, False)
+    try:
+        out: Tensor = torch_npu.npu_quantize.default(x, scale_reciprocal, offset, _QINT8, -1, False)
+    except RuntimeError:
+        check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
+        raise
     return out
 
 

@@ -11,10 +11,15 @@ the epilogue of a small layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _lazy_converters, cpu, npu
+from .derivatives import asks_for_derivative, no_derivative, under_torch_func
+from .devices import check_devices
 from .plan import plan, plan_trans_quant_param
 from .plan_quant import plan_dynamic_quant, plan_static_quant
 
@@ -52,6 +57,15 @@ def _linear_quant_fake(
     *,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    check_devices(
+        "linear_quant",
+        x1=x1,
+        weight=weight,
+        scale=scale,
+        offset=offset,
+        pertoken_scale=pertoken_scale,
+        bias=bias,
+    )
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     return x1.new_empty(p.output_shape, dtype=p.output_dtype)
 
@@ -60,12 +74,15 @@ def _linear_quant_fake(
 def _trans_quant_param_fake(
     scale: Tensor, offset: Tensor | None = None, round_mode: int = 0
 ) -> Tensor:
+    check_devices("trans_quant_param", scale=scale, offset=offset)
     shape = plan_trans_quant_param(scale, offset, round_mode)
     return scale.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("lq_graph::dynamic_quant", lib=_lib)
 def _dynamic_quant_fake(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    if asks_for_derivative(x):
+        no_derivative("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     quantized = x.new_empty(p.output_shape, dtype=p.row.output_dtype)
     return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
@@ -73,6 +90,9 @@ def _dynamic_quant_fake(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple
 
 @torch.library.register_fake("lq_graph::static_quant", lib=_lib)
 def _static_quant_fake(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
+    if asks_for_derivative(x):
+        no_derivative("static_quant", x)
     p = plan_static_quant(x, scale_reciprocal, offset)
     return x.new_empty(p.output_shape, dtype=p.row.output_dtype)
 
@@ -88,6 +108,43 @@ for _kernels, _key in ((cpu, "CPU"), (npu, "PrivateUse1")):
     _lib.impl("trans_quant_param", _kernels.trans_quant_param, _key)
     _lib.impl("dynamic_quant", _kernels.dynamic_quant, _key)
     _lib.impl("static_quant", _kernels.static_quant, _key)
+
+# torch.func's transforms; what they make of the operators is in derivatives.py
+for _op in (_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant):
+    _lib.impl(_op, under_torch_func(_op), "FuncTorchDynamicLayerFrontMode")
+
+
+def _under_autocast(device: str, key: str) -> dict[str, Callable[..., Any]]:
+    """What autocast does to the operators that take float activations: a cast, as nn.Linear's."""
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            out: tuple[Tensor, Tensor] = _dynamic_quant(_cast(x, autocast_dtype()), dtype=dtype)
+            return out
+
+    def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+        # the dtype of the scale is part of the layer's numbers, so x takes it
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            out: Tensor = _static_quant(_cast(x, scale_reciprocal.dtype), scale_reciprocal, offset)
+            return out
+
+    def autocast_dtype() -> torch.dtype:
+        return torch.get_autocast_dtype(device)
+
+    return {"dynamic_quant": dynamic_quant, "static_quant": static_quant}
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: floats, but not float64."""
+    casts = x.is_floating_point() and x.dtype not in (dtype, torch.float64)
+    return x.to(dtype) if casts else x
+
+
+# "npu" is how torch_npu has torch.get_autocast_dtype ask for PrivateUse1.
+for _device, _key in (("cpu", "AutocastCPU"), ("npu", "AutocastPrivateUse1")):
+    for _name, _kernel in _under_autocast(_device, _key).items():
+        _lib.impl(_name, _kernel, _key)
 
 _lazy_converters.install(_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant)
 
@@ -122,7 +179,7 @@ def linear_quant(
 
     Raises:
         LinearQuantTypeError: a dtype, or a combination of dtypes, the product has no row for.
-        LinearQuantValueError: a shape outside the specification.
+        LinearQuantValueError: a shape outside the specification, or tensors on several devices.
 
     Source: torch_npu.contrib.module.LinearQuant; aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
@@ -169,8 +226,14 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         (..., m): peak / 127, or peak / 7 for int4. A row of zeros has scale 0; infinity or NaN in
         a row makes its scale infinite or NaN.
 
+    Under autocast a float x is cast to autocast's dtype, as nn.Linear's.
+
+    Warns:
+        UserWarning: x requires grad; no gradient passes (derivatives.py).
+
     Raises:
-        LinearQuantTypeError: a dtype the product has no row for.
+        LinearQuantTypeError: a dtype the product has no row for, or torch.func or forward mode asks
+            for a derivative.
         LinearQuantValueError: a shape outside the specification.
 
     Source: torch_npu.npu_dynamic_quant; aclnnDynamicQuant.md (hicann/ops-nn).
@@ -192,9 +255,15 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
         int8, x's shape: x * scale_reciprocal + offset in float32, rounded half to even, clamped to
         [-128, 127].
 
+    Under autocast a float x is cast to scale_reciprocal's dtype.
+
+    Warns:
+        UserWarning: x requires grad; no gradient passes (derivatives.py).
+
     Raises:
-        LinearQuantTypeError: a dtype the product has no row for, or another than x's.
-        LinearQuantValueError: a shape outside the specification.
+        LinearQuantTypeError: a dtype the product has no row for, or another than x's; or torch.func
+            or forward mode asks for a derivative.
+        LinearQuantValueError: a shape outside the specification, or tensors on several devices.
 
     Source: torch_npu.npu_quantize with div_mode=False; aclnnAscendQuantV3.md (hicann/ops-nn).
     """

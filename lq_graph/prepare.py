@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ from .plan import check_finite, plan
 from .product import get_product
 from .text import table
 from .vendor import vendor_layers
+from .walk import uninterrupted
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 
@@ -76,8 +79,17 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     LinearQuant and LinearA8W8Quant; everything else (Linear, Conv2d, ...) is handed to torchair's
     function of the same name.
 
-    Calling it again changes nothing. All or nothing: whatever fails, the model is as before. One
-    layer at a time, so the most it takes beside the model is one weight.
+    Calling it again changes nothing, from several threads too. All or nothing: whatever fails,
+    Ctrl-C included, the model is as before. One layer at a time, so the most it takes beside the
+    model is one weight.
+
+    Prepare before the first call of a compiled model. A graph is compiled for the format its
+    weights have, and a device does not look at it again: a weight that is prepared, moved
+    (`.cpu().npu()`) or replaced (`weight.data = tensor`) afterwards is read in the format it had,
+    and the output is garbage, without an error. lq_graph's layers are compiled anew when the format
+    of their weight changes, except by `weight.data = tensor`; of other layers' formats
+    torch.compile knows nothing, nor do cache_compile and captured graphs after their first run. On
+    cann_host such a run is refused.
 
     A layer whose pertoken_scale comes as an argument of forward has to be made with
     pertoken_scale=True, or its float16 output reads as the row without one, and is folded.
@@ -88,6 +100,10 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
             CANN version (newest public releases have them for Atlas A2 and A3), so the default is
             to leave them, or bring them back, ND.
 
+    Warns:
+        UserWarning: weights stay ND because torch.npu.config.allow_internal_format is off, or
+            formats of layers that are not lq_graph's changed after something was compiled.
+
     Returns:
         A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
 
@@ -97,36 +113,98 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
     Source: torchair's use_internal_format_weight.
     """
-    kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
-    # the vendor's modules have the attributes of ours, so they go by our type
-    layers = [
-        (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
-    ]
-    folds = [_check(name or "the model", layer) for name, layer in layers]
-
-    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
-    import torchair
-
-    report = Report()
-    # None: no bar where the output is no terminal
-    bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
-    with ExitStack() as undo:  # on an error, takes back what was done, last first
-        for (name, layer), fold in zip(bar, folds, strict=True):
-            report.append(_prepare(name, layer, fold, int4_nz, undo))
-        for rest in _others(model, kinds):
-            for parameter in rest.parameters():
-                # torchair casts weights and folds scales, which are short enough to keep
-                scale = parameter.data if parameter.dim() < 2 else None
-                undo.callback(_restore, parameter, format_of(parameter), scale)
-            torchair.use_internal_format_weight(rest)
-        undo.pop_all()
+    with _ONE_AT_A_TIME:
+        report, others_changed = _prepare_all(model, int4_nz)
     if any(_OFF in prepared.note for prepared in report):
         warnings.warn(
             "use_internal_format_weight: weights stay ND, because "
             "torch.npu.config.allow_internal_format is off. What to do: set it to True before.",
             stacklevel=2,
         )
+    if others_changed and _has_compiled():
+        warnings.warn(
+            "use_internal_format_weight: formats of weights changed after torch.compile had made "
+            "graphs in this process. lq_graph's layers are compiled anew by themselves; of others "
+            f"({others_changed}) torch.compile does not notice, and a graph that was made for ND "
+            "reads FRACTAL_NZ as ND. What to do: prepare before the first call, or call "
+            "torch._dynamo.reset() now.",
+            stacklevel=2,
+        )
     return report
+
+
+def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
+    """The report, and the first module whose format changed unseen by torch.compile, if any."""
+    kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
+    # the vendor's modules have the attributes of ours, so they go by our type
+    layers = [
+        (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
+    ]
+    folds = [_check(name or "the model", layer) for name, layer in layers]
+    kept_float = _scales_read_otherwise(layers, folds)
+
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+    import torchair
+
+    report = Report()
+    others_changed = ""
+    floats: dict[Tensor, Tensor] = {}  # what folded scales were
+    # None: no bar where the output is no terminal
+    bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
+    undo = ExitStack()  # on an error, takes back what was done, last first
+    try:
+        for (name, layer), fold in zip(bar, folds, strict=True):
+            was = format_of(layer.weight)
+            why_float = kept_float.get(layer.scale, "")
+            report.append(_prepare(name, layer, fold, why_float, int4_nz, floats, undo))
+            if format_of(layer.weight) != was and not isinstance(layer, LinearQuant):
+                others_changed = others_changed or name or type(layer).__name__
+        for rest in _others(model, kinds):
+            before = {parameter: format_of(parameter) for parameter in rest.parameters()}
+            for parameter, acl_format in before.items():
+                # torchair casts weights and folds scales, which are short enough to keep
+                scale = parameter.data if parameter.dim() < 2 else None
+                undo.callback(_restore, parameter, acl_format, scale)
+            torchair.use_internal_format_weight(rest)
+            if any(format_of(parameter) != was for parameter, was in before.items()):
+                others_changed = others_changed or type(rest).__name__
+    except BaseException:
+        with uninterrupted():
+            undo.close()
+        raise
+    return report, others_changed
+
+
+# The float32 scale behind a packed one is read and kept in two steps.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _has_compiled() -> bool:
+    """Whether torch.compile has made graphs that it may use again."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return compiler is not None and bool(compiler.input_codes.seen)
+
+
+def _scales_read_otherwise(
+    layers: list[tuple[str, LinearQuant]], folds: list[bool]
+) -> dict[Tensor, str]:
+    """Scales that several layers share and read differently, so that folding for one would be wrong
+    for another; with the reason."""
+    first: dict[Tensor, tuple[str, LinearQuant, bool]] = {}
+    kept: dict[Tensor, str] = {}
+    for (name, layer), fold in zip(layers, folds, strict=True):
+        other_name, other, other_folds = first.setdefault(layer.scale, (name, layer, fold))
+        if fold != other_folds or not _equal(layer.offset, other.offset):
+            kept[layer.scale] = (
+                f"scale stays float32: {other_name} and {name} share it and read it differently"
+            )
+    return kept
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one, other)
 
 
 _OFF = "allow_internal_format is off"
@@ -167,25 +245,53 @@ def folds_scale(layer: LinearQuant) -> bool:
     ).fold_scale
 
 
-def _prepare(name: str, layer: LinearQuant, fold: bool, int4_nz: bool, undo: ExitStack) -> Prepared:
+def _prepare(
+    name: str,
+    layer: LinearQuant,
+    fold: bool,
+    why_float: str,
+    int4_nz: bool,
+    floats: dict[Tensor, Tensor],
+    undo: ExitStack,
+) -> Prepared:
     """Fold and cast one layer. What takes a step back is noted before the step."""
-    weight, scale = layer.weight, layer.scale
+    weight = layer.weight
     before = _describe(layer)
-    if fold and scale.dtype == torch.float32:  # two layers may share one scale
-        undo.callback(_restore, scale, ND, scale.data)
-        if isinstance(layer, LinearQuant):
-            undo.callback(setattr, layer, "_float_scale", layer._float_scale)
-            layer.fold_scale()
-        else:
-            scale.data = trans_quant_param(scale.data, layer.offset)
-    note = _why_nd(weight, get_product(), int4_nz)
-    wanted = ND if note else FRACTAL_NZ
+    if fold and not why_float:
+        _fold(layer, floats, undo)
+    why_nd = _why_nd(weight, get_product(), int4_nz)
+    wanted = ND if why_nd else FRACTAL_NZ
+    if isinstance(layer, LinearQuant):
+        undo.callback(layer.note_weight_format)
     if (was := format_of(weight)) != wanted:
         undo.callback(_cast, weight, was)
         _cast(weight, wanted)
         if format_of(weight) != wanted:
-            note = f"weight stays ND: torch.npu.config.{_OFF}"
+            why_nd = f"weight stays ND: torch.npu.config.{_OFF}"
+    if isinstance(layer, LinearQuant):
+        layer.note_weight_format()
+    note = "; ".join(why for why in (why_float, why_nd) if why)
     return Prepared(name, before, _describe(layer), weight.untyped_storage().nbytes(), note)
+
+
+def _fold(layer: LinearQuant, floats: dict[Tensor, Tensor], undo: ExitStack) -> None:
+    """Fold a float32 scale. Every layer of ours that shares it keeps what it was, for state dicts.
+
+    Args:
+        floats: what the scales that are folded were.
+    """
+    scale, ours = layer.scale, isinstance(layer, LinearQuant)
+    if ours:
+        undo.callback(setattr, layer, "_float_scale", layer._float_scale)
+    if scale.dtype == torch.float32:
+        floats[scale] = scale.data
+        undo.callback(_restore, scale, ND, scale.data)
+        if ours:
+            layer.fold_scale()
+        else:
+            scale.data = trans_quant_param(scale.data, layer.offset)
+    elif ours and scale in floats:
+        layer._float_scale = floats[scale]
 
 
 def _describe(layer: LinearQuant) -> str:

@@ -1,6 +1,10 @@
-"""The two operators on CPU, meta and under torch.compile: values, shapes, registration."""
+"""The operators on CPU, meta and under torch.compile: values, shapes, registration, devices,
+derivatives, autocast."""
 
 from __future__ import annotations
+
+import contextlib
+import warnings
 
 import cases
 import golden
@@ -8,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from cases import ALL_CASES, BF16, F16, F32, I8, I32, ROW_CASES, Case
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import lq_graph
+from lq_graph import LinearQuantTypeError, LinearQuantValueError
 
 LINEAR_QUANT = torch.ops.lq_graph.linear_quant.default
 TRANS_QUANT_PARAM = torch.ops.lq_graph.trans_quant_param.default
@@ -190,3 +197,215 @@ def test_torch_export_keeps_the_op_and_the_value() -> None:
     longer = cases.make(Case(m=9))["x1"]
     assert torch.equal(program.module()(longer), layer(longer))
     cases.assert_equal(program.module()(inputs["x1"]), inputs)
+
+
+# ---- devices ----
+
+STATIC_QUANT = torch.ops.lq_graph.static_quant.default
+DYNAMIC_QUANT = torch.ops.lq_graph.dynamic_quant.default
+# every tensor argument of every operator that has several; the first decides
+ARGUMENTS = {
+    LINEAR_QUANT: ("x1", "weight", "scale", "offset", "pertoken_scale", "bias"),
+    TRANS_QUANT_PARAM: ("scale", "offset"),
+    STATIC_QUANT: ("x", "scale_reciprocal", "offset"),
+}
+MIXED = [(op, name) for op, names in ARGUMENTS.items() for name in names[1:]]
+DEVICES = ("cpu", "npu", "meta")
+
+
+def call_of(op, named: str) -> dict[str, object]:
+    """Arguments of a legal call that has this tensor."""
+    if op is LINEAR_QUANT:
+        pertoken = named == "pertoken_scale"
+        given = cases.make(
+            Case(output=BF16 if pertoken else I8, offset=not pertoken, bias=I32, pertoken=pertoken)
+        )
+        return {name: value for name, value in given.items() if value is not None}
+    if op is TRANS_QUANT_PARAM:
+        return {"scale": torch.ones(8), "offset": torch.ones(8)}
+    return {name: torch.ones(2, 8) if name == "x" else torch.ones(8) for name in ARGUMENTS[op]}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["eager", "fake"])
+@pytest.mark.parametrize(("op", "named"), MIXED, ids=str)
+def test_tensors_on_several_devices_are_refused(op, named: str, fake: bool) -> None:
+    first = ARGUMENTS[op][0]
+    for device in DEVICES:
+        for other in DEVICES:
+            given = {
+                name: value.to(other if name == named else device)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in call_of(op, named).items()
+            }
+            with contextlib.ExitStack() as stack:
+                if fake:
+                    mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+                    given = {
+                        n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+                        for n, v in given.items()
+                    }
+                if other == device:
+                    assert op(**given).device.type == device
+                    continue
+                at = {"npu": "npu:0"}
+                where = f"{named} is on {at.get(other, other)} and {first} on "
+                with pytest.raises(LinearQuantValueError, match=where + at.get(device, device)):
+                    op(**given)
+
+
+def test_a_forgotten_npu_is_refused_while_the_graph_is_traced() -> None:
+    torch._dynamo.reset()
+    inputs = cases.make(Case())
+    layer = lq_graph.LinearQuant(40, 24, bias=False)
+    layer.weight.data = inputs["weight"]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"weight is on cpu and x1 on npu:0; .*model\.to"):
+        compiled(inputs["x1"].npu())
+
+
+# ---- derivatives ----
+
+QUANTIZERS = {
+    "dynamic": lambda x: DYNAMIC_QUANT(x)[1],
+    "dynamic, values": lambda x: DYNAMIC_QUANT(x)[0].float(),
+    "static": lambda x: STATIC_QUANT(x, x.new_ones(1)).float(),
+}
+NONE = "no gradient passes through a quantized layer"
+ASKED = {
+    "grad": lambda f, x: torch.func.grad(lambda a: f(a).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda a: f(a).sum()))(x[None]),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda a: torch.vmap(f)(a).sum())(x[None]),
+}
+
+
+@pytest.fixture(params=["cpu", "npu"])
+def x(request: pytest.FixtureRequest) -> torch.Tensor:
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(3)).to(F16).to(request.param)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_gradient_that_would_be_cut_is_told(name: str, x: torch.Tensor) -> None:
+    quantize, wanted = QUANTIZERS[name], QUANTIZERS[name](x)
+    with pytest.warns(UserWarning, match=f"quant: x requires grad, and {NONE}.*torch.no_grad"):
+        out = quantize(x.clone().requires_grad_())
+    assert torch.equal(out.detach(), wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for quiet in (torch.no_grad, torch.inference_mode):
+            with quiet():
+                assert torch.equal(quantize(x.clone().requires_grad_()), wanted)
+        quantize(x)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_torch_func_is_refused_where_it_differentiates(
+    name: str, asked: str, x: torch.Tensor
+) -> None:
+    with pytest.raises(LinearQuantTypeError, match="quantization has no derivative, and 0 would"):
+        ASKED[asked](QUANTIZERS[name], x)
+
+
+def test_a_scale_is_no_more_differentiable_than_the_input() -> None:
+    inputs = cases.make(Case(output=BF16))
+    with pytest.raises(LinearQuantTypeError, match=r"linear_quant: torch\.func asks for its grad"):
+        torch.func.grad(
+            lambda s: lq_graph.linear_quant(
+                inputs["x1"], inputs["weight"], s, output_dtype=BF16
+            ).sum()
+        )(inputs["scale"])
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_forward_mode_is_refused(name: str, x: torch.Tensor) -> None:
+    with forward_ad.dual_level():
+        with pytest.raises(LinearQuantTypeError, match="x carries a tangent"):
+            QUANTIZERS[name](forward_ad.make_dual(x, x))
+        assert torch.equal(QUANTIZERS[name](x), QUANTIZERS[name](x.clone()))
+
+
+def test_what_torch_func_does_not_differentiate_is_computed(x: torch.Tensor) -> None:
+    for quantize in QUANTIZERS.values():
+        wanted = quantize(x)
+        assert torch.equal(torch.vmap(quantize)(x[:, None])[:, 0], wanted)
+        assert torch.equal(torch.vmap(torch.vmap(quantize))(x[None, :, None])[0, :, 0], wanted)
+        assert torch.equal(torch.vmap(quantize, 1, 1)(x[:, None, :])[:, 0], wanted)
+        assert torch.equal(torch.vmap(lambda _, q=quantize: q(x))(x)[0], wanted)
+        other = torch.func.grad(lambda a, q=quantize: (a * q(x).float()).sum())
+        one = torch.ones((), dtype=F32, device=x.device)
+        assert other(one) == wanted.float().sum()
+        values, _ = torch.func.jvp(lambda a, q=quantize: a * q(x).float(), (one,), (one,))
+        assert torch.equal(values, wanted.float())
+    if x.device.type == "cpu":  # torch_npu has no kernels for functionalize
+        assert torch.equal(torch.func.functionalize(QUANTIZERS["static"])(x), wanted)
+
+
+def test_vmap_of_the_product() -> None:
+    inputs = cases.make(Case(batch=(5,), output=BF16, pertoken=True))
+    x1, pertoken = inputs["x1"], torch.rand(5, 3)
+    own = torch.vmap(
+        lambda a, p: lq_graph.linear_quant(
+            a, inputs["weight"], inputs["scale"], None, p, output_dtype=BF16
+        )
+    )(x1, pertoken)
+    for index in range(5):
+        one = {**inputs, "x1": x1[index], "pertoken_scale": pertoken[index]}
+        assert torch.equal(own[index], lq_graph.linear_quant(**one))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_with_inputs_that_require_grad(backend: str) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 16).to(F16)
+    norm = torch.nn.LayerNorm(16, dtype=F16)
+    with pytest.warns(UserWarning, match=NONE):
+        out = torch.compile(
+            lambda a: norm(a) + DYNAMIC_QUANT(norm(a))[1][:, None], backend=backend
+        )(x.clone().requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(out.detach(), norm(x) + DYNAMIC_QUANT(norm(x))[1][:, None])
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_autocast_casts_activations_as_it_does_for_a_linear(
+    device: str, dtype: torch.dtype
+) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    scale = torch.full((1,), 40.0, dtype=F16, device=device)
+    values, scales = DYNAMIC_QUANT(x.to(dtype))
+    wanted = STATIC_QUANT(x.to(F16), scale)
+    compiled = torch.compile(
+        lambda a: (DYNAMIC_QUANT(a), STATIC_QUANT(a, scale)), backend="aot_eager"
+    )
+    with torch.autocast(device, dtype=dtype):
+        for call in (lambda a: (DYNAMIC_QUANT(a), STATIC_QUANT(a, scale)), compiled):
+            (own, own_scales), static = call(x)
+            assert torch.equal(own, values) and torch.equal(own_scales, scales)
+            assert torch.equal(static, wanted)
+    with pytest.raises(LinearQuantTypeError, match="x is float32"):
+        DYNAMIC_QUANT(x)
+    with (
+        torch.autocast(device, dtype=dtype, enabled=False),
+        pytest.raises(LinearQuantTypeError, match="scale_reciprocal is float16 and x float32"),
+    ):
+        STATIC_QUANT(x, scale)
+
+
+def test_a_dynamic_layer_under_autocast() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8, dtype=BF16))
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    x = torch.randn(3, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+        assert torch.equal(model(x), model(x.to(BF16)))
+    with pytest.raises(LinearQuantTypeError, match="x is float32"):
+        model(x)

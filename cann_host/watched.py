@@ -1,0 +1,225 @@
+"""What a graph goes on using after it was made, and the device does not look at again: the format a
+weight had, and the memory of parameters that were captured or made constants.
+
+CANN checks neither at a run: it computes with whatever bytes are there. So these refusals are the
+stand-in's own, and say so.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from .memory import FRACTAL_NZ
+
+__all__ = [
+    "ReplacedError",
+    "Watched",
+    "check",
+    "check_format",
+    "given_inputs",
+    "install",
+    "note",
+    "refuse_frozen",
+    "watch",
+    "watch_torchair",
+]
+
+_OWN = (
+    "CANN does not look again, so a device would compute garbage, or with old weights; this "
+    "refusal is cann_host's own."
+)
+
+
+class ReplacedError(RuntimeError):
+    """A graph would use other bytes than it was made for."""
+
+
+def _format_name(form: int) -> str:
+    return "FRACTAL_NZ" if form == FRACTAL_NZ else "ND" if form == 2 else f"format {form}"
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _format_of(tensor: Tensor) -> int:
+    import torch_npu
+
+    return int(torch_npu.get_npu_format(tensor))
+
+
+@dataclass
+class Watched:
+    """A parameter whose memory a graph holds.
+
+    Attributes:
+        parameter: a weak reference to it.
+        address: of its storage, when the graph was made.
+        form: its format then.
+        what: dtype and shape, for messages.
+    """
+
+    parameter: weakref.ref[Parameter]
+    address: int
+    form: int
+    what: str
+
+    @staticmethod
+    def of(parameter: Parameter) -> Watched:
+        what = f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}"
+        reference = weakref.ref(parameter)
+        return Watched(reference, _storage_of(parameter), _format_of(parameter), what)
+
+    def changed(self) -> str:
+        """What happened to the parameter since; empty if nothing did."""
+        parameter = self.parameter()
+        if parameter is None:
+            # the same memory may be another Parameter by now: nn.Parameter(old.data)
+            found = _parameters().get(self.address)
+            if found is None:
+                return "is gone"
+            self.parameter, parameter = weakref.ref(found), found
+        if parameter.device.type != "npu":
+            return f"is on {parameter.device} now"
+        if (form := _format_of(parameter)) != self.form:
+            return f"was {_format_name(self.form)} and is {_format_name(form)} now"
+        return "" if _storage_of(parameter) == self.address else "has other memory now"
+
+
+def _parameters() -> dict[int, Parameter]:
+    """Every parameter on a device, by the address of its storage."""
+    # not isinstance: it would ask lazy proxies for their class
+    alive = [o for o in gc.get_objects() if type(o) is Parameter and o.device.type == "npu"]
+    return {_storage_of(parameter): parameter for parameter in alive}
+
+
+def watch(addresses: Iterable[int]) -> list[Watched]:
+    """The parameters whose memory begins at one of the addresses."""
+    wanted = set(addresses)
+    if not wanted:
+        return []
+    return [Watched.of(found) for at, found in _parameters().items() if at in wanted]
+
+
+def check(what: str, parameters: Iterable[Watched], todo: str) -> None:
+    """Refuse if one of them was replaced.
+
+    Raises:
+        ReplacedError: says which.
+    """
+    for parameter in parameters:
+        if change := parameter.changed():
+            raise ReplacedError(
+                f"cann_host: {what} uses the memory of a parameter, {parameter.what}, that "
+                f"{change}. {_OWN} What to do: {todo}."
+            )
+
+
+def check_format(what: str, compiled: int, tensor: Tensor) -> None:
+    """Refuse an input in another format than its graph was compiled for.
+
+    Raises:
+        ReplacedError: names both.
+    """
+    if (form := _format_of(tensor)) != compiled and FRACTAL_NZ in (form, compiled):
+        raise ReplacedError(
+            f"cann_host: {what} is {_format_name(form)} and the graph was compiled for "
+            f"{_format_name(compiled)}. {_OWN} What to do: prepare the weights "
+            "(use_internal_format_weight) before the first call and after every .cpu().npu() or "
+            "weight.data = ...; or torch._dynamo.reset() and call again, which compiles for what "
+            "is there now."
+        )
+
+
+def refuse_frozen(what: str, todo: str) -> None:
+    """An input that torchair keeps reading where it was at the first run: frozen_parameter.
+
+    Raises:
+        ReplacedError: always.
+    """
+    raise ReplacedError(
+        f"cann_host: {what} has other memory now, and the graph, compiled with frozen_parameter, "
+        f"reads the memory it had. {_OWN} What to do: {todo}."
+    )
+
+
+# ---- captured graphs ----
+
+_used: set[int] | None = None  # storages read or written by the capture that is going on
+
+
+def note(addresses: Iterable[int]) -> None:
+    """Storages that a launch uses; kept if a graph is being captured."""
+    if _used is not None:
+        _used.update(addresses)
+
+
+def install() -> None:
+    """Have torch_npu's captured graphs remember the parameters they use."""
+    from torch_npu.npu.graphs import NPUGraph
+
+    begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
+
+    def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        global _used
+        begin(self, *args, **kwargs)
+        _used = set()
+
+    def capture_end(self: Any) -> None:
+        global _used
+        used, _used = _used or set(), None
+        end(self)
+        self._cann_host_watched = watch(used)
+
+    def checked_replay(self: Any) -> None:
+        check(
+            "the captured graph",
+            getattr(self, "_cann_host_watched", ()),
+            "capture again after a weight was replaced, prepared or moved (torch._dynamo.reset() "
+            "under torch.compile), or write into it in place, with weight.copy_()",
+        )
+        replay(self)
+
+    NPUGraph.capture_begin, NPUGraph.capture_end = capture_begin, capture_end
+    NPUGraph.replay = checked_replay
+
+
+# ---- torchair's graphs ----
+
+_running = threading.local()
+
+
+def given_inputs() -> Sequence[Tensor] | None:
+    """The tensors of the graph that this thread runs; None if it was not torchair that called."""
+    return getattr(_running, "inputs", None)
+
+
+def watch_torchair(kind: Any) -> None:
+    """Keep what a graph of torchair is called with: it hands CANN their formats once, and then
+    only addresses.
+
+    Args:
+        kind: torchair's TorchNpuGraph.
+    """
+    run: Callable[..., Any] = kind.run
+    if hasattr(run, "_cann_host"):
+        return
+
+    def kept(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        before = given_inputs()
+        _running.inputs = inputs
+        try:
+            return run(self, inputs, *args, **kwargs)
+        finally:
+            _running.inputs = before
+
+    kept._cann_host = True  # type: ignore[attr-defined]
+    kind.run = kept
