@@ -52,7 +52,7 @@ _WATCHED = (_PACKAGE, contextlib.__file__)
 OS_CALLS = ("open", "write", "fsync", "replace", "mkdir", "preadv", "scandir", "stat", "fstat")
 
 
-class Fault(RuntimeError):
+class Fault(RuntimeError):  # noqa: N818 - injected, not met
     """The error that is injected where no other is named."""
 
 
