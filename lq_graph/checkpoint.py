@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .checkpoint_format import (
-    FILES,
     INDEX,
     PARTS,
     Part,
     list_folder,
     schemes_of,
-    temporary,
+    waiting,
 )
 from .errors import LinearQuantError, LinearQuantTypeError
 from .files import CheckpointError, TensorFile, read_json, refuse, shown
@@ -100,10 +99,10 @@ class LoadReport(list[Loaded]):
 class _Files:
     """Tensors of one or many safetensors files, read one at a time."""
 
-    def __init__(self, path: Path, stack: ExitStack, *, mapped: bool, pending: bool) -> None:
+    def __init__(self, path: Path, stack: ExitStack, waits: Path | None, *, mapped: bool) -> None:
         self._files: list[TensorFile] = []
         self._of: dict[str, TensorFile] = {}
-        index, paths = _files_of(path, pending)
+        index, paths = _files_of(path) if waits is None else (None, [waits])
         for file in paths:
             opened = TensorFile(file, mapped=mapped)
             stack.callback(opened.close)
@@ -172,15 +171,8 @@ def _is_file(path: Path) -> bool:
     return False
 
 
-def _files_of(path: Path, pending: bool) -> tuple[tuple[Path, dict[str, str]] | None, list[Path]]:
-    """An index with what it says, if there is one, and the safetensors files.
-
-    Args:
-        path: a folder, or one file.
-        pending: take the weights of a save that has put its JSON in place and not yet its weights.
-    """
-    if pending:
-        return None, _pending(path)
+def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path]]:
+    """An index with what it says, if there is one, and the safetensors files."""
     if _is_file(path):
         return None, [path]
     names = list_folder(path)
@@ -205,33 +197,22 @@ def _files_of(path: Path, pending: bool) -> tuple[tuple[Path, dict[str, str]] | 
     return (index, listed), [path / name for name in sorted(set(listed.values()))]
 
 
-def _pending(path: Path) -> list[Path]:
-    """Weights that are complete and wait for their name."""
-    file = _is_file(path)
-    folder, names = (path.parent, [path.name]) if file else (path, [w for w, _ in FILES.values()])
-    found = [folder / temporary(name) for name in names]
-    return [path for path in found if os.path.isfile(path)]
-
-
 _T = TypeVar("_T")
 
 
-def _old_or_new(path: Path, load: Callable[[bool], _T]) -> _T:
+def _old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
     """Load what is in a folder before or after another process saves into it.
 
-    save_checkpoint puts the JSON in place, and then the weights. What is found between the two,
-    or partly before and partly after, never fits together: an error. It is one of the files only if
-    they stayed as they are and no weights wait for their name.
+    save_checkpoint puts the JSON in place and then the weights, which wait complete until they have
+    their name. An error is one of the files only if they stayed as they are meanwhile: what is read
+    partly before and partly after does not fit together.
     """
     tries = 0
     while True:
         before = _stamp(path)
         try:
-            return load(False)
+            return load(waiting(path if path.is_dir() else path.parent))
         except CheckpointError:
-            with suppress(CheckpointError):
-                if _pending(path):
-                    return load(True)
             tries += 1
             if tries == _TRIES or _stamp(path) == before:
                 raise
@@ -244,7 +225,7 @@ def _stamp(path: Path) -> list[tuple[object, ...]]:
         folder = path if path.is_dir() else path.parent
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.endswith((".safetensors", ".json", ".saving")):
+                if entry.name.endswith((".safetensors", ".json", ".saving", ".before")):
                     status = entry.stat()
                     stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
                     found.append((entry.name, *stamp))
@@ -317,9 +298,9 @@ def load_checkpoint(
     except TypeError as error:
         raise CheckpointError(f"load_checkpoint: path: {error}.") from None
 
-    def load(pending: bool) -> tuple[LoadReport, Callable[[], None]]:
+    def load(waits: Path | None) -> tuple[LoadReport, Callable[[], None]]:
         with ExitStack() as stack:
-            files = _Files(path, stack, mapped=mmap, pending=pending)
+            files = _Files(path, stack, waits, mapped=mmap)
             return _load(model, path, files, dtype, shares)
 
     # parameters made in inference mode could not be used outside

@@ -33,9 +33,11 @@ __all__ = [
     "SCHEMES",
     "Part",
     "is_description",
+    "kept",
     "list_folder",
     "schemes_of",
     "temporary",
+    "waiting",
 ]
 
 DESCRIPTION, CONFIG, INDEX = "quant_model_description", "config.json", ".safetensors.index.json"
@@ -88,9 +90,26 @@ SCHEMES = {"W8A8": False, "W8A8_DYNAMIC": True}  # msmodelslim's words: dynamic?
 
 
 def temporary(name: str) -> str:
-    """The name of a file while it is written. Weights that are complete wait under it for the JSON
-    that describes them to be in place."""
+    """The name of a file while it is written, and until it takes another's place."""
     return f".{name}.saving"
+
+
+def kept(name: str) -> str:
+    """The name of a copy of a file that was replaced, until the save is done."""
+    return f".{name}.before"
+
+
+def waiting(folder: Path) -> Path | None:
+    """Weights that are complete and wait for their name, while the JSON that describes them is in
+    place: those of a save between its two steps, or one that was killed there."""
+    for weights, about in FILES.values():
+        found = folder / temporary(weights)
+        in_place = os.path.isfile(folder / kept(about)) and not os.path.isfile(
+            folder / temporary(about)
+        )
+        if in_place and os.path.isfile(found):
+            return found
+    return None
 
 
 def is_description(name: str) -> bool:

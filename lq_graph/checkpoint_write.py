@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import build
-from .checkpoint_format import CONFIG, FILES, INDEX, SCHEMES, is_description, temporary
+from .checkpoint_format import (
+    CONFIG,
+    FILES,
+    INDEX,
+    SCHEMES,
+    is_description,
+    kept,
+    temporary,
+    waiting,
+)
 from .files import (
     DTYPES,
     MAX_NAME,
@@ -218,9 +227,7 @@ def _static_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return parts
 
 
-def _msmodelslim(
-    layer: QuantizedLinear, state: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], str]:
+def _msmodelslim(layer: QuantizedLinear, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """A static layer's tensors, and why they do not give it back; empty if they do."""
     parts, bias = _static_parts(state), state.get("linear.bias")
     scale = state["linear.scale"]
@@ -312,42 +319,79 @@ def _save(
     layers: dict[str, QuantizedLinear],
     pause: Callable[[], None],
 ) -> None:
-    """Write the two files of a checkpoint, or leave the folder as it is.
-
-    The JSON is put in place first, while the weights wait complete under their temporary name, and
-    the weights last: load_checkpoint finds the new ones under either name.
-    """
+    """Write the two files of a checkpoint, or leave the folder as it is."""
     weights, about = (folder / name for name in FILES[format])
     with ExitStack() as undo:
         _make(folder, undo)
         with _locked(folder) as descriptor:
+            _finish(folder)
             old = _check_folder(folder, format)
             if format == "msmodelslim":
                 new: dict[str, Any] = _description(tensors, layers)
             else:
                 new = {**old, "quantization_config": _config(layers)}
             with ExitStack() as files:
-                written = _write_weights(weights, tensors, files, pause)
-                text = json.dumps(new, indent=2).encode()
-                json_written = _write(about, [text], files, pause) if new != old else None
-                before = None
-                if json_written is not None and about.exists():
-                    before = _write(about, [about.read_bytes()], files, pause, ".before")
+                order, header = tensors_header(tensors)
+                contents: list[bytes | Tensor] = [header, *(tensors[key] for key in order)]
+                _write(_temporary(weights), contents, weights, files, pause)
+                if new != old:
+                    text = json.dumps(new, indent=2).encode()
+                    _write(_temporary(about), [text], about, files, pause)
+                    was = about.read_bytes() if about.exists() else b""
+                    _write(_kept(about), [was], about, files, pause)
                 pause()
-                # from here on Ctrl-C waits
-                if json_written is not None:
-                    os.replace(json_written, about)
-                try:
-                    os.replace(written, weights)
-                except OSError:
-                    if before is not None:
-                        os.replace(before, about)
-                    elif json_written is not None:
-                        os.unlink(about)
-                    raise
+                _put_in_place(weights, about, files, changes_json=new != old)
             undo.pop_all()
             with suppress(OSError):  # it is done; some file systems cannot make sure of a folder
                 os.fsync(descriptor)
+
+
+def _temporary(place: Path) -> Path:
+    return place.with_name(temporary(place.name))
+
+
+def _kept(place: Path) -> Path:
+    return place.with_name(kept(place.name))
+
+
+def _put_in_place(weights: Path, about: Path, files: ExitStack, *, changes_json: bool) -> None:
+    """Give the complete files their names; Ctrl-C waits.
+
+    The JSON comes first, while the weights wait under their temporary name: load_checkpoint finds
+    them under either, so that the checkpoint is the new one from the first step on.
+    """
+    was_there = about.exists()
+    if changes_json:
+        os.replace(_temporary(about), about)
+    try:
+        os.replace(_temporary(weights), weights)
+    except OSError as error:
+        if not changes_json:
+            raise
+        try:
+            if was_there:
+                os.replace(_kept(about), about)
+            else:
+                os.unlink(about)
+        except OSError:
+            files.pop_all()  # what is there stays, and is complete
+            raise CheckpointError(
+                f"save_checkpoint: {shown(weights, 4096)}: {error.strerror}, and {about.name} "
+                f"could not be taken back. The new weights are in {_temporary(weights).name}, "
+                "where load_checkpoint finds them. What to do: save again when the disk is well."
+            ) from error
+        raise
+
+
+def _finish(folder: Path) -> None:
+    """End what a process that was killed has begun: its save, if its JSON is in place; if not, only
+    its temporary files go."""
+    if (weights := waiting(folder)) is not None:
+        name = next(name for name, _ in FILES.values() if temporary(name) == weights.name)
+        os.replace(weights, folder / name)
+    for name in {name for names in FILES.values() for name in names}:
+        for path in (_temporary(folder / name), _kept(folder / name)):
+            _quietly(os.unlink, path)
 
 
 def _make(folder: Path, undo: ExitStack) -> None:
@@ -413,23 +457,15 @@ def _check_folder(folder: Path, format: str) -> dict[str, Any]:
         return {}  # a broken one is replaced
 
 
-def _write_weights(
-    place: Path, tensors: dict[str, Tensor], files: ExitStack, pause: Callable[[], None]
-) -> Path:
-    order, header = tensors_header(tensors)
-    return _write(place, [header, *(tensors[key] for key in order)], files, pause)
-
-
 def _write(
+    path: Path,
+    contents: list[bytes | Tensor],
     place: Path,
-    contents: list[Any],
     files: ExitStack,
     pause: Callable[[], None],
-    suffix: str = "",
-) -> Path:
-    """Write bytes and tensors to a temporary file, which the stack removes, down to the disk."""
-    path = place.with_name(temporary(place.name) + suffix)
-    _quietly(os.unlink, path)  # left by a process that was killed
+) -> None:
+    """Write bytes and tensors to a new file, which the stack removes, down to the disk. It has the
+    permissions of the file whose place it is to take."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     files.callback(_quietly, os.unlink, path)
     try:
@@ -443,7 +479,6 @@ def _write(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return path
 
 
 def _quietly(remove: Callable[[Path], None], path: Path) -> None:

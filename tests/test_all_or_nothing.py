@@ -1,11 +1,9 @@
-"""All or nothing, load_checkpoint and save_checkpoint: a fault or Ctrl-C at any point, and the model
-or the folder is bit-equal to before, or complete."""
+"""All or nothing, load_checkpoint and save_checkpoint: a fault or Ctrl-C at any point, and model or
+folder are bit-equal to before, or complete."""
 
 from __future__ import annotations
 
-import copy
 import errno
-import json
 import os
 import shutil
 import signal
@@ -21,7 +19,6 @@ from injection import (
     STRIKES,
     folder_state,
     model_state,
-    os_fault,
     points,
     rehearse,
 )
@@ -138,7 +135,7 @@ def test_load(name, device, checkpoints, tally) -> None:
 @pytest.mark.parametrize("name", STRIKES)
 def test_save(name, there, checkpoints, tmp_path, tally) -> None:
     strike, error = STRIKES[name]
-    kind, old, new = checkpoints
+    kind, old, _ = checkpoints
     folder, source, ends = tmp_path / "made" / "folder", quantized(2, FORMATS[kind][1]), Counter()
 
     def prepare() -> dict[str, bytes | None]:
@@ -168,3 +165,82 @@ def test_save(name, there, checkpoints, tmp_path, tally) -> None:
         ends[f"save: {name}, {'complete' if done else 'as before'}"] += 1
     for end, times in ends.items():
         tally(end, times)
+
+
+def test_a_disk_that_fails_for_good_between_the_two_files(checkpoints, tmp_path) -> None:
+    kind, old, new = checkpoints
+    source = quantized(2, FORMATS[kind][1])
+    real, calls = os.replace, []
+
+    def replace(*args: object) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(CheckpointError, match=r"The new weights are in \.\w+\.safe.* again"):
+            save_checkpoint(source, old, kind)
+    found, want = model(3), model(3)
+    load_checkpoint(found, old)
+    load_checkpoint(want, new)
+    assert model_state(found) == model_state(want)
+    save_checkpoint(source, old, kind)  # ends what was begun, and cleans up
+    assert folder_state(old) == folder_state(new)
+
+
+SAVES_FOR_EVER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import cann_host
+cann_host.activate()
+from test_all_or_nothing import FORMATS, quantized, save_checkpoint
+both = {
+    kind: (quantized(1, old, "up"), quantized(2, new)) for kind, (old, new) in FORMATS.items()
+}
+print("ready", flush=True)
+while True:
+    for i in (0, 1):
+        for kind, models in both.items():
+            save_checkpoint(models[i], f"{sys.argv[1]}/{kind}", kind)
+"""
+
+
+def test_a_reader_finds_the_old_or_the_new(tmp_path, tally) -> None:
+    wanted = {}
+    for kind, (config, other) in FORMATS.items():
+        folder = tmp_path / kind
+        for made in (quantized(2, other), quantized(1, config, "up")):
+            save_checkpoint(made, folder, kind)
+            found = model(3)
+            load_checkpoint(found, folder)
+            wanted.setdefault(kind, []).append(model_state(found))
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path), here]
+    saver = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(here).parent)
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def read() -> None:
+        for kind, states in wanted.items():
+            found = model(3)
+            load_checkpoint(found, tmp_path / kind)
+            seen[kind, states.index(model_state(found))] += 1
+
+    try:
+        assert saver.stdout is not None
+        assert saver.stdout.readline() == b"ready\n"
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            read()
+        saver.send_signal(signal.SIGKILL)  # wherever it is
+    finally:
+        saver.kill()
+        saver.communicate()
+    assert len(seen) == 4
+    read()
+    tally("loads while another process saves", seen.total())
+    for kind, (_, config) in FORMATS.items():  # cleans up after the one that was killed
+        save_checkpoint(quantized(2, config), tmp_path / kind, kind)
+        save_checkpoint(quantized(2, config), tmp_path / "new" / kind, kind)
+        assert folder_state(tmp_path / kind) == folder_state(tmp_path / "new" / kind)
