@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import golden
@@ -11,11 +15,18 @@ import numpy as np
 import pytest
 import torch
 import torchair
+from injection import folder_state, model_state
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lq_graph
-from lq_graph import CheckpointError, QuantizedLinear, load_checkpoint, save_checkpoint
+from lq_graph import (
+    A8W8Static,
+    CheckpointError,
+    QuantizedLinear,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 I8, I32, I64 = torch.int8, torch.int32, torch.int64
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -461,3 +472,558 @@ def test_nothing_there(tmp_path) -> None:
         CheckpointError, match="expected a folder or a safetensors file, found nothing"
     ):
         load_checkpoint(Model(), tmp_path / "absent")
+
+
+# ---- layers that must not be replaced ----
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+def with_up(change):
+    """A Model whose layer "up" is changed."""
+
+    def make() -> Model:
+        model = Model()
+        change(model)
+        return model
+
+    return make
+
+
+def parametrized(model: Model) -> None:
+    nn.utils.parametrizations.weight_norm(model.up)
+
+
+def twin(model: Model) -> None:
+    model.parts = [model.up]
+
+
+IRREPLACEABLE = {
+    "subclass": (
+        with_up(lambda m: setattr(m, "up", Scaled(K, N, dtype=F16))),
+        "a Scaled, whose forward may differ from nn.Linear's",
+    ),
+    "forward hook": (
+        with_up(lambda m: m.up.register_forward_hook(lambda *a: a[2] * 2)),
+        "it has forward hooks, which would be lost",
+    ),
+    "pre-hook": (
+        with_up(lambda m: m.up.register_forward_pre_hook(lambda *a: (a[1][0] * 2,))),
+        "it has forward hooks, which would be lost",
+    ),
+    "own forward": (
+        with_up(lambda m: setattr(m.up, "forward", lambda x: x)),
+        "it has a forward of its own, which would be lost",
+    ),
+    "parametrized": (with_up(parametrized), "a ParametrizedLinear, whose forward may differ"),
+    "own buffer": (
+        with_up(lambda m: m.up.register_buffer("mask", torch.ones(1))),
+        "it holds a tensor of its own, mask, which would be lost",
+    ),
+    "held twice": (with_up(twin), "parts holds it too, where it would stay what it is"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), IRREPLACEABLE.values(), ids=IRREPLACEABLE)
+def test_a_layer_that_does_more_than_nn_linear_is_refused(make, why, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model = make()
+    before = model_state(model)
+    with pytest.raises(CheckpointError, match=rf"up: expected a layer that can .*{why}"):
+        load_checkpoint(model, tmp_path)
+    assert model_state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, dtype=F16), "linear1"),
+        (lambda: nn.MultiheadAttention(8, 2, dtype=F16), "out_proj"),
+    ],
+)
+def test_parents_that_read_the_weight_themselves(make, layer, tmp_path) -> None:
+    source = nn.Sequential(make())
+    linear = source[0].get_submodule(layer)
+    k, n = linear.in_features, linear.out_features
+    tensors = {f"0.{key}": value for key, value in source[0].state_dict().items()}
+    about = dict.fromkeys(tensors, "FLOAT")
+    tensors[f"0.{layer}.weight"] = torch.zeros(n, k, dtype=I8)
+    tensors[f"0.{layer}.weight_scale"] = torch.ones(n, 1)
+    about[f"0.{layer}.weight"] = "W8A8_DYNAMIC"
+    (tmp_path / ABOUT).write_text(json.dumps(about))
+    save_file(tensors, tmp_path / FILE)
+    before = model_state(source)
+    with pytest.raises(CheckpointError, match=rf"0.{layer}: expected a layer that can be"):
+        load_checkpoint(source, tmp_path)
+    assert model_state(source) == before
+
+
+def test_a_quantized_layer_is_replaced_unless_it_does_more(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model = Model()
+    load_checkpoint(model, tmp_path)
+    first = model.up
+    load_checkpoint(model, tmp_path)
+    assert model.up is not first and isinstance(model.up, QuantizedLinear)
+    model.up.register_forward_hook(lambda *args: args[2] * 2)
+    with pytest.raises(CheckpointError, match=r"up: expected a layer that can .* forward hooks"):
+        load_checkpoint(model, tmp_path)
+
+
+def test_layers_between_which_int8_stays_are_not_loaded_over(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, K)).half()
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, K).half()
+    lq_graph.quantize(plain, A8W8Static(int8_between=False), [x])
+    save_checkpoint(plain, tmp_path)
+    lq_graph.quantize(model, A8W8Static(), [x])
+    with pytest.raises(CheckpointError, match=r"0: expected a layer with float input and output"):
+        load_checkpoint(model, tmp_path)
+
+
+# ---- values that do not fit ----
+
+
+BIG = torch.full((N,), 1e30)
+NARROW = {
+    "bfloat16 to float16": (
+        put("norm.bias", BIG.bfloat16()),
+        F16,
+        r"norm.bias: .* found 1.0\d*e\+30",
+    ),
+    "float32 to float16": (put("norm.bias", BIG / 1e25), F16, r"norm.bias: .* float16 holds"),
+    "float64 to bfloat16": (put("norm.bias", BIG.double() * 1e10), BF16, r"norm.bias: .* bfloat16"),
+    "rounds to infinity": (put("norm.bias", BIG.double() * 3.4028235e8), BF16, "norm.bias"),
+    "buffer": (put("steps", torch.tensor([2**40])), F16, r"steps: .* int32 holds.* 1099511627776"),
+    "bool": (put("mask", torch.tensor([2], dtype=I8)), F16, r"mask: .* bool holds.* found 2"),
+}
+
+
+class Buffers(Model):
+    """With an int32 and a bool buffer."""
+
+    def __init__(self, dtype: torch.dtype = F16) -> None:
+        super().__init__(dtype)
+        self.register_buffer("steps", torch.zeros(1, dtype=I32))
+        self.register_buffer("mask", torch.zeros(1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("spoil", "dtype", "message"), NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_values_beyond_the_models_dtype_are_refused(
+    spoil, dtype, message, device, tmp_path
+) -> None:
+    write(tmp_path, "msmodelslim", True, dtype)
+    put("steps", torch.ones(1, dtype=I64))(tmp_path)
+    put("mask", torch.ones(1, dtype=torch.uint8))(tmp_path)
+    with torch.device(device):
+        model = Buffers(dtype)
+    load_checkpoint(model, tmp_path)
+    assert model.steps.item() == 1 and model.mask.item() is True
+    spoil(tmp_path)
+    with torch.device(device):
+        model = Buffers(dtype)
+    before = model_state(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, tmp_path)
+    assert model_state(model) == before
+
+
+def test_what_is_not_finite_in_the_files_stays_what_it_is(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    values = torch.zeros(N, dtype=BF16)
+    values[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    put("norm.bias", values)(tmp_path)
+    model = Model()
+    load_checkpoint(model, tmp_path)
+    assert model.norm.bias.isnan().tolist()[:3] == [True, False, False]
+    assert torch.equal(model.norm.bias[1:], values[1:].half())
+
+
+SCALES = {
+    "reciprocal overflows": (False, put("up.input_scale", torch.tensor([1e-6])), "input_scale"),
+    "reciprocal is 0": (False, put("up.input_scale", torch.tensor([1e9])), "input_scale"),
+    "offset is nan": (False, put("up.input_offset", torch.tensor([float("nan")])), "-128 to 127"),
+    "offset beyond int8": (False, put("up.input_offset", torch.tensor([300.0])), "-128 to 127"),
+    "product is 0": (True, put("up.weight_scale", torch.full((N, 1), 1e-45)), "times input_scale"),
+    "bias beyond int32": (True, put("up.bias", torch.full((N,), 1e30)), "steps of input_scale"),
+    "bias is nan": (True, put("up.bias", torch.full((N,), torch.nan)), "steps of input_scale"),
+}
+
+
+@pytest.mark.parametrize(("compressed", "spoil", "message"), SCALES.values(), ids=SCALES)
+def test_scales_that_would_be_lost_are_refused(compressed, spoil, message, tmp_path) -> None:
+    write(tmp_path, "compressed-tensors" if compressed else "msmodelslim", False, F16)
+    spoil(tmp_path)
+    model = Model()
+    before = model_state(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, tmp_path)
+    assert model_state(model) == before
+
+
+# ---- what the model or the product cannot run ----
+
+
+@pytest.mark.parametrize(
+    ("files", "model", "dtype", "message"),
+    [
+        (F16, BF16, None, r"up.deq_scale: expected float32, .* do: call model.to\(torch.float16"),
+        (BF16, F16, None, r"up.deq_scale: expected int64, .* found float32, of one in bfloat16"),
+        (F16, F16, BF16, r"up.deq_scale: .* What to do: leave dtype= out, or pass torch.float16"),
+        (F16, F32, None, r"up: .* found float32, .* pass dtype=torch"),
+        (F16, F32, BF16, r"up.deq_scale: expected float32"),
+    ],
+)  # fmt: skip
+def test_static_files_of_another_dtype(files, model, dtype, message, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", False, files)
+    target = Model(model)
+    before = model_state(target)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(target, tmp_path, dtype=dtype)
+    assert model_state(target) == before
+
+
+def test_a_static_layer_takes_the_models_dtype(tmp_path) -> None:
+    write(tmp_path, "compressed-tensors", False, F16)
+    with pytest.raises(CheckpointError, match=r"up: .* found bfloat16 in the model"):
+        load_checkpoint(Model(BF16), tmp_path, dtype=F16)
+    with pytest.raises(CheckpointError, match=r"dtype is int8; allowed are torch.float16 and"):
+        load_checkpoint(Model(), tmp_path, dtype=I8)
+    model = Model(F32)
+    load_checkpoint(model, tmp_path, dtype=F16)
+    model.half()
+    assert model(example_input(F16)).dtype == F16
+
+
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "dtype"),
+    [("msmodelslim", True, F16), ("compressed-tensors", True, F16), ("msmodelslim", False, BF16)],
+)
+def test_a_layer_without_a_row_in_the_products_table(kind, dynamic, dtype, tmp_path) -> None:
+    write(tmp_path, kind, dynamic, dtype)
+    model = Model(dtype)
+    before = model_state(model)
+    lq_graph.set_product("310P")
+    try:
+        with pytest.raises(CheckpointError, match=r"up: expected a layer that .* \(310P\)"):
+            load_checkpoint(model, tmp_path)
+    finally:
+        lq_graph.set_product(None)
+    assert model_state(model) == before
+
+
+# ---- memory ----
+
+
+def test_tied_weights_are_saved_once_and_loaded_tied(tmp_path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(N, K, dtype=F16)
+            self.up = nn.Linear(K, K, dtype=F16)
+            self.same = self.up  # one layer, two names
+            self.left = nn.Linear(K, N, dtype=F16)
+            self.right = nn.Linear(K, N, bias=False, dtype=F16)  # two layers, one weight
+            self.right.weight = self.left.weight
+            self.head = nn.Linear(K, N, bias=False, dtype=F16)
+            self.head.weight = self.embed.weight
+
+    source = Tied()
+    lq_graph.quantize(source, lq_graph.A8W8Dynamic(), filter_fn=lambda _, name: name != "head")
+    assert source.left.linear.weight is source.right.linear.weight
+    for kind in ("msmodelslim", "compressed-tensors"):
+        save_checkpoint(source, tmp_path / kind, kind)
+        (file,) = (tmp_path / kind).glob("*.safetensors")
+        keys = set(load_file(file))
+        assert {"embed.weight", "up.weight", "left.weight", "right.weight_scale"} <= keys
+        assert not keys & {"head.weight", "same.weight", "right.weight"}
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                model = Tied()
+            load_checkpoint(model, tmp_path / kind)
+            assert model.head.weight is model.embed.weight and model.up is model.same
+            assert model.left.linear.weight is model.right.linear.weight
+            for key, tensor in source.state_dict().items():
+                assert torch.equal(model.state_dict()[key], tensor), key
+
+
+def test_two_values_for_one_tensor_are_refused(tmp_path) -> None:
+    class Tied(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = nn.LayerNorm(N, dtype=F16)
+            self.twin.weight = self.norm.weight
+            self.flat = nn.Parameter(torch.zeros(4, dtype=F16))
+            self.piece = nn.Parameter(self.flat.data[:2])
+
+    write(tmp_path, "msmodelslim", True, F16)
+    values = {"twin.weight": torch.ones(N), "twin.bias": torch.zeros(N), "flat": torch.ones(4)}
+    for key, value in {**values, "piece": torch.ones(2)}.items():
+        put(key, value.half())(tmp_path)
+    model = Tied()
+    load_checkpoint(model, tmp_path)
+    assert model.piece.tolist() == [1, 1] and model.twin.weight is model.norm.weight
+    for key, message in (
+        ("twin.weight", "the same tensor in the model"),
+        ("piece", "shares memory"),
+    ):
+        put(key, torch.full_like(values.get(key, torch.ones(2)), 2).half())(tmp_path)
+        model = Tied()
+        before = model_state(model)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(model, tmp_path)
+        assert model_state(model) == before
+        put(key, values.get(key, torch.ones(2)).half())(tmp_path)
+
+
+def test_buffers_that_would_stay_on_meta_are_named_first(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=40, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = transformers.LlamaForCausalLM(config).half().eval()
+    lq_graph.quantize(source, lq_graph.A8W8Dynamic(), filter_fn=lambda _, name: name != "lm_head")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config.save_pretrained(folder)
+    save_checkpoint(source, folder, "compressed-tensors")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).half().eval()
+    before = model_state(model)
+    with pytest.raises(
+        CheckpointError, match=r"model.rotary_emb.\w*inv_freq and 1 more would stay"
+    ):
+        load_checkpoint(model, folder)
+    assert model_state(model) == before
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    assert len(load_checkpoint(model, folder)) == 14
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokens = torch.arange(12).reshape(2, 6)
+    source.model.rotary_emb = LlamaRotaryEmbedding(config)  # not that of .half()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, source(tokens).logits)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_loaded_weights_are_the_files_only_if_asked(mmap, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    with torch.device("meta"):
+        model = Model()
+    load_checkpoint(model, tmp_path, mmap=mmap)
+    x = example_input(F16)
+    want = model(x)
+    save_checkpoint(model, tmp_path)  # over the files it was loaded from
+    assert torch.equal(model(x), want)
+    again = Model()
+    load_checkpoint(again, tmp_path, mmap=mmap)
+    assert torch.equal(again(x), want)
+    with torch.no_grad():
+        again.up.linear.weight.zero_()  # the file is not written to
+    data = (tmp_path / FILE).read_bytes()
+    load_checkpoint(again, tmp_path, mmap=mmap)
+    assert torch.equal(again(x), want)
+    with open(tmp_path / FILE, "r+b") as file:  # in place
+        file.seek(-len(data) // 2, 2)
+        file.write(bytes(len(data) // 2))
+    assert torch.equal(again(x), want) is not mmap
+    if not mmap:
+        (tmp_path / FILE).write_bytes(b"")  # would be SIGBUS
+        assert torch.equal(again(x), want)
+
+
+def test_tensors_keep_their_memory_and_hooks_that_rename_are_refused(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model = Model()
+    view, parameter = model.norm.weight.data.view(2, -1), model.head.weight
+    model.norm.weight.data.zero_()
+    load_checkpoint(model, tmp_path)
+    assert view.flatten().tolist() == [1.0] * N and model.head.weight is parameter
+
+    def rename(module, state, prefix, local) -> None:
+        state[prefix + "gain"] = state.pop(prefix + "weight")
+
+    model = Model()
+    model.norm.register_state_dict_post_hook(rename)
+    before = model_state(model)
+    with pytest.raises(CheckpointError, match=r"norm.gain: model.state_dict\(\) names its tensors"):
+        load_checkpoint(model, tmp_path)
+    assert model_state(model) == before
+
+
+# ---- saving ----
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_symmetric_static_layers_are_saved_and_read_back(dtype, bias, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(32, 32, bias=bias, dtype=dtype) for _ in range(3)])
+    plain, x = copy.deepcopy(model), torch.randn(16, 32).to(dtype)
+    config = A8W8Static(symmetric=True, int8_between=False)
+    lq_graph.quantize(model, config, [x])
+    save_checkpoint(model, tmp_path)
+    load_checkpoint(plain, tmp_path)
+    assert torch.equal(plain(x), model(x))
+    state = model.state_dict()
+    for key, tensor in plain.state_dict().items():
+        if key.endswith("scale") and tensor.dtype == I64:
+            tensor = (tensor & 0xFFFFFFFF).to(torch.uint32).view(F32)
+        if key in state:  # a bias of zeros in the place of none
+            assert torch.equal(tensor, state[key]), key
+    assert set(state) <= set(plain.state_dict())
+
+
+def test_only_quantization_config_changes(tmp_path) -> None:
+    about = {"model_type": "llama", "hidden_size": 24, "eps": 1e-06, "limit": [0.0, float("inf")]}
+    (tmp_path / "config.json").write_text(json.dumps({**about, "quantization_config": 3}))
+    (tmp_path / "config.json").chmod(0o640)
+    model = Model()
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic(), filter_fn=lambda _, name: name == "up")
+    save_checkpoint(model, tmp_path, "compressed-tensors")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    assert written == about and list(written) == list(about)
+    assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o640
+    load_checkpoint(Model(), tmp_path)
+
+
+OTHERS = {
+    "index": {INDEX: '{"weight_map": {"a": "b.safetensors"}}'},
+    "shard": {"model-00001-of-00002.safetensors": ""},
+    "other format's weights": {"model.safetensors": ""},
+    "other description": {"quant_model_description_w8a8.json": "{}"},
+    "quantization_config": {"config.json": '{"quantization_config": {"quant_method": "fp8"}}'},
+    "broken config": {"config.json": "{"},
+}
+
+
+@pytest.mark.parametrize("files", OTHERS.values(), ids=OTHERS)
+def test_a_folder_with_other_weights_is_refused(files, tmp_path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    model = Model()
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    before = folder_state(tmp_path)
+    with pytest.raises(CheckpointError, match=r"empty folder|remove the key|a JSON object"):
+        save_checkpoint(model, tmp_path)
+    assert folder_state(tmp_path) == before
+
+
+def unsaved(key: str, value: torch.Tensor):
+    return lambda m: m.register_buffer(key, value)
+
+
+class Told(nn.Module):
+    def get_extra_state(self) -> dict:
+        return {"a": 1}
+
+    def set_extra_state(self, state: dict) -> None:
+        raise AssertionError(state)
+
+
+UNSAVED = {
+    "meta": (unsaved("b", torch.zeros(2, device="meta")), "b is on meta and has no values"),
+    "sparse": (unsaved("b", torch.eye(2).to_sparse()), "b has layout torch.sparse_coo"),
+    "complex128": (unsaved("b", torch.zeros(2, dtype=torch.complex128)), "b is complex128"),
+    "extra state": (lambda m: setattr(m, "told", Told()), "told._extra_state is a dict"),
+    "name": (unsaved("b\ud800", torch.zeros(2)), r"b\\ud800' has a name that files cannot"),
+    "metadata": (unsaved("__metadata__", torch.zeros(2)), "name that the files use themselves"),
+    "itself": (None, "the model itself is a layer"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNSAVED.values(), ids=UNSAVED)
+def test_what_files_cannot_hold_is_refused_by_name(change, message, tmp_path) -> None:
+    model = Model()
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    if change is not None:
+        change(model)
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(model if change is not None else model.up, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_any_plain_tensor_is_saved_as_it_is(tmp_path) -> None:
+    wide = torch.arange(12.0).reshape(3, 4)
+    given = {
+        "transposed": wide.t(), "expanded": torch.ones(1).expand(5), "slice": wide[:, 1:3],
+        "empty": torch.zeros(0, 3), "scalar": torch.tensor(3.0), "conj": torch.ones(2) * 1j,
+        "flags": torch.tensor([True, False]), "u16": torch.tensor([7], dtype=torch.uint16),
+        "f8": torch.tensor([1.5]).to(torch.float8_e4m3fn), "f64": torch.tensor([1e300], dtype=torch.float64),
+    }  # fmt: skip
+    given["conj"] = given["conj"].conj()
+    models = [Model(), Model()]
+    for i, model in enumerate(models):
+        for key, tensor in given.items():
+            model.register_buffer(key, torch.zeros_like(tensor) if i else tensor)
+    lq_graph.quantize(models[0], lq_graph.A8W8Dynamic())
+    save_checkpoint(models[0], tmp_path)
+    load_checkpoint(models[1], tmp_path)
+    read = load_file(tmp_path / FILE)  # by the format's own package
+    for key, tensor in given.items():
+        for found in (models[1].get_buffer(key), read[key]):
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape, key
+            assert found.tolist() == tensor.tolist(), key
+
+
+def test_links_and_files_in_the_way(tmp_path) -> None:
+    model, other = Model(), Model()
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save_checkpoint(model, tmp_path / "link")
+    # a cache holds its files elsewhere, under other names
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "real").iterdir():
+        file.rename(tmp_path / "blobs" / file.name[::-1])
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{file.name[::-1]}")
+    load_checkpoint(other, tmp_path / "snapshot")
+    blobs = folder_state(tmp_path / "blobs")
+    save_checkpoint(other, tmp_path / "snapshot")
+    assert folder_state(tmp_path / "blobs") == blobs
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"save_checkpoint: .*file: Not a directory"):
+        save_checkpoint(model, tmp_path / "file")
+    (tmp_path / "real" / FILE).mkdir()
+    with pytest.raises(CheckpointError, match=f"has something named {FILE} that is no file"):
+        save_checkpoint(model, tmp_path / "real")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path) -> None:
+    old, new = nn.Sequential(nn.Linear(8, 8)).half(), nn.Sequential(nn.Linear(512, 512)).half()
+    for model in (old, new):
+        lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    save_checkpoint(old, tmp_path)
+    before = folder_state(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"File too large. The folder is as it was"):
+            save_checkpoint(new, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert folder_state(tmp_path) == before
+
+
+def test_one_save_at_a_time(tmp_path) -> None:
+    model = Model()
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another save_checkpoint is writing"):
+            save_checkpoint(model, tmp_path)
+    finally:
+        os.close(descriptor)
+    save_checkpoint(model, tmp_path)
