@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
@@ -206,19 +206,26 @@ def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block. Python delivers it to the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def uninterrupted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the end of the block, or for a call of what the block is given: a point at
+    which it may come. Python delivers it to the main thread only."""
     caught: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    before = signal.getsignal(signal.SIGINT)
+
+    def deliver() -> None:
+        if caught and callable(before):
+            before(*caught.pop())
+
+    # None: a handler that is not Python's, and cannot be put back
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield deliver
+        return
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
     try:
-        yield
+        yield deliver
     finally:
         signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[0])
+        deliver()
 
 
 @contextmanager
