@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .errors import LinearQuantTypeError, LinearQuantValueError
+from .walk import uninterrupted
 
 __all__ = ["Range", "Seen", "call", "check_batches", "evaluating", "observe"]
 
@@ -70,8 +71,8 @@ def check_batches(function: str, name: str, batches: object) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module's mode is put back."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         with torch.no_grad():
             yield
     finally:
@@ -103,7 +104,8 @@ def observe(
 ) -> Seen:
     """Run a model and note what its layers are given, and who else reads their weights.
 
-    Compiled parts run eagerly meanwhile: what was traced before does not see who watches.
+    Compiled parts run eagerly meanwhile: what was traced before does not see who watches. Ctrl-C
+    waits for the end of a batch.
 
     Args:
         model: float; left as it was, whatever happens.
@@ -119,7 +121,7 @@ def observe(
     seen = Seen(layers)
     running: list[nn.Module] = []
     count = 0
-    with ExitStack() as undo:
+    with uninterrupted() as may_end, ExitStack() as undo:
         for module in [*seen.ranges, *others]:
             undo.callback(_restore_forward, module, vars(module).get("forward"))
             vars(module)["forward"] = _watched(module, seen, running)
@@ -130,6 +132,7 @@ def observe(
         for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
             call(model, inputs)
             count += 1
+            may_end()
     if not count:
         raise LinearQuantValueError(
             f"quantize: {name} has no inputs. What to do: pass a few batches of what the model "
