@@ -1,24 +1,23 @@
-"""What the chip that is stood in for computes, where chips differ. Which one computes what is
-`lq_graph.formats`' to say; here its answers are for the chip that is reported."""
+"""What the chip that is stood in for computes, where chips differ."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lq_graph import plan_quant
-from lq_graph.formats import Product, product_of_soc
-from lq_graph.numerics import Arithmetic, s19
-from lq_graph.plan import cuts_scale
+from cann_host.rules import soc_family
+from lq_graph.numerics import Arithmetic, for_rows, is_cut, s19
 
 __all__ = ["dynamic_arithmetic", "scale_as_read"]
 
-
-def _product(soc: str) -> Product:
-    product = product_of_soc(soc)
-    if product is None:
-        raise ValueError(f"cann_host has no arithmetic for {soc}")
-    return product
+# by family; the kernels of hicann/ops-nn, quant/dynamic_quant/op_kernel
+_DYNAMIC_QUANT = {
+    "Atlas A2/A3": Arithmetic.MULTIPLY,
+    "Atlas inference (310P)": Arithmetic.HALF,
+    "Ascend 950": Arithmetic.DIVIDE,
+}
+# matmul/quant_batch_matmul_v3/op_kernel/arch35/qbmm_cube_on_the_fly.h
+_CUTS_SCALE = ("Ascend 950",)
 
 
 def dynamic_arithmetic(
@@ -27,11 +26,11 @@ def dynamic_arithmetic(
     """The arithmetic of the DynamicQuant kernel that a chip chooses for rows of k.
 
     Args:
-        soc: name of the chip.
+        soc: name of the chip, of one of the families of `rules`.
         k: values in a row.
         smooth, groups: whether there are smooth_scales, and a group_index.
     """
-    return plan_quant.dynamic_arithmetic(_product(soc), k, smooth=smooth, groups=groups)
+    return for_rows(_DYNAMIC_QUANT[soc_family(soc) or ""], k, smooth=smooth, groups=groups)
 
 
 def scale_as_read(
@@ -47,5 +46,5 @@ def scale_as_read(
         soc: name of the chip.
         scale, pertoken_scale, bias, output_dtype: of the call.
     """
-    cuts = cuts_scale(_product(soc), scale, pertoken_scale, bias, output_dtype)
-    return s19(scale) if cuts else scale
+    cuts = soc_family(soc) in _CUTS_SCALE
+    return s19(scale) if cuts and is_cut(scale, pertoken_scale, bias, output_dtype) else scale

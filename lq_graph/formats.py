@@ -30,13 +30,11 @@ __all__ = [
     "PRODUCTS",
     "QUANT_MAX_DIMS",
     "QUANT_ROWS",
-    "RECIPROCAL_BEYOND",
     "ROWS",
     "STORAGE_DTYPES",
     "Peak",
     "Product",
     "QuantRow",
-    "ReciprocalBeyond",
     "Row",
     "dtype_name",
     "product_by_name",
@@ -72,12 +70,11 @@ class Product:
             (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
         limits_k: whether k is limited to LAST_DIM_MAX.
         empty_m: whether an x1 of no rows gives an output of no rows; elsewhere it is refused.
-        dynamic_quant: the arithmetic of its DynamicQuant kernels; for MULTIPLY see
-            `RECIPROCAL_BEYOND`.
+        dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
+            `numerics.for_rows`.
         dynamic_quant_k: what k must be a multiple of in dynamic_quant.
-        cuts_scale: whether a float32 scale of one value loses its last 13 bits where its kernel
-            multiplies by it on the way out of the matrix unit: float output, no pertoken_scale,
-            no float bias.
+        cuts_scale: whether its kernels multiply by a float32 scale of one value on the way out of
+            the matrix unit, which keeps 19 bits of it; see `numerics.is_cut`.
     """
 
     name: str
@@ -257,30 +254,6 @@ _DYNAMIC = "hicann/ops-nn quant/dynamic_quant/op_host/dynamic_quant_def.cpp"
 _STATIC = "hicann/ops-nn quant/ascend_quant_v2/op_host/ascend_quant_v2_def.cpp"
 QUANT_MAX_DIMS = 8  # aclnnDynamicQuant.md, aclnnAscendQuantV3.md
 
-
-@dataclass(frozen=True)
-class ReciprocalBeyond:
-    """Up to which k A2 and A3 have a dynamic_quant kernel that writes its scale as
-    peak * (1 / top); beyond it they run one that writes 1 / (top / peak). By what fits the vector
-    unit's memory of 192 KiB: quant/dynamic_quant/op_host/dynamic_quant_tiling.cpp (hicann/ops-nn).
-
-    Attributes:
-        k: any k up to it (SetTilingData: 13 or 19 bytes for each of k, rounded up to 16).
-        multiple, least, most: and from least to most a multiple of it
-            (CheckMultiRowPreconditions).
-    """
-
-    k: int
-    most: int
-    least: int = 128
-    multiple: int = 8
-
-
-# by whether there are smooth scales; with group_index always beyond
-RECIPROCAL_BEYOND = {
-    False: ReciprocalBeyond(k=15040, most=16320),
-    True: ReciprocalBeyond(k=10288, most=12800),
-}
 # fmt: off
 QUANT_ROWS: tuple[QuantRow, ...] = (
     QuantRow("dynamic_quant", (_F16,), _I8, (ATLAS_INFERENCE,), _DYNAMIC),

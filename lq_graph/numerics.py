@@ -11,14 +11,16 @@ Sources: aclnnQuantMatmulV4 / aclnnTransQuantParamV2 documents of CANN (hicann/o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import native
+from .symbolic import sure
 
 __all__ = [
     "INT4_PER_INT32",
@@ -27,6 +29,8 @@ __all__ = [
     "dynamic_quant",
     "dynamic_quant_with_offset",
     "epilogue",
+    "for_rows",
+    "is_cut",
     "matmul_int32",
     "nd_to_nz",
     "nz_shape",
@@ -42,6 +46,17 @@ __all__ = [
 ]
 
 INT4_PER_INT32 = 8
+
+
+class TensorLike(Protocol):
+    """What decides: a tensor, a fake tensor, or any record of a dtype and a shape."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
 
 # Layout of the packed 64-bit quantization parameter.
 _SCALE_MASK = 0xFFFFE000  # the float32 bits the fixed-point pipe keeps: sign, exponent, 10 mantissa
@@ -69,6 +84,27 @@ def s19(scale: Tensor) -> Tensor:
     bits = scale.contiguous().view(torch.int32)
     # the mask as a signed int32
     return (bits & (_SCALE_MASK - (1 << 32))).view(torch.float32)
+
+
+def is_cut(
+    scale: TensorLike,
+    pertoken_scale: TensorLike | None,
+    bias: TensorLike | None,
+    output_dtype: torch.dtype,
+) -> bool:
+    """Whether a chip that multiplies by a scale of one value on the way out of the matrix unit does
+    so here, and keeps but its `s19`: the int8 matmul to bfloat16 where nothing comes after it.
+
+    Args:
+        scale, pertoken_scale, bias, output_dtype: of the call.
+    """
+    return (
+        scale.dtype == torch.float32
+        and output_dtype == torch.bfloat16
+        and pertoken_scale is None
+        and (bias is None or bias.dtype == torch.int32)
+        and sure(scale.shape[-1] == 1)
+    )
 
 
 def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
@@ -418,6 +454,30 @@ class Arithmetic(Enum):
     RECIPROCAL = "reciprocal"
     DIVIDE = "divide"
     HALF = "half"
+
+
+# By whether there are smooth scales: up to which k a kernel of A2 or A3 is chosen that writes its
+# scale as peak * (1 / top), and up to which one that wants k a multiple of 8, at least 128. By what
+# fits the vector unit's memory of 192 KiB: quant/dynamic_quant/op_host/dynamic_quant_tiling.cpp
+# (hicann/ops-nn), SetTilingData (13 or 19 bytes for each of k) and CheckMultiRowPreconditions.
+_MULTIPLIES = {False: (15040, 16320), True: (10288, 12800)}
+
+
+def for_rows(
+    arithmetic: Arithmetic, k: int, *, smooth: bool = False, groups: bool = False
+) -> Arithmetic:
+    """What the kernel computes that a chip chooses for rows of k.
+
+    Args:
+        arithmetic: of the chip, for rows of usual length.
+        k: values in a row.
+        smooth, groups: whether there are smooth_scales, and a group_index.
+    """
+    if arithmetic is not Arithmetic.MULTIPLY:
+        return arithmetic
+    any_k, aligned_k = _MULTIPLIES[smooth]
+    multiplies = k <= any_k or (k <= aligned_k and k % 8 == 0)
+    return Arithmetic.MULTIPLY if multiplies and not groups else Arithmetic.RECIPROCAL
 
 
 def _clamped(whole: Tensor, bits: int) -> Tensor:

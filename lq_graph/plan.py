@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -28,6 +28,7 @@ from .formats import (
     rows_of,
     storage_name,
 )
+from .numerics import TensorLike, is_cut
 from .product import get_product
 from .symbolic import differ, sure
 
@@ -51,16 +52,6 @@ class Spec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{dtype_name(self.dtype)}{list(self.shape)}"
-
-
-class TensorLike(Protocol):
-    """What plan() looks at: a tensor, a fake tensor, or any record of a dtype and a shape."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -517,14 +508,7 @@ def cuts_scale(
 ) -> bool:
     """Whether a product's kernel keeps only the first 19 bits of a float32 scale; see
     `Product.cuts_scale`."""
-    return (
-        product.cuts_scale
-        and scale.dtype == torch.float32
-        and sure(scale.shape[-1] == 1)
-        and pertoken_scale is None
-        and (bias is None or bias.dtype == torch.int32)
-        and output == torch.bfloat16
-    )
+    return product.cuts_scale and is_cut(scale, pertoken_scale, bias, output)
 
 
 def _pairs(key: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

@@ -12,7 +12,6 @@ from .errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
 from .formats import (
     MIN_DIMS,
     QUANT_MAX_DIMS,
-    RECIPROCAL_BEYOND,
     STORAGE_DTYPES,
     Product,
     QuantRow,
@@ -20,7 +19,7 @@ from .formats import (
     quant_rows_of,
     storage_name,
 )
-from .numerics import Arithmetic
+from .numerics import Arithmetic, for_rows
 from .plan import TensorLike
 from .product import get_product
 from .symbolic import differ, sure
@@ -47,22 +46,9 @@ class QuantPlan:
     product: Product
 
 
-def dynamic_arithmetic(
-    product: Product, k: int, *, smooth: bool = False, groups: bool = False
-) -> Arithmetic:
-    """What a product's DynamicQuant kernel computes.
-
-    Args:
-        product: whose kernel.
-        k: values in a row.
-        smooth, groups: whether there are smooth_scales, and a group_index.
-    """
-    if product.dynamic_quant is not Arithmetic.MULTIPLY:
-        return product.dynamic_quant
-    beyond = RECIPROCAL_BEYOND[smooth]
-    aligned = k % beyond.multiple == 0 and beyond.least <= k <= beyond.most
-    multiplies = not groups and (k <= beyond.k or aligned)
-    return Arithmetic.MULTIPLY if multiplies else Arithmetic.RECIPROCAL
+def dynamic_arithmetic(product: Product, k: int) -> Arithmetic:
+    """What a product's DynamicQuant kernel computes for rows of k."""
+    return for_rows(product.dynamic_quant, k)
 
 
 def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:

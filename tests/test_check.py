@@ -101,7 +101,7 @@ def test_unknown_product() -> None:
         (
             "--scale float32[1] --output bf16",
             0,
-            "yes  Ascend 950: bfloat16[16, 64]; its kernel keeps",
+            "; its kernel keeps the first 19 bits",
         ),
         ("--offset float32 --output float16", 1, "nearest legal rows, * where they differ"),
         ("--x1 float16 --product Ascend310P3", 1, "x1 is float16; the product allows int8."),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import converters
 import lq_graph
+from cann_host import chips
 from lq_graph import LinearQuantTypeError, LinearQuantValueError, formats, native, numerics
 from lq_graph.formats import A2, A3, Product
 from lq_graph.numerics import Arithmetic
@@ -364,11 +365,27 @@ def test_the_kernel_that_is_chosen(
     product: Product, smooth: bool, table: list[tuple[int, str]]
 ) -> None:
     for k, arithmetic in table:
-        assert dynamic_arithmetic(product, k, smooth=smooth).value == arithmetic, k
+        assert numerics.for_rows(product.dynamic_quant, k, smooth=smooth).value == arithmetic, k
+        assert smooth or dynamic_arithmetic(product, k).value == arithmetic
     for k in (1, 8, 100, 120, 127, 129, 4096, 5120, 10240):
-        assert dynamic_arithmetic(product, k, smooth=smooth) is Arithmetic.MULTIPLY, k
-        grouped = dynamic_arithmetic(product, k, smooth=True, groups=True)
-        assert grouped is Arithmetic.RECIPROCAL
+        for groups, wanted in ((False, Arithmetic.MULTIPLY), (True, Arithmetic.RECIPROCAL)):
+            found = numerics.for_rows(product.dynamic_quant, k, smooth=smooth, groups=groups)
+            assert found is wanted, k
+
+
+@pytest.mark.parametrize(
+    "soc", ["Ascend310P3", "Ascend910B2", "Ascend910_9391", "Ascend950PR_9579"]
+)
+def test_the_stand_in_computes_as_the_product_does(soc: str) -> None:
+    """Two tables, as for the rules: what is compared here with one another, is elsewhere with the
+    golden."""
+    product = formats.product_of_soc(soc)
+    assert product is not None
+    scale = torch.tensor([1.0000001])
+    read = chips.scale_as_read(soc, scale, None, None, BF16)
+    assert torch.equal(read, numerics.s19(scale)) == product.cuts_scale
+    for k in (64, 20_000):
+        assert chips.dynamic_arithmetic(soc, k) is dynamic_arithmetic(product, k)
 
 
 CHIPS = [
