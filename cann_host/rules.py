@@ -232,6 +232,9 @@ def check_quant_matmul(
     if x1_dtype != x2_dtype:
         return refuse(f"x1 is {x1_dtype} and x2 is {x2_dtype}; they must be the same")
     has_pertoken = pertoken_dtype is not None
+    # An eager call on 310P brings an ND x2 to FRACTAL_NZ itself, transposing both as its kernel
+    # wants them: TransposeAndTransDataForInputs of [v5] and [nz].
+    stored = NZ if family == _310P and not graph and x2_format == ND else x2_format
     rows = [k for k in KERNELS if k.family == family]
     for argument, given, matches in (
         ("x1 dtype", x1_dtype, lambda k: k.x == x1_dtype),
@@ -248,7 +251,7 @@ def check_quant_matmul(
             "given" if offset_dtype else "absent",
             lambda k: offset_dtype is None or _takes_offset(k, graph, weight_nz),
         ),
-        ("x2 format", x2_format, lambda k: x2_format in k.x2_formats),
+        ("x2 format", x2_format, lambda k: stored in k.x2_formats),
     ):
         left = [k for k in rows if matches(k)]
         if not left:
@@ -352,7 +355,7 @@ def check_quant_matmul(
             shapes = " or ".join(map(str, wanted_out))
             return refuse(f"out has shape {tuple(out_shape)}; it must be {shapes}")
 
-    if x2_format == NZ:
+    if stored == NZ:
         # [check] CheckDimValue, [base] CheckShape4WeightNz
         if 1 in (k, n):
             return refuse(f"x2 is FRACTAL_NZ with k={k} and n={n}; neither may be 1")
@@ -365,9 +368,12 @@ def check_quant_matmul(
                     f"x2 is FRACTAL_NZ with storage shape {tuple(x2_storage_shape)}; "
                     f"its last dims must be {wanted}"
                 )
-    if family == _310P and (transpose_x1 or not transpose_x2):
+    lies = (graph and transpose_x1) or (x2_format == NZ and not transpose_x2)
+    if family == _310P and lies:
         # [base] AnalyzeAttrs
-        return refuse("this product only supports transpose_x1=False with transpose_x2=True")
+        return refuse(
+            "this product only supports transpose_x1=False with transpose_x2=True", TILING
+        )
     return None
 
 

@@ -63,11 +63,23 @@ _DTYPES = {
 
 
 class Row(NamedTuple):
-    """One row of a table: a name, the question in cann_host's words, and CANN's answer."""
+    """One row of a table: a name, the question in cann_host's words, and CANN's answer; or why it
+    is not asked."""
 
     name: str
     question: dict[str, Any]
     accepted: bool
+    apart: str = ""
+
+
+def apart(name: str, reason: str) -> Row:
+    return Row(name, {"soc": ""}, False, reason)
+
+
+OTHER_DTYPES = "dtypes beside int8 and int4, no part of LinearQuant"
+GROUPS = "scales for groups or blocks, no part of LinearQuant"
+OTHER_CHIP = "a chip cann_host does not pretend"
+NOT_LOOKED_AT = "the test does not look at the answer"
 
 
 class Answer(NamedTuple):
@@ -108,10 +120,15 @@ def tiling(path: Path) -> Iterator[Row]:
         number = {k: int(row[k]) for k in ("m", "k", "n", "batchA", "batchB", "quantMode")}
         x1_dtype, x2_dtype = dtype(row["x1Dtype"]), dtype(row["x2Dtype"])
         soc = row["socVersion"]
-        if {x1_dtype, x2_dtype} - {"int8", "int4"} or soc_family(soc) is None:
+        if soc_family(soc) is None:
+            yield apart(row["caseName"], OTHER_CHIP)
+            continue
+        if {x1_dtype, x2_dtype} - {"int8", "int4"}:
+            yield apart(row["caseName"], OTHER_DTYPES)
             continue
         if number["quantMode"] > 1:
-            continue  # per-group and per-block scales: no part of LinearQuant
+            yield apart(row["caseName"], GROUPS)
+            continue
         m, k, n = number["m"], number["k"], number["n"]
         transposed = {name: row[name] == "1" for name in ("transA", "transB")}
 
@@ -167,7 +184,17 @@ def aclnn(path: Path, names: dict[str, str]) -> Iterator[Row]:
 
         soc = cell("soc") or cann_ut.soc_of(row.get("arch") or cell("name")) or "Ascend910B2"
         soc = {"Ascend910_93": "Ascend910_9391"}.get(soc, soc)
-        if soc_family(soc) is None or not cell("x1_type") or not sizes(cell("x1")):
+        if soc_family(soc) is None:
+            yield apart(cell("name"), OTHER_CHIP)
+            continue
+        if row.get("caseGroup") == "general":  # called, and compared with nothing
+            yield apart(cell("name"), NOT_LOOKED_AT)
+            continue
+        if not cell("x1_type") or not sizes(cell("x1")):
+            yield apart(cell("name"), "a row without the dtype or the shape of x1")
+            continue
+        if any(cell(name).startswith("ACL") for name in ("x1_stride", "x2_stride")):
+            yield apart(cell("name"), "a row with a column too few")
             continue
         x1_dtype, x1, transpose_x1 = matrix(
             cell("x1"), cell("x1_stride"), cell("x1_type"), cell("transposeX1")
@@ -175,12 +202,18 @@ def aclnn(path: Path, names: dict[str, str]) -> Iterator[Row]:
         x2_dtype, x2, transpose_x2 = matrix(
             cell("x2"), cell("x2_stride"), cell("x2_type"), cell("transposeX2")
         )
-        if {x1_dtype, x2_dtype} - {"int8", "int4"} or cell("groupSize") not in ("", "0"):
+        if {x1_dtype, x2_dtype} - {"int8", "int4"}:
+            yield apart(cell("name"), OTHER_DTYPES)
+            continue
+        if cell("groupSize") not in ("", "0"):
+            yield apart(cell("name"), GROUPS)
             continue
         if cell("checkRet").lower() == "false":
-            continue  # CANN's own test does not look at the answer
+            yield apart(cell("name"), NOT_LOOKED_AT)
+            continue
         if any(sizes(cell(name)) for name in ("yScaleShape", "x1OffsetShape", "yOffsetShape")):
-            continue  # arguments torch_npu never passes for these dtypes
+            yield apart(cell("name"), "arguments torch_npu never passes for these dtypes")
+            continue
         question: dict[str, Any] = {
             "soc": soc,
             "x1_dtype": x1_dtype,
@@ -279,6 +312,9 @@ _V3 = {
 def matmul(rows: Iterator[Row], entry: str = "v5") -> Iterator[Answer]:
     """Rows of the quantized matmul beside check_quant_matmul."""
     for row in rows:
+        if row.apart:
+            yield Answer(row.name, "", None, row.apart)
+            continue
         soc, storage = row.question["soc"], row.question.get("x2_storage_shape")
         if storage and row.question["x2_format"] == "FRACTAL_NZ" and not sent(row.question):
             yield Answer(row.name, soc, None, "a storage shape torch_npu does not send")
@@ -325,8 +361,6 @@ def as_called(case: cann_ut.Case) -> tuple[str, list[Any]]:
     return name, [*given, *results]
 
 
-# tests that look at no answer of CANN's, though they call it
-NOT_LOOKED_AT = "the test does not look at the answer"
 PARAMETERS = ("161001", "161002", "561000")
 
 

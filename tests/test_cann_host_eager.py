@@ -493,6 +493,19 @@ def test_int4_in_fractal_nz_goes_by_weight_nz_only() -> None:
         call(x, weight.T, torch_npu.npu_trans_quant_param(scale), output_dtype=F16)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_nd_weight_on_310p(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aclnn brings it to FRACTAL_NZ itself."""
+    pretend(monkeypatch, P310)
+    inputs = Inputs(bias=I32)
+    weight = inputs.weight.npu()
+    weight = weight.T if transposed else weight.T.contiguous()
+    got = torch_npu.npu_quant_matmul(
+        inputs.x1.npu(), weight, inputs.scale.npu(), bias=inputs.bias.npu(), output_dtype=I8
+    )
+    assert_same(got, inputs.by_golden(I8))
+
+
 @pytest.mark.usefixtures("internal_formats")
 def test_pertoken_on_310p(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, P310)

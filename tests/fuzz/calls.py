@@ -91,9 +91,12 @@ def _quant_matmul(rng: random.Random) -> list[Any]:
 
 def _trans_quant_param(rng: random.Random) -> list[Any]:
     n = rng.choice((1, 3, 16, 100))
-    scale = tensor((n,), F32, 0)
-    offset = tensor((rng.choice((1, n)),), F32, 2) if rng.random() < 0.5 else None
-    return [scale, offset, rng.choice((0, 1)), tensor((n,), rng.choice((U64, I64)), 1)]
+    shape = rng.choice(((n,), (1, n), (1,), (1, 1)))
+    scale = tensor(shape, F32, 0)
+    lengths = ((1,), (n,), (1, n), (1, 1))
+    offset = tensor(rng.choice(lengths), F32, 2) if rng.random() < 0.5 else None
+    out = rng.choice((shape, shape, (n,), (1, n)))
+    return [scale, offset, rng.choice((0, 1)), tensor(out, rng.choice((U64, I64)), 1)]
 
 
 def _shape(rng: random.Random, most: int = 4) -> tuple[int, ...]:
@@ -129,8 +132,15 @@ def _dynamic_quant(rng: random.Random) -> list[Any]:
     m, k = rng.choice((0, 1, 4)), rng.choice((8, 16, 64))
     int4 = rng.random() < 0.4
     y = tensor((m, k // 8 if int4 else k), I32 if int4 else I8, 1)
+    offset = tensor((m,), F32, 3) if rng.random() < 0.5 else None
     return [tensor((m, k), rng.choice((F16, BF16)), 0), None, None, y["dtype"], y,
-            tensor((m,), F32, 2), None]  # fmt: skip
+            tensor((m,), F32, 2), offset]  # fmt: skip
+
+
+def _dynamic_quant_v3(rng: random.Random) -> list[Any]:
+    *first, y, scale, offset = _dynamic_quant(rng)
+    mode = rng.choice(("pertoken", "pertensor", "perchannel", "each"))
+    return [*first, int(offset is None), mode, y, scale, offset]
 
 
 def _ascend_quant(rng: random.Random) -> list[Any]:
@@ -171,6 +181,7 @@ MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
     "aclnnAscendQuantV3": _ascend_quant,
     "aclnnCast": _cast,
     "aclnnDynamicQuantV2": _dynamic_quant,
+    "aclnnDynamicQuantV3": _dynamic_quant_v3,
     "aclnnInplaceCopy": _copy,
     "aclnnInplaceZero": _zero,
     "aclnnNpuFormatCast": _format_cast,
