@@ -81,14 +81,15 @@ def record(device: torch.device, what: str, used: list[Tensor], work: Callable[[
     for tensor in used:
         if torch_npu.get_npu_format(tensor) not in BASE_FORMATS:
             raise RuntimeError(f"cann_host: {what} of an internal format is not captured here.")
-    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in used}
-    watched.note(memory)
-    bytes_at = _library.cann_host_bytes_at
+    block_of = _library.cann_host_block_of
+    storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in used}
+    memory = [(address, size, block_of(address, size)) for address, size in storages if size]
+    watched.note(address for address, *_ in memory)
 
     def checked() -> None:
         # the graph's own pool stays, but what was allocated before it may have gone
-        for address, size in memory.items():
-            if size and bytes_at(address) < size:
+        for address, size, block in memory:
+            if block_of(address, size) != block:
                 raise RuntimeError(f"{what}: a tensor that the graph uses is no longer allocated")
         work()
 
@@ -125,8 +126,8 @@ def install(library: ctypes.CDLL) -> None:
     library.cann_host_captures.argtypes = (ctypes.c_void_p,)
     library.cann_host_record.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     library.cann_host_next_ended.restype = ctypes.c_int64
-    library.cann_host_bytes_at.argtypes = (ctypes.c_void_p,)
-    library.cann_host_bytes_at.restype = ctypes.c_uint64
+    library.cann_host_block_of.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+    library.cann_host_block_of.restype = ctypes.c_uint64
     give(library.cann_host_set_replay, _replay)
     watched.install()
 

@@ -906,3 +906,210 @@ def test_an_impossible_descriptor_is_none(library) -> None:
         is None
     )
     assert "aclCreateTensor: 1099511627776 dims" in last_error(library)
+
+
+SIZES = [
+    # function, arguments after the first: code, what is said
+    ("aclrtMalloc", [0, 0], 100000, "size 0"),
+    ("aclrtMalloc", [(1 << 64) - 1, 0], 207001, "do not fit"),
+    ("aclrtMalloc", [1 << 63, 0], 207001, "do not fit"),
+    ("aclrtMallocAlign32", [(1 << 64) - 512, 0], 207001, "do not fit"),
+    ("aclrtMallocHost", [(1 << 64) - 1], 207001, "the host has no 18446744073709551615 bytes left"),
+    ("aclrtMallocHost", [(1 << 64) - 512], 207001, "the host has no"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "code", "text"), SIZES)
+def test_a_size_that_cannot_be(name: str, more: list, code: int, text: str, library) -> None:
+    place = ctypes.c_void_p()
+    values = [ctypes.c_size_t(more[0]), *more[1:]]
+    assert getattr(library, name)(ctypes.byref(place), *values) == code
+    assert text in last_error(library)
+    assert place.value is None
+
+
+LENGTHS = [
+    # bytes of the destination, bytes to copy, kind: whether 64 bytes to 64 bytes can be that
+    (64, 64, 1, True),
+    (64, 64, 4, True),  # by default the addresses decide
+    ((1 << 64) - 1, (1 << 64) - 1, 1, False),
+    (1 << 63, 1 << 63, 1, False),
+    (64, (1 << 64) - 1, 1, False),
+    (65, 65, 4, False),
+    (64, 64, -1, False),
+    (64, 64, 8, False),
+]
+
+
+@pytest.mark.parametrize(("room", "count", "kind", "fits"), LENGTHS)
+@pytest.mark.parametrize("wait", ["", "Async"])
+def test_a_length_that_cannot_be(room, count, kind, fits, wait: str, library) -> None:
+    block = ctypes.c_void_p()
+    assert library.aclrtMalloc(ctypes.byref(block), ctypes.c_size_t(64), 0) == 0
+    host = ctypes.create_string_buffer(64)
+    stream = [None] if wait else []
+    copy = getattr(library, f"aclrtMemcpy{wait}")
+    given = block, ctypes.c_size_t(room), host, ctypes.c_size_t(count), kind
+    assert copy(*given, *stream) == (0 if fits else 100000)
+    if kind == 1:
+        fill = getattr(library, f"aclrtMemset{wait}")
+        code = fill(block, ctypes.c_size_t(room), 0, ctypes.c_size_t(count), *stream)
+        assert code == (0 if fits else 100000)
+    assert library.aclrtFree(block) == 0
+
+
+# ---- memory that a captured graph refers to ----
+
+
+def launch_copy(library, block, stream) -> int:
+    size = ctypes.c_size_t(64)
+    return library.aclrtMemcpyAsync(block, size, block, size, 3, stream)
+
+
+def launch_set(library, block, stream) -> int:
+    return library.aclrtMemsetAsync(block, ctypes.c_size_t(64), 1, ctypes.c_size_t(64), stream)
+
+
+def launch_operator(library, block, stream) -> int:
+    library.aclCreateTensor.restype = ctypes.c_void_p
+    dims, one = (ctypes.c_int64 * 1)(16), (ctypes.c_int64 * 1)(1)
+    rank = ctypes.c_uint64(1)
+    made = library.aclCreateTensor(dims, rank, 0, one, ctypes.c_int64(0), 2, dims, rank, block)
+    tensor, size, executor = ctypes.c_void_p(made), ctypes.c_uint64(), ctypes.c_void_p()
+    code = library.aclnnInplaceZeroGetWorkspaceSize(
+        tensor, ctypes.byref(size), ctypes.byref(executor)
+    )
+    library.aclDestroyTensor(tensor)
+    return code or library.aclnnInplaceZero(None, ctypes.c_uint64(0), executor, stream)
+
+
+def launch_collective(library, block, stream) -> int:
+    root, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
+    library.HcclGetRootInfo(root)
+    library.HcclCommInitRootInfo(1, root, 0, ctypes.byref(comm))
+    return library.HcclAllReduce(block, block, ctypes.c_uint64(16), 4, 0, comm, stream)
+
+
+LAUNCHES = {
+    "aclrtMemcpyAsync": launch_copy,
+    "aclrtMemsetAsync": launch_set,
+    "aclnnInplaceZero": launch_operator,
+    "HcclAllReduce": launch_collective,
+}
+
+
+@pytest.mark.parametrize("symbol", LAUNCHES)
+@pytest.mark.parametrize("then", ["gone", "another's"])
+def test_a_replay_refuses_memory_that_is_not_what_it_was(symbol: str, then: str, library) -> None:
+    block, stream, graph = (ctypes.c_void_p() for _ in range(3))
+    size = ctypes.c_size_t(64)
+    assert library.aclrtMalloc(ctypes.byref(block), size, 0) == 0
+    assert library.aclrtCreateStream(ctypes.byref(stream)) == 0
+    assert library.aclmdlRICaptureBegin(stream, 0) == 0
+    assert LAUNCHES[symbol](library, block, stream) == 0
+    assert library.aclmdlRICaptureEnd(stream, ctypes.byref(graph)) == 0
+    assert library.aclmdlRIExecuteAsync(graph, stream) == 0
+    assert library.aclrtFree(block) == 0
+    again = []
+    while then != "gone" and (not again or again[-1].value != block.value) and len(again) < 99:
+        again.append(ctypes.c_void_p())
+        assert library.aclrtMalloc(ctypes.byref(again[-1]), size, 0) == 0
+    assert library.aclmdlRIExecuteAsync(graph, stream) != 0
+    assert f"{symbol}: 64 bytes at" in last_error(library)
+    assert "no longer allocated" in last_error(library)
+    for one in again:
+        assert library.aclrtFree(one) == 0
+    assert library.aclmdlRIDestroy(graph) == 0
+    assert library.aclrtDestroyStream(stream) == 0
+
+
+# ---- null pointers ----
+
+TYPES = {
+    # a parameter's type, without const: what a caller passes
+    "aclTensor*": "tensor",
+    "aclIntArray*": "array",
+    "aclScalar*": "scalar",
+    "aclOpExecutor*": "executor",
+    "aclTensorDesc*": "desc",
+    "aclDataBuffer*": "buffer",
+}
+
+
+def parameters() -> dict[str, list[str]]:
+    """The parameters of each of CANN's functions, as the sources declare them."""
+    text = "".join(
+        re.sub(r"//.*", "", path.read_text())
+        for path in sorted((Path(cann_host.__file__).parent / "csrc").glob("*.cpp"))
+    )
+    found = {}
+    listed = {symbol for _, symbol, kind in cann_host.entries() if kind != "fails"}
+    for name, inside in re.findall(r"\n[\w :]+[ *]+(\w+)\(([^(){};]*)\) \{", text):
+        if name in listed:
+            names = [" ".join(one.split()) for one in inside.split(",")]
+            found[name] = [one for one in names if one and one != "..."]
+    return found
+
+
+def test_a_null_among_good_arguments_ends_no_process(tmp_path) -> None:
+    """Each pointer of each function, null while the others point to something."""
+    calls = parameters()
+    launches = {s for _, s, _ in cann_host.entries() if f"{s}GetWorkspaceSize" in calls}
+    for symbol in launches:  # written by a macro
+        calls[symbol] = ["void*", "uint64_t", "aclOpExecutor* executor", "void* stream"]
+    known = {symbol for _, symbol, kind in cann_host.entries() if kind != "fails"}
+    assert {name for name in known if "." not in name} - set(calls) == set()
+    script = f"""
+        import ctypes, os, re, cann_host, torch
+        P = ctypes.c_void_p
+        lib, calls, types = cann_host._library, {calls!r}, {TYPES!r}
+        torch.npu.set_device(0)
+        x = torch.zeros(64, device="npu")
+        root, comm, stream, event = ctypes.create_string_buffer(4108), P(), P(), P()
+        lib.HcclGetRootInfo(root)
+        lib.HcclCommInitRootInfo(1, root, 0, ctypes.byref(comm))
+        lib.aclrtCreateStream(ctypes.byref(stream))
+        lib.aclrtCreateEventWithFlag(ctypes.byref(event), 0)
+        for make in ("aclCreateTensor", "aclCreateIntArray", "aclCreateScalar",
+                     "aclCreateTensorDesc", "aclCreateDataBuffer", "aclopCreateAttr"):
+            getattr(lib, make).restype = P
+        dims, one = (ctypes.c_int64 * 1)(8), (ctypes.c_int64 * 1)(1)
+        n = ctypes.c_uint64(1)
+        tensor = P(lib.aclCreateTensor(dims, n, 0, one, ctypes.c_int64(0), 2, dims, n,
+                                       P(x.data_ptr())))
+        made = dict(tensor=tensor, array=P(lib.aclCreateIntArray(dims, n)),
+                    scalar=P(lib.aclCreateScalar(dims, 9)),
+                    desc=P(lib.aclCreateTensorDesc(0, 1, dims, 2)),
+                    buffer=P(lib.aclCreateDataBuffer(P(x.data_ptr()), ctypes.c_size_t(32))))
+        page = ctypes.create_string_buffer(1 << 16)
+
+        def good(parameter):
+            text = parameter.replace("const ", "").replace(" const", "")
+            name = text.split()[-1].lstrip("*")
+            if "double" in text or "float " in text and "*" not in text:
+                return ctypes.c_double(1e-6)
+            if "*" not in text:
+                return ctypes.c_int64(1)
+            if name in ("comm", "stream", "event", "on"):
+                return dict(comm=comm, stream=stream, event=event, on=stream)[name]
+            for type_, thing in types.items():
+                if text.startswith(type_ + " ") and thing == "executor":  # each is good once
+                    size, executor = ctypes.c_uint64(), P()
+                    lib.aclnnInplaceZeroGetWorkspaceSize(
+                        tensor, ctypes.byref(size), ctypes.byref(executor))
+                    return executor
+                if text.startswith(type_ + " "):
+                    return made[thing]
+            if text.startswith("void* ") and name in ("send", "receive", "buffer", "data", "dst"):
+                return P(x.data_ptr())
+            return ctypes.cast(page, P)
+
+        for name, parameters in calls.items():
+            for null in [i for i, p in enumerate(parameters) if "*" in p]:
+                given = [good(p) if i != null else None for i, p in enumerate(parameters)]
+                print(name, parameters[null], flush=True)  # the last one ended the process
+                getattr(lib, name)(*given)
+    """
+    done = start(tmp_path, script)
+    assert done.returncode == 0, done.stdout.splitlines()[-1:]
+    assert done.stdout.count("\n") > 300

@@ -269,14 +269,15 @@ void aclAppLog(int level, const char* function, const char* file, uint32_t line,
   static const char* print = std::getenv("ASCEND_SLOG_PRINT_TO_STDOUT");
   static const char* wanted = std::getenv("ASCEND_GLOBAL_LOG_LEVEL");
   static const int lowest = wanted == nullptr ? 3 : std::atoi(wanted);
-  if (print == nullptr || std::strcmp(print, "1") != 0 || level < lowest) return;
+  if (print == nullptr || std::strcmp(print, "1") != 0 || level < lowest || fmt == nullptr) return;
   static const char* const names[] = {"DEBUG", "INFO", "WARNING", "ERROR"};
   char text[2048];
   va_list args;
   va_start(args, fmt);
   std::vsnprintf(text, sizeof(text), fmt, args);
   va_end(args);
-  std::printf("[%s] %s:%u %s: %s\n", names[level & 3], file, line, function, text);
+  std::printf("[%s] %s:%u %s: %s\n", names[level & 3], file ? file : "", line,
+              function ? function : "", text);
 }
 
 }  // extern "C"

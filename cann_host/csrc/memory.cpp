@@ -299,6 +299,11 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
 
 uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(address); }
 
+// Which allocation these bytes are in, so far none the same; 0 if not all are in one.
+uint64_t cann_host_block_of(const void* address, uint64_t bytes) {
+  return cann_host::ReachOf(address, bytes).block;
+}
+
 // All memory is the host's, so every device reaches every other's.
 int aclrtDeviceCanAccessPeer(int32_t* can_access, int32_t, int32_t) {
   CANN_HOST_CALL(aclrtDeviceCanAccessPeer);

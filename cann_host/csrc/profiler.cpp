@@ -4,7 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
-#include <string>
+#include <string_view>
 
 #include "core.h"
 
@@ -19,7 +19,7 @@ int32_t MsprofRegisterCallback(uint32_t, void*) {
 
 CANN_HOST_ENTRY(MsprofGetHashId, "makes")
 uint64_t MsprofGetHashId(const char* text, size_t length) {
-  return std::hash<std::string>{}(std::string(text, length));
+  return text == nullptr ? 0 : std::hash<std::string_view>{}({text, length});
 }
 
 CANN_HOST_ENTRY(MsprofSysCycleTime, "makes")
