@@ -131,12 +131,12 @@ class LoadReport(list[Loaded]):
 
 
 def require_safetensors() -> Any:
-    """The safetensors package, an extra of lq-graph."""
+    """The safetensors package, which lq-graph does not require."""
     try:
         import safetensors.torch
     except ImportError:
         raise CheckpointError(
-            'checkpoints need safetensors. What to do: pip install "lq-graph[files]".'
+            "checkpoints need safetensors. What to do: pip install safetensors."
         ) from None
     return safetensors
 
