@@ -7,7 +7,7 @@ is what passed, failed and was skipped, how many failures say that the stand-in,
 that is installed, does not have something ("not here"), and the reasons. The exit status is 1 if
 the interpreter crashed or a file ran out of time; with --strict also if a test failed.
 
-The tests want `pip install expecttest pyyaml`; pytest is there with lq-graph[test].
+The tests want `pip install expecttest pyyaml`; pytest is there with the extra `test`.
 """
 
 from __future__ import annotations

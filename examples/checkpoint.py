@@ -53,6 +53,8 @@ def make_checkpoint(folder: Path) -> Block:
 def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else made)
+        if not folder.is_dir():
+            sys.exit(f"checkpoint.py: there is no folder {folder}")
         original = make_checkpoint(folder) if len(sys.argv) < 2 else None
         print("files")
         for file in sorted(folder.iterdir()):
@@ -61,7 +63,11 @@ def main() -> None:
         with torch.device("meta"):  # no memory until the file is read
             model = Block()
         print("\nloaded")
-        print(textwrap.indent(str(lq_graph.load_checkpoint(model, folder)), "   "))
+        try:
+            report = lq_graph.load_checkpoint(model, folder)
+        except lq_graph.CheckpointError as error:
+            sys.exit(f"checkpoint.py: {error}")
+        print(textwrap.indent(str(report), "   "))
 
     x = torch.randn(16, 256, dtype=torch.float16)
     on_cpu = model(x)

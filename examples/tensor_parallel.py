@@ -48,6 +48,8 @@ def quantized() -> MLP:
 
 def connect() -> DeviceMesh:
     """A mesh of all the processes torchrun started: NPUs, or CPUs."""
+    if "RANK" not in os.environ:
+        raise SystemExit(f"tensor_parallel.py is started by torchrun:\n{__doc__}")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_npu = hasattr(torch, "npu") and torch.npu.is_available()
     if on_npu:

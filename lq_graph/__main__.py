@@ -171,7 +171,7 @@ def _explain(model: str, html: str | None) -> None:
             raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
         if importlib.util.find_spec("matplotlib") is None:
             raise LinearQuantValueError(
-                "explain: --html draws with matplotlib. What to do: pip install matplotlib."
+                "explain: the page is drawn by matplotlib. What to do: pip install matplotlib."
             )
     _find_npu()
     story = explain(*_load(model))

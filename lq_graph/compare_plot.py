@@ -29,7 +29,7 @@ def save(comparison: Comparison, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise LinearQuantValueError(
-            'compare: a plot needs matplotlib. What to do: pip install "lq-graph[explain]".'
+            "compare: a plot needs matplotlib. What to do: pip install matplotlib."
         ) from None
 
     count = len(comparison)

@@ -161,7 +161,7 @@ class Explanation:
             path: the file to write.
 
         Raises:
-            ImportError: matplotlib is not installed (the extra `explain`).
+            LinearQuantValueError: matplotlib is not installed.
         """
         from .explain_html import page
 

@@ -6,6 +6,8 @@ import io
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .errors import LinearQuantValueError
+
 if TYPE_CHECKING:
     from .explain import Explanation
 
@@ -48,7 +50,7 @@ def page(explanation: Explanation) -> str:
         HTML.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        LinearQuantValueError: matplotlib is not installed.
     """
     e = explanation
     ours = sum(len(layer.ours.compute) for layer in e.layers)
@@ -112,7 +114,12 @@ def _nodes(graph: Any) -> str:
 
 def _draw(graph: Any) -> str:
     """The compute nodes of a graph, each below what feeds it, with what it reads and gives."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise LinearQuantValueError(
+            "explain: the page is drawn by matplotlib. What to do: pip install matplotlib."
+        ) from None
     import networkx
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -657,6 +657,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkout", type=Path, help="a clone of hicann/ops-nn")
     root: Path = parser.parse_args().checkout
+    if not (root / "matmul").is_dir():
+        parser.error(f"{root} is not a clone of hicann/ops-nn: it has no folder matmul")
     unexplained = 0
     total: Counter[str] = Counter()
     print(f"{'':32}{'rows':>6}{'compared':>10}{'agree':>8}{'differ':>8}")

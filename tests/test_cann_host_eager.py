@@ -1130,7 +1130,7 @@ PROCESSES: dict[str, tuple[str, str]] = {
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name == 'torch_npu' else find(name)\n"
         "cann_host.activate()\n",
-        'torch_npu is not installed: pip install "lq-graph\\[npu\\]"',
+        "torch_npu is not installed: pip install torch==2.13.0 torch_npu==2.13.0 packaging",
     ),
     "another platform": (
         "import sys, cann_host\nsys.platform = 'darwin'\ncann_host.activate()\n",

@@ -112,6 +112,34 @@ def test_use_it_is_a_program_and_prepares_the_weights() -> None:
     assert done.stdout.splitlines() == ["FRACTAL_NZ torch.int64"] * 2
 
 
+ROOT = Path(__file__).parents[1]
+TOLD = [
+    (file.relative_to(ROOT), found[1])
+    for folder in ("lq_graph", "converters", "cann_host", "examples")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+    for found in re.finditer(r"pip install ([^`\n]*?)(?:\.?\"|\)|\n|$)", file.read_text())
+]
+
+
+def extras() -> dict[str, list[str]]:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found: dict[str, list[str]] = project["optional-dependencies"]
+    return found
+
+
+def test_what_a_message_says_to_install_is_a_package_of_an_index() -> None:
+    """lq-graph itself is on none, and `.` is the reader's folder, which need not be a checkout."""
+    known = {
+        re.split(r"[=<>]", package)[0] for packages in extras().values() for package in packages
+    }
+    assert len(TOLD) >= 5
+    for file, packages in TOLD:
+        if "{" not in packages:
+            assert set(packages.split()) <= known - {"lq-graph"}, f"{file}: pip install {packages}"
+    assert list(cann_host.NEEDED) == extras()["npu"]
+
+
 def test_check_shown_is_the_real_one(capsys) -> None:
     shown = re.search(r"```\n\$ python -m lq_graph (check .*)\n([^`]*)```", README)
     assert shown
