@@ -1,0 +1,203 @@
+"""Faults and Ctrl-C at any point of a function: what the tests of all or nothing are made of.
+
+Each context manager counts what it could strike and, told a number, strikes there once:
+
+    with ctrl_c() as events:      # a rehearsal: nothing is struck
+        action()
+    for at in points(events.count, trials=200):
+        with ctrl_c(at) as events, pytest.raises(KeyboardInterrupt):
+            action()
+        assert events.struck
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lq_graph
+
+__all__ = [
+    "STRIKES",
+    "Events",
+    "Fault",
+    "ctrl_c",
+    "folder_state",
+    "model_state",
+    "op_fault",
+    "os_fault",
+    "points",
+    "rehearse",
+]
+
+_PACKAGE = str(Path(lq_graph.__file__).parent)
+# contextlib: where a block of ours is entered and left
+_WATCHED = (_PACKAGE, contextlib.__file__)
+# what takes a step back is left alone: without it nothing could be taken back
+OS_CALLS = ("open", "write", "fsync", "replace", "mkdir", "preadv", "scandir", "stat", "fstat")
+
+
+class Fault(RuntimeError):  # noqa: N818 - injected, not met
+    """The error that is injected where no other is named."""
+
+
+@dataclass
+class Events:
+    """What was counted, and whether the one that was asked for came."""
+
+    at: int | None
+    count: int = 0
+    struck: bool = False
+
+    def next(self) -> bool:
+        """Count one; whether it is the one to strike."""
+        self.count += 1
+        now = self.count == self.at
+        self.struck = self.struck or now
+        return now
+
+
+class ctrl_c:  # noqa: N801 - used like the functions below
+    """A real SIGINT at the at-th line that lq_graph runs in this thread; lines of contextlib count
+    too, for blocks begin and end there."""
+
+    # a class: the end of a generator's block runs lines of contextlib itself
+
+    def __init__(self, at: int | None = None) -> None:
+        self._events = Events(at)
+
+    def __enter__(self) -> Events:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+        return self._events
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: FrameType, event: str, argument: object) -> Any:
+        del event, argument
+        return self._line if frame.f_code.co_filename.startswith(_WATCHED) else None
+
+    def _line(self, frame: FrameType, event: str, argument: object) -> Any:
+        del frame, argument
+        if event == "line" and self._events.next():
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return self._line
+
+
+class _OpFault(TorchDispatchMode):
+    def __init__(self, events: Events) -> None:
+        super().__init__()
+        self._events = events
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if self._events.next():
+            raise Fault(f"injected in place of {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def op_fault(at: int | None = None) -> Iterator[Events]:
+    """A Fault in place of the at-th operator that torch dispatches in this thread."""
+    events = Events(at)
+    with _OpFault(events):
+        yield events
+
+
+@contextmanager
+def os_fault(
+    at: int | None = None, calls: tuple[str, ...] = OS_CALLS, code: int = errno.ENOSPC
+) -> Iterator[Events]:
+    """An OSError in place of the at-th call of one of these functions of os."""
+    events = Events(at)
+
+    def faulty(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if events.next():
+                raise OSError(code, os.strerror(code), f"injected in os.{name}")
+            return real(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in calls:
+            stack.enter_context(mock.patch.object(os, name, faulty(name, getattr(os, name))))
+        yield events
+
+
+# by name, for parametrize; each with what may be raised where it strikes
+STRIKES: dict[str, tuple[Callable[..., Any], type[BaseException]]] = {
+    "ctrl_c": (ctrl_c, KeyboardInterrupt),
+    "op_fault": (op_fault, Fault),
+    "os_fault": (os_fault, Exception),
+}
+
+
+def rehearse(strike: Callable[..., Any], action: Callable[[], object]) -> int:
+    """How many points an action has that a context manager of this file could strike."""
+    with strike() as events:
+        action()
+    assert events.count
+    return int(events.count)
+
+
+def points(count: int, trials: int, seed: int = 0) -> list[int]:
+    """Numbers of the points to strike: random, and all of them if they are no more than trials."""
+    if count <= trials:
+        return list(range(1, count + 1))
+    return sorted(random.Random(seed).sample(range(1, count + 1), trials))
+
+
+def model_state(model: nn.Module) -> dict[str, object]:
+    """Everything of a model that must be bit-equal: types, modes, hooks, tensors and which of
+    them are one."""
+    state: dict[str, object] = {}
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        state[name] = (seen.setdefault(id(module), name), type(module), module.training)
+        hooks = {k: len(v) for k, v in vars(module).items() if k.endswith("_hooks") and v}
+        state[f"{name} hooks"] = hooks
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                state[f"{name} {key}"] = None
+                continue
+            state[f"{name} {key}"] = (
+                seen.setdefault(id(tensor), f"{name} {key}"),
+                type(tensor),
+                tensor.dtype,
+                tuple(tensor.shape),
+                tensor.requires_grad,
+                str(tensor.device),
+                b"" if tensor.is_meta else _bytes(tensor),
+            )
+    return state
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
+def folder_state(folder: Path) -> dict[str, bytes | None]:
+    """The files of a folder, hidden ones too, and their bytes; None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
