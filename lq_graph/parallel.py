@@ -4,7 +4,9 @@
 
 Each process keeps its part of a layer's tensors and computes with it as with a layer of its own:
 eagerly, in graphs, and prepared by `use_internal_format_weight`. State dicts hold DTensors, which
-are whole layers to whoever loads or saves them.
+are whole layers to whoever loads or saves them. A layer is split whole or not at all: an error, or
+Ctrl-C, leaves it as it was on this rank. `parallelize_module` goes layer by layer, so those before
+the one that failed stay split.
 
 A row-wise output is rounded on every device before the sum, so it is close to one device's, not
 equal, and int8 output cannot be summed at all. `RowwiseLinearQuant(exact=True)` sums the int32
@@ -15,6 +17,7 @@ Source: torch.distributed.tensor.parallel.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -46,6 +49,7 @@ from .prepare import folds_scale
 from .product import get_product
 from .quantized_linear import QuantizedLinear
 from .sharding import NO_PARTIAL_INT8
+from .walk import all_or_nothing
 
 __all__ = ["ColwiseLinearQuant", "LinearQuantStyle", "RowwiseLinearQuant"]
 
@@ -137,10 +141,17 @@ class LinearQuantStyle(ParallelStyle):
         _check_same(name, layer, device_mesh)
         self.check(name, layer, device_mesh.size())
         placements = {}
+        parts: list[tuple[Tensor, Tensor]] = []
         for parameter, whole in _parameters(layer):
             placement = placements[parameter] = self.placement(parameter, tuple(whole.shape))
-            whole.data = _part(whole.data, device_mesh, placement, self.src_data_rank)
-        return self._finish(module, device_mesh, placements)
+            parts.append((whole, _part(whole.data, device_mesh, placement, self.src_data_rank)))
+        # what waits for other ranks is done; the rest is all or nothing
+        with all_or_nothing() as undo:
+            _keep(undo, module, layer)
+            for whole, part in parts:
+                undo.callback(setattr, whole, "data", whole.data)
+                whole.data = part
+            return self._finish(module, device_mesh, placements)
 
     def adopt(self, module: QuantizedLinear, mesh: DeviceMesh) -> nn.Module:
         """Apply the plan to a layer whose parameters are this device's parts already, as
@@ -327,6 +338,22 @@ class RowwiseLinearQuant(LinearQuantStyle):
 
 
 # ---- what a layer knows of its split ----
+
+
+def _keep(undo: ExitStack, *modules: nn.Module) -> None:
+    """Take back whatever is set on the modules, hooks and buffers included."""
+    for module in modules:
+        own = vars(module)
+        undo.callback(_put_back, own, {**own})
+        for held in own.values():
+            # not replaced by a copy: handles of hooks find theirs in it
+            if isinstance(held, dict):
+                undo.callback(_put_back, held, {**held})
+
+
+def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+    held.clear()
+    held.update(before)
 
 
 def _layer_in(module: LinearQuant | QuantizedLinear) -> LinearQuant:

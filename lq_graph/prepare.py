@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .plan import check_finite, plan
 from .product import get_product
 from .text import table
 from .vendor import vendor_layers
-from .walk import uninterrupted
+from .walk import all_or_nothing, uninterrupted
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 
@@ -79,9 +80,9 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     LinearQuant and LinearA8W8Quant; everything else (Linear, Conv2d, ...) is handed to torchair's
     function of the same name.
 
-    Calling it again changes nothing, from several threads too. All or nothing: whatever fails,
-    Ctrl-C included, the model is as before. One layer at a time, so the most it takes beside the
-    model is one weight.
+    Calling it again changes nothing, from several threads too. All or nothing: whatever fails, the
+    model is as before, and Ctrl-C waits for the end. One layer at a time, so the most it takes
+    beside the model is one weight.
 
     Prepare before the first call of a compiled model. A graph is compiled for the format its
     weights have, and a device does not look at it again: a weight that is prepared, moved
@@ -113,7 +114,7 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
     Source: torchair's use_internal_format_weight.
     """
-    with _ONE_AT_A_TIME:
+    with uninterrupted(), _ONE_AT_A_TIME:  # an interrupt could leave the lock locked
         report, others_changed = _prepare_all(model, int4_nz)
     if any(_OFF in prepared.note for prepared in report):
         warnings.warn(
@@ -143,16 +144,16 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     folds = [_check(name or "the model", layer) for name, layer in layers]
     kept_float = _scales_read_otherwise(layers, folds)
 
-    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
-    import torchair
-
+    torchair = _torchair()
     report = Report()
     others_changed = ""
     floats: dict[Tensor, Tensor] = {}  # what folded scales were
     # None: no bar where the output is no terminal
     bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
-    undo = ExitStack()  # on an error, takes back what was done, last first
-    try:
+    with all_or_nothing() as undo:
+        for _, layer in layers:  # the last, for layers may share a weight
+            if isinstance(layer, LinearQuant):
+                undo.callback(layer.note_weight_format)
         for (name, layer), fold in zip(bar, folds, strict=True):
             was = format_of(layer.weight)
             why_float = kept_float.get(layer.scale, "")
@@ -168,11 +169,20 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
             torchair.use_internal_format_weight(rest)
             if any(format_of(parameter) != was for parameter, was in before.items()):
                 others_changed = others_changed or type(rest).__name__
-    except BaseException:
-        with uninterrupted():
-            undo.close()
-        raise
     return report, others_changed
+
+
+def _torchair() -> Any:
+    """torchair, imported. It replaces the handler of SIGINT by one after which Ctrl-C is ignored
+    for good (torch_npu 2.13, core/_backend.py); one who only prepares weights keeps theirs."""
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+
+    handler = signal.getsignal(signal.SIGINT)
+    import torchair
+
+    if signal.getsignal(signal.SIGINT) is not handler:
+        signal.signal(signal.SIGINT, handler)
+    return torchair
 
 
 # The float32 scale behind a packed one is read and kept in two steps.
@@ -261,8 +271,6 @@ def _prepare(
         _fold(layer, floats, undo)
     why_nd = _why_nd(weight, get_product(), int4_nz)
     wanted = ND if why_nd else FRACTAL_NZ
-    if isinstance(layer, LinearQuant):
-        undo.callback(layer.note_weight_format)
     if (was := format_of(weight)) != wanted:
         undo.callback(_cast, weight, was)
         _cast(weight, wanted)
