@@ -211,7 +211,7 @@ def _old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
     while True:
         before = _stamp(path)
         try:
-            return load(waiting(path if path.is_dir() else path.parent))
+            return load(waiting(path if os.path.isdir(path) else path.parent))
         except CheckpointError:
             tries += 1
             if tries == _TRIES or _stamp(path) == before:
@@ -222,7 +222,7 @@ def _stamp(path: Path) -> list[tuple[object, ...]]:
     """What changes when a file of a checkpoint does."""
     found: list[tuple[object, ...]] = []
     with suppress(OSError, ValueError):
-        folder = path if path.is_dir() else path.parent
+        folder = path if os.path.isdir(path) else path.parent
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith((".safetensors", ".json", ".saving", ".before")):
