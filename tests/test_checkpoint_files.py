@@ -252,6 +252,20 @@ def test_configs_that_ask_for_more(group, whole, message, good) -> None:
     assert time.monotonic() - start < 5
 
 
+def test_a_file_that_is_written_to_while_it_is_read(good, monkeypatch) -> None:
+    kind, folder = good
+    preadv, times = os.preadv, iter(range(1, 10**6))
+
+    def read_and_touch(descriptor: int, buffers: list[Any], offset: int) -> int:
+        count = preadv(descriptor, buffers, offset)
+        os.utime(folder / WEIGHTS[kind], ns=(0, next(times)))
+        return count
+
+    monkeypatch.setattr(os, "preadv", read_and_touch)
+    with pytest.raises(CheckpointError, match="a file that stays as it is, found it was written"):
+        load_checkpoint(model(), folder)
+
+
 # ---- patterns ----
 
 
@@ -348,9 +362,10 @@ class Raw:
 
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 8, 8.5, 2**31, 2**63, 2**64, 10**30, 1e300, "", "0", "W8A8",
-    "FLOAT", "re:(", "re:(a+)+$", "Linear", "I8", "F16", "BOOL", "F8_E8M0", "token", "tensor", "\ud800",
-    "\n", "x" * 3000, "../x", "a\0", [], {}, [[]], [1, 2], ["Linear"], {"a": 1}, [0, 0], [8, 8],
-    [2**62, 4], Raw("NaN"), Raw("Infinity"), Raw("1e999"), Raw("9" * 30), Raw("{" * 3), Raw(deep(70)),
+    "FLOAT", "re:(", "re:(a+)+$", "Linear", "I8", "F16", "BOOL", "F8_E8M0", "token", "tensor",
+    "\ud800", "\n", "x" * 3000, "../x", "a\0", [], {}, [[]], [1, 2], ["Linear"], {"a": 1}, [0, 0],
+    [8, 8], [2**62, 4], Raw("NaN"), Raw("Infinity"), Raw("1e999"), Raw("9" * 30), Raw("{" * 3),
+    Raw(deep(70)),
     Raw('{"a": 1, "a": 2}'), Raw(""), Raw("'x'"), Raw("0x1"), Raw("[1,]"),
 ]  # fmt: skip
 
