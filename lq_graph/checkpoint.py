@@ -27,6 +27,7 @@ from .checkpoint_format import (
     Part,
     list_folder,
     schemes_of,
+    temporary,
     waiting,
 )
 from .errors import LinearQuantError, LinearQuantTypeError
@@ -211,18 +212,26 @@ def _old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
     while True:
         before = _stamp(path)
         try:
-            return load(waiting(path if path.is_dir() else path.parent))
+            return load(_waiting_for(path))
         except CheckpointError:
             tries += 1
             if tries == _TRIES or _stamp(path) == before:
                 raise
 
 
+def _waiting_for(path: Path) -> Path | None:
+    """Weights that wait to be in a folder, or to be a file."""
+    if os.path.isdir(path):
+        return waiting(path)
+    found = waiting(path.parent)
+    return found if found is not None and found.name == temporary(path.name) else None
+
+
 def _stamp(path: Path) -> list[tuple[object, ...]]:
     """What changes when a file of a checkpoint does."""
     found: list[tuple[object, ...]] = []
     with suppress(OSError, ValueError):
-        folder = path if path.is_dir() else path.parent
+        folder = path if os.path.isdir(path) else path.parent
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith((".safetensors", ".json", ".saving", ".before")):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .files import read_json, refuse
-from .patterns import Pattern, PatternError, Work
+from .patterns import Pattern, PatternError, Text, Work
 
 __all__ = [
     "CONFIG",
@@ -199,9 +199,10 @@ def _from_config(file: Path, config: Any, keys: Iterable[str]) -> Iterator[tuple
     ignored = _Targets(file, "ignore", config.get("ignore"), work)
     for key in keys:
         name, _, part = key.rpartition(".")
-        if part != "weight_scale" or ignored.take(name):
+        text = Text(name)
+        if part != "weight_scale" or ignored.take(text):
             continue
-        dynamic = next((dynamic for targets, dynamic in schemes if targets.take(name)), None)
+        dynamic = next((dynamic for targets, dynamic in schemes if targets.take(text)), None)
         if dynamic is None:
             refuse(file, "config_groups", f"a group whose targets take {name}", "none")
         yield name, dynamic
@@ -260,9 +261,9 @@ class _Targets:
                     expected = "a regular expression after re:"
                     refuse(file, key, expected, f"{text[:80]!r}: {error}")
 
-    def take(self, name: str) -> bool:
+    def take(self, name: Text) -> bool:
         """Whether a module is one of them."""
-        if "Linear" in self._names or name in self._names:
+        if "Linear" in self._names or name.text in self._names:
             return True
         for pattern in self._patterns:
             try:

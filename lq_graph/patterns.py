@@ -19,11 +19,12 @@ if sys.version_info >= (3, 11):
 else:
     import sre_parse as parser
 
-__all__ = ["Pattern", "PatternError", "Work"]
+__all__ = ["Pattern", "PatternError", "Text", "Work"]
 
-_STEPS = 200_000  # of one match; those of real files take some hundred
+_STEPS = 200_000  # of one match; those of real files take some ten
+_STEPS_OF_BEGINNING = 10
 _STEPS_OF_READING = 20  # a character of a pattern
-_ALL_STEPS = 30_000_000  # of all matches of a load
+_ALL_STEPS = 10_000_000  # of all matches of a load
 
 _AT = {
     "AT_BEGINNING": "^",
@@ -61,13 +62,14 @@ class Work:
 
     def begin(self) -> None:
         """Before a match."""
-        self._left = min(_STEPS, self._all)
+        self._left = _STEPS
+        self.step(_STEPS_OF_BEGINNING)
 
     def step(self, steps: int = 1) -> None:
         """Count some."""
         self._left -= steps
         self._all -= steps
-        if self._left < 0:
+        if self._left < 0 or self._all < 0:
             raise PatternError("it takes too long to match")
 
 
@@ -91,7 +93,7 @@ class Pattern:
         except (re.error, OverflowError, RecursionError) as error:
             raise PatternError(str(error) or type(error).__name__) from None
 
-    def matches(self, text: str) -> bool:
+    def matches(self, text: Text) -> bool:
         """Whether re.match finds the pattern at the beginning of a text.
 
         Raises:
@@ -99,17 +101,17 @@ class Pattern:
         """
         self._work.begin()
         try:
-            return _Match(text, self._work).after(self._nodes, 1) != 0
+            return text.after(self._nodes, 1, self._work) != 0
         except RecursionError:
             raise PatternError("it is nested too deeply") from None
 
 
-# what to do, and with what: see _Match._after_one
+# what to do, and with what: see Text._after_one
 _Node = tuple[str, Any]
 
 
 def _nodes(parsed: Iterable[Any]) -> list[_Node]:
-    """A parsed pattern in a form that is quick to follow; refuses what _Match has no step for."""
+    """A parsed pattern in a form that is quick to follow; refuses what Text has no step for."""
     found: list[_Node] = []
     for op, value in parsed:
         name = str(op)
@@ -135,27 +137,27 @@ def _nodes(parsed: Iterable[Any]) -> list[_Node]:
     return found
 
 
-class _Match:
-    """One text, and where in it single characters and empty matches are. Bit i is the position
-    before character i."""
+class Text:
+    """A text to be matched, and where in it single characters and empty matches are. Bit i is the
+    position before character i."""
 
-    def __init__(self, text: str, work: Work) -> None:
-        self._text, self._work = text, work
+    def __init__(self, text: str) -> None:
+        self.text = text
         self._chars: dict[str, int] = {}
         for i, char in enumerate(text):
             self._chars[char] = self._chars.get(char, 0) | 1 << i
         self._found: dict[Callable[[str], bool], int] = {}
 
-    def after(self, nodes: list[_Node], start: int) -> int:
+    def after(self, nodes: list[_Node], start: int, work: Work) -> int:
         """Where a sequence can end that begins at one of these positions."""
         for op, value in nodes:
             if not start:
                 return 0
-            self._work.step()
-            start = self._after_one(op, value, start)
+            work.step()
+            start = self._after_one(op, value, start, work)
         return start
 
-    def _after_one(self, op: str, value: Any, start: int) -> int:
+    def _after_one(self, op: str, value: Any, start: int, work: Work) -> int:
         if op == "LITERAL":
             return (start & self._chars.get(value, 0)) << 1
         if op == "CHARACTER":
@@ -163,42 +165,48 @@ class _Match:
         if op == "BRANCH":
             ends = 0
             for way in value:
-                ends |= self.after(way, start)
+                ends |= self.after(way, start, work)
             return ends
         if op == "REPEAT":
             low, high, body = value
-            return self._repeated(low, high, body, start)
+            return self._repeated(low, high, body, start, work)
         if op == "AT":
             return start & self._empty(value)
         if op == "LOOK":
             back, body, wanted = value
-            return self._looked(back, body, wanted, start)
+            return self._looked(back, body, wanted, start, work)
         return 0  # FAILURE
 
-    def _repeated(self, low: int, high: int, nodes: list[_Node], start: int) -> int:
+    def _repeated(self, low: int, high: int, nodes: list[_Node], start: int, work: Work) -> int:
         # one turn more than there are characters has an empty match in it, and changes nothing more
-        for _ in range(min(low, len(self._text) + 1)):
-            before, start = start, self.after(nodes, start)
+        for _ in range(min(low, len(self.text) + 1)):
+            before, start = start, self.after(nodes, start, work)
             if start == before:
                 break
+        if len(nodes) == 1 and nodes[0][0] == "CHARACTER" and high - low >= len(self.text):
+            # a sum carries each position to the end of its run of characters
+            where = self._where(nodes[0][1])
+            return start | (((start & where) + where) ^ where)
         ends = new = start
-        for _ in range(min(high - low, len(self._text) + 1)):
-            new = self.after(nodes, new) & ~ends
+        for _ in range(min(high - low, len(self.text) + 1)):
+            new = self.after(nodes, new, work) & ~ends
             if not new:
                 break
             ends |= new
         return ends
 
-    def _looked(self, back: int | None, nodes: list[_Node], wanted: bool, start: int) -> int:
+    def _looked(
+        self, back: int | None, nodes: list[_Node], wanted: bool, start: int, work: Work
+    ) -> int:
         kept = 0
         for i in range(start.bit_length()):
             if not start >> i & 1:
                 continue
-            self._work.step()
+            work.step()
             if back is None:
-                found = self.after(nodes, 1 << i) != 0
+                found = self.after(nodes, 1 << i, work) != 0
             else:
-                found = i >= back and self.after(nodes, 1 << (i - back)) >> i & 1 != 0
+                found = i >= back and self.after(nodes, 1 << (i - back), work) >> i & 1 != 0
             if found == wanted:
                 kept |= 1 << i
         return kept
@@ -210,7 +218,7 @@ class _Match:
 
     def _empty(self, pattern: str) -> int:
         bits = 0
-        for found in re.finditer(pattern, self._text):
+        for found in re.finditer(pattern, self.text):
             bits |= 1 << found.start()
         return bits
 
