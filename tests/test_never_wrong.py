@@ -119,6 +119,10 @@ def read(m: Any, x: Tensor) -> Tensor:
     return (m.layer.weight @ x.transpose(0, 1)).transpose(0, 1) + 2 * m.layer.bias
 
 
+def read_bias(m: Any, x: Tensor) -> Tensor:
+    return m.layer(x) + 2 * m.layer.bias
+
+
 def read_and_call(m: Any, x: Tensor) -> Tensor:
     return F.linear(m.layer(x), m.layer.weight.t())
 
@@ -262,6 +266,7 @@ USES: dict[str, Callable[[random.Random], nn.Module]] = {
     "tied": _tied,
     "tied to a parameter": _tied_to_parameter,
     "read": lambda rng: Use(read, layer=linear()),
+    "bias read": lambda rng: Use(read_bias, layer=linear()),
     "read and called": lambda rng: Use(read_and_call, layer=linear()),
     "cast to weight": lambda rng: Use(cast_to_weight, layer=linear()),
     "cast to parameter": lambda rng: Use(cast_to_parameter, layer=linear()),
@@ -294,9 +299,10 @@ class _Trial:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         rng = random.Random(seed)
-        self.names = [rng.choice([*USES]) for _ in range(rng.choice([1, 1, 2]))]
-        self.names += rng.choice([[], ["plain"], ["chain"]])
-        self.config = CONFIGS[seed % len(CONFIGS)]
+        # every use with every scheme, then more of them at random
+        self.names = [[*USES][seed % len(USES)]]
+        self.names += rng.choice([[], ["plain"], ["chain"], [rng.choice([*USES])]])
+        self.config = CONFIGS[seed // len(USES) % len(CONFIGS)]
         self.dtype = rng.choice([F16, F16, BF16])
         self.examples = rng.random() < 0.3
         self.format = rng.choice(["msmodelslim", "compressed-tensors"])
@@ -349,6 +355,9 @@ class _Trial:
             return act()
         except Exception as error:
             if not (ours := _ours(error)):
+                # torchair has no converter for an operator of the float layers
+                if what == "npu graph" and "converter" in str(error):
+                    return None
                 raise AssertionError(self.told(what)) from error
             assert "What to do" in ours or "quantize: none of" in ours, ours
             self.happened[f"{what}: refused"] += 1
