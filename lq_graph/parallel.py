@@ -332,7 +332,9 @@ class RowwiseLinearQuant(LinearQuantStyle):
             _read_scale(layer, fold)
             layer.register_load_state_dict_post_hook(lambda own, _: _read_scale(own, fold))
             # read by name and never written: int32 output takes a scale and ignores it
-            layer.register_buffer("_ones", torch.ones(1, device=layer.weight.device), False)
+            layer.register_buffer(
+                "_ones", torch.ones(1, dtype=torch.float32, device=layer.weight.device), False
+            )
             vars(layer)["forward"] = partial(_exact_forward, mesh, fold, layer)
         return module
 
