@@ -189,10 +189,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     shape = (*packed.shape[:-1], packed.shape[-1] * INT4_PER_INT32)
     if not packed.numel():
         return packed.new_empty(shape, dtype=torch.int8)
-    packed = packed.contiguous()
-    if packed.stride(-1) != 1:  # a dim of 1 may have any stride
-        packed = packed.clone(memory_format=torch.contiguous_format)
-    pairs = packed.view(torch.uint8).reshape(-1)
+    pairs = _plain(packed).view(torch.uint8).reshape(-1)
     values = torch.empty(2 * pairs.numel(), dtype=torch.int8, device=packed.device)
     words = values.view(torch.int16)
     for part in _cache_sized(pairs.numel()):
@@ -212,9 +209,19 @@ def _cache_sized(count: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _plain(x: Tensor) -> Tensor:
+    """x contiguous, with strides that allow a view of another dtype: a dim of 1 may have any."""
+    x, expected = x.contiguous(), 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if stride != expected:
+            return x.clone(memory_format=torch.contiguous_format)
+        expected *= size
+    return x
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x contiguous, and laid out so that it can be viewed in 8-byte words."""
-    x = x.contiguous()
+    x = _plain(x)
     return x.clone() if x.storage_offset() * x.element_size() % 8 else x
 
 

@@ -217,14 +217,16 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     """Quantize activations per token, each row of k values by its own largest magnitude.
 
     Args:
-        x: float16 or bfloat16 (Atlas inference: float16), (..., m, k), 2 to 8 dims.
+        x: float16 or bfloat16 (Atlas inference: float16, and k a multiple of 32), (..., m, k), 2 to
+            8 dims.
         dtype: torch.int8 (default), or torch.int32 for int4, eight to an int32; then k is a
             multiple of 8.
 
     Returns:
         The quantized tensor, int8 (..., m, k) or int32 (..., m, k/8), and the scales, float32
         (..., m): peak / 127, or peak / 7 for int4. A row of zeros has scale 0; infinity or NaN in
-        a row makes its scale infinite or NaN.
+        a row makes its scale infinite or NaN. The chips differ in the last bit: each is computed
+        as its own kernel does (`numerics.Arithmetic`).
 
     Under autocast a float x is cast to autocast's dtype, as nn.Linear's.
 

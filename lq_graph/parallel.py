@@ -43,7 +43,7 @@ from .module import PARAMETERS, SPLIT, LinearQuant
 from .native import refuse_not_finite
 from .npu import format_of
 from .numerics import INT4_PER_INT32, Arithmetic
-from .plan import check_finite, cuts_scale
+from .plan import check_finite
 from .plan_quant import dynamic_arithmetic
 from .prepare import folds_scale
 from .product import get_product
@@ -335,7 +335,8 @@ class RowwiseLinearQuant(LinearQuantStyle):
             layer.register_buffer(
                 "_ones", torch.ones(1, dtype=torch.float32, device=layer.weight.device), False
             )
-            vars(layer)["forward"] = partial(_exact_forward, mesh, fold, layer)
+            cuts = not fold and get_product().cuts_scale
+            vars(layer)["forward"] = partial(_exact_forward, mesh, fold, cuts, layer)
         return module
 
 
@@ -470,13 +471,18 @@ def _read_scale(layer: Any, fold: bool) -> None:
 
 
 def _exact_forward(
-    mesh: DeviceMesh, fold: bool, layer: Any, x1: Tensor, pertoken_scale: Tensor | None = None
+    mesh: DeviceMesh,
+    fold: bool,
+    cuts: bool,
+    layer: Any,
+    x1: Tensor,
+    pertoken_scale: Tensor | None = None,
 ) -> Tensor:
     """Sum the int32 accumulators of every device, and do what follows once."""
     part = _linear_quant(x1, layer.weight, layer._ones, None, None, None, output_dtype=_I32)
     pertoken = layer.pertoken_scale if pertoken_scale is None else pertoken_scale
     scale, output = layer._fixed_scale, layer.output_dtype or _I8
-    if not fold and cuts_scale(get_product(), scale, pertoken, layer.bias, output):
+    if cuts and numerics.is_cut(scale, pertoken, layer.bias, output):
         scale = numerics.s19(scale)
     return numerics.epilogue(
         _move(part, Partial(), Replicate(), mesh),

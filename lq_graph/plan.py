@@ -37,7 +37,6 @@ __all__ = [
     "Spec",
     "TensorLike",
     "check_finite",
-    "cuts_scale",
     "nearest_rows",
     "plan",
     "plan_trans_quant_param",
@@ -495,20 +494,8 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
         n=n,
         int4=int4,
         fold_scale=row.folds_scale and scale.dtype == torch.float32,
-        cut_scale=cuts_scale(product, scale, pertoken_scale, bias, output),
+        cut_scale=product.cuts_scale and is_cut(scale, pertoken_scale, bias, output),
     )
-
-
-def cuts_scale(
-    product: Product,
-    scale: TensorLike,
-    pertoken_scale: TensorLike | None,
-    bias: TensorLike | None,
-    output: torch.dtype,
-) -> bool:
-    """Whether a product's kernel keeps only the first 19 bits of a float32 scale; see
-    `Product.cuts_scale`."""
-    return product.cuts_scale and is_cut(scale, pertoken_scale, bias, output)
 
 
 def _pairs(key: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

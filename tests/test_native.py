@@ -176,20 +176,40 @@ def test_no_byte_beyond_the_buffers(tmp_path: Path) -> None:
 def test_strides() -> None:
     big = values(64, 300)
     weight = values(40, 300, seed=1)
-    scale = torch.rand(40) * 1e-3
     for x, w in [
         (big[::2], weight),
         (big[:, 8:136], weight[:, 3:131]),
         (big[3:4].expand(9, 300), weight[:1].expand(40, 300)),
         (big.t().contiguous().t(), weight),
         (big[:, :1], weight[:, :1]),
+        (big.view(-1)[7 : 7 + 9 * 300].view(9, 300), weight.view(-1)[300:][3:2703].view(9, 300)),
+        (big.view(-1).as_strided((9, 300), (1, 1)), weight.view(-1).as_strided((9, 300), (5, 1))),
         (values(2, 3, 5, 300), weight),
     ]:
-        pertoken = torch.rand(x.shape[-2])
-        got = native.matmul(x, w, scale, None, pertoken, BF16)
-        assert got is not None
-        want = by_torch(x, w, scale, pertoken_scale=pertoken, output_dtype=BF16)
-        assert got.shape == want.shape and torch.equal(got, want)
+        n, m = w.shape[0], x.shape[-2]
+        for scale, bias, pertoken in (
+            (torch.rand(n) * 1e-3, None, torch.rand(m)),
+            (torch.rand(n, 2)[:, 1] * 1e-3, torch.rand(2 * n)[::2], torch.rand(m, 3)[:, 2]),
+            (torch.rand(1).expand(n), torch.rand(1).expand(n), torch.rand(1).expand(m)),
+            (torch.rand(n + 1)[1:], values(n, 2)[:, 1].int(), None),
+        ):
+            got = native.matmul(x, w, scale, bias, pertoken, BF16)
+            assert got is not None
+            want = by_torch(x, w, scale, bias=bias, pertoken_scale=pertoken, output_dtype=BF16)
+            assert got.shape == want.shape and torch.equal(got, want)
+
+
+def test_a_dim_of_one_may_have_any_stride() -> None:
+    """Such a tensor is contiguous, and has no view of another dtype."""
+    row = values(64, int4=True).as_strided((1, 64), (3, 1))
+    packed = lq_graph.pack_int4(row)
+    assert torch.equal(packed, lq_graph.pack_int4(row.clone(memory_format=torch.contiguous_format)))
+    for strange in (packed.as_strided((1, 8), (5, 1)), packed[:, :1].as_strided((1, 1), (5, 7))):
+        assert torch.equal(lq_graph.unpack_int4(strange), row[:, : 8 * strange.shape[1]])
+    weight = values(16, 32).as_strided((1, 16, 32), (7, 32, 1))
+    blocks = lq_graph.to_fractal_nz(weight)
+    strange = blocks.as_strided(blocks.shape, (3, 5, 7, 32, 1))
+    assert torch.equal(lq_graph.from_fractal_nz(strange, 16, 32), weight)
 
 
 @needs_kernel

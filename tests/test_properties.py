@@ -311,6 +311,28 @@ def test_packed_word_bit_by_bit(bits: int, offset: float | None, round_mode: int
         assert torch.equal(back.view(torch.int32), numerics.s19(scale).view(torch.int32))
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1]))
+@example(0x7FFFFFFF, 1)  # a rounded carry would make minus zero of it
+@example(0xFFFFFFFF, 1)
+@example(0x7F800001, 1)  # NaN in the cut bits alone: infinity
+@example(0x7F800000, 1)
+def test_every_pattern_is_packed_as_the_kernel_does(bits: int, round_mode: int) -> None:
+    """The operator refuses what is not finite; the stand-in packs it, as trans_quant_param_v2.h."""
+    scale = float_of(bits)
+    word = numerics.pack_scale(scale, None, round_mode).item()
+    assert word == golden.trans_quant_param(scale.numpy(), None, round_mode).item()
+    if bits >> 23 & 0xFF == 0xFF:
+        assert word == (bits & 0xFFFFE000) | 1 << 46
+
+
+def test_an_offset_that_is_no_number_is_packed_as_the_kernel_does() -> None:
+    offset = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e30])
+    packed = numerics.pack_scale(torch.ones(4), offset)
+    assert numerics.unpack_scale(packed)[1].tolist() == [0, 255, -256, 255]
+    want = golden.trans_quant_param(np.ones(4, np.float32), offset.numpy())
+    np.testing.assert_array_equal(packed.numpy(), want)
+
+
 @given(st.sampled_from([float("nan"), float("inf"), float("-inf")]), st.booleans())
 def test_what_is_not_finite_is_refused(bad: float, in_offset: bool) -> None:
     one, other = torch.ones(3), torch.tensor([1.0, bad, 2.0])

@@ -426,6 +426,18 @@ def test_310p_takes_multiples_of_32() -> None:
         lq_graph.set_product(None)
 
 
+@pytest.mark.parametrize("arithmetic", list(Arithmetic))
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_shows_in_every_scale(bad: float, arithmetic: Arithmetic) -> None:
+    x = torch.ones(2, 64, dtype=F16)
+    x[0, 3] = bad
+    values, scale = numerics.dynamic_quant(x, 8, arithmetic)
+    want, want_scale = golden.dynamic_quant(x.numpy(), 127, arithmetic.value)
+    np.testing.assert_array_equal(values.numpy(), want)
+    np.testing.assert_array_equal(scale.numpy(), want_scale)
+    assert not values[0].any() and not scale[0].isfinite() and scale[1].isfinite()
+
+
 WITH_OFFSET = [(one, bits) for one in Arithmetic for bits in (8, 4)]
 WITH_OFFSET.remove((Arithmetic.HALF, 4))  # 310P has int8 only
 
