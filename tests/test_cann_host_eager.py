@@ -913,6 +913,16 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"(?s)161002.*scale has shape \(7,\); it must have 1 or 8 values",
     ),
+    "y_scale beside int8": (
+        lambda: torch_npu.npu_quant_matmul(
+            torch.ones(2, 32, dtype=I8).npu(),
+            torch.ones(32, 8, dtype=I8).npu(),
+            torch.ones(8).npu(),
+            output_dtype=F16,
+            y_scale=torch.ones(8).npu(),
+        ),
+        "(?s)161001.*y_scale is given; int8 x1 takes none",
+    ),
     "an operator nobody implemented, through aclnn": (
         lambda: torch_npu.npu_swiglu_quant(torch.ones(4, 8, device="npu")),
         "SwiGluQuant",
