@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 __all__ = [
+    "DEFINED",
     "KERNELS",
     "Kernel",
     "PackedWords",
@@ -962,7 +963,7 @@ def _broadcast(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | N
 # What the definitions of other graph operators have: op_host/<operator>_def.cpp under activation
 # and norm of hicann/ops-nn. Those of the older chips that are not there are not known here either.
 _FLOATS3 = ("float16", "bfloat16", "float32")
-_DEFINED: dict[str, dict[str, tuple[str, ...]]] = {
+DEFINED: dict[str, dict[str, tuple[str, ...]]] = {
     "Gelu": {_950: _FLOATS3},
     "GeluV2": {_950: _FLOATS3},
     "LayerNormV4": {_310P: ("float16",), _A2: _FLOATS3, _950: _FLOATS3},
@@ -984,7 +985,7 @@ def check_definition(type_: str, soc: str, x: str) -> str | None:
         soc: name of the chip.
         x: dtype of the first input.
     """
-    allowed = _DEFINED.get(type_, {}).get(soc_family(soc) or "")
+    allowed = DEFINED.get(type_, {}).get(soc_family(soc) or "")
     if allowed is None or x in allowed:
         return None
     return _code(f"x is {x}; {soc} allows {' or '.join(allowed)}", NO_KERNEL)
