@@ -153,9 +153,19 @@ def _need(name: str, tensor: AclTensor | None) -> AclTensor:
 
 
 def _need_base_format(**tensors: AclTensor | None) -> None:
+    """For an operator of CANN's whose checks refuse an internal format."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.format not in BASE_FORMATS:
             raise Refused(f"{name} has the internal format {tensor.format}; it must be ND")
+
+
+def _compute_base_format(**tensors: AclTensor | None) -> None:
+    """For one of CANN's that does not look: what it does then is not modelled."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.format not in BASE_FORMATS:
+            raise Refused(
+                f"{name} has the internal format {tensor.format}; cann_host takes ND here"
+            )
 
 
 # ---- quantized matmul ----
@@ -240,10 +250,16 @@ def _check_quant_matmul(
 ) -> None:
     for name, needed in (("x1", x1), ("x2", x2), ("x2_scale", x2_scale), ("out", out)):
         _need(name, needed)
-    unsupported = {"y_scale": y_scale, "x1_offset": x1_offset, "y_offset": y_offset}
-    for name, tensor in unsupported.items():
-        if _present(tensor) is not None:
-            raise Refused(f"cann_host does not implement {name}")
+    x1_dtype, x1_shape = _logical(x1)
+    x2_dtype, x2_shape = _logical(x2)
+    a8w4 = (x1_dtype, x2_dtype) == ("int8", "int4")
+    for name, tensor in {"y_scale": y_scale, "x1_offset": x1_offset, "y_offset": y_offset}.items():
+        if _present(tensor) is None:
+            continue
+        if entry == "v5" and x1_dtype in ("int8", "int4") and not a8w4:
+            # CheckInputExistence of aclnn_quant_matmul_v5.cpp, with this code
+            raise Refused(f"{name} is given; {x1_dtype} x1 takes none", NULL_POINTER)
+        raise Refused(f"cann_host does not implement {name}")
     if group_size:
         raise Refused(f"cann_host does not implement group_size {group_size}")
     if transpose_x1 or transpose_x2:
@@ -254,8 +270,6 @@ def _check_quant_matmul(
     is_nz = x2.format == FRACTAL_NZ
     if not is_nz:
         _need_base_format(x2=x2)
-    x1_dtype, x1_shape = _logical(x1)
-    x2_dtype, x2_shape = _logical(x2)
     storage: tuple[int, ...] | None = None
     if is_nz:
         packed = numerics.INT4_PER_INT32 if x2_dtype == "int4" else 1
@@ -393,8 +407,10 @@ def _check_dynamic_quant_v4(
     later = None if refusal is None else Refused(refusal)
     if later is not None and later.code == INVALID:
         raise later
-    _need_base_format(x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale)
-    _need_base_format(offset=offset)
+    _compute_base_format(
+        x=x, smooth_scales=smooth_scales, group_index=group_index, y=y, scale=scale
+    )
+    _compute_base_format(offset=offset)
     _need_quantized_shape(x, y)
     declared = rules.dynamic_quant_scale_shape(x.shape, name)
     for what, tensor in (("scale", scale), ("offset", offset)):
@@ -471,7 +487,7 @@ def _check_ascend_quant(
     """By quant/ascend_quant_v2/op_host/op_api of hicann/ops-nn."""
     for name, needed in (("x", x), ("scale", scale), ("y", y)):
         _need(name, needed)
-    _need_base_format(x=x, scale=scale, offset=offset, y=y)
+    _compute_base_format(x=x, scale=scale, offset=offset, y=y)
     if dst_type != y.dtype_code:
         raise Refused(f"dst_type is {dst_type} and y has aclDataType {y.dtype_code}")
     offset_dtype, offset_shape = _optional(offset)
@@ -588,7 +604,7 @@ def _check_rms_norm(
         raise Refused(refusal)
     if y.dtype != x.dtype or rstd.dtype != torch.float32:
         raise Refused(f"y is {y.dtype_name} and rstd {rstd.dtype_name}; x is {x.dtype_name}")
-    _need_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
+    _compute_base_format(x=x, gamma=gamma, y=y, rstd=rstd)
     if y.shape != x.shape:
         code = rules.TILING if x2 is None else INVALID
         raise Refused(f"x has shape {x.shape} and y {y.shape}", code)
@@ -622,7 +638,7 @@ def _check_add_rms_norm(
         raise Refused("cann_host implements aclnnAddRmsNorm with rstd and x")
     _need("x", x)
     _check_rms_norm(x1, gamma, epsilon, y, rstd, x2=x2)
-    _need_base_format(x2=x2, x=x)
+    _compute_base_format(x2=x2, x=x)
     if (x.shape, x.dtype) != (x1.shape, x1.dtype):
         raise Refused(f"x1 is {x1.dtype_name} {x1.shape} and x {x.dtype_name} {x.shape}")
 
@@ -647,7 +663,7 @@ def _add_rms_norm(
 
 
 def _check_copy(self: AclTensor, source: AclTensor) -> None:
-    _need_base_format(self=self, source=source)
+    _compute_base_format(self=self, source=source)
     _ = self.dtype, source.dtype
     try:
         fits = torch.broadcast_shapes(self.shape, source.shape) == self.shape
@@ -675,7 +691,7 @@ def _cast(self: AclTensor, dtype: int, out: AclTensor) -> None:
 def _check_pad(self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTensor) -> None:
     del value
     self, out = _need("self", self), _need("out", out)
-    _need_base_format(self=self, out=out)
+    _compute_base_format(self=self, out=out)
     if len(pad) % 2 or len(pad) > 2 * len(self.shape) or min(pad, default=0) < 0:
         raise Refused(f"pad is {list(pad)} for {len(self.shape)} dims; cann_host only adds")
     # the last dim comes first in pad
@@ -693,7 +709,7 @@ def _pad(self: AclTensor, pad: tuple[int, ...], value: int | float, out: AclTens
 
 
 def _check_zero(self: AclTensor) -> None:
-    _need_base_format(self=self)
+    _compute_base_format(self=self)
     reach = 1 + sum(
         (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lq_graph.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
 
-from .rules import check_definition
+from .rules import DEFINED, check_definition
 
 __all__ = [
     "DTYPES",
@@ -291,7 +291,7 @@ def run_op(
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not op.special and any(isinstance(value, Int4 | FractalNZ) for value in values):
         inputs = {name: _plain(op, value) for name, value in inputs.items()}
-    first = inputs.get(op.inputs[0]) if op.inputs else None
+    first = inputs.get(op.inputs[0]) if op.type in DEFINED else None
     if isinstance(first, Tensor):
         refusal = check_definition(op.type, soc_name(), dtype_name(first))
         if refusal is not None:

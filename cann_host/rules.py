@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 __all__ = [
+    "DEFINED",
     "KERNELS",
     "Kernel",
     "PackedWords",
@@ -62,6 +63,8 @@ DIMS = range(2, 7)  # [base] MIN_DIM_NUM_ND, MAX_DIM_NUM_ND
 ND = "ND"
 NZ = "FRACTAL_NZ"
 
+# dtypes Ascend 950 multiplies too; torch has names for some
+_BEYOND = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2", "hifloat8")
 _PACKED = ("int64", "uint64")
 _FLOATS = ("float32", "bfloat16")
 
@@ -229,9 +232,23 @@ def check_quant_matmul(
         n = x2_shape[-2 if transpose_x2 else -1]
         if m == 0 or (n == 0 and x2_format == ND):
             return None
+    others = set(_BEYOND) & {x1_dtype, x2_dtype}
+    if arch35 and others:
+        return f"x1 is {x1_dtype} and x2 {x2_dtype}; cann_host computes int8 and int4 only"
+    if (x1_dtype, x2_dtype) == ("int8", "int4") and family == _A2 and not graph:
+        return "x1 is int8 and x2 int4 (A8W4), which cann_host does not compute"
     if x1_dtype != x2_dtype:
         return refuse(f"x1 is {x1_dtype} and x2 is {x2_dtype}; they must be the same")
     has_pertoken = pertoken_dtype is not None
+    # IsPerblock of [check]; in a graph 950 has them too
+    wide = len(scale_shape) > 1 and len(pertoken_shape or ()) > 1
+    floats = (scale_dtype, pertoken_dtype) == ("float32", "float32")
+    blocks = x1_dtype == "int8" and wide and floats
+    if blocks and family != _310P and (arch35 or not graph):
+        return (
+            f"scale has shape {tuple(scale_shape)} and pertoken_scale {pertoken_shape}: scales for "
+            "blocks, which cann_host does not compute"
+        )
     # An eager call on 310P brings an ND x2 to FRACTAL_NZ itself, transposing both as its kernel
     # wants them: TransposeAndTransDataForInputs of [v5] and [nz].
     stored = NZ if family == _310P and not graph and x2_format == ND else x2_format
@@ -326,8 +343,8 @@ def check_quant_matmul(
     # first dim only.
     scale = tuple(scale_shape)
     flat = scale in {(1,), (n,)}
-    wide = not arch35 and len(scale) == (2 if graph else len(x2_shape) if weight_nz else 1)
-    if not flat and not (wide and scale[0] in (1, n)):
+    two_dims = not arch35 and len(scale) == (2 if graph else len(x2_shape) if weight_nz else 1)
+    if not flat and not (two_dims and scale[0] in (1, n)):
         return refuse(f"scale has shape {scale}; it must be (1,) or ({n},)")
     if math.prod(scale) not in (1, n):
         return _ours(
@@ -946,7 +963,7 @@ def _broadcast(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | N
 # What the definitions of other graph operators have: op_host/<operator>_def.cpp under activation
 # and norm of hicann/ops-nn. Those of the older chips that are not there are not known here either.
 _FLOATS3 = ("float16", "bfloat16", "float32")
-_DEFINED: dict[str, dict[str, tuple[str, ...]]] = {
+DEFINED: dict[str, dict[str, tuple[str, ...]]] = {
     "Gelu": {_950: _FLOATS3},
     "GeluV2": {_950: _FLOATS3},
     "LayerNormV4": {_310P: ("float16",), _A2: _FLOATS3, _950: _FLOATS3},
@@ -968,7 +985,7 @@ def check_definition(type_: str, soc: str, x: str) -> str | None:
         soc: name of the chip.
         x: dtype of the first input.
     """
-    allowed = _DEFINED.get(type_, {}).get(soc_family(soc) or "")
+    allowed = DEFINED.get(type_, {}).get(soc_family(soc) or "")
     if allowed is None or x in allowed:
         return None
     return _code(f"x is {x}; {soc} allows {' or '.join(allowed)}", NO_KERNEL)

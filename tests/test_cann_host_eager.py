@@ -739,10 +739,9 @@ def test_npu_dynamic_quant_with_smooth_scales(int4: bool, grouped: bool, way: st
     factors = smooth.float().numpy()
     if grouped:
         factors = factors[[0, 0, 2, 2, 2, 2]].reshape(2, 3, 40)
-    way_of_groups = "reciprocal" if grouped else "multiply"
-    want, want_scale = golden.dynamic_quant(
-        x.float().numpy() * factors, 7 if int4 else 127, way_of_groups
-    )
+    arithmetic = "reciprocal" if grouped else "multiply"  # dynamic_quant_moe.h writes it so
+    top, product = 7 if int4 else 127, x.float().numpy() * factors
+    want, want_scale = golden.dynamic_quant(product, top, arithmetic)
     want = want.astype(np.int8)
     np.testing.assert_array_equal(y.cpu().numpy(), golden.pack_int4(want) if int4 else want)
     np.testing.assert_array_equal(scale.cpu().numpy(), want_scale)
@@ -912,6 +911,16 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
             torch.ones(2, 8, device="npu"), torch.ones(7).npu(), None, torch.qint8, -1, False
         ),
         r"(?s)161002.*scale has shape \(7,\); it must have 1 or 8 values",
+    ),
+    "y_scale beside int8": (
+        lambda: torch_npu.npu_quant_matmul(
+            torch.ones(2, 32, dtype=I8).npu(),
+            torch.ones(32, 8, dtype=I8).npu(),
+            torch.ones(8).npu(),
+            output_dtype=F16,
+            y_scale=torch.ones(8).npu(),
+        ),
+        "(?s)161001.*y_scale is given; int8 x1 takes none",
     ),
     "an operator nobody implemented, through aclnn": (
         lambda: torch_npu.npu_swiglu_quant(torch.ones(4, 8, device="npu")),

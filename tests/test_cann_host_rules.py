@@ -83,7 +83,7 @@ def test_every_kernel_is_accepted(kernel) -> None:
 
 # changes to an accepted call, and what the refusal says
 REFUSED = {
-    "mixed-dtypes": ({"x2_dtype": "int4"}, "x1 is int8 and x2 is int4"),
+    "mixed-dtypes": ({"x1_dtype": "int4", "x2_dtype": "int8"}, "x1 is int4 and x2 is int8"),
     "float-x": ({"x1_dtype": "float16", "x2_dtype": "float16"}, "x1 dtype float16"),
     "float32-scale-int8": ({"scale_dtype": "float32"}, "scale dtype float32"),
     "float32-scale-fp16": ({"scale_dtype": "float32", "out_dtype": "float16"}, "scale dtype"),
@@ -289,6 +289,29 @@ def test_each_way_in_has_its_own_checks(row, entry: str) -> None:
     else:
         assert text is not None and answer in text
         assert ("CANN error" in text) == answer.isdigit()
+
+
+BLOCKS = {"scale_shape": (1, N), "pertoken_shape": (M, 1)}
+NOT_HERE = {
+    # changes; whether a graph says it in CANN's name
+    "A8W4": ({"x2_dtype": "int4"}, True),
+    "blocks": (BF16 | PERTOKEN | BLOCKS, True),
+    "950-float8": (ON_950 | {"x1_dtype": "float8_e5m2", "x2_dtype": "float8_e5m2"}, False),
+    "950-blocks": (ON_950 | BF16 | PERTOKEN | BLOCKS, False),
+}
+
+
+@pytest.mark.parametrize(("changes", "graph"), NOT_HERE.values(), ids=NOT_HERE)
+def test_what_cann_multiplies_and_the_stand_in_does_not(changes, graph: bool) -> None:
+    text = check_quant_matmul(**arguments(**changes))
+    assert text is not None and "cann_host" in text and "CANN error" not in text
+    text = check_quant_matmul(**arguments(**changes), graph=True)
+    assert text is not None and ("CANN error" in text) == graph
+
+
+def test_float8_is_refused_by_cann_where_it_has_none() -> None:
+    text = check_quant_matmul(**arguments(x1_dtype="float8_e5m2", x2_dtype="float8_e5m2"))
+    assert text is not None and "x1 dtype float8_e5m2" in text and PARAMETER in text
 
 
 def test_weight_nz_takes_no_nd_weight() -> None:

@@ -164,6 +164,8 @@ def _quant_batch_matmul_v4(
 ) -> Tensor:
     """On Ascend 950 a fusion pass turns the int8 and int4 cases into V3
     (quant_batch_matmul_v4_to_v3_fusion_pass.cpp); the kernels of V4 itself are not here."""
+    if isinstance(x2, Int4) and not isinstance(x1, Int4) and dtype_name(x1) == "int8":
+        raise GraphError("x1 is int8 and x2 int4 (A8W4), which cann_host does not compute")
     if soc_family(executor.soc_name()) != "Ascend 950":
         raise GraphError(
             "QuantBatchMatmulV4 has no kernel for these inputs (CANN error 561003, kernel not "
