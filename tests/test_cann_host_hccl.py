@@ -4,8 +4,13 @@ and what all ranks are told when one goes wrong. The ranks run hccl_ranks.py."""
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
+import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +71,7 @@ def test_nobody_waits_longer_than_allowed(job: str, ranks: int, tmp_path) -> Non
 
 # ---- one rank, by the C interface ----
 
-OK, PARAMETER, NULL, NOT_SUPPORTED, CONNECT = 0, 1, 2, 5, 11
+OK, PARAMETER, NULL, NOT_SUPPORTED, SYSTEM, CONNECT, REMOTE, OOM = 0, 1, 2, 5, 8, 11, 21, 24
 FLOAT32, SUM = 4, 0
 
 
@@ -100,6 +105,7 @@ REFUSED = [
     ("uint8", dict(dtype=7), NOT_SUPPORTED, "does not reduce uint8 by sum"),
     ("op", dict(op=9), NOT_SUPPORTED, "does not reduce float32 by an unknown op"),
     ("comm", dict(comm=ctypes.c_void_p(77)), PARAMETER, "is no communicator"),
+    ("null comm", dict(comm=ctypes.c_void_p(None)), NULL, "the communicator is null"),
 ]
 
 
@@ -183,6 +189,238 @@ def test_ranks_that_cannot_be(hccl, ranks: int, rank: int) -> None:
     assert hccl.HcclCommInitRootInfo(ranks, root, rank, ctypes.byref(handle)) == PARAMETER
     assert hccl.HcclCommInitRootInfo(1, None, 0, ctypes.byref(handle)) == NULL
     assert hccl.HcclCommInitRootInfo(1, b"x" * 4108, 0, ctypes.byref(handle)) == PARAMETER
+
+
+GETTERS = ["HcclGetCommName", "HcclGetRankSize", "HcclGetRankId", "HcclGetCommAsyncError"]
+
+
+@pytest.mark.parametrize("getter", GETTERS)
+def test_a_getter_refuses_null(getter: str, hccl, comm) -> None:
+    place = ctypes.create_string_buffer(128)
+    assert getattr(hccl, getter)(comm, place) == OK
+    assert getattr(hccl, getter)(comm, None) == NULL
+    assert f"{getter}: no place for the answer" in said(hccl)
+    assert getattr(hccl, getter)(None, place) == NULL
+    assert f"{getter}: the communicator is null" in said(hccl)
+    assert getattr(hccl, getter)(ctypes.c_void_p(77), place) == PARAMETER
+
+
+def test_root_infos_that_nobody_uses_take_no_descriptors(hccl) -> None:
+    root = ctypes.create_string_buffer(4108)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        assert hccl.HcclGetRootInfo(root) == OK
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_replay_on_a_destroyed_communicator_is_refused_at_once(hccl) -> None:
+    root, comm, stream, graph = (
+        ctypes.create_string_buffer(4108),
+        *(ctypes.c_void_p() for _ in range(3)),
+    )
+    assert hccl.HcclGetRootInfo(root) == OK
+    assert hccl.HcclCommInitRootInfo(1, root, 0, ctypes.byref(comm)) == OK
+    assert hccl.aclrtCreateStream(ctypes.byref(stream)) == OK
+    assert hccl.aclmdlRICaptureBegin(stream, 0) == OK
+    assert hccl.HcclBarrier(comm, stream) == OK
+    assert hccl.aclmdlRICaptureEnd(stream, ctypes.byref(graph)) == OK
+    assert hccl.aclmdlRIExecuteAsync(graph, stream) == OK
+    assert hccl.HcclCommDestroy(comm) == OK
+    assert hccl.aclmdlRIExecuteAsync(graph, stream) == PARAMETER
+    assert "has failed before: it was destroyed" in said(hccl)
+    assert hccl.aclmdlRIDestroy(graph) == OK
+    assert hccl.aclrtDestroyStream(stream) == OK
+
+
+# ---- two ranks, on threads ----
+
+
+class Rank(threading.Thread):
+    """One rank that connects: its code, and the seconds it took."""
+
+    def __init__(self, hccl, root, rank: int) -> None:
+        super().__init__()
+        self.hccl, self.root, self.rank = hccl, root, rank
+        self.comm, self.code, self.took = ctypes.c_void_p(), -1, 0.0
+        self.start()
+
+    def run(self) -> None:
+        begin = time.monotonic()
+        self.code = self.hccl.HcclCommInitRootInfo(2, self.root, self.rank, ctypes.byref(self.comm))
+        self.took = time.monotonic() - begin
+
+
+def strangers(root, number: int) -> list[socket.socket]:
+    """They connect and say nothing, or not all that a rank says."""
+    address = b"\0" + root.raw[16:48].rstrip(b"\0")
+    made = []
+    end = time.monotonic() + 20
+    while len(made) < number and time.monotonic() < end:
+        one = socket.socket(socket.AF_UNIX)
+        one.setblocking(False)
+        try:
+            one.connect(address)
+            one.send(bytes(len(made) % 3))
+            made.append(one)
+        except (BlockingIOError, ConnectionRefusedError):
+            one.close()
+            time.sleep(0.001)
+    return made
+
+
+def test_a_rank_waits_for_one_that_does_not_listen_yet(hccl) -> None:
+    root = ctypes.create_string_buffer(4108)
+    assert hccl.HcclGetRootInfo(root) == OK
+    second = Rank(hccl, root, 1)
+    second.join(0.2)
+    first = Rank(hccl, root, 0)
+    for rank in (first, second):
+        rank.join()
+        assert rank.code == OK
+        assert hccl.HcclCommDestroy(rank.comm) == OK
+
+
+def test_half_open_connections_keep_no_rank_out(hccl) -> None:
+    root = ctypes.create_string_buffer(4108)
+    assert hccl.HcclGetRootInfo(root) == OK
+    first = Rank(hccl, root, 0)
+    held = strangers(root, 200)  # more than are listened to at a time
+    assert len(held) == 200
+    second = Rank(hccl, root, 1)
+    for rank in (first, second):
+        rank.join()
+        assert rank.code == OK
+        assert hccl.HcclCommDestroy(rank.comm) == OK
+    assert second.took < 4
+    for one in held:
+        one.close()
+
+
+def test_half_open_connections_keep_no_rank_beyond_its_time(hccl, monkeypatch) -> None:
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1")
+    root = ctypes.create_string_buffer(4108)
+    assert hccl.HcclGetRootInfo(root) == OK
+    first = Rank(hccl, root, 0)
+    held = strangers(root, 20)
+    first.join()
+    assert first.code == CONNECT
+    assert first.took < 3
+    for one in held:
+        one.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes another user's process")
+def test_another_users_connections_keep_no_rank_out(hccl) -> None:
+    root = ctypes.create_string_buffer(4108)
+    assert hccl.HcclGetRootInfo(root) == OK
+    program = (
+        "import os, socket, time\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        f"address, held = {bytes(root.raw[16:48].rstrip(bytes(1)))!r}, []\n"
+        "print('there', flush=True)\n"
+        "while len(held) < 500:\n"
+        "    one = socket.socket(socket.AF_UNIX); one.setblocking(False)\n"
+        "    try:\n        one.connect(b'\\0' + address); held.append(one)\n"
+        "    except OSError:\n        time.sleep(0.001)\n"
+        "input()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"there\n"
+    ranks = [Rank(hccl, root, rank) for rank in (0, 1)]
+    for rank in ranks:
+        rank.join()
+        assert rank.code == OK
+        assert rank.took < 5
+        assert hccl.HcclCommDestroy(rank.comm) == OK
+    other.kill()
+    other.communicate()
+
+
+# ---- processes that lack something, or fork ----
+
+PAIR = """
+    import ctypes, os, resource, time, torch
+    from cann_host import executor
+    lib = executor.native()
+    torch.zeros(1, device="npu")
+    root, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
+    lib.HcclGetRootInfo(root)
+    lib.cann_host_recent_error.restype = ctypes.c_char_p
+    def connect(rank, ranks=2):
+        return lib.HcclCommInitRootInfo(ranks, root, rank, ctypes.byref(comm))
+    def tell(code, begin):
+        print(code, time.monotonic() - begin < 5, lib.cann_host_recent_error().decode(), flush=True)
+"""
+
+
+def lines(tmp_path, script: str) -> list[str]:
+    from test_cann_host_runtime import run
+
+    return run(tmp_path, PAIR + script).splitlines()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int, tmp_path) -> None:
+    script = f"""
+    mine, its = os.pipe()
+    if not os.fork():
+        connect({dies})
+        lib.HcclBarrier(comm, None)
+        if os.fork():
+            os.kill(os.getpid(), 9)
+        os.close(its)
+        print(lib.HcclBarrier(comm, None), lib.cann_host_recent_error().decode(), flush=True)
+        os.read(mine, 1)  # until the test ends
+        os._exit(0)
+    connect({1 - dies})
+    lib.HcclBarrier(comm, None)
+    begin = time.monotonic()
+    tell(lib.HcclBarrier(comm, None), begin)
+    """
+    found = sorted(lines(tmp_path, script))
+    assert len(found) == 2
+    assert found[0].startswith(f"{PARAMETER} HcclBarrier: this process was forked after")
+    assert found[1].startswith(f"{REMOTE} True [EI0002] HcclBarrier: rank {dies} is gone")
+
+
+def test_a_rank_without_descriptors_says_so(tmp_path) -> None:
+    script = """
+    mine, its = os.pipe()
+    if not os.fork():
+        connect(1)
+        os._exit(0)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, free + 1))  # for its own socket
+    begin = time.monotonic()
+    tell(connect(0), begin)
+    lib.HcclGetRootInfo(root)
+    held = os.dup(0)
+    tell(connect(0), begin)
+    tell(connect(1), begin)
+    """
+    for line in lines(tmp_path, script):
+        assert line.startswith(f"{SYSTEM} True [EI0006] HcclCommInitRootInfo: no socket: Too many")
+        assert "RLIMIT_NOFILE" in line
+
+
+def test_a_collective_without_memory_says_so(tmp_path) -> None:
+    script = """
+    connect(0, 1)
+    x = torch.ones(1 << 26, device="npu")
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
+    p, begin = ctypes.c_void_p(x.data_ptr()), time.monotonic()
+    tell(lib.HcclAllReduce(p, p, ctypes.c_uint64(1 << 26), 4, 0, comm, None), begin)
+    """
+    (line,) = lines(tmp_path, script)
+    assert line.startswith(
+        f"{OOM} True [EI0007] HcclAllReduce(67108864 float32, sum): rank 0 has no"
+    )
 
 
 def test_nothing_is_left_in_the_file_system(hccl, comm) -> None:

@@ -535,6 +535,300 @@ def test_torch_profiler(tmp_path) -> None:
     assert "True\n" in run(tmp_path, script)
 
 
+# ---- signals and exceptions in Python that the library calls ----
+
+# where Python is called from C++: what the program does
+CALLED = {
+    "operator": "y.copy_(x)",
+    "graph": "compiled(x)",
+    "replay": "graph.replay(); torch.npu.synchronize()",
+}
+INTERRUPTED = [
+    # what happens in there: what the program sees
+    ("os.kill(os.getpid(), signal.SIGINT)", "KeyboardInterrupt"),
+    ("os.kill(os.getpid(), signal.SIGTERM)", "SystemExit 3"),
+    ("os.kill(os.getpid(), signal.SIGALRM)", "TimeoutError now"),
+]
+
+
+def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
+    script = f"""
+        import os, signal, torch, torchair
+        from cann_host import aclnn, captured, ge
+        def ends(*_):
+            raise SystemExit(3)
+        def late(*_):
+            raise TimeoutError("now")
+        # torchair's own handlers ignore a Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, ends)
+        signal.signal(signal.SIGALRM, late)
+        x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
+        compiled = torch.compile(lambda t: y.copy_(t + 1), backend=torchair.get_npu_backend(),
+                                 dynamic=False)
+        compiled(x)
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            y.add_(x)
+        happens = ""
+        def hook(function):
+            def hooked(*arguments):
+                global happens
+                what, happens = happens, ""
+                exec(what)
+                return function(*arguments)
+            return hooked
+        copy = aclnn.OPERATORS["aclnnInplaceCopy"]
+        aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], hook(copy[1]))
+        ge._read = hook(ge._read)
+        captured._works.update((n, hook(work)) for n, work in list(captured._works.items()))
+        for name, call in {CALLED!r}.items():
+            for what, _ in {INTERRUPTED!r}:
+                for repeat in range(3):
+                    y.zero_()
+                    happens = what
+                    try:
+                        exec(call)
+                        print("nothing")
+                    except BaseException as error:
+                        said = f"{{type(error).__name__}} {{error}}".split("\\n")[0].strip()
+                        print(name, said, y.sum().item())
+    """
+    sums = {"operator": 8.0, "graph": 16.0, "replay": 8.0}
+    assert run(tmp_path, script).splitlines() == [
+        f"{name} {error} {sums[name]}"
+        for name in CALLED
+        for _, error in INTERRUPTED
+        for _ in range(3)
+    ]
+
+
+def test_an_exception_that_is_none_of_errors_comes_out_as_it_is(tmp_path) -> None:
+    """Raised in there, not by a signal: the call fails, and the exception follows at once."""
+    script = """
+        import os, signal, torch
+        from cann_host import aclnn
+        x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
+        copy = aclnn.OPERATORS["aclnnInplaceCopy"]
+        def forever(*_):
+            while True:  # the first Ctrl-C waits for this to end, the second does not
+                os.kill(os.getpid(), signal.SIGINT)
+        def raises(error):
+            def function(*_):
+                raise error
+            return function
+        for function in (raises(SystemExit(4)), raises(GeneratorExit("x")), forever):
+            aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], function)
+            try:
+                try:
+                    y.copy_(x)
+                except RuntimeError as error:
+                    print("was interrupted by" in str(error))
+                print("nothing")
+            except BaseException as error:
+                print(repr(error), repr(error.__context__)[:12])
+            aclnn.OPERATORS["aclnnInplaceCopy"] = copy
+            y.copy_(x)
+        print(y.sum().item())
+    """
+    lines = [line for line in run(tmp_path, script).splitlines() if line != "True"]
+    assert lines == [
+        "SystemExit(4) RuntimeError",
+        "GeneratorExit('x') RuntimeError",
+        "KeyboardInterrupt() RuntimeError",
+        "8.0",
+    ]
+
+
+def test_no_interrupt_is_lost_wherever_it_comes(tmp_path) -> None:
+    script = """
+        import random, signal, time, torch
+        x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        draw, seen = random.Random(1), []
+        for _ in range(400):
+            try:
+                end = time.monotonic() + 30
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + draw.random() * 4e-4)
+                while time.monotonic() < end:
+                    y.copy_(x)
+                seen.append("lost")
+            except KeyboardInterrupt:
+                seen.append("seen")
+            except RuntimeError as error:
+                seen.append(str(error))
+        print(seen.count("seen"), {text for text in seen if text != "seen"} or "")
+    """
+    assert run(tmp_path, script).strip() == "400"
+
+
+# ---- forks ----
+
+BUSY = """
+    import ctypes, os, select, sys, threading, time, torch, cann_host
+    P, n = ctypes.c_void_p, ctypes.c_size_t
+    lib = cann_host._library
+    x = torch.ones(64, 64, device="npu")
+    done = threading.Event()
+    def turns(work):
+        def loop():
+            torch.npu.set_device(0)
+            while not done.is_set():
+                work()
+        threading.Thread(target=loop).start()
+    def memory():
+        place = P()
+        for _ in range(99):
+            lib.aclrtMalloc(ctypes.byref(place), n(64), 0)
+            lib.aclrtMemset(place, n(64), 0, n(64))
+            lib.aclrtFree(place)
+    def streams():
+        stream, event = P(), P()
+        for _ in range(99):
+            lib.aclrtCreateStream(ctypes.byref(stream))
+            lib.aclrtCreateEventWithFlag(ctypes.byref(event), 0)
+            lib.aclrtRecordEvent(event, stream)
+            lib.aclrtDestroyEvent(event)
+            lib.aclrtDestroyStream(stream)
+    def handles():
+        for _ in range(99):
+            lib.aclDestroyDataBuffer(P(lib.aclCreateDataBuffer(None, n(0))))
+            lib.HcclCommDestroy(None)  # keeps an error's text
+            lib.aclSetCompileopt(1, b"x")
+            lib.HcclGetRootInfo(ctypes.create_string_buffer(4108))
+    def operators():
+        x.clone().copy_(x).cpu()
+    lib.aclCreateDataBuffer.restype = P
+    for work in (memory, streams, handles, operators):
+        turns(work)
+    outcomes = []
+    for _ in range(FORKS):
+        mine, its = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                for work in (memory, streams, handles):
+                    work()
+                text = str(((x + 1) @ x).sum().item())
+            except RuntimeError as error:
+                text = "told"
+            os.write(its, text.encode())
+            os._exit(0)
+        os.close(its)
+        if not select.select([mine], [], [], 30)[0]:
+            os.kill(child, 9)
+            outcomes.append("hangs")
+        else:
+            outcomes.append(os.read(mine, 99).decode())
+        os.waitpid(child, 0)
+        os.close(mine)
+    done.set()
+    print(set(outcomes))
+"""
+
+
+@pytest.mark.parametrize("queue", ["0", "1", "2"])
+def test_a_child_forked_while_threads_are_in_the_library_goes_on(queue: str, tmp_path) -> None:
+    script = BUSY.replace("FORKS", "12")
+    assert run(tmp_path, script, TASK_QUEUE_ENABLE=queue) == "{'524288.0'}\n"
+
+
+def test_a_child_forked_while_late_work_is_done_goes_on_or_is_told(tmp_path) -> None:
+    output = run(tmp_path, BUSY.replace("FORKS", "12"), "--streams", "late")
+    assert eval(output) <= {"524288.0", "told"}
+
+
+# ---- torch_npu's task queue ----
+
+
+@pytest.mark.parametrize("queue", ["1", "2"])
+def test_launches_in_the_task_queue_need_no_interpreter_lock(queue: str, tmp_path) -> None:
+    """torch_npu waits for its queue with the lock held, in torch.load onto the device say."""
+    script = """
+        import io, torch
+        x = torch.randn(64, 64).npu()
+        saved = io.BytesIO()
+        torch.save({i: torch.full((32, 32), float(i)) for i in range(9)}, saved)
+        right = []
+        for _ in range(3):
+            for _ in range(200):
+                y = x.clone()  # waits in the queue
+            saved.seek(0)
+            loaded = torch.load(saved, map_location="npu")
+            right += [loaded[i].sum().item() == 1024 * i for i in range(9)]
+            for _ in range(200):
+                y.copy_(x)
+            storage = torch.UntypedStorage(64, device="npu")
+            storage.copy_(torch.UntypedStorage(64))
+            right.append(torch.equal(y.cpu(), x.cpu()))
+        late = torch.empty(64, 64).pin_memory()
+        late.copy_(x.clone(), non_blocking=True)
+        torch.npu.synchronize()
+        print(all(right), torch.equal(late, x.cpu()), torch.equal((x @ x).cpu(), x.cpu() @ x.cpu()))
+    """
+    assert run(tmp_path, script, TASK_QUEUE_ENABLE=queue) == "True True True\n"
+
+
+QUEUE_FAILS = {
+    # what fails: what the program is told at first
+    "aclnnInplaceCopy:507015@3": "operator name is aclnnInplaceCopy",
+    "aclnnInplaceCopyGetWorkspaceSize:161002@3": "",  # 1: at the call, 2: later
+}
+
+
+@pytest.mark.parametrize("fault", QUEUE_FAILS)
+@pytest.mark.parametrize("queue", ["1", "2"])
+def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
+    queue: str, fault: str, tmp_path
+) -> None:
+    """torch_npu drops what is launched after the failure it told."""
+    script = f"""
+        import torch, cann_host
+        x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
+        torch.npu.synchronize()
+        told, read = [], []
+        with cann_host.faults("{fault}"):
+            for i in range(30):
+                try:
+                    y.copy_(x * (i + 1))
+                    read.append(y.cpu()[0].item() == i + 1)
+                except RuntimeError as error:
+                    told.append(str(error))
+        print(all(read), len(told) > 0, len(read) + len(told), told[0].replace("\\n", " "))
+        print("to be trusted" in told[-1])
+    """
+    output = run(tmp_path, script, TASK_QUEUE_ENABLE=queue).splitlines()
+    assert output[0].startswith("True True 30 ")
+    if text := QUEUE_FAILS[fault]:
+        assert text in output[0]
+    at_the_call = queue == "1" and "GetWorkspaceSize" in fault
+    assert output[1] == str(not at_the_call)
+
+
+def test_what_an_operator_refuses_in_the_task_queue_is_told_to_who_waits(tmp_path) -> None:
+    script = """
+        import torch
+        from cann_host import aclnn
+        x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
+        copy = aclnn.OPERATORS["aclnnInplaceCopy"]
+        def broken(*_):
+            raise aclnn.Refused("broken on purpose")
+        for broken_one in ((broken, copy[1]), (copy[0], broken)):
+            torch.npu.synchronize()
+            aclnn.OPERATORS["aclnnInplaceCopy"] = broken_one
+            try:
+                y.copy_(x)
+                torch.npu.synchronize()
+            except RuntimeError as error:
+                print("broken on purpose (CANN error 161002)" in str(error))
+            aclnn.OPERATORS["aclnnInplaceCopy"] = copy
+            y.zero_().copy_(x)
+            print(y.sum().item())
+    """
+    for queue in ("1", "2"):
+        assert run(tmp_path, script, TASK_QUEUE_ENABLE=queue) == "True\n8.0\n" * 2
+
+
 # ---- the end of the process ----
 
 SETUP = """
