@@ -63,11 +63,7 @@ def main() -> None:
         with torch.device("meta"):  # no memory until the file is read
             model = Block()
         print("\nloaded")
-        try:
-            report = lq_graph.load_checkpoint(model, folder)
-        except lq_graph.CheckpointError as error:
-            sys.exit(f"checkpoint.py: {error}")
-        print(textwrap.indent(str(report), "   "))
+        print(textwrap.indent(str(lq_graph.load_checkpoint(model, folder)), "   "))
 
     x = torch.randn(16, 256, dtype=torch.float16)
     on_cpu = model(x)
@@ -93,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except lq_graph.CheckpointError as error:
+        sys.exit(f"checkpoint.py: {error}")

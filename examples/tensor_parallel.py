@@ -11,6 +11,9 @@ cann_host, with its HCCL:
 
 from __future__ import annotations
 
+import lq_graph  # first: where CANN is missing, it says so in one sentence
+
+# isort: split
 import os
 import tempfile
 from datetime import timedelta
@@ -22,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-import lq_graph
 from lq_graph.parallel import ColwiseLinearQuant, RowwiseLinearQuant
 
 HIDDEN, INNER, ROWS = 512, 1024, 16

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .check import check
 from .errors import LinearQuantError, LinearQuantValueError
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(where: str) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
+def _load(where: str) -> tuple[nn.Module, Sequence[torch.Tensor]]:
     """What FILE.py:FUNCTION or package.module:FUNCTION returns."""
     file, colon, name = where.rpartition(":")
     if not colon or not file or not name:
@@ -116,12 +117,14 @@ def _load(where: str) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
             f"explain: {where} is called without arguments: {error}"
         ) from None
     made = found[name]()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
-        raise LinearQuantValueError(
-            f"explain: {where} returned {type(made).__name__}; it has to return the model and a "
-            "tuple of its inputs"
-        )
-    return made
+    shown = type(made).__name__
+    if isinstance(made, tuple):
+        if len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], tuple | list):
+            return made[0], made[1]
+        shown = f"({', '.join(type(item).__name__ for item in made)})"
+    raise LinearQuantValueError(
+        f"explain: {where} returned {shown}; it has to return the model and a tuple of its inputs"
+    )
 
 
 def _names_in(file: str) -> dict[str, Any]:
@@ -137,10 +140,8 @@ def _names_in(file: str) -> dict[str, Any]:
             raise LinearQuantValueError(f"explain: there is no file {file}")
         sys.path.insert(0, str(Path(file).resolve().parent))  # as if it were run
         return runpy.run_path(file)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, OSError) as error:
         raise LinearQuantValueError(f"explain: {file}: {error}") from None
-    except OSError as error:
-        raise LinearQuantValueError(f"explain: {file} cannot be read: {error}") from None
     except (SyntaxError, UnicodeDecodeError) as error:
         text = "".join(traceback.format_exception_only(error)).rstrip()
         raise LinearQuantValueError(f"explain: {file} is not Python\n{text}") from None

@@ -14,8 +14,8 @@ _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 def _for_the_command_line() -> bool:
     """Whether this is `python -m lq_graph`, which must answer without a device: what needs one
     there imports torch_npu itself. While -m imports a package, sys.argv is -m and the arguments."""
-    called = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else ""
-    return called in ("lq_graph", "-mlq_graph")
+    called = sys.orig_argv[-len(sys.argv) :][:1]
+    return sys.argv[:1] == ["-m"] and called in (["lq_graph"], ["-mlq_graph"])
 
 
 @contextmanager

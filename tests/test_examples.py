@@ -35,6 +35,29 @@ def test_example(name: str, shown: str, tmp_path: Path) -> None:
     assert shown in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("checkpoint.py nowhere", "checkpoint.py: there is no folder nowhere"),
+        ("checkpoint.py .", "checkpoint.py: "),
+        ("tensor_parallel.py", "tensor_parallel.py is started by torchrun:"),
+    ],
+)
+def test_a_mistake_is_a_sentence(command: str, said: str, tmp_path: Path) -> None:
+    launcher = ["-m", "cann_host"] if cann_host.is_active() else []
+    example, *rest = command.split()
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / example), *rest],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 ON_CANN_HOST = ["--no-python", sys.executable, "-m", "cann_host", "--devices", "2"]
 
 

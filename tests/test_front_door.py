@@ -38,6 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "def nothing(): pass\n"
             "def asks(size): pass\n"
             "def pair(): return 1, 2\n"
+            "def bare(): return lq_graph.LinearQuant(16, 8), torch.ones(2, 16).char()\n"
             "def wrong(): return lq_graph.LinearQuant(16, 8), (torch.ones(2, 9).char(),)\n"
         ),
     }
@@ -145,7 +146,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "explain: m_front.py:asks is called without arguments: missing",
         ),
         ("explain m_front.py:nothing", "explain: m_front.py:nothing returned NoneType; it has to"),
-        ("explain m_front.py:pair", "explain: m_front.py:pair returned tuple; it has to return"),
+        (
+            "explain m_front.py:pair",
+            "explain: m_front.py:pair returned (int, int); it has to return",
+        ),
+        ("explain m_front.py:bare", "explain: m_front.py:bare returned (LinearQuant, Tensor); it"),
         ("explain m_front.py:wrong", "linear_quant: x1 (2, 9) and weight (8, 16) differ in k"),
         ("explain sub/own.py:f", "explain: no LinearQuant layer was called"),
         ("explain m_front.py:nothing --html sub", "explain: --html sub: there is no folder for"),
