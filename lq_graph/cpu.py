@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .derivatives import asks_for_derivative, no_derivative
+from .derivatives import tell_of_gradients
 from .plan import check_finite, plan, plan_trans_quant_param
 from .plan_quant import plan_dynamic_quant, plan_static_quant
 
@@ -24,6 +24,7 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
@@ -41,6 +42,7 @@ def linear_quant(
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
+    tell_of_gradients("trans_quant_param", scale, offset)
     plan_trans_quant_param(scale, offset, round_mode)
     check_finite(scale, offset)
     return numerics.pack_scale(scale, offset, round_mode)
@@ -48,8 +50,7 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
-    if asks_for_derivative(x):
-        no_derivative("dynamic_quant", x)
+    tell_of_gradients("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     quantized, scale = numerics.dynamic_quant(x, bits=4 if p.int4 else 8)
     return (numerics.pack_int4(quantized) if p.int4 else quantized), scale
@@ -57,7 +58,6 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
-    if asks_for_derivative(x):
-        no_derivative("static_quant", x)
+    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
     return numerics.static_quant(x, scale_reciprocal, offset)
