@@ -4,7 +4,7 @@
     forward mode (jvp)   an error
     torch.func           grad, vjp, jvp of what the operators take: an error; vmap: computed
 
-Nothing of this costs a call that asks for none anything but a look at `requires_grad`: an Autograd
+A call under no_grad pays 0.1 us for this, the look at whether gradients are recorded: an Autograd
 kernel in Python would add 2 us to each call, under no_grad too. torch.func has a dispatch key that
 is active only inside its transforms; that is where its kernels are.
 """
@@ -39,7 +39,9 @@ def tell_of_gradients(op: str, *inputs: Tensor | None) -> None:
     Raises:
         LinearQuantTypeError: one carries a tangent (forward mode).
     """
-    forward_mode = forward_ad._current_level >= 0
+    records, forward_mode = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not (records or forward_mode):
+        return
     for tensor in inputs:
         if tensor is None:
             continue
@@ -47,7 +49,7 @@ def tell_of_gradients(op: str, *inputs: Tensor | None) -> None:
             raise LinearQuantTypeError(
                 _sentence(op, "an input carries a tangent (forward-mode derivative)")
             )
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if records and tensor.requires_grad:
             warnings.warn(
                 f"{op}: an input requires grad, and no gradient passes through a quantized layer: "
                 "what comes before it gets none from here. What to do: for inference, call the "
