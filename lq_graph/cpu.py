@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .derivatives import asks_for_derivative, no_derivative
+from .derivatives import tell_of_gradients
 from .native import refuse_shortened
 from .plan import check_finite, plan, plan_trans_quant_param
 from .plan_quant import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
@@ -25,6 +25,7 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
@@ -44,6 +45,7 @@ def linear_quant(
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
+    tell_of_gradients("trans_quant_param", scale, offset)
     plan_trans_quant_param(scale, offset, round_mode)
     _check_held("trans_quant_param", scale=scale, offset=offset)
     check_finite(scale, offset)
@@ -52,8 +54,7 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
-    if asks_for_derivative(x):
-        no_derivative("dynamic_quant", x)
+    tell_of_gradients("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     _check_held("dynamic_quant", x=x)
     arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
@@ -63,8 +64,7 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
-    if asks_for_derivative(x):
-        no_derivative("static_quant", x)
+    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
     _check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
     return numerics.static_quant(x, scale_reciprocal, offset)

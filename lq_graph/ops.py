@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _lazy_converters, cpu, npu
-from .derivatives import asks_for_derivative, no_derivative, under_torch_func
+from .derivatives import tell_of_gradients, under_torch_func
 from .devices import check_devices
 from .plan import plan, plan_trans_quant_param
 from .plan_quant import plan_dynamic_quant, plan_static_quant
@@ -66,6 +66,7 @@ def _linear_quant_fake(
         pertoken_scale=pertoken_scale,
         bias=bias,
     )
+    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     return x1.new_empty(p.output_shape, dtype=p.output_dtype)
 
@@ -75,14 +76,14 @@ def _trans_quant_param_fake(
     scale: Tensor, offset: Tensor | None = None, round_mode: int = 0
 ) -> Tensor:
     check_devices("trans_quant_param", scale=scale, offset=offset)
+    tell_of_gradients("trans_quant_param", scale, offset)
     shape = plan_trans_quant_param(scale, offset, round_mode)
     return scale.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("lq_graph::dynamic_quant", lib=_lib)
 def _dynamic_quant_fake(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    if asks_for_derivative(x):
-        no_derivative("dynamic_quant", x)
+    tell_of_gradients("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     quantized = x.new_empty(p.output_shape, dtype=p.row.output_dtype)
     return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
@@ -91,8 +92,7 @@ def _dynamic_quant_fake(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple
 @torch.library.register_fake("lq_graph::static_quant", lib=_lib)
 def _static_quant_fake(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
-    if asks_for_derivative(x):
-        no_derivative("static_quant", x)
+    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
     p = plan_static_quant(x, scale_reciprocal, offset)
     return x.new_empty(p.output_shape, dtype=p.row.output_dtype)
 
@@ -108,6 +108,11 @@ for _kernels, _key in ((cpu, "CPU"), (npu, "PrivateUse1")):
     _lib.impl("trans_quant_param", _kernels.trans_quant_param, _key)
     _lib.impl("dynamic_quant", _kernels.dynamic_quant, _key)
     _lib.impl("static_quant", _kernels.static_quant, _key)
+
+# What comes out requires no grad. torch's own fallback would give it one that is undefined, of
+# which the backward of what comes after dies, traced by torch.compile even if nobody calls it.
+for _op in (_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant):
+    _lib.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 # torch.func's transforms; what they make of the operators is in derivatives.py
 for _op in (_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant):

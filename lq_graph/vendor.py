@@ -131,8 +131,10 @@ def _ours(name: str, old: nn.Module) -> LinearQuant:
 def _vendors(old: nn.Module) -> nn.Module:
     from torch_npu.contrib.module import LinearQuant as VendorLinearQuant
 
-    with torch.device("meta"):
-        new: nn.Module = VendorLinearQuant(old.in_features, old.out_features, **_settings(old))
+    # its parameters are replaced, so none of any size is made; torch.device("meta") would make none
+    # either, but Ctrl-C could leave it set
+    new: nn.Module = VendorLinearQuant(1, 1, **_settings(old))
+    new.in_features, new.out_features = old.in_features, old.out_features
     _share(old, new)
     return new
 

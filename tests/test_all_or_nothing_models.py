@@ -106,6 +106,11 @@ def floats() -> nn.Module:
     return Floats().to(F16).eval()
 
 
+def chain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).to(F16).eval()
+
+
 CALIBRATION = [torch.randn(4, 16, generator=torch.Generator().manual_seed(1)).to(F16)]
 INPUTS = [cases.make(Case(offset=True, bias=I32)), cases.make(Case(output=BF16)),
           cases.make(Case(x=I32, output=F16)), cases.make(Case(output=F16), seed=1)]  # fmt: skip
@@ -151,7 +156,7 @@ ACTIONS = {
         floats, lambda m: lq_graph.quantize(m, lq_graph.A8W8Dynamic()), False
     ),
     "quantize static": Action(
-        floats, lambda m: lq_graph.quantize(m, lq_graph.A8W8Static(), CALIBRATION), False
+        chain, lambda m: lq_graph.quantize(m, lq_graph.A8W8Static(), CALIBRATION), False
     ),
     "quantize int4": Action(floats, lambda m: lq_graph.quantize(m, lq_graph.A4W4Dynamic()), False),
     "convert": Action(lambda: quantized("vendor"), lq_graph.convert, False),

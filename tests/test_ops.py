@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import ALL_CASES, BF16, F16, F32, I8, I32, ROW_CASES, Case
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -57,7 +58,7 @@ def test_inductor_fullgraph(case: Case, dynamic: bool) -> None:
 
 def test_dynamic_m_needs_one_graph() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lq_graph.linear_quant, backend=counter, fullgraph=True, dynamic=True)
     for m in (2, 5, 64):
         inputs = cases.make(Case(m=m, output=BF16, pertoken=True))
@@ -291,7 +292,9 @@ def x(request: pytest.FixtureRequest) -> torch.Tensor:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_gradient_that_would_be_cut_is_told(name: str, x: torch.Tensor) -> None:
     quantize, wanted = QUANTIZERS[name], QUANTIZERS[name](x)
-    with pytest.warns(UserWarning, match=f"quant: x requires grad, and {NONE}.*torch.no_grad"):
+    with pytest.warns(
+        UserWarning, match=f"quant: an input requires grad, and {NONE}.*torch.no_grad"
+    ):
         out = quantize(x.clone().requires_grad_())
     assert torch.equal(out.detach(), wanted)
     with warnings.catch_warnings():
@@ -300,6 +303,16 @@ def test_a_gradient_that_would_be_cut_is_told(name: str, x: torch.Tensor) -> Non
             with quiet():
                 assert torch.equal(quantize(x.clone().requires_grad_()), wanted)
         quantize(x)
+
+
+@pytest.mark.parametrize("named", ["scale", "bias", "pertoken_scale"])
+def test_a_gradient_of_a_parameter_is_told(named: str) -> None:
+    inputs = cases.make(Case(output=BF16, bias=BF16, pertoken=True))
+    inputs[named].requires_grad_()
+    with pytest.warns(UserWarning, match=f"linear_quant: an input requires grad, and {NONE}"):
+        out = lq_graph.linear_quant(**inputs)
+    assert not out.requires_grad
+    cases.assert_equal(out, {**inputs, named: inputs[named].detach()})
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -324,7 +337,7 @@ def test_a_scale_is_no_more_differentiable_than_the_input() -> None:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_forward_mode_is_refused(name: str, x: torch.Tensor) -> None:
     with forward_ad.dual_level():
-        with pytest.raises(LinearQuantTypeError, match="x carries a tangent"):
+        with pytest.raises(LinearQuantTypeError, match="an input carries a tangent"):
             QUANTIZERS[name](forward_ad.make_dual(x, x))
         assert torch.equal(QUANTIZERS[name](x), QUANTIZERS[name](x.clone()))
 
@@ -356,6 +369,28 @@ def test_vmap_of_the_product() -> None:
     for index in range(5):
         one = {**inputs, "x1": x1[index], "pertoken_scale": pertoken[index]}
         assert torch.equal(own[index], lq_graph.linear_quant(**one))
+
+
+def test_a_product_of_outputs_compiles_without_no_grad() -> None:
+    """torch's own fallback gave the outputs an undefined gradient, of which the backward of a
+    batched product dies while torch.compile traces it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)
+    ).to(BF16)
+    x = torch.randn(2, 3, 16).to(BF16)
+    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+
+    def attention(a: torch.Tensor) -> torch.Tensor:
+        out = model(a)
+        return torch.softmax(torch.matmul(out, out.mT), -1) @ out
+
+    with torch.no_grad():
+        wanted = attention(x)
+    with pytest.warns(UserWarning, match=NONE):
+        out = torch.compile(attention, backend="aot_eager")(x)
+    assert torch.equal(out.detach(), wanted)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
