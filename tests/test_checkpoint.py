@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -238,6 +239,39 @@ def test_what_cannot_be_written_exactly_is_refused(kind, target, tmp_path) -> No
     with pytest.raises(CheckpointError, match=message):
         save_checkpoint(model, tmp_path / "b", target)
     assert not (tmp_path / "b").exists()
+
+
+def test_layers_of_both_formats_in_one_model(tmp_path) -> None:
+    """What one format holds less exactly, but computes the same of, goes where all go."""
+    (tmp_path / "a").mkdir()
+    for dtype in (F16, BF16):
+        model = Model(dtype)
+        load_checkpoint(model, write(tmp_path / "a", "compressed-tensors", False, dtype))
+        x = example_input(dtype)
+        lq_graph.quantize(model, A8W8Static(), [x])
+        with pytest.raises(CheckpointError, match="head is static and holds msmodelslim's"):
+            save_checkpoint(model, tmp_path / "b", "compressed-tensors")
+        if dtype == BF16:  # a float bias there, a zero point here
+            with pytest.raises(CheckpointError, match=r"up is .* do: save model.state_dict\(\)"):
+                save_checkpoint(model, tmp_path / "b")
+            continue
+        save_checkpoint(model, tmp_path / "b")
+        other = Model(dtype)
+        load_checkpoint(other, tmp_path / "b")
+        assert torch.equal(other(x), model(x))
+        shutil.rmtree(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_one_scale_for_all_channels(tmp_path) -> None:
+    weight = torch.randint(-9, 9, (8, 16), dtype=I8)
+    linear = lq_graph.LinearQuant(16, 8, bias=False, pertoken_scale=True, output_dtype=F16)
+    linear.weight.data, linear.scale.data = weight, torch.tensor([0.5])
+    source, model = nn.Sequential(QuantizedLinear(linear)), nn.Sequential(nn.Linear(16, 8, False))
+    save_checkpoint(source, tmp_path)
+    load_checkpoint(model.half(), tmp_path)
+    x = torch.randn(3, 16).half()
+    assert torch.equal(model(x), source(x))
 
 
 def test_a_model_on_meta_gets_its_memory_from_the_file(tmp_path) -> None:
