@@ -907,10 +907,10 @@ def _converted(files: _Files, key: str, wanted: Tensor) -> Tensor:
     dtype = wanted.dtype
     if tensor.dtype != dtype:
         new = tensor.to(dtype)
-        # bool and integers are the same again when they are brought back; floats are rounded
-        lost = new.to(tensor.dtype) != tensor
         if dtype.is_floating_point or dtype.is_complex:
-            lost = tensor.isfinite() & ~new.to(_wide(dtype)).isfinite()
+            lost = tensor.isfinite() & ~(new.float() if dtype.itemsize == 1 else new).isfinite()
+        else:  # integers are the same again when they are brought back
+            lost = new.to(tensor.dtype) != tensor
         if bool(lost.any()):
             value = tensor[lost].reshape(-1)[0].item()
             refuse(
@@ -925,10 +925,6 @@ def _converted(files: _Files, key: str, wanted: Tensor) -> Tensor:
         return tensor
     tensor = tensor.to(wanted.device)
     return tensor if format_of(wanted) == ND else cast_format(tensor, format_of(wanted))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_complex else torch.float64
 
 
 class _Changes:

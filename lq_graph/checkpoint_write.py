@@ -109,6 +109,7 @@ def _contents(
         states[name] = layer.state_dict()
         for key, tensor in states[name].items():
             _check_tensor(f"{name}.{key}", tensor)
+        _check_scales(name, states[name])
     tensors = {
         f"{name}.{part}": tensor
         for name, parts in _parts(layers, states, format).items()
@@ -199,6 +200,21 @@ def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
         f"save_checkpoint: {what}, which the formats have no place for. What to do: {todo}, "
         "or save model.state_dict()."
     )
+
+
+def _check_scales(name: str, state: dict[str, Tensor]) -> None:
+    """What load_checkpoint would refuse is not written."""
+    for key in ("linear.scale", "input_scale"):
+        scale = state.get(key)
+        if scale is None:
+            continue
+        if scale.dtype == torch.int64:
+            scale = unpack_scale(scale)[0]
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise CheckpointError(
+                f"save_checkpoint: {name}.{key} holds NaN, infinity, 0 or less; a scale is finite "
+                "and above 0. What to do: quantize the layer again."
+            )
 
 
 def _parts(

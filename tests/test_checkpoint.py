@@ -989,6 +989,11 @@ UNSAVED = {
     "extra state": (lambda m: setattr(m, "told", Told()), "told._extra_state is a dict"),
     "name": (unsaved("b\ud800", torch.zeros(2)), r"b\\ud800' has a name that files cannot"),
     "metadata": (unsaved("__metadata__", torch.zeros(2)), "name that the files use themselves"),
+    "no name": (
+        lambda m: m.register_state_dict_post_hook(lambda *a: a[1].update({3: torch.ones(1)})),
+        "save_checkpoint: 3 has a name that files cannot hold",
+    ),
+    "scale": (lambda m: m.up.linear.scale.data.fill_(torch.nan), "up.linear.scale holds NaN"),
     "itself": (None, "the model itself is a layer"),
 }
 
