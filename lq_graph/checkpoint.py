@@ -30,13 +30,12 @@ from .checkpoint_format import (
     temporary,
     waiting,
 )
-from .errors import LinearQuantError, LinearQuantTypeError
+from .errors import LinearQuantTypeError
 from .files import CheckpointError, TensorFile, read_json, refuse, shown
 from .formats import ND, dtype_name
 from .module import LinearQuant, layer_of
 from .npu import cast_format, format_of
-from .plan import Spec, plan
-from .plan_quant import plan_dynamic_quant, plan_static_quant
+from .quantize_layer import no_row
 from .quantized_linear import QuantizedLinear
 from .text import table
 from .walk import all_or_nothing, carry_over, held_elsewhere, places_of, why_not_replaceable
@@ -52,7 +51,6 @@ __all__ = ["CheckpointError", "LoadReport", "Loaded", "build", "load_checkpoint"
 
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_M = 16  # rows, where a plan asks for some
 _TRIES = 20  # of a folder that changes while it is read
 _EXTRA = "_extra_state"  # how nn.Module ends the name of what get_extra_state gives
 _SWAP = threading.Lock()  # one model may be loaded from several threads
@@ -666,29 +664,23 @@ def _check_input_scale(files: _Files, layer: _Layer) -> None:
 
 def _check_product(files: _Files, path: Path, kind: str, layer: _Layer) -> None:
     """The product's tables have a row for the layer."""
-    x, one = Spec(layer.output, (_M, layer.k)), Spec(layer.output, (1,))
     bias = None
     if "quant_bias" in layer.keys:
         bias = _I32
     elif "bias" in layer.keys:
         bias = _bias_dtype(kind, layer.dynamic, layer.output, files.header(layer.keys["bias"])[0])
-    scale = files.header(layer.keys["deq_scale"])[0] if "deq_scale" in layer.keys else _F32
-    assert scale is not None
-    try:
-        if layer.dynamic:
-            plan_dynamic_quant(x, _I8)
-        else:
-            plan_static_quant(x, one, one)
-        plan(
-            Spec(_I8, (_M, layer.k)),
-            Spec(_I8, (layer.n, layer.k)),
-            Spec(scale, (layer.n,)),
-            pertoken_scale=Spec(_F32, (_M,)) if layer.dynamic else None,
-            bias=None if bias is None else Spec(bias, (layer.n,)),
-            output_dtype=layer.output,
-        )
-    except LinearQuantError as error:
-        refuse(path, layer.name, "a layer that the product can run", str(error).rstrip("."))
+    packed = "deq_scale" in layer.keys and files.header(layer.keys["deq_scale"])[0] == _I64
+    why = no_row(
+        layer.k,
+        layer.n,
+        static=not layer.dynamic,
+        input_dtype=layer.output,
+        output_dtype=layer.output,
+        scale=_I64 if packed else _F32,
+        bias=bias,
+    )
+    if why:
+        refuse(path, layer.name, "a layer that the product can run", why.rstrip("."))
 
 
 def _bias_dtype(
