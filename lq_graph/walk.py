@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -86,7 +86,7 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[Callable[[], None]]:
+def uninterrupted() -> Iterator[Any]:
     """Ctrl-C waits for the end of the block, or for a call of what the block is given: a point at
     which it may come. Python delivers it to the main thread only."""
     caught: list[tuple[Any, ...]] = []
