@@ -86,26 +86,19 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[Any]:
-    """Ctrl-C waits for the end of the block, or for a call of what the block is given: a point at
-    which it may come. Python delivers it to the main thread only."""
-    caught: list[tuple[Any, ...]] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def deliver() -> None:
-        if caught and callable(before):
-            before(*caught.pop())
-
-    # None: a handler that is not Python's, and cannot be put back
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield deliver
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. Python delivers it to the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    caught: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
     try:
-        yield deliver
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
-        deliver()
+        if caught and callable(before):
+            before(*caught[0])
 
 
 @contextmanager
