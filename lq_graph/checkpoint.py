@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from .parallel import LinearQuantStyle
 
-__all__ = ["CheckpointError", "LoadReport", "Loaded", "build", "load_checkpoint"]
+__all__ = ["CheckpointError", "LoadReport", "Loaded", "build", "check_model", "load_checkpoint"]
 
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -299,6 +299,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"load_checkpoint: dtype is {given}; allowed are torch.float16 and torch.bfloat16."
         )
+    check_model("load_checkpoint", model)
     shares = None if mesh is None or plan is None else _Shares(mesh, plan)
     try:
         path = Path(path)
@@ -320,6 +321,12 @@ def load_checkpoint(
                 found += [str(layer.row()) for layer in report]
         swap()
     return report
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
 
 
 class _Shares:
@@ -539,7 +546,8 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _memory(tensor: Tensor) -> object:
     """What is equal for tensors that are one: the object, or the memory and how it is read."""
-    if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
+    plain = not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
+    if not plain or not tensor.numel():
         return id(tensor)
     place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
     return (tensor.device, *place, tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -890,6 +898,8 @@ def _why_not_loadable(place: _Place) -> str:
     )
     if not plain:
         return f"a {type(tensor).__name__}"
+    if tensor.is_quantized:
+        return f"one of {dtype_name(tensor.dtype)}"
     return "" if tensor.layout == torch.strided else f"one of layout {tensor.layout}"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import build
+from .checkpoint import build, check_model
 from .checkpoint_format import (
     CONFIG,
     FILES,
@@ -80,6 +80,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             f"save_checkpoint: format is {format!r}; allowed are "
             f"{' and '.join(map(repr, FORMATS))}."
         )
+    check_model("save_checkpoint", model)
     with torch.no_grad():
         tensors, layers = _contents(model, format)
         try:

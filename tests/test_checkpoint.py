@@ -911,6 +911,52 @@ def test_tensors_keep_their_memory_and_hooks_that_rename_are_refused(tmp_path) -
     assert model_state(model) == before
 
 
+class Told(nn.Module):
+    def get_extra_state(self) -> dict:
+        return {"a": 1}
+
+    def set_extra_state(self, state: dict) -> None:
+        raise AssertionError(state)
+
+
+UNUSUAL = {
+    "lazy": (lambda m: setattr(m, "lazy", nn.LazyLinear(3)), {}, r"lazy.bias: expected a tensor f"),
+    "lazy, given": (
+        lambda m: setattr(m, "lazy", nn.LazyLinear(3)),
+        {"lazy.weight": torch.ones(3, 3), "lazy.bias": torch.ones(3)},
+        r"lazy.bias: expected a plain tensor in the model, found one without a size",
+    ),
+    "sparse": (
+        lambda m: m.register_buffer("b", torch.eye(2).to_sparse()),
+        {"b": torch.ones(2, 2)},
+        r"b: expected a plain tensor in the model, found one of layout torch.sparse_coo",
+    ),
+    "extra state": (
+        lambda m: setattr(m, "told", Told()),
+        {},
+        r"told._extra_state: expected a tensor for every",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "tensors", "message"), UNUSUAL.values(), ids=UNUSUAL)
+def test_tensors_that_cannot_be_loaded_are_named(change, tensors, message, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    for key, tensor in tensors.items():
+        put(key, tensor)(tmp_path)
+    model = Model()
+    change(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, tmp_path)
+    assert type(model.up) is nn.Linear
+
+
+def test_models_that_are_none(tmp_path) -> None:
+    for act in (load_checkpoint, save_checkpoint):
+        with pytest.raises(CheckpointError, match=r"model is a int, not an nn.Module"):
+            act(3, tmp_path)
+
+
 # ---- saving ----
 
 
@@ -972,14 +1018,6 @@ def test_a_folder_with_other_weights_is_refused(files, tmp_path) -> None:
 
 def unsaved(key: str, value: torch.Tensor):
     return lambda m: m.register_buffer(key, value)
-
-
-class Told(nn.Module):
-    def get_extra_state(self) -> dict:
-        return {"a": 1}
-
-    def set_extra_state(self, state: dict) -> None:
-        raise AssertionError(state)
 
 
 UNSAVED = {
