@@ -30,13 +30,12 @@ from .checkpoint_format import (
     temporary,
     waiting,
 )
-from .errors import LinearQuantError, LinearQuantTypeError
+from .errors import LinearQuantTypeError
 from .files import CheckpointError, TensorFile, read_json, refuse, shown
 from .formats import ND, dtype_name
 from .module import LinearQuant, layer_of
 from .npu import cast_format, format_of
-from .plan import Spec, plan
-from .plan_quant import plan_dynamic_quant, plan_static_quant
+from .quantize_layer import no_row
 from .quantized_linear import QuantizedLinear
 from .text import table
 from .walk import all_or_nothing, carry_over, held_elsewhere, places_of, why_not_replaceable
@@ -48,11 +47,10 @@ if TYPE_CHECKING:
 
     from .parallel import LinearQuantStyle
 
-__all__ = ["CheckpointError", "LoadReport", "Loaded", "build", "load_checkpoint"]
+__all__ = ["CheckpointError", "LoadReport", "Loaded", "build", "check_model", "load_checkpoint"]
 
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_M = 16  # rows, where a plan asks for some
 _TRIES = 20  # of a folder that changes while it is read
 _EXTRA = "_extra_state"  # how nn.Module ends the name of what get_extra_state gives
 _SWAP = threading.Lock()  # one model may be loaded from several threads
@@ -301,6 +299,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"load_checkpoint: dtype is {given}; allowed are torch.float16 and torch.bfloat16."
         )
+    check_model("load_checkpoint", model)
     shares = None if mesh is None or plan is None else _Shares(mesh, plan)
     try:
         path = Path(path)
@@ -322,6 +321,12 @@ def load_checkpoint(
                 found += [str(layer.row()) for layer in report]
         swap()
     return report
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
 
 
 class _Shares:
@@ -541,7 +546,8 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _memory(tensor: Tensor) -> object:
     """What is equal for tensors that are one: the object, or the memory and how it is read."""
-    if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
+    plain = not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
+    if not plain or not tensor.numel():
         return id(tensor)
     place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
     return (tensor.device, *place, tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -666,29 +672,23 @@ def _check_input_scale(files: _Files, layer: _Layer) -> None:
 
 def _check_product(files: _Files, path: Path, kind: str, layer: _Layer) -> None:
     """The product's tables have a row for the layer."""
-    x, one = Spec(layer.output, (_M, layer.k)), Spec(layer.output, (1,))
     bias = None
     if "quant_bias" in layer.keys:
         bias = _I32
     elif "bias" in layer.keys:
         bias = _bias_dtype(kind, layer.dynamic, layer.output, files.header(layer.keys["bias"])[0])
-    scale = files.header(layer.keys["deq_scale"])[0] if "deq_scale" in layer.keys else _F32
-    assert scale is not None
-    try:
-        if layer.dynamic:
-            plan_dynamic_quant(x, _I8)
-        else:
-            plan_static_quant(x, one, one)
-        plan(
-            Spec(_I8, (_M, layer.k)),
-            Spec(_I8, (layer.n, layer.k)),
-            Spec(scale, (layer.n,)),
-            pertoken_scale=Spec(_F32, (_M,)) if layer.dynamic else None,
-            bias=None if bias is None else Spec(bias, (layer.n,)),
-            output_dtype=layer.output,
-        )
-    except LinearQuantError as error:
-        refuse(path, layer.name, "a layer that the product can run", str(error).rstrip("."))
+    packed = "deq_scale" in layer.keys and files.header(layer.keys["deq_scale"])[0] == _I64
+    why = no_row(
+        layer.k,
+        layer.n,
+        static=not layer.dynamic,
+        input_dtype=layer.output,
+        output_dtype=layer.output,
+        scale=_I64 if packed else _F32,
+        bias=bias,
+    )
+    if why:
+        refuse(path, layer.name, "a layer that the product can run", why.rstrip("."))
 
 
 def _bias_dtype(
@@ -898,6 +898,8 @@ def _why_not_loadable(place: _Place) -> str:
     )
     if not plain:
         return f"a {type(tensor).__name__}"
+    if tensor.is_quantized:
+        return f"one of {dtype_name(tensor.dtype)}"
     return "" if tensor.layout == torch.strided else f"one of layout {tensor.layout}"
 
 
@@ -907,10 +909,10 @@ def _converted(files: _Files, key: str, wanted: Tensor) -> Tensor:
     dtype = wanted.dtype
     if tensor.dtype != dtype:
         new = tensor.to(dtype)
-        # bool and integers are the same again when they are brought back; floats are rounded
-        lost = new.to(tensor.dtype) != tensor
         if dtype.is_floating_point or dtype.is_complex:
-            lost = tensor.isfinite() & ~new.to(_wide(dtype)).isfinite()
+            lost = tensor.isfinite() & ~(new.float() if dtype.itemsize == 1 else new).isfinite()
+        else:  # integers are the same again when they are brought back
+            lost = new.to(tensor.dtype) != tensor
         if bool(lost.any()):
             value = tensor[lost].reshape(-1)[0].item()
             refuse(
@@ -925,10 +927,6 @@ def _converted(files: _Files, key: str, wanted: Tensor) -> Tensor:
         return tensor
     tensor = tensor.to(wanted.device)
     return tensor if format_of(wanted) == ND else cast_format(tensor, format_of(wanted))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_complex else torch.float64
 
 
 class _Changes:

@@ -199,8 +199,10 @@ def _from_config(file: Path, config: Any, keys: Iterable[str]) -> Iterator[tuple
     ignored = _Targets(file, "ignore", config.get("ignore"), work)
     for key in keys:
         name, _, part = key.rpartition(".")
+        if part != "weight_scale":
+            continue
         text = Text(name)
-        if part != "weight_scale" or ignored.take(text):
+        if ignored.take(text):
             continue
         dynamic = next((dynamic for targets, dynamic in schemes if targets.take(text)), None)
         if dynamic is None:

@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import build
+from .checkpoint import build, check_model
 from .checkpoint_format import (
     CONFIG,
     FILES,
@@ -79,6 +80,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             f"save_checkpoint: format is {format!r}; allowed are "
             f"{' and '.join(map(repr, FORMATS))}."
         )
+    check_model("save_checkpoint", model)
     with torch.no_grad():
         tensors, layers = _contents(model, format)
         try:
@@ -102,14 +104,18 @@ def _contents(
 ) -> tuple[dict[str, Tensor], dict[str, QuantizedLinear]]:
     """The tensors of a checkpoint, those that are one once, and its quantized layers."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    tensors: dict[str, Tensor] = {}
+    states = {}
     for name, layer in layers.items():
         _check_w8a8(name, layer)
-        state = layer.state_dict()
-        for key, tensor in state.items():
+        states[name] = layer.state_dict()
+        for key, tensor in states[name].items():
             _check_tensor(f"{name}.{key}", tensor)
-        for part, tensor in _parts_of(name, layer, state, format).items():
-            tensors[f"{name}.{part}"] = tensor
+        _check_scales(name, states[name])
+    tensors = {
+        f"{name}.{part}": tensor
+        for name, parts in _parts(layers, states, format).items()
+        for part, tensor in parts.items()
+    }
     # a layer may be under several names
     prefixes = tuple(
         f"{name}."
@@ -182,6 +188,8 @@ def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
         what, todo = "the model itself is a layer", "put it in an nn.Sequential"
     elif layer.linear.weight.dtype != torch.int8:
         what, todo = f"{name} is int4", "quantize it with A8W8Dynamic or A8W8Static"
+    elif layer.linear.weight.dim() != 2:
+        what, todo = f"{name} has a weight of several matrices", "make a layer of each"
     elif layer.linear.output_dtype not in (torch.float16, torch.bfloat16):
         what, todo = f"{name} gives int8", "quantize with A8W8Static(int8_between=False)"
     elif layer.input_dtype != layer.linear.output_dtype:
@@ -195,27 +203,66 @@ def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
     )
 
 
-def _parts_of(
-    name: str, layer: QuantizedLinear, state: dict[str, Tensor], format: str
-) -> dict[str, Tensor]:
-    """The tensors of a layer as a format publishes them."""
-    scale, bias = state["linear.scale"], state.get("linear.bias")
-    if layer.dynamic:
-        parts = {"weight": state["linear.weight"], "weight_scale": scale.unsqueeze(-1)}
-        if format == "msmodelslim":
-            parts["weight_offset"] = torch.zeros_like(parts["weight_scale"])
-        return parts if bias is None else {**parts, "bias": bias}
-    if format == "msmodelslim":
-        parts, why = _msmodelslim(layer, state)
-    else:
-        parts, why = _compressed_tensors(layer, state)
-    if why:
-        own = next(f for f in FORMATS if f != format)
-        raise CheckpointError(
-            f"save_checkpoint: {name} is static and holds {own}'s tensors, from which those of "
-            f"{format} cannot be had exactly: {why}. What to do: save it as {own}."
+def _check_scales(name: str, state: dict[str, Tensor]) -> None:
+    """What load_checkpoint would refuse is not written."""
+    for key in ("linear.scale", "input_scale"):
+        scale = state.get(key)
+        if scale is None:
+            continue
+        if scale.dtype == torch.int64:
+            scale = unpack_scale(scale)[0]
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise CheckpointError(
+                f"save_checkpoint: {name}.{key} holds NaN, infinity, 0 or less; a scale is finite "
+                "and above 0. What to do: quantize the layer again."
+            )
+
+
+def _parts(
+    layers: dict[str, QuantizedLinear], states: dict[str, dict[str, Tensor]], format: str
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer as a format publishes them."""
+
+    @cache
+    def held_by(format: str) -> bool:
+        """Whether a format gives every static layer back bit for bit."""
+        return not any(
+            why or lost
+            for name, layer in layers.items()
+            if not layer.dynamic
+            for _, why, lost in [_STATIC[format](layer, states[name])]
         )
+
+    found = {}
+    (other,) = (name for name in FORMATS if name != format)
+    for name, layer in layers.items():
+        if layer.dynamic:
+            found[name] = _dynamic_parts(states[name], format)
+            continue
+        found[name], why, lost = _STATIC[format](layer, states[name])
+        # what is lost the kernel does not read: that is enough where no format has all
+        if why or (lost and held_by(other)):
+            todo = f"save it as {other}" if held_by(other) else "save model.state_dict()"
+            raise CheckpointError(
+                f"save_checkpoint: {name} is static and holds {other}'s tensors, from which those "
+                f"of {format} cannot be had exactly: {why or lost}. What to do: {todo}."
+            )
+    return found
+
+
+def _dynamic_parts(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
+    weight, scale = state["linear.weight"], _per_channel(state)
+    parts = {"weight": weight, "weight_scale": scale.unsqueeze(-1)}
+    if format == "msmodelslim":
+        parts["weight_offset"] = torch.zeros_like(parts["weight_scale"])
+    if "linear.bias" in state:
+        parts["bias"] = state["linear.bias"]
     return parts
+
+
+def _per_channel(state: dict[str, Tensor]) -> Tensor:
+    """The scale of a layer, (n,); a layer may have one value for all."""
+    return state["linear.scale"].expand(state["linear.weight"].shape[0])
 
 
 def _static_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -227,45 +274,45 @@ def _static_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return parts
 
 
-def _msmodelslim(layer: QuantizedLinear, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """A static layer's tensors, and why they do not give it back; empty if they do."""
-    parts, bias = _static_parts(state), state.get("linear.bias")
-    scale = state["linear.scale"]
+# a static layer's tensors in a format; why they do not give the layer back, and what they lose that
+# it does not compute with; both empty if they do and lose nothing
+_Static = tuple[dict[str, Tensor], str, str]
+
+
+def _msmodelslim(layer: QuantizedLinear, state: dict[str, Tensor]) -> _Static:
+    parts, bias, scale = _static_parts(state), state.get("linear.bias"), _per_channel(state)
     word = _word(layer, scale)
-    parts["input_offset"], parts["deq_scale"] = state["input_offset"], word
     if bias is None:
         bias = torch.zeros(word.shape[0], dtype=torch.int32, device=word.device)
-    parts["quant_bias"] = bias
+    parts |= {"input_offset": state["input_offset"], "deq_scale": word, "quant_bias": bias}
     if bias.dtype != torch.int32:
-        return parts, f"its bias is {dtype_name(bias.dtype)}, and quant_bias is int32"
+        return parts, f"its bias is {dtype_name(bias.dtype)}, and quant_bias is int32", ""
     cut = word.dtype != scale.dtype and not torch.equal(unpack_scale(word)[0], scale)
-    # the kernel cuts it as well: another format is better only if it has every bit
-    if cut and not _compressed_tensors(layer, state)[1]:
-        return parts, "deq_scale would keep 19 bits of its scale"
-    return parts, ""
+    return parts, "", "deq_scale keeps 19 bits of its scale" if cut else ""
 
 
-def _compressed_tensors(
-    layer: QuantizedLinear, state: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], str]:
-    """A static layer's tensors, and why they do not give it back; empty if they do."""
+def _compressed_tensors(layer: QuantizedLinear, state: dict[str, Tensor]) -> _Static:
     parts, bias = _static_parts(state), state.get("linear.bias")
     if "weight_scale" not in parts or bool(state["input_offset"].any()):
-        return parts, "it has a zero point, or its weight's scale is not known by itself"
-    if bias is not None:
-        parts.setdefault("bias", bias)
-    if bias is not None and not parts["bias"].is_floating_point():
-        return parts, "its float bias is not known"
+        return parts, "it has a zero point, or its weight's scale is not known by itself", ""
+    if bias is not None and not parts.setdefault("bias", bias).is_floating_point():
+        return parts, "its float bias is not known", ""
     again = build("compressed-tensors", False, layer.input_dtype, parts.get).linear
-    if not torch.equal(_word(layer, again.scale), _word(layer, state["linear.scale"])):
-        return parts, "its scale is not exactly the product of the two scales"
-    if (bias is None) != (again.bias is None) or (
+    if not torch.equal(_word(layer, again.scale), _word(layer, _per_channel(state))):
+        return parts, "its scale is not exactly the product of the two scales", ""
+    same = bias is again.bias is None or (
         bias is not None
         and again.bias is not None
-        and (bias.dtype != again.bias.dtype or not torch.equal(bias, again.bias))
-    ):
-        return parts, "its int32 bias is not the one that its float bias gives"
-    return parts, ""
+        and bias.dtype == again.bias.dtype
+        and torch.equal(bias, again.bias)
+    )
+    return parts, "" if same else "its bias is not the one that its float bias gives", ""
+
+
+_STATIC: dict[str, Callable[[QuantizedLinear, dict[str, Tensor]], _Static]] = {
+    "msmodelslim": _msmodelslim,
+    "compressed-tensors": _compressed_tensors,
+}
 
 
 def _word(layer: QuantizedLinear, scale: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .quantized_linear import QuantizedLinear
 from .schemes import A4W4Dynamic, A8W8Static, Config
 from .walk import carry_over
 
-__all__ = ["Job", "Kept", "affine", "illegal"]
+__all__ = ["Job", "Kept", "affine", "illegal", "no_row"]
 
 # Quantized weights that more than one layer has, with their scales, by the float weight. The first
 # of those layers makes them, while all of them are there.
@@ -147,21 +147,53 @@ def illegal(job: Job) -> str:
     pack = STORAGE_DTYPES[job.storage]
     if job.k % pack or job.n % pack:
         return f"k = {job.k}, n = {job.n}: int4 needs multiples of {pack}"
-    x, one = Spec(job.input_dtype, (_M, job.k)), Spec(job.input_dtype, (1,))
-    words = job.k // pack
     has_bias = job.static or job.source.bias is not None
+    return no_row(
+        job.k,
+        job.n,
+        storage=job.storage,
+        static=job.static,
+        input_dtype=job.input_dtype,
+        output_dtype=job.output_dtype,
+        bias=job.bias_dtype if has_bias else None,
+    )
+
+
+def no_row(
+    k: int,
+    n: int,
+    *,
+    storage: torch.dtype = torch.int8,
+    static: bool,
+    input_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    scale: torch.dtype = torch.float32,
+    bias: torch.dtype | None,
+) -> str:
+    """Why the product in force cannot run a quantized layer, its quantizing operator included;
+    empty if it can.
+
+    Args:
+        k, n: the layer's sizes.
+        storage: dtype of the weight.
+        static: whether the input is quantized per tensor, else per token.
+        input_dtype, output_dtype: of the layer.
+        scale, bias: dtypes of those parameters, None for no bias.
+    """
+    x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
+    words = k // STORAGE_DTYPES[storage]
     try:
-        if job.static:
+        if static:
             plan_static_quant(x, one, one)
         else:
-            plan_dynamic_quant(x, job.storage)
+            plan_dynamic_quant(x, storage)
         plan(
-            Spec(job.storage, (_M, words)),
-            Spec(job.storage, (job.n, words)),
-            Spec(torch.float32, (job.n,)),
-            pertoken_scale=None if job.static else Spec(torch.float32, (_M,)),
-            bias=Spec(job.bias_dtype, (job.n,)) if has_bias else None,
-            output_dtype=job.output_dtype,
+            Spec(storage, (_M, words)),
+            Spec(storage, (n, words)),
+            Spec(scale, (n,)),
+            pertoken_scale=None if static else Spec(torch.float32, (_M,)),
+            bias=None if bias is None else Spec(bias, (n,)),
+            output_dtype=output_dtype,
         )
     except LinearQuantError as error:
         return str(error)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -238,6 +239,39 @@ def test_what_cannot_be_written_exactly_is_refused(kind, target, tmp_path) -> No
     with pytest.raises(CheckpointError, match=message):
         save_checkpoint(model, tmp_path / "b", target)
     assert not (tmp_path / "b").exists()
+
+
+def test_layers_of_both_formats_in_one_model(tmp_path) -> None:
+    """What one format holds less exactly, but computes the same of, goes where all go."""
+    (tmp_path / "a").mkdir()
+    for dtype in (F16, BF16):
+        model = Model(dtype)
+        load_checkpoint(model, write(tmp_path / "a", "compressed-tensors", False, dtype))
+        x = example_input(dtype)
+        lq_graph.quantize(model, A8W8Static(), [x])
+        with pytest.raises(CheckpointError, match="head is static and holds msmodelslim's"):
+            save_checkpoint(model, tmp_path / "b", "compressed-tensors")
+        if dtype == BF16:  # a float bias there, a zero point here
+            with pytest.raises(CheckpointError, match=r"up is .* do: save model.state_dict\(\)"):
+                save_checkpoint(model, tmp_path / "b")
+            continue
+        save_checkpoint(model, tmp_path / "b")
+        other = Model(dtype)
+        load_checkpoint(other, tmp_path / "b")
+        assert torch.equal(other(x), model(x))
+        shutil.rmtree(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_one_scale_for_all_channels(tmp_path) -> None:
+    weight = torch.randint(-9, 9, (8, 16), dtype=I8)
+    linear = lq_graph.LinearQuant(16, 8, bias=False, pertoken_scale=True, output_dtype=F16)
+    linear.weight.data, linear.scale.data = weight, torch.tensor([0.5])
+    source, model = nn.Sequential(QuantizedLinear(linear)), nn.Sequential(nn.Linear(16, 8, False))
+    save_checkpoint(source, tmp_path)
+    load_checkpoint(model.half(), tmp_path)
+    x = torch.randn(3, 16).half()
+    assert torch.equal(model(x), source(x))
 
 
 def test_a_model_on_meta_gets_its_memory_from_the_file(tmp_path) -> None:
@@ -877,6 +911,52 @@ def test_tensors_keep_their_memory_and_hooks_that_rename_are_refused(tmp_path) -
     assert model_state(model) == before
 
 
+class Told(nn.Module):
+    def get_extra_state(self) -> dict:
+        return {"a": 1}
+
+    def set_extra_state(self, state: dict) -> None:
+        raise AssertionError(state)
+
+
+UNUSUAL = {
+    "lazy": (lambda m: setattr(m, "lazy", nn.LazyLinear(3)), {}, r"lazy.bias: expected a tensor f"),
+    "lazy, given": (
+        lambda m: setattr(m, "lazy", nn.LazyLinear(3)),
+        {"lazy.weight": torch.ones(3, 3), "lazy.bias": torch.ones(3)},
+        r"lazy.bias: expected a plain tensor in the model, found one without a size",
+    ),
+    "sparse": (
+        lambda m: m.register_buffer("b", torch.eye(2).to_sparse()),
+        {"b": torch.ones(2, 2)},
+        r"b: expected a plain tensor in the model, found one of layout torch.sparse_coo",
+    ),
+    "extra state": (
+        lambda m: setattr(m, "told", Told()),
+        {},
+        r"told._extra_state: expected a tensor for every",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "tensors", "message"), UNUSUAL.values(), ids=UNUSUAL)
+def test_tensors_that_cannot_be_loaded_are_named(change, tensors, message, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    for key, tensor in tensors.items():
+        put(key, tensor)(tmp_path)
+    model = Model()
+    change(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, tmp_path)
+    assert type(model.up) is nn.Linear
+
+
+def test_models_that_are_none(tmp_path) -> None:
+    for act in (load_checkpoint, save_checkpoint):
+        with pytest.raises(CheckpointError, match=r"model is a int, not an nn.Module"):
+            act(3, tmp_path)
+
+
 # ---- saving ----
 
 
@@ -940,14 +1020,6 @@ def unsaved(key: str, value: torch.Tensor):
     return lambda m: m.register_buffer(key, value)
 
 
-class Told(nn.Module):
-    def get_extra_state(self) -> dict:
-        return {"a": 1}
-
-    def set_extra_state(self, state: dict) -> None:
-        raise AssertionError(state)
-
-
 UNSAVED = {
     "meta": (unsaved("b", torch.zeros(2, device="meta")), "b is on meta and has no values"),
     "sparse": (unsaved("b", torch.eye(2).to_sparse()), "b has layout torch.sparse_coo"),
@@ -955,6 +1027,11 @@ UNSAVED = {
     "extra state": (lambda m: setattr(m, "told", Told()), "told._extra_state is a dict"),
     "name": (unsaved("b\ud800", torch.zeros(2)), r"b\\ud800' has a name that files cannot"),
     "metadata": (unsaved("__metadata__", torch.zeros(2)), "name that the files use themselves"),
+    "no name": (
+        lambda m: m.register_state_dict_post_hook(lambda *a: a[1].update({3: torch.ones(1)})),
+        "save_checkpoint: 3 has a name that files cannot hold",
+    ),
+    "scale": (lambda m: m.up.linear.scale.data.fill_(torch.nan), "up.linear.scale holds NaN"),
     "itself": (None, "the model itself is a layer"),
 }
 
