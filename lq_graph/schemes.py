@@ -39,8 +39,10 @@ class A8W8Static:
     Attributes:
         output_dtype: torch.float16 or bfloat16; None for that of each layer's weight.
         symmetric: activations without a zero point.
-        int8_between: where an nn.Sequential feeds one quantized layer straight into another, or
-            through a ReLU, the first gives int8 and the second takes it as it is.
+        int8_between: where an nn.Sequential that calibration finds called as a whole feeds one
+            quantized layer straight into another, or through a ReLU, the first gives int8 and the
+            second takes it as it is. What else reads the first one's output later, a hook for
+            example, gets int8.
     """
 
     output_dtype: torch.dtype | None = None

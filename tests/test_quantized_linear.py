@@ -281,9 +281,15 @@ def test_shapes_are_those_of_linear(config: Any, shape: tuple[int, ...], device:
 
 
 @pytest.mark.parametrize(
-    ("backend", "unbacked"), [("eager", False), ("aot_eager", True), ("inductor", True)]
+    ("config", "backend", "unbacked"),
+    [
+        (A8W8Dynamic(), "eager", False),
+        (A8W8Dynamic(), "inductor", True),
+        (A8W8Static(), "eager", True),
+        (A4W4Dynamic(), "aot_eager", True),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("config", [A8W8Dynamic(), A8W8Static()], ids=repr)
 def test_experts_without_a_token(config: Any, backend: str, unbacked: bool) -> None:
     torch.manual_seed(0)
     model = Experts().half()
