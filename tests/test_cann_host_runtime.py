@@ -981,6 +981,16 @@ def test_a_clean_end(what: str, streams: str, tmp_path) -> None:
     assert not re.search(r"Fatal|terminate called|Segmentation|core dumped", done.stderr)
 
 
+def test_a_torch_npu_that_does_not_load_is_the_last_word(tmp_path) -> None:
+    package = tmp_path / "torch_npu"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    done = start(tmp_path, "", PYTHONPATH=str(tmp_path), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stderr.splitlines()[-1]
+    assert "atexit" not in done.stderr
+
+
 # ---- what it leaves alone ----
 
 
