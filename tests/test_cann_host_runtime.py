@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cann_host_abi import COMPILER, needs_compiler
 
 import cann_host
 from cann_host import _native
@@ -664,54 +665,46 @@ def test_no_interrupt_is_lost_wherever_it_comes(tmp_path) -> None:
 
 # ---- forks ----
 
+# Threads that are in the library all the time, without the interpreter lock.
+TURNS = """
+    #include <cstddef>
+    #include <thread>
+    extern "C" void begin(int (*make)(void**, size_t, int), int (*end)(void*), volatile int* stop) {
+      std::thread([=] {
+        while (!*stop) {
+          void* made = nullptr;
+          make(&made, 64, 0);
+          end(made);
+          end(nullptr);  // keeps an error's text
+        }
+      }).detach();
+    }
+"""
 BUSY = """
-    import ctypes, os, select, sys, threading, time, torch, cann_host
-    P, n = ctypes.c_void_p, ctypes.c_size_t
+    import ctypes, os, select, sys, torch, cann_host
     lib = cann_host._library
+    turns = ctypes.CDLL(os.environ["TURNS"])
     x = torch.ones(64, 64, device="npu")
-    done = threading.Event()
-    def turns(work):
-        def loop():
-            torch.npu.set_device(0)
-            while not done.is_set():
-                work()
-        threading.Thread(target=loop).start()
-    def memory():
-        place = P()
-        for _ in range(99):
-            lib.aclrtMalloc(ctypes.byref(place), n(64), 0)
-            lib.aclrtMemset(place, n(64), 0, n(64))
-            lib.aclrtFree(place)
-    def streams():
-        stream, event = P(), P()
-        for _ in range(99):
-            lib.aclrtCreateStream(ctypes.byref(stream))
-            lib.aclrtCreateEventWithFlag(ctypes.byref(event), 0)
-            lib.aclrtRecordEvent(event, stream)
-            lib.aclrtDestroyEvent(event)
-            lib.aclrtDestroyStream(stream)
-    def handles():
-        for _ in range(99):
-            lib.aclDestroyDataBuffer(P(lib.aclCreateDataBuffer(None, n(0))))
-            lib.HcclCommDestroy(None)  # keeps an error's text
-            lib.aclSetCompileopt(1, b"x")
-            lib.HcclGetRootInfo(ctypes.create_string_buffer(4108))
-    def operators():
-        x.clone().copy_(x).cpu()
-    lib.aclCreateDataBuffer.restype = P
-    for work in (memory, streams, handles, operators):
-        turns(work)
+    if QUEUE:
+        x.clone()  # starts the queue
+    pairs = [(lib.aclrtMalloc, lib.aclrtFree), (lib.aclrtCreateStream, lib.aclrtDestroyStream),
+             (lib.aclrtCreateEventWithFlag, lib.aclrtDestroyEvent)]
+    stop = ctypes.c_int()
+    for make, end in pairs:
+        turns.begin(make, end, ctypes.byref(stop))
     outcomes = []
-    for _ in range(FORKS):
+    for _ in range(12):
         mine, its = os.pipe()
         child = os.fork()
         if not child:
             try:
-                for work in (memory, streams, handles):
-                    work()
-                text = str(((x + 1) @ x).sum().item())
+                for make, end in pairs:
+                    made = ctypes.c_void_p()
+                    make(ctypes.byref(made), ctypes.c_size_t(64), 0)
+                    end(made)
+                text = str(((x.clone() + 1) @ x).sum().item())
             except RuntimeError as error:
-                text = "told"
+                text = str(error)
             os.write(its, text.encode())
             os._exit(0)
         os.close(its)
@@ -719,23 +712,64 @@ BUSY = """
             os.kill(child, 9)
             outcomes.append("hangs")
         else:
-            outcomes.append(os.read(mine, 99).decode())
+            outcomes.append(os.read(mine, 999).decode())
         os.waitpid(child, 0)
         os.close(mine)
-    done.set()
-    print(set(outcomes))
+    stop.value = 1
+    print(set(outcomes), flush=True)
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize("queue", ["0", "1", "2"])
-def test_a_child_forked_while_threads_are_in_the_library_goes_on(queue: str, tmp_path) -> None:
-    script = BUSY.replace("FORKS", "12")
-    assert run(tmp_path, script, TASK_QUEUE_ENABLE=queue) == "{'524288.0'}\n"
+@needs_compiler
+@pytest.mark.parametrize(
+    ("queue", "streams"), [("0", "now"), ("0", "late"), ("1", "now"), ("2", "now")]
+)
+def test_a_child_forked_while_threads_are_in_the_library_goes_on(queue, streams, tmp_path) -> None:
+    source, built = tmp_path / "turns.cpp", tmp_path / "turns.so"
+    source.write_text(textwrap.dedent(TURNS))
+    command = [str(COMPILER), "-std=c++17", "-shared", "-fPIC", "-pthread", str(source)]
+    subprocess.run([*command, "-o", str(built)], check=True)
+    script = BUSY.replace("QUEUE", queue)
+    variables = {"TASK_QUEUE_ENABLE": queue, "TURNS": str(built)}
+    output = run(tmp_path, script, "--streams", streams, **variables)
+    assert output == "{'524288.0'}\n"
 
 
-def test_a_child_forked_while_late_work_is_done_goes_on_or_is_told(tmp_path) -> None:
-    output = run(tmp_path, BUSY.replace("FORKS", "12"), "--streams", "late")
-    assert eval(output) <= {"524288.0", "told"}
+def test_a_child_forked_while_work_is_done_is_told_what_it_lacks(tmp_path) -> None:
+    """Another thread does a stream's late work; in the child it stays undone."""
+    script = """
+        import os, threading, torch
+        from cann_host import aclnn
+        x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
+        torch.npu.synchronize()
+        begun, forked = threading.Event(), threading.Event()
+        check, copy = aclnn.OPERATORS["aclnnInplaceCopy"]
+        def slow(*arguments):
+            begun.set()
+            forked.wait()
+            copy(*arguments)
+        aclnn.OPERATORS["aclnnInplaceCopy"] = check, slow
+        y.copy_(x)
+        worker = threading.Thread(target=torch.npu.synchronize)
+        worker.start()
+        begun.wait()
+        if not os.fork():
+            for _ in range(2):
+                try:
+                    print("right" if y.sum().item() == 8 else "wrong")
+                except RuntimeError as error:
+                    print("told", flush=True)
+            print(torch.ones(8, device="npu").sum().item(), flush=True)
+            os._exit(0)
+        os.wait()
+        forked.set()
+        worker.join()
+        print(y.sum().item())
+    """
+    found = run(tmp_path, script, "--streams", "late").splitlines()
+    assert "told" in found[0]
+    assert found[-1] == "8.0"
 
 
 # ---- torch_npu's task queue ----
@@ -946,6 +980,16 @@ def test_a_clean_end(what: str, streams: str, tmp_path) -> None:
         return
     assert done.returncode == code, done.stderr[-2000:]
     assert not re.search(r"Fatal|terminate called|Segmentation|core dumped", done.stderr)
+
+
+def test_a_torch_npu_that_does_not_load_is_the_last_word(tmp_path) -> None:
+    package = tmp_path / "torch_npu"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    done = start(tmp_path, "", PYTHONPATH=str(tmp_path), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stderr.splitlines()[-1]
+    assert "atexit" not in done.stderr
 
 
 # ---- what it leaves alone ----

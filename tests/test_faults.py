@@ -6,8 +6,10 @@ cann_host lets the nth call of a function fail with a code, as a broken card or 
 from __future__ import annotations
 
 import copy
+import resource
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,3 +290,27 @@ def test_whatever_fails_is_told_and_the_next_call_works(walk: str, call: int, x:
         assert {"eager": "aclnnQuantMatmulV5", "prepared": "aclnnNpuFormatCast"}.get(
             walk, "ge.compile"
         ) in told
+
+
+LEAKS = [
+    "aclnnQuantMatmulV5:507015",
+    "aclnnQuantMatmulV5GetWorkspaceSize:161002",
+    "aclnnTransQuantParamV3:561000",
+]
+
+
+@pytest.mark.parametrize("fault", LEAKS)
+def test_calls_that_fail_leave_nothing(fault: str, x: Tensor) -> None:
+    """torch_npu does not destroy what it made for a call that fails."""
+    ours, on_npu = layer(0).npu(), x.npu()
+
+    def calls(number: int) -> int:
+        for _ in range(number):
+            with pytest.raises(RuntimeError):
+                ours(on_npu)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    with cann_host.faults(fault):
+        before = calls(400)
+        grown = calls(600) - before
+    assert grown < 600 * 300  # bytes; the descriptors of one call take 1,800

@@ -46,6 +46,8 @@ struct Item {
   bool waits = false;
 };
 
+constexpr int kLostInFork = -1;  // no code of CANN's
+
 struct StreamState {
   int32_t id = 0;
   int device = 0;
@@ -87,6 +89,7 @@ struct State {
   std::map<void*, std::shared_ptr<EventState>> events;
   int32_t next_id = 0;
   std::shared_ptr<EventState> last_turn;  // of OnStreamInTurn
+  std::vector<StreamState*> doing;  // those a task of which is being done late
   std::unique_ptr<Captured> graph;  // one capture at a time
   std::set<StreamState*> capturing;
   std::map<void*, std::shared_ptr<const Captured>> graphs;  // finished ones
@@ -175,9 +178,12 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
       if (left-- == 0 || (until != nullptr && until->done >= number)) return;
       item = std::move(stream->queue.front());
       stream->queue.pop_front();
+      if (item.task) state.doing.push_back(stream.get());
     }
     if (item.task) {
       if (stream->failure == kSuccess) stream->failure = item.task();
+      const Lock lock(state.mutex);
+      state.doing.pop_back();
     } else if (item.waits) {
       std::shared_ptr<StreamState> source;
       {
@@ -197,7 +203,10 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
 int Finish(const std::shared_ptr<StreamState>& stream) {
   const WorkLock lock;
   Work(stream, nullptr, 0);
-  return stream->failure.exchange(kSuccess);
+  const int code = stream->failure.exchange(kSuccess);
+  if (code != kLostInFork) return code;
+  return Fail(kFailure, "cann_host: this process was forked while another thread did the stream's work, "
+                        "which is not done here");
 }
 
 // Those of a device, or all for -1.
@@ -255,20 +264,13 @@ int EndStream(const char* symbol, void* handle) {
 
 // A fork while another thread does late work leaves that work undone in the child.
 struct WorkAtFork {
-  static void Prepare() { was_free = GetState().work.try_lock(); }
-  static void Parent() {
-    if (was_free) GetState().work.unlock();
-  }
   static void Child() {
     State& state = GetState();
     new (&state.work) std::recursive_mutex;
-    if (was_free) return;
-    for (const auto& stream : Streams(-1)) stream->failure = kLostInFork;
+    for (StreamState* stream : state.doing) stream->failure = kLostInFork;
+    state.doing.clear();
   }
-  WorkAtFork() { pthread_atfork(Prepare, Parent, Child); }
-
-  static constexpr int kLostInFork = kFailure;
-  static inline bool was_free = true;
+  WorkAtFork() { pthread_atfork(nullptr, nullptr, Child); }
 };
 const WorkAtFork work_at_fork;
 
