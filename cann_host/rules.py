@@ -19,8 +19,13 @@ Sources, in the public repository hicann/ops-nn under `matmul/quant_batch_matmul
     [doc]    docs/aclnnQuantMatmulV4.md
     [proto]  op_graph/quant_batch_matmul_v3_proto.h
 
-and under `quant`: dynamic_quant/op_host/op_api/aclnn_dynamic_quant.cpp, its definition and tiling
-beside it, ascend_quant_v2/op_host/op_api/aclnn_ascend_quant_v3.cpp and its definition.
+and beside it, for each operator its definition, tiling, InferShape and what aclnn checks:
+quant/trans_quant_param_v2, dynamic_quant and dynamic_quant_v2, ascend_quant_v2, quantize,
+norm/rms_norm, add_rms_norm and layer_norm_v4; definitions of activation/*.
+
+What CANN refuses is said with its code. What it takes, and a kernel then reads from beside its
+inputs, or what the stand-in does not compute, is refused in the stand-in's own name, with none.
+tests/cann_tables.py asks CANN's public tests the same.
 """
 
 from __future__ import annotations
@@ -638,7 +643,9 @@ def check_dynamic_quant(
         text = f"x has {dims} dims; it must have {'2 or more' if graph else '2 to 8'}"
     if text is not None:
         return _coded(text, graph)
-    empty = math.prod(x_shape) == 0
+    if math.prod(x_shape) == 0 and not graph:  # aclnn returns before its kernel is asked
+        text = _check_smooth(family, x, x_shape, smooth, groups, graph, mode)
+        return text if text is not None and f"CANN error {INVALID}" in text else None
     if family == _310P and x_shape[-1] % 32:  # CorrectNumCopyRow of dynamic_quant_tiling_310P.cpp
         return _code(f"x has last dim {x_shape[-1]}; {soc} wants a multiple of 32", TILING)
     if family == _310P and not symmetric and x_shape[-1] > HALF_OFFSET_MOST:
@@ -658,8 +665,6 @@ def check_dynamic_quant(
                 f"{tuple(x_shape[:-1])}",
                 TILING,
             )
-    if empty and not graph:
-        return None  # aclnn returns before its kernel is asked
     return _check_smooth(family, x, x_shape, smooth, groups, graph, mode)
 
 

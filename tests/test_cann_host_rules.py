@@ -455,6 +455,7 @@ DYNAMIC_QUANT = [
     (A2, "float16", (1,) * 9, "int8", (False,), "9 dims"),
     (A2, "float16", (1,) * 9, "int8", (True,), None),
     (A950, "float16", (4, 0), "int8", EITHER, None),
+    (P310, "float16", (0, 48), "int8", (False,), None),
     (P310, "float16", (64,), "int8", (True,), None),
     (P310, "float16", (64,), "int8", (False,), "1 dims"),
     (A2, "float16", (4, 7), "int4", EITHER, "last dim 7; for int4 it must be a multiple of 2"),
