@@ -82,12 +82,15 @@ class ctrl_c:  # noqa: N801 - used like the functions below
         self._events = Events(at)
 
     def __enter__(self) -> Events:
+        # importing torchair puts another handler in the place of Python's
+        self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self._before = sys.gettrace()
         sys.settrace(self._call)
         return self._events
 
     def __exit__(self, *error: object) -> None:
         sys.settrace(self._before)
+        signal.signal(signal.SIGINT, self._handler)
 
     def _call(self, frame: FrameType, event: str, argument: object) -> Any:
         del event, argument
