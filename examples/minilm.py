@@ -143,11 +143,11 @@ def run(
         static = isinstance(config, A8W8Static)
         lq_graph.quantize(model, config, calibration if static else None)
     model = model.npu()
+    torch._dynamo.reset()
     if config is not None:
         lq_graph.use_internal_format_weight(model)
     compiler = tng.CompilerConfig()
     backend = tng.get_npu_backend(compiler_config=compiler)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
     with converters.graph.capture(compiler) as graphs:
         start = time.perf_counter()

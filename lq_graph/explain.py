@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,10 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
     npu.config.allow_internal_format = True
     model = convert(copy.deepcopy(model)).to("npu").eval()
     plain = copy.deepcopy(model)
-    use_internal_format_weight(model)
+    with warnings.catch_warnings():
+        # the copy has no graphs yet, whatever else was compiled here
+        warnings.filterwarnings("ignore", "use_internal_format_weight: formats of weights changed")
+        use_internal_format_weight(model)
     arguments = [tensor.to("npu") for tensor in inputs]
     calls = _calls(model, arguments)
     if not calls:

@@ -147,7 +147,10 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     torchair = _torchair()
     report = Report()
     others_changed = ""
-    floats: dict[Tensor, Tensor] = {}  # what folded scales were
+    holders: dict[Tensor, list[LinearQuant]] = {}  # of each scale, layers of ours
+    for _, layer in layers:
+        if isinstance(layer, LinearQuant):
+            holders.setdefault(layer.scale, []).append(layer)
     # None: no bar where the output is no terminal
     bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
     with all_or_nothing() as undo:
@@ -157,7 +160,8 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
         for (name, layer), fold in zip(bar, folds, strict=True):
             was = format_of(layer.weight)
             why_float = kept_float.get(layer.scale, "")
-            report.append(_prepare(name, layer, fold, why_float, int4_nz, floats, undo))
+            sharing = holders.get(layer.scale, [])
+            report.append(_prepare(name, layer, fold, why_float, int4_nz, sharing, undo))
             if format_of(layer.weight) != was and not isinstance(layer, LinearQuant):
                 others_changed = others_changed or name or type(layer).__name__
         for rest in _others(model, kinds):
@@ -261,14 +265,14 @@ def _prepare(
     fold: bool,
     why_float: str,
     int4_nz: bool,
-    floats: dict[Tensor, Tensor],
+    sharing: list[LinearQuant],
     undo: ExitStack,
 ) -> Prepared:
     """Fold and cast one layer. What takes a step back is noted before the step."""
     weight = layer.weight
     before = _describe(layer)
     if fold and not why_float:
-        _fold(layer, floats, undo)
+        _fold(layer, sharing, undo)
     why_nd = _why_nd(weight, get_product(), int4_nz)
     wanted = ND if why_nd else FRACTAL_NZ
     if (was := format_of(weight)) != wanted:
@@ -282,24 +286,21 @@ def _prepare(
     return Prepared(name, before, _describe(layer), weight.untyped_storage().nbytes(), note)
 
 
-def _fold(layer: LinearQuant, floats: dict[Tensor, Tensor], undo: ExitStack) -> None:
-    """Fold a float32 scale. Every layer of ours that shares it keeps what it was, for state dicts.
+def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> None:
+    """Fold a float32 scale, unless a layer before has.
 
     Args:
-        floats: what the scales that are folded were.
+        sharing: the layers of ours that hold the scale. Each keeps what it was, for state dicts,
+            which another thread may be taking: before it is folded.
     """
-    scale, ours = layer.scale, isinstance(layer, LinearQuant)
-    if ours:
-        undo.callback(setattr, layer, "_float_scale", layer._float_scale)
-    if scale.dtype == torch.float32:
-        floats[scale] = scale.data
-        undo.callback(_restore, scale, ND, scale.data)
-        if ours:
-            layer.fold_scale()
-        else:
-            scale.data = trans_quant_param(scale.data, layer.offset)
-    elif ours and scale in floats:
-        layer._float_scale = floats[scale]
+    scale = layer.scale
+    if scale.dtype != torch.float32:
+        return
+    for one in sharing:
+        undo.callback(setattr, one, "_float_scale", one._float_scale)
+        one._float_scale = scale.data
+    undo.callback(_restore, scale, ND, scale.data)
+    scale.data = trans_quant_param(scale.data, layer.offset)
 
 
 def _describe(layer: LinearQuant) -> str:
