@@ -67,7 +67,14 @@ int RaiseNow(void* exception) {
   return -1;
 }
 
-bool IsMainThread() { return syscall(SYS_gettid) == getpid(); }
+// The numbers of the main thread and of this one, asked for once, and again after a fork.
+std::atomic<long> main_thread{getpid()};
+thread_local long this_thread = 0;
+
+bool IsMainThread() {
+  if (this_thread == 0) this_thread = syscall(SYS_gettid);
+  return this_thread == main_thread;
+}
 
 // The exception that is set, as an object of its own.
 void* TakeException(const Api& api) {
@@ -121,6 +128,8 @@ void GiveBack() {
 struct HeldAtFork {
   HeldAtFork() {
     pthread_atfork([] { is_main = IsMainThread(); }, nullptr, [] {
+      main_thread = getpid();
+      this_thread = 0;
       if (is_main || depth == 0) return;
       depth = 0;
       GiveBack();
