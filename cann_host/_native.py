@@ -42,10 +42,15 @@ def sources() -> str | None:
     None in a wheel, which has none."""
     import cann_host
 
+    return digest_of(*(Path(folder, "csrc") for folder in cann_host.__path__))
+
+
+def digest_of(*folders: Path) -> str | None:
+    """The sources in folders in one word; None if there are none."""
     files = sorted(
         (file.as_posix(), file)
-        for folder in cann_host.__path__
-        for file in Path(folder, "csrc").rglob("*")
+        for folder in folders
+        for file in folder.rglob("*")
         if file.suffix in (".cpp", ".h")
     )
     digests = "".join(sha256(file.read_bytes()).hexdigest() for _, file in files)

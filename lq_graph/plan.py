@@ -81,12 +81,12 @@ class Plan:
     cut_scale: bool
 
 
-def _type_error(text: str) -> NoReturn:
-    raise LinearQuantTypeError(f"linear_quant: {text} {PARAM_INVALID}")
+def _type_error(text: str, aclnn: str = PARAM_INVALID) -> NoReturn:
+    raise LinearQuantTypeError(f"linear_quant: {text} {aclnn}")
 
 
-def _value_error(text: str) -> NoReturn:
-    raise LinearQuantValueError(f"linear_quant: {text} {PARAM_INVALID}")
+def _value_error(text: str, aclnn: str = PARAM_INVALID) -> NoReturn:
+    raise LinearQuantValueError(f"linear_quant: {text} {aclnn}")
 
 
 def _shape(tensor: TensorLike) -> str:
@@ -208,8 +208,23 @@ def _refuse_dtypes(product: Product, storage: torch.dtype, given: Given) -> NoRe
         f"{' and ' + ', '.join(others) if others else ''}, {product} {allowed}"
         + (f" ({why})" if why else "")
         + f". What to do: {', or '.join([together, *instead])}."
-        + (f" {', '.join(takers)} would take it as it is." if takers else "")
+        + (f" {', '.join(takers)} would take it as it is." if takers else ""),
+        _taken_by_aclnn(product, storage, given, blamed) or PARAM_INVALID,
     )
+
+
+def _taken_by_aclnn(
+    product: Product, storage: torch.dtype, given: Given, blamed: tuple[str, ...]
+) -> str:
+    """What aclnn does with a call that the table refuses and aclnn does not; empty if it refuses
+    too (quant_matmul_checker.cpp, hicann/ops-nn)."""
+    only_offset = blamed == ("offset",) and given["offset"] == torch.float32
+    pertoken, output = given["pertoken_scale"], given["output_dtype"]
+    if only_offset and (pertoken is not None or torch.int32 in (storage, output)):
+        return "(aclnn would take the offset and not read it)"
+    if product.key == "310P" and "pertoken_scale" in blamed and pertoken == torch.float32:
+        return "(the newest aclnn takes one in some calls, but no graph does)"
+    return ""
 
 
 def _order(given: Given) -> Callable[[tuple[str, Any]], tuple[bool, int]]:
@@ -462,7 +477,8 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
         _value_error(
             f"k is {k}; the last dim of x1 and weight is at most {LAST_DIM_MAX} on {product}"
             + (" unless a float scale comes with pertoken_scale" if pertoken else "")
-            + ". What to do: split k over two layers and add their results."
+            + ". What to do: split k over two layers and add their results.",
+            "(aclnn would report 561002, with a FRACTAL_NZ weight 161002)",
         )
     for name, size in (("m", m), ("k", k), ("n", n)):
         if sure(size > DIM_MAX):

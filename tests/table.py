@@ -17,6 +17,14 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 NO = None
 DType = torch.dtype | None
 
+# how a sentence of plan()'s may end
+WHAT_ACLNN_DOES = (
+    "(aclnn would report 161002)",
+    "(aclnn would report 561002, with a FRACTAL_NZ weight 161002)",
+    "(aclnn would take the offset and not read it)",
+    "(the newest aclnn takes one in some calls, but no graph does)",
+)
+
 
 class Combination(NamedTuple):
     """The dtypes of one call; None: absent."""

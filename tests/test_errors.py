@@ -10,6 +10,7 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
+import torch_npu
 from cases import BF16, F16, F32, I8, I32, I64, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchair.ge._ge_graph import GeGraph
@@ -154,7 +155,7 @@ def test_refused_with_one_sentence_everywhere(case, change, error, match) -> Non
         raise on_cpu
     text = str(on_cpu)
     assert "\n" not in text and text.startswith("linear_quant: ")
-    assert "What to do: " in text and "161002" in text
+    assert "What to do: " in text and "aclnn" in text
 
     assert str(refused(cases.on("meta", inputs))) == text
     assert str(refused(cases.on("npu", inputs))) == text
@@ -267,3 +268,30 @@ def test_int8_dtype_is_what_the_default_means() -> None:
     inputs = cases.make(Case())
     inputs["output_dtype"] = None
     assert lq_graph.linear_quant(**inputs).dtype == I8
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(output=BF16, pertoken=True, offset=True),
+        Case(output=I32, offset=True),
+        Case(x=I32, output=F16, offset=True),
+    ],
+    ids=str,
+)
+def test_an_offset_that_aclnn_does_not_read_is_not_said_to_be_refused(case) -> None:
+    inputs = cases.make(case)
+    assert str(refused(inputs)).endswith("(aclnn would take the offset and not read it)")
+    on_npu = cases.on("npu", inputs)
+    x1, weight, scale = (on_npu.pop(name) for name in ("x1", "weight", "scale"))
+    with_it = torch_npu.npu_quant_matmul(x1, weight.t(), scale, **on_npu)
+    without = torch_npu.npu_quant_matmul(x1, weight.t(), scale, **{**on_npu, "offset": None})
+    assert torch.equal(with_it.cpu(), without.cpu())
+
+
+def test_the_code_of_a_last_dim_is_that_of_the_newest_aclnn() -> None:
+    x1, weight = ones(1, 65536, dtype=I8), ones(16, 65536, dtype=I8)
+    with pytest.raises(LinearQuantValueError, match="aclnn would report 561002"):
+        lq_graph.linear_quant(x1, weight, ones(16), output_dtype=F16)
+    with pytest.raises(RuntimeError, match="561002"):
+        torch_npu.npu_quant_matmul(x1.npu(), weight.npu().t(), ones(16).npu(), output_dtype=F16)
