@@ -13,7 +13,6 @@ from inspect import signature
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -133,11 +132,14 @@ def _is_patched(kind: type[nn.Module]) -> bool:
 def _plain(kind: type[nn.Module]) -> nn.Module:
     """An instance of a class as its constructor leaves it."""
     if kind not in _PLAIN:
-        with torch.device("meta"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a deprecated class says so
             make = getattr(kind, "_plain", None)
-            sizes = (8, 8) if "in_features" in signature(kind).parameters else ()
-            _PLAIN[kind] = kind(*sizes) if make is None else make()
+            parameters = signature(kind).parameters
+            sizes = (8, 8) if "in_features" in parameters else ()
+            # not `with torch.device("meta")`, which Ctrl-C could leave set
+            device = {"device": "meta"} if "device" in parameters else {}
+            _PLAIN[kind] = kind(*sizes, **device) if make is None else make()
     return _PLAIN[kind]
 
 
