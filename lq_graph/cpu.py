@@ -25,7 +25,11 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
-    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
+    if tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias):
+        with torch.no_grad():
+            return linear_quant(
+                x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
+            )
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
@@ -45,7 +49,9 @@ def linear_quant(
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
-    tell_of_gradients("trans_quant_param", scale, offset)
+    if tell_of_gradients("trans_quant_param", scale, offset):
+        with torch.no_grad():
+            return trans_quant_param(scale, offset, round_mode)
     plan_trans_quant_param(scale, offset, round_mode)
     _check_held("trans_quant_param", scale=scale, offset=offset)
     check_finite(scale, offset)
@@ -54,7 +60,9 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
-    tell_of_gradients("dynamic_quant", x)
+    if tell_of_gradients("dynamic_quant", x):
+        with torch.no_grad():
+            return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
     _check_held("dynamic_quant", x=x)
     arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
@@ -64,7 +72,9 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
-    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
+    if tell_of_gradients("static_quant", x, scale_reciprocal, offset):
+        with torch.no_grad():
+            return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
     _check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
     return numerics.static_quant(x, scale_reciprocal, offset)

@@ -30,8 +30,12 @@ __all__ = ["tell_of_gradients", "under_torch_func"]
 _Transform = _functorch.TransformType
 
 
-def tell_of_gradients(op: str, *inputs: Tensor | None) -> None:
+def tell_of_gradients(op: str, *inputs: Tensor | None) -> bool:
     """Say, where a derivative by one of the float inputs is wanted, that there is none.
+
+    Returns:
+        Whether one requires grad and gradients are recorded: what the operator computes with has to
+        run under no_grad then, or a part of the gradient would pass, through the scales.
 
     Warns:
         UserWarning: one requires grad, and gradients are recorded.
@@ -41,7 +45,7 @@ def tell_of_gradients(op: str, *inputs: Tensor | None) -> None:
     """
     records, forward_mode = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not (records or forward_mode):
-        return
+        return False
     for tensor in inputs:
         if tensor is None:
             continue
@@ -57,7 +61,8 @@ def tell_of_gradients(op: str, *inputs: Tensor | None) -> None:
                 "model.",
                 stacklevel=3,
             )
-            return
+            return True
+    return False
 
 
 def _has_tangent(x: Tensor) -> bool:

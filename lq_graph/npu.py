@@ -60,7 +60,11 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """NPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
-    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
+    if tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias):
+        with torch.no_grad():
+            return linear_quant(
+                x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
+            )
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
@@ -93,7 +97,9 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
     """NPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
     import torch_npu
 
-    tell_of_gradients("trans_quant_param", scale, offset)
+    if tell_of_gradients("trans_quant_param", scale, offset):
+        with torch.no_grad():
+            return trans_quant_param(scale, offset, round_mode)
     plan_trans_quant_param(scale, offset, round_mode)
     try:
         out: Tensor = torch_npu.npu_trans_quant_param(scale, offset, round_mode)
@@ -107,7 +113,9 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     """NPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
     import torch_npu
 
-    tell_of_gradients("dynamic_quant", x)
+    if tell_of_gradients("dynamic_quant", x):
+        with torch.no_grad():
+            return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
     out: tuple[Tensor, Tensor] = torch_npu.npu_dynamic_quant.default(
         x, dst_type=_QUINT4X2 if p.int4 else _SCALAR_TYPES[torch.int8]
@@ -119,7 +127,9 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
     """NPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
     import torch_npu
 
-    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
+    if tell_of_gradients("static_quant", x, scale_reciprocal, offset):
+        with torch.no_grad():
+            return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
     try:
         out: Tensor = torch_npu.npu_quantize.default(x, scale_reciprocal, offset, _QINT8, -1, False)
