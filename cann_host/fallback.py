@@ -50,6 +50,11 @@ KEPT = frozenset(
     }
 )
 
+# torch_npu brings the indices of these to the device itself (op-plugin, AdvancedIndex.cpp)
+TAKES_CPU = frozenset(
+    {"_index_put_impl_", "index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put"}
+)
+
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 _library: torch.library.Library  # registrations live as long as this object
 count = 0  # of the operators replaced
@@ -88,6 +93,13 @@ def _seeded(device: torch.device) -> Iterator[None]:
         yield
     finally:
         drawn_from.set_state(state)
+
+
+def _on_cpu(values: Any) -> bool:
+    """Whether a tensor with dims is on the CPU; one without is taken as a number."""
+    if isinstance(values, Tensor):
+        return values.dim() > 0 and values.device.type == "cpu"
+    return isinstance(values, (list, tuple)) and any(map(_on_cpu, values))
 
 
 def _npu() -> Any:
@@ -161,8 +173,11 @@ class _CpuKernel:
             )
         self.draws = torch.Tag.nondeterministic_seeded in op.tags
         self.names = [argument.name for argument in schema.arguments]
+        self.takes_cpu = schema.name.removeprefix("aten::") in TAKES_CPU
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.takes_cpu:
+            self._check_devices(args, kwargs)
         if captured.is_capturing(lambda: _device_of([*args, *kwargs.values()])):
             return self._record(args, kwargs)
         cpu_args = [_to_cpu(value) for value in args]
@@ -183,6 +198,16 @@ class _CpuKernel:
         return self._results(
             result, written, lambda value: _to_npu(value, _device_of([*args, *kwargs.values()]))
         )
+
+    def _check_devices(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Refuse a CPU tensor beside npu ones, in torch_npu's words, and say which."""
+        for name, value in [*zip(self.names, args, strict=False), *kwargs.items()]:
+            if _on_cpu(value):
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device. Expected NPU tensor, please "
+                    f"check whether the input tensor device is correct: {name} of {self.op} is on "
+                    "the CPU."
+                )
 
     def _written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments the operator writes to, by name."""

@@ -66,7 +66,8 @@ def main() -> None:
         print(textwrap.indent(str(lq_graph.load_checkpoint(model, folder)), "   "))
 
     x = torch.randn(16, 256, dtype=torch.float16)
-    on_cpu = model(x)
+    with torch.no_grad():
+        on_cpu = model(x)
     model = model.npu()
     print("\nprepared")
     print(textwrap.indent(str(lq_graph.use_internal_format_weight(model)), "   "))

@@ -88,6 +88,8 @@ class LoadReport(list[Loaded]):
     bytes_read = 0
 
     def __str__(self) -> str:
+        if not self:
+            return "no quantized layer in these files"
         head = ["module", "scheme", "n", "k", "output", "bytes"]
         return "\n".join(table([head, *(layer.row() for layer in self)]))
 
@@ -688,7 +690,8 @@ def _check_product(files: _Files, path: Path, kind: str, layer: _Layer) -> None:
         bias=bias,
     )
     if why:
-        refuse(path, layer.name, "a layer that the product can run", why.rstrip("."))
+        found, todo = why.split(". What to do: ")
+        refuse(path, layer.name, "a layer that the product can run", found, todo.rstrip("."))
 
 
 def _bias_dtype(

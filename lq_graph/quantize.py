@@ -89,7 +89,7 @@ class QuantizeReport(list[Quantized]):
     stays_float: tuple[StaysFloat, ...] = ()
 
     def __str__(self) -> str:
-        lines = ["no nn.Linear in this model"]
+        lines = ["no nn.Linear to quantize in this model"]
         if self:
             rows: list[list[object]] = [
                 ["module", "scheme", "k", "n", "output", "bytes before", "bytes", ""]

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import LinearQuantError
-from .formats import STORAGE_DTYPES
+from .formats import STORAGE_DTYPES, dtype_name
 from .module import LinearQuant, layer_of
 from .numerics import pack_int4
 from .plan import Spec, plan
 from .plan_quant import plan_dynamic_quant, plan_static_quant
+from .product import get_product
 from .quantized_linear import QuantizedLinear
-from .schemes import A4W4Dynamic, A8W8Static, Config
+from .schemes import SCHEMES, A4W4Dynamic, A8W8Static, Config
 from .walk import carry_over
 
 __all__ = ["Job", "Kept", "affine", "illegal", "no_row"]
@@ -170,8 +171,8 @@ def no_row(
     scale: torch.dtype = torch.float32,
     bias: torch.dtype | None,
 ) -> str:
-    """Why the product in force cannot run a quantized layer, its quantizing operator included;
-    empty if it can.
+    """Why the product in force cannot run a quantized layer, its quantizing operator included, and
+    what it runs; empty if it can.
 
     Args:
         k, n: the layer's sizes.
@@ -180,6 +181,21 @@ def no_row(
         input_dtype, output_dtype: of the layer.
         scale, bias: dtypes of those parameters, None for no bias.
     """
+    why = _refusal(k, n, storage, static, input_dtype, output_dtype, scale, bias)
+    return f"{why} What to do: {_what_runs(k, n)}." if why else ""
+
+
+def _refusal(
+    k: int,
+    n: int,
+    storage: torch.dtype,
+    static: bool,
+    input_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    scale: torch.dtype,
+    bias: torch.dtype | None,
+) -> str:
+    """What the tables say, without their advice, which is for one call of an operator."""
     x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
     words = k // STORAGE_DTYPES[storage]
     try:
@@ -196,8 +212,26 @@ def no_row(
             output_dtype=output_dtype,
         )
     except LinearQuantError as error:
-        return str(error)
+        return str(error).split(" What to do: ")[0]
     return ""
+
+
+def _what_runs(k: int, n: int) -> str:
+    """The schemes, with dtypes, that the product in force runs a layer of these sizes in."""
+    found = []
+    for scheme, name in SCHEMES.items():
+        storage = torch.int32 if scheme is A4W4Dynamic else torch.int8
+        static, pack = scheme is A8W8Static, STORAGE_DTYPES[storage]
+        bias = torch.int32 if static else None
+        dtypes = [
+            dtype_name(dtype)
+            for dtype in (torch.float16, torch.bfloat16)
+            if not (k % pack or n % pack)
+            and not _refusal(k, n, storage, static, dtype, dtype, torch.float32, bias)
+        ]
+        if dtypes:
+            found.append(f"{name} in {' or '.join(dtypes)}")
+    return f"{get_product()} runs {', '.join(found)}" if found else "leave the layer float"
 
 
 def affine(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> tuple[float, int]:

@@ -215,9 +215,9 @@ class QuantizedLinear(nn.Module):
             raise LinearQuantTypeError(
                 "QuantizedLinear: x is int8, and no layer before it is known to give int8; values "
                 f"that were cast are no quantized ones. What to do: pass x.to({self.input_dtype}). "
-                "A model that casts to the dtype of a parameter, next(parameters()).dtype for "
-                "example, finds the float one at layer.weight. A chain of layers made by hand says "
-                "takes_int8=True."
+                "A model that asks for a dtype to cast to finds the float one at "
+                "layer.weight.dtype, not at next(layer.parameters()).dtype. In a chain of layers "
+                "made by hand, say takes_int8=True."
             )
         if self._scale_reciprocal is None:
             quantized, scale = self.quantize_rows(rows, self.linear.weight.dtype)

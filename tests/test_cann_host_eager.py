@@ -1180,3 +1180,34 @@ def test_exit_with_launches_in_flight(queue: str) -> None:
     )
     done = launch("-c", program, environment={"TASK_QUEUE_ENABLE": queue})
     assert (done.returncode, done.stdout) == (0, f"{64 * 64 * 64}\n"), done.stderr
+
+
+MIXED = {
+    "add": lambda npu, cpu: npu + cpu,
+    "matmul": lambda npu, cpu: npu @ cpu,
+    "in place": lambda npu, cpu: npu.add_(cpu),
+    "linear": lambda npu, cpu: torch.nn.functional.linear(npu, cpu),
+    "embedding": lambda npu, cpu: torch.nn.functional.embedding(cpu.long(), npu),
+    "a list": lambda npu, cpu: torch.cat([npu, cpu]),
+    "where": lambda npu, cpu: torch.where(npu > 0, npu, cpu),
+    "by name": lambda npu, cpu: torch.nn.functional.layer_norm(npu, (3,), bias=cpu[0]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_tensor_left_on_the_cpu_is_refused(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"on the same device.* of aten\.\S+ is on the CPU"):
+        MIXED[name](torch.ones(3, 3).npu(), torch.ones(3, 3))
+
+
+def test_what_torch_npu_takes_from_the_cpu() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    for take in (
+        lambda t: t + torch.tensor(2.0),
+        lambda t: t.masked_fill(torch.tensor(True), 1.0),
+        lambda t: t[torch.tensor([1, 0])],
+        lambda t: t[torch.tensor([True, False])],
+        lambda t: t.index_put((torch.tensor([0]),), torch.tensor(9.0)),
+        lambda t: t.clone().copy_(x.mul(2)),
+    ):
+        assert torch.equal(take(x.npu()).cpu(), take(x))

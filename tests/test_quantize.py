@@ -309,7 +309,7 @@ def test_filter_and_second_call() -> None:
     second = quantize(model, A4W4Dynamic())
     assert model.up is up and [r.name for r in second] == ["down"]
     assert model.down.linear.weight.dtype == torch.int32
-    assert str(quantize(model, A8W8Dynamic())) == "no nn.Linear in this model"
+    assert str(quantize(model, A8W8Dynamic())) == "no nn.Linear to quantize in this model"
 
 
 def test_a_layer_that_calibration_never_reaches() -> None:

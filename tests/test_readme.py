@@ -117,7 +117,7 @@ TOLD = [
     (file.relative_to(ROOT), found[1])
     for folder in ("lq_graph", "converters", "cann_host", "examples")
     for file in sorted((ROOT / folder).rglob("*.py"))
-    for found in re.finditer(r"pip install ([^`\n]*?)(?:\.?\"|\)|\n|$)", file.read_text())
+    for found in re.finditer(r"pip install (?!-e)([^`\n]*?)(?:\.?\"|\)|\n|$)", file.read_text())
 ]
 
 
