@@ -31,7 +31,7 @@ from .checkpoint_format import (
     waiting,
 )
 from .errors import LinearQuantTypeError
-from .files import CheckpointError, TensorFile, read_json, refuse, shown
+from .files import CheckpointError, TensorFile, expanded, read_json, refuse, shown
 from .formats import ND, dtype_name
 from .module import LinearQuant, layer_of
 from .npu import cast_format, format_of
@@ -47,13 +47,32 @@ if TYPE_CHECKING:
 
     from .parallel import LinearQuantStyle
 
-__all__ = ["CheckpointError", "LoadReport", "Loaded", "build", "check_model", "load_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "Loaded",
+    "build",
+    "check_model",
+    "fits",
+    "load_checkpoint",
+    "memory_of",
+]
 
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 _TRIES = 20  # of a folder that changes while it is read
 _EXTRA = "_extra_state"  # how nn.Module ends the name of what get_extra_state gives
-_SWAP = threading.Lock()  # one model may be loaded from several threads
+# one load at a time: one model may be loaded from several threads, and from a signal handler
+_LOCK = threading.RLock()
+
+
+def _after_fork() -> None:
+    """A thread of the parent that held the lock is not in the child."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,17 @@ class _Files:
         for key, opened in self._of.items():
             if key not in names:
                 refuse(opened.file, key, f"a tensor that {index.name} has", "no such key there")
+        others = {name for name in list_folder(index.parent) if name.endswith(".safetensors")}
+        for name in sorted(others - {opened.file.name for opened in self._files}):
+            both = [key for key in _names_in(index.parent / name) if key in names]
+            if both:  # files of other tensors, as consolidated.safetensors, are not read
+                refuse(
+                    index,
+                    None,
+                    "no other file with the tensors that it lists",
+                    f"{shown(both[0])} in {name} too, which it does not list",
+                    f"remove {name}, or, if that is the checkpoint, the index and its files",
+                )
 
     def __contains__(self, key: str) -> bool:
         return key in self._of
@@ -156,6 +186,16 @@ class _Files:
         """Refuse files that were written to meanwhile."""
         for file in self._files:
             file.check_unchanged()
+
+
+def _names_in(file: Path) -> list[str]:
+    """Names of the tensors in a file; none if it is no safetensors file."""
+    try:
+        opened = TensorFile(file)
+    except CheckpointError:
+        return []
+    opened.close()
+    return list(opened.entries)
 
 
 def _is_file(path: Path) -> bool:
@@ -304,7 +344,7 @@ def load_checkpoint(
     check_model("load_checkpoint", model)
     shares = None if mesh is None or plan is None else _Shares(mesh, plan)
     try:
-        path = Path(path)
+        path = expanded(path)
     except TypeError as error:
         raise CheckpointError(f"load_checkpoint: path: {error}.") from None
 
@@ -316,11 +356,13 @@ def load_checkpoint(
     # parameters made in inference mode could not be used outside
     with torch.inference_mode(False), torch.no_grad():
         if shares is None:
-            report, swap = _old_or_new(path, load)
-        else:
-            with shares.agreeing() as found:  # nothing is changed on any rank unless all can go on
+            with _LOCK:
                 report, swap = _old_or_new(path, load)
-                found += [str(layer.row()) for layer in report]
+                swap()
+            return report
+        with shares.agreeing() as found:  # nothing is changed on any rank unless all can go on
+            report, swap = _old_or_new(path, load)
+            found += [str(layer.row()) for layer in report]
         swap()
     return report
 
@@ -418,6 +460,7 @@ def _load(
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything; the function that is returned puts it into the model."""
     kind, schemes = schemes_of(path.parent if _is_file(path) else path, files)
+    places = places_of(model)
     layers = _layers(model, path, files, kind, schemes)
     for layer in layers:
         _check_layer(files, path, kind, layer, dtype)
@@ -445,17 +488,26 @@ def _load(
         Loaded(x.name, "dynamic" if x.dynamic else "static", x.n, x.k, x.output) for x in layers
     )
     report.bytes_read = files.bytes_read
-    places = places_of(model)
 
     def swap() -> None:
-        with _SWAP, all_or_nothing() as undo:
+        with _LOCK, all_or_nothing() as undo:
             for old, layer in new.items():
-                for parent, name in places[old]:
-                    undo.callback(setattr, parent, name, old)
-                    setattr(parent, name, layer)
+                held = places.get(old, [])
+                if not held or any(parent._modules.get(name) is not old for parent, name in held):
+                    raise CheckpointError(
+                        "load_checkpoint: the model was changed by something else while it was "
+                        "loaded, a signal handler for example. What to do: load again."
+                    )
+                for parent, name in held:
+                    undo.callback(_put_module, parent, name, old)
+                    _put_module(parent, name, layer)
             changes.make(undo)
 
     return report, swap
+
+
+def _put_module(parent: nn.Module, name: str, module: nn.Module) -> None:
+    parent._modules[name] = module  # a __setattr__ of the parent's own may refuse it
 
 
 # ---- quantized layers ----
@@ -488,9 +540,9 @@ def _layers(
             continue
         layers[module] = layer
         if "weight" in layer.keys:
-            tied.setdefault(_memory(_weight(module)), layer.keys["weight"])
+            tied.setdefault(memory_of(_weight(module)), layer.keys["weight"])
     for layer in layers.values():
-        same = tied.get(_memory(_weight(layer.module)))
+        same = tied.get(memory_of(_weight(layer.module)))
         if same is not None and "weight" not in layer.keys:
             layer.parts["weight"], layer.keys["weight"] = PARTS[kind, layer.dynamic][0], same
     return list(layers.values())
@@ -546,7 +598,7 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, found)
 
 
-def _memory(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
     """What is equal for tensors that are one: the object, or the memory and how it is read."""
     plain = not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
     if not plain or not tensor.numel():
@@ -575,6 +627,7 @@ def _check_layer(
         _check_values(files, key, part)
     layer.output = _output(files, path, layer, dtype)
     _check_input_scale(files, layer)
+    _check_range(files, layer)
     _check_product(files, path, kind, layer)
 
 
@@ -594,11 +647,45 @@ def _check_values(files: _Files, key: str, part: Part) -> None:
             found = str(float(offset.reshape(-1)[0]))
             refuse(files.path(key), key, "a value of -128 to 127", found)
     if part.positive:
-        values = files.read(key)
-        if values.dtype == _I64:  # the bits of a float32
-            values = (values & 0xFFFFFFFF).to(torch.uint32).view(_F32)
+        values = _scales(files, key)
         if not bool((values.isfinite() & (values > 0)).all()):
             refuse(files.path(key), key, "finite scales above 0", "NaN, infinity, 0 or less")
+
+
+def _scales(files: _Files, key: str) -> Tensor:
+    """The scales that a tensor holds, or of which it holds the bits."""
+    values = files.read(key)
+    return (values & 0xFFFFFFFF).to(torch.uint32).view(_F32) if values.dtype == _I64 else values
+
+
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite in a dtype."""
+    return bool(values.to(dtype).isfinite().all())
+
+
+def _check_range(files: _Files, layer: _Layer) -> None:
+    """No weight and no bias that the files stand for is beyond the dtype of the layer's output."""
+    keys, dtype = layer.keys, dtype_name(layer.output)
+    todo = "load in bfloat16, or quantize again" if layer.output == _F16 else "quantize again"
+    if (key := keys.get("bias")) is not None and not fits(files.read(key), layer.output):
+        found = str(float(files.read(key).abs().max()))
+        expected = f"finite values that {dtype} holds, the layer's dtype"
+        refuse(files.path(key), key, expected, found, todo)
+    key = keys.get("weight_scale") or keys["deq_scale"]
+    scale = _scales(files, key).reshape(-1).double()
+    if "weight_scale" not in keys:  # it is the product of both scales
+        scale = scale / files.read(keys["input_scale"]).double()
+    if not fits(scale * 127, layer.output):
+        expected = f"weights that {dtype} holds, the layer's dtype"
+        refuse(files.path(key), key, expected, f"127 * {float(scale.max()):.6g}", todo)
+    if (key := keys.get("quant_bias")) is not None:
+        # the zero point's part of it is no bias: at most this
+        zero_point = files.read(keys["input_offset"]).double().abs() * layer.k * 128
+        least = (files.read(key).double().abs() - zero_point).clamp(min=0)
+        bias = least * _scales(files, keys["deq_scale"]).double()
+        if not fits(bias, layer.output):
+            expected = f"a bias that {dtype} holds, the layer's dtype"
+            refuse(files.path(key), key, expected, f"{float(bias.max()):.6g}", todo)
 
 
 def _output(files: _Files, path: Path, layer: _Layer, dtype: torch.dtype | None) -> torch.dtype:
@@ -872,10 +959,10 @@ def _check_rest(held: _Held, files: _Files, path: Path, used: set[str]) -> Itera
             expected = f"{dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
             refuse(files.path(key), key, expected, f"{dtype and dtype_name(dtype)} {shape}")
     # files hold tied parameters once
-    given = {_memory(held.places[key].tensor) for key in rest}
+    given = {memory_of(held.places[key].tensor) for key in rest}
     for key, place in sorted(held.places.items()):
         is_tensor = isinstance(place.tensor, Tensor)
-        if key not in rest and not (is_tensor and _memory(place.tensor) in given):
+        if key not in rest and not (is_tensor and memory_of(place.tensor) in given):
             refuse(path, key, "a tensor for every parameter of the model", "no such tensor")
     if held.others:
         more = "" if len(held.others) == 1 else f" and {len(held.others) - 1} more"
@@ -913,7 +1000,10 @@ def _converted(files: _Files, key: str, wanted: Tensor) -> Tensor:
     if tensor.dtype != dtype:
         new = tensor.to(dtype)
         if dtype.is_floating_point or dtype.is_complex:
-            lost = tensor.isfinite() & ~(new.float() if dtype.itemsize == 1 else new).isfinite()
+            back = new.float() if dtype.itemsize == 1 else new
+            lost = tensor.isfinite() & ~back.isfinite()
+            if not bool(back.any()):  # nothing is left of what was not 0
+                lost = lost | (tensor != 0)
         else:  # integers are the same again when they are brought back
             lost = new.to(tensor.dtype) != tensor
         if bool(lost.any()):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import build, check_model
+from .checkpoint import build, check_model, fits, memory_of
 from .checkpoint_format import (
     CONFIG,
     FILES,
@@ -32,6 +34,7 @@ from .files import (
     DTYPES,
     MAX_NAME,
     CheckpointError,
+    expanded,
     read_json,
     shown,
     tensors_header,
@@ -83,9 +86,15 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
     check_model("save_checkpoint", model)
     with torch.no_grad():
         tensors, layers = _contents(model, format)
+        if not layers:
+            warnings.warn(
+                "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its float "
+                "tensors only. What to do: lq_graph.quantize it first.",
+                stacklevel=2,
+            )
         try:
             with uninterrupted() as pause:
-                _save(Path(folder), format, tensors, layers, pause)
+                _save(expanded(folder), format, tensors, layers, pause)
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -110,7 +119,7 @@ def _contents(
         states[name] = layer.state_dict()
         for key, tensor in states[name].items():
             _check_tensor(f"{name}.{key}", tensor)
-        _check_scales(name, states[name])
+        _check_scales(name, layer, states[name])
     tensors = {
         f"{name}.{part}": tensor
         for name, parts in _parts(layers, states, format).items()
@@ -137,8 +146,8 @@ def _once(tensors: dict[str, Tensor], *groups: Iterable[str]) -> dict[str, Tenso
     for group in groups:
         seen: set[object] = set()
         for key in group:
-            place = _memory(tensors[key])
-            if place is not None and place in seen:
+            place = memory_of(tensors[key])
+            if place in seen:
                 left_out.add(key)
             seen.add(place)
     return {key: tensor for key, tensor in tensors.items() if key not in left_out}
@@ -168,14 +177,6 @@ def _check_tensor(key: object, value: object) -> None:
     )
 
 
-def _memory(tensor: Tensor) -> object:
-    """What is equal for tensors that share their memory as a whole."""
-    if not tensor.numel():
-        return None
-    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-    return (tensor.device, *place, tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
 def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
     """The formats hold whole layers, int8 weights and float outputs."""
     if SPLIT in vars(layer.linear):
@@ -203,7 +204,7 @@ def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
     )
 
 
-def _check_scales(name: str, state: dict[str, Tensor]) -> None:
+def _check_scales(name: str, layer: QuantizedLinear, state: dict[str, Tensor]) -> None:
     """What load_checkpoint would refuse is not written."""
     for key in ("linear.scale", "input_scale"):
         scale = state.get(key)
@@ -215,6 +216,16 @@ def _check_scales(name: str, state: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"save_checkpoint: {name}.{key} holds NaN, infinity, 0 or less; a scale is finite "
                 "and above 0. What to do: quantize the layer again."
+            )
+    dtype = layer.input_dtype
+    per_weight = "linear.scale" if layer.dynamic else "weight_scale"
+    for key, factor in (("linear.bias", 1), ("float_bias", 1), (per_weight, 127)):
+        values = state.get(key)
+        is_float = values is not None and values.is_floating_point()
+        if is_float and not fits(values.double() * factor, dtype):
+            raise CheckpointError(
+                f"save_checkpoint: {name}.{key} holds NaN, infinity or values of which a bias or "
+                f"a weight is beyond {dtype_name(dtype)}, the layer's dtype. What to do: quantize the layer again."
             )
 
 
@@ -332,11 +343,19 @@ def _description(tensors: dict[str, Tensor], layers: dict[str, QuantizedLinear])
     return kinds
 
 
-def _config(layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def _target(name: str) -> str:
+    """The target that takes one layer: its name, or a pattern where that would mean more."""
+    return f"re:{re.escape(name)}$" if name == "Linear" or name.startswith("re:") else name
+
+
+def _config(tensors: dict[str, Tensor], layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
     common = {"num_bits": 8, "type": "int", "symmetric": True}
+    scales = {
+        name for name, _, part in (k.rpartition(".") for k in tensors) if part == "weight_scale"
+    }
     groups: dict[str, Any] = {}
     for dynamic in (False, True):
-        names = [name for name, layer in layers.items() if layer.dynamic == dynamic]
+        names = [_target(name) for name, layer in layers.items() if layer.dynamic == dynamic]
         if names:
             groups[f"group_{len(groups)}"] = {
                 "targets": names,
@@ -352,7 +371,7 @@ def _config(layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [],
+        "ignore": [_target(name) for name in sorted(scales - layers.keys())],
     }
 
 
@@ -376,7 +395,7 @@ def _save(
             if format == "msmodelslim":
                 new: dict[str, Any] = _description(tensors, layers)
             else:
-                new = {**old, "quantization_config": _config(layers)}
+                new = {**old, "quantization_config": _config(tensors, layers)}
             with ExitStack() as files:
                 order, header = tensors_header(tensors)
                 contents: list[bytes | Tensor] = [header, *(tensors[key] for key in order)]
@@ -433,11 +452,12 @@ def _put_in_place(weights: Path, about: Path, files: ExitStack, *, changes_json:
 def _finish(folder: Path) -> None:
     """End what a process that was killed has begun: its save, if its JSON is in place; if not, only
     its temporary files go."""
-    if (weights := waiting(folder)) is not None:
-        name = next(name for name, _ in FILES.values() if temporary(name) == weights.name)
-        os.replace(weights, folder / name)
-    for name in {name for names in FILES.values() for name in names}:
-        for path in (_temporary(folder / name), _kept(folder / name)):
+    if (waits := waiting(folder)) is not None:
+        name = next(name for name, _ in FILES.values() if temporary(name) == waits.name)
+        os.replace(waits, folder / name)
+    for weights, about in ((folder / one, folder / other) for one, other in FILES.values()):
+        # without the copy nothing waits: it goes first, in case that this is killed too
+        for path in (_kept(about), _temporary(weights), _temporary(about)):
             _quietly(os.unlink, path)
 
 

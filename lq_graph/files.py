@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "Entry",
     "TensorFile",
+    "expanded",
     "read_json",
     "refuse",
     "shown",
@@ -66,6 +67,15 @@ def shown(text: object, limit: int = 200) -> str:
     if not text.isprintable():
         text = ascii(text)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def expanded(path: str | Path) -> Path:
+    """A path, with the home folder for a ~ at its beginning."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no user of that name: the ~ is the file's
+        return path
 
 
 def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "") -> NoReturn:
@@ -281,7 +291,7 @@ class TensorFile:
             tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
         else:
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
-            _fill(self._stream, self.file, _memory(tensor), begin)
+            _fill(self._stream, self.file, _bytes_of(tensor), begin)
         if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             refuse(self.file, None, "0 and 1 for a bool", "other bytes")
         return tensor
@@ -306,7 +316,7 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _memory(tensor: Tensor) -> Any:
+def _bytes_of(tensor: Tensor) -> Any:
     """The bytes of a contiguous CPU tensor."""
     if not tensor.numel():
         return bytearray()
@@ -339,7 +349,7 @@ def tensors_header(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
 def write_tensor(descriptor: int, tensor: Tensor, pause: Callable[[], None]) -> None:
     """Write the bytes of a tensor, of any device and layout in memory."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    write_all(descriptor, _memory(plain), pause)
+    write_all(descriptor, _bytes_of(plain), pause)
 
 
 def write_all(descriptor: int, data: Any, pause: Callable[[], None]) -> None:
