@@ -24,7 +24,7 @@ from .plan import check_finite, plan
 from .product import get_product
 from .text import table
 from .vendor import vendor_layers
-from .walk import all_or_nothing, uninterrupted
+from .walk import all_or_nothing, keeps_grad_mode, uninterrupted
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 
@@ -72,6 +72,7 @@ class Report(list[Prepared]):
         return "\n".join([*table([head, *rows]), summary])
 
 
+@keeps_grad_mode
 def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Report:
     """Prepare every LinearQuant of a model for the NPU, once.
 
@@ -120,7 +121,7 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
         warnings.warn(
             "use_internal_format_weight: weights stay ND, because "
             "torch.npu.config.allow_internal_format is off. What to do: set it to True before.",
-            stacklevel=2,
+            stacklevel=3,
         )
     if others_changed and _has_compiled():
         warnings.warn(
@@ -129,7 +130,7 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
             f"({others_changed}) torch.compile does not notice, and a graph that was made for ND "
             "reads FRACTAL_NZ as ND. What to do: prepare before the first call, or call "
             "torch._dynamo.reset() now.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return report
 

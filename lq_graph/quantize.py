@@ -23,7 +23,13 @@ from .quantized_linear import QuantizedLinear
 from .schemes import SCHEMES, A8W8Static, Config
 from .text import table
 from .vendor import vendor_layers
-from .walk import held_elsewhere, places_of, uninterrupted, why_not_replaceable
+from .walk import (
+    held_elsewhere,
+    keeps_grad_mode,
+    places_of,
+    uninterrupted,
+    why_not_replaceable,
+)
 
 __all__ = ["QuantizeReport", "Quantized", "StaysFloat", "quantize"]
 
@@ -116,6 +122,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
+@keeps_grad_mode
 def quantize(
     model: nn.Module,
     config: Config,

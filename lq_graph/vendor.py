@@ -12,7 +12,7 @@ from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import STORAGE_DTYPES, dtype_name
 from .module import PARAMETERS, LinearQuant
 from .quantized_linear import QuantizedLinear
-from .walk import all_or_nothing, carry_over, places_of, why_not_replaceable
+from .walk import all_or_nothing, carry_over, keeps_grad_mode, places_of, why_not_replaceable
 
 __all__ = ["convert", "vendor_layers"]
 
@@ -30,6 +30,7 @@ def vendor_layers() -> tuple[type[nn.Module], ...]:
     return (VendorLinearQuant, LinearA8W8Quant)
 
 
+@keeps_grad_mode
 def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
     """Replace the vendor's LinearQuant and LinearA8W8Quant modules by ours, or ours by the
     vendor's LinearQuant, in place.
@@ -89,7 +90,8 @@ def _is_convertible(
     """Whether a module is to be replaced; one that does more than its class does is refused."""
     what = f"convert: {name or 'the model'}"
     if type(old) not in kinds:
-        warnings.warn(f"{what} is left alone: {why_not_replaceable(old, kinds[0])}.", stacklevel=3)
+        why = why_not_replaceable(old, kinds[0])
+        warnings.warn(f"{what} is left alone: {why}.", stacklevel=4)  # past the decorator
         return False
     why = why_not_replaceable(old, type(old), places)
     if any(isinstance(parent, QuantizedLinear) and parent.dynamic for parent, _ in places):

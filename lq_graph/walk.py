@@ -8,11 +8,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -22,6 +23,7 @@ __all__ = [
     "all_or_nothing",
     "carry_over",
     "held_elsewhere",
+    "keeps_grad_mode",
     "places_of",
     "uninterrupted",
     "why_not_replaceable",
@@ -45,6 +47,7 @@ _DEPTH = 3  # of lists in lists that are searched for modules
 _PLAIN: dict[type[nn.Module], nn.Module] = {}
 
 Places = Iterable[tuple[nn.Module, str]]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def why_not_replaceable(module: nn.Module, kind: type[nn.Module], places: Places = ()) -> str:
@@ -205,6 +208,21 @@ def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
         yield from _modules_in((value.func, value.args, value.keywords), depth - 1)
     elif isinstance(value, MethodType):
         yield from _modules_in(value.__self__, depth)
+
+
+def keeps_grad_mode(function: _Function) -> _Function:
+    """Decorator: whether gradients are recorded is afterwards as before, also when Ctrl-C comes
+    while torch.no_grad() ends, which would leave them off for the rest of the process."""
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before = torch.is_grad_enabled()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return cast(_Function, wrapper)
 
 
 @contextmanager

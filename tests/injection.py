@@ -39,6 +39,7 @@ __all__ = [
     "ctrl_c",
     "folder_state",
     "model_state",
+    "modes",
     "op_fault",
     "os_fault",
     "points",
@@ -166,6 +167,16 @@ def points(count: int, trials: int, seed: int = 0) -> list[int]:
     if count <= trials:
         return list(range(1, count + 1))
     return sorted(random.Random(seed).sample(range(1, count + 1), trials))
+
+
+def modes() -> tuple[object, ...]:
+    """What a function could leave set for the rest of the process."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_device(),
+        torch.get_default_dtype(),
+    )
 
 
 def model_state(model: nn.Module) -> dict[str, object]:

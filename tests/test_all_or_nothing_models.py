@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch_npu
 from cases import BF16, F16, I32, Case
-from injection import STRIKES, model_state, points, rehearse
+from injection import STRIKES, model_state, modes, points, rehearse
 from test_module import module_for
 from test_prepare import vendor_for
 from torch import Tensor, nn
@@ -187,13 +187,14 @@ def test_struck_anywhere_a_model_is_as_before_or_complete(name: str, kind: str) 
         count = rehearse(strike, lambda: action.act(action.make()))
         before = state(action.make())
         assert before != whole
-        seen = set()
+        seen, around = set(), modes()
         for at in points(count, TRIALS):
             model = action.make()
             same = objects(model)
             # Ctrl-C while cann_host computes may come as torch_npu's RuntimeError
             with contextlib.suppress(error, RuntimeError), strike(at):
                 action.act(model)
+            assert modes() == around, at
             now = state(model)
             assert now in (before, whole), (at, differences(now, before), differences(now, whole))
             seen.add(now == whole)
