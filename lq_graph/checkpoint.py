@@ -38,7 +38,14 @@ from .npu import cast_format, format_of
 from .quantize_layer import no_row
 from .quantized_linear import QuantizedLinear
 from .text import table
-from .walk import all_or_nothing, carry_over, held_elsewhere, places_of, why_not_replaceable
+from .walk import (
+    all_or_nothing,
+    carry_over,
+    held_elsewhere,
+    keeps_grad_mode,
+    places_of,
+    why_not_replaceable,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -284,6 +291,7 @@ def _stamp(path: Path) -> list[tuple[object, ...]]:
 # ---- loading ----
 
 
+@keeps_grad_mode
 def load_checkpoint(
     model: nn.Module,
     path: str | Path,
@@ -309,7 +317,7 @@ def load_checkpoint(
 
     Args:
         model: with the float layers the checkpoint was made of.
-        path: a folder, or one safetensors file with its json beside it.
+        path: a folder, or one safetensors file with its json beside it; ~ is the home folder.
         dtype: float16 or bfloat16, what the quantized layers take and give; default that of the
             layer's own weight. A static layer of msmodelslim says its own, and has to agree: int64
             deq_scale float16, float32 deq_scale bfloat16.

@@ -46,13 +46,14 @@ from .module import SPLIT
 from .numerics import unpack_scale
 from .ops import trans_quant_param
 from .quantized_linear import QuantizedLinear
-from .walk import uninterrupted
+from .walk import keeps_grad_mode, uninterrupted
 
 __all__ = ["FORMATS", "save_checkpoint"]
 
 FORMATS = tuple(FILES)
 
 
+@keeps_grad_mode
 def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodelslim") -> None:
     """Write a model with QuantizedLinear layers as a checkpoint that `load_checkpoint` reads.
 
@@ -68,9 +69,12 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
 
     Args:
         model: CPU or NPU.
-        folder: made if it is not there. It may hold a checkpoint of the same names, which is
-            replaced, but no other weights.
+        folder: made if it is not there; ~ is the home folder. It may hold a checkpoint of the same
+            names, which is replaced, but no other weights.
         format: "msmodelslim" or "compressed-tensors".
+
+    Warns:
+        UserWarning: no layer is a QuantizedLinear.
 
     Raises:
         CheckpointError: another format; a static layer the format cannot hold, an int4 layer, one
@@ -90,7 +94,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             warnings.warn(
                 "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its float "
                 "tensors only. What to do: lq_graph.quantize it first.",
-                stacklevel=2,
+                stacklevel=3,
             )
         try:
             with uninterrupted() as pause:
@@ -221,11 +225,13 @@ def _check_scales(name: str, layer: QuantizedLinear, state: dict[str, Tensor]) -
     per_weight = "linear.scale" if layer.dynamic else "weight_scale"
     for key, factor in (("linear.bias", 1), ("float_bias", 1), (per_weight, 127)):
         values = state.get(key)
-        is_float = values is not None and values.is_floating_point()
-        if is_float and not fits(values.double() * factor, dtype):
+        if values is None or not values.is_floating_point():
+            continue
+        if not fits(values.double() * factor, dtype):
             raise CheckpointError(
                 f"save_checkpoint: {name}.{key} holds NaN, infinity or values of which a bias or "
-                f"a weight is beyond {dtype_name(dtype)}, the layer's dtype. What to do: quantize the layer again."
+                f"a weight is beyond {dtype_name(dtype)}, the layer's dtype. What to do: "
+                "quantize the layer again."
             )
 
 

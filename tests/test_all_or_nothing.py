@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,22 @@ from injection import (
     STRIKES,
     folder_state,
     model_state,
+    modes,
     points,
     rehearse,
 )
 from torch import nn
 
 import lq_graph
-from lq_graph import A8W8Dynamic, A8W8Static, CheckpointError, load_checkpoint, save_checkpoint
+from lq_graph import (
+    A8W8Dynamic,
+    A8W8Static,
+    CheckpointError,
+    checkpoint_write,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lq_graph.checkpoint_format import FILES, kept, temporary
 
 TRIALS = 200
 F16 = torch.float16
@@ -113,7 +123,7 @@ def test_load(name, device, checkpoints, tally) -> None:
     assert extra == [2.0, 2.0]
     for at in points(count, TRIALS):
         target = model(3, device)
-        before = model_state(target)
+        before, set_before = model_state(target), modes()
         with strike(at) as events:
             try:
                 load_checkpoint(target, folder)
@@ -123,6 +133,7 @@ def test_load(name, device, checkpoints, tally) -> None:
         after = model_state(target)
         done = after == whole
         assert done or after == before, (at, changed(after, before))
+        assert modes() == set_before, at
         assert target.norm.state.tolist() == (extra if done else [3.0, 3.0]), at
         # Ctrl-C is never lost; what the system refuses may be asked for again
         assert raised or not events.struck or name == "os_fault", at
@@ -150,7 +161,7 @@ def test_save(name, there, checkpoints, tmp_path, tally) -> None:
     count = rehearse(strike, lambda: save_checkpoint(source, folder, kind))
     whole = folder_state(tmp_path)
     for at in points(count, TRIALS):
-        before = prepare()
+        before, set_before = prepare(), modes()
         with strike(at) as events:
             try:
                 save_checkpoint(source, folder, kind)
@@ -160,6 +171,7 @@ def test_save(name, there, checkpoints, tmp_path, tally) -> None:
         after = folder_state(tmp_path)
         done = after == whole
         assert done or after == before, (at, changed(after, before))
+        assert modes() == set_before, at
         assert raised or not events.struck or (name == "os_fault" and done), at
         assert done or raised, at
         ends[f"save: {name}, {'complete' if done else 'as before'}"] += 1
@@ -188,6 +200,53 @@ def test_a_disk_that_fails_for_good_between_the_two_files(checkpoints, tmp_path)
     assert model_state(found) == model_state(want)
     save_checkpoint(source, old, kind)  # ends what was begun, and cleans up
     assert folder_state(old) == folder_state(new)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["before the JSON", "after the JSON"])
+def test_killed_while_it_cleans_up_after_one_that_was_killed(
+    in_place, checkpoints, tmp_path
+) -> None:
+    kind, old, new = checkpoints
+    weights, about = FILES[kind]
+    found, want = model(3), model(3)
+    load_checkpoint(want, new if in_place else old)
+    for steps in range(10):
+        folder = tmp_path / str(steps)
+        shutil.copytree(old, folder)
+        shutil.copy(new / weights, folder / temporary(weights))
+        shutil.copy(new / about, folder / temporary(about))
+        shutil.copy(old / about, folder / kept(about))
+        if in_place:
+            os.replace(folder / temporary(about), folder / about)
+        left = [steps]
+
+        def stops(real: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
+            def call(*args: object) -> None:
+                if left[0] == 0:
+                    raise Killed
+                real(*args)
+                left[0] -= os.path.lexists(str(args[0])) is False
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", stops(os.unlink))
+            patch.setattr(os, "replace", stops(os.replace))
+            try:
+                checkpoint_write._finish(folder)
+                ended = True
+            except Killed:
+                ended = False
+        load_checkpoint(found, folder)
+        assert model_state(found) == model_state(want), steps
+        if ended:
+            assert {path.name for path in folder.iterdir()} == set(FILES[kind])
+            break
+    assert ended and steps >= 2
 
 
 SAVES_FOR_EVER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fcntl
 import json
@@ -9,7 +10,9 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import golden
 import numpy as np
@@ -25,6 +28,7 @@ from lq_graph import (
     A8W8Static,
     CheckpointError,
     QuantizedLinear,
+    checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -621,7 +625,7 @@ def test_layers_between_which_int8_stays_are_not_loaded_over(tmp_path) -> None:
 # ---- values that do not fit ----
 
 
-BIG = torch.full((N,), 1e30)
+BIG, SMALL = torch.full((N,), 1e30), torch.full((N,), 1e-9)
 NARROW = {
     "bfloat16 to float16": (
         put("norm.bias", BIG.bfloat16()),
@@ -633,6 +637,12 @@ NARROW = {
     "rounds to infinity": (put("norm.bias", BIG.double() * 3.4028235e8), BF16, "norm.bias"),
     "buffer": (put("steps", torch.tensor([2**40])), F16, r"steps: .* int32 holds.* 1099511627776"),
     "bool": (put("mask", torch.tensor([2], dtype=I8)), F16, r"mask: .* bool holds.* found 2"),
+    "all become 0": (put("norm.weight", SMALL), F16, r"norm.weight: .* float16 holds"),
+    "bfloat16, all 0": (
+        put("norm.weight", SMALL.bfloat16()),
+        F16,
+        r"norm.weight: .* float16",
+    ),
 }
 
 
@@ -697,6 +707,75 @@ def test_scales_that_would_be_lost_are_refused(compressed, spoil, message, tmp_p
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(model, tmp_path)
     assert model_state(model) == before
+
+
+def fill(key: str, value: float, dtype: torch.dtype = F32):
+    """All values of a tensor of "up"."""
+    return edit_file(lambda t: t.update({key: torch.full_like(t[key], value, dtype=dtype)}))
+
+
+BEYOND = {
+    "bias": ("msmodelslim", True, F16, "bias", 1e6, "up.bias: .*float16 holds.* 1000000"),
+    "bias, bfloat16": ("msmodelslim", True, BF16, "bias", 3.4e38, "up.bias: .*bfloat16 holds"),
+    "bias is nan": ("msmodelslim", True, BF16, "bias", torch.nan, "up.bias: .*finite"),
+    "bias is infinite": ("compressed-tensors", True, F16, "bias", -torch.inf, "up.bias: .*finite"),
+    "static bias": ("compressed-tensors", False, F16, "bias", 7e4, "up.bias: .*float16 holds"),
+    "static bias is nan": ("compressed-tensors", False, BF16, "bias", torch.nan, "up.bias: .*fini"),
+    "weights": ("msmodelslim", True, F16, "weight_scale", 520, "weight_scale: .* 127 . 520"),
+    "weights, bfloat16": ("msmodelslim", True, BF16, "weight_scale", 3e36, "up.weight_scale: .*bf"),
+    "static weights": (
+        "compressed-tensors",
+        False,
+        F16,
+        "weight_scale",
+        520,
+        "weight_scale: .*127",
+    ),
+    "static weights, one scale": ("msmodelslim", False, BF16, "deq_scale", 1e36, "up.deq_scale"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "dtype", "part", "value", "message"), BEYOND.values(), ids=BEYOND
+)
+def test_layers_beyond_their_dtype_are_refused(
+    kind, dynamic, dtype, part, value, message, tmp_path
+) -> None:
+    write(tmp_path, kind, dynamic, dtype)
+    fill(f"up.{part}", value)(tmp_path)
+    model = Model(dtype)
+    before = model_state(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, tmp_path)
+    assert model_state(model) == before
+
+
+def test_an_int32_bias_beyond_float16_is_refused(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", False, F16)
+    word = torch.full((N,), 0.03125).view(I32).to(I64)
+    put("up.deq_scale", word)(tmp_path)
+    load_checkpoint(Model(), tmp_path)
+    put("up.quant_bias", torch.full((N,), 2**22, dtype=I32))(tmp_path)  # 131072, or less by
+    with pytest.raises(CheckpointError, match=r"up.quant_bias: expected a bias that float16"):
+        load_checkpoint(Model(), tmp_path)  # 5 * 128 * K * 0.03125 for the zero point
+
+
+def test_weights_up_to_the_dtypes_limit_are_loaded(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    fill("up.weight_scale", 65504 / 127)(tmp_path)
+    fill("up.bias", -65504)(tmp_path)
+    load_checkpoint(Model(), tmp_path)
+
+
+@pytest.mark.parametrize(("part", "value"), [("bias", 1e6), ("bias", torch.nan), ("scale", 520)])
+def test_a_layer_that_could_not_be_loaded_is_not_saved(part, value, tmp_path) -> None:
+    model = Model()
+    load_checkpoint(model, write(tmp_path, "msmodelslim", True, F16))
+    held = getattr(model.up.linear, part)
+    held.data = torch.full_like(held, value, dtype=F32)
+    with pytest.raises(CheckpointError, match=rf"up.linear.{part} holds NaN, .* beyond float16"):
+        save_checkpoint(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 # ---- what the model or the product cannot run ----
@@ -1123,3 +1202,140 @@ def test_one_save_at_a_time(tmp_path) -> None:
     finally:
         os.close(descriptor)
     save_checkpoint(model, tmp_path)
+
+
+def test_names_that_mean_more_in_a_config(tmp_path) -> None:
+    """A layer named as a class, one named as a pattern, and a float tensor named as a scale."""
+
+    def make() -> nn.Module:
+        model = nn.Module()
+        model.add_module("Linear", nn.Linear(16, 16, dtype=F16))
+        model.add_module("re:", nn.Linear(16, 16, dtype=F16))
+        model.add_module("float", nn.LayerNorm(16, dtype=F16))
+        model.float.register_buffer("weight_scale", torch.ones(1))
+        model.forward = lambda x: getattr(model, "re:")(model.Linear(x))
+        return model
+
+    source, model, x = make(), make(), torch.randn(3, 16).half()
+    config = A8W8Static(symmetric=True, int8_between=False)
+    lq_graph.quantize(source, config, [x], filter_fn=lambda _, name: name == "Linear")
+    lq_graph.quantize(source, lq_graph.A8W8Dynamic())
+    save_checkpoint(source, tmp_path, "compressed-tensors")
+    report = load_checkpoint(model, tmp_path)
+    assert {x.name: x.scheme for x in report} == {"Linear": "static", "re:": "dynamic"}
+    assert torch.equal(model(x), source(x))
+
+
+def test_a_model_without_quantized_layers_is_saved_with_a_warning(tmp_path) -> None:
+    source, model = Model(), Model()
+    with pytest.warns(UserWarning, match=r"no QuantizedLinear; .*quantize it first") as caught:
+        save_checkpoint(source, tmp_path)
+    assert [w.filename for w in caught] == [__file__]
+    assert load_checkpoint(model, tmp_path) == []
+    assert torch.equal(model.up.weight, source.up.weight)
+
+
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    model = Model()
+    load_checkpoint(model, write(tmp_path / "a", "msmodelslim", True, F16))
+    for folder in ("~/b", "~no such user/b"):  # the second is a name as any other
+        save_checkpoint(model, folder)
+        load_checkpoint(Model(), folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "~no such user"]
+
+
+class Strict(Model):
+    """A model that lets nobody set its modules."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in vars(self).get("_modules", {}):
+            raise TypeError("frozen")
+        super().__setattr__(name, value)
+
+
+def test_a_parent_with_a_setattr_of_its_own(tmp_path) -> None:
+    model = Strict()
+    load_checkpoint(model, write(tmp_path, "msmodelslim", True, F16))
+    assert isinstance(model.up, QuantizedLinear)
+
+
+# ---- at the same time ----
+
+
+def test_threads_load_one_model(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model, errors = Model(), []
+
+    def load() -> None:
+        try:
+            for _ in range(5):
+                load_checkpoint(model, tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and isinstance(model.up, QuantizedLinear)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_signal_handler_loads_in_the_middle_of_a_load(same, tmp_path, monkeypatch) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model, other = Model(), Model()
+    before = model_state(model)
+    read, loads = checkpoint._Files.read, []
+
+    def handler(*_: object) -> None:
+        loads.append(1)
+        load_checkpoint(model if same else other, tmp_path)
+
+    def read_and_signal(files: Any, key: str) -> torch.Tensor:
+        if not loads and key == "norm.weight":
+            signal.raise_signal(signal.SIGUSR1)
+        return read(files, key)
+
+    monkeypatch.setattr(checkpoint._Files, "read", read_and_signal)
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        if same:
+            with pytest.raises(CheckpointError, match=r"changed by something else while"):
+                load_checkpoint(model, tmp_path)
+        else:
+            load_checkpoint(model, tmp_path)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert len(loads) == 1 and model_state(model) != before
+    assert isinstance((model if same else other).up, QuantizedLinear)
+
+
+def test_a_child_does_not_wait_for_a_thread_of_its_parent(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model = Model()
+    has, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with checkpoint._LOCK:
+            has.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has.wait(60)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        torch.set_num_threads(1)
+        with contextlib.suppress(BaseException):
+            load_checkpoint(model, tmp_path)
+            os._exit(0)
+        os._exit(1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from injection import model_state
+from safetensors.torch import save_file
 from torch import nn
 
 import lq_graph
@@ -208,6 +209,17 @@ def test_an_index_that_is_not_of_these_files(change, message, good) -> None:
     change(content["weight_map"])
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model(), folder)
+
+
+@pytest.mark.parametrize("good", ["msmodelslim"], indirect=True)
+def test_weights_that_the_index_does_not_list(good) -> None:
+    kind, folder = good
+    (folder / "broken.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    save_file({"layers.0.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
+    load_checkpoint(model(), folder)  # files of other tensors
+    shutil.copy(folder / WEIGHTS[kind], folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"index.json: .* model.safetensors too, .* remove"):
         load_checkpoint(model(), folder)
 
 
