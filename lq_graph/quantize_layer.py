@@ -17,7 +17,7 @@ from .plan_quant import plan_dynamic_quant, plan_static_quant
 from .product import get_product
 from .quantized_linear import QuantizedLinear
 from .schemes import SCHEMES, A4W4Dynamic, A8W8Static, Config
-from .walk import carry_over
+from .walk import carry_over, put
 
 __all__ = ["Job", "Kept", "affine", "illegal", "no_row"]
 
@@ -124,9 +124,9 @@ class Job:
         new = self.build(kept)
         self.bytes = _size(new.linear)
         for parent, name in self.places:
-            setattr(parent, name, new)
+            put(parent, name, new)
         if self.absorbed:
-            setattr(*self.absorbed, nn.Identity())
+            put(*self.absorbed, nn.Identity())
         self.linear = None
 
 

@@ -12,7 +12,7 @@ from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import STORAGE_DTYPES, dtype_name
 from .module import PARAMETERS, LinearQuant
 from .quantized_linear import QuantizedLinear
-from .walk import all_or_nothing, carry_over, keeps_grad_mode, places_of, why_not_replaceable
+from .walk import all_or_nothing, carry_over, keeps_grad_mode, places_of, put, why_not_replaceable
 
 __all__ = ["convert", "vendor_layers"]
 
@@ -76,8 +76,8 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
     with all_or_nothing() as undo:
         for old, replacement in new.items():
             for parent, name in places.get(old, []):
-                undo.callback(setattr, parent, name, old)
-                setattr(parent, name, replacement)
+                undo.callback(put, parent, name, old)
+                put(parent, name, replacement)
     return new.get(model, model)
 
 

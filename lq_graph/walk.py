@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from inspect import signature
-from types import MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "held_elsewhere",
     "keeps_grad_mode",
     "places_of",
+    "put",
     "uninterrupted",
     "why_not_replaceable",
 ]
@@ -43,7 +45,10 @@ _HOOKS = {
 # modules that read the weight of a layer they hold and do not call the layer, all or some of the
 # time
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_DEPTH = 3  # of lists in lists that are searched for modules
+_DEPTH = 4  # of objects in objects that are searched for modules
+_REACHED = ("_parameters", "_buffers", "_modules")  # of a module: where replacements go
+# what can hold no module, or is not the model's
+_NO_HOLDERS = (str, bytes, bytearray, memoryview, range, int, float, complex, type, ModuleType)
 _PLAIN: dict[type[nn.Module], nn.Module] = {}
 
 Places = Iterable[tuple[nn.Module, str]]
@@ -66,6 +71,8 @@ def why_not_replaceable(module: nn.Module, kind: type[nn.Module], places: Places
         return f"a {type(module).__name__}, whose forward may differ from {_name(kind)}'s"
     if _is_patched(kind):
         return f"the forward of {_name(kind)} itself was replaced by another, which would be lost"
+    if kind is nn.Linear and nn.functional.linear is not torch._C._nn.linear:
+        return "torch.nn.functional.linear was replaced by another, which would be lost"
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "there are forward hooks for all modules, which may act on it"
     why = _own_behaviour(module, _plain(kind))
@@ -181,33 +188,101 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     return places
 
 
+def put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in place. By the dict itself, for a parent's own __setattr__ may refuse it when
+    others are in place already."""
+    parent._modules[name] = module
+
+
 def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
-    """Submodules that attributes of the model's modules hold, where no replacement reaches them:
-    lists, tuples, dicts and sets, partial functions, and attributes set past nn.Module. By each the
-    name of the attribute."""
-    usual = set(vars(nn.Module()))
+    """Submodules that something of the model's modules holds, itself or its weight, where no
+    replacement reaches them. By each the name of the attribute.
+
+    Looked at are attributes of modules and of their classes, and hooks; in them collections,
+    functions with what they enclose, and plain objects, a few levels deep. Nothing is consumed.
+    """
     found: dict[nn.Module, str] = {}
+    inside = set(model.modules())
+    owners: dict[int, list[nn.Module]] = {}
+    for module in inside:
+        for parameter in module.parameters():
+            owners.setdefault(_memory(parameter), []).append(module)
+
+    def note(value: object, attribute: str) -> None:
+        for held in _held_in(value, _DEPTH, seen):
+            if isinstance(held, Tensor):
+                for owner in owners.get(_memory(held), ()):
+                    found.setdefault(owner, attribute)
+                continue
+            found.setdefault(held, attribute)
+            if held not in inside:
+                for part in held.modules():
+                    found.setdefault(part, attribute)
+
+    seen: dict[int, int] = {}
+    kinds: dict[type, None] = {}
     for name, module in model.named_modules():
+        kinds.update(dict.fromkeys(type(module).__mro__))
         for attribute, value in vars(module).items():
-            if attribute not in usual:
-                for held in _modules_in(value, _DEPTH):
-                    found.setdefault(held, f"{name}.{attribute}" if name else attribute)
+            if attribute not in _REACHED:
+                note(value, f"{name}.{attribute}" if name else attribute)
+    for kind in kinds:
+        if not _is_torchs(kind) and kind is not object:
+            for attribute, value in list(vars(kind).items()):
+                note(value, f"{kind.__name__}.{attribute}")
     return found
 
 
-def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
+def _memory(tensor: Tensor) -> int:
+    """What two objects for the same memory have in common."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return (plain and not tensor.is_meta and tensor.data_ptr()) or id(tensor)
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def _held_in(value: object, depth: int, seen: dict[int, int]) -> Iterator[nn.Module | Tensor]:
+    """Modules and tensors in a value; `seen` has how deep each object was searched."""
+    if isinstance(value, nn.Module | Tensor):
         yield value
-    elif depth and isinstance(value, Mapping):
-        for part in [*value.keys(), *value.values()]:
-            yield from _modules_in(part, depth - 1)
-    elif depth and isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            yield from _modules_in(part, depth - 1)
-    elif depth and isinstance(value, partial):
-        yield from _modules_in((value.func, value.args, value.keywords), depth - 1)
-    elif isinstance(value, MethodType):
-        yield from _modules_in(value.__self__, depth)
+        return
+    if value is None or isinstance(value, _NO_HOLDERS) or seen.get(id(value), 0) >= depth:
+        return
+    seen[id(value)] = depth
+    for part in _parts_of(value):
+        yield from _held_in(part, depth - 1, seen)
+
+
+def _parts_of(value: object) -> list[object]:
+    """What an object holds."""
+    parts: list[object] = []
+    if isinstance(value, Mapping):
+        parts += [*value.keys(), *value.values()]
+    elif isinstance(value, Collection):  # no iterator, which could be read once, and no data loader
+        parts += value
+    if isinstance(value, MethodType):
+        parts += [value.__self__, value.__func__]
+    elif isinstance(value, partial):
+        parts += [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, weakref.ref):
+        parts.append(value())
+    elif isinstance(value, FunctionType):
+        parts += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                parts.append(cell.cell_contents)
+    if not _is_torchs(type(value)):
+        parts += getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            names = vars(kind).get("__slots__", ())
+            parts += [
+                getattr(value, name, None)
+                for name in ([names] if isinstance(names, str) else names)
+                if name not in ("__dict__", "__weakref__")
+            ]
+    return parts
 
 
 def keeps_grad_mode(function: _Function) -> _Function:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import cases
@@ -216,12 +218,19 @@ def test_a_forward_replaced_for_all(
         handle.remove()
 
 
+class Slots:
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+
 class Holder(nn.Module):
     """A layer that is held in another way too."""
 
     def __init__(self, hold: Callable[[nn.Module, nn.Linear], object]) -> None:
         super().__init__()
-        self.plain, self.layer = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.plain, self.layer, self.extra = (nn.Linear(16, 16, dtype=F16) for _ in range(3))
         hold(self, self.layer)
 
 
@@ -237,15 +246,78 @@ class Holder(nn.Module):
             lambda m, layer: setattr(m, "compiled", torch.compile(layer, backend="eager")),
             "it is compiled by itself: call torch.compile on it afterwards",
         ),
+        (lambda m, layer: setattr(m, "taps", deque([layer])), "taps holds it too"),
+        (lambda m, layer: setattr(m, "helper", SimpleNamespace(x=[layer])), "helper holds it too"),
+        (lambda m, layer: setattr(m, "helper", Slots(layer)), "helper holds it too"),
+        (lambda m, layer: setattr(m, "call", lambda x: layer(x)), "call holds it too"),
+        (lambda m, layer: setattr(m, "call", lambda x, by=layer: by(x)), "call holds it too"),
+        (
+            lambda m, layer: m.plain.register_forward_hook(lambda *a: layer(a[2])),
+            "plain._forward_hooks holds it too",
+        ),
+        (lambda m, layer: setattr(type(m), "shared", {"x": layer}), "Holder.shared holds it too"),
+        (lambda m, layer: setattr(m, "by", weakref.ref(layer)), "by holds it too"),
+        (lambda m, layer: setattr(m, "by", [nn.Sequential(layer)]), "by holds it too"),
+        (lambda m, layer: setattr(m, "taps", [layer.weight]), "taps holds it too"),
+        (lambda m, layer: object.__setattr__(m, "again", layer.bias), "again holds it too"),
+        (lambda m, layer: setattr(m, "again", layer.weight.data), "again holds it too"),
+        (
+            lambda m, layer: setattr(m, "by", SimpleNamespace(f=lambda x: layer(x), by=m)),
+            "by holds it too",
+        ),
     ],
-    ids=["list", "dict", "partial", "method", "attribute", "torch.compile"],
+    ids=["list", "dict", "partial", "method", "attribute", "torch.compile"]
+    + ["deque", "object", "slots", "closure", "default", "hook", "class", "weakref", "unregistered"]
+    + ["weight in a list", "bias as an attribute", "data", "enclosed in an object"],
 )
 def test_held_elsewhere(hold: Callable[[nn.Module, nn.Linear], object], text: str) -> None:
-    model = Holder(hold).half()
+    model = type("Holder", (Holder,), {})(hold)  # a class that may be given attributes
     layer = model.layer
     report = {r.name: r for r in quantize(model, A8W8Dynamic())}
-    assert report["plain"].changed and not report["layer"].changed
+    assert report["extra"].changed and not report["layer"].changed
     assert text in report["layer"].note and model.layer is layer
+
+
+def test_iterators_are_not_consumed_when_holders_are_searched() -> None:
+    model = Holder(lambda m, layer: setattr(m, "items", iter([1, 2])))
+    model.generator = (i for i in (1, 2))
+    quantize(model, A8W8Dynamic())
+    assert list(model.items) == list(model.generator) == [1, 2]
+
+
+class Strict(nn.Module):
+    """A parent that takes nothing but nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 16)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "layer" and type(value) is not nn.Linear:
+            raise TypeError("no nn.Linear")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("parent", [Strict, lambda: nn.ModuleList([nn.Linear(64, 16)]),
+                                    lambda: nn.ModuleDict({"a": nn.Linear(64, 16)})])  # fmt: skip
+def test_a_parent_has_no_say_when_layers_are_put_in_place(
+    parent: Callable[[], nn.Module],
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 64), parent()).half()
+    quantize(model, A8W8Dynamic())
+    layers = [model[0], model[1], next(iter(model[2].children()))]
+    assert all(type(layer) is QuantizedLinear for layer in layers)
+    if isinstance(model[2], Strict):
+        assert model[2].layer is layers[2]
+    else:
+        assert (model[2]["a"] if isinstance(model[2], nn.ModuleDict) else model[2][0]) is layers[2]
+
+
+def test_functional_linear_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: 2 * linear(*args))
+    with pytest.raises(LinearQuantValueError, match=r"torch.nn.functional.linear was replaced"):
+        quantize(nn.Sequential(nn.Linear(16, 16)).half(), A8W8Dynamic())
 
 
 def test_held_elsewhere_finds_nothing_in_usual_models() -> None:
