@@ -44,6 +44,7 @@ from .walk import (
     held_elsewhere,
     keeps_grad_mode,
     places_of,
+    put,
     why_not_replaceable,
 )
 
@@ -507,15 +508,11 @@ def _load(
                         "loaded, a signal handler for example. What to do: load again."
                     )
                 for parent, name in held:
-                    undo.callback(_put_module, parent, name, old)
-                    _put_module(parent, name, layer)
+                    undo.callback(put, parent, name, old)
+                    put(parent, name, layer)
             changes.make(undo)
 
     return report, swap
-
-
-def _put_module(parent: nn.Module, name: str, module: nn.Module) -> None:
-    parent._modules[name] = module  # a __setattr__ of the parent's own may refuse it
 
 
 # ---- quantized layers ----

@@ -719,7 +719,7 @@ BEYOND = {
     "bias, bfloat16": ("msmodelslim", True, BF16, "bias", 3.4e38, "up.bias: .*bfloat16 holds"),
     "bias is nan": ("msmodelslim", True, BF16, "bias", torch.nan, "up.bias: .*finite"),
     "bias is infinite": ("compressed-tensors", True, F16, "bias", -torch.inf, "up.bias: .*finite"),
-    "static bias": ("compressed-tensors", False, F16, "bias", 7e4, "up.bias: .*float16 holds"),
+    "static bias": ("compressed-tensors", False, BF16, "bias", 3.4e38, "up.bias: .*bfloat16"),
     "static bias is nan": ("compressed-tensors", False, BF16, "bias", torch.nan, "up.bias: .*fini"),
     "weights": ("msmodelslim", True, F16, "weight_scale", 520, "weight_scale: .* 127 . 520"),
     "weights, bfloat16": ("msmodelslim", True, BF16, "weight_scale", 3e36, "up.weight_scale: .*bf"),
@@ -1211,8 +1211,8 @@ def test_names_that_mean_more_in_a_config(tmp_path) -> None:
         model = nn.Module()
         model.add_module("Linear", nn.Linear(16, 16, dtype=F16))
         model.add_module("re:", nn.Linear(16, 16, dtype=F16))
-        model.add_module("float", nn.LayerNorm(16, dtype=F16))
-        model.float.register_buffer("weight_scale", torch.ones(1))
+        model.add_module("norm", nn.LayerNorm(16, dtype=F16))
+        model.norm.register_buffer("weight_scale", torch.ones(1))
         model.forward = lambda x: getattr(model, "re:")(model.Linear(x))
         return model
 
