@@ -310,8 +310,9 @@ def load_checkpoint(
 
     All or nothing: files, sizes, dtypes, scales and the model are checked first, and the last
     step, for which Ctrl-C waits, is taken back if it fails. While another process saves into the
-    folder, the old checkpoint or the new one is loaded. Until everything is read, what the model
-    had is kept; make the model under torch.device("meta") to have none. Tied weights stay tied.
+    folder, the old checkpoint or the new one is loaded. Threads load one after another. Until
+    everything is read, what the model had is kept; make the model under torch.device("meta") to
+    have none. Tied weights stay tied.
     Buffers that files do not hold (register_buffer(persistent=False), as the inv_freq of rotary
     embeddings) have to be real before: make the modules that have them anew, outside
     torch.device("meta").
@@ -676,13 +677,15 @@ def _check_range(files: _Files, layer: _Layer) -> None:
         found = str(float(files.read(key).abs().max()))
         expected = f"finite values that {dtype} holds, the layer's dtype"
         refuse(files.path(key), key, expected, found, todo)
-    key = keys.get("weight_scale") or keys["deq_scale"]
-    scale = _scales(files, key).reshape(-1).double()
-    if "weight_scale" not in keys:  # it is the product of both scales
-        scale = scale / files.read(keys["input_scale"]).double()
-    if not fits(scale * 127, layer.output):
-        expected = f"weights that {dtype} holds, the layer's dtype"
-        refuse(files.path(key), key, expected, f"127 * {float(scale.max()):.6g}", todo)
+    for part in ("weight_scale", "deq_scale"):
+        if (key := keys.get(part)) is None:
+            continue
+        scale = _scales(files, key).reshape(-1).double()
+        if part == "deq_scale":  # the product of both scales
+            scale = scale / files.read(keys["input_scale"]).double()
+        if not fits(scale * 127, layer.output):
+            expected = f"weights that {dtype} holds, the layer's dtype"
+            refuse(files.path(key), key, expected, f"127 * {float(scale.max()):.6g}", todo)
     if (key := keys.get("quant_bias")) is not None:
         # the zero point's part of it is no bias: at most this
         zero_point = files.read(keys["input_offset"]).double().abs() * layer.k * 128

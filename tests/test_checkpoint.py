@@ -731,7 +731,7 @@ BEYOND = {
         520,
         "weight_scale: .*127",
     ),
-    "static weights, one scale": ("msmodelslim", False, BF16, "deq_scale", 1e36, "up.deq_scale"),
+    "deq_scale": ("msmodelslim", False, BF16, "deq_scale", 1e36, "up.deq_scale"),
 }
 
 
