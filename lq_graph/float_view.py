@@ -31,6 +31,7 @@ class FloatView(Tensor):
     """
 
     _compute: Callable[[], Tensor]
+    _is_param = True  # isinstance(layer.weight, nn.Parameter), as of nn.Linear
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from .plan import check_finite, plan
 from .product import get_product
 from .text import table
 from .vendor import vendor_layers
-from .walk import all_or_nothing, keeps_grad_mode, uninterrupted
+from .walk import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 
@@ -191,7 +190,7 @@ def _torchair() -> Any:
 
 
 # The float32 scale behind a packed one is read and kept in two steps.
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = one_at_a_time()
 
 
 def _has_compiled() -> bool:

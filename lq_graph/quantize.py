@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from .calibrate import Seen, check_batches, observe
 from .errors import LinearQuantTypeError, LinearQuantValueError
 from .formats import dtype_name
 from .module import LinearQuant
-from .quantize_layer import Job, Kept, affine, illegal
+from .quantize_layer import Job, Kept, affine, illegal, why_no_range
 from .quantized_linear import QuantizedLinear
 from .schemes import SCHEMES, A8W8Static, Config
 from .text import table
@@ -26,14 +25,16 @@ from .vendor import vendor_layers
 from .walk import (
     held_elsewhere,
     keeps_grad_mode,
+    one_at_a_time,
     places_of,
+    tensors_beside,
     uninterrupted,
     why_not_replaceable,
 )
 
 __all__ = ["QuantizeReport", "Quantized", "StaysFloat", "quantize"]
 
-_LOCK = threading.RLock()  # a model that two threads quantize is quantized by one of them
+_LOCK = one_at_a_time()  # a model that two threads quantize is quantized by one of them
 _SHOWN = 5  # of what stays float, in a printed report
 
 
@@ -189,7 +190,7 @@ def _quantize(
     filter_fn: FilterFn | None,
     example_inputs: Iterable[Any] | None,
 ) -> QuantizeReport:
-    bytes_before = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if not is_lazy(t))
+    bytes_before = _bytes(model)
     jobs = _jobs(model, config, calibration, filter_fn, example_inputs)
     todo = _left(jobs)
     if jobs and not todo:
@@ -204,7 +205,7 @@ def _quantize(
     # None: no bar where the output is no terminal
     for job in tqdm(todo, "checking layers", disable=None):
         try:
-            job.build({})
+            _check_range(job, job.build({}))
         except LinearQuantTypeError as error:
             raise LinearQuantTypeError(f"quantize: {job.name}: {error}") from None
     _put_in_place(todo)
@@ -323,6 +324,9 @@ def _why_not(job: Job, filter_fn: FilterFn | None) -> str:
             return f"its {name} has shape {tuple(tensor.shape)}, not that of a matrix and its bias"
     if linear.weight.is_meta:
         return "its weight is on meta: load the model first"
+    for name, tensor in linear.named_parameters():
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            return f"the memory of its {name} was freed: gather or load the model first"
     if linear.weight.dtype not in (torch.float16, torch.bfloat16):
         return (
             f"its weight is {dtype_name(linear.weight.dtype)}, LinearQuant works in float16 and "
@@ -341,6 +345,22 @@ def _check_finite(job: Job) -> None:
             raise LinearQuantValueError(
                 f"quantize: {job.name}.{name} holds NaN or infinity; nothing was changed. What to "
                 "do: check how the model was loaded, or leave the layer float with filter_fn."
+            )
+
+
+def _check_range(job: Job, new: QuantizedLinear) -> None:
+    """Refuse an output dtype that the layer's bias, or a step of its weight, is infinite in."""
+    if not job.output_dtype.is_floating_point:
+        return
+    most = torch.finfo(job.output_dtype).max
+    weight_scale = new.weight_scale if job.static else new.linear.scale
+    for name, tensor in (("bias", job.source.bias), ("weight's scale", weight_scale)):
+        if tensor is not None and (peak := float(tensor.detach().abs().max())) > most:
+            given = dtype_name(job.output_dtype)
+            raise LinearQuantValueError(
+                f"quantize: {job.name}: output_dtype is {given}, and the {name} has {peak:.3g}; "
+                f"{given} ends at {most:.5g}; nothing was changed. What to do: leave output_dtype "
+                "out, or leave the layer float with filter_fn."
             )
 
 
@@ -364,6 +384,7 @@ def _observe(
         seen = observe(model, "calibration", calibration, layers, between)
         _leave_unusual(model, jobs, seen, "calibration")
         _calibrate(config, _left(jobs), seen)
+        _keep_tied(model, jobs)
         if config.int8_between:
             _connect(model, _left(jobs), places, seen.calls)
 
@@ -386,9 +407,10 @@ def _calibrate(config: A8W8Static, jobs: list[Job], seen: Seen) -> None:
                 f"quantize: the input of {job.name} holds NaN or infinity during calibration; "
                 "nothing was changed. What to do: check the inputs, or run the model in bfloat16."
             )
-        job.input_scale, job.input_offset = affine(
-            found.low, found.high, job.input_dtype, config.symmetric
-        )
+        activations = (found.low, found.high, job.input_dtype, config.symmetric)
+        job.refusal = why_no_range(*activations)
+        if not job.refusal:
+            job.input_scale, job.input_offset = affine(*activations)
 
 
 def _sequentials(model: nn.Module) -> list[nn.Module]:
@@ -431,21 +453,31 @@ def _connect(model: nn.Module, jobs: list[Job], places: Places, calls: Counter[n
                 first.absorbed = place if relu is not None else None
 
 
+def _bytes(model: nn.Module) -> int:
+    """Of the tensors that a model holds."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    tensors.update((id(t), t) for _, _, t in tensors_beside(model))
+    return sum(t.nbytes for t in tensors.values() if not is_lazy(t))
+
+
 def _stays_float(model: nn.Module, bytes_before: int) -> tuple[StaysFloat, ...]:
-    """Float parameters and buffers outside quantized layers, by name, the largest first."""
+    """Float parameters, buffers and tensors in plain attributes, outside quantized layers, by name,
+    the largest first."""
     inside = {p for m in model.modules() if isinstance(m, _quantized_kinds()) for p in m.modules()}
     seen: set[int] = set()
     groups: dict[tuple[str, str], list[Tensor]] = {}
-    for prefix, module in model.named_modules():
-        if module in inside:
+    held = [
+        (f"{prefix}.{name}", module, tensor)
+        for prefix, module in model.named_modules()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+    ]
+    for name, module, tensor in [*held, *tensors_beside(model)]:
+        if module in inside or tensor is None or id(tensor) in seen or is_lazy(tensor):
             continue
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or id(tensor) in seen or is_lazy(tensor):
-                continue
-            seen.add(id(tensor))
-            if tensor.is_floating_point():
-                parts = ["*" if p.isdigit() else p for p in [*prefix.split("."), name] if p]
-                groups.setdefault((".".join(parts), type(module).__name__), []).append(tensor)
+        seen.add(id(tensor))
+        if tensor.is_floating_point():
+            parts = ["*" if p.isdigit() else p for p in name.split(".") if p]
+            groups.setdefault((".".join(parts), type(module).__name__), []).append(tensor)
     found = []
     for (name, kind), tensors in groups.items():
         size = sum(t.nbytes for t in tensors)

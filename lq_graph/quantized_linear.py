@@ -65,6 +65,7 @@ class QuantizedLinear(nn.Module):
     output_offset: Tensor | None
     _scale_reciprocal: Tensor | None
     _offset: Tensor | None
+    _derived_from: list[tuple[Tensor, int]] | None = None
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class QuantizedLinear(nn.Module):
         self._derive()
 
     def _derive(self) -> None:
+        self._scale_reciprocal = self._offset = self._derived_from = None
         if self.input_scale is None or self.input_offset is None:
             return
         if self.input_dtype not in (torch.float16, torch.bfloat16):
@@ -104,8 +106,29 @@ class QuantizedLinear(nn.Module):
                 f"QuantizedLinear: input_dtype is {dtype_name(self.input_dtype)}; allowed are "
                 "float16 and bfloat16. What to do: name the dtype the layer's input has."
             )
-        self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
-        self._offset = self.input_offset.to(self.input_dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
+            self._offset = self.input_offset.to(self.input_dtype)
+        self._note()
+
+    def _note(self) -> None:
+        """Note what was derived from: memory, kept so that it is not used anew, and version."""
+        if self.input_scale is not None and self.input_offset is not None:
+            given = (self.input_scale, self.input_offset)
+            self._derived_from = [(tensor.detach(), _version(tensor)) for tensor in given]
+
+    def _derive_again(self) -> None:
+        """Derive what was made of a scale or an offset that was written since."""
+        if self._derived_from is None or self.input_scale is None or self.input_offset is None:
+            return
+        for tensor, (was, version) in zip(
+            (self.input_scale, self.input_offset), self._derived_from, strict=True
+        ):
+            if type(tensor) in (Tensor, nn.Buffer) and (
+                tensor.data_ptr() != was.data_ptr() or _version(tensor) != version
+            ):
+                self._derive()
+                return
 
     @classmethod
     def _plain(cls) -> QuantizedLinear:
@@ -181,6 +204,8 @@ class QuantizedLinear(nn.Module):
                 "weights are left float."
             )
         super().__setattr__(name, value)
+        if name in ("input_scale", "input_offset") and "_offset" in vars(self)["_buffers"]:
+            self._derive()
 
     @property
     def in_features(self) -> int:
@@ -200,7 +225,13 @@ class QuantizedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         rows = input.reshape(-1, input.shape[-1])
         some = rows.shape[0] > 0
-        if guard_or_false(some) if torch.compiler.is_compiling() else some:
+        if torch.compiler.is_exporting():
+            # One graph serves all numbers of rows, none too, though torch takes them for 2 at
+            # least. Dynamo (strict=True) shows a number that is a symbol as an int too.
+            some = isinstance(some, bool) and not torch.compiler.is_dynamo_compiling() and some
+        elif torch.compiler.is_compiling():
+            some = guard_or_false(some)
+        if some:
             out = self._rows(rows)
         else:
             # an expert without a token has no row, and the operators need one
@@ -219,6 +250,8 @@ class QuantizedLinear(nn.Module):
                 "layer.weight.dtype, not at next(layer.parameters()).dtype. In a chain of layers "
                 "made by hand, say takes_int8=True."
             )
+        if not torch.compiler.is_compiling():
+            self._derive_again()
         if self._scale_reciprocal is None:
             quantized, scale = self.quantize_rows(rows, self.linear.weight.dtype)
             out = self.linear(quantized, scale)
@@ -254,12 +287,28 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # .half() and the like move the module; the dtypes of its scales are part of the numbers
+        self._derive_again()
         super()._apply(keeping_dtypes(fn), recurse)
+        self._note()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        scale, errors = state_dict.get(f"{prefix}input_scale"), lists[-1]
+        known = isinstance(scale, Tensor) and not scale.is_meta
+        if known and not bool(((scale > 0) & scale.isfinite()).all()):
+            errors.append(
+                f"{prefix}input_scale is {scale.tolist()}; a scale is finite and above 0. What "
+                "to do: check how the file was made. The layer keeps its own."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self._derive()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _autocasts(x: Tensor, dtype: torch.dtype) -> bool:
@@ -267,6 +316,7 @@ def _autocasts(x: Tensor, dtype: torch.dtype) -> bool:
     device = x.device.type
     return (
         x.is_floating_point()
+        and x.dtype != torch.float64
         and torch.is_autocast_enabled(device)
         and torch.get_autocast_dtype(device) == dtype
     )

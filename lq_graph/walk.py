@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -25,8 +26,10 @@ __all__ = [
     "carry_over",
     "held_elsewhere",
     "keeps_grad_mode",
+    "one_at_a_time",
     "places_of",
     "put",
+    "tensors_beside",
     "uninterrupted",
     "why_not_replaceable",
 ]
@@ -233,6 +236,17 @@ def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def tensors_beside(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Tensors that attributes of a model's modules hold and that are no parameters or buffers, with
+    the name of the attribute and the module that has it."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _REACHED:
+                for held in _held_in(value, _DEPTH, {}):
+                    if isinstance(held, Tensor):
+                        yield f"{name}.{attribute}", module, held
+
+
 def _memory(tensor: Tensor) -> int:
     """What two objects for the same memory have in common."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
@@ -300,6 +314,14 @@ def keeps_grad_mode(function: _Function) -> _Function:
     return cast(_Function, wrapper)
 
 
+def one_at_a_time() -> threading.RLock:
+    """A lock that is free in a forked process, whose thread that held it is not there."""
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
+    return lock
+
+
 @contextmanager
 def uninterrupted() -> Iterator[Callable[[], None]]:
     """Ctrl-C waits for the end of the block, or for a call of what the block is given: a point at
@@ -308,8 +330,14 @@ def uninterrupted() -> Iterator[Callable[[], None]]:
     before = signal.getsignal(signal.SIGINT)
 
     def deliver() -> None:
-        if caught and callable(before):
-            before(*caught.pop())
+        if not caught:
+            return
+        args = caught.pop()
+        if callable(before):
+            before(*args)
+        elif before is signal.SIG_DFL:  # the process ends, as without us
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
 
     # None: a handler that is not Python's, and cannot be put back
     if threading.current_thread() is not threading.main_thread() or before is None:

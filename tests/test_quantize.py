@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -562,6 +565,118 @@ def test_weights_that_are_no_numbers_are_refused(where: str, bad: float, config:
         run(model, config)
     model.get_parameter(where).data.nan_to_num_()
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("config", [A8W8Dynamic(output_dtype=F16), A8W8Static(output_dtype=F16)])
+@pytest.mark.parametrize("what", ["bias", "weight"])
+def test_what_the_output_dtype_does_not_hold_is_refused(config: Any, what: str) -> None:
+    model = make(BF16)
+    getattr(model.down, what).data[1] = 1e8
+    before = state(model)
+    with pytest.raises(LinearQuantValueError, match=rf"down: output_dtype is float16, .*{what}.*"):
+        run(model, config, data(dtype=BF16))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "size", "text"),
+    [
+        (F16, 1e-4, "up: its activations are too small for float16, from -"),
+        (F16, 0.0, "up: calibration gave it only zeros"),
+        (BF16, 1e-4, ""),
+        (BF16, 1e-20, ""),
+        (BF16, 1e-37, "up: its activations are too small for bfloat16, from -"),
+        (BF16, 0.0, "up: calibration gave it only zeros"),
+    ],
+)
+def test_small_activations(dtype: torch.dtype, size: float, text: str, symmetric: bool) -> None:
+    model = make(dtype)
+    model.up.bias.data.zero_()
+    batches = [(batch.double() * size).to(dtype) for batch in data()]
+    want = model.up(batches[0])
+    other = model.down.bias.detach().new_ones(4, 32)
+    up, down = model.up, model.down
+    both = nn.ModuleDict({"up": up, "down": down})
+    both.forward = lambda x: (both["up"](x), both["down"](other))  # type: ignore[method-assign]
+    report = {r.name: r for r in run(both, A8W8Static(symmetric=symmetric), batches)}
+    assert report["down"].changed and report["up"].changed == (not text)
+    assert report["up"].note.startswith(text[4:])
+    got = both["up"](batches[0])
+    assert (got - want).abs().max() <= 0.03 * want.abs().max()
+
+
+def test_a_weight_whose_memory_was_freed_is_told() -> None:
+    model = make()
+    model.down.weight.untyped_storage().resize_(0)
+    report = quantize(model, A8W8Dynamic())
+    assert [r.changed for r in report] == [True, False]
+    assert report[1].note == "the memory of its weight was freed: gather or load the model first"
+
+
+def test_tensors_in_plain_attributes_count_as_float() -> None:
+    model = make()
+    model.w, model.v = [torch.ones(64, 64, dtype=F16)], torch.ones(64, 32, dtype=F16)
+    model.ints, model.again = torch.ones(4, dtype=torch.int64), model.v
+    report = quantize(model, A8W8Dynamic())
+    floats = 2 * sum(t.numel() for t in make().parameters())
+    total = floats + 2 * (64 * 64 + 64 * 32) + 32
+    assert [(left.name, left.kind, left.shape, left.bytes) for left in report.stays_float] == [
+        ("w", "Net", (64, 64), 2 * 64 * 64),
+        ("v", "Net", (64, 32), 2 * 64 * 32),
+    ]
+    assert [left.share * total for left in report.stays_float] == pytest.approx([8192, 4096])
+
+
+def on_cpu(script: str) -> subprocess.CompletedProcess[bytes]:
+    """A script in a process without torch_npu."""
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("lock", ["quantize._LOCK", "prepare._ONE_AT_A_TIME"])
+def test_a_fork_while_another_thread_holds_the_lock(lock: str) -> None:
+    script = f"""
+import os, threading, lq_graph
+import lq_graph.quantize, lq_graph.prepare, sys
+module, name = {lock!r}.split(".")
+lock = getattr(sys.modules["lq_graph." + module], name)
+held, done = threading.Event(), threading.Event()
+def hold():
+    with lock:
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+if not (child := os.fork()):
+    os._exit(0 if lock.acquire(timeout=5) else 1)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+done.set()
+thread.join()
+sys.exit(code)
+"""
+    assert on_cpu(script).returncode == 0
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_ctrl_c_ends_a_process_that_has_no_handler(inside: bool) -> None:
+    script = f"""
+import signal
+from lq_graph.walk import uninterrupted
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with uninterrupted() as deliver:
+    signal.raise_signal(signal.SIGINT)
+    print("waited", flush=True)
+    if {inside}:
+        deliver()
+        print("not ended", flush=True)
+print("not ended", flush=True)
+"""
+    done = on_cpu(script)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert done.stdout == b"waited\n"
 
 
 def test_activations_that_are_no_numbers_are_refused() -> None:

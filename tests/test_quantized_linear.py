@@ -358,3 +358,79 @@ def test_defaults_change_nothing(default: Any, config: Any) -> None:
     for name, tensor in state.items():
         assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name]), name
         assert not tensor.is_inference()
+
+
+# ---- what is written after construction ----
+
+
+def _assign(layer: QuantizedLinear, scale: Tensor, offset: Tensor) -> None:
+    layer.input_scale, layer.input_offset = scale, offset
+
+
+def _data(layer: QuantizedLinear, scale: Tensor, offset: Tensor) -> None:
+    for _ in range(3):  # memory that went is not taken for what it was
+        layer.input_scale.data, layer.input_offset.data = scale.clone(), offset.clone()
+
+
+def _copy(layer: QuantizedLinear, scale: Tensor, offset: Tensor) -> None:
+    layer.input_scale.copy_(scale)
+    layer.input_offset.copy_(offset)
+
+
+def _load(layer: QuantizedLinear, scale: Tensor, offset: Tensor) -> None:
+    layer.load_state_dict({"input_scale": scale, "input_offset": offset}, strict=False)
+
+
+@pytest.mark.parametrize("write", [_assign, _data, _copy, _load])
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, lambda m: m.npu().cpu()], ids=["copied", "moved"]
+)
+def test_a_scale_written_afterwards_is_the_one_read(write: Any, change: Any) -> None:
+    model, x = chain(), data()
+    run(model, A8W8Static(int8_between=False))
+    layer = change(model)[0]
+    scale, offset = layer.input_scale * 2, layer.input_offset + 3
+    old = layer(x)
+    write(layer, scale, offset)
+    want = QuantizedLinear(layer.linear, scale, offset, input_dtype=F16)(x)
+    assert torch.equal(layer(x), want) and not torch.equal(old, want)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_state_dict_with_a_scale_that_is_none_is_refused(bad: float) -> None:
+    model, x = chain(), data()
+    run(model, A8W8Static())
+    want, state = model(x), model.state_dict()
+    state["0.input_scale"] = torch.tensor([bad])
+    with pytest.raises(RuntimeError, match=r"0\.input_scale is \[.*a scale is finite and above 0"):
+        model.load_state_dict(state)
+    assert torch.equal(model(x), want)
+
+
+def test_a_weight_counts_as_a_parameter() -> None:
+    model = chain()
+    run(model, A8W8Dynamic())
+    assert isinstance(model[0].weight, nn.Parameter) and isinstance(model[0].bias, nn.Parameter)
+    names = {name for name, _ in model.named_parameters()} | set(model.state_dict())
+    assert "0.linear.weight" in names and names.isdisjoint({"0.weight", "0.bias"})
+    copied = copy.deepcopy(model[0].weight)
+    assert type(copied) is Tensor and torch.equal(copied, model[0].weight)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch(config: Any, strict: bool) -> None:
+    model, x = chain(), data()
+    run(model, config)
+    shapes = ({0: torch.export.Dim("batch", max=64) if strict else torch.export.Dim.AUTO},)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict).module()
+        for rows in (x, torch.cat([x, x]), x[:1], x[:0]):
+            assert torch.equal(exported(rows), model(rows))
+
+
+def test_autocast_leaves_float64() -> None:
+    model, x = chain(), data()
+    run(model, A8W8Static())
+    with torch.autocast("cpu", F16), pytest.raises(LinearQuantTypeError, match="x is float64"):
+        model(x.double())
