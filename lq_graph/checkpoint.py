@@ -8,7 +8,6 @@ only then is the model changed, all or nothing.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from .walk import (
     carry_over,
     held_elsewhere,
     keeps_grad_mode,
+    one_at_a_time,
     places_of,
     put,
     why_not_replaceable,
@@ -71,16 +71,7 @@ _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 _TRIES = 20  # of a folder that changes while it is read
 _EXTRA = "_extra_state"  # how nn.Module ends the name of what get_extra_state gives
 # one load at a time: one model may be loaded from several threads, and from a signal handler
-_LOCK = threading.RLock()
-
-
-def _after_fork() -> None:
-    """A thread of the parent that held the lock is not in the child."""
-    global _LOCK
-    _LOCK = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_LOCK = one_at_a_time()
 
 
 @dataclass(frozen=True)
