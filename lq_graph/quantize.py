@@ -380,13 +380,15 @@ def _observe(
     if isinstance(config, A8W8Static) and _left(jobs):
         assert calibration is not None
         layers = [job.source for job in _left(jobs)]
-        between = _sequentials(model) if config.int8_between else []
-        seen = observe(model, "calibration", calibration, layers, between)
+        plain = _sequentials(model) if config.int8_between else []
+        held = dict.fromkeys(child for parent in plain for child in parent)
+        relus = [m for m in held if not why_not_replaceable(m, nn.ReLU)]
+        seen = observe(model, "calibration", calibration, layers, [*plain, *relus])
         _leave_unusual(model, jobs, seen, "calibration")
         _calibrate(config, _left(jobs), seen)
         _keep_tied(model, jobs)
         if config.int8_between:
-            _connect(model, _left(jobs), places, seen.calls)
+            _connect(plain, _left(jobs), places, seen.calls)
 
 
 def _leave_unusual(model: nn.Module, jobs: list[Job], seen: Seen, inputs: str) -> None:
@@ -413,23 +415,22 @@ def _calibrate(config: A8W8Static, jobs: list[Job], seen: Seen) -> None:
             job.input_scale, job.input_offset = affine(*activations)
 
 
-def _sequentials(model: nn.Module) -> list[nn.Module]:
-    """Every plain nn.Sequential that hands each output to the next module and to nothing else, if
-    it is called at all; and the ReLUs they hold."""
-    plain = [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in vars(m)]
-    held = dict.fromkeys(child for parent in plain for child in parent)
-    return [*plain, *(m for m in held if not why_not_replaceable(m, nn.ReLU))]
+def _sequentials(model: nn.Module) -> list[nn.Sequential]:
+    """Every plain nn.Sequential: it hands each output to the next module and to nothing else, if it
+    is called at all."""
+    return [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in vars(m)]
 
 
-def _connect(model: nn.Module, jobs: list[Job], places: Places, calls: Counter[nn.Module]) -> None:
+def _connect(
+    plain: list[nn.Sequential], jobs: list[Job], places: Places, calls: Counter[nn.Module]
+) -> None:
     """Find the pairs between which int8 can stay: neighbours in an nn.Sequential that is called as
     a whole. One whose parts are called one by one, as a list of modules, hands on nothing."""
     by_layer: dict[nn.Module, Job] = {job.source: job for job in jobs}
-    plain = {module for module in _sequentials(model) if type(module) is nn.Sequential}
 
     def only_by_sequentials(module: nn.Module) -> bool:
         parents = [parent for parent, _ in places[module]]
-        return plain.issuperset(parents) and calls[module] == sum(calls[p] for p in parents)
+        return set(parents).issubset(plain) and calls[module] == sum(calls[p] for p in parents)
 
     for parent in plain:
         children = list(parent._modules.items())

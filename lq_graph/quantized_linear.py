@@ -46,6 +46,10 @@ class QuantizedLinear(nn.Module):
             input_scale and input_offset. Only for a layer that another one with int8 output feeds:
             an int8 input that came about otherwise is no quantized one.
 
+    `input_scale` and `input_offset` may be assigned, loaded or written in place. Two writes are not
+    seen: one that torch keeps no version of (`input_scale.data.copy_()`), and one in place when the
+    layer only runs compiled. Assign instead.
+
     Shape:
         input (..., in_features) to output (..., out_features); rows may be none.
 
@@ -65,7 +69,7 @@ class QuantizedLinear(nn.Module):
     output_offset: Tensor | None
     _scale_reciprocal: Tensor | None
     _offset: Tensor | None
-    _derived_from: list[tuple[Tensor, int]] | None = None
+    _derived_from: list[tuple[str, Tensor, int, int]] | None = None
 
     def __init__(
         self,
@@ -112,20 +116,21 @@ class QuantizedLinear(nn.Module):
         self._note()
 
     def _note(self) -> None:
-        """Note what was derived from: memory, kept so that it is not used anew, and version."""
+        """Note what was derived from."""
         if self.input_scale is not None and self.input_offset is not None:
-            given = (self.input_scale, self.input_offset)
-            self._derived_from = [(tensor.detach(), _version(tensor)) for tensor in given]
+            self._derived_from = [
+                # kept, so that its memory is not used anew
+                (name, tensor.detach(), tensor.data_ptr(), _version(tensor))
+                for name, tensor in self._buffers.items()
+                if name in ("input_scale", "input_offset") and type(tensor) is Tensor
+            ]
 
     def _derive_again(self) -> None:
         """Derive what was made of a scale or an offset that was written since."""
-        if self._derived_from is None or self.input_scale is None or self.input_offset is None:
-            return
-        for tensor, (was, version) in zip(
-            (self.input_scale, self.input_offset), self._derived_from, strict=True
-        ):
-            if type(tensor) in (Tensor, nn.Buffer) and (
-                tensor.data_ptr() != was.data_ptr() or _version(tensor) != version
+        for name, _, memory, version in self._derived_from or ():
+            tensor = self._buffers.get(name)
+            if type(tensor) is Tensor and (
+                tensor.data_ptr() != memory or _version(tensor) != version
             ):
                 self._derive()
                 return

@@ -274,8 +274,8 @@ def _parts_of(value: object) -> list[object]:
     parts: list[object] = []
     if isinstance(value, Mapping):
         parts += [*value.keys(), *value.values()]
-    elif isinstance(value, Collection):  # no iterator, which could be read once, and no data loader
-        parts += value
+    elif isinstance(value, Collection) and not hasattr(value, "__array__"):
+        parts += value  # an iterator, which can be read once, is no Collection, nor a data loader
     if isinstance(value, MethodType):
         parts += [value.__self__, value.__func__]
     elif isinstance(value, partial):

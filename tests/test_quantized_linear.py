@@ -396,6 +396,16 @@ def test_a_scale_written_afterwards_is_the_one_read(write: Any, change: Any) -> 
     assert torch.equal(layer(x), want) and not torch.equal(old, want)
 
 
+@pytest.mark.parametrize("write", [_assign, _load])
+def test_a_scale_written_after_compiling_is_the_one_read(write: Any) -> None:
+    model, x = chain(), data()
+    run(model, A8W8Static())
+    compiled = torch.compile(model, backend="eager")
+    old = compiled(x)
+    write(model[0], model[0].input_scale * 2, model[0].input_offset + 3)
+    assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), old)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_state_dict_with_a_scale_that_is_none_is_refused(bad: float) -> None:
     model, x = chain(), data()
