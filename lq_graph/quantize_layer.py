@@ -257,9 +257,9 @@ def why_no_range(low: float, high: float, dtype: torch.dtype, symmetric: bool) -
 
 
 def affine(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> tuple[float, int]:
-    """Scale and zero point of an activation from its range, 0 included, for which `why_no_range`
-    has no reason. The scale is such that its
-    reciprocal, which is what the chip multiplies by, is exact in the activation's dtype."""
+    """Scale and zero point of an activation from its range, 0 included, which `why_no_range` has
+    nothing against. The scale is such that its reciprocal, which is what the chip multiplies by, is
+    exact in the activation's dtype."""
     step = _step_of(low, high, symmetric)
     reciprocal = torch.tensor(1 / step, dtype=torch.float64, device="cpu").to(dtype)
     scale = float(reciprocal.to(torch.float32).reciprocal())
