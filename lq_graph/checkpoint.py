@@ -316,7 +316,8 @@ def load_checkpoint(
             deq_scale float16, float32 deq_scale bfloat16.
         mesh, plan: to split quantized layers over devices: a mesh of one dim, and for names of
             layers (`*` for any part between two dots) a ColwiseLinearQuant or RowwiseLinearQuant of
-            `lq_graph.parallel`. Each process reads only its part of those layers' tensors. The plan
+            `lq_graph.parallel`. Each process keeps its part of those layers' tensors, and reads no
+            more of the weights; scales and biases are checked whole. The plan
             is applied: leave these layers out of parallelize_module.
         mmap: tensors on the CPU are the mapped files, read when they are used, instead of memory
             of their own. Then nobody may write to the files or shorten them as long as the model
