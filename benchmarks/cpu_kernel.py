@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import lq_graph
-from lq_graph import native
+from lq_graph.kernels import native
 
 HERE = Path(__file__).parent
 SIZES = [

@@ -25,8 +25,8 @@ import torch_npu
 import torchair
 from torch import nn
 
-import converters
 import lq_graph
+from lq_graph import converters
 
 VendorLinearQuant = torch_npu.contrib.module.LinearQuant
 WIDTH = 64

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from lq_graph.formats import PEAKS, Peak
+from lq_graph.rules.tables import PEAKS, Peak
 
 
 @dataclass(frozen=True)

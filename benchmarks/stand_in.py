@@ -19,9 +19,9 @@ from graph import in_turns
 from torch import Tensor, nn
 
 import lq_graph
-from lq_graph import numerics
-from lq_graph.formats import FRACTAL_NZ
-from lq_graph.module import layer_of
+from lq_graph.kernels import numerics
+from lq_graph.modules.linear_quant import layer_of
+from lq_graph.rules.tables import FRACTAL_NZ
 
 SIZES = [(1, 4096, 4096), (16, 4096, 4096), (128, 4096, 4096)]
 ROUNDS = 25

@@ -23,7 +23,7 @@ from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
 from cann_host.ops.quant import pack_parameters, quantize_dynamically
-from lq_graph import numerics
+from lq_graph.kernels import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cann_host.rules import soc_family
-from lq_graph.numerics import Arithmetic, for_rows, is_cut, s19
+from lq_graph.kernels.numerics import Arithmetic, for_rows, is_cut, s19
 
 __all__ = ["dynamic_arithmetic", "scale_as_read"]
 
@@ -46,5 +46,7 @@ def scale_as_read(
         soc: name of the chip.
         scale, pertoken_scale, bias, output_dtype: of the call.
     """
-    cuts = soc_family(soc) in _CUTS_SCALE
-    return s19(scale) if cuts and is_cut(scale, pertoken_scale, bias, output_dtype) else scale
+    cuts = soc_family(soc) in _CUTS_SCALE and is_cut(
+        scale, pertoken_scale, bias, output_dtype, per_tensor=scale.shape[-1] == 1
+    )
+    return s19(scale) if cuts else scale

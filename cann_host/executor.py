@@ -27,7 +27,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lq_graph.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
+from lq_graph.kernels.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
 
 from .rules import DEFINED, check_definition
 

@@ -3,7 +3,7 @@
 The stand-in must reject what a device rejects, else a green run here would lie. Both ways into
 the operator use this file: compiled graphs (`cann_host.executor`) and eager calls
 (`cann_host.aclnn`). It is written from CANN's public operator sources and shares nothing with
-`lq_graph.plan`, so each checks the other.
+`lq_graph.rules.plan`, so each checks the other.
 
 Sources, in the public repository hicann/ops-nn under `matmul/quant_batch_matmul_v3`:
 

@@ -1,10 +1,16 @@
 """torchair converters of lq_graph's operators.
 
-`import converters` registers them. It is rarely needed: `import lq_graph` arranges that torchair
-finds them when it lowers the first graph.
+The folder is installed as `lq_graph.converters` (in the checkout, the link lq_graph/converters
+points here); importing that registers them. It is rarely needed: `import lq_graph` arranges that
+torchair finds them when it lowers the first graph.
 """
 
 from __future__ import annotations
+
+if __name__ != "lq_graph.converters":  # found in the checkout's own folder
+    raise ImportError(
+        f"lq_graph's converters are imported as {__name__}; what to do: import lq_graph.converters"
+    )
 
 import torch
 

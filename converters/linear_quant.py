@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lq_graph.numerics import INT4_PER_INT32
-from lq_graph.plan import Plan, plan, plan_trans_quant_param
-from lq_graph.plan_quant import plan_dynamic_quant, plan_static_quant
+from lq_graph.kernels.numerics import INT4_PER_INT32
+from lq_graph.rules.activations import plan_dynamic_quant, plan_static_quant
+from lq_graph.rules.plan import Plan, plan, plan_trans_quant_param
 
 from ._torchair import (
     Const,

@@ -21,8 +21,7 @@ import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 import torchair as tng
 from torch import Tensor, nn
 
-import converters
-from lq_graph import A8W8Dynamic
+from lq_graph import A8W8Dynamic, converters
 
 torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
 

@@ -17,8 +17,7 @@ import torch_npu
 import torchair as tng
 from torch import Tensor, nn
 
-import converters
-from lq_graph import LinearQuant
+from lq_graph import LinearQuant, converters
 
 torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
 

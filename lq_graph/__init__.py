@@ -9,22 +9,22 @@ The op runs eagerly on CPU and NPU, under fake tensors, in torch.compile and thr
 from __future__ import annotations
 
 from . import _import_torch  # noqa: F401 - first: it says why torch cannot be imported
-from .check import Check, check
-from .checkpoint import CheckpointError, load_checkpoint
-from .checkpoint_write import save_checkpoint
-from .compare import compare
+from .analysis.compare import compare
+from .analysis.explain import explain
+from .checkpoints.load import CheckpointError, load_checkpoint
+from .checkpoints.save import save_checkpoint
 from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
-from .explain import explain
-from .module import LinearQuant
+from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
+from .modules.linear_quant import LinearQuant
+from .modules.prepare import use_internal_format_weight
+from .modules.quantized_linear import QuantizedLinear
+from .modules.vendor import convert
 from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
-from .plan import Plan, plan
-from .prepare import use_internal_format_weight
-from .product import get_product, set_product
-from .quantize import quantize
-from .quantized_linear import QuantizedLinear
-from .schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
-from .vendor import convert
-from .weights import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
+from .quantization.quantize import quantize
+from .quantization.schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
+from .rules.check import Check, check
+from .rules.plan import Plan, plan
+from .rules.products import get_product, set_product
 
 __all__ = [
     "A4W4Dynamic",

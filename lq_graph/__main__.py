@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .check import check
+from .analysis.explain import explain, require_npu
 from .errors import LinearQuantError, LinearQuantValueError
-from .explain import explain, require_npu
-from .formats import PRODUCTS, STORAGE_DTYPES
-from .plan import Spec
+from .rules.check import check
+from .rules.plan import Spec
+from .rules.tables import PRODUCTS, STORAGE_DTYPES
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype

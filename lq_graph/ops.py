@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _lazy_converters, cpu, npu
-from .derivatives import tell_of_gradients, under_torch_func
-from .devices import check_devices
-from .plan import plan, plan_trans_quant_param
-from .plan_quant import plan_dynamic_quant, plan_static_quant
+from . import _lazy_converters
+from .backends import cpu, npu
+from .backends.derivatives import tell_of_gradients, under_torch_func
+from .rules.activations import plan_dynamic_quant, plan_static_quant
+from .rules.devices import check_devices
+from .rules.plan import plan, plan_trans_quant_param
 
 __all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 

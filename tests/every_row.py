@@ -18,7 +18,7 @@ from test_quant_ops import check_dynamic, check_static, compiled, make
 from torch import nn
 
 import lq_graph
-from lq_graph.formats import Product, quant_rows_of
+from lq_graph.rules.tables import Product, quant_rows_of
 
 
 def run_activation_rows(product: Product) -> int:

@@ -246,7 +246,7 @@ def on_torchair(function: Callable[[Tensor], Any], x: Tensor, **options: Any) ->
     """The results, and the GE operators of the graph."""
     import torchair
 
-    from converters import graph
+    from lq_graph.converters import graph
 
     torch._dynamo.reset()
     config = torchair.CompilerConfig()

@@ -356,7 +356,7 @@ def on_torchair(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor | str
     """The sums are GE nodes of the one graph, not calls between two graphs."""
     import torchair
 
-    from converters import graph
+    from lq_graph.converters import graph
 
     for way in ("static", "dynamic", "prepared"):
         torch._dynamo.reset()

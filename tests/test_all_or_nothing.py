@@ -35,7 +35,7 @@ from lq_graph import (
     load_checkpoint,
     save_checkpoint,
 )
-from lq_graph.checkpoint_format import FILES, kept, temporary
+from lq_graph.checkpoints.formats import FILES, kept, temporary
 
 TRIALS = 200
 F16 = torch.float16

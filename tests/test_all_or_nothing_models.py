@@ -27,9 +27,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import lq_graph
 from lq_graph import LinearQuant
-from lq_graph.formats import FRACTAL_NZ
-from lq_graph.npu import format_of
+from lq_graph.backends.npu import format_of
 from lq_graph.parallel import ColwiseLinearQuant, RowwiseLinearQuant
+from lq_graph.rules.tables import FRACTAL_NZ
 
 TRIALS = 200
 

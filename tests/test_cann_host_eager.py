@@ -23,7 +23,7 @@ from torch import Tensor
 
 import cann_host
 from cann_host import aclnn, executor
-from lq_graph.npu import cast_format
+from lq_graph.backends.npu import cast_format
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 

@@ -23,8 +23,8 @@ from torch import nn
 
 import lq_graph
 from lq_graph import A8W8Dynamic, A8W8Static, CheckpointError, load_checkpoint, save_checkpoint
-from lq_graph.files import read_json
-from lq_graph.patterns import Pattern, PatternError, Text, Work
+from lq_graph.checkpoints.files import read_json
+from lq_graph.checkpoints.patterns import Pattern, PatternError, Text, Work
 
 F16 = torch.float16
 WEIGHTS = {
@@ -311,7 +311,7 @@ def test_patterns_that_are_refused(text, why) -> None:
 
 
 def test_all_patterns_together_are_bounded(monkeypatch) -> None:
-    monkeypatch.setattr("lq_graph.patterns._ALL_STEPS", 300_000)
+    monkeypatch.setattr("lq_graph.checkpoints.patterns._ALL_STEPS", 300_000)
     work, start = Work(), time.monotonic()
     patterns = [Pattern(f".*.*.*{i}", work) for i in range(300)]
     names = [Text(f"model.layers.{i}.mlp.experts.3.up_proj") for i in range(1_000)]

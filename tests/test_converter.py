@@ -11,10 +11,10 @@ import torchair
 from cases import BF16, F16, F32, I8, I32, I64, ROW_CASES, SHAPE_CASES, Case
 from test_module import module_for
 
-import converters
 import lq_graph
-from converters.graph import Graph
-from lq_graph.formats import dtype_name
+from lq_graph import converters
+from lq_graph.converters.graph import Graph
+from lq_graph.rules.tables import dtype_name
 
 TRANS = "TransQuantParamV2"
 MATMUL = "QuantBatchMatmulV3"

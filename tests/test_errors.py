@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchair.ge._ge_graph import GeGraph
 
 import lq_graph
-from converters import _torchair
-from converters.linear_quant import linear_quant as linear_quant_converter
 from lq_graph import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from lq_graph.converters import _torchair
+from lq_graph.converters.linear_quant import linear_quant as linear_quant_converter
 
 Change = Callable[[cases.Inputs], None]
 

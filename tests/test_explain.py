@@ -18,7 +18,7 @@ from torch import nn
 
 from lq_graph import LinearQuant, LinearQuantValueError, QuantizedLinear, explain
 from lq_graph import __main__ as command_line
-from lq_graph.formats import Peak
+from lq_graph.rules.tables import Peak
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -57,7 +57,7 @@ def test_with_torch_npu_but_no_cann_says_what_to_do() -> None:
     [
         "import lq_graph, torch_npu, torchair",
         "import torch_npu, torchair, lq_graph",
-        "import torch_npu, torchair, converters",
+        "import torch_npu, torchair, lq_graph.converters",
     ],
 )
 def test_any_import_order_lowers(imports: str) -> None:
@@ -120,7 +120,7 @@ def test_a_module_of_that_name_of_the_user_s_own(shadow: str, tmp_path: Path) ->
 LAYERS = {
     "lq_graph": {"torch", "tqdm", "lq_graph"},
     "converters": {"torch", "torch_npu", "torchair", "google", "lq_graph", "converters"},
-    "cann_host": {"torch", "lq_graph.numerics", "cann_host"},
+    "cann_host": {"torch", "lq_graph.kernels", "cann_host"},
 }
 
 

@@ -13,9 +13,8 @@ import torch
 import torchair
 from torch import Tensor, nn
 
-import converters
 import lq_graph
-from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, QuantizedLinear
+from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, QuantizedLinear, converters
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "minilm.py"
 LAYERS = 37  # 6 blocks of 6, and the pooler

@@ -20,7 +20,7 @@ from test_module import module_for
 
 import cann_host
 import lq_graph
-from lq_graph.formats import FRACTAL_NZ
+from lq_graph.rules.tables import FRACTAL_NZ
 
 CASES = [
     Case(offset=True, bias=I32),

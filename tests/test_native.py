@@ -23,7 +23,8 @@ from torch import Tensor
 import cann_host
 import lq_graph
 from cann_host import _native
-from lq_graph import LinearQuantValueError, native, numerics
+from lq_graph import LinearQuantValueError
+from lq_graph.kernels import native, numerics
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 needs_kernel = pytest.mark.skipif(
@@ -157,7 +158,11 @@ def test_no_byte_beyond_the_buffers(tmp_path: Path) -> None:
     """native_bounds.cpp, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     program, here = tmp_path / "bounds", Path(__file__).parent
     flags = ["-std=c++17", "-O1", "-fopenmp", "-w", "-fno-sanitize-recover=all"]
-    source = ["-I", str(Path(lq_graph.__file__).parent / "csrc"), str(here / "native_bounds.cpp")]
+    source = [
+        "-I",
+        str(Path(lq_graph.__file__).parent / "kernels" / "csrc"),
+        str(here / "native_bounds.cpp"),
+    ]
     sanitizers = "-fsanitize=address,undefined"
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
@@ -555,7 +560,8 @@ def test_nor_by_the_other_functions(call: Callable[[], object]) -> None:
 
 _CHECK = """
 import os, sys, threading, torch
-from lq_graph import native, numerics
+from lq_graph.kernels import native
+from lq_graph.kernels import numerics
 assert native.is_available()
 torch.set_num_threads(int(sys.argv[1]))
 scale = torch.ones(1)
@@ -612,7 +618,7 @@ def test_in_a_process_of_its_own(script: str, threads: int, environment: dict[st
 
 def test_the_call_has_the_layout_the_kernel_reads() -> None:
     """struct LqMatmul: seven pointers, seven 64-bit numbers, four 32-bit ones."""
-    source = (Path(lq_graph.__file__).parent / "csrc" / "qgemm.cpp").read_text()
+    source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "qgemm.cpp").read_text()
     body = source.split("struct LqMatmul {")[1].split("};")[0]
     fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
     sizes = ""

@@ -18,8 +18,8 @@ from torch import nn
 
 import lq_graph
 from lq_graph import LinearQuant, LinearQuantTypeError, LinearQuantValueError
-from lq_graph.formats import FRACTAL_NZ, ND
-from lq_graph.npu import format_of
+from lq_graph.backends.npu import format_of
+from lq_graph.rules.tables import FRACTAL_NZ, ND
 
 VendorLinearQuant = torch_npu.contrib.module.LinearQuant
 LinearA8W8Quant = torch_npu.contrib.module.LinearA8W8Quant
@@ -251,8 +251,9 @@ def test_a_failure_at_any_step_is_undone(step: int, monkeypatch: pytest.MonkeyPa
 
     # each cast and each fold is a step
     monkeypatch.setattr(torch_npu, "npu_format_cast", failing(torch_npu.npu_format_cast))
-    monkeypatch.setattr("lq_graph.prepare.trans_quant_param", failing(lq_graph.trans_quant_param))
-    monkeypatch.setattr("lq_graph.module.trans_quant_param", failing(lq_graph.trans_quant_param))
+    folds = failing(lq_graph.trans_quant_param)
+    monkeypatch.setattr("lq_graph.modules.prepare.trans_quant_param", folds)
+    monkeypatch.setattr("lq_graph.modules.linear_quant.trans_quant_param", folds)
     with pytest.raises(RuntimeError, match="out of memory"):
         prepare(model)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from table import LEGAL
 
-from lq_graph.formats import QUANT_ROWS
+from lq_graph.rules.tables import QUANT_ROWS
 
 HERE = Path(__file__).parent
 SOCS = {"310P": "Ascend310P3", "A3": "Ascend910_9391", "950": "Ascend950PR_9579"}

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from table import LEGAL, PRODUCTS, WHAT_ACLNN_DOES
 
 import lq_graph
-from lq_graph import LinearQuantError, LinearQuantValueError, numerics, plan
-from lq_graph.formats import product_by_name
-from lq_graph.plan import Spec
+from lq_graph import LinearQuantError, LinearQuantValueError, plan
+from lq_graph.kernels import numerics
+from lq_graph.rules.plan import Spec
+from lq_graph.rules.tables import product_by_name
 
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=400)
 settings.load_profile("tests")

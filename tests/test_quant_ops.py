@@ -15,13 +15,14 @@ import torch_npu
 import torchair
 from torch import Tensor
 
-import converters
 import lq_graph
 from cann_host import chips
-from lq_graph import LinearQuantTypeError, LinearQuantValueError, formats, native, numerics
-from lq_graph.formats import A2, A3, Product
-from lq_graph.numerics import Arithmetic
-from lq_graph.plan_quant import dynamic_arithmetic
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, converters
+from lq_graph.kernels import native, numerics
+from lq_graph.kernels.numerics import Arithmetic
+from lq_graph.rules import tables
+from lq_graph.rules.activations import dynamic_arithmetic
+from lq_graph.rules.tables import A2, A3, Product
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 I8, I32 = torch.int8, torch.int32
@@ -379,7 +380,7 @@ def test_the_kernel_that_is_chosen(
 def test_the_stand_in_computes_as_the_product_does(soc: str) -> None:
     """Two tables, as for the rules: what is compared here with one another, is elsewhere with the
     golden."""
-    product = formats.product_of_soc(soc)
+    product = tables.product_of_soc(soc)
     assert product is not None
     scale = torch.tensor([1.0000001])
     read = chips.scale_as_read(soc, scale, None, None, BF16)
@@ -487,7 +488,7 @@ def test_a_scale_that_is_cut(
         scale=F32, output=BF16, m=15, pertoken=pertoken, bias=bias, scalar_scale=size == 1
     )
     inputs = cases.make(case, seed=1)
-    monkeypatch.setattr(lq_graph.product, "_chosen", formats.product_by_name(product))
+    monkeypatch.setattr(lq_graph.rules.products, "_chosen", tables.product_by_name(product))
     out = lq_graph.linear_quant(**inputs)
     cases.assert_equal(out, inputs)
     whole = {**inputs, "scale": numerics.s19(inputs["scale"])}
@@ -498,5 +499,5 @@ def test_a_scale_that_is_cut(
 def test_a_bfloat16_scale_has_nothing_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = cases.make(cases.Case(scale=BF16, output=BF16, scalar_scale=True))
     want = lq_graph.linear_quant(**inputs)
-    monkeypatch.setattr(lq_graph.product, "_chosen", formats.ASCEND_950)
+    monkeypatch.setattr(lq_graph.rules.products, "_chosen", tables.ASCEND_950)
     assert torch.equal(lq_graph.linear_quant(**inputs), want)

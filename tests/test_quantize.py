@@ -29,7 +29,8 @@ from lq_graph import (
     QuantizedLinear,
     quantize,
 )
-from lq_graph.quantize_layer import Job
+from lq_graph.kernels import numerics
+from lq_graph.quantization.layer import Job
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 CONFIGS = [A8W8Dynamic(), A8W8Static(), A8W8Static(symmetric=True), A4W4Dynamic()]
@@ -157,7 +158,7 @@ def test_static_layer_is_what_its_formula_says(dtype: torch.dtype, symmetric: bo
 
     scale = numpy(layer.linear.scale)
     # 10 mantissa bits, so folding loses nothing
-    assert torch.equal(lq_graph.numerics.s19(layer.linear.scale), layer.linear.scale)
+    assert torch.equal(numerics.s19(layer.linear.scale), layer.linear.scale)
     peaks = np.abs(weight).max(1) / 127 * step
     assert (scale >= peaks * 0.999999).all() and (scale <= peaks * 1.001).all()
     own = scale / step
@@ -639,7 +640,7 @@ def on_cpu(script: str) -> subprocess.CompletedProcess[bytes]:
 def test_a_fork_while_another_thread_holds_the_lock(lock: str) -> None:
     script = f"""
 import os, threading, lq_graph
-import lq_graph.quantize, lq_graph.prepare, sys
+import lq_graph.quantization.quantize, lq_graph.modules.prepare, sys
 module, name = {lock!r}.split(".")
 lock = getattr(sys.modules["lq_graph." + module], name)
 held, done = threading.Event(), threading.Event()
@@ -664,7 +665,7 @@ sys.exit(code)
 def test_ctrl_c_ends_a_process_that_has_no_handler(inside: bool) -> None:
     script = f"""
 import signal
-from lq_graph.walk import uninterrupted
+from lq_graph.modules.walk import uninterrupted
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 with uninterrupted() as deliver:
     signal.raise_signal(signal.SIGINT)

@@ -13,7 +13,15 @@ import torch
 import cann_host
 import lq_graph
 from lq_graph import __main__ as command_line
-from lq_graph.formats import PRODUCTS, QUANT_ROWS, ROWS, QuantRow, Row, dtype_name, storage_name
+from lq_graph.rules.tables import (
+    PRODUCTS,
+    QUANT_ROWS,
+    ROWS,
+    QuantRow,
+    Row,
+    dtype_name,
+    storage_name,
+)
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

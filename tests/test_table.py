@@ -20,8 +20,8 @@ from table import (
 )
 
 from lq_graph import LinearQuantTypeError, plan
-from lq_graph.formats import ROWS, dtype_name, product_by_name
-from lq_graph.plan import Spec
+from lq_graph.rules.plan import Spec
+from lq_graph.rules.tables import ROWS, dtype_name, product_by_name
 
 M, K, N = 4, 64, 16
 ROWS_OF = [(key, row) for key in PRODUCTS for row in TABLE if key in row.products.split()]

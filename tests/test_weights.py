@@ -13,7 +13,8 @@ import torch_npu
 
 import cann_host
 import lq_graph
-from lq_graph import LinearQuantTypeError, LinearQuantValueError, numerics
+from lq_graph import LinearQuantTypeError, LinearQuantValueError
+from lq_graph.kernels import numerics
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])

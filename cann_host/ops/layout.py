@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.numerics import INT4_PER_INT32
+from lq_graph.kernels.numerics import INT4_PER_INT32
 
 from ..executor import (
     Dynamic,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.numerics import (
+from lq_graph.kernels.numerics import (
     Arithmetic,
     NzWeight,
     dynamic_quant,

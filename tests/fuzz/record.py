@@ -17,8 +17,8 @@ import torchair  # noqa: E402
 from torch import nn  # noqa: E402
 from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef  # noqa: E402
 
-import converters  # noqa: E402, F401 - registers ours
 import lq_graph  # noqa: E402
+import lq_graph.converters  # noqa: E402 - registers ours
 from cann_host import ge  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"

@@ -1,0 +1,86 @@
+"""CPU kernels: validate with plan(), compute with numerics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import numerics
+from ..kernels.native import refuse_shortened
+from ..rules.activations import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
+from ..rules.plan import check_finite, plan, plan_trans_quant_param
+from .derivatives import tell_of_gradients
+
+__all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
+
+
+def linear_quant(
+    x1: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    if tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias):
+        with torch.no_grad():
+            return linear_quant(
+                x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
+            )
+    p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
+    if p.m == 0:
+        return x1.new_empty(p.output_shape, dtype=p.output_dtype)
+    if p.fold_scale:
+        scale = trans_quant_param(scale, offset)
+    elif p.cut_scale:
+        scale = numerics.s19(scale)
+    return numerics.quant_matmul(
+        x1,
+        weight,
+        scale,
+        bias=bias,
+        pertoken_scale=pertoken_scale,
+        output_dtype=p.output_dtype,
+    )
+
+
+def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
+    """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
+    if tell_of_gradients("trans_quant_param", scale, offset):
+        with torch.no_grad():
+            return trans_quant_param(scale, offset, round_mode)
+    plan_trans_quant_param(scale, offset, round_mode)
+    _check_held("trans_quant_param", scale=scale, offset=offset)
+    check_finite(scale, offset)
+    return numerics.pack_scale(scale, offset, round_mode)
+
+
+def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
+    if tell_of_gradients("dynamic_quant", x):
+        with torch.no_grad():
+            return dynamic_quant(x, dtype=dtype)
+    p = plan_dynamic_quant(x, dtype)
+    _check_held("dynamic_quant", x=x)
+    arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
+    quantized, scale = numerics.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
+    return (numerics.pack_int4(quantized) if p.int4 else quantized), scale
+
+
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
+    if tell_of_gradients("static_quant", x, scale_reciprocal, offset):
+        with torch.no_grad():
+            return static_quant(x, scale_reciprocal, offset)
+    plan_static_quant(x, scale_reciprocal, offset)
+    _check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
+    return numerics.static_quant(x, scale_reciprocal, offset)
+
+
+def _check_held(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            refuse_shortened(name, tensor, op)

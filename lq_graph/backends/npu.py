@@ -1,0 +1,166 @@
+"""Everything that calls torch_npu: the NPU (PrivateUse1) kernels, which validate with plan() and
+make one aclnn call, and the storage formats of npu tensors.
+
+torch_npu is imported at the first call: an npu tensor cannot exist without it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules.activations import plan_dynamic_quant, plan_static_quant
+from ..rules.devices import check_devices
+from ..rules.plan import plan, plan_trans_quant_param
+from ..rules.tables import FRACTAL_NZ, LAST_DIM_MAX, ND
+from .derivatives import tell_of_gradients
+
+__all__ = [
+    "cast_format",
+    "dynamic_quant",
+    "format_of",
+    "linear_quant",
+    "static_quant",
+    "trans_quant_param",
+]
+
+_ACL_INT32 = 3  # aclDataType
+# c10::ScalarType, which npu_quant_matmul's `int? output_dtype` holds
+_SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
+_QINT8, _QUINT4X2 = 12, 16  # what npu_quantize and npu_dynamic_quant call int8 and packed int4
+
+
+def _usual_strides(x: Tensor) -> Tensor:
+    """A contiguous tensor with the strides that row-major has. A dim of 1 may have any other, which
+    CANN may read as transposed."""
+    if x.stride()[-2:] == (x.shape[-1], 1):
+        return x
+    return x.reshape(-1).view(x.shape)
+
+
+@cache
+def _quant_matmul() -> Any:
+    """The overload itself: torch_npu.npu_quant_matmul looks for it on every call."""
+    import torch_npu
+
+    return torch_npu.npu_quant_matmul.default
+
+
+def linear_quant(
+    x1: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """NPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    if tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias):
+        with torch.no_grad():
+            return linear_quant(
+                x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
+            )
+    p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
+    if p.m == 0:
+        return x1.new_empty(p.output_shape, dtype=p.output_dtype)
+    if p.int4:
+        x1, weight = _usual_strides(x1), _usual_strides(weight)
+    elif p.m > LAST_DIM_MAX and not x1.is_contiguous():
+        x1 = x1.contiguous()  # transposed, m would be the last dim, which CANN limits
+    if p.n > LAST_DIM_MAX and not weight.is_contiguous():
+        weight = weight.contiguous()
+    # Only what is there is passed, and the dtype as torch numbers it: each None and each
+    # torch.dtype costs an eager call a microsecond or more.
+    given: dict[str, Any] = {"output_dtype": _SCALAR_TYPES[p.output_dtype]}
+    if offset is not None:
+        given["offset"] = offset
+    if pertoken_scale is not None:
+        given["pertoken_scale"] = pertoken_scale
+    if bias is not None:
+        given["bias"] = bias
+    # A float32 scale that has to be folded is folded inside, by torch_npu itself.
+    try:
+        out: Tensor = _quant_matmul()(x1, weight.transpose(-1, -2), scale, **given)
+    except RuntimeError:
+        del given["output_dtype"]
+        check_devices("linear_quant", x1=x1, weight=weight, scale=scale, **given)
+        raise
+    return out
+
+
+def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
+    """NPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
+    import torch_npu
+
+    if tell_of_gradients("trans_quant_param", scale, offset):
+        with torch.no_grad():
+            return trans_quant_param(scale, offset, round_mode)
+    plan_trans_quant_param(scale, offset, round_mode)
+    try:
+        out: Tensor = torch_npu.npu_trans_quant_param(scale, offset, round_mode)
+    except RuntimeError:
+        check_devices("trans_quant_param", scale=scale, offset=offset)
+        raise
+    return out
+
+
+def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """NPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
+    import torch_npu
+
+    if tell_of_gradients("dynamic_quant", x):
+        with torch.no_grad():
+            return dynamic_quant(x, dtype=dtype)
+    p = plan_dynamic_quant(x, dtype)
+    out: tuple[Tensor, Tensor] = torch_npu.npu_dynamic_quant.default(
+        x, dst_type=_QUINT4X2 if p.int4 else _SCALAR_TYPES[torch.int8]
+    )
+    return out
+
+
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+    """NPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
+    import torch_npu
+
+    if tell_of_gradients("static_quant", x, scale_reciprocal, offset):
+        with torch.no_grad():
+            return static_quant(x, scale_reciprocal, offset)
+    plan_static_quant(x, scale_reciprocal, offset)
+    try:
+        out: Tensor = torch_npu.npu_quantize.default(x, scale_reciprocal, offset, _QINT8, -1, False)
+    except RuntimeError:
+        check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
+        raise
+    return out
+
+
+def format_of(tensor: Tensor) -> int:
+    """The storage format of a tensor, as aclFormat numbers it; ND for one not on the NPU."""
+    if tensor.device.type != "npu":
+        return ND
+    import torch_npu
+
+    return int(torch_npu.get_npu_format(tensor))
+
+
+def cast_format(tensor: Tensor, acl_format: int) -> Tensor:
+    """An npu tensor in another storage format; itself if it has it already.
+
+    An int32 tensor is taken to carry int4: its FRACTAL_NZ blocks have rows of 8 words, 64 int4, and
+    not the 16 words of a plain cast (torch_npu-npu_format_cast.md, customize_dtype).
+    """
+    import torch_npu
+
+    if format_of(tensor) == acl_format:
+        return tensor
+    out: Tensor
+    if tensor.dtype == torch.int32 and acl_format == FRACTAL_NZ:
+        out = torch_npu.npu_format_cast(tensor, acl_format, customize_dtype=_ACL_INT32)
+    else:
+        out = torch_npu.npu_format_cast(tensor, acl_format)
+    return out

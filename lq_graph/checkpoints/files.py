@@ -1,0 +1,360 @@
+"""Files of a checkpoint, read and written: regular ones only, JSON within bounds, safetensors.
+
+Plain read and write calls, so that what the disk refuses is an error here and no signal, and so
+that a tensor is memory of its own. Whatever is wrong with a file is a CheckpointError.
+
+Source: safetensors' README (huggingface/safetensors), section Format: eight bytes of length, a
+JSON header of at most 100 MB, and the tensors end to end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..errors import LinearQuantValueError
+
+__all__ = [
+    "DTYPES",
+    "MAX_NAME",
+    "CheckpointError",
+    "Entry",
+    "TensorFile",
+    "expanded",
+    "read_json",
+    "refuse",
+    "shown",
+    "tensors_header",
+    "write_all",
+    "write_tensor",
+]
+
+MAX_JSON = 100_000_000  # bytes, safetensors' own limit
+MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
+MAX_NAME = 1000  # characters of a tensor's name
+_MAX_DIMS = 64
+_CHUNK = 1 << 24  # bytes for each call, so that Ctrl-C does not wait for gigabytes
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class CheckpointError(LinearQuantValueError):
+    """A checkpoint that cannot be loaded or written. The text names the file, the key, what was
+    expected and what was found. The model, or the folder, is as it was."""
+
+
+def shown(text: object, limit: int = 200) -> str:
+    """Text out of a file, in a form that fits into a sentence."""
+    text = str(text)
+    if not text.isprintable():
+        text = ascii(text)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def expanded(path: str | Path) -> Path:
+    """A path, with the home folder for a ~ at its beginning."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no user of that name: the ~ is the file's
+        return path
+
+
+def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "") -> NoReturn:
+    """Raise a CheckpointError."""
+    where = shown(file, 4096) + (f": {shown(key)}" if key else "")
+    text = f"{where}: expected {expected}, found {shown(found)}."
+    raise CheckpointError(text + (f" What to do: {todo}." if todo else ""))
+
+
+# ---- reading ----
+
+
+def _nonblocking(path: str, flags: int) -> int:
+    # a FIFO without a writer would be waited for
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
+    """Open a regular file, or refuse; with its size and when it was written."""
+    try:
+        stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
+        status = os.fstat(stream.fileno())
+    except OSError as error:
+        refuse(file, None, expected, error.strerror or str(error))
+    except ValueError as error:  # a name that no file can have
+        refuse(file, None, expected, str(error))
+    if not stat.S_ISREG(status.st_mode):
+        stream.close()
+        refuse(file, None, expected, "no regular file")
+    return stream, (status.st_size, status.st_mtime_ns)
+
+
+def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
+    """Read as many bytes as a buffer holds, or refuse."""
+    view = memoryview(buffer).cast("B")
+    while view:
+        try:
+            count = os.preadv(stream.fileno(), [view[:_CHUNK]], offset)
+        except OSError as error:
+            refuse(file, None, "a file that can be read", error.strerror or str(error))
+        if not count:
+            refuse(file, None, "a whole file", "its end, it was shortened meanwhile")
+        view, offset = view[count:], offset + count
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: another thing than a regular file with one object, of at most 100 MB and 50
+            levels, without a key that comes twice.
+    """
+    stream, (size, _) = _open(file, "a JSON object")
+    with stream:
+        if size > MAX_JSON:
+            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}")
+        data = bytearray(size)
+        _fill(stream, file, data, 0)
+    return _parse(file, data)
+
+
+def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_int)
+    except (ValueError, RecursionError) as error:
+        refuse(file, None, "a JSON object", str(error))
+    if not isinstance(value, dict):
+        refuse(file, None, "a JSON object", type(value).__name__)
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for whole in level
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+            if isinstance(part, dict | list)
+        ]
+    if level:
+        refuse(file, None, f"a JSON object of at most {MAX_DEPTH} levels", "more")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} twice")
+    return found
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 20:  # more than 64 bits hold; long ones take quadratic time
+        raise ValueError(f"the number {shown(digits, 20)}")
+    return int(digits)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its dtype, None for one that torch has not, its shape, and the bytes
+    of the file that it is."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """A safetensors file, open.
+
+    Args:
+        file: its path.
+        mapped: whether tensors are the mapped file (private: writing to them does not change it)
+            or memory of their own.
+
+    Attributes:
+        entries: what the header says, by name.
+        bytes_read: of tensors, so far.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or one that is cut off.
+    """
+
+    def __init__(self, file: Path, *, mapped: bool = False) -> None:
+        self.file, self.bytes_read = file, 0
+        self._stream, self._stamp = _open(file, "a safetensors file")
+        self.entries = self._header()
+        self._map: mmap.mmap | None = None
+        if mapped:
+            try:
+                self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                refuse(file, None, "a file that can be mapped", str(error), "leave mmap=False")
+
+    def close(self) -> None:
+        """Close the file; what is mapped stays."""
+        self._stream.close()
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened."""
+        try:
+            status = os.fstat(self._stream.fileno())
+        except OSError as error:
+            refuse(self.file, None, "a file that can be read", error.strerror or str(error))
+        if (status.st_size, status.st_mtime_ns) != self._stamp:
+            refuse(self.file, None, "a file that stays as it is", "it was written to meanwhile")
+
+    def _header(self) -> dict[str, Entry]:
+        size = self._stamp[0]
+
+        def broken(what: str) -> NoReturn:
+            refuse(self.file, None, "a safetensors file", what)
+
+        length = bytearray(8)
+        if size < 8:
+            broken(f"{size} bytes")
+        _fill(self._stream, self.file, length, 0)
+        end = 8 + int.from_bytes(length, "little")
+        if end > size or end > MAX_JSON:
+            broken(f"a header of {end - 8:,} bytes in a file of {size:,}")
+        text = bytearray(end - 8)
+        _fill(self._stream, self.file, text, 8)
+        try:
+            header = _parse(self.file, text)
+        except CheckpointError as error:
+            broken(f"a header that is not one: {str(error).rpartition('expected ')[2]}")
+        about = header.pop("__metadata__", None)
+        if about is not None and not (
+            isinstance(about, dict) and all(isinstance(v, str) for v in about.values())
+        ):
+            broken("__metadata__ that is no object of strings")
+        entries = {}
+        for key, given in header.items():
+            entry = _entry(given, end)
+            if entry is None or len(key) > MAX_NAME:
+                broken(f"{shown(key)}: {shown(given)}")
+            entries[key] = entry
+        place = end
+        for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if entry.begin != place:
+                broken(f"{shown(key)}, which does not begin where the one before it ends")
+            place = entry.end
+        if place != size:
+            broken(f"{size:,} bytes where the header says {place:,}")
+        return entries
+
+    def read(self, key: str) -> Tensor:
+        """A tensor."""
+        entry = self.entries[key]
+        return self._rows(entry, entry.begin, entry.shape)
+
+    def read_part(self, key: str, dim: int, part: int, parts: int) -> Tensor:
+        """One of the equal parts of a tensor along a dim; nothing else of it is read."""
+        entry = self.entries[key]
+        shape = list(entry.shape)
+        shape[dim] //= parts
+        assert entry.dtype is not None
+        run = prod(shape[dim:])  # values that lie side by side
+        skip = prod(entry.shape[dim:])
+        begin = entry.begin + part * run * entry.dtype.itemsize
+        rows = [
+            self._rows(entry, begin + i * skip * entry.dtype.itemsize, (run,))
+            for i in range(prod(shape[:dim]))
+        ]
+        return torch.cat(rows).reshape(shape) if len(rows) > 1 else rows[0].reshape(shape)
+
+    def _rows(self, entry: Entry, begin: int, shape: tuple[int, ...]) -> Tensor:
+        dtype = entry.dtype
+        assert dtype is not None
+        count = prod(shape)
+        self.bytes_read += count * dtype.itemsize
+        if count and self._map is not None and begin % dtype.itemsize == 0:
+            tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+            _fill(self._stream, self.file, _bytes_of(tensor), begin)
+        if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            refuse(self.file, None, "0 and 1 for a bool", "other bytes")
+        return tensor
+
+
+def _entry(given: object, offset: int) -> Entry | None:
+    """What the header says of a tensor; None if it is nonsense."""
+    if not isinstance(given, dict):
+        return None
+    name, shape, place = given.get("dtype"), given.get("shape"), given.get("data_offsets")
+    if not isinstance(name, str) or not _are_sizes(shape) or not _are_sizes(place):
+        return None
+    dtype = DTYPES.get(name)
+    if len(place) != 2 or place[0] > place[1] or len(shape) > _MAX_DIMS:
+        return None
+    if dtype is not None and prod(shape) * dtype.itemsize != place[1] - place[0]:
+        return None
+    return Entry(dtype, tuple(shape), offset + place[0], offset + place[1])
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor."""
+    if not tensor.numel():
+        return bytearray()
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+
+
+# ---- writing ----
+
+
+def tensors_header(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
+    """The order of a safetensors file's tensors, and what stands before them. Large dtypes come
+    first, so that each tensor is aligned."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[key] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return order, len(text).to_bytes(8, "little") + text
+
+
+def write_tensor(descriptor: int, tensor: Tensor, pause: Callable[[], None]) -> None:
+    """Write the bytes of a tensor, of any device and layout in memory."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    write_all(descriptor, _bytes_of(plain), pause)
+
+
+def write_all(descriptor: int, data: Any, pause: Callable[[], None]) -> None:
+    """Write bytes, with a pause between calls."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view[:_CHUNK]) :]
+        pause()

@@ -1,0 +1,108 @@
+"""FloatView: the float tensor that quantized ones stand for, computed when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import LinearQuantTypeError
+
+__all__ = ["FloatView"]
+
+
+class FloatView(Tensor):
+    """A tensor to be read. Its dtype, shape and device cost nothing; any operator gets the values,
+    which are computed for it; whatever would write into it, or into a view of it, is refused, for
+    the quantized tensors would not see it.
+
+    Models ask a linear layer's weight for its dtype at every call, and some multiply by it
+    themselves: computing it for the first would cost as much as the layer.
+
+    Args:
+        compute: gives the values.
+        shape, dtype, device: what they will be.
+
+    Raises:
+        LinearQuantTypeError: it is written into.
+    """
+
+    _compute: Callable[[], Tensor]
+    _is_param = True  # isinstance(layer.weight, nn.Parameter), as of nn.Linear
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        compute: Callable[[], Tensor],
+        shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        strides: tuple[int, ...] | None = None,
+    ) -> FloatView:
+        out: FloatView = Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=device
+        )
+        out._compute = compute
+        return out
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        given = [*zip(schema.arguments, args, strict=False)]
+        given += [(argument, kwargs.get(argument.name)) for argument in schema.arguments]
+        for argument, value in given:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and any(isinstance(leaf, FloatView) for leaf in tree_leaves(value)):
+                _refuse(f"by {func}")
+        args, kwargs = tree_map_only(FloatView, lambda view: view._compute(), (args, kwargs))
+        out = func(*args, **kwargs)
+        is_view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+        )
+        return tree_map_only(Tensor, _view_of, out) if is_view else out
+
+    @property
+    def data(self) -> Tensor:
+        """Itself: it has no gradient to be cut from."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        del value
+        _refuse("by an assignment to its data")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _refuse("by index")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._compute().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._compute().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A numpy array of the values."""
+        return self._compute().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values as Python numbers."""
+        return self._compute().tolist()
+
+
+def _view_of(values: Tensor) -> FloatView:
+    return FloatView(lambda: values, values.shape, values.dtype, values.device, values.stride())
+
+
+def _refuse(how: str) -> NoReturn:
+    raise LinearQuantTypeError(
+        f"QuantizedLinear: its weight, or bias, was written into {how}; what reads as weight and "
+        "bias is computed from the quantized tensors, which would not change. What to do: change "
+        "the float model and quantize it afterwards, or assign to the parameters of layer.linear."
+    )

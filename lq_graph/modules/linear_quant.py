@@ -1,0 +1,396 @@
+"""LinearQuant, the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from ..backends.npu import cast_format, format_of
+from ..errors import PARAM_INVALID, LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from ..ops import trans_quant_param
+from ..rules.plan import check_finite
+from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
+
+__all__ = ["PARAMETERS", "LinearQuant", "keeping_dtypes", "layer_of"]
+
+_linear_quant = torch.ops.lq_graph.linear_quant.default
+PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
+# Attribute of a layer that holds a part of it: (mesh, placements by parameter). See parallel.py.
+SPLIT = "_lq_graph_split"
+
+
+class LinearQuant(nn.Module):
+    """Quantized linear layer, drop-in for torch_npu.contrib.module.LinearQuant.
+
+    Takes an int8 input (or int32 carrying eight int4 each) and a weight of the same dtype,
+    multiplies exactly in int32 and scales into the output dtype. Inference only; runs eagerly
+    on CPU and NPU and in graphs.
+
+    Parameters, all with requires_grad=False:
+        weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8);
+            (..., n, k) may be assigned. Untransposed.
+        scale: float32 (out_features,); float32, bfloat16 or packed int64, (1,) or
+            (out_features,) may be assigned.
+        offset: float32 (out_features,), or None.
+        pertoken_scale: float32 (1,), or None: one value for each row of the input, to be
+            assigned or given to forward.
+        bias: int32 (out_features,), or None; a float dtype may be assigned where the support
+            table has it.
+
+    A parameter takes the dtype and the shape of whatever is assigned to its `.data`, and of the
+    tensor a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module and
+    leave its dtypes alone: they are part of the quantization.
+
+    Args:
+        in_features: k, the size of each input row (counted in int4 values for int4).
+        out_features: n.
+        bias, offset, pertoken_scale: whether that parameter takes part.
+        output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
+        device: where to allocate the parameters.
+        dtype: of the weight, torch.int8 (default) or torch.int32 for int4.
+        x1_dtype, x2_dtype: what input and weight are, as the vendor's page names them: None,
+            torch.int8 or torch.int32, the same in both. A stated dtype is held against the
+            tensors at every call.
+        group_size: None or 0; per-group scales have no row in the support table.
+
+    Shape:
+        input (..., m, in_features) to output (..., m, out_features).
+
+    Raises:
+        LinearQuantTypeError, LinearQuantValueError: at construction for the arguments, at
+            forward for what `lq_graph.linear_quant` refuses.
+
+    Source: torch_npu.contrib.module.LinearQuant, its page and torch_npu 2.13's signature.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    pertoken_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        offset: bool = False,
+        pertoken_scale: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        output_dtype: torch.dtype | None = None,
+        x1_dtype: torch.dtype | None = None,
+        x2_dtype: torch.dtype | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        storage = _storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
+        if group_size not in (None, 0):
+            raise LinearQuantValueError(
+                f"LinearQuant: group_size is {group_size}; per-group scales have no row in the "
+                "support table. What to do: leave it None, and give one scale for each channel."
+            )
+        pack = STORAGE_DTYPES[storage]
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size <= 0 or size % pack:
+                raise LinearQuantValueError(
+                    f"LinearQuant: {name} is {size}; allowed is a positive multiple of {pack}"
+                    + (" for int4" if pack > 1 else "")
+                    + ". What to do: pad with zeros."
+                )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.output_dtype = output_dtype
+        self._weight_format = ND
+        self.x1_dtype = x1_dtype
+        self.x2_dtype = x2_dtype
+
+        def parameter(
+            name: str, wanted: bool, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0
+        ) -> None:
+            value = Parameter(torch.full(shape, fill, dtype=dtype, device=device), False)
+            self.register_parameter(name, value if wanted else None)
+
+        n = out_features
+        parameter("weight", True, (n, in_features // pack), storage)
+        parameter("scale", True, (n,), torch.float32, 1)
+        parameter("offset", offset, (n,), torch.float32)
+        parameter("pertoken_scale", pertoken_scale, (1,), torch.float32, 1)
+        parameter("bias", bias, (n,), torch.int32)
+        # The float32 scale behind one that fold_scale packed: what a state dict holds. It is no
+        # state of its own, so neither parameter nor buffer.
+        self._float_scale: Tensor | None = None
+
+    def forward(self, x1: Tensor, pertoken_scale: Tensor | None = None) -> Tensor:
+        """Apply the layer; contract in `lq_graph.linear_quant`.
+
+        Args:
+            x1: int8 (..., m, k) or int32 (..., m, k/8).
+            pertoken_scale: float32 (m,), in place of the parameter of that name.
+        """
+        if self._weight_format:  # read for torch.compile: it compiles anew for another format
+            pass
+        own: dict[str, Any] = self._parameters
+        # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. A parametrized layer
+        # has no other way.
+        if len(own) == len(PARAMETERS):
+            weight, scale, offset = own["weight"], own["scale"], own["offset"]
+            pertoken, bias = own["pertoken_scale"], own["bias"]
+        else:
+            weight, scale, offset = self.weight, self.scale, self.offset
+            pertoken, bias = self.pertoken_scale, self.bias
+        if self.x1_dtype is not None:
+            _check_stated("x1", x1, self.x1_dtype)
+        if self.x2_dtype is not None:
+            _check_stated("x2", weight, self.x2_dtype)
+        out: Tensor = _linear_quant(
+            x1,
+            weight,
+            scale,
+            offset,
+            pertoken if pertoken_scale is None else pertoken_scale,
+            bias,
+            output_dtype=self.output_dtype,
+        )
+        return out
+
+    def note_weight_format(self) -> None:
+        """Keep the weight's format where torch.compile sees it: its guards look at dtypes, shapes
+        and attributes, not at formats, and a graph holds for one format. Whatever moves, casts or
+        replaces the weight calls this; `weight.data = ...` is the one way that does not."""
+        weight = self._parameters.get("weight")
+        # a fake or distributed one has no format of its own
+        self._weight_format = format_of(weight) if type(weight) is Parameter else ND
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight":
+            self.note_weight_format()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.note_weight_format()  # a copy, or one from a file, may have another
+
+    def fold_scale(self) -> None:
+        """Replace the float32 scale by the packed int64 form, with the offset in it.
+
+        State dicts keep holding the float32 scale, and loading one folds it again.
+
+        Raises:
+            LinearQuantTypeError: the scale is not float32.
+            LinearQuantValueError: it holds NaN or infinity.
+        """
+        scale = self.scale.data
+        packed = _pack(scale, self.offset)
+        self._float_scale = scale
+        self.scale.data = packed
+
+    def _scale_before_folding(self) -> Tensor | None:
+        """The float32 scale this layer's packed scale was made of, if it still is."""
+        kept = self._float_scale
+        if kept is None or self.scale.dtype != torch.int64:
+            return None
+        kept = kept.to(self.scale.device)
+        if kept.is_meta or torch.equal(trans_quant_param(kept, self.offset), self.scale):
+            return kept
+        return None  # another scale or offset has been assigned since
+
+    def extra_repr(self) -> str:
+        """Every quantization setting: torchair's cache_compile keys its cache on it."""
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+        for name in PARAMETERS:
+            tensor = getattr(self, name)
+            setting = None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
+            if name == "weight" and self._weight_format == FRACTAL_NZ:
+                setting = f"{setting} FRACTAL_NZ"
+            parts.append(f"{name}={setting}")
+        parts.append(f"output_dtype={dtype_name(self.output_dtype or torch.int8)}")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:
+        super()._apply(keeping_dtypes(fn), recurse)
+        self.note_weight_format()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A checkpoint decides between int8 and int4, float32 and packed scale, (1,) and (n,).
+        # Anything else is refused before a copy could cast it to something that looks right.
+        found: dict[str, Tensor] = {
+            name: state_dict[prefix + name]
+            for name in PARAMETERS
+            if getattr(self, name) is not None and prefix + name in state_dict
+        }
+        refused = [
+            f"{prefix}{name} is {dtype_name(tensor.dtype)} {tuple(tensor.shape)} in the state "
+            f"dict; allowed is {self._allowed(name)}."
+            for name, tensor in found.items()
+            if not self._holds(name, tensor)
+        ]
+        if refused:
+            error_msgs.extend(refused)
+            return
+        scale = found.get("scale")
+        refold = self._float_scale is not None and scale is not None and scale.is_floating_point()
+        if refold:
+            assert scale is not None
+            device, offset = self.scale.device, found.get("offset", self.offset)
+            try:
+                packed = _pack(scale.to(device), None if offset is None else offset.to(device))
+            except LinearQuantError as error:
+                error_msgs.append(f"{prefix}scale: {error}")
+                return
+            state_dict = {**state_dict, prefix + "scale": packed}
+            found["scale"] = packed
+        acl_format = format_of(self.weight)
+        for name, tensor in found.items():
+            current = getattr(self, name)
+            # torch_npu 2.13 ignores a copy from the host into an internal format: it casts the
+            # destination, not the source. So a FRACTAL_NZ weight is loaded as ND and cast again.
+            internal = name == "weight" and acl_format != ND
+            if tensor.dtype != current.dtype or tensor.shape != current.shape or internal:
+                current.data = torch.empty_like(tensor, device=current.device)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if "weight" in found and self.weight.device.type == "npu":
+            self.weight.data = cast_format(self.weight.data, acl_format)
+            self.note_weight_format()
+        if "scale" in found:
+            self._float_scale = scale.detach().clone() if refold and scale is not None else None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        scale = self._scale_before_folding()
+        if scale is not None:
+            destination[prefix + "scale"] = scale
+
+    def _holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor from a state dict may become this parameter, by dtype and size."""
+        if tensor.dtype not in _dtypes_of(name):
+            return False
+        if name == "weight":
+            k = self.in_features // STORAGE_DTYPES[tensor.dtype]
+            return tuple(tensor.shape[-2:]) == (self.out_features, k)
+        if name == "bias":
+            return tuple(tensor.shape[-1:]) == (self.out_features,)
+        if name == "pertoken_scale":
+            return tensor.dim() == 1
+        return tuple(tensor.shape) in ((1,), (self.out_features,))
+
+    def _allowed(self, name: str) -> str:
+        dtypes = " or ".join(dtype_name(d) for d in _dtypes_of(name))
+        n, k = self.out_features, self.in_features
+        shape = {
+            "weight": f"({n}, {k}), in int32 ({n}, {k} / 8)",
+            "bias": f"(..., {n})",
+            "pertoken_scale": "(m,)",
+        }.get(name, f"(1,) or ({n},)")
+        return f"{dtypes}, {shape}"
+
+
+def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `.half()` and the like do to a tensor, its dtype left alone: it is moved, no more."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def layer_of(
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    pertoken: bool,
+    output_dtype: torch.dtype,
+) -> LinearQuant:
+    """A layer of these tensors, which are not copied; a Parameter stays the one it is.
+
+    Args:
+        weight: int8 (n, k), or int32 (n, k/8) carrying int4.
+        scale, bias, offset: the parameters of those names, None for absent.
+        pertoken: whether a pertoken_scale comes with each call.
+        output_dtype: of the layer.
+    """
+    n, words = weight.shape
+    layer = LinearQuant(
+        words * STORAGE_DTYPES[weight.dtype],
+        n,
+        bias=bias is not None,
+        offset=offset is not None,
+        pertoken_scale=pertoken,
+        output_dtype=output_dtype,
+        dtype=weight.dtype,
+        device="meta",  # no memory: the parameters are replaced
+    )
+    ones = torch.ones(1, dtype=torch.float32, device=weight.device) if pertoken else None
+    for name, tensor in zip(PARAMETERS, (weight, scale, offset, ones, bias), strict=True):
+        if tensor is not None:
+            own = tensor if isinstance(tensor, Parameter) else Parameter(tensor, False)
+            setattr(layer, name, own)
+    return layer
+
+
+def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:
+    check_finite(scale, offset)
+    return trans_quant_param(scale, offset)
+
+
+def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
+    """Hold a tensor against the dtype the constructor was told."""
+    if tensor.dtype != stated:
+        tensor_name = "weight" if name == "x2" else name
+        raise LinearQuantTypeError(
+            f"LinearQuant: {tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made "
+            f"with {name}_dtype={dtype_name(stated)}. What to do: pass {dtype_name(stated)}, or "
+            f"leave {name}_dtype at None. {PARAM_INVALID}"
+        )
+
+
+def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """Every dtype some row of the tables allows for a tensor."""
+    columns = ((row.storage,) if name == "weight" else getattr(row, name) for row in ROWS)
+    return tuple(dict.fromkeys(d for column in columns for d in column if d is not None))
+
+
+def _storage_dtype(**given: torch.dtype | None) -> torch.dtype:
+    """The one dtype the constructor's three dtype arguments agree on; int8 if none is given."""
+    chosen: dict[str, torch.dtype] = {k: v for k, v in given.items() if v is not None}
+    for name, dtype in chosen.items():
+        if dtype not in STORAGE_DTYPES:
+            raise LinearQuantTypeError(
+                f"LinearQuant: {name} is {dtype}; allowed are torch.int8 and torch.int32 (eight "
+                "int4 each). What to do: leave it None for int8. The output's dtype is "
+                "output_dtype."
+            )
+    if len(set(chosen.values())) > 1:
+        listed = ", ".join(f"{name}={dtype_name(dtype)}" for name, dtype in chosen.items())
+        raise LinearQuantTypeError(
+            f"LinearQuant: {listed}; input and weight have one dtype. What to do: give one of them."
+        )
+    return next(iter(chosen.values()), torch.int8)

@@ -1,0 +1,340 @@
+"""use_internal_format_weight: every quantized linear layer of a model made ready for the NPU."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..backends.npu import cast_format, format_of
+from ..errors import LinearQuantError, LinearQuantValueError
+from ..ops import trans_quant_param
+from ..reports import table
+from ..rules.plan import check_finite, plan
+from ..rules.products import get_product
+from ..rules.tables import FRACTAL_NZ, ND, Product, dtype_name, storage_name
+from .linear_quant import LinearQuant
+from .vendor import vendor_layers
+from .walk import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
+
+__all__ = ["Prepared", "Report", "use_internal_format_weight"]
+
+_PROGRESS_FROM = 16  # layers: fewer are done before a bar could be read
+_FORMATS = {ND: "ND", FRACTAL_NZ: "FRACTAL_NZ"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What use_internal_format_weight did to one layer.
+
+    Attributes:
+        name: the module's qualified name.
+        before, after: weight dtype and format, and dtype of the scale.
+        bytes: of the weight's storage, padding included.
+        note: what was left and why; empty if nothing was.
+    """
+
+    name: str
+    before: str
+    after: str
+    bytes: int
+    note: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was done to the layer."""
+        return self.before != self.after
+
+
+class Report(list[Prepared]):
+    """What use_internal_format_weight did, a layer each; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no LinearQuant in this model"
+        head = ["module", "before", "after", "bytes", ""]
+        rows = [
+            [r.name or "(model)", r.before, r.after if r.changed else "as it was", r.bytes, r.note]
+            for r in self
+        ]
+        changed = sum(r.changed for r in self)
+        total = sum(r.bytes for r in self)
+        summary = f"{len(self)} layers, {changed} changed, {total:,} bytes of weights"
+        return "\n".join([*table([head, *rows]), summary])
+
+
+@keeps_grad_mode
+def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Report:
+    """Prepare every LinearQuant of a model for the NPU, once.
+
+    Folds a float32 scale with its offset into the packed int64 scale where the layer's row reads
+    that, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and the vendor's
+    LinearQuant and LinearA8W8Quant; everything else (Linear, Conv2d, ...) is handed to torchair's
+    function of the same name.
+
+    Calling it again changes nothing, from several threads too. All or nothing: whatever fails, the
+    model is as before, and Ctrl-C waits for the end. One layer at a time, so the most it takes
+    beside the model is one weight.
+
+    Prepare before the first call of a compiled model. A graph is compiled for the format its
+    weights have, and a device does not look at it again: a weight that is prepared, moved
+    (`.cpu().npu()`) or replaced (`weight.data = tensor`) afterwards is read in the format it had,
+    and the output is garbage, without an error. lq_graph's layers are compiled anew when the format
+    of their weight changes, except by `weight.data = tensor`; of other layers' formats
+    torch.compile knows nothing, nor do cache_compile and captured graphs after their first run. On
+    cann_host such a run is refused.
+
+    A layer whose pertoken_scale comes as an argument of forward has to be made with
+    pertoken_scale=True, or its float16 output reads as the row without one, and is folded.
+
+    Args:
+        model: on the NPU.
+        int4_nz: cast int4 weights to FRACTAL_NZ too. Whether kernels exist for it depends on the
+            CANN version (newest public releases have them for Atlas A2 and A3), so the default is
+            to leave them, or bring them back, ND.
+
+    Warns:
+        UserWarning: weights stay ND because torch.npu.config.allow_internal_format is off, or
+            formats of layers that are not lq_graph's changed after something was compiled.
+
+    Returns:
+        A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
+
+    Raises:
+        LinearQuantValueError: the model is not on the NPU, or a scale holds NaN.
+        LinearQuantTypeError: a layer has no row in the product's table.
+
+    Source: torchair's use_internal_format_weight.
+    """
+    with uninterrupted(), _ONE_AT_A_TIME:  # an interrupt could leave the lock locked
+        report, others_changed = _prepare_all(model, int4_nz)
+    if any(_OFF in prepared.note for prepared in report):
+        warnings.warn(
+            "use_internal_format_weight: weights stay ND, because "
+            "torch.npu.config.allow_internal_format is off. What to do: set it to True before.",
+            stacklevel=3,
+        )
+    if others_changed and _has_compiled():
+        warnings.warn(
+            "use_internal_format_weight: formats of weights changed after torch.compile had made "
+            "graphs in this process. lq_graph's layers are compiled anew by themselves; of others "
+            f"({others_changed}) torch.compile does not notice, and a graph that was made for ND "
+            "reads FRACTAL_NZ as ND. What to do: prepare before the first call, or call "
+            "torch._dynamo.reset() now.",
+            stacklevel=3,
+        )
+    return report
+
+
+def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
+    """The report, and the first module whose format changed unseen by torch.compile, if any."""
+    kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
+    # the vendor's modules have the attributes of ours, so they go by our type
+    layers = [
+        (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
+    ]
+    folds = [_check(name or "the model", layer) for name, layer in layers]
+    kept_float = _scales_read_otherwise(layers, folds)
+
+    torchair = _torchair()
+    report = Report()
+    others_changed = ""
+    holders: dict[Tensor, list[LinearQuant]] = {}  # of each scale, layers of ours
+    for _, layer in layers:
+        if isinstance(layer, LinearQuant):
+            holders.setdefault(layer.scale, []).append(layer)
+    # None: no bar where the output is no terminal
+    bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
+    with all_or_nothing() as undo:
+        for _, layer in layers:  # the last, for layers may share a weight
+            if isinstance(layer, LinearQuant):
+                undo.callback(layer.note_weight_format)
+        for (name, layer), fold in zip(bar, folds, strict=True):
+            was = format_of(layer.weight)
+            why_float = kept_float.get(layer.scale, "")
+            sharing = holders.get(layer.scale, [])
+            report.append(_prepare(name, layer, fold, why_float, int4_nz, sharing, undo))
+            if format_of(layer.weight) != was and not isinstance(layer, LinearQuant):
+                others_changed = others_changed or name or type(layer).__name__
+        for rest in _others(model, kinds):
+            before = {parameter: format_of(parameter) for parameter in rest.parameters()}
+            for parameter, acl_format in before.items():
+                # torchair casts weights and folds scales, which are short enough to keep
+                scale = parameter.data if parameter.dim() < 2 else None
+                undo.callback(_restore, parameter, acl_format, scale)
+            torchair.use_internal_format_weight(rest)
+            if any(format_of(parameter) != was for parameter, was in before.items()):
+                others_changed = others_changed or type(rest).__name__
+    return report, others_changed
+
+
+def _torchair() -> Any:
+    """torchair, imported. It replaces the handler of SIGINT by one after which Ctrl-C is ignored
+    for good (torch_npu 2.13, core/_backend.py); one who only prepares weights keeps theirs."""
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+
+    handler = signal.getsignal(signal.SIGINT)
+    import torchair
+
+    if signal.getsignal(signal.SIGINT) is not handler:
+        signal.signal(signal.SIGINT, handler)
+    return torchair
+
+
+# The float32 scale behind a packed one is read and kept in two steps.
+_ONE_AT_A_TIME = one_at_a_time()
+
+
+def _has_compiled() -> bool:
+    """Whether torch.compile has made graphs that it may use again."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return compiler is not None and bool(compiler.input_codes.seen)
+
+
+def _scales_read_otherwise(
+    layers: list[tuple[str, LinearQuant]], folds: list[bool]
+) -> dict[Tensor, str]:
+    """Scales that several layers share and read differently, so that folding for one would be wrong
+    for another; with the reason."""
+    first: dict[Tensor, tuple[str, LinearQuant, bool]] = {}
+    kept: dict[Tensor, str] = {}
+    for (name, layer), fold in zip(layers, folds, strict=True):
+        other_name, other, other_folds = first.setdefault(layer.scale, (name, layer, fold))
+        if fold != other_folds or not _equal(layer.offset, other.offset):
+            kept[layer.scale] = (
+                f"scale stays float32: {other_name} and {name} share it and read it differently"
+            )
+    return kept
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one, other)
+
+
+_OFF = "allow_internal_format is off"
+
+
+def _check(name: str, layer: LinearQuant) -> bool:
+    """Whether a layer's scale is to be folded; refuses one that cannot be prepared."""
+    if layer.weight.device.type != "npu":
+        raise LinearQuantValueError(
+            f"use_internal_format_weight: {name} is on {layer.weight.device}; FRACTAL_NZ exists on "
+            "the NPU only. What to do: call model.npu() first."
+        )
+    try:
+        fold = folds_scale(layer)
+        if fold:
+            check_finite(layer.scale, layer.offset)
+        return fold
+    except LinearQuantError as error:
+        raise type(error)(f"use_internal_format_weight: {name}: {error}") from None
+
+
+def folds_scale(layer: LinearQuant) -> bool:
+    """Whether a layer's row of the table reads the packed scale and it is still float32.
+
+    Args:
+        layer: lq_graph's, or one of the vendor's with the same attributes.
+
+    Raises:
+        LinearQuantTypeError, LinearQuantValueError: the layer has no row.
+    """
+    weight, pertoken, bias = layer.weight, layer.pertoken_scale, layer.bias
+    rows = 1 if pertoken is None else pertoken.shape[0]
+    # a 3-dim bias says that the input has a batch dim
+    batch = bias.shape[:1] if bias is not None and bias.dim() == 3 else ()
+    x1 = torch.empty(*batch, rows, weight.shape[-1], dtype=weight.dtype, device="meta")
+    return plan(
+        x1, weight, layer.scale, layer.offset, pertoken, bias, output_dtype=layer.output_dtype
+    ).fold_scale
+
+
+def _prepare(
+    name: str,
+    layer: LinearQuant,
+    fold: bool,
+    why_float: str,
+    int4_nz: bool,
+    sharing: list[LinearQuant],
+    undo: ExitStack,
+) -> Prepared:
+    """Fold and cast one layer. What takes a step back is noted before the step."""
+    weight = layer.weight
+    before = _describe(layer)
+    if fold and not why_float:
+        _fold(layer, sharing, undo)
+    why_nd = _why_nd(weight, get_product(), int4_nz)
+    wanted = ND if why_nd else FRACTAL_NZ
+    if (was := format_of(weight)) != wanted:
+        undo.callback(_cast, weight, was)
+        _cast(weight, wanted)
+        if format_of(weight) != wanted:
+            why_nd = f"weight stays ND: torch.npu.config.{_OFF}"
+    if isinstance(layer, LinearQuant):
+        layer.note_weight_format()
+    note = "; ".join(why for why in (why_float, why_nd) if why)
+    return Prepared(name, before, _describe(layer), weight.untyped_storage().nbytes(), note)
+
+
+def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> None:
+    """Fold a float32 scale, unless a layer before has.
+
+    Args:
+        sharing: the layers of ours that hold the scale. Each keeps what it was, for state dicts,
+            which another thread may be taking: before it is folded.
+    """
+    scale = layer.scale
+    if scale.dtype != torch.float32:
+        return
+    for one in sharing:
+        undo.callback(setattr, one, "_float_scale", one._float_scale)
+        one._float_scale = scale.data
+    undo.callback(_restore, scale, ND, scale.data)
+    scale.data = trans_quant_param(scale.data, layer.offset)
+
+
+def _describe(layer: LinearQuant) -> str:
+    acl_format = format_of(layer.weight)
+    layout = _FORMATS.get(acl_format, f"format {acl_format}")
+    return f"{storage_name(layer.weight.dtype)} {layout}, scale {dtype_name(layer.scale.dtype)}"
+
+
+def _cast(parameter: Tensor, acl_format: int) -> None:
+    parameter.data = cast_format(parameter.data, acl_format)
+
+
+def _restore(parameter: Tensor, acl_format: int, scale: Tensor | None) -> None:
+    """Take back a fold, or a cast; a cast by casting back, so that no weight is held twice."""
+    if scale is not None and parameter.dtype != scale.dtype:
+        parameter.data = scale
+    elif format_of(parameter) != acl_format:
+        _cast(parameter, acl_format)
+
+
+def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
+    """Why a weight is not to be FRACTAL_NZ; empty if it is."""
+    if weight.dtype not in product.nz_storage and not int4_nz:
+        return "weight stays ND: int4_nz=True casts it, where the CANN version has the kernels"
+    if 1 in weight.shape[-2:]:
+        # quant_matmul_checker.cpp (hicann/ops-nn) refuses FRACTAL_NZ there
+        return "weight stays ND: n or k is 1"
+    return ""
+
+
+def _others(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
+    """The largest parts of a model without one of our layers, for torchair's own function."""
+    if not any(isinstance(m, kinds) for m in module.modules()):
+        yield module
+    elif not isinstance(module, kinds):
+        for child in module.children():
+            yield from _others(child, kinds)

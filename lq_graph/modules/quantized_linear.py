@@ -1,0 +1,327 @@
+"""QuantizedLinear: float activations in and out, the int8 or int4 product between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ..backends.npu import cast_format, format_of
+from ..errors import LinearQuantTypeError
+from ..kernels import numerics
+from ..rules.tables import ND, STORAGE_DTYPES, dtype_name
+from .float_view import FloatView
+from .linear_quant import SPLIT, LinearQuant, keeping_dtypes
+
+__all__ = ["QuantizedLinear"]
+
+_dynamic_quant = torch.ops.lq_graph.dynamic_quant.default
+_static_quant = torch.ops.lq_graph.static_quant.default
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that quantizes its float input and runs a LinearQuant.
+
+    Has what nn.Linear has: `in_features`, `out_features`, and `weight` and `bias`, the floats that
+    the quantized ones of `linear` stand for. They are computed when they are read, and read only.
+
+    Args:
+        linear: int8, or int32 carrying int4 (dynamic only). With pertoken_scale=True the input is
+            quantized per token as it comes (dynamic), else by input_scale and input_offset
+            (static).
+        input_scale: float32 (1,), the size of one step; static only.
+        input_offset: float32 (1,), the integer that stands for 0, static only; None for a
+            symmetric scale.
+        input_dtype: float16 or bfloat16, the dtype the layer works in: that of a static layer's
+            input, and of `weight` and `bias`; default the output's.
+        weight_scale: float32 (n,), static only: the scale of the weight alone, where it is known.
+            The layer does not read it; files do.
+        float_bias: the bias before it was rounded to the int32 one of `linear`, likewise.
+        output_scale, output_offset: float32 (1,), of an int8 output: the input_scale and
+            input_offset of the layer that takes it.
+        takes_int8: static only: whether an int8 input is taken as quantized already, by
+            input_scale and input_offset. Only for a layer that another one with int8 output feeds:
+            an int8 input that came about otherwise is no quantized one.
+
+    `input_scale` and `input_offset` may be assigned, loaded or written in place. Two writes are not
+    seen: one that torch keeps no version of (`input_scale.data.copy_()`), and one in place when the
+    layer only runs compiled. Assign instead.
+
+    Shape:
+        input (..., in_features) to output (..., out_features); rows may be none.
+
+    Raises (forward):
+        LinearQuantTypeError: an int8 input without takes_int8, or, static, a float one of another
+            dtype than input_dtype.
+        LinearQuantTypeError, LinearQuantValueError: what the operators refuse.
+    """
+
+    takes_int8 = False
+
+    input_scale: Tensor | None
+    input_offset: Tensor | None
+    weight_scale: Tensor | None
+    float_bias: Tensor | None
+    output_scale: Tensor | None
+    output_offset: Tensor | None
+    _scale_reciprocal: Tensor | None
+    _offset: Tensor | None
+    _derived_from: list[tuple[str, Tensor, int, int]] | None = None
+
+    def __init__(
+        self,
+        linear: LinearQuant,
+        input_scale: Tensor | None = None,
+        input_offset: Tensor | None = None,
+        *,
+        input_dtype: torch.dtype | None = None,
+        weight_scale: Tensor | None = None,
+        float_bias: Tensor | None = None,
+        output_scale: Tensor | None = None,
+        output_offset: Tensor | None = None,
+        takes_int8: bool = False,
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.takes_int8 = takes_int8
+        self.input_dtype = input_dtype or linear.output_dtype or torch.int8
+        if input_scale is not None and input_offset is None:
+            input_offset = torch.zeros_like(input_scale)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_offset", input_offset)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("float_bias", float_bias)
+        self.register_buffer("output_scale", output_scale)
+        self.register_buffer("output_offset", output_offset)
+        # what the operator reads, made of the two above whenever they change
+        self.register_buffer("_scale_reciprocal", None, persistent=False)
+        self.register_buffer("_offset", None, persistent=False)
+        self._derive()
+
+    def _derive(self) -> None:
+        self._scale_reciprocal = self._offset = self._derived_from = None
+        if self.input_scale is None or self.input_offset is None:
+            return
+        if self.input_dtype not in (torch.float16, torch.bfloat16):
+            raise LinearQuantTypeError(
+                f"QuantizedLinear: input_dtype is {dtype_name(self.input_dtype)}; allowed are "
+                "float16 and bfloat16. What to do: name the dtype the layer's input has."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
+            self._offset = self.input_offset.to(self.input_dtype)
+        self._note()
+
+    def _note(self) -> None:
+        """Note what was derived from."""
+        if self.input_scale is not None and self.input_offset is not None:
+            self._derived_from = [
+                # kept, so that its memory is not used anew
+                (name, tensor.detach(), tensor.data_ptr(), _version(tensor))
+                for name, tensor in self._buffers.items()
+                if name in ("input_scale", "input_offset") and type(tensor) is Tensor
+            ]
+
+    def _derive_again(self) -> None:
+        """Derive what was made of a scale or an offset that was written since."""
+        for name, _, memory, version in self._derived_from or ():
+            tensor = self._buffers.get(name)
+            if type(tensor) is Tensor and (
+                tensor.data_ptr() != memory or _version(tensor) != version
+            ):
+                self._derive()
+                return
+
+    @classmethod
+    def _plain(cls) -> QuantizedLinear:
+        """One as quantize makes it, for walk.py."""
+        linear = LinearQuant(8, 8, pertoken_scale=True, output_dtype=torch.float16, device="meta")
+        return cls(linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """(n, k), input_dtype: the weight that the quantized one of `linear` stands for."""
+        weight = self.linear.weight
+        shape = (*weight.shape[:-1], weight.shape[-1] * STORAGE_DTYPES[weight.dtype])
+        return self._float_view(self._float_weight, shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(n,), input_dtype: the bias before it was rounded and the zero point of the input was put
+        into it; where it is known no more, what the rounded one stands for: zeros for a layer that
+        has none but the zero point's."""
+        if self.float_bias is None and self.linear.bias is None:
+            return None
+        return self._float_view(self._float_bias, (self.linear.out_features,))
+
+    def _float_view(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph drops what it does not read
+            return compute()
+        return FloatView(compute, shape, self.input_dtype, self.linear.weight.device)
+
+    def _check_whole(self) -> None:
+        if SPLIT in vars(self.linear):
+            raise LinearQuantTypeError(
+                "QuantizedLinear: weight, or bias, was read of a layer that is split over devices; "
+                "this process has a part of it. What to do: read it before the layer is split."
+            )
+
+    def _float_weight(self) -> Tensor:
+        self._check_whole()
+        weight = self.linear.weight
+        if not torch.compiler.is_compiling() and format_of(weight) != ND:
+            weight = cast_format(weight, ND)  # in a graph GE does that
+        if weight.dtype == torch.int32:
+            weight = numerics.unpack_int4(weight)
+        scale = self._step()
+        if self.input_scale is not None:
+            scale = scale / self.input_scale
+        return (weight * scale.unsqueeze(-1)).to(self.input_dtype)
+
+    def _float_bias(self) -> Tensor:
+        self._check_whole()
+        bias = self.linear.bias if self.float_bias is None else self.float_bias
+        assert bias is not None
+        if bias.dtype == torch.int32:
+            assert self.input_offset is not None
+            zero_point = self.input_offset.to(torch.int32) * self.linear.weight.sum(
+                -1, dtype=torch.int32
+            )
+            bias = (bias + zero_point) * self._step()
+        return bias.to(self.input_dtype)
+
+    def _step(self) -> Tensor:
+        """float32 (n,): what one step of the int32 product is worth."""
+        scale: Tensor = self.linear.scale
+        if scale.dtype == torch.int64:
+            scale = numerics.unpack_scale(scale)[0]
+        scale = scale.to(torch.float32)
+        return scale if self.output_scale is None else scale * self.output_scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise LinearQuantTypeError(
+                f"QuantizedLinear: {name} was assigned to; it is computed from the quantized "
+                "tensors of layer.linear. What to do: assign before the model is quantized; tied "
+                "weights are left float."
+            )
+        super().__setattr__(name, value)
+        if name in ("input_scale", "input_offset") and "_offset" in vars(self)["_buffers"]:
+            self._derive()
+
+    @property
+    def in_features(self) -> int:
+        """k."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """n."""
+        return self.linear.out_features
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the input is quantized per token, as it comes."""
+        return self.input_scale is None
+
+    def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
+        rows = input.reshape(-1, input.shape[-1])
+        some = rows.shape[0] > 0
+        if torch.compiler.is_exporting():
+            # One graph serves all numbers of rows, none too, though torch takes them for 2 at
+            # least. Dynamo (strict=True) shows a number that is a symbol as an int too.
+            some = isinstance(some, bool) and not torch.compiler.is_dynamo_compiling() and some
+        elif torch.compiler.is_compiling():
+            some = guard_or_false(some)
+        if some:
+            out = self._rows(rows)
+        else:
+            # an expert without a token has no row, and the operators need one
+            one = rows.new_zeros(1, rows.shape[1])
+            out = self._rows(torch.cat([rows, one]))[: rows.shape[0]]
+        return out.view(*input.shape[:-1], out.shape[-1])
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """(m, k) to (m, n)."""
+        out: Tensor
+        if rows.dtype == torch.int8 and not self.takes_int8:
+            raise LinearQuantTypeError(
+                "QuantizedLinear: x is int8, and no layer before it is known to give int8; values "
+                f"that were cast are no quantized ones. What to do: pass x.to({self.input_dtype}). "
+                "A model that asks for a dtype to cast to finds the float one at "
+                "layer.weight.dtype, not at next(layer.parameters()).dtype. In a chain of layers "
+                "made by hand, say takes_int8=True."
+            )
+        if not torch.compiler.is_compiling():
+            self._derive_again()
+        if self._scale_reciprocal is None:
+            quantized, scale = self.quantize_rows(rows, self.linear.weight.dtype)
+            out = self.linear(quantized, scale)
+        elif rows.dtype == torch.int8:
+            out = self.linear(rows)
+        else:
+            if rows.dtype != self.input_dtype and _autocasts(rows, self.input_dtype):
+                rows = rows.to(self.input_dtype)
+            if rows.dtype != self.input_dtype:
+                raise LinearQuantTypeError(
+                    f"QuantizedLinear: x is {dtype_name(rows.dtype)}; this static layer was made "
+                    f"for {dtype_name(self.input_dtype)}. What to do: pass "
+                    f"x.to({self.input_dtype}), or quantize the model in the dtype it runs in."
+                )
+            out = self.linear(_static_quant(rows, self._scale_reciprocal, self._offset))
+        return out
+
+    def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Quantize a dynamic layer's input, (m, k); `lq_graph.dynamic_quant`."""
+        out: tuple[Tensor, Tensor] = _dynamic_quant(rows, dtype=dtype)
+        return out
+
+    def to_float(self, out: Tensor) -> Tensor:
+        """An output as the numbers it stands for: int8 ones dequantized, others as they are."""
+        if self.output_scale is None or self.output_offset is None or out.dtype != torch.int8:
+            return out
+        return (out.to(torch.float32) - self.output_offset) * self.output_scale
+
+    def extra_repr(self) -> str:
+        if self.dynamic:
+            return "dynamic, per token"
+        return f"static, per tensor, input_dtype={dtype_name(self.input_dtype)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # .half() and the like move the module; the dtypes of its scales are part of the numbers
+        self._derive_again()
+        super()._apply(keeping_dtypes(fn), recurse)
+        self._note()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        scale, errors = state_dict.get(f"{prefix}input_scale"), lists[-1]
+        known = isinstance(scale, Tensor) and not scale.is_meta
+        if known and not bool(((scale > 0) & scale.isfinite()).all()):
+            errors.append(
+                f"{prefix}input_scale is {scale.tolist()}; a scale is finite and above 0. What "
+                "to do: check how the file was made. The layer keeps its own."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self._derive()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _autocasts(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast would have nn.Linear work in a dtype."""
+    device = x.device.type
+    return (
+        x.is_floating_point()
+        and x.dtype != torch.float64
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == dtype
+    )

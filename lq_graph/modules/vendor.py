@@ -1,0 +1,159 @@
+"""The vendor's LinearQuant modules, and the way from them to ours and back."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..rules.tables import STORAGE_DTYPES, dtype_name
+from .linear_quant import PARAMETERS, LinearQuant
+from .quantized_linear import QuantizedLinear
+from .walk import all_or_nothing, carry_over, keeps_grad_mode, places_of, put, why_not_replaceable
+
+__all__ = ["convert", "vendor_layers"]
+
+_TARGETS = ("lq_graph", "torch_npu")
+
+
+def vendor_layers() -> tuple[type[nn.Module], ...]:
+    """torch_npu's LinearQuant and LinearA8W8Quant; nothing where torch_npu is not imported, for a
+    model can hold none there."""
+    if sys.modules.get("torch_npu") is None:
+        return ()
+    from torch_npu.contrib.module import LinearA8W8Quant
+    from torch_npu.contrib.module import LinearQuant as VendorLinearQuant
+
+    return (VendorLinearQuant, LinearA8W8Quant)
+
+
+@keeps_grad_mode
+def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
+    """Replace the vendor's LinearQuant and LinearA8W8Quant modules by ours, or ours by the
+    vendor's LinearQuant, in place.
+
+    The new modules hold the same Parameter objects, so nothing is copied and nothing moves. One
+    exception: the vendor's module starts with a float32 weight, into which a state dict's int8
+    values are cast; such a weight becomes int8 if it holds int8 values, and is refused if not.
+
+    All or nothing: on an error the model is as before, and Ctrl-C waits for the end. Subclasses,
+    whose forward may differ, are left alone, and a warning names them. Plain attributes of a
+    module's instance are carried over; one with hooks, a forward of its own or the like is refused.
+
+    Args:
+        model: any module. If it is itself a layer to be replaced, only the result is new.
+        to: "lq_graph", or "torch_npu" for the way back.
+
+    Returns:
+        The model, or the new layer where the model is one.
+
+    Raises:
+        LinearQuantValueError: another `to`.
+        LinearQuantTypeError: a float32 weight that holds other than int8 values; a module that does
+            more than its class does, or, on the way back, a dynamic QuantizedLinear's, which gives
+            it a scale with each call.
+
+    Warns:
+        UserWarning: a subclass is left alone.
+    """
+    if to not in _TARGETS:
+        raise LinearQuantValueError(
+            f"convert: to is {to!r}; allowed are {' and '.join(map(repr, _TARGETS))}."
+        )
+    kinds = vendor_layers() if to == "lq_graph" else (LinearQuant,)
+    places = places_of(model)
+    # every replacement is made before the first one is put in place; parameters made in inference
+    # mode could not be used outside
+    new: dict[nn.Module, nn.Module] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, old in model.named_modules():
+            if isinstance(old, kinds) and _is_convertible(name, old, places.get(old, []), kinds):
+                new[old] = _ours(name, old) if to == "lq_graph" else _vendors(old)
+                carry_over(old, new[old])
+    with all_or_nothing() as undo:
+        for old, replacement in new.items():
+            for parent, name in places.get(old, []):
+                undo.callback(put, parent, name, old)
+                put(parent, name, replacement)
+    return new.get(model, model)
+
+
+def _is_convertible(
+    name: str,
+    old: nn.Module,
+    places: list[tuple[nn.Module, str]],
+    kinds: tuple[type[nn.Module], ...],
+) -> bool:
+    """Whether a module is to be replaced; one that does more than its class does is refused."""
+    what = f"convert: {name or 'the model'}"
+    if type(old) not in kinds:
+        why = why_not_replaceable(old, kinds[0])
+        warnings.warn(f"{what} is left alone: {why}.", stacklevel=4)  # past the decorator
+        return False
+    why = why_not_replaceable(old, type(old), places)
+    if any(isinstance(parent, QuantizedLinear) and parent.dynamic for parent, _ in places):
+        why = (
+            "its QuantizedLinear gives it a scale with each call, which the vendor's does not take"
+        )
+    if why:
+        raise LinearQuantTypeError(
+            f"{what}: {why}; nothing was changed. What to do: take that away before, or convert "
+            "the parts of the model without this module."
+        )
+    return True
+
+
+def _settings(old: nn.Module) -> dict[str, object]:
+    """The constructor's arguments that all three classes share."""
+    flags = {name: getattr(old, name) is not None for name in ("bias", "offset", "pertoken_scale")}
+    return {**flags, "output_dtype": old.output_dtype}
+
+
+def _ours(name: str, old: nn.Module) -> LinearQuant:
+    weight = old.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype not in STORAGE_DTYPES:
+        weight = nn.Parameter(_as_int8(name, weight.data), requires_grad=False)
+    new = LinearQuant(
+        # the vendor's in_features is not looked at again, and some count int32 words in it
+        weight.shape[-1] * STORAGE_DTYPES[weight.dtype],
+        weight.shape[-2],
+        device="meta",  # no memory: the parameters are replaced
+        dtype=weight.dtype,
+        **_settings(old),  # type: ignore[arg-type]
+    )
+    _share(old, new)
+    new.weight = weight
+    return new
+
+
+def _vendors(old: nn.Module) -> nn.Module:
+    from torch_npu.contrib.module import LinearQuant as VendorLinearQuant
+
+    # its parameters are replaced, so none of any size is made; torch.device("meta") would make none
+    # either, but Ctrl-C could leave it set
+    new: nn.Module = VendorLinearQuant(1, 1, **_settings(old))
+    new.in_features, new.out_features = old.in_features, old.out_features
+    _share(old, new)
+    return new
+
+
+def _share(old: nn.Module, new: nn.Module) -> None:
+    for name in PARAMETERS:
+        new.register_parameter(name, old._parameters[name])
+
+
+def _as_int8(name: str, weight: Tensor) -> Tensor:
+    """The int8 values a float weight holds."""
+    values = weight.to(torch.int8)
+    if weight.is_floating_point() and bool((values == weight).all()):
+        return values
+    raise LinearQuantTypeError(
+        f"convert: {name or 'the model'}: weight is {dtype_name(weight.dtype)} and holds other "
+        "than int8 values; allowed is int8, int32 carrying int4, or a float weight into which an "
+        "int8 state dict was loaded. What to do: load the weights first, by "
+        "`layer.weight.data = tensor`."
+    )

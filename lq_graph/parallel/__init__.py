@@ -1,0 +1,8 @@
+"""Tensor parallelism: a quantized layer over several devices, by torch.distributed.
+
+parallelize_module(model, mesh, {"up": ColwiseLinearQuant(), "down": RowwiseLinearQuant()})
+"""
+
+from .styles import ColwiseLinearQuant, LinearQuantStyle, RowwiseLinearQuant
+
+__all__ = ["ColwiseLinearQuant", "LinearQuantStyle", "RowwiseLinearQuant"]

@@ -1,0 +1,173 @@
+"""How DTensor may shard lq_graph's operators.
+
+With m, k, n of one call, for each dim of a mesh:
+
+    column-wise   weight, scale, offset, bias on n; the output on n. Exact.
+    by rows of x  x1, pertoken_scale on m; the output on m. Exact. Batch dims likewise.
+    row-wise      x1, weight on k; each device has a partial sum of the output, rounded there, so
+                  the sum is close to one device's, not equal. int32 output is summed exactly.
+
+What cannot be split is refused with the reason. Importing this module, or `lq_graph.parallel`,
+registers the rules.
+
+Source: torch.distributed.tensor.experimental.register_sharding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from ..errors import LinearQuantValueError
+
+__all__ = ["NO_PARTIAL_BIAS", "NO_PARTIAL_INT8"]
+
+_linear_quant = torch.ops.lq_graph.linear_quant.default
+_I8 = torch.int8
+
+# For one mesh dim: placements of the outputs and of the inputs (None for what is no tensor).
+Sharding = tuple[list[Placement], list["Placement | None"]]
+
+NO_PARTIAL_INT8 = (
+    "int8 output cannot be summed over devices: each would round and clamp its part before the "
+    "sum. What to do: RowwiseLinearQuant(exact=True), which sums the int32 accumulators, a float "
+    "output, or shard on n (ColwiseLinearQuant)."
+)
+NO_PARTIAL_BIAS = (
+    "the bias would be added on every device, once too often on all but one. What to do: "
+    "distribute it as Partial, whole on one device and zeros on the others, as RowwiseLinearQuant "
+    "does, or add it after the sum."
+)
+
+
+def _vector(tensor: Any, sharded: bool) -> Placement | None:
+    """Where a vector of n values (or of one, for all of n) goes when n is sharded or not."""
+    if tensor is None:
+        return None
+    is_per_channel = tensor.shape[-1] != 1
+    return Shard(len(tensor.shape) - 1) if sharded and is_per_channel else Replicate()
+
+
+def _replicated(*tensors: Any) -> list[Placement | None]:
+    return [None if tensor is None else Replicate() for tensor in tensors]
+
+
+@register_sharding(_linear_quant)
+def _linear_quant_shardings(
+    x1: Any,
+    weight: Any,
+    scale: Any,
+    offset: Any = None,
+    pertoken_scale: Any = None,
+    bias: Any = None,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> list[Sharding]:
+    def placed(**placements: Placement | None) -> list[Placement | None]:
+        given = {
+            "x1": x1,
+            "weight": weight,
+            "scale": scale,
+            "offset": offset,
+            "pertoken_scale": pertoken_scale,
+            "bias": bias,
+        }
+        rest = {name: None if t is None else Replicate() for name, t in given.items()}
+        return list({**rest, **placements}.values())
+
+    dims = max(len(x1.shape), len(weight.shape))  # of the output
+    found: list[Sharding] = [
+        ([Replicate()], placed()),
+        (
+            [Shard(dims - 1)],
+            placed(
+                weight=Shard(len(weight.shape) - 2),
+                scale=_vector(scale, True),
+                offset=_vector(offset, True),
+                bias=_vector(bias, True),
+            ),
+        ),
+        (
+            [Shard(dims - 2)],
+            placed(
+                x1=Shard(len(x1.shape) - 2),
+                pertoken_scale=None if pertoken_scale is None else Shard(0),
+            ),
+        ),
+    ]
+    for dim in range(dims - 2):
+        sides = {"x1": _batch_dim(x1, dim, dims), "weight": _batch_dim(weight, dim, dims)}
+        if bias is not None and len(bias.shape) == 3:
+            sides["bias"] = Shard(0)
+        found.append(([Shard(dim)], placed(**sides)))
+
+    on_k = placed(x1=Shard(len(x1.shape) - 1), weight=Shard(len(weight.shape) - 1))
+    wanted = _mesh_dims_on_k(x1, weight)
+    why_not = _why_no_partial(output_dtype or _I8, bias, wanted)
+    if why_not and wanted:
+        _refuse(f"x1 and weight are sharded on k: {why_not}")
+    if not why_not:
+        if bias is not None:
+            on_k[5] = Partial()
+        found.append(([Partial()], on_k))
+    return found
+
+
+def _batch_dim(tensor: Any, dim: int, dims: int) -> Placement:
+    """Where an operand goes when output dim `dim` is sharded: it may not have it, or only 1."""
+    own = dim - (dims - len(tensor.shape))
+    return Shard(own) if own >= 0 and tensor.shape[own] != 1 else Replicate()
+
+
+def _mesh_dims_on_k(x1: Any, weight: Any) -> list[int]:
+    return [
+        i
+        for i, (a, b) in enumerate(zip(x1.placements, weight.placements, strict=True))
+        if a.is_shard(len(x1.shape) - 1) and b.is_shard(len(weight.shape) - 1)
+    ]
+
+
+def _why_no_partial(output: torch.dtype, bias: Any, mesh_dims: list[int]) -> str:
+    """Why a call cannot be split on k; empty if it can."""
+    if output == _I8:
+        return NO_PARTIAL_INT8
+    if bias is None:
+        return ""
+    partial_dims = [i for i, p in enumerate(bias.placements) if p.is_partial()]
+    return "" if partial_dims and set(mesh_dims) <= set(partial_dims) else NO_PARTIAL_BIAS
+
+
+@register_sharding(torch.ops.lq_graph.trans_quant_param.default)
+def _trans_quant_param_shardings(
+    scale: Any, offset: Any = None, round_mode: int = 0
+) -> list[Sharding]:
+    del round_mode
+    found: list[Sharding] = [([Replicate()], [*_replicated(scale, offset), None])]
+    if scale.shape[-1] != 1 and len(scale.shape) == 1:
+        found.append(([Shard(0)], [Shard(0), _vector(offset, True), None]))
+    return found
+
+
+@register_sharding(torch.ops.lq_graph.dynamic_quant.default)
+def _dynamic_quant_shardings(x: Any, *, dtype: torch.dtype | None = None) -> list[Sharding]:
+    # a row's scale is of its largest magnitude, so k stays whole
+    del dtype
+    rows: list[Placement] = [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - 1))]
+    return [([placement, placement], [placement]) for placement in rows]
+
+
+@register_sharding(torch.ops.lq_graph.static_quant.default)
+def _static_quant_shardings(x: Any, scale_reciprocal: Any, offset: Any = None) -> list[Sharding]:
+    last = len(x.shape) - 1
+    found: list[Sharding] = [([Replicate()], _replicated(x, scale_reciprocal, offset))]
+    for dim in range(last + 1):
+        vectors = [_vector(t, dim == last) for t in (scale_reciprocal, offset)]
+        found.append(([Shard(dim)], [Shard(dim), *vectors]))
+    return found
+
+
+def _refuse(text: str) -> NoReturn:
+    raise LinearQuantValueError(f"linear_quant: {text}")

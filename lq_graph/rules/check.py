@@ -1,0 +1,212 @@
+"""check(): is this configuration legal, on which products, and if not, why not? Runs nothing."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from ..reports import table
+from .plan import Plan, Spec, nearest_rows, plan
+from .products import parse_product
+from .tables import PRODUCTS, STORAGE_DTYPES, Product, Row, dtype_name, storage_name
+
+__all__ = ["Check", "Verdict", "check"]
+
+_M, _N, _K = 16, 64, 64  # where the caller gives no shape; any legal sizes would do
+
+
+# a tensor, a dtype (a shape that fits is assumed), or a dtype with a shape
+Argument = Tensor | torch.dtype | tuple[torch.dtype, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one product says.
+
+    Attributes:
+        product: whose table was read.
+        plan: what the call would be; None if it is refused.
+        error: what `linear_quant` would raise; None if it is legal.
+    """
+
+    product: Product
+    plan: Plan | None
+    error: LinearQuantError | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """The answer of `check`; true if at least one of the products asked takes the call.
+
+    Attributes:
+        arguments: dtype and shape of each tensor, given or assumed; None for an absent one.
+        output_dtype: of the result.
+        verdicts: one for each product asked, in the order of the tables.
+    """
+
+    arguments: dict[str, Spec | None]
+    output_dtype: torch.dtype
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def legal_on(self) -> tuple[Product, ...]:
+        """The products that take the call."""
+        return tuple(verdict.product for verdict in self.verdicts if verdict.plan)
+
+    def __bool__(self) -> bool:
+        return bool(self.legal_on)
+
+    def __str__(self) -> str:
+        given = [f"{name} {spec}" for name, spec in self.arguments.items() if spec]
+        lines = [", ".join([*given, f"output {dtype_name(self.output_dtype)}"]), ""]
+        # products that say the same are one line
+        answers: dict[str, list[str]] = {}
+        for verdict in self.verdicts:
+            name = str(verdict.product)
+            if verdict.plan:
+                answer = (
+                    f"yes  {{}}: {dtype_name(self.output_dtype)}{list(verdict.plan.output_shape)}"
+                )
+                if verdict.plan.cut_scale:
+                    answer += "; its kernel keeps the first 19 bits of this scale, others all 32"
+            else:
+                text = str(verdict.error).removeprefix("linear_quant: ")
+                answer = f"no   {{}}: {text.replace(name, 'the product')}"
+            answers.setdefault(answer, []).append(name)
+        for answer, names in answers.items():
+            text = answer.replace("{}", ", ".join(names), 1)
+            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 5)
+        rows = [v.plan.row for v in self.verdicts if v.plan]
+        if rows:
+            lines += ["", "matching row", *_table(list(dict.fromkeys(rows)))]
+        elif nearest := self.nearest():
+            lines += ["", "nearest legal rows, * where they differ", *_table(nearest, self._given)]
+        return "\n".join(lines)
+
+    def nearest(self, count: int = 3) -> list[Row]:
+        """The rows with the fewest columns to change, over all products asked."""
+        x1 = self.arguments["x1"]
+        assert x1 is not None
+        storages = [x1.dtype] if x1.dtype in STORAGE_DTYPES else list(STORAGE_DTYPES)
+        rows = dict.fromkeys(
+            row
+            for storage in storages
+            for verdict in self.verdicts
+            for row in nearest_rows(verdict.product, storage, self._given)
+        )
+        return sorted(rows, key=lambda row: len(row.misses(self._given)))[:count]
+
+    @property
+    def _given(self) -> dict[str, torch.dtype | None]:
+        tensors = {name: spec and spec.dtype for name, spec in self.arguments.items()}
+        return {**tensors, "output_dtype": self.output_dtype}
+
+
+def check(
+    x1: Argument = torch.int8,
+    weight: Argument | None = None,
+    scale: Argument = torch.float32,
+    offset: Argument | None = None,
+    pertoken_scale: Argument | None = None,
+    bias: Argument | None = None,
+    *,
+    output_dtype: torch.dtype | None = None,
+    product: Product | str | None = None,
+) -> Check:
+    """Ask whether `linear_quant` would take a configuration, without running anything.
+
+    Takes the arguments of `linear_quant`. Each may be a tensor (of any device, meta included), a
+    dtype, for which a shape that fits is assumed, or a dtype and a shape.
+
+    Args:
+        x1, weight, scale, offset, pertoken_scale, bias: see `linear_quant`. weight None: of x1's
+            dtype. The others None: absent.
+        output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
+        product: whom to ask, as in `set_product`; None asks all products.
+
+    Returns:
+        A Check: true or false, printable, with a verdict for each product.
+
+    Raises:
+        LinearQuantValueError: no such product.
+        LinearQuantTypeError: an argument that is no tensor, dtype, or dtype and shape.
+    """
+    asked = PRODUCTS if product is None else (parse_product(product, "check"),)
+    storage = _dtype("x1", x1)
+    pack = STORAGE_DTYPES.get(storage, 1)
+    given_weight = None if weight is None else _shape(weight)
+    given_x1 = _shape(x1)
+    words = (given_x1 or given_weight or (_K // pack,))[-1:]
+    x1_spec = Spec(storage, given_x1 or (_M, *words))
+    n = given_weight[-2] if given_weight and len(given_weight) > 1 else _n_of(scale, bias, offset)
+    weight_spec = Spec(
+        storage if weight is None else _dtype("weight", weight), given_weight or (n, *words)
+    )
+    arguments: dict[str, Spec | None] = {"x1": x1_spec, "weight": weight_spec}
+    m = x1_spec.shape[-2:-1] or (_M,)
+    for name, argument, shape in (
+        ("scale", scale, (n,)),
+        ("offset", offset, (n,)),
+        ("pertoken_scale", pertoken_scale, m),
+        ("bias", bias, (n,)),
+    ):
+        arguments[name] = (
+            None if argument is None else Spec(_dtype(name, argument), _shape(argument) or shape)
+        )
+    verdicts = []
+    for one in asked:
+        try:
+            found = plan(**arguments, output_dtype=output_dtype, product=one)  # type: ignore[arg-type]
+            verdicts.append(Verdict(one, found, None))
+        except (LinearQuantTypeError, LinearQuantValueError) as error:
+            verdicts.append(Verdict(one, None, error))
+    return Check(arguments, output_dtype or torch.int8, tuple(verdicts))
+
+
+def _dtype(name: str, argument: Argument) -> torch.dtype:
+    dtype = argument[0] if isinstance(argument, tuple) else argument
+    dtype = dtype.dtype if isinstance(dtype, Tensor) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise LinearQuantTypeError(
+            f"check: {name} is {argument!r}; allowed is a tensor, a torch.dtype, or a tuple of a "
+            "torch.dtype and a shape."
+        )
+    return dtype
+
+
+def _shape(argument: Argument) -> tuple[int, ...] | None:
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape)
+    return tuple(argument[1]) if isinstance(argument, tuple) else None
+
+
+def _n_of(*vectors: Argument | None) -> int:
+    """n from a per-channel tensor, where only that says it."""
+    for vector in vectors:
+        shape = None if vector is None else _shape(vector)
+        if shape and shape[-1] > 1:
+            return shape[-1]
+    return _N
+
+
+def _table(rows: Sequence[Row], given: dict[str, torch.dtype | None] | None = None) -> list[str]:
+    """Rows of the support table in columns; with given, a star where a row does not have it."""
+    columns = ("scale", "offset", "bias", "pertoken_scale", "output_dtype")
+    lines = [["x1, weight", *columns, "products"]]
+    for row in rows:
+        misses = row.misses(given) if given else ()
+        cells = [
+            ", ".join(map(dtype_name, row.choices(column))) + ("*" if column in misses else "")
+            for column in columns
+        ]
+        products = ", ".join(product.key for product in row.products)
+        storage = storage_name(row.storage)
+        if given and given["x1"] != row.storage:
+            storage += "*"
+        lines.append([storage, *cells, products])
+    return table(lines, "  ")

@@ -1,0 +1,304 @@
+"""What LinearQuant supports, as data: products, rows of the support tables, limits.
+
+No control flow beyond look-ups. `lq_graph.rules.plan` is the only reader that decides anything;
+README's table is tested against this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..kernels.numerics import INT4_PER_INT32, Arithmetic
+
+__all__ = [
+    "A2",
+    "A3",
+    "ASCEND_950",
+    "ATLAS_INFERENCE",
+    "COLUMNS",
+    "DIM_MAX",
+    "FRACTAL_NZ",
+    "LAST_DIM_MAX",
+    "MAX_DIMS",
+    "MIN_DIMS",
+    "ND",
+    "PEAKS",
+    "PRODUCTS",
+    "QUANT_MAX_DIMS",
+    "QUANT_ROWS",
+    "ROWS",
+    "STORAGE_DTYPES",
+    "Peak",
+    "Product",
+    "QuantRow",
+    "Row",
+    "dtype_name",
+    "product_by_name",
+    "product_of_soc",
+    "quant_rows_of",
+    "rows_of",
+    "storage_name",
+]
+
+MIN_DIMS = 2
+MAX_DIMS = 6
+# "The last dim of x1 and of x2", aclnnQuantMatmulV4.md. x2 stays (n, k) here and is transposed
+# by the operator, so only k is a last dim; n has no such limit.
+LAST_DIM_MAX = 65535
+DIM_MAX = 2**31 - 1  # quant_batch_matmul_v3_tiling.cpp (hicann/ops-nn), CheckShapeInBoundary
+ND = 2  # ACL_FORMAT_ND
+FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
+
+# storage dtype of x1 and weight -> logical values per element of the last dim
+STORAGE_DTYPES: dict[torch.dtype, int] = {torch.int8: 1, torch.int32: INT4_PER_INT32}
+
+
+@dataclass(frozen=True, eq=False)  # one object each: looked up by identity on every call
+class Product:
+    """A family of Ascend chips that share one support table.
+
+    Attributes:
+        name: what the vendor's documents call it.
+        key: short name, accepted by LQ_GRAPH_PRODUCT and `set_product`.
+        soc_prefixes: how `torch.npu.get_device_name()` begins on it.
+        ge_op: the GE operator LinearQuant lowers to.
+        nz_storage: weight dtypes the product has FRACTAL_NZ kernels for in every CANN release
+            (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
+        limits_k: whether k is limited to LAST_DIM_MAX.
+        empty_m: whether an x1 of no rows gives an output of no rows; elsewhere it is refused.
+        dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
+            `numerics.for_rows`.
+        dynamic_quant_k: what k must be a multiple of in dynamic_quant.
+        cuts_scale: whether its kernels multiply by a float32 scale of one value on the way out of
+            the matrix unit, which keeps 19 bits of it; see `numerics.is_cut`.
+    """
+
+    name: str
+    key: str
+    soc_prefixes: tuple[str, ...]
+    ge_op: str = "QuantBatchMatmulV3"
+    nz_storage: tuple[torch.dtype, ...] = (torch.int8,)
+    limits_k: bool = True
+    empty_m: bool = False
+    dynamic_quant: Arithmetic = Arithmetic.MULTIPLY
+    dynamic_quant_k: int = 1
+    cuts_scale: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# dynamic_quant: dynamic_quant_tiling_310P.cpp (hicann/ops-nn), CorrectNumCopyRow
+ATLAS_INFERENCE = Product(
+    "Atlas inference (310P)",
+    "310P",
+    ("Ascend310P",),
+    dynamic_quant=Arithmetic.HALF,
+    dynamic_quant_k=32,
+)
+A2 = Product("Atlas A2", "A2", ("Ascend910B",))
+A3 = Product("Atlas A3", "A3", ("Ascend910_93",))
+# arch35: aclnnQuantMatmulV4.md and V5.md, sections Ascend 950PR / 950DT. torchair lowers to V4
+# there; GE turns the integer cases back into V3 (quant_batch_matmul_v4_to_v3_fusion_pass.cpp).
+# cuts_scale: op_kernel/arch35/qbmm_cube_on_the_fly.h and adaptive_sliding_window_cube_tiling.cpp
+# (op_host/op_tiling/arch35), IsCapable; tests/assets/qbmmv3_kernel_golden.py computes the same.
+ASCEND_950 = Product(
+    "Ascend 950",
+    "950",
+    ("Ascend950", "Ascend910_95"),
+    ge_op="QuantBatchMatmulV4",
+    limits_k=False,
+    empty_m=True,
+    dynamic_quant=Arithmetic.DIVIDE,
+    cuts_scale=True,
+)
+PRODUCTS = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Published peak figures of one chip of a product, for estimates.
+
+    Attributes:
+        chip: which.
+        int8_ops: dense int8 operations a second, two a multiply-accumulate.
+        bytes_per_second: memory bandwidth.
+        source: where they are published.
+    """
+
+    chip: str
+    int8_ops: float
+    bytes_per_second: float
+    source: str
+
+    def __str__(self) -> str:
+        tops, gigabytes = self.int8_ops / 1e12, self.bytes_per_second / 1e9
+        return f"{self.chip} at {tops:g} TOPS int8 and {gigabytes:g} GB/s ({self.source})"
+
+
+# Rough: chips of one family differ, public figures disagree, and no kernel reaches its peak.
+_ROUGH = "commonly published figures"
+PEAKS: dict[str, Peak] = {
+    "310P": Peak("Atlas 300I Pro", 140e12, 204.8e9, _ROUGH),
+    "A2": Peak("Ascend 910B", 640e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
+    "A3": Peak("one die of Ascend 910C", 800e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
+    "950": Peak("Ascend 950PR", 1000e12, 1600e9, "Huawei Connect 2025, at 8 bits"),
+}
+
+Choice = tuple["torch.dtype | None", ...]
+
+# What a row decides besides x1's dtype, in the order a refusal blames them: what is easiest to
+# change comes first.
+COLUMNS = ("offset", "pertoken_scale", "bias", "scale", "output_dtype")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a support table. None among the choices of an optional tensor: may be absent.
+
+    Attributes:
+        storage: dtype of x1 and of weight; int32 carries eight int4.
+        scale, offset, bias, pertoken_scale: dtypes each tensor may have.
+        output_dtype: the one dtype of the result, as a choice like the others.
+        products: those that have the row.
+        folds_scale: the kernel reads the packed int64 scale (offset inside), so a float32 scale
+            has to be folded with trans_quant_param before it.
+        source: the document the row is taken from.
+    """
+
+    storage: torch.dtype
+    scale: Choice
+    offset: Choice
+    bias: Choice
+    pertoken_scale: Choice
+    output_dtype: Choice
+    products: tuple[Product, ...]
+    folds_scale: bool
+    source: str
+
+    @property
+    def output(self) -> torch.dtype:
+        """The dtype of the result."""
+        (dtype,) = self.output_dtype
+        assert dtype is not None
+        return dtype
+
+    def choices(self, column: str) -> Choice:
+        """The dtypes (None: absent) a column of COLUMNS may have in this row."""
+        found: Choice = getattr(self, column)
+        return found
+
+    def misses(self, given: Mapping[str, torch.dtype | None]) -> tuple[str, ...]:
+        """The columns whose given dtype this row does not have."""
+        return tuple(column for column in COLUMNS if given[column] not in self.choices(column))
+
+
+_I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
+_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
+_ABSENT: Choice = (None,)
+_INT_BIAS: Choice = (_I32, None)
+_BF16_BIAS: Choice = (_I32, _BF16, _F32, None)
+_F16_BIAS: Choice = (_I32, _F16, _F32, None)
+_MODULE = "torch_npu.contrib.module.LinearQuant, support table"
+_ACLNN = "hicann/ops-nn matmul/quant_batch_matmul_v3/docs/aclnnQuantMatmulV4.md, "
+_ALL = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
+_NEWER = (A2, A3, ASCEND_950)
+
+# Order matters where rows overlap: the first match is taken.
+# fmt: off
+ROWS: tuple[Row, ...] = (
+    # storage, scale, offset, bias, pertoken_scale, output, products, folds_scale, source
+    Row(_I8, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _ALL, True, _MODULE),
+    Row(_I8, (_I64, _F32), (_F32, None), _INT_BIAS, _ABSENT, (_I8,), _ALL, True, _MODULE),
+    Row(_I8, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32, None), (_BF16,), _NEWER, False, _MODULE),
+    # The module's page lists pertoken as optional here; aclnn requires it (without it, a float32
+    # scale is folded and the first row applies).
+    Row(_I8, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False, _ACLNN + "row 4"),
+    Row(_I32, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _NEWER, True, _MODULE),
+    Row(_I8, (_F32, _BF16), _ABSENT, _INT_BIAS, _ABSENT, (_I32,), _NEWER, False, _MODULE),
+    # Newer CANN than the module's page.
+    Row(_I32, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32,), (_BF16,), _NEWER, False,
+        _ACLNN + "A4W4 with pertokenScaleOptional, bfloat16"),
+    Row(_I32, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False,
+        _ACLNN + "A4W4 with pertokenScaleOptional, float16"),
+    Row(_I8, (_I64,), _ABSENT, _INT_BIAS, _ABSENT, (_BF16,), (ASCEND_950,), True,
+        _ACLNN + "Ascend 950PR/950DT, row 1"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class QuantRow:
+    """One row of the table of an operator that quantizes activations.
+
+    Attributes:
+        op: "dynamic_quant" or "static_quant".
+        x: dtypes of the input.
+        output_dtype: int8, or int32 carrying eight int4.
+        products: those that have the row.
+        source: the document the row is taken from.
+    """
+
+    op: str
+    x: tuple[torch.dtype, ...]
+    output_dtype: torch.dtype
+    products: tuple[Product, ...]
+    source: str
+
+
+_DYNAMIC = "hicann/ops-nn quant/dynamic_quant/op_host/dynamic_quant_def.cpp"
+_STATIC = "hicann/ops-nn quant/ascend_quant_v2/op_host/ascend_quant_v2_def.cpp"
+QUANT_MAX_DIMS = 8  # aclnnDynamicQuant.md, aclnnAscendQuantV3.md
+
+# fmt: off
+QUANT_ROWS: tuple[QuantRow, ...] = (
+    QuantRow("dynamic_quant", (_F16,), _I8, (ATLAS_INFERENCE,), _DYNAMIC),
+    QuantRow("dynamic_quant", (_F16, _BF16), _I8, _NEWER, _DYNAMIC),
+    QuantRow("dynamic_quant", (_F16, _BF16), _I32, _NEWER, _DYNAMIC),
+    QuantRow("static_quant", (_F16, _F32), _I8, (ATLAS_INFERENCE,), _STATIC),
+    QuantRow("static_quant", (_F16, _BF16, _F32), _I8, _NEWER, _STATIC),
+)
+# fmt: on
+
+
+@cache
+def quant_rows_of(product: Product, op: str) -> tuple[QuantRow, ...]:
+    """The rows a product has of one quantizing operator."""
+    return tuple(row for row in QUANT_ROWS if row.op == op and product in row.products)
+
+
+@cache
+def rows_of(product: Product, storage: torch.dtype | None = None) -> tuple[Row, ...]:
+    """The rows a product supports, in table order, for one storage dtype or all."""
+    return tuple(row for row in ROWS if product in row.products and storage in (None, row.storage))
+
+
+def product_by_name(name: str) -> Product | None:
+    """Find a product by key ("A2"), full name or SoC name; case does not matter."""
+    wanted = name.strip().lower()
+    for product in PRODUCTS:
+        if wanted in (product.key.lower(), product.name.lower()):
+            return product
+    return product_of_soc(name.strip())
+
+
+def product_of_soc(soc: str) -> Product | None:
+    """The product a SoC or device name ("Ascend910B2") belongs to."""
+    for product in PRODUCTS:
+        if any(soc.lower().startswith(prefix.lower()) for prefix in product.soc_prefixes):
+            return product
+    return None
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """How messages and tables write a dtype: "int8", "-" for absent."""
+    return "-" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def storage_name(dtype: torch.dtype) -> str:
+    """The dtype of x1 and weight with what it carries: "int8", "int32 (int4)"."""
+    return f"{dtype_name(dtype)} (int4)" if dtype == torch.int32 else dtype_name(dtype)
