@@ -90,7 +90,7 @@ REFUSED = [
     (Case(), cut("weight", 0), VALUE, r"weight has 1 dims"),
     (A4W4, cut("weight", None), VALUE, r"an int4 weight has exactly 2 dims"),
     (A4W4, cut("weight", slice(7)), VALUE, r"n = 7 rows; int4 needs n and k to be multiples of 8"),
-    (Case(batch=(2,), weight_batch=(2,)), cut("x1", [0, 1, 0]), VALUE, r"do not broadcast: 3 agai"),
+    (Case(batch=(2,), weight_batch=(2,)), cut("x1", [0, 1, 0]), VALUE, r"not broadcast: 3 against"),
     (Case(), cut("scale", slice(5)), VALUE, r"scale has 5 values; allowed is 1 .* or n = 24"),
     (Case(), cut("scale", None), VALUE, r"scale has shape \(1, 24\); .*scale.reshape"),
     (Case(), put("scale", torch.empty(0)), VALUE, r"scale has 0 values"),
