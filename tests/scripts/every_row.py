@@ -11,15 +11,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from support import cases
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests
+
 import torch
 import torch_npu
 from torch import nn
 
 import lq_graph
 from lq_graph.rules.tables import Product, quant_rows_of
+from support import cases
 from support.activations import check_dynamic, check_static, make
 from support.layers import module_for
 from support.lowering import compiled, lower

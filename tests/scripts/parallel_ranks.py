@@ -16,9 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from support import cases
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from lq_graph import (
     save_checkpoint,
 )
 from lq_graph.parallel import ColwiseLinearQuant, RowwiseLinearQuant
+from support import cases
 from support.cases import BF16, F16, I8, I32, ROW_CASES, Case
 
 Check = Iterator[tuple[str, str]]
