@@ -25,7 +25,7 @@ norm/rms_norm, add_rms_norm and layer_norm_v4; definitions of activation/*.
 
 What CANN refuses is said with its code. What it takes, and a kernel then reads from beside its
 inputs, or what the stand-in does not compute, is refused in the stand-in's own name, with none.
-tests/cann_tables.py asks CANN's public tests the same.
+tests/support/cann_tables.py asks CANN's public tests the same.
 """
 
 from __future__ import annotations

@@ -6,14 +6,10 @@ LQ_GRAPH_TEST_NPU=1 runs it on the machine's own NPU and CANN instead.
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 if os.environ.get("LQ_GRAPH_TEST_NPU") != "1":
     import cann_host

@@ -1,6 +1,6 @@
 // The part of CANN's graph engine (GE) interface that torchair links against: names, layouts and
 // virtual tables as in the headers torch_npu ships (include/graph, include/ge), nothing more.
-// tests/test_cann_host_abi.py compares the two.
+// tests/cann_host/test_cann_host_abi.py compares the two.
 #pragma once
 
 #include <cstddef>

@@ -86,7 +86,7 @@ def build(folder: Path) -> None:
     subprocess.run([*link, *map(str, made), "-o", str(target), "-ldl", "-lpthread"], check=True)
 
     if platform.machine() == "x86_64":  # the CPU kernel reads what the operators hand it
-        csrc = ROOT / "lq_graph" / "csrc"
+        csrc = ROOT / "lq_graph" / "kernels" / "csrc"
         flags = ["-fopenmp", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
         kernel = _compile(csrc / "qgemm.cpp", objects, flags)
         target = folder / "lq_graph" / "lib" / "liblq_graph_cpu.so"

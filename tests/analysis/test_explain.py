@@ -1,0 +1,144 @@
+"""explain(): the story of a model, as text and as a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lq_graph import LinearQuant, LinearQuantValueError, QuantizedLinear, explain
+from lq_graph import __main__ as command_line
+from lq_graph.rules.tables import Peak
+from support import cases
+from support.cases import BF16, F16, I32, Case
+from support.layers import module_for, vendor_for
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class Model(nn.Module):
+    """Two A8W8 layers, an A4W4 one, and one that quantizes its input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = module_for(cases.make(Case(k=64, n=64, offset=True, bias=I32)))
+        self.down = vendor_for(cases.make(Case(k=64, n=32, output=F16)))
+        self.int4 = module_for(cases.make(Case(x=I32, k=64, n=32, output=F16)))
+        dynamic = LinearQuant(32, 16, bias=False, pertoken_scale=True, output_dtype=BF16)
+        self.dynamic = QuantizedLinear(dynamic)
+
+    def forward(self, x: torch.Tensor, x4: torch.Tensor) -> torch.Tensor:
+        return self.dynamic(self.down(self.up(x)) + self.int4(x4))
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    x = cases.make(Case(m=4, k=64))["x1"]
+    return x, cases.make(Case(x=I32, m=4, k=64, output=F16))["x1"]
+
+
+@pytest.fixture(scope="module")
+def story():
+    return explain(Model(), inputs(), peak=Peak("a chip", 1e12, 1e9, "made up"))
+
+
+def test_every_call_is_told(story) -> None:
+    told = [(s.name, s.plan.m, s.plan.k, s.plan.n, s.weight_format) for s in story.layers]
+    assert told == [
+        ("up", 4, 64, 64, "FRACTAL_NZ"),
+        ("down", 4, 64, 32, "FRACTAL_NZ"),
+        ("int4", 4, 64, 32, "ND"),
+        ("dynamic.linear", 4, 32, 16, "FRACTAL_NZ"),
+    ]
+    nodes = [(len(s.ours.compute), len(s.vendor.compute)) for s in story.layers]
+    assert nodes == [(1, 3), (1, 3), (5, 13), (1, 2)]
+    (whole,) = story.graphs
+    assert whole.ops().count("QuantBatchMatmulV3") == 4
+
+
+def test_the_figures_are_the_layers(story) -> None:
+    up, _, int4, _ = story.layers
+    assert up.macs == 4 * 64 * 64
+    # x1, weight, packed scale, bias (the offset is in the scale), out
+    assert up.bytes == 4 * 64 + 64 * 64 + 64 * 8 + 64 * 4 + 4 * 64
+    assert up.intensity == pytest.approx(2 * up.macs / up.bytes)
+    assert up.seconds == pytest.approx(up.bytes / 1e9) and up.bound == "memory"
+    assert int4.bytes == 4 * 32 + 32 * 32 + 32 * 8 + 4 * 32 * 2
+
+
+def test_text(story) -> None:
+    text = str(story)
+    first = text.splitlines()[0]
+    assert "4 LinearQuant layers, 8 GE nodes (the vendor's module: 21)" in first
+    assert re.search(r"up +4 x 64 x 64 +int8 to int8 +FRACTAL_NZ +1 +3 +16,384 +5,376", text)
+    assert "a chip at 1 TOPS int8 and 1 GB/s (made up)" in text
+    assert "QuantBatchMatmulV3 transpose_x2 -> int8[4, 64]" in text
+
+
+def test_page_needs_nothing_else(story, tmp_path: Path) -> None:
+    story.html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2 * len(story.layers)
+    assert "TransQuantParamV2" in page and "dynamic.linear" in page
+    # names of XML's own vocabularies are all that looks like an address
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", page))
+    assert all("w3.org" in a or "purl.org" in a or "creativecommons" in a or "matplotlib" in a
+               for a in addresses), addresses  # fmt: skip
+    assert "<script" not in page and "<link" not in page and "src=" not in page
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Model()
+    before = {key: (type(t), t.device.type, t.clone()) for key, t in model.state_dict().items()}
+    kinds = [type(m) for m in model.modules()]
+    explain(model, inputs())
+    assert [type(m) for m in model.modules()] == kinds
+    for key, tensor in model.state_dict().items():
+        assert tensor.device.type == before[key][1] and torch.equal(tensor, before[key][2])
+
+
+def test_a_model_without_quantized_layers_is_refused() -> None:
+    with pytest.raises(LinearQuantValueError, match="no LinearQuant layer was called"):
+        explain(nn.Linear(4, 4), (torch.ones(1, 4),))
+
+
+def test_command_line(tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.html"
+    model = f"{EXAMPLES / 'graph_mode.py'}:example"
+    assert command_line.main(["explain", model, "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 LinearQuant layers, 7 GE nodes (the vendor's module: 19)" in shown
+    assert page.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("graph_mode.py", "is not FILE.py:FUNCTION"),
+        ("absent.py:make", "there is no file absent.py"),
+        ("no_such_module:make", "No module named 'no_such_module'"),
+        ("math:pi", "math has no function pi"),
+        ("os:getcwd", "os:getcwd returned str; it has to return the model and a tuple"),
+    ],
+)
+def test_command_line_mistakes(model: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["explain", model])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_device_it_says_what_to_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lq_graph", "explain", "math:pi"],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "python -m cann_host -m lq_graph explain" in done.stderr

@@ -1,0 +1,305 @@
+"""All or nothing, load_checkpoint and save_checkpoint: a fault or Ctrl-C at any point, and model or
+folder are bit-equal to before, or complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lq_graph
+from lq_graph import (
+    A8W8Dynamic,
+    A8W8Static,
+    CheckpointError,
+    checkpoint_write,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lq_graph.checkpoints.formats import FILES, kept, temporary
+from support.injection import (
+    STRIKES,
+    folder_state,
+    model_state,
+    modes,
+    points,
+    rehearse,
+)
+
+TRIALS = 200
+F16 = torch.float16
+
+
+class Extra(nn.LayerNorm):
+    """A layer with a state of its own, an expanded buffer and one that files do not hold."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, dtype=F16)
+        self.state = torch.zeros(2)
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.register_buffer("kept", torch.ones(2, device="cpu"), persistent=False)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.state
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+class Model(nn.Module):
+    """Tied embeddings, a layer under two names, and Extra."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 16, dtype=F16)
+        self.up = nn.Linear(16, 16, dtype=F16)
+        self.again = self.up
+        self.norm = Extra(16)
+        self.down = nn.Linear(16, 16, bias=False, dtype=F16)
+        self.head = nn.Linear(16, 8, bias=False, dtype=F16)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(self.norm(self.again(self.up(self.embed(x))))))
+
+
+def model(seed: int, device: str = "cpu") -> Model:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        made = Model()
+    made.norm.state = torch.full((2,), float(seed))
+    return made
+
+
+def quantized(seed: int, config: A8W8Dynamic | A8W8Static, names: str = "up down") -> Model:
+    made = model(seed)
+    batches = None if isinstance(config, A8W8Dynamic) else [torch.arange(8)]
+    lq_graph.quantize(made, config, batches, filter_fn=lambda _, name: name in names.split())
+    return made
+
+
+FORMATS = {
+    "msmodelslim": (A8W8Dynamic(), A8W8Static()),
+    "compressed-tensors": (A8W8Dynamic(), A8W8Dynamic()),
+}
+
+
+def changed(after: object, before: object) -> str:
+    """The first thing of a state that is not as before."""
+    assert isinstance(after, dict) and isinstance(before, dict)
+    return next((k for k in {**before, **after} if after.get(k) != before.get(k)), "")
+
+
+@pytest.fixture(params=FORMATS)
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Path]:
+    """A format, and two folders with checkpoints that differ in everything."""
+    kind = request.param
+    old, new = tmp_path / "old", tmp_path / "new"
+    save_checkpoint(quantized(1, FORMATS[kind][0], "up"), old, kind)
+    save_checkpoint(quantized(2, FORMATS[kind][1]), new, kind)
+    return kind, old, new
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", STRIKES)
+def test_load(name, device, checkpoints, tally) -> None:
+    strike, error = STRIKES[name]
+    folder = checkpoints[2]
+    target = model(3, device)
+    count = rehearse(strike, lambda: load_checkpoint(target, folder))
+    whole, ends = model_state(target), Counter()
+    extra = target.norm.state.tolist()
+    assert extra == [2.0, 2.0]
+    for at in points(count, TRIALS):
+        target = model(3, device)
+        before, set_before = model_state(target), modes()
+        with strike(at) as events:
+            try:
+                load_checkpoint(target, folder)
+                raised = False
+            except error:
+                raised = True
+        after = model_state(target)
+        done = after == whole
+        assert done or after == before, (at, changed(after, before))
+        assert modes() == set_before, at
+        assert target.norm.state.tolist() == (extra if done else [3.0, 3.0]), at
+        # Ctrl-C is never lost; what the system refuses may be asked for again
+        assert raised or not events.struck or name == "os_fault", at
+        ends[f"load: {name}, {'complete' if done else 'as before'}"] += 1
+    for end, times in ends.items():
+        tally(end, times)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["over another", "into nothing"])
+@pytest.mark.parametrize("name", STRIKES)
+def test_save(name, there, checkpoints, tmp_path, tally) -> None:
+    strike, error = STRIKES[name]
+    kind, old, _ = checkpoints
+    folder, source, ends = tmp_path / "made" / "folder", quantized(2, FORMATS[kind][1]), Counter()
+
+    def prepare() -> dict[str, bytes | None]:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        if there:
+            shutil.copytree(old, folder)
+            if kind == "msmodelslim":
+                (folder / "config.json").write_text("{}")
+        return folder_state(tmp_path)
+
+    prepare()
+    count = rehearse(strike, lambda: save_checkpoint(source, folder, kind))
+    whole = folder_state(tmp_path)
+    for at in points(count, TRIALS):
+        before, set_before = prepare(), modes()
+        with strike(at) as events:
+            try:
+                save_checkpoint(source, folder, kind)
+                raised = False
+            except error:
+                raised = True
+        after = folder_state(tmp_path)
+        done = after == whole
+        assert done or after == before, (at, changed(after, before))
+        assert modes() == set_before, at
+        assert raised or not events.struck or (name == "os_fault" and done), at
+        assert done or raised, at
+        ends[f"save: {name}, {'complete' if done else 'as before'}"] += 1
+    for end, times in ends.items():
+        tally(end, times)
+
+
+def test_a_disk_that_fails_for_good_between_the_two_files(checkpoints, tmp_path) -> None:
+    kind, old, new = checkpoints
+    source = quantized(2, FORMATS[kind][1])
+    real, calls = os.replace, []
+
+    def replace(*args: object) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(CheckpointError, match=r"The new weights are in \.\w+\.safe.* again"):
+            save_checkpoint(source, old, kind)
+    found, want = model(3), model(3)
+    load_checkpoint(found, old)
+    load_checkpoint(want, new)
+    assert model_state(found) == model_state(want)
+    save_checkpoint(source, old, kind)  # ends what was begun, and cleans up
+    assert folder_state(old) == folder_state(new)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["before the JSON", "after the JSON"])
+def test_killed_while_it_cleans_up_after_one_that_was_killed(
+    in_place, checkpoints, tmp_path
+) -> None:
+    kind, old, new = checkpoints
+    weights, about = FILES[kind]
+    found, want = model(3), model(3)
+    load_checkpoint(want, new if in_place else old)
+    for steps in range(10):
+        folder = tmp_path / str(steps)
+        shutil.copytree(old, folder)
+        shutil.copy(new / weights, folder / temporary(weights))
+        shutil.copy(new / about, folder / temporary(about))
+        shutil.copy(old / about, folder / kept(about))
+        if in_place:
+            os.replace(folder / temporary(about), folder / about)
+        left = [steps]
+
+        def stops(real: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
+            def call(*args: object) -> None:
+                if left[0] == 0:
+                    raise Killed
+                real(*args)
+                left[0] -= os.path.lexists(str(args[0])) is False
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", stops(os.unlink))
+            patch.setattr(os, "replace", stops(os.replace))
+            try:
+                checkpoint_write._finish(folder)
+                ended = True
+            except Killed:
+                ended = False
+        load_checkpoint(found, folder)
+        assert model_state(found) == model_state(want), steps
+        if ended:
+            assert {path.name for path in folder.iterdir()} == set(FILES[kind])
+            break
+    assert ended and steps >= 2
+
+
+SAVES_FOR_EVER = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import cann_host
+cann_host.activate()
+from test_all_or_nothing import FORMATS, quantized, save_checkpoint
+both = {
+    kind: (quantized(1, old, "up"), quantized(2, new)) for kind, (old, new) in FORMATS.items()
+}
+print("ready", flush=True)
+while True:
+    for i in (0, 1):
+        for kind, models in both.items():
+            save_checkpoint(models[i], f"{sys.argv[1]}/{kind}", kind)
+"""
+
+
+def test_a_reader_finds_the_old_or_the_new(tmp_path, tally) -> None:
+    wanted = {}
+    for kind, (config, other) in FORMATS.items():
+        folder = tmp_path / kind
+        for made in (quantized(2, other), quantized(1, config, "up")):
+            save_checkpoint(made, folder, kind)
+            found = model(3)
+            load_checkpoint(found, folder)
+            wanted.setdefault(kind, []).append(model_state(found))
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path), here, str(Path(here).parent)]
+    saver = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=here)
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def read() -> None:
+        for kind, states in wanted.items():
+            found = model(3)
+            load_checkpoint(found, tmp_path / kind)
+            seen[kind, states.index(model_state(found))] += 1
+
+    try:
+        assert saver.stdout is not None
+        assert saver.stdout.readline() == b"ready\n"
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            read()
+        saver.send_signal(signal.SIGKILL)  # wherever it is
+    finally:
+        saver.kill()
+        saver.communicate()
+    assert len(seen) == 4
+    read()
+    tally("loads while another process saves", seen.total())
+    for kind, (_, config) in FORMATS.items():  # cleans up after the one that was killed
+        save_checkpoint(quantized(2, config), tmp_path / kind, kind)
+        save_checkpoint(quantized(2, config), tmp_path / "new" / kind, kind)
+        assert folder_state(tmp_path / kind) == folder_state(tmp_path / "new" / kind)

@@ -1,0 +1,91 @@
+"""The examples run to their end, and say what they should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cann_host
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("eager.py", "npu  equal to cpu"),
+        ("graph_mode.py", "0 of 4096 differ"),
+        ("checkpoint.py", "2 of them matmuls"),
+    ],
+)
+def test_example(name: str, shown: str, tmp_path: Path) -> None:
+    launcher = ["-m", "cann_host"] if cann_host.is_active() else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("checkpoint.py nowhere", "checkpoint.py: there is no folder nowhere"),
+        ("checkpoint.py .", "checkpoint.py: "),
+        ("tensor_parallel.py", "tensor_parallel.py is started by torchrun:"),
+    ],
+)
+def test_a_mistake_is_a_sentence(command: str, said: str, tmp_path: Path) -> None:
+    launcher = ["-m", "cann_host"] if cann_host.is_active() else []
+    example, *rest = command.split()
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / example), *rest],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+ON_CANN_HOST = ["--no-python", sys.executable, "-m", "cann_host", "--devices", "2"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "where"),
+    [
+        ([], "2 processes on cpu, gloo"),
+        pytest.param(
+            ON_CANN_HOST,
+            "2 processes on npu, hccl",
+            marks=pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only"),
+        ),
+    ],
+    ids=["cpu", "npu"],
+)
+def test_tensor_parallel(launcher: list[str], where: str, tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *launcher]
+    done = subprocess.run(
+        [sys.executable, *command, str(EXAMPLES / "tensor_parallel.py")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert where in done.stdout
+    assert (
+        "int32, then the scale                     530,440               0 of 8,192" in done.stdout
+    )
+    assert "rank 0 read 551,936, 0 of 8,192 differ" in done.stdout
