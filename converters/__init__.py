@@ -12,12 +12,9 @@ if __name__ != "lq_graph.converters":  # found in the checkout's own folder
         f"lq_graph's converters are imported as {__name__}; what to do: import lq_graph.converters"
     )
 
-import torch
-
-import lq_graph  # noqa: F401  (defines the operators)
+from lq_graph.ops import OPERATORS, load
 
 from . import graph
-from . import linear_quant as _builders
 from ._torchair import register_fx_node_ge_converter
 
 __all__ = ["graph", "register"]
@@ -28,14 +25,8 @@ def register() -> None:
 
     Source: torchair's register_fx_node_ge_converter.
     """
-    ops = torch.ops.lq_graph
-    for op, builder in (
-        (ops.linear_quant.default, _builders.linear_quant),
-        (ops.trans_quant_param.default, _builders.trans_quant_param),
-        (ops.dynamic_quant.default, _builders.dynamic_quant),
-        (ops.static_quant.default, _builders.static_quant),
-    ):
-        register_fx_node_ge_converter(op)(builder)
+    for operator in OPERATORS:
+        register_fx_node_ge_converter(operator.overload)(load(operator.converter))
 
 
 register()

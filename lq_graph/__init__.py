@@ -4,27 +4,35 @@
     layer = lq_graph.LinearQuant(512, 128, output_dtype=torch.float16)
 
 The op runs eagerly on CPU and NPU, under fake tensors, in torch.compile and through torchair.
+
+`import lq_graph` registers the operators and loads torch, lq_graph.ops and nothing else: a public
+name is imported when it is first read (PEP 562).
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import _import_torch  # noqa: F401 - first: it says why torch cannot be imported
-from .analysis.compare import compare
-from .analysis.explain import explain
-from .checkpoints.load import CheckpointError, load_checkpoint
-from .checkpoints.save import save_checkpoint
-from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
-from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
-from .modules.linear_quant import LinearQuant
-from .modules.prepare import use_internal_format_weight
-from .modules.quantized_linear import QuantizedLinear
-from .modules.vendor import convert
 from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
-from .quantization.quantize import quantize
-from .quantization.schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
-from .rules.check import Check, check
-from .rules.plan import Plan, plan
-from .rules.products import get_product, set_product
+
+if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
+    from .analysis.compare import compare
+    from .analysis.explain import explain
+    from .checkpoints.load import CheckpointError, load_checkpoint
+    from .checkpoints.save import save_checkpoint
+    from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+    from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
+    from .modules.linear_quant import LinearQuant
+    from .modules.prepare import use_internal_format_weight
+    from .modules.quantized_linear import QuantizedLinear
+    from .modules.vendor import convert
+    from .quantization.quantize import quantize
+    from .quantization.schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
+    from .rules.check import Check, check
+    from .rules.plan import Plan, plan
+    from .rules.products import get_product, set_product
 
 __all__ = [
     "A4W4Dynamic",
@@ -60,3 +68,35 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "analysis.compare": ("compare",),
+    "analysis.explain": ("explain",),
+    "checkpoints.load": ("CheckpointError", "load_checkpoint"),
+    "checkpoints.save": ("save_checkpoint",),
+    "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
+    "modules.layouts": ("from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"),
+    "modules.linear_quant": ("LinearQuant",),
+    "modules.prepare": ("use_internal_format_weight",),
+    "modules.quantized_linear": ("QuantizedLinear",),
+    "modules.vendor": ("convert",),
+    "quantization.quantize": ("quantize",),
+    "quantization.schemes": ("A4W4Dynamic", "A8W8Dynamic", "A8W8Static"),
+    "rules.check": ("Check", "check"),
+    "rules.plan": ("Plan", "plan"),
+    "rules.products": ("get_product", "set_product"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # mypy would take any name to exist
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+        globals()[name] = value  # from now on an ordinary attribute
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,13 @@
-"""The operators: schema, fake kernel and registrations side by side.
+"""The operators, a record for each, and the functions that call them.
 
     lq_graph::linear_quant        quantized linear layer, A8W8 or A4W4 (int4 in int32)
     lq_graph::trans_quant_param   scale and offset folded into the packed int64 scale
     lq_graph::dynamic_quant       float activations to int8 or int4, a scale for each token
     lq_graph::static_quant        float activations to int8, by a scale that is known
+
+To add an operator, add a record to OPERATORS and write the functions it names. A record names
+functions as "module:function", because `import lq_graph` registers the operators and must stay
+light: it loads this module and torch only, and a function's module is imported at the first call.
 
 `Library.define` is used rather than `custom_op`, whose Python wrapper costs more per call than
 the epilogue of a small layer.
@@ -12,147 +16,198 @@ the epilogue of a small layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _lazy_converters
-from .backends import cpu, npu
-from .backends.derivatives import tell_of_gradients, under_torch_func
-from .rules.activations import plan_dynamic_quant, plan_static_quant
-from .rules.devices import check_devices
-from .rules.plan import plan, plan_trans_quant_param
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
-__all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
+__all__ = [
+    "OPERATORS",
+    "NotNeeded",
+    "Operator",
+    "dynamic_quant",
+    "linear_quant",
+    "load",
+    "static_quant",
+    "trans_quant_param",
+]
+
+# ---- the records ----
+
+
+@dataclass(frozen=True)
+class NotNeeded:
+    """In a record, in place of a function: the operator needs none."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """All that lq_graph has for one operator. Functions are named "module:function".
+
+    Attributes:
+        schema: what follows the operator's name.
+        plan: decides whether a call is legal; fake, cpu, npu and converter all ask it.
+        fake: gives shape and dtype under fake tensors, on meta and in graphs.
+        cpu, npu: the kernels.
+        autocast: what autocast does, for the operators that take float activations.
+        converter: lowers a call to GE nodes, for torchair.
+        sharding: how DTensor may split a call.
+        torch_func: what torch.func's transforms do.
+    """
+
+    name: str
+    schema: str
+    plan: str
+    fake: str
+    cpu: str
+    npu: str
+    autocast: str | NotNeeded
+    converter: str
+    sharding: str
+    torch_func: str = "backends.derivatives:under_torch_func"
+
+    @property
+    def overload(self) -> OpOverload:
+        """The operator as torch calls it."""
+        found: OpOverload = getattr(torch.ops.lq_graph, self.name).default
+        return found
+
+
+OPERATORS = (
+    Operator(
+        name="linear_quant",
+        schema="(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None, "
+        "Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) "
+        "-> Tensor",
+        plan="rules.plan:plan",
+        fake="backends.fake:linear_quant",
+        cpu="backends.cpu:linear_quant",
+        npu="backends.npu:linear_quant",
+        autocast=NotNeeded("its activations are int8 or int4"),
+        converter="converters.linear_quant:linear_quant",
+        sharding="parallel.sharding:linear_quant",
+    ),
+    Operator(
+        name="trans_quant_param",
+        schema="(Tensor scale, Tensor? offset=None, int round_mode=0) -> Tensor",
+        plan="rules.plan:plan_trans_quant_param",
+        fake="backends.fake:trans_quant_param",
+        cpu="backends.cpu:trans_quant_param",
+        npu="backends.npu:trans_quant_param",
+        autocast=NotNeeded("it takes parameters, no activations"),
+        converter="converters.linear_quant:trans_quant_param",
+        sharding="parallel.sharding:trans_quant_param",
+    ),
+    Operator(
+        name="dynamic_quant",
+        schema="(Tensor x, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+        plan="rules.activations:plan_dynamic_quant",
+        fake="backends.fake:dynamic_quant",
+        cpu="backends.cpu:dynamic_quant",
+        npu="backends.npu:dynamic_quant",
+        autocast="backends.autocast:dynamic_quant",
+        converter="converters.linear_quant:dynamic_quant",
+        sharding="parallel.sharding:dynamic_quant",
+    ),
+    Operator(
+        name="static_quant",
+        schema="(Tensor x, Tensor scale_reciprocal, Tensor? offset=None) -> Tensor",
+        plan="rules.activations:plan_static_quant",
+        fake="backends.fake:static_quant",
+        cpu="backends.cpu:static_quant",
+        npu="backends.npu:static_quant",
+        autocast="backends.autocast:static_quant",
+        converter="converters.linear_quant:static_quant",
+        sharding="parallel.sharding:static_quant",
+    ),
+)
+
+# ---- registration ----
+
+
+def load(where: str) -> Callable[..., Any]:
+    """The function a record names, its module imported."""
+    module, _, name = where.partition(":")
+    function: Callable[..., Any] = getattr(import_module(f"{__package__}.{module}"), name)
+    return function
+
+
+def _lazy(where: str, *bound: Any) -> Callable[..., Any]:
+    """The function a record names, with `bound` as its first arguments; its module is imported at
+    the first call.
+
+    The first call sets the function of the partial, as unpickling one does. Each later call costs
+    0.03 us more than the function itself; a wrapper written in Python costs 0.2 us.
+    """
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        function = load(where)
+        kernel.__setstate__((function, bound, {}, None))  # type: ignore[attr-defined]
+        return function(*bound, *args, **kwargs)
+
+    kernel = partial(first)
+    return kernel
+
+
+class _LazyConverter:
+    """Makes an operator known to torchair without importing it.
+
+    torchair finds a converter as the attribute `_ge_converter` of the operator when it lowers a
+    graph (6.0.rc3 to torch_npu 2.13's). This one imports lq_graph.converters, whose registration
+    replaces it, and hands the call on. So `import lq_graph` works before or after torchair, or
+    without it.
+    """
+
+    require_meta = True  # torchair passes meta_outputs to converters that declare it
+
+    def __init__(self, op: OpOverload) -> None:
+        self._op = op
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        load("converters:register")()
+        return self._op._ge_converter(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+# "PrivateUse1" is what the npu device is called before torch_npu renames it.
+_AUTOCAST = {"AutocastCPU": "cpu", "AutocastPrivateUse1": "npu"}
+
+
+def _register(lib: torch.library.Library, operator: Operator) -> None:
+    name = operator.name
+    lib.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lq_graph::{name}", _lazy(operator.fake), lib=lib)
+    lib.impl(name, _lazy(operator.cpu), "CPU")
+    lib.impl(name, _lazy(operator.npu), "PrivateUse1")
+    # What comes out requires no grad. torch's own fallback would give it one that is undefined, of
+    # which the backward of what comes after dies, traced by torch.compile even if nobody calls it.
+    lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    op = operator.overload
+    lib.impl(name, _lazy(operator.torch_func, op), "FuncTorchDynamicLayerFrontMode")
+    if not isinstance(operator.autocast, NotNeeded):
+        for key, device in _AUTOCAST.items():
+            lib.impl(name, _lazy(operator.autocast, key, device), key)
+    if not hasattr(op, "_ge_converter"):
+        op._ge_converter = _LazyConverter(op)  # type: ignore[attr-defined]
+
 
 _lib = torch.library.Library("lq_graph", "DEF")
+for _operator in OPERATORS:
+    _register(_lib, _operator)
 
-_lib.define(
-    "linear_quant(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None, "
-    "Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
-    "trans_quant_param(Tensor scale, Tensor? offset=None, int round_mode=0) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
-    "dynamic_quant(Tensor x, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
-    "static_quant(Tensor x, Tensor scale_reciprocal, Tensor? offset=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.register_fake("lq_graph::linear_quant", lib=_lib)
-def _linear_quant_fake(
-    x1: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    pertoken_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    output_dtype: torch.dtype | None = None,
-) -> Tensor:
-    check_devices(
-        "linear_quant",
-        x1=x1,
-        weight=weight,
-        scale=scale,
-        offset=offset,
-        pertoken_scale=pertoken_scale,
-        bias=bias,
-    )
-    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
-    p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
-    return x1.new_empty(p.output_shape, dtype=p.output_dtype)
-
-
-@torch.library.register_fake("lq_graph::trans_quant_param", lib=_lib)
-def _trans_quant_param_fake(
-    scale: Tensor, offset: Tensor | None = None, round_mode: int = 0
-) -> Tensor:
-    check_devices("trans_quant_param", scale=scale, offset=offset)
-    tell_of_gradients("trans_quant_param", scale, offset)
-    shape = plan_trans_quant_param(scale, offset, round_mode)
-    return scale.new_empty(shape, dtype=torch.int64)
-
-
-@torch.library.register_fake("lq_graph::dynamic_quant", lib=_lib)
-def _dynamic_quant_fake(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    tell_of_gradients("dynamic_quant", x)
-    p = plan_dynamic_quant(x, dtype)
-    quantized = x.new_empty(p.output_shape, dtype=p.row.output_dtype)
-    return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
-
-
-@torch.library.register_fake("lq_graph::static_quant", lib=_lib)
-def _static_quant_fake(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
-    check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
-    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
-    p = plan_static_quant(x, scale_reciprocal, offset)
-    return x.new_empty(p.output_shape, dtype=p.row.output_dtype)
-
+# ---- the functions ----
 
 _dynamic_quant = torch.ops.lq_graph.dynamic_quant.default
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 _static_quant = torch.ops.lq_graph.static_quant.default
 _trans_quant_param = torch.ops.lq_graph.trans_quant_param.default
-
-# "PrivateUse1" is what the npu device is called before torch_npu renames it.
-for _kernels, _key in ((cpu, "CPU"), (npu, "PrivateUse1")):
-    _lib.impl("linear_quant", _kernels.linear_quant, _key)
-    _lib.impl("trans_quant_param", _kernels.trans_quant_param, _key)
-    _lib.impl("dynamic_quant", _kernels.dynamic_quant, _key)
-    _lib.impl("static_quant", _kernels.static_quant, _key)
-
-# What comes out requires no grad. torch's own fallback would give it one that is undefined, of
-# which the backward of what comes after dies, traced by torch.compile even if nobody calls it.
-for _op in (_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant):
-    _lib.impl(_op, torch.library.fallthrough_kernel, "Autograd")
-
-# torch.func's transforms; what they make of the operators is in derivatives.py
-for _op in (_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant):
-    _lib.impl(_op, under_torch_func(_op), "FuncTorchDynamicLayerFrontMode")
-
-
-def _under_autocast(device: str, key: str) -> dict[str, Callable[..., Any]]:
-    """What autocast does to the operators that take float activations: a cast, as nn.Linear's."""
-    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        with torch._C._ExcludeDispatchKeyGuard(below):
-            out: tuple[Tensor, Tensor] = _dynamic_quant(_cast(x, autocast_dtype()), dtype=dtype)
-            return out
-
-    def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
-        # the dtype of the scale is part of the layer's numbers, so x takes it
-        with torch._C._ExcludeDispatchKeyGuard(below):
-            out: Tensor = _static_quant(_cast(x, scale_reciprocal.dtype), scale_reciprocal, offset)
-            return out
-
-    def autocast_dtype() -> torch.dtype:
-        return torch.get_autocast_dtype(device)
-
-    return {"dynamic_quant": dynamic_quant, "static_quant": static_quant}
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: floats, but not float64."""
-    casts = x.is_floating_point() and x.dtype not in (dtype, torch.float64)
-    return x.to(dtype) if casts else x
-
-
-# "npu" is how torch_npu has torch.get_autocast_dtype ask for PrivateUse1.
-for _device, _key in (("cpu", "AutocastCPU"), ("npu", "AutocastPrivateUse1")):
-    for _name, _kernel in _under_autocast(_device, _key).items():
-        _lib.impl(_name, _kernel, _key)
-
-_lazy_converters.install(_linear_quant, _trans_quant_param, _dynamic_quant, _static_quant)
 
 
 def linear_quant(

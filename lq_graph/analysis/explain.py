@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _lazy_converters
 from ..errors import LinearQuantValueError
 from ..modules.linear_quant import LinearQuant
 from ..modules.prepare import use_internal_format_weight
@@ -306,11 +305,13 @@ def _lower(model: nn.Module, arguments: list[Tensor]) -> list[Any]:
     """The GE graphs a model becomes."""
     import torchair
 
+    from .. import converters  # imports torchair
+
     torch._dynamo.reset()
     config = torchair.CompilerConfig()
     backend = torchair.get_npu_backend(compiler_config=config)
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    with _lazy_converters.load().graph.capture(config) as graphs, torch.no_grad():
+    with converters.graph.capture(config) as graphs, torch.no_grad():
         compiled(*arguments)
     return list(graphs)
 

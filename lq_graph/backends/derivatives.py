@@ -12,22 +12,24 @@ is active only inside its transforms; that is where its kernels are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import FuncTorchInterpreter, coerce_cinterpreter
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from ..errors import LinearQuantTypeError
+from .compat import (
+    FuncTorchInterpreter,
+    OpOverload,
+    coerce_cinterpreter,
+    forward_ad,
+    functorch,
+    pytree,
+)
 
 __all__ = ["tell_of_gradients", "under_torch_func"]
 
-_Transform = _functorch.TransformType
+_Transform = functorch.TransformType
 
 
 def tell_of_gradients(op: str, *inputs: Tensor | None) -> bool:
@@ -76,36 +78,30 @@ def _sentence(op: str, what: str) -> str:
     )
 
 
-def under_torch_func(op: OpOverload) -> Callable[..., Any]:
+def under_torch_func(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """The operator's kernel inside torch.func's transforms (FuncTorchDynamicLayerFrontMode)."""
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        current = _functorch.peek_interpreter_stack()
-        assert current is not None
-        interpreter = coerce_cinterpreter(current)
-        transform = interpreter.key()
-        args, kwargs = pytree.tree_map_only(
-            Tensor, _functorch.unwrap_if_dead, (tuple(args), kwargs)
-        )
-        if transform == _Transform.Vmap:
-            return _each(op, interpreter, args, kwargs)
-        if transform == _Transform.Functionalize:
-            return _functional(op, interpreter, args, kwargs)
-        jvp = transform == _Transform.Jvp
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and (_has_tangent(leaf) if jvp else leaf.requires_grad):
-                asked = "torch.func asks for its " + ("jvp" if jvp else "grad or vjp")
-                raise LinearQuantTypeError(_sentence(op.name().split("::")[1], asked))
-        with interpreter.lower():
-            return op(*_unwrapped(args, interpreter), **_unwrapped(kwargs, interpreter))
-
-    return kernel
+    current = functorch.peek_interpreter_stack()
+    assert current is not None
+    interpreter = coerce_cinterpreter(current)
+    transform = interpreter.key()
+    args, kwargs = pytree.tree_map_only(Tensor, functorch.unwrap_if_dead, (tuple(args), kwargs))
+    if transform == _Transform.Vmap:
+        return _each(op, interpreter, args, kwargs)
+    if transform == _Transform.Functionalize:
+        return _functional(op, interpreter, args, kwargs)
+    jvp = transform == _Transform.Jvp
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and (_has_tangent(leaf) if jvp else leaf.requires_grad):
+            asked = "torch.func asks for its " + ("jvp" if jvp else "grad or vjp")
+            raise LinearQuantTypeError(_sentence(op.name().split("::")[1], asked))
+    with interpreter.lower():
+        return op(*_unwrapped(args, interpreter), **_unwrapped(kwargs, interpreter))
 
 
 def _unwrapped(values: Any, interpreter: FuncTorchInterpreter) -> Any:
     """What is not differentiated needs no wrapping at this level."""
     level = interpreter.level()
-    return pytree.tree_map_only(Tensor, lambda t: _functorch._unwrap_for_grad(t, level), values)
+    return pytree.tree_map_only(Tensor, lambda t: functorch._unwrap_for_grad(t, level), values)
 
 
 def _each(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any) -> Any:
@@ -113,7 +109,7 @@ def _each(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: 
     level = interpreter.level()
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batched = [
-        _functorch._unwrap_batched(leaf, level) if isinstance(leaf, Tensor) else (leaf, None)
+        functorch._unwrap_batched(leaf, level) if isinstance(leaf, Tensor) else (leaf, None)
         for leaf in leaves
     ]
     with interpreter.lower():
@@ -125,7 +121,7 @@ def _each(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: 
             own_args, own_kwargs = pytree.tree_unflatten(own, spec)
             outs.append(op(*own_args, **own_kwargs))
         stacked = pytree.tree_map(lambda *each: torch.stack(each), outs[0], *outs[1:])
-    return pytree.tree_map(lambda out: _functorch._add_batch_dim(out, 0, level), stacked)
+    return pytree.tree_map(lambda out: functorch._add_batch_dim(out, 0, level), stacked)
 
 
 def _functional(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any) -> Any:
@@ -133,12 +129,10 @@ def _functional(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kw
     args, kwargs = pytree.tree_map_only(
         Tensor,
         lambda t: (
-            _functorch._unwrap_functional_tensor(t, False) if torch._is_functional_tensor(t) else t
+            functorch._unwrap_functional_tensor(t, False) if torch._is_functional_tensor(t) else t
         ),
         (args, kwargs),
     )
     with interpreter.lower():
         out = op(*args, **kwargs)
-    return pytree.tree_map(
-        lambda t: _functorch._wrap_functional_tensor(t, interpreter.level()), out
-    )
+    return pytree.tree_map(lambda t: functorch._wrap_functional_tensor(t, interpreter.level()), out)

@@ -22,10 +22,17 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..errors import LinearQuantValueError
+from ..ops import OPERATORS, load
 
-__all__ = ["NO_PARTIAL_BIAS", "NO_PARTIAL_INT8"]
+__all__ = [
+    "NO_PARTIAL_BIAS",
+    "NO_PARTIAL_INT8",
+    "dynamic_quant",
+    "linear_quant",
+    "static_quant",
+    "trans_quant_param",
+]
 
-_linear_quant = torch.ops.lq_graph.linear_quant.default
 _I8 = torch.int8
 
 # For one mesh dim: placements of the outputs and of the inputs (None for what is no tensor).
@@ -55,8 +62,7 @@ def _replicated(*tensors: Any) -> list[Placement | None]:
     return [None if tensor is None else Replicate() for tensor in tensors]
 
 
-@register_sharding(_linear_quant)
-def _linear_quant_shardings(
+def linear_quant(
     x1: Any,
     weight: Any,
     scale: Any,
@@ -140,10 +146,7 @@ def _why_no_partial(output: torch.dtype, bias: Any, mesh_dims: list[int]) -> str
     return "" if partial_dims and set(mesh_dims) <= set(partial_dims) else NO_PARTIAL_BIAS
 
 
-@register_sharding(torch.ops.lq_graph.trans_quant_param.default)
-def _trans_quant_param_shardings(
-    scale: Any, offset: Any = None, round_mode: int = 0
-) -> list[Sharding]:
+def trans_quant_param(scale: Any, offset: Any = None, round_mode: int = 0) -> list[Sharding]:
     del round_mode
     found: list[Sharding] = [([Replicate()], [*_replicated(scale, offset), None])]
     if scale.shape[-1] != 1 and len(scale.shape) == 1:
@@ -151,16 +154,14 @@ def _trans_quant_param_shardings(
     return found
 
 
-@register_sharding(torch.ops.lq_graph.dynamic_quant.default)
-def _dynamic_quant_shardings(x: Any, *, dtype: torch.dtype | None = None) -> list[Sharding]:
+def dynamic_quant(x: Any, *, dtype: torch.dtype | None = None) -> list[Sharding]:
     # a row's scale is of its largest magnitude, so k stays whole
     del dtype
     rows: list[Placement] = [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - 1))]
     return [([placement, placement], [placement]) for placement in rows]
 
 
-@register_sharding(torch.ops.lq_graph.static_quant.default)
-def _static_quant_shardings(x: Any, scale_reciprocal: Any, offset: Any = None) -> list[Sharding]:
+def static_quant(x: Any, scale_reciprocal: Any, offset: Any = None) -> list[Sharding]:
     last = len(x.shape) - 1
     found: list[Sharding] = [([Replicate()], _replicated(x, scale_reciprocal, offset))]
     for dim in range(last + 1):
@@ -171,3 +172,7 @@ def _static_quant_shardings(x: Any, scale_reciprocal: Any, offset: Any = None) -
 
 def _refuse(text: str) -> NoReturn:
     raise LinearQuantValueError(f"linear_quant: {text}")
+
+
+for _operator in OPERATORS:
+    register_sharding(_operator.overload)(load(_operator.sharding))

@@ -1,0 +1,43 @@
+"""What autocast does to the operators that take float activations: a cast, as nn.Linear's.
+
+Args of each kernel, before the operator's own: the dispatch key it is registered for, and the
+device as torch.get_autocast_dtype names it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compat import excluded
+
+__all__ = ["dynamic_quant", "static_quant"]
+
+
+def dynamic_quant(
+    key: str, device: str, x: Tensor, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Casts x to autocast's dtype."""
+    with excluded(key):
+        out: tuple[Tensor, Tensor] = torch.ops.lq_graph.dynamic_quant.default(
+            _cast(x, torch.get_autocast_dtype(device)), dtype=dtype
+        )
+        return out
+
+
+def static_quant(
+    key: str, device: str, x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None
+) -> Tensor:
+    """Casts x to the dtype of the scale, which is part of the layer's numbers."""
+    del device
+    with excluded(key):
+        out: Tensor = torch.ops.lq_graph.static_quant.default(
+            _cast(x, scale_reciprocal.dtype), scale_reciprocal, offset
+        )
+        return out
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: floats, but not float64."""
+    casts = x.is_floating_point() and x.dtype not in (dtype, torch.float64)
+    return x.to(dtype) if casts else x

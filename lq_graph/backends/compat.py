@@ -1,0 +1,35 @@
+"""Every private name of torch that the backends use, in one place.
+
+Known to work with torch 2.9 to 2.13. Where versions differ, ask here what exists, never for the
+version's number. torchair's private names are in converters/_torchair.py; of torch_npu only public
+ones are used.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import FuncTorchInterpreter, coerce_cinterpreter
+from torch._ops import OpOverload
+from torch.autograd import forward_ad  # its `_current_level` is private
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "FuncTorchInterpreter",
+    "OpOverload",
+    "coerce_cinterpreter",
+    "excluded",
+    "forward_ad",
+    "functorch",
+    "pytree",
+]
+
+
+def excluded(key: str) -> AbstractContextManager[None]:
+    """Inside, the dispatcher passes over the kernels of a dispatch key."""
+    guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    )
+    return guard
