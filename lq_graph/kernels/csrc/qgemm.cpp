@@ -58,30 +58,30 @@ enum Answer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 }
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 constexpr int kColumns = 4;     // rows of w, columns of the result
-constexpr int64_t kBlock = 64;  // columns at a time
-constexpr int64_t kNear = 1 << 20;  // bytes of w that are in a cache, if they have been used
+constexpr int64_t kBlockColumns = 64;  // columns at a time
+constexpr int64_t kCacheBytes = 1 << 20;  // bytes of w that are in a cache, if they have been used
 // Bytes of w's rows at a time, for one row of x, for those of one block of registers and for more: x's
 // stay in L1 beside them. w is read fastest in its own order, but not where it is read again.
-constexpr int64_t kDepthAlone = 16384, kDepth = 4096, kDepthAgain = 2048;
+constexpr int64_t kDepthOneRow = 16384, kDepthOneBlock = 4096, kDepthManyBlocks = 2048;
 
-// Many rows: x is turned, once, so that registers run along m and need no sum across. w is read by
+// Many rows: x is transposed, once, so that registers run along m and need no sum across. w is read by
 // words of four values, from a copy of a few of its rows that lies close together: rows a multiple of
 // 4096 bytes apart would all want the same lines of the L1 cache.
 constexpr int64_t kManyRows = 32;
 constexpr int64_t kPanel = 16;     // rows of x in a register
 constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
-constexpr int64_t kWide = 16;      // rows of w in a slice
-constexpr int64_t kSlice = 2048;   // values of k in a slice, at most
-constexpr int64_t kLine = 32;      // columns written at once: 64 bytes of 16-bit results
+constexpr int64_t kSliceColumns = 16;      // rows of w in a slice
+constexpr int64_t kSliceDepth = 2048;   // values of k in a slice, at most
+constexpr int64_t kLineColumns = 32;      // columns written at once: 64 bytes of 16-bit results
 // Rows and columns at a time, at most: a slice of x and all accumulators stay in L2.
-constexpr int64_t kTall = 256, kWidest = 256;
+constexpr int64_t kTileRows = 256, kTileColumns = 256;
 
 INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
 }
 
 // Sums of four accumulators, in order.
-INLINE_VNNI __m128i Sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+INLINE_VNNI __m128i SumsAcross(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
   const __m512i all =
@@ -103,13 +103,13 @@ INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
 
 // 64 bytes of a row of w, to be brought to the caches.
 template <bool nz>
-INLINE_VNNI void Ask(const uint8_t* w, int64_t step) {
+INLINE_VNNI void Prefetch(const uint8_t* w, int64_t step) {
   _mm_prefetch(w, _MM_HINT_T0);
   if (nz) _mm_prefetch(w + step, _MM_HINT_T0);
 }
 
 // Rows of w to be asked for while others are multiplied: none, one, two or four.
-struct Coming {
+struct PrefetchRows {
   const uint8_t* from;
   int64_t stride, rows;
 };
@@ -118,24 +118,24 @@ struct Coming {
 // x has a byte for each of w; for int4 64 even values, then the 64 odd ones, for each 64 bytes of w.
 // The loops are written out flat: only so does GCC 12 keep an array of accumulators in registers.
 template <int rows, bool int4, bool nz>
-VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
-                   const Coming& coming, int64_t depth, bool first, int32_t* c,
+VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
+                   const PrefetchRows& prefetch, int64_t depth, bool first, int32_t* c,
                    int64_t c_stride) {
   const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-  const int64_t asked = coming.rows;
+  const int64_t asked = prefetch.rows;
   __m512i sum[rows][kColumns];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
-    const uint8_t* next = coming.from + at / 32 * step;
-    if (asked > 0) Ask<nz>(next, step);
-    if (asked > 1) Ask<nz>(next + coming.stride, step);
-    if (asked > 2) Ask<nz>(next + 2 * coming.stride, step);
-    if (asked > 2) Ask<nz>(next + 3 * coming.stride, step);
+    const uint8_t* next = prefetch.from + at / 32 * step;
+    if (asked > 0) Prefetch<nz>(next, step);
+    if (asked > 1) Prefetch<nz>(next + prefetch.stride, step);
+    if (asked > 2) Prefetch<nz>(next + 2 * prefetch.stride, step);
+    if (asked > 2) Prefetch<nz>(next + 3 * prefetch.stride, step);
     __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
                            LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
 #pragma GCC unroll 8
@@ -169,7 +169,7 @@ VNNI void Multiply(const int8_t* x, int64_t x_stride, const uint8_t* const* w, i
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     auto* target = reinterpret_cast<__m128i*>(c + i * c_stride);
-    __m128i result = Sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    __m128i result = SumsAcross(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
     if (!first) result = _mm_add_epi32(result, _mm_loadu_si128(target));
     _mm_storeu_si128(target, result);
   }
@@ -186,11 +186,11 @@ INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x)
   return _mm512_dpbusd_epi32(sums, _mm512_and_si512(odd, low), _mm512_loadu_si512(x + 64));
 }
 
-// Multiply for one row of x and a w that is not FRACTAL_NZ and comes from memory: one row of w after
+// MultiplyBlock for one row of x and a w that is not FRACTAL_NZ and comes from memory: one row of w after
 // another, as memory is read the fastest, and nothing is asked for, for the processor looks ahead by
 // itself.
 template <bool int4>
-VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const Coming&,
+VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const PrefetchRows&,
                       int64_t depth, bool first, int32_t* c, int64_t) {
   constexpr int64_t kValues = int4 ? 2 : 1;
   __m512i sum[kColumns];
@@ -207,31 +207,31 @@ VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t
                               _mm512_add_epi32(some[2], some[3]));
   }
   auto* const target = reinterpret_cast<__m128i*>(c);
-  __m128i result = Sums(sum[0], sum[1], sum[2], sum[3]);
+  __m128i result = SumsAcross(sum[0], sum[1], sum[2], sum[3]);
   if (!first) result = _mm_add_epi32(result, _mm_loadu_si128(target));
   _mm_storeu_si128(target, result);
 }
 
-using Multiplier = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, const Coming&,
+using RowsKernel = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, const PrefetchRows&,
                             int64_t, bool, int32_t*, int64_t);
 template <bool int4, bool nz, int... i>
-constexpr std::array<Multiplier, sizeof...(i)> EachHeight(std::integer_sequence<int, i...>) {
-  return {Multiply<i + 1, int4, nz>...};
+constexpr std::array<RowsKernel, sizeof...(i)> KernelsByRows(std::integer_sequence<int, i...>) {
+  return {MultiplyBlock<i + 1, int4, nz>...};
 }
 // By rows less one.
 template <bool int4, bool nz>
-constexpr auto kMultiply = EachHeight<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
+constexpr auto kMultiplyBlock = KernelsByRows<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
 
 // How 64 bytes of a row of w become values in the order x's are in: 64 of int8, 128 of int4. In memory,
 // so that the constants take no register from the accumulators.
-struct Unfolding {
+struct Unpacking {
   int32_t flip, low;
   bool int4;
 };
-constexpr Unfolding kUnfolding[] = {{int32_t(0x80808080), 0, false},
+constexpr Unpacking kUnpacking[] = {{int32_t(0x80808080), 0, false},
                                     {int32_t(0x88888888), 0x0F0F0F0F, true}};
 
-INLINE_VNNI void Unfold(__m512i v, const Unfolding& how, uint8_t* out) {
+INLINE_VNNI void UnpackWeight(__m512i v, const Unpacking& how, uint8_t* out) {
   v = _mm512_xor_si512(v, _mm512_set1_epi32(how.flip));
   if (how.int4) {
     const __m512i odd = _mm512_srli_epi16(v, 4);
@@ -242,7 +242,7 @@ INLINE_VNNI void Unfold(__m512i v, const Unfolding& how, uint8_t* out) {
 }
 
 // Rows of w to be copied while others are multiplied: alone, the copy would wait for memory.
-struct Upcoming {
+struct PackAhead {
   const uint8_t* from;
   uint8_t* to;
   int64_t rows, row_step;  // how many, and from one to the next
@@ -251,44 +251,45 @@ struct Upcoming {
   // The slices that come after it, to be asked for, are so many bytes further. So each is asked for
   // twice: the processor forgets one line in some hundreds.
   int64_t after, later;
-  Unfolding unfolding;
+  Unpacking unpacking;
 };
 
 // panels * 16 rows by `columns` results over `blocks` of 64 bytes of w, put into or added to c, which
 // has the rows of a column together. x has 16 rows times four values a step, the next panel `x_panel`
-// bytes on; w has kSlice bytes a column.
+// bytes on; w has kSliceDepth bytes a column.
 template <int panels, int columns>
 VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
-                        const Upcoming& upcoming, bool first, int32_t* c, int64_t c_stride) {
+                        const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
   __m512i sum[columns][panels];
 #pragma GCC unroll 16
   for (int j = 0; j < columns; ++j)
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
-  const int64_t values = upcoming.unfolding.int4 ? 128 : 64;
+  const int64_t values = pack_ahead.unpacking.int4 ? 128 : 64;
   // as they follow in memory: blocks of a row, or rows of a block where w is FRACTAL_NZ
-  const bool nz = upcoming.w_step != 32;
-  const int64_t run = nz ? upcoming.rows : upcoming.blocks;
-  const int64_t step = nz ? 32 : 64, to_step = nz ? kSlice : values;
-  const int64_t turn = nz ? 2 * upcoming.w_step : upcoming.row_step, to_turn = nz ? values : kSlice;
-  const uint8_t* from = upcoming.from;
-  uint8_t* to = upcoming.to;
+  const bool nz = pack_ahead.w_step != 32;
+  const int64_t run = nz ? pack_ahead.rows : pack_ahead.blocks;
+  const int64_t step = nz ? 32 : 64, to_step = nz ? kSliceDepth : values;
+  const int64_t next_run = nz ? 2 * pack_ahead.w_step : pack_ahead.row_step;
+  const int64_t to_next_run = nz ? values : kSliceDepth;
+  const uint8_t* from = pack_ahead.from;
+  uint8_t* to = pack_ahead.to;
   int64_t left = run;
   for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t i = block < upcoming.blocks ? upcoming.rows : 0; i; --i) {
-      const __m512i v = nz ? LoadWeight<true>(from, 0, upcoming.w_step)
+    for (int64_t i = block < pack_ahead.blocks ? pack_ahead.rows : 0; i; --i) {
+      const __m512i v = nz ? LoadWeight<true>(from, 0, pack_ahead.w_step)
                            : LoadWeight<false>(from, 0, 32);
-      for (const uint8_t* next : {from + upcoming.after, from + upcoming.later}) {
+      for (const uint8_t* next : {from + pack_ahead.after, from + pack_ahead.later}) {
         _mm_prefetch(next, _MM_HINT_T0);
-        if (nz) _mm_prefetch(next + upcoming.w_step, _MM_HINT_T0);
+        if (nz) _mm_prefetch(next + pack_ahead.w_step, _MM_HINT_T0);
       }
-      Unfold(v, upcoming.unfolding, to);
+      UnpackWeight(v, pack_ahead.unpacking, to);
       from += step;
       to += to_step;
       if (--left == 0) {
         left = run;
-        from += turn - run * step;
-        to += to_turn - run * to_step;
+        from += next_run - run * step;
+        to += to_next_run - run * to_step;
       }
     }
     for (const int8_t* end = x + values * kPanel; x != end; x += 4 * kPanel, w += 4) {
@@ -298,7 +299,7 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 #pragma GCC unroll 16
       for (int j = 0; j < columns; ++j) {
         int32_t four;
-        std::memcpy(&four, w + j * kSlice, 4);
+        std::memcpy(&four, w + j * kSliceDepth, 4);
         const __m512i word = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
         for (int i = 0; i < panels; ++i)
@@ -316,19 +317,19 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
     }
 }
 
-using SliceMultiplier = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const Upcoming&,
+using SliceKernel = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const PackAhead&,
                                  bool, int32_t*, int64_t);
 template <int panels, int... i>
-constexpr std::array<SliceMultiplier, sizeof...(i)> EachWidth(std::integer_sequence<int, i...>) {
+constexpr std::array<SliceKernel, sizeof...(i)> KernelsByColumns(std::integer_sequence<int, i...>) {
   return {MultiplySlice<panels, i + 1>...};
 }
 // By columns less one.
 template <int panels>
 constexpr auto kMultiplySlice =
-    EachWidth<panels>(std::make_integer_sequence<int, kAccumulators / panels>{});
+    KernelsByColumns<panels>(std::make_integer_sequence<int, kAccumulators / panels>{});
 
-// 16 x 16 words turned over: v[i] gets word i of each.
-INLINE_VNNI void Turn(__m512i v[16]) {
+// 16 x 16 words transposed: v[i] gets word i of each.
+INLINE_VNNI void Transpose16x16(__m512i v[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -358,7 +359,7 @@ INLINE_VNNI void Turn(__m512i v[16]) {
 }
 
 // Sum of `count` values, a multiple of 64.
-VNNI int32_t Sum(const int8_t* x, int64_t count) {
+VNNI int32_t SumOfBytes(const int8_t* x, int64_t count) {
   __m512i sum = _mm512_setzero_si512();
   for (int64_t at = 0; at < count; at += 64)
     sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(x + at));
@@ -402,27 +403,27 @@ INLINE_VNNI __m256i ToBfloat16(__m512 value) {
 bool HasManyRows(const LqMatmul& call) { return call.m >= kManyRows; }
 
 // Some rows and columns of the result.
-struct Part {
+struct Tile {
   int64_t top, bottom, left, right;
 };
 
-// The parts the result is computed in. Each thread has a share of the columns, the same in each call,
+// The tiles the result is computed in. Each thread has a share of the columns, the same in each call,
 // so that its part of w may be in its cache still; one that is done takes from the others' shares, for
 // cores of one machine are not equally fast, and not equally far from the memory w is in.
-class Parts {
+class TileScheduler {
  public:
   struct alignas(64) Share {
     std::atomic<uint64_t> pieces;  // the first that is left, and where they end: 32 bits each
   };
 
   // `shares` has room for one a thread.
-  Parts(const LqMatmul& call, Share* shares)
+  TileScheduler(const LqMatmul& call, Share* shares)
       : rows_(call.m), columns_(call.n), threads_(call.threads), shares_(shares) {
-    // With few rows a part has all of them, and as many columns as its thread takes.
+    // With few rows a tile has all of them, and as many columns as its thread takes.
     const bool many = HasManyRows(call);
-    const int64_t tall = many ? kTall : rows_, unit = many ? kPanel : 1;
-    const int64_t wide = many ? kLine : kBlock, widest = many ? kWidest : columns_;
-    // as many parts a thread as there is work for: one for what takes some 10 us
+    const int64_t tall = many ? kTileRows : rows_, unit = many ? kPanel : 1;
+    const int64_t wide = many ? kLineColumns : kBlockColumns, widest = many ? kTileColumns : columns_;
+    // as many tiles a thread as there is work for: one for what takes some 10 us
     const int64_t each =
         std::clamp<int64_t>(call.m * call.n * call.row_bytes / threads_ >> 22, 1, 4);
     const int64_t sixteens = (columns_ + 16 * each * threads_ - 1) / (16 * each * threads_);
@@ -437,11 +438,11 @@ class Parts {
           Pack(down_ * across_ * i / threads_, down_ * across_ * (i + 1) / threads_));
   }
 
-  // Columns of a part, at most.
-  int64_t Widest() const { return most_ * wide_; }
+  // EpilogueColumns of a tile, at most.
+  int64_t MaxColumns() const { return most_ * wide_; }
 
   // The next for a thread; at the end one without columns.
-  Part Next(int64_t thread) {
+  Tile Next(int64_t thread) {
     for (int64_t i = 0; i < threads_; ++i) {
       std::atomic<uint64_t>& pieces = shares_[(thread + i) % threads_].pieces;
       uint64_t now = pieces.load(std::memory_order_relaxed);
@@ -467,10 +468,10 @@ class Parts {
   static constexpr uint64_t kLow = 0xFFFFFFFF;
   static uint64_t Pack(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
 
-  // Pieces, of tall_ rows and wide_ columns, are numbered so that as many as a part has are next to
+  // Pieces, of tall_ rows and wide_ columns, are numbered so that as many as a tile has are next to
   // one another, below them those of the same columns, and then those to their right.
   struct Piece {
-    int64_t first, last;   // the numbers of those beside it that one part may have
+    int64_t first, last;   // the numbers of those beside it that one tile may have
     int64_t across, down;  // where the first of them is
   };
   Piece PieceAt(int64_t number) const {
@@ -484,15 +485,15 @@ class Parts {
 };
 
 // What sixteen columns of the result are multiplied by, and what is added to them.
-struct Columns {
+struct EpilogueColumns {
   __mmask16 mask;
   __m512i int_bias, offset;
   __m512 scale, float_bias;
 };
 
 // From `column` on; only `count` of them if that is less than sixteen.
-INLINE_VNNI Columns ColumnsAt(const LqMatmul& call, int64_t column, int64_t count) {
-  Columns c;
+INLINE_VNNI EpilogueColumns LoadColumns(const LqMatmul& call, int64_t column, int64_t count) {
+  EpilogueColumns c;
   c.mask = count >= 16 ? 0xFFFF : (1u << std::max<int64_t>(count, 0)) - 1;
   c.int_bias = c.offset = _mm512_setzero_si512();
   c.scale = c.float_bias = _mm512_setzero_ps();
@@ -522,7 +523,7 @@ INLINE_VNNI Columns ColumnsAt(const LqMatmul& call, int64_t column, int64_t coun
 }
 
 // Sixteen results of a row, from their sums to `out`, whose element `at` is the first.
-INLINE_VNNI void Store(const LqMatmul& call, const Columns& c, __m512i sum, int64_t row,
+INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __m512i sum, int64_t row,
                        int64_t at) {
   sum = _mm512_add_epi32(sum, c.int_bias);
   if (call.output == 0) {
@@ -548,32 +549,32 @@ INLINE_VNNI void Store(const LqMatmul& call, const Columns& c, __m512i sum, int6
   _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, c.mask, narrow);
 }
 
-// Results of a part, from accumulators to `out`. What flipping w added to each row's is `surplus`. By
+// Results of a tile, from accumulators to `out`. What flipping w added to each row's is `compensation`. By
 // lines of 16-bit results: rows of `out` may be such a distance apart that the first cache loses a
 // line before it is come back to.
-VNNI void Finish(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* surplus,
-                 const Part& part) {
-  for (int64_t column = part.left; column < part.right; column += kLine, sums += kLine) {
-    const int64_t count = part.right - column;
-    const Columns first = ColumnsAt(call, column, count);
-    const Columns second = ColumnsAt(call, column + 16, count - 16);
-    for (int64_t row = part.top; row < part.bottom; ++row) {
-      const int64_t i = row - part.top, at = row * call.n + column;
-      const __m512i more = _mm512_set1_epi32(surplus[i]);
+VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* compensation,
+                 const Tile& tile) {
+  for (int64_t column = tile.left; column < tile.right; column += kLineColumns, sums += kLineColumns) {
+    const int64_t count = tile.right - column;
+    const EpilogueColumns first = LoadColumns(call, column, count);
+    const EpilogueColumns second = LoadColumns(call, column + 16, count - 16);
+    for (int64_t row = tile.top; row < tile.bottom; ++row) {
+      const int64_t i = row - tile.top, at = row * call.n + column;
+      const __m512i more = _mm512_set1_epi32(compensation[i]);
       const int32_t* const sum = sums + i * stride;
-      Store(call, first, _mm512_sub_epi32(_mm512_loadu_si512(sum), more), row, at);
+      StoreColumns(call, first, _mm512_sub_epi32(_mm512_loadu_si512(sum), more), row, at);
       if (count > 16)
-        Store(call, second, _mm512_sub_epi32(_mm512_loadu_si512(sum + 16), more), row, at + 16);
+        StoreColumns(call, second, _mm512_sub_epi32(_mm512_loadu_si512(sum + 16), more), row, at + 16);
     }
   }
 }
 
 // Brings what will be written of `out` to the caches.
-VNNI void Expect(const LqMatmul& call, const Part& part) {
+VNNI void PrefetchOutput(const LqMatmul& call, const Tile& tile) {
   const int64_t width = call.output == 0 ? 4 : call.output == 1 ? 1 : 2;
-  for (int64_t row = part.top; row < part.bottom; ++row) {
+  for (int64_t row = tile.top; row < tile.bottom; ++row) {
     char* const out = static_cast<char*>(call.out) + row * call.n * width;
-    for (int64_t at = part.left * width; at < part.right * width; at += 64)
+    for (int64_t at = tile.left * width; at < tile.right * width; at += 64)
       __builtin_prefetch(out + at, 1);
   }
 }
@@ -581,10 +582,10 @@ VNNI void Expect(const LqMatmul& call, const Part& part) {
 // x as it is read. With few rows they end in zeros up to a multiple of 64 bytes of w, and begin 64
 // bytes further from one another than that: rows a multiple of 4096 bytes apart would all want the
 // same lines of the L1 cache. With many, as MultiplySlice reads them: for each slice of k, its panels.
-struct Left {
+struct PackedX {
   int8_t* x;
   int64_t stride;    // few rows: bytes a row; many: bytes a value of k
-  int32_t* surplus;  // what flipping w adds to each row's results
+  int32_t* compensation;  // what flipping w adds to each row's results
 };
 
 // Where byte `from`, a multiple of 64, of row `row` of w is.
@@ -598,47 +599,47 @@ bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
 // short slice is multiplied is short.
 int64_t SliceBytes(const LqMatmul& call) {
   const bool once = call.m <= (call.int4 ? kRows<true> : kRows<false>);
-  int64_t most = call.m == 1 ? kDepthAlone : once ? kDepth : kDepthAgain;
-  if (HasManyRows(call)) most = call.int4 ? kSlice / 2 : kSlice;
+  int64_t most = call.m == 1 ? kDepthOneRow : once ? kDepthOneBlock : kDepthManyBlocks;
+  if (HasManyRows(call)) most = call.int4 ? kSliceDepth / 2 : kSliceDepth;
   const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
   return (blocks + slices - 1) / slices * 64;
 }
 
-// The bytes [from, from + depth) of the rows of w that some columns of a part are: `part` is these, and
+// The bytes [from, from + depth) of the rows of w that some columns of a tile are: `tile` is these, and
 // there are `before` columns left of them. With it the results of `complete` are, if that has columns.
 struct Slice {
-  Part part;
+  Tile tile;
   int64_t before, from, depth;
-  Part complete;
+  Tile complete;
 };
 
 // The slices of one thread, in their order; at the end one without columns.
 class Slices {
  public:
-  Slices(const LqMatmul& call, Parts* parts, int64_t thread)
+  Slices(const LqMatmul& call, TileScheduler* tiles, int64_t thread)
       : many_(HasManyRows(call)),
         columns_(call.n),
-        wide_(many_ ? kWide : kBlock),
+        wide_(many_ ? kSliceColumns : kBlockColumns),
         bytes_(call.row_bytes),
         most_(SliceBytes(call)),
         deep_((bytes_ + most_ - 1) / most_),
-        parts_(parts),
+        tiles_(tiles),
         thread_(thread) {}
 
   Slice Next() {
     if (number_ == across_ * deep_) {
-      part_ = parts_->Next(thread_);
-      across_ = (part_.right - part_.left + wide_ - 1) / wide_;
+      tile_ = tiles_->Next(thread_);
+      across_ = (tile_.right - tile_.left + wide_ - 1) / wide_;
       number_ = 0;
     }
     return across_ ? At(number_++) : Slice{};
   }
 
   // What is likely to come `i` slices after the next, if anything: enough to ask memory for it.
-  Slice Likely(int64_t i) const { return across_ ? At(number_ + i) : Slice{}; }
+  Slice Lookahead(int64_t i) const { return across_ ? At(number_ + i) : Slice{}; }
 
  private:
-  // Of the part, or beyond it of the columns to its right.
+  // Of the tile, or beyond it of the columns to its right.
   Slice At(int64_t number) const {
     // With many rows all of x's values that a slice needs stay in L2 while columns pass by; with few,
     // a row of w is read to its end.
@@ -649,16 +650,16 @@ class Slices {
       from = beyond < 0 ? number / across_ : 0;
     }
     from *= most_;
-    const int64_t before = column * wide_, left = part_.left + before;
-    const int64_t end = beyond < 0 ? part_.right : columns_;
+    const int64_t before = column * wide_, left = tile_.left + before;
+    const int64_t end = beyond < 0 ? tile_.right : columns_;
     if (left >= end) return {};
-    Slice slice{part_, before, from, std::min(most_, bytes_ - from), {}};
-    slice.part.left = left;
-    slice.part.right = std::min(end, left + wide_);
-    const int64_t written = std::max(wide_, kLine);
-    const bool fills = (before + wide_) % written == 0 || slice.part.right == part_.right;
+    Slice slice{tile_, before, from, std::min(most_, bytes_ - from), {}};
+    slice.tile.left = left;
+    slice.tile.right = std::min(end, left + wide_);
+    const int64_t written = std::max(wide_, kLineColumns);
+    const bool fills = (before + wide_) % written == 0 || slice.tile.right == tile_.right;
     if (from + most_ >= bytes_ && fills) {
-      slice.complete = slice.part;
+      slice.complete = slice.tile;
       slice.complete.left -= before % written;
     }
     return slice;
@@ -666,50 +667,50 @@ class Slices {
 
   bool many_;
   int64_t columns_, wide_, bytes_, most_, deep_;
-  Parts* parts_;
+  TileScheduler* tiles_;
   int64_t thread_;
-  Part part_{};
+  Tile tile_{};
   int64_t across_ = 0, number_ = 0;
 };
 
 // Few rows of x by a slice, into `sums`, while the next comes from memory.
 template <bool int4>
-VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slice,
+VNNI void MultiplyRows(const LqMatmul& call, const PackedX& left, const Slice& slice,
                        const Slice& next, int32_t* sums) {
-  const Part& part = slice.part;
+  const Tile& tile = slice.tile;
   const int64_t whole = slice.depth / 64 * 64, tail = slice.depth - whole;
   const int8_t* const x = left.x + slice.from * (int4 ? 2 : 1);
   // x's rows stay in L1 while w's pass by; blocks of them are as high as one another
-  const int64_t height = part.bottom - part.top, count = (height + kRows<int4> - 1) / kRows<int4>;
-  const int64_t width = part.right - part.left;
+  const int64_t height = tile.bottom - tile.top, count = (height + kRows<int4> - 1) / kRows<int4>;
+  const int64_t width = tile.right - tile.left;
   // asked for the sooner the more there is to do with what is here
-  const int64_t ahead = int4 || count > 1 ? width : kBlock / 4;
-  const bool far = call.n * call.row_bytes > kNear, alone = far && call.m == 1 && !IsNz(call);
-  const Multiplier in_order = MultiplyRow<int4>;
-  const Multiplier* const multiply = alone        ? &in_order
-                                     : IsNz(call) ? kMultiply<int4, true>.data()
-                                                  : kMultiply<int4, false>.data();
+  const int64_t ahead = int4 || count > 1 ? width : kBlockColumns / 4;
+  const bool far = call.n * call.row_bytes > kCacheBytes, alone = far && call.m == 1 && !IsNz(call);
+  const RowsKernel in_order = MultiplyRow<int4>;
+  const RowsKernel* const multiply = alone        ? &in_order
+                                     : IsNz(call) ? kMultiplyBlock<int4, true>.data()
+                                                  : kMultiplyBlock<int4, false>.data();
   for (int64_t number = 0; number < count; ++number) {
-    const int64_t row = part.top + height * number / count;
-    const int64_t rows = part.top + height * (number + 1) / count - row;
+    const int64_t row = tile.top + height * number / count;
+    const int64_t rows = tile.top + height * (number + 1) / count - row;
     // Of each four rows of w to come, those that are asked for while this block is multiplied.
     const int64_t asked = kColumns * number / count;
     const int64_t asking = kColumns * (number + 1) / count - asked;
     for (int64_t column = 0; column < width; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i)
-        w[i] = WeightAt(call, std::min(part.left + column + i, call.n - 1), slice.from);
+        w[i] = WeightAt(call, std::min(tile.left + column + i, call.n - 1), slice.from);
       const int8_t* const some = x + row * left.stride;
-      int32_t* const c = sums + (row - part.top) * kBlock + column;
+      int32_t* const c = sums + (row - tile.top) * kBlockColumns + column;
       if (whole) {
         const int64_t row_ahead =
             ahead + asked * ((width + kColumns - 1) / kColumns) + column / kColumns * asking;
         const bool here = row_ahead < width;
-        const Coming coming{here ? WeightAt(call, part.left + row_ahead, slice.from)
-                                 : WeightAt(call, next.part.left + row_ahead - width, next.from),
-                            call.w_stride, far && (here || next.part.right) ? asking : 0};
-        multiply[rows - 1](some, left.stride, w, call.w_step, coming, whole, slice.from == 0, c,
-                           kBlock);
+        const PrefetchRows prefetch{here ? WeightAt(call, tile.left + row_ahead, slice.from)
+                                 : WeightAt(call, next.tile.left + row_ahead - width, next.from),
+                            call.w_stride, far && (here || next.tile.right) ? asking : 0};
+        multiply[rows - 1](some, left.stride, w, call.w_step, prefetch, whole, slice.from == 0, c,
+                           kBlockColumns);
       }
       if (tail) {  // as copies, plain ones, that end in zeros
         uint8_t copies[kColumns][64] = {};
@@ -719,43 +720,43 @@ VNNI void MultiplyRows(const LqMatmul& call, const Left& left, const Slice& slic
           if (tail > 32) std::memcpy(copies[i] + 32, end + call.w_step, tail - 32);
           w[i] = copies[i];
         }
-        kMultiply<int4, false>[rows - 1](some + whole * (int4 ? 2 : 1), left.stride, w, 32, {}, 64,
-                                         slice.depth == tail && slice.from == 0, c, kBlock);
+        kMultiplyBlock<int4, false>[rows - 1](some + whole * (int4 ? 2 : 1), left.stride, w, 32, {}, 64,
+                                         slice.depth == tail && slice.from == 0, c, kBlockColumns);
       }
     }
   }
 }
 
 template <bool int4>
-VNNI void FewRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread,
+VNNI void FewRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
                   int32_t* sums) {
-  Slices slices(call, parts, thread);
-  for (Slice slice = slices.Next(); slice.part.right; slice = slices.Next()) {
-    MultiplyRows<int4>(call, x, slice, slices.Likely(0), sums);
+  Slices slices(call, tiles, thread);
+  for (Slice slice = slices.Next(); slice.tile.right; slice = slices.Next()) {
+    MultiplyRows<int4>(call, x, slice, slices.Lookahead(0), sums);
     if (slice.complete.right)
-      Finish(call, sums, kBlock, x.surplus + slice.part.top, slice.complete);
+      Epilogue(call, sums, kBlockColumns, x.compensation + slice.tile.top, slice.complete);
   }
 }
 
-// Sums of a panel of x and the columns of `part`, turned so that those of a row are together.
-VNNI void FinishPanel(const LqMatmul& call, const int32_t* sums, int64_t stride,
-                      const int32_t* surplus, const Part& part) {
-  alignas(64) int32_t rows[kPanel * kLine];
-  for (int64_t column = 0; column < part.right - part.left; column += 16, sums += 16 * stride) {
+// Sums of a panel of x and the columns of `tile`, transposed so that those of a row are together.
+VNNI void PanelEpilogue(const LqMatmul& call, const int32_t* sums, int64_t stride,
+                      const int32_t* compensation, const Tile& tile) {
+  alignas(64) int32_t rows[kPanel * kLineColumns];
+  for (int64_t column = 0; column < tile.right - tile.left; column += 16, sums += 16 * stride) {
     __m512i v[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(sums + i * stride);
-    Turn(v);
+    Transpose16x16(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + i * kLine + column, v[i]);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(rows + i * kLineColumns + column, v[i]);
   }
-  Finish(call, rows, kLine, surplus, part);
+  Epilogue(call, rows, kLineColumns, compensation, tile);
 }
 
 // A slice, from byte `done` of each row on, for MultiplySlice.
-VNNI void CopySlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
+VNNI void PackSlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
   const int64_t values = call.int4 ? 2 : 1;
-  for (int64_t row = slice.part.left; row < slice.part.right; ++row, out += kSlice) {
+  for (int64_t row = slice.tile.left; row < slice.tile.right; ++row, out += kSliceDepth) {
     const uint8_t* const w = WeightAt(call, row, slice.from);
     for (int64_t at = done; at < slice.depth; at += 64) {
       const int64_t left = slice.depth - at;
@@ -764,41 +765,41 @@ VNNI void CopySlice(const LqMatmul& call, const Slice& slice, int64_t done, uint
         v = LoadWeight<true>(w + at / 32 * call.w_step, 0, left > 32 ? call.w_step : 0);
       else
         v = _mm512_maskz_loadu_epi8(Mask(left), w + at);
-      Unfold(v, kUnfolding[call.int4], out + at * values);
+      UnpackWeight(v, kUnpacking[call.int4], out + at * values);
     }
   }
 }
 
-// The rows of x of a slice's part by the slice, which is copied to `w`, into `sums`; what is `upcoming`
+// The rows of x of a slice's tile by the slice, which is copied to `w`, into `sums`; what is `pack_ahead`
 // is shared out over the calls, and so is what of the result will be written after them.
-VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice, const uint8_t* w,
-                         Upcoming upcoming, int32_t* sums) {
+VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& slice, const uint8_t* w,
+                         PackAhead pack_ahead, int32_t* sums) {
   constexpr int64_t kNarrow = kAccumulators / 2;
-  const Part& part = slice.part;
+  const Tile& tile = slice.tile;
   const int64_t values = call.int4 ? 2 : 1;
-  const int64_t height = part.bottom - part.top, columns = part.right - part.left;
+  const int64_t height = tile.bottom - tile.top, columns = tile.right - tile.left;
   const int64_t panels = (height + kPanel - 1) / kPanel, pairs = panels / 2;
   const int64_t blocks = (slice.depth + 63) / 64, x_panel = blocks * 64 * values * kPanel;
   const int8_t* const rows =
-      x.x + slice.from * values * x.stride + part.top * blocks * 64 * values;
+      x.x + slice.from * values * x.stride + tile.top * blocks * 64 * values;
   const int64_t calls = pairs * ((columns + kNarrow - 1) / kNarrow) +
                         panels % 2 * ((columns + kAccumulators - 1) / kAccumulators);
-  int64_t left = upcoming.rows, number = 0;
+  int64_t left = pack_ahead.rows, number = 0;
   const int64_t each = (left + calls - 1) / calls;
   const auto multiply = [&](int64_t panel, int64_t column, const auto& kernels) {
     if (slice.complete.right)
-      Expect(call, {part.top + height * number / calls, part.top + height * (number + 1) / calls,
+      PrefetchOutput(call, {tile.top + height * number / calls, tile.top + height * (number + 1) / calls,
                     slice.complete.left, slice.complete.right});
     ++number;
-    upcoming.rows = std::min(each, left);
+    pack_ahead.rows = std::min(each, left);
     kernels[std::min<int64_t>(kernels.size(), columns - column) - 1](
-        rows + panel * x_panel, x_panel, w + column * kSlice, blocks, upcoming, slice.from == 0,
+        rows + panel * x_panel, x_panel, w + column * kSliceDepth, blocks, pack_ahead, slice.from == 0,
         sums + (column * panels + panel) * kPanel, panels * kPanel);
-    left -= upcoming.rows;
-    upcoming.from += upcoming.rows * upcoming.row_step;
-    upcoming.to += upcoming.rows * kSlice;
+    left -= pack_ahead.rows;
+    pack_ahead.from += pack_ahead.rows * pack_ahead.row_step;
+    pack_ahead.to += pack_ahead.rows * kSliceDepth;
   };
-  // the columns' part of w stays in L1 while x's pairs of panels pass by
+  // the columns' tile of w stays in L1 while x's pairs of panels pass by
   for (int64_t column = 0; column < columns; column += kNarrow)
     for (int64_t pair = 0; pair < pairs; ++pair) multiply(2 * pair, column, kMultiplySlice<2>);
   if (panels % 2)
@@ -808,39 +809,39 @@ VNNI void MultiplyPanels(const LqMatmul& call, const Left& x, const Slice& slice
 
 // Bytes of two slices of w, as MultiplySlice reads them. Not on a thread's stack: OMP_STACKSIZE may
 // have left it little.
-constexpr int64_t kCopies = 2 * kSlice * kWide;
+constexpr int64_t kCopies = 2 * kSliceDepth * kSliceColumns;
 
-VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t thread,
+VNNI void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
                    uint8_t* copies, int32_t* sums) {
-  uint8_t *w = copies, *other = copies + kSlice * kWide;
+  uint8_t *w = copies, *other = copies + kSliceDepth * kSliceColumns;
   int64_t copied = 0;  // bytes of each row of the slice that are there already
-  Slices slices(call, parts, thread);
+  Slices slices(call, tiles, thread);
   Slice slice = slices.Next(), next = slices.Next();
-  while (slice.part.right) {
-    const Slice after = slices.Likely(0), later = slices.Likely(1);
-    const Part& part = slice.part;
-    if (copied < slice.depth) CopySlice(call, slice, copied, w);
-    const uint8_t* const from = WeightAt(call, next.part.left, next.from);
+  while (slice.tile.right) {
+    const Slice after = slices.Lookahead(0), later = slices.Lookahead(1);
+    const Tile& tile = slice.tile;
+    if (copied < slice.depth) PackSlice(call, slice, copied, w);
+    const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
     copied = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
-    const Upcoming upcoming{from,
+    const PackAhead pack_ahead{from,
                             other,
-                            next.part.right - next.part.left,
+                            next.tile.right - next.tile.left,
                             call.w_stride,
                             copied / 64,
                             call.w_step,
-                            WeightAt(call, after.part.left, after.from) - from,
-                            WeightAt(call, later.part.left, later.from) - from,
-                            kUnfolding[call.int4]};
-    const int64_t panels = (part.bottom - part.top + kPanel - 1) / kPanel;
+                            WeightAt(call, after.tile.left, after.from) - from,
+                            WeightAt(call, later.tile.left, later.from) - from,
+                            kUnpacking[call.int4]};
+    const int64_t panels = (tile.bottom - tile.top + kPanel - 1) / kPanel;
     int32_t* const own = sums + slice.before * panels * kPanel;
-    MultiplyPanels(call, x, slice, w, upcoming, own);
+    MultiplyPanels(call, x, slice, w, pack_ahead, own);
     if (slice.complete.right) {
-      const int32_t* const first = own - (part.left - slice.complete.left) * panels * kPanel;
+      const int32_t* const first = own - (tile.left - slice.complete.left) * panels * kPanel;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        Part written = slice.complete;
+        Tile written = slice.complete;
         written.top += panel * kPanel;
-        written.bottom = std::min(part.bottom, written.top + kPanel);
-        FinishPanel(call, first + panel * kPanel, panels * kPanel, x.surplus + written.top, written);
+        written.bottom = std::min(tile.bottom, written.top + kPanel);
+        PanelEpilogue(call, first + panel * kPanel, panels * kPanel, x.compensation + written.top, written);
       }
     }
     slice = next;
@@ -849,10 +850,10 @@ VNNI void ManyRows(const LqMatmul& call, const Left& x, Parts* parts, int64_t th
   }
 }
 
-// A panel of kPanel rows of x from `top`, turned: for each slice of k, and for each four values of
+// A panel of kPanel rows of x from `top`, transposed: for each slice of k, and for each four values of
 // k, those of each row.
 template <bool int4>
-VNNI void TurnRows(const LqMatmul& call, int64_t top, const Left& x) {
+VNNI void PackPanel(const LqMatmul& call, int64_t top, const PackedX& x) {
   constexpr int64_t kValues = int4 ? 2 : 1;
   const int64_t most = SliceBytes(call);
   const __m512i one = _mm512_set1_epi8(1);
@@ -873,7 +874,7 @@ VNNI void TurnRows(const LqMatmul& call, int64_t top, const Left& x) {
         }
       }
       for (auto& half : halves) {
-        Turn(half);
+        Transpose16x16(half);
         for (int i = 0; i < 16; ++i, out += 64) {
           _mm512_store_si512(out, half[i]);
           total = _mm512_dpbusd_epi32(total, one, half[i]);
@@ -881,7 +882,7 @@ VNNI void TurnRows(const LqMatmul& call, int64_t top, const Left& x) {
       }
     }
   }
-  _mm512_store_si512(x.surplus + top, _mm512_slli_epi32(total, int4 ? 3 : 7));
+  _mm512_store_si512(x.compensation + top, _mm512_slli_epi32(total, int4 ? 3 : 7));
 }
 
 struct Free {
@@ -896,14 +897,14 @@ Buffer<T> Allocate(int64_t count) {
 
 // One row of x, padded; returns what flipping w adds to its results.
 template <bool int4>
-VNNI int32_t Copy(const uint8_t* source, int64_t bytes, int8_t* row, int64_t padded) {
+VNNI int32_t PackRow(const uint8_t* source, int64_t bytes, int8_t* row, int64_t padded) {
   if constexpr (int4) {
     SplitNibbles(source, bytes, row);
   } else {
     std::memcpy(row, source, bytes);
     std::memset(row + bytes, 0, padded - bytes);
   }
-  return (int4 ? 8 : 128) * Sum(row, padded);
+  return (int4 ? 8 : 128) * SumOfBytes(row, padded);
 }
 
 template <bool int4>
@@ -913,33 +914,33 @@ VNNI int Run(const LqMatmul& call) {
   const int64_t padded = (call.row_bytes + 63) / 64 * 64 * (int4 ? 2 : 1);
   const int64_t panels = (m + kPanel - 1) / kPanel;
   const int64_t stride = many ? panels * kPanel : padded + 64;
-  const auto shares = Allocate<Parts::Share>(threads);
+  const auto shares = Allocate<TileScheduler::Share>(threads);
   if (!shares) return kNoMemory;
-  Parts parts(call, shares.get());
+  TileScheduler tiles(call, shares.get());
   const int64_t own_sums =
-      many ? std::min(kTall, panels * kPanel) * parts.Widest() : m * kBlock;
+      many ? std::min(kTileRows, panels * kPanel) * tiles.MaxColumns() : m * kBlockColumns;
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
-  const auto surplus = Allocate<int32_t>(panels * kPanel);
+  const auto compensation = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
   const auto copies = Allocate<uint8_t>(many ? threads * kCopies : 0);
-  if (!copy || !surplus || !sums || !copies) return kNoMemory;
-  const Left x{copy.get(), stride, surplus.get()};
+  if (!copy || !compensation || !sums || !copies) return kNoMemory;
+  const PackedX x{copy.get(), stride, compensation.get()};
 
   const auto copy_few = [&](int64_t number, int64_t count) {
     for (int64_t i = m * number / count; i < m * (number + 1) / count; ++i)
-      x.surplus[i] = Copy<int4>(call.x + i * call.x_stride, call.row_bytes,
+      x.compensation[i] = PackRow<int4>(call.x + i * call.x_stride, call.row_bytes,
                                 x.x + i * stride, padded);
   };
   const auto copy_many = [&](int64_t number, int64_t count) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
-      TurnRows<int4>(call, panel * kPanel, x);
+      PackPanel<int4>(call, panel * kPanel, x);
   };
   const auto compute_part = [&](int64_t number) {
     int32_t* const own = sums.get() + number * own_sums;
     if (many)
-      ManyRows(call, x, &parts, number, copies.get() + number * kCopies, own);
+      ManyRows(call, x, &tiles, number, copies.get() + number * kCopies, own);
     else
-      FewRows<int4>(call, x, &parts, number, own);
+      FewRows<int4>(call, x, &tiles, number, own);
   };
   const auto copy_part = [&](int64_t number, int64_t count) {
     many ? copy_many(number, count) : copy_few(number, count);
