@@ -369,8 +369,8 @@ def test_a_library_of_other_sources_is_left_alone(
 ) -> None:
     """Torch computes the same, so it is a warning, once."""
     library(tmp_path / "lib" / native._LIBRARY, source)
-    here = str(Path(lq_graph.__file__).parent)
-    asked_again.setattr(lq_graph, "__path__", [str(tmp_path), here])
+    here = str(Path(native.__file__).parent)
+    asked_again.setattr(native, "__path__", [str(tmp_path), here])
     x, weight, scale = values(4, 64), values(8, 64), torch.rand(8)
     text = "built from other sources than the Python beside it: run pip install -e . again"
     with pytest.warns(RuntimeWarning, match=text):
@@ -618,7 +618,7 @@ def test_in_a_process_of_its_own(script: str, threads: int, environment: dict[st
 
 def test_the_call_has_the_layout_the_kernel_reads() -> None:
     """struct LqMatmul: seven pointers, seven 64-bit numbers, four 32-bit ones."""
-    source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "qgemm.cpp").read_text()
+    source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "call.h").read_text()
     body = source.split("struct LqMatmul {")[1].split("};")[0]
     fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
     sizes = ""
