@@ -12,7 +12,7 @@
 
 extern "C" {
 
-// One call. Strides count bytes for x and w, elements elsewhere; 0 for a value that holds for all.
+// Strides count bytes for x and w, elements elsewhere. A scale_stride of 0: one scale for all columns.
 struct LqMatmul {
   const uint8_t* x;         // (m, row_bytes)
   const uint8_t* w;         // (n, row_bytes)
@@ -23,7 +23,8 @@ struct LqMatmul {
   void* out;                // (m, n)
   int64_t m, n, row_bytes;  // k bytes for int8, k / 2 for int4
   int64_t x_stride, w_stride, scale_stride;
-  // From 32 bytes of a row of w to its next 32. More than 32 where w is FRACTAL_NZ: its w_stride is 32.
+  // Bytes from 32 bytes of a row of w to the next 32 of that row: 32 in ND, more in FRACTAL_NZ, where
+  // w_stride is 32.
   int64_t w_step;
   int32_t int4;
   int32_t packed;  // scale is int64, the offset in it
@@ -39,7 +40,7 @@ enum Answer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 }
 
 bool HasManyRows(const LqMatmul& call) { return call.m >= kManyRows; }
 
-// Where byte `from`, a multiple of 64, of row `row` of w is.
+// Address of byte `from`, a multiple of 64, of row `row` of w.
 inline const uint8_t* WeightAt(const LqMatmul& call, int64_t row, int64_t from) {
   return call.w + row * call.w_stride + from / 32 * call.w_step;
 }

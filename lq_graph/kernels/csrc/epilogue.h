@@ -1,4 +1,4 @@
-// From int32 sums to the output: bias, scales, rounding, and the store.
+// Epilogue: from int32 sums to the output, by bias, scales, offset, clamp and rounding.
 #ifndef LQ_GRAPH_EPILOGUE_H_
 #define LQ_GRAPH_EPILOGUE_H_
 #include <immintrin.h>
@@ -13,14 +13,14 @@
 
 namespace {
 
-// What sixteen columns of the result are multiplied by, and what is added to them.
+// Scale, offset and bias of sixteen columns.
 struct EpilogueColumns {
   __mmask16 mask;
   __m512i int_bias, offset;
   __m512 scale, float_bias;
 };
 
-// From `column` on; only `count` of them if that is less than sixteen.
+// Those of the columns from `column` on; `count` of them if that is less than sixteen.
 INLINE_VNNI EpilogueColumns LoadColumns(const LqMatmul& call, int64_t column, int64_t count) {
   EpilogueColumns c;
   c.mask = count >= 16 ? 0xFFFF : (1u << std::max<int64_t>(count, 0)) - 1;
@@ -51,7 +51,7 @@ INLINE_VNNI EpilogueColumns LoadColumns(const LqMatmul& call, int64_t column, in
   return c;
 }
 
-// Sixteen results of a row, from their sums to `out`, whose element `at` is the first.
+// The epilogue of sixteen sums of one row; the first result is element `at` of the output.
 INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __m512i sum, int64_t row,
                        int64_t at) {
   sum = _mm512_add_epi32(sum, c.int_bias);
@@ -78,9 +78,8 @@ INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __
   _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, c.mask, narrow);
 }
 
-// Results of a tile, from accumulators to `out`. What flipping w added to each row's is `compensation`. By
-// lines of 16-bit results: rows of `out` may be such a distance apart that the first cache loses a
-// line before it is come back to.
+// The epilogue of a tile; `compensation` is PackedX's, of its rows. It goes by lines of kLineColumns:
+// rows of the output may be so far apart that L1 drops a line before the loop comes back to it.
 VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* compensation,
                  const Tile& tile) {
   for (int64_t column = tile.left; column < tile.right; column += kLineColumns, sums += kLineColumns) {
@@ -98,7 +97,7 @@ VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride, co
   }
 }
 
-// Sums of a panel of x and the columns of `tile`, transposed so that those of a row are together.
+// The epilogue of one panel of x, whose sums are stored column by column: they are transposed first.
 VNNI void PanelEpilogue(const LqMatmul& call, const int32_t* sums, int64_t stride,
                       const int32_t* compensation, const Tile& tile) {
   alignas(64) int32_t rows[kPanel * kLineColumns];

@@ -1,4 +1,5 @@
-// The kernel for few rows of x: w is read as it is stored.
+// The kernel for few rows of x. It reads w as it is stored, which takes longer than the products: what
+// counts is that memory never waits.
 #ifndef LQ_GRAPH_FEW_ROWS_H_
 #define LQ_GRAPH_FEW_ROWS_H_
 #include <immintrin.h>
@@ -19,9 +20,10 @@
 
 namespace {
 
-// rows x kColumns results over `depth` bytes of w, a multiple of 64, put into or added to c. A row of
-// x has a byte for each of w; for int4 64 even values, then the 64 odd ones, for each 64 bytes of w.
-// The loops are written out flat: only so does GCC 12 keep an array of accumulators in registers.
+// rows x kColumns sums over `depth` bytes of w, a multiple of 64. They are written to c (`first`) or
+// added to it. A row of x has a byte for each byte of w; for int4, the 64 even values and then the 64
+// odd ones for each 64 bytes of w. The loops are unrolled completely: otherwise GCC 12 does not keep an
+// array of accumulators in registers.
 template <int rows, bool int4, bool nz>
 VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
                    const PrefetchRows& prefetch, int64_t depth, bool first, int32_t* c,
@@ -29,7 +31,7 @@ VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const*
   const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-  const int64_t asked = prefetch.rows;
+  const int64_t prefetched = prefetch.rows;
   __m512i sum[rows][kColumns];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
@@ -37,10 +39,10 @@ VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const*
     for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
   for (int64_t at = 0; at < depth; at += 64) {
     const uint8_t* next = prefetch.from + at / 32 * step;
-    if (asked > 0) Prefetch<nz>(next, step);
-    if (asked > 1) Prefetch<nz>(next + prefetch.stride, step);
-    if (asked > 2) Prefetch<nz>(next + 2 * prefetch.stride, step);
-    if (asked > 2) Prefetch<nz>(next + 3 * prefetch.stride, step);
+    if (prefetched > 0) Prefetch<nz>(next, step);
+    if (prefetched > 1) Prefetch<nz>(next + prefetch.stride, step);
+    if (prefetched > 2) Prefetch<nz>(next + 2 * prefetch.stride, step);
+    if (prefetched > 2) Prefetch<nz>(next + 3 * prefetch.stride, step);
     __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
                            LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
 #pragma GCC unroll 8
@@ -80,7 +82,7 @@ VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const*
   }
 }
 
-// Products of 64 bytes of a row of w and the values of x they meet, added to sums.
+// Adds the products of 64 bytes of a row of w and their values of x to sums.
 template <bool int4>
 INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x) {
   const __m512i v =
@@ -91,9 +93,8 @@ INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x)
   return _mm512_dpbusd_epi32(sums, _mm512_and_si512(odd, low), _mm512_loadu_si512(x + 64));
 }
 
-// MultiplyBlock for one row of x and a w that is not FRACTAL_NZ and comes from memory: one row of w after
-// another, as memory is read the fastest, and nothing is asked for, for the processor looks ahead by
-// itself.
+// MultiplyBlock for one row of x and an ND weight that comes from memory: it reads one row of w after
+// another, which memory gives the fastest, and prefetches nothing: the processor does that by itself.
 template <bool int4>
 VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const PrefetchRows&,
                       int64_t depth, bool first, int32_t* c, int64_t) {
@@ -123,50 +124,50 @@ template <bool int4, bool nz, int... i>
 constexpr std::array<RowsKernel, sizeof...(i)> KernelsByRows(std::integer_sequence<int, i...>) {
   return {MultiplyBlock<i + 1, int4, nz>...};
 }
-// By rows less one.
+// Indexed by rows - 1.
 template <bool int4, bool nz>
 constexpr auto kMultiplyBlock = KernelsByRows<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
 
-// Few rows of x by a slice, into `sums`, while the next comes from memory.
+// Multiplies all rows of x by a slice, into `sums`, and prefetches the next slice meanwhile.
 template <bool int4>
-VNNI void MultiplyRows(const LqMatmul& call, const PackedX& left, const Slice& slice,
+VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice& slice,
                        const Slice& next, int32_t* sums) {
   const Tile& tile = slice.tile;
   const int64_t whole = slice.depth / 64 * 64, tail = slice.depth - whole;
-  const int8_t* const x = left.x + slice.from * (int4 ? 2 : 1);
-  // x's rows stay in L1 while w's pass by; blocks of them are as high as one another
+  const int8_t* const x = packed.x + slice.from * (int4 ? 2 : 1);
+  // a block of x's rows stays in L1 while w's rows pass by; the blocks are of equal height
   const int64_t height = tile.bottom - tile.top, count = (height + kRows<int4> - 1) / kRows<int4>;
   const int64_t width = tile.right - tile.left;
-  // asked for the sooner the more there is to do with what is here
+  // the more work there is with the rows that are here, the further ahead the prefetch
   const int64_t ahead = int4 || count > 1 ? width : kBlockColumns / 4;
-  const bool far = call.n * call.row_bytes > kCacheBytes, alone = far && call.m == 1 && !IsNz(call);
+  const bool from_memory = call.n * call.row_bytes > kCacheBytes, one_row = from_memory && call.m == 1 && !IsNz(call);
   const RowsKernel in_order = MultiplyRow<int4>;
-  const RowsKernel* const multiply = alone        ? &in_order
+  const RowsKernel* const multiply = one_row        ? &in_order
                                      : IsNz(call) ? kMultiplyBlock<int4, true>.data()
                                                   : kMultiplyBlock<int4, false>.data();
   for (int64_t number = 0; number < count; ++number) {
     const int64_t row = tile.top + height * number / count;
     const int64_t rows = tile.top + height * (number + 1) / count - row;
-    // Of each four rows of w to come, those that are asked for while this block is multiplied.
-    const int64_t asked = kColumns * number / count;
-    const int64_t asking = kColumns * (number + 1) / count - asked;
+    // Each block prefetches its part of every kColumns rows of w.
+    const int64_t prefetch_from = kColumns * number / count;
+    const int64_t prefetch_rows = kColumns * (number + 1) / count - prefetch_from;
     for (int64_t column = 0; column < width; column += kColumns) {
       const uint8_t* w[kColumns];
       for (int64_t i = 0; i < kColumns; ++i)
         w[i] = WeightAt(call, std::min(tile.left + column + i, call.n - 1), slice.from);
-      const int8_t* const some = x + row * left.stride;
+      const int8_t* const x_rows = x + row * packed.stride;
       int32_t* const c = sums + (row - tile.top) * kBlockColumns + column;
       if (whole) {
         const int64_t row_ahead =
-            ahead + asked * ((width + kColumns - 1) / kColumns) + column / kColumns * asking;
+            ahead + prefetch_from * ((width + kColumns - 1) / kColumns) + column / kColumns * prefetch_rows;
         const bool here = row_ahead < width;
         const PrefetchRows prefetch{here ? WeightAt(call, tile.left + row_ahead, slice.from)
                                  : WeightAt(call, next.tile.left + row_ahead - width, next.from),
-                            call.w_stride, far && (here || next.tile.right) ? asking : 0};
-        multiply[rows - 1](some, left.stride, w, call.w_step, prefetch, whole, slice.from == 0, c,
+                            call.w_stride, from_memory && (here || next.tile.right) ? prefetch_rows : 0};
+        multiply[rows - 1](x_rows, packed.stride, w, call.w_step, prefetch, whole, slice.from == 0, c,
                            kBlockColumns);
       }
-      if (tail) {  // as copies, plain ones, that end in zeros
+      if (tail) {  // the last bytes of each row, from ND copies that end in zeros
         uint8_t copies[kColumns][64] = {};
         for (int64_t i = 0; i < kColumns; ++i) {
           const uint8_t* const end = w[i] + whole / 32 * call.w_step;
@@ -174,7 +175,7 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& left, const Slice& s
           if (tail > 32) std::memcpy(copies[i] + 32, end + call.w_step, tail - 32);
           w[i] = copies[i];
         }
-        kMultiplyBlock<int4, false>[rows - 1](some + whole * (int4 ? 2 : 1), left.stride, w, 32, {}, 64,
+        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole * (int4 ? 2 : 1), packed.stride, w, 32, {}, 64,
                                          slice.depth == tail && slice.from == 0, c, kBlockColumns);
       }
     }

@@ -1,4 +1,5 @@
-// The kernel for many rows of x: x is transposed, w copied slice by slice.
+// The kernel for many rows of x. It reads x transposed, and w from packed slices: while it multiplies
+// one slice it packs the next.
 #ifndef LQ_GRAPH_MANY_ROWS_H_
 #define LQ_GRAPH_MANY_ROWS_H_
 #include <immintrin.h>
@@ -18,9 +19,9 @@
 
 namespace {
 
-// panels * 16 rows by `columns` results over `blocks` of 64 bytes of w, put into or added to c, which
-// has the rows of a column together. x has 16 rows times four values a step, the next panel `x_panel`
-// bytes on; w has kSliceDepth bytes a column.
+// panels * 16 rows by `columns` sums over `blocks` of 64 bytes of w. They are written to c (`first`) or
+// added to it; c is stored column by column. A step reads four values of k of 16 rows of x, the next
+// panel is `x_panel` bytes further; w has kSliceDepth bytes for each column.
 template <int panels, int columns>
 VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                         const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
@@ -30,7 +31,7 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
   const int64_t values = pack_ahead.unpacking.int4 ? 128 : 64;
-  // as they follow in memory: blocks of a row, or rows of a block where w is FRACTAL_NZ
+  // Pack-ahead follows memory: block after block of a row, or in FRACTAL_NZ row after row of a block.
   const bool nz = pack_ahead.w_step != 32;
   const int64_t run = nz ? pack_ahead.rows : pack_ahead.blocks;
   const int64_t step = nz ? 32 : 64, to_step = nz ? kSliceDepth : values;
@@ -43,7 +44,7 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
     for (int64_t i = block < pack_ahead.blocks ? pack_ahead.rows : 0; i; --i) {
       const __m512i v = nz ? LoadWeight<true>(from, 0, pack_ahead.w_step)
                            : LoadWeight<false>(from, 0, 32);
-      for (const uint8_t* next : {from + pack_ahead.after, from + pack_ahead.later}) {
+      for (const uint8_t* next : {from + pack_ahead.to_second, from + pack_ahead.to_third}) {
         _mm_prefetch(next, _MM_HINT_T0);
         if (nz) _mm_prefetch(next + pack_ahead.w_step, _MM_HINT_T0);
       }
@@ -87,13 +88,13 @@ template <int panels, int... i>
 constexpr std::array<SliceKernel, sizeof...(i)> KernelsByColumns(std::integer_sequence<int, i...>) {
   return {MultiplySlice<panels, i + 1>...};
 }
-// By columns less one.
+// Indexed by columns - 1.
 template <int panels>
 constexpr auto kMultiplySlice =
     KernelsByColumns<panels>(std::make_integer_sequence<int, kAccumulators / panels>{});
 
-// The rows of x of a slice's tile by the slice, which is copied to `w`, into `sums`; what is `pack_ahead`
-// is shared out over the calls, and so is what of the result will be written after them.
+// Multiplies the rows of x of a slice's tile by the slice, packed in `w`, into `sums`. Each call of the
+// kernel does its part of the pack-ahead, and of the prefetch of the output if this slice completes it.
 VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& slice, const uint8_t* w,
                          PackAhead pack_ahead, int32_t* sums) {
   constexpr int64_t kNarrow = kAccumulators / 2;
@@ -121,7 +122,7 @@ VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& sl
     pack_ahead.from += pack_ahead.rows * pack_ahead.row_step;
     pack_ahead.to += pack_ahead.rows * kSliceDepth;
   };
-  // the columns' tile of w stays in L1 while x's pairs of panels pass by
+  // kNarrow columns of w stay in L1 while x's pairs of panels pass by
   for (int64_t column = 0; column < columns; column += kNarrow)
     for (int64_t pair = 0; pair < pairs; ++pair) multiply(2 * pair, column, kMultiplySlice<2>);
   if (panels % 2)
@@ -129,30 +130,29 @@ VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& sl
       multiply(panels - 1, column, kMultiplySlice<1>);
 }
 
-// Bytes of two slices of w, as MultiplySlice reads them. Not on a thread's stack: OMP_STACKSIZE may
-// have left it little.
-constexpr int64_t kCopies = 2 * kSliceDepth * kSliceColumns;
+// Bytes of two packed slices of w. They are not on a thread's stack: OMP_STACKSIZE may make it small.
+constexpr int64_t kPackedBytes = 2 * kSliceDepth * kSliceColumns;
 
 VNNI void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
-                   uint8_t* copies, int32_t* sums) {
-  uint8_t *w = copies, *other = copies + kSliceDepth * kSliceColumns;
-  int64_t copied = 0;  // bytes of each row of the slice that are there already
+                   uint8_t* slices_of_w, int32_t* sums) {
+  uint8_t *w = slices_of_w, *other = slices_of_w + kSliceDepth * kSliceColumns;
+  int64_t packed = 0;  // bytes of each row of the slice that are packed already
   Slices slices(call, tiles, thread);
   Slice slice = slices.Next(), next = slices.Next();
   while (slice.tile.right) {
-    const Slice after = slices.Lookahead(0), later = slices.Lookahead(1);
+    const Slice second = slices.Lookahead(0), third = slices.Lookahead(1);
     const Tile& tile = slice.tile;
-    if (copied < slice.depth) PackSlice(call, slice, copied, w);
+    if (packed < slice.depth) PackSlice(call, slice, packed, w);
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
-    copied = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
+    packed = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
     const PackAhead pack_ahead{from,
                             other,
                             next.tile.right - next.tile.left,
                             call.w_stride,
-                            copied / 64,
+                            packed / 64,
                             call.w_step,
-                            WeightAt(call, after.tile.left, after.from) - from,
-                            WeightAt(call, later.tile.left, later.from) - from,
+                            WeightAt(call, second.tile.left, second.from) - from,
+                            WeightAt(call, third.tile.left, third.from) - from,
                             kUnpacking[call.int4]};
     const int64_t panels = (tile.bottom - tile.top + kPanel - 1) / kPanel;
     int32_t* const own = sums + slice.before * panels * kPanel;

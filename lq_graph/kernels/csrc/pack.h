@@ -1,4 +1,4 @@
-// Copies of w and x in the order the kernels read them.
+// Packing: copies of w and x in the order in which the kernels read them.
 #ifndef LQ_GRAPH_PACK_H_
 #define LQ_GRAPH_PACK_H_
 #include <immintrin.h>
@@ -14,7 +14,7 @@
 
 namespace {
 
-// 64 bytes of a row of w; `step` is w_step.
+// Loads 64 bytes of a row of w; `step` is w_step.
 template <bool nz>
 INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
   if constexpr (!nz) return _mm512_loadu_si512(w + at);
@@ -24,8 +24,8 @@ INLINE_VNNI __m512i LoadWeight(const uint8_t* w, int64_t at, int64_t step) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + step)), 1);
 }
 
-// How 64 bytes of a row of w become values in the order x's are in: 64 of int8, 128 of int4. In memory,
-// so that the constants take no register from the accumulators.
+// Constants that turn 64 bytes of w into unsigned values, 64 of int8 or 128 of int4. They are kept in
+// memory, so that they take no registers from the accumulators.
 struct Unpacking {
   int32_t flip, low;
   bool int4;
@@ -33,6 +33,7 @@ struct Unpacking {
 constexpr Unpacking kUnpacking[] = {{int32_t(0x80808080), 0, false},
                                     {int32_t(0x88888888), 0x0F0F0F0F, true}};
 
+// Writes 64 bytes of w as unsigned values in the order of x's.
 INLINE_VNNI void UnpackWeight(__m512i v, const Unpacking& how, uint8_t* out) {
   v = _mm512_xor_si512(v, _mm512_set1_epi32(how.flip));
   if (how.int4) {
@@ -43,29 +44,30 @@ INLINE_VNNI void UnpackWeight(__m512i v, const Unpacking& how, uint8_t* out) {
   _mm512_store_si512(out, v);
 }
 
-// Rows of w to be copied while others are multiplied: alone, the copy would wait for memory.
+// Rows of the next slice of w, to be packed while the present one is multiplied: on its own, packing
+// would wait for memory.
 struct PackAhead {
   const uint8_t* from;
   uint8_t* to;
-  int64_t rows, row_step;  // how many, and from one to the next
-  int64_t blocks;          // of 64 bytes in each
-  int64_t w_step;          // from 32 bytes of a row to its next
-  // The slices that come after it, to be asked for, are so many bytes further. So each is asked for
-  // twice: the processor forgets one line in some hundreds.
-  int64_t after, later;
+  int64_t rows, row_step;  // their number, and the bytes from one to the next
+  int64_t blocks;          // blocks of 64 bytes in each row
+  int64_t w_step;          // as in LqMatmul
+  // Bytes from here to the two slices after it, which are prefetched. So each slice is prefetched twice:
+  // the processor drops one request in a few hundred.
+  int64_t to_second, to_third;
   Unpacking unpacking;
 };
 
-// x as it is read. With few rows they end in zeros up to a multiple of 64 bytes of w, and begin 64
-// bytes further from one another than that: rows a multiple of 4096 bytes apart would all want the
-// same lines of the L1 cache. With many, as MultiplySlice reads them: for each slice of k, its panels.
+// The copy of x. Few rows: each row is padded with zeros to a multiple of 64 bytes of w, and 64 bytes
+// more lie between rows, because rows at a distance of a multiple of 4096 bytes would compete for the
+// same lines of the L1 cache. Many rows: for each slice of k, its panels, as MultiplySlice reads them.
 struct PackedX {
   int8_t* x;
-  int64_t stride;    // few rows: bytes a row; many: bytes a value of k
-  int32_t* compensation;  // what flipping w adds to each row's results
+  int64_t stride;         // few rows: bytes from row to row; many rows: bytes for each value of k
+  int32_t* compensation;  // for each row, what flipping w's top bit adds to its sums
 };
 
-// A slice, from byte `done` of each row on, for MultiplySlice.
+// Packs a slice of w for MultiplySlice, from byte `done` of each row on.
 VNNI void PackSlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
   const int64_t values = call.int4 ? 2 : 1;
   for (int64_t row = slice.tile.left; row < slice.tile.right; ++row, out += kSliceDepth) {
@@ -82,8 +84,8 @@ VNNI void PackSlice(const LqMatmul& call, const Slice& slice, int64_t done, uint
   }
 }
 
-// A panel of kPanel rows of x from `top`, transposed: for each slice of k, and for each four values of
-// k, those of each row.
+// Transposes a panel, kPanel rows of x from `top` on: for each slice of k, and for every four values of
+// k in it, those four of each row. Writes the rows' compensation as well.
 template <bool int4>
 VNNI void PackPanel(const LqMatmul& call, int64_t top, const PackedX& x) {
   constexpr int64_t kValues = int4 ? 2 : 1;
@@ -117,7 +119,7 @@ VNNI void PackPanel(const LqMatmul& call, int64_t top, const PackedX& x) {
   _mm512_store_si512(x.compensation + top, _mm512_slli_epi32(total, int4 ? 3 : 7));
 }
 
-// One row of x, padded; returns what flipping w adds to its results.
+// Copies one row of x, padded; returns its compensation.
 template <bool int4>
 VNNI int32_t PackRow(const uint8_t* source, int64_t bytes, int8_t* row, int64_t padded) {
   if constexpr (int4) {

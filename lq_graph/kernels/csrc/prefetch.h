@@ -1,4 +1,4 @@
-// Prefetch of what comes next: rows of w, and lines of the result.
+// Prefetch: rows of w that are multiplied next, and lines of the output that are written next.
 #ifndef LQ_GRAPH_PREFETCH_H_
 #define LQ_GRAPH_PREFETCH_H_
 #include <immintrin.h>
@@ -10,20 +10,20 @@
 
 namespace {
 
-// 64 bytes of a row of w, to be brought to the caches.
+// Prefetches 64 bytes of a row of w; `step` is w_step.
 template <bool nz>
 INLINE_VNNI void Prefetch(const uint8_t* w, int64_t step) {
   _mm_prefetch(w, _MM_HINT_T0);
   if (nz) _mm_prefetch(w + step, _MM_HINT_T0);
 }
 
-// Rows of w to be asked for while others are multiplied: none, one, two or four.
+// Rows of w to prefetch while others are multiplied: 0, 1, 2 or 4 of them.
 struct PrefetchRows {
   const uint8_t* from;
   int64_t stride, rows;
 };
 
-// Brings what will be written of `out` to the caches.
+// Prefetches the lines of the output that a tile is written to.
 VNNI void PrefetchOutput(const LqMatmul& call, const Tile& tile) {
   const int64_t width = call.output == 0 ? 4 : call.output == 1 ? 1 : 2;
   for (int64_t row = tile.top; row < tile.bottom; ++row) {

@@ -1,14 +1,17 @@
-// The CPU kernel of quantized matmul: int8 or packed int4 times the weight as it is stored, (n, k) or
-// its FRACTAL_NZ blocks, exact in int32, with LinearQuant's epilogue on the way out. For x86-64 with
-// AVX-512 VNNI; elsewhere numerics.py computes the same with torch. Loaded with ctypes, so it knows
-// nothing of torch.
+// The CPU kernel of quantized matmul: x, int8 or packed int4, times the weight as it is stored, ND (n, k)
+// or FRACTAL_NZ, exact in int32, and LinearQuant's epilogue. It needs x86-64 with AVX-512 VNNI; elsewhere
+// numerics.py computes the same with torch. Python loads it with ctypes; it knows nothing of torch.
 //
-// VPDPBUSD multiplies unsigned by signed bytes. The weight is made unsigned by flipping its top bit,
-// which adds 128 to each value (8 to an int4), and what that adds to the result is taken off again:
+// VPDPBUSD multiplies unsigned by signed bytes. Flipping the top bit makes the weight unsigned and adds
+// 128 to each value (8 to an int4). The epilogue subtracts what that adds, the compensation:
 //   sum x*(w + 128) - 128 * sum x = sum x*w, in arithmetic modulo 2^32, and so exact.
 //
-// Threads are those of the OpenMP runtime torch has loaded: this library is not linked to one, and
-// finds GOMP_parallel among the symbols of the process. So torch.set_num_threads holds here too.
+// The threads are those of torch's OpenMP runtime: this library is not linked to one, and finds
+// GOMP_parallel among the symbols of the process. So torch.set_num_threads holds here too.
+//
+// Read in this order: call.h (what is asked), sizes.h, tile.h (the order of the work), then few_rows.h
+// and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h. The headers are parts of this
+// one translation unit: inlining across them is what makes it fast.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -55,7 +58,7 @@ VNNI int Run(const LqMatmul& call) {
   const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
   const auto compensation = Allocate<int32_t>(panels * kPanel);
   const auto sums = Allocate<int32_t>(threads * own_sums);
-  const auto copies = Allocate<uint8_t>(many ? threads * kCopies : 0);
+  const auto copies = Allocate<uint8_t>(many ? threads * kPackedBytes : 0);
   if (!copy || !compensation || !sums || !copies) return kNoMemory;
   const PackedX x{copy.get(), stride, compensation.get()};
 
@@ -71,7 +74,7 @@ VNNI int Run(const LqMatmul& call) {
   const auto compute_part = [&](int64_t number) {
     int32_t* const own = sums.get() + number * own_sums;
     if (many)
-      ManyRows(call, x, &tiles, number, copies.get() + number * kCopies, own);
+      ManyRows(call, x, &tiles, number, copies.get() + number * kPackedBytes, own);
     else
       FewRows<int4>(call, x, &tiles, number, own);
   };

@@ -13,7 +13,7 @@ INLINE_VNNI __mmask64 Mask(int64_t left) {
   return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
 }
 
-// Sums of four accumulators, in order.
+// The sums of the lanes of a, b, c and d, in this order.
 INLINE_VNNI __m128i SumsAcross(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -69,7 +69,7 @@ INLINE_VNNI __m512i LowNibbles(__m512i v) {
   return _mm512_sub_epi8(v, eight);
 }
 
-// Packed int4 rows as int8: for each 64 bytes the 64 even values, then the 64 odd ones, the end
+// Unpacks a row of int4 to int8: for each 64 bytes the 64 even values, then the 64 odd ones. The end is
 // filled with zeros.
 VNNI void SplitNibbles(const uint8_t* x, int64_t bytes, int8_t* out) {
   for (int64_t at = 0; at < bytes; at += 64) {
@@ -79,13 +79,13 @@ VNNI void SplitNibbles(const uint8_t* x, int64_t bytes, int8_t* out) {
   }
 }
 
-// The low halves of sixteen 64-bit words.
+// The low 32 bits of sixteen 64-bit words.
 INLINE_VNNI __m512i Low32(__m512i first, __m512i second) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(first)),
                             _mm512_cvtepi64_epi32(second), 1);
 }
 
-// Round float32 to bfloat16, half to even, NaN quiet.
+// float32 to bfloat16, rounded half to even; NaN stays NaN, quiet.
 INLINE_VNNI __m256i ToBfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

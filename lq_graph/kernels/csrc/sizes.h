@@ -5,27 +5,28 @@
 
 namespace {
 
-// Few rows: w is read as it is stored, registers run along k and are summed across at the end.
-// Rows of x in one block of registers: what leaves room for those of w, which int4 has two of each.
+// Few rows: w is read as it is stored. A register holds values along k, and its lanes are summed at the
+// end.
+// Rows of x in one block of registers. int4 needs two registers for each row of w, so fewer are left.
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
-constexpr int kColumns = 4;     // rows of w, columns of the result
-constexpr int64_t kBlockColumns = 64;  // columns at a time
-constexpr int64_t kCacheBytes = 1 << 20;  // bytes of w that are in a cache, if they have been used
-// Bytes of w's rows at a time, for one row of x, for those of one block of registers and for more: x's
-// stay in L1 beside them. w is read fastest in its own order, but not where it is read again.
+constexpr int kColumns = 4;               // rows of w in a block: columns of the result
+constexpr int64_t kBlockColumns = 64;     // columns of the result in a slice
+constexpr int64_t kCacheBytes = 1 << 20;  // a w of at most so many bytes is in a cache if it was used
+// Bytes of a row of w in a slice: for one row of x, for one block of rows, for several blocks. x's part
+// of that length stays in L1. w is read fastest in the order of memory, but several blocks read it again.
 constexpr int64_t kDepthOneRow = 16384, kDepthOneBlock = 4096, kDepthManyBlocks = 2048;
 
-// Many rows: x is transposed, once, so that registers run along m and need no sum across. w is read by
-// words of four values, from a copy of a few of its rows that lies close together: rows a multiple of
-// 4096 bytes apart would all want the same lines of the L1 cache.
+// Many rows: x is transposed once. A register holds values along m, so no lanes are summed. w is read in
+// words of four values from a packed copy of a few rows: rows at a distance of a multiple of 4096 bytes
+// would compete for the same lines of the L1 cache.
 constexpr int64_t kManyRows = 32;
-constexpr int64_t kPanel = 16;     // rows of x in a register
-constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
-constexpr int64_t kSliceColumns = 16;      // rows of w in a slice
-constexpr int64_t kSliceDepth = 2048;   // values of k in a slice, at most
-constexpr int64_t kLineColumns = 32;      // columns written at once: 64 bytes of 16-bit results
-// Rows and columns at a time, at most: a slice of x and all accumulators stay in L2.
+constexpr int64_t kPanel = 16;         // rows of x in a register
+constexpr int kAccumulators = 16;      // registers: 16 rows of w by one panel of x, or 8 by two
+constexpr int64_t kSliceColumns = 16;  // rows of w in a slice
+constexpr int64_t kSliceDepth = 2048;  // values of k in a slice, at most
+constexpr int64_t kLineColumns = 32;   // columns that are stored together: 64 bytes of 16-bit results
+// Rows and columns of a tile, at most: a slice of x and all sums of the tile stay in L2.
 constexpr int64_t kTileRows = 256, kTileColumns = 256;
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What is computed in which order: tiles of the result, shared out over the threads, and slices of w.
+// The order of the work: threads take tiles of the result, and compute a tile from slices of w.
 #ifndef LQ_GRAPH_TILE_H_
 #define LQ_GRAPH_TILE_H_
 #include <algorithm>
@@ -16,23 +16,23 @@ struct Tile {
   int64_t top, bottom, left, right;
 };
 
-// The tiles the result is computed in. Each thread has a share of the columns, the same in each call,
-// so that its part of w may be in its cache still; one that is done takes from the others' shares, for
-// cores of one machine are not equally fast, and not equally far from the memory w is in.
+// Hands out the tiles of the result. Each thread has a share of the columns, the same in each call, so
+// its part of w may still be in its cache. A thread that has finished its share takes tiles from the
+// others: cores of one machine differ in speed and in their distance from the memory that holds w.
 class TileScheduler {
  public:
   struct alignas(64) Share {
-    std::atomic<uint64_t> pieces;  // the first that is left, and where they end: 32 bits each
+    std::atomic<uint64_t> pieces;  // the first one left, and the end: 32 bits each
   };
 
-  // `shares` has room for one a thread.
+  // `shares` has one element for each thread.
   TileScheduler(const LqMatmul& call, Share* shares)
       : rows_(call.m), columns_(call.n), threads_(call.threads), shares_(shares) {
-    // With few rows a tile has all of them, and as many columns as its thread takes.
+    // With few rows a tile has all rows, and as many columns as a thread takes at once.
     const bool many = HasManyRows(call);
     const int64_t tall = many ? kTileRows : rows_, unit = many ? kPanel : 1;
     const int64_t wide = many ? kLineColumns : kBlockColumns, widest = many ? kTileColumns : columns_;
-    // as many tiles a thread as there is work for: one for what takes some 10 us
+    // 1 to 4 pieces for each thread: a piece is about 10 us of work or more
     const int64_t each =
         std::clamp<int64_t>(call.m * call.n * call.row_bytes / threads_ >> 22, 1, 4);
     const int64_t sixteens = (columns_ + 16 * each * threads_ - 1) / (16 * each * threads_);
@@ -47,16 +47,16 @@ class TileScheduler {
           Pack(down_ * across_ * i / threads_, down_ * across_ * (i + 1) / threads_));
   }
 
-  // EpilogueColumns of a tile, at most.
+  // Columns of a tile, at most.
   int64_t MaxColumns() const { return most_ * wide_; }
 
-  // The next for a thread; at the end one without columns.
+  // The next tile of a thread; a tile without columns at the end.
   Tile Next(int64_t thread) {
     for (int64_t i = 0; i < threads_; ++i) {
       std::atomic<uint64_t>& pieces = shares_[(thread + i) % threads_].pieces;
       uint64_t now = pieces.load(std::memory_order_relaxed);
       while (now >> 32 < (now & kLow)) {
-        // half of what is left, from the front of one's own share and from the end of another's
+        // half of what is left: from the front of the own share, from the end of another's
         const int64_t begin = now >> 32, end = now & kLow;
         const int64_t take = threads_ == 1 ? most_ : std::min(most_, (end - begin + 1) / 2);
         const Piece piece = PieceAt(i == 0 ? begin : end - 1);
@@ -77,11 +77,11 @@ class TileScheduler {
   static constexpr uint64_t kLow = 0xFFFFFFFF;
   static uint64_t Pack(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
 
-  // Pieces, of tall_ rows and wide_ columns, are numbered so that as many as a tile has are next to
-  // one another, below them those of the same columns, and then those to their right.
+  // A piece is the smallest tile: tall_ rows, wide_ columns. Pieces are numbered from left to right over
+  // the columns of the widest tile (most_ pieces), then downwards, then on to the next columns.
   struct Piece {
-    int64_t first, last;   // the numbers of those beside it that one tile may have
-    int64_t across, down;  // where the first of them is
+    int64_t first, last;   // numbers of the pieces beside it that may be in one tile with it
+    int64_t across, down;  // column and row of the first of them, counted in pieces
   };
   Piece PieceAt(int64_t number) const {
     const int64_t across = number / (most_ * down_) * most_, above = across * down_;
@@ -93,8 +93,8 @@ class TileScheduler {
   Share* shares_;
 };
 
-// Bytes of w's rows in each slice but the last, which has hardly less: what comes from memory while a
-// short slice is multiplied is short.
+// Bytes of a row of w in each slice but the last. Slices are almost equally long: while one is
+// multiplied the next comes from memory, and a short one would leave little time for that.
 int64_t SliceBytes(const LqMatmul& call) {
   const bool once = call.m <= (call.int4 ? kRows<true> : kRows<false>);
   int64_t most = call.m == 1 ? kDepthOneRow : once ? kDepthOneBlock : kDepthManyBlocks;
@@ -103,15 +103,16 @@ int64_t SliceBytes(const LqMatmul& call) {
   return (blocks + slices - 1) / slices * 64;
 }
 
-// The bytes [from, from + depth) of the rows of w that some columns of a tile are: `tile` is these, and
-// there are `before` columns left of them. With it the results of `complete` are, if that has columns.
+// The bytes [from, from + depth) of some rows of w. These rows are the columns of `tile`, which has
+// `before` columns of the scheduler's tile to its left. Once the slice is multiplied, the sums of
+// `complete` are complete, if it has columns.
 struct Slice {
   Tile tile;
   int64_t before, from, depth;
   Tile complete;
 };
 
-// The slices of one thread, in their order; at the end one without columns.
+// The slices of one thread, in order.
 class Slices {
  public:
   Slices(const LqMatmul& call, TileScheduler* tiles, int64_t thread)
@@ -124,6 +125,7 @@ class Slices {
         tiles_(tiles),
         thread_(thread) {}
 
+  // The next slice; one without columns at the end.
   Slice Next() {
     if (number_ == across_ * deep_) {
       tile_ = tiles_->Next(thread_);
@@ -133,14 +135,15 @@ class Slices {
     return across_ ? At(number_++) : Slice{};
   }
 
-  // What is likely to come `i` slices after the next, if anything: enough to ask memory for it.
+  // The slice that probably comes `i` slices after the next: a guess, good enough for a prefetch. One
+  // without columns if there is none.
   Slice Lookahead(int64_t i) const { return across_ ? At(number_ + i) : Slice{}; }
 
  private:
-  // Of the tile, or beyond it of the columns to its right.
+  // A slice of the tile; beyond its last, one of the columns to its right.
   Slice At(int64_t number) const {
-    // With many rows all of x's values that a slice needs stay in L2 while columns pass by; with few,
-    // a row of w is read to its end.
+    // With many rows the slices go over all columns first: the part of x they need stays in L2. With
+    // few rows they go along k first: a row of w is read to its end.
     const int64_t beyond = number - across_ * deep_;
     int64_t column = number / deep_, from = number % deep_;
     if (many_) {
