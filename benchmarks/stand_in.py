@@ -19,7 +19,7 @@ from graph import in_turns
 from torch import Tensor, nn
 
 import lq_graph
-from lq_graph.kernels import numerics
+from lq_graph import kernels
 from lq_graph.modules.linear_quant import layer_of
 from lq_graph.rules.tables import FRACTAL_NZ
 
@@ -43,11 +43,11 @@ def calls(m: int, k: int, n: int, bits: int) -> dict[str, Callable[[], object]]:
     x = torch.randint(-top, top, (m, k), dtype=torch.int8)
     weight = torch.randint(-top, top, (n, k), dtype=torch.int8)
     if bits == 4:
-        x, weight = numerics.pack_int4(x), numerics.pack_int4(weight)
+        x, weight = kernels.pack_int4(x), kernels.pack_int4(weight)
     scale, pertoken = torch.rand(n) * 1e-3, torch.rand(m)
     ours = layer_of(weight, scale, pertoken=True, output_dtype=torch.float16)
     found: dict[str, Callable[[], object]] = {
-        "the CPU kernel": lambda: numerics.quant_matmul(
+        "the CPU kernel": lambda: kernels.quant_matmul(
             x, weight, scale, pertoken_scale=pertoken, output_dtype=torch.float16
         )
     }

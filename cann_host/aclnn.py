@@ -23,7 +23,7 @@ from cann_host.executor import GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.ops.nn import add_rms_norm, rms_norm
 from cann_host.ops.quant import pack_parameters, quantize_dynamically
-from lq_graph.kernels import numerics
+from lq_graph import kernels
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]
 
@@ -205,7 +205,7 @@ def _logical(tensor: AclTensor) -> tuple[str, tuple[int, ...]]:
     """Dtype name and stored shape, with int32 counted as the eight int4 it carries."""
     shape = tensor.stored_shape
     if tensor.dtype == torch.int32:
-        return "int4", (*shape[:-1], shape[-1] * numerics.INT4_PER_INT32)
+        return "int4", (*shape[:-1], kernels.logical_k(shape[-1], tensor.dtype))
     return tensor.dtype_name, shape
 
 
@@ -272,8 +272,7 @@ def _check_quant_matmul(
         _need_base_format(x2=x2)
     storage: tuple[int, ...] | None = None
     if is_nz:
-        packed = numerics.INT4_PER_INT32 if x2_dtype == "int4" else 1
-        storage = (*x2.storage[:-1], x2.storage[-1] * packed)
+        storage = (*x2.storage[:-1], kernels.logical_k(x2.storage[-1], x2.dtype))
     offset_dtype, offset_shape = _optional(x2_offset)
     bias_dtype, bias_shape = _optional(bias)
     pertoken_dtype, pertoken_shape = _optional(x1_scale)
@@ -303,13 +302,13 @@ def _check_quant_matmul(
         raise Refused(refusal)
 
 
-def _untransposed_weight(x2: AclTensor) -> Tensor | numerics.NzWeight:
+def _untransposed_weight(x2: AclTensor) -> Tensor | kernels.NzWeight:
     """x2 as (..., n, k) or (n, k/8) in the dtype it has; int4 packed along n as int8."""
     rows, columns = x2.stored_shape[-2:]
     if x2.is_transposed and x2.format == FRACTAL_NZ and len(x2.shape) == 2:
-        return numerics.NzWeight(x2.nz_view(), rows, columns)
+        return kernels.NzWeight(x2.nz_view(), rows, columns)
     stored = (
-        numerics.nz_to_nd(x2.nz_view(), rows, columns)
+        kernels.nz_to_nd(x2.nz_view(), rows, columns)
         if x2.format == FRACTAL_NZ
         else x2.view().mT
         if x2.is_transposed
@@ -318,7 +317,7 @@ def _untransposed_weight(x2: AclTensor) -> Tensor | numerics.NzWeight:
     if x2.is_transposed:
         return stored
     if x2.dtype == torch.int32:
-        stored = numerics.unpack_int4(stored)
+        stored = kernels.unpack_int4(stored)
     return stored.mT.contiguous()
 
 
@@ -343,10 +342,10 @@ def _quant_matmul(
         return  # Ascend 950 gives an empty output for an empty input
     x, weight = x1.view(), _untransposed_weight(x2)
     if x1.dtype == torch.int32 and isinstance(weight, Tensor) and weight.dtype == torch.int8:
-        x = numerics.unpack_int4(x)
+        x = kernels.unpack_int4(x)
     pertoken, added = (None if t is None else t.view() for t in (x1_scale, bias))
     out.view().copy_(
-        numerics.quant_matmul(
+        kernels.quant_matmul(
             x,
             weight,
             chips.scale_as_read(_soc, x2_scale.view().reshape(-1), pertoken, added, out.dtype),
@@ -362,8 +361,7 @@ def _quant_matmul(
 
 def _need_quantized_shape(x: AclTensor, y: AclTensor) -> None:
     """y has x's shape; int32 ones hold eight int4 of the last dim each."""
-    packed = numerics.INT4_PER_INT32 if y.dtype == torch.int32 else 1
-    if (*y.shape[:-1], y.shape[-1] * packed) != x.shape:
+    if (*y.shape[:-1], kernels.logical_k(y.shape[-1], y.dtype)) != x.shape:
         raise Refused(f"y has shape {y.shape} and x {x.shape}")
 
 
@@ -447,7 +445,7 @@ def _dynamic_quant_v4(
         symmetric=bool(symmetric),
         mode=rules.QUANT_MODES[mode],
     )
-    y.view().copy_(numerics.pack_int4(values) if int4 else values)
+    y.view().copy_(kernels.pack_int4(values) if int4 else values)
     scale.view().copy_(scales)
     if offset is not None and offsets is not None:
         offset.view().copy_(offsets)
@@ -526,8 +524,8 @@ def _ascend_quant(
     factor = scale.view().to(x.dtype)
     addend = None if offset is None else offset.view().to(x.dtype)
     int4 = y.dtype == torch.int32
-    values = numerics.static_quant(x.view(), factor, addend, axis, bits=4 if int4 else 8)
-    y.view().copy_(numerics.pack_int4(values) if int4 else values)
+    values = kernels.static_quant(x.view(), factor, addend, axis, bits=4 if int4 else 8)
+    y.view().copy_(kernels.pack_int4(values) if int4 else values)
 
 
 # dtype of the result: the least and largest value
@@ -740,11 +738,11 @@ def _format_cast(source: AclTensor, out: AclTensor) -> None:
         )
         out_view.copy_(source_view)
     elif out.format == FRACTAL_NZ:
-        blocks = numerics.nd_to_nz(source.view(), out.storage[-1])
+        blocks = kernels.nd_to_nz(source.view(), out.storage[-1])
         out.nz_view().copy_(blocks.reshape(out.storage))
     else:
         rows, columns = source.shape[-2:]
-        out.view().copy_(numerics.nz_to_nd(source.nz_view(), rows, columns).reshape(out.shape))
+        out.view().copy_(kernels.nz_to_nd(source.nz_view(), rows, columns).reshape(out.shape))
 
 
 # name: (check, compute). Both get the arguments in the order of CANN's own header.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cann_host.rules import soc_family
-from lq_graph.kernels.numerics import Arithmetic, for_rows, is_cut, s19
+from lq_graph.kernels import Arithmetic, for_rows, is_cut, s19
 
 __all__ = ["dynamic_arithmetic", "scale_as_read"]
 

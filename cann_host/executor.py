@@ -27,7 +27,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
+from lq_graph.kernels import NzWeight, logical_k, pack_int4, unpack_int4
 
 from .rules import DEFINED, check_definition
 
@@ -82,7 +82,7 @@ class Int4:
     def shape(self) -> torch.Size:
         dims = list(self.held.shape)
         if self.is_packed:
-            dims[-1] *= INT4_PER_INT32
+            dims[-1] = logical_k(dims[-1], torch.int32)
         if self.swapped:
             dims[-2:] = dims[:-3:-1]
         return torch.Size(dims)

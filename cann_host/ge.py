@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import NzWeight, nz_to_nd
+from lq_graph.kernels import NzWeight, nz_to_nd
 
 from . import executor, ops, watched  # noqa: F401 - ops registers the operators
 from ._callbacks import give

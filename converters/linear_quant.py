@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lq_graph.kernels.numerics import INT4_PER_INT32
+from lq_graph.kernels import INT4_PER_INT32, logical_k
 from lq_graph.rules.activations import plan_dynamic_quant, plan_static_quant
 from lq_graph.rules.plan import Plan, plan, plan_trans_quant_param
 
@@ -158,7 +158,7 @@ def _as_int4(packed: Tensor) -> Tensor:
     if (int4 := getattr(packed, _INT4, None)) is not None:
         return int4
     *rows, words = packed.meta.shape
-    shape = [*rows, words * INT4_PER_INT32]
+    shape = [*rows, logical_k(words, torch.int32)]
     int4 = _declare(
         ge.Bitcast(packed, type=DataType.DT_INT4),
         DataType.DT_INT4,

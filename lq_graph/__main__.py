@@ -19,6 +19,7 @@ from torch import nn
 
 from .analysis.explain import explain, require_npu
 from .errors import LinearQuantError, LinearQuantValueError
+from .kernels import storage_k
 from .rules.check import check
 from .rules.plan import Spec
 from .rules.tables import PRODUCTS, STORAGE_DTYPES
@@ -57,7 +58,7 @@ def _tensor(text: str) -> torch.dtype | Spec:
             raise argparse.ArgumentTypeError(
                 f"{text!r}: k of int4 is a multiple of {pack}, because int32 carries it"
             )
-        shape[-1] //= pack
+        shape[-1] = storage_k(shape[-1], torch.int32)
     return Spec(dtype, tuple(shape))
 
 

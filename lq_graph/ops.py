@@ -287,7 +287,7 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         The quantized tensor, int8 (..., m, k) or int32 (..., m, k/8), and the scales, float32
         (..., m): peak / 127, or peak / 7 for int4. A row of zeros has scale 0; infinity or NaN in
         a row makes its scale infinite or NaN. The chips differ in the last bit: each is computed
-        as its own kernel does (`numerics.Arithmetic`).
+        as its own kernel does (`lq_graph.kernels.Arithmetic`).
 
     Under autocast a float x is cast to autocast's dtype, as nn.Linear's.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import INT4_PER_INT32
+from lq_graph.kernels import INT4_PER_INT32, storage_k
 
 from ..executor import (
     Dynamic,
@@ -61,7 +61,7 @@ def _reshape(x: Any, shape: Host, *, axis: int = 0, num_axes: int = -1) -> Any:
         like = torch.empty(x.shape, device="meta")
         new = _reshape(like, shape, axis=axis, num_axes=num_axes).shape
         if x.is_packed and not x.swapped and len(new) and new[-1] % INT4_PER_INT32 == 0:
-            return Int4(x.held.reshape(*new[:-1], new[-1] // INT4_PER_INT32))
+            return Int4(x.held.reshape(*new[:-1], storage_k(new[-1], torch.int32)))
         return Int4(x.values.reshape(new))
     if axis or num_axes != -1:
         raise GraphError(f"Reshape with axis {axis}, num_axes {num_axes} is not implemented")

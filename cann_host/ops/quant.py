@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import (
+from lq_graph.kernels import (
+    INT4_PER_INT32,
     Arithmetic,
     NzWeight,
     dynamic_quant,
     dynamic_quant_with_offset,
+    logical_k,
     pack_scale,
     quant_matmul,
     static_quant,
@@ -388,10 +390,10 @@ def _bitcast(x: Any, *, type: int) -> Any:
     if isinstance(x, FractalNZ) and isinstance(x.like, Tensor):
         storage = x.storage_shape
         if type == INT4 and storage is not None:
-            storage = (*storage[:-1], storage[-1] * 8)
+            storage = (*storage[:-1], logical_k(storage[-1], torch.int32))
         return x.map(lambda nd: _bitcast(nd, type=type), storage)
     if isinstance(x, Int4):
-        if DTYPES.get(type) != torch.int32 or x.shape[-1] != 8:
+        if DTYPES.get(type) != torch.int32 or x.shape[-1] != INT4_PER_INT32:
             raise GraphError(f"Bitcast of int4 {tuple(x.shape)} to GE dtype {type} is refused")
         if x.held.is_meta:
             return torch.empty(x.shape[:-1], dtype=torch.int32, device="meta")

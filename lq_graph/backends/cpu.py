@@ -1,17 +1,18 @@
-"""CPU kernels: validate with plan(), compute with numerics."""
+"""CPU kernels: validate with plan(), compute with lq_graph.kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..kernels import numerics
-from ..kernels.native import refuse_shortened
+from .. import kernels
+from ..errors import LinearQuantValueError
+from ..kernels import OperandError
 from ..rules.activations import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
 from ..rules.plan import check_finite, plan, plan_trans_quant_param
 from .derivatives import tell_of_gradients
 
-__all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
+__all__ = ["check_held", "dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
 
 def linear_quant(
@@ -36,15 +37,18 @@ def linear_quant(
     if p.fold_scale:
         scale = trans_quant_param(scale, offset)
     elif p.cut_scale:
-        scale = numerics.s19(scale)
-    return numerics.quant_matmul(
-        x1,
-        weight,
-        scale,
-        bias=bias,
-        pertoken_scale=pertoken_scale,
-        output_dtype=p.output_dtype,
-    )
+        scale = kernels.s19(scale)
+    try:
+        return kernels.quant_matmul(
+            x1,
+            weight,
+            scale,
+            bias=bias,
+            pertoken_scale=pertoken_scale,
+            output_dtype=p.output_dtype,
+        )
+    except OperandError as error:
+        raise LinearQuantValueError(f"linear_quant: {error}") from None
 
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
@@ -53,9 +57,9 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
         with torch.no_grad():
             return trans_quant_param(scale, offset, round_mode)
     plan_trans_quant_param(scale, offset, round_mode)
-    _check_held("trans_quant_param", scale=scale, offset=offset)
+    check_held("trans_quant_param", scale=scale, offset=offset)
     check_finite(scale, offset)
-    return numerics.pack_scale(scale, offset, round_mode)
+    return kernels.pack_scale(scale, offset, round_mode)
 
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -64,10 +68,10 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         with torch.no_grad():
             return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
-    _check_held("dynamic_quant", x=x)
+    check_held("dynamic_quant", x=x)
     arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
-    quantized, scale = numerics.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
-    return (numerics.pack_int4(quantized) if p.int4 else quantized), scale
+    quantized, scale = kernels.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
+    return (kernels.pack_int4(quantized) if p.int4 else quantized), scale
 
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -76,11 +80,19 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
-    _check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
-    return numerics.static_quant(x, scale_reciprocal, offset)
+    check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
+    return kernels.static_quant(x, scale_reciprocal, offset)
 
 
-def _check_held(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            refuse_shortened(name, tensor, op)
+def check_held(op: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors whose storage is shorter than their shape.
+
+    Raises:
+        LinearQuantValueError: with the operator's and the tensor's name.
+    """
+    try:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                kernels.check_held(name, tensor)
+    except OperandError as error:
+        raise LinearQuantValueError(f"{op}: {error}") from None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.numerics import unpack_scale
+from ..kernels import unpack_scale
 from ..modules.linear_quant import SPLIT
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.walk import keeps_grad_mode, uninterrupted

@@ -1,0 +1,81 @@
+"""The arithmetic of LinearQuant, written once. It imports torch, and nothing else of lq_graph.
+
+lq_graph's CPU backend and cann_host's operators both call these functions, so what runs eagerly on
+a laptop and what a compiled graph computes in the stand-in cannot differ. Nothing here says what is
+legal: lq_graph.rules does that, and cann_host.rules does it again for CANN, on purpose by another
+hand. What a kernel cannot read at all is an OperandError.
+
+The names below are what the rest of lq_graph and cann_host may use:
+
+- `quant_matmul`, its parts `matmul_int32` and `epilogue`, and `is_cut`; the compiled kernel is in
+  `native`;
+- int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
+- the 64-bit scale: `pack_scale`, `unpack_scale`, `unpack_finite_scale`, `s19`, `s19_at_least`;
+- FRACTAL_NZ: `nd_to_nz`, `nz_to_nd`, `nz_shape`, `NzWeight`;
+- activations: `dynamic_quant`, `dynamic_quant_with_offset`, `quantize_rows`, `static_quant`.
+"""
+
+from __future__ import annotations
+
+from .activations import (
+    Arithmetic,
+    dynamic_quant,
+    dynamic_quant_with_offset,
+    for_rows,
+    quantize_rows,
+    static_quant,
+)
+from .errors import NotFiniteError, OperandError, PartialGroupError, ShortStorageError
+from .layouts import NZ_ROW_BYTES, NzWeight, nd_to_nz, nz_shape, nz_to_nd
+from .memory import check_held
+from .numerics import TensorLike, epilogue, is_cut, matmul_int32, quant_matmul
+from .packing import (
+    INT4_PER_INT32,
+    STORAGE_DTYPES,
+    logical_k,
+    pack_int4,
+    pack_int4_in_graph,
+    pack_scale,
+    s19,
+    s19_at_least,
+    storage_k,
+    unpack_finite_scale,
+    unpack_int4,
+    unpack_scale,
+)
+
+__all__ = [
+    "INT4_PER_INT32",
+    "NZ_ROW_BYTES",
+    "STORAGE_DTYPES",
+    "Arithmetic",
+    "NotFiniteError",
+    "NzWeight",
+    "OperandError",
+    "PartialGroupError",
+    "ShortStorageError",
+    "TensorLike",
+    "check_held",
+    "dynamic_quant",
+    "dynamic_quant_with_offset",
+    "epilogue",
+    "for_rows",
+    "is_cut",
+    "logical_k",
+    "matmul_int32",
+    "nd_to_nz",
+    "nz_shape",
+    "nz_to_nd",
+    "pack_int4",
+    "pack_int4_in_graph",
+    "pack_scale",
+    "quant_matmul",
+    "quantize_rows",
+    "s19",
+    "s19_at_least",
+    "static_quant",
+    "storage_k",
+    "unpack_finite_scale",
+    "unpack_int4",
+    "unpack_scale",
+]

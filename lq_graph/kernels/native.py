@@ -1,9 +1,9 @@
 """The compiled CPU kernel (csrc/qgemm.cpp), where there is one.
 
-It needs x86-64 with AVX-512 VNNI, and the OpenMP runtime of torch, whose threads it takes. Anywhere
-else, or with LQ_GRAPH_NATIVE=0 (off, false, no), `matmul` answers None, and numerics computes with
-torch: the same numbers, slower. So a library that was built from other sources than those beside
-the package, before a pull for example, is left alone with a warning, not an error.
+It needs x86-64 with AVX-512 VNNI, and torch's OpenMP runtime, whose threads it uses. Elsewhere, or
+with LQ_GRAPH_NATIVE=0 (off, false, no), `matmul` returns None and numerics computes with torch: the
+same numbers, slower. For the same reason a library that was built from other sources than those
+beside the package, before a pull for example, is not used: that is a warning, not an error.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from ..errors import LinearQuantValueError
 from . import __path__
+from .errors import NotFiniteError
+from .layouts import NZ_ROW_BYTES
+from .memory import check_held
 
-__all__ = ["is_available", "matmul", "refuse_not_finite", "refuse_shortened"]
+__all__ = ["is_available", "matmul"]
 
 _LIBRARY = "liblq_graph_cpu.so"
-# struct LqMatmul of csrc/qgemm.cpp
+# struct LqMatmul of csrc/call.h
 _CALL = struct.Struct("14q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
-# Below so many products a second thread costs more than it does.
+# Below so many products a second thread costs more than it saves.
 _ONE_THREAD = 1 << 20
 _OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")
-# what the kernel answers, enum Answer of csrc/qgemm.cpp; other numbers than these cannot be
+# what the kernel answers: enum Answer of csrc/call.h
 _DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 
 # A child that was forked has none of its parent's OpenMP threads, and would wait for them.
@@ -62,8 +64,8 @@ def _is_wanted() -> bool:
 
 
 def _sources() -> str | None:
-    """What the C++ sources beside this package are, in one word, as CMakeLists.txt computes it.
-    None in a wheel, which has none."""
+    """The digest of the C++ sources beside this package, as CMakeLists.txt computes it; None in a
+    wheel, which has no sources."""
     files = sorted(
         (file.as_posix(), file)
         for folder in __path__
@@ -75,7 +77,7 @@ def _sources() -> str | None:
 
 
 def _built_from(library: ctypes.CDLL) -> str:
-    """The same of a library; "" for one that does not say, being older."""
+    """The digest of the sources a library was built from; "" if it is too old to say."""
     try:
         library.lq_matmul_sources.restype = ctypes.c_char_p
     except AttributeError:
@@ -122,45 +124,26 @@ def is_available() -> bool:
     return _kernel() is not None
 
 
-def refuse_not_finite() -> None:
-    """Refuse a packed scale that holds infinity or NaN.
-
-    Raises:
-        LinearQuantValueError: always.
-    """
-    raise LinearQuantValueError(
-        "linear_quant: the packed scale holds NaN or infinity; what the chip makes of them is not "
-        "published, so it is not computed here. What to do: check the calibration that produced "
-        "the scale."
-    )
-
-
-def refuse_shortened(name: str, tensor: Tensor, op: str = "linear_quant") -> None:
-    """Refuse a tensor whose storage does not hold what its shape says: it would be read beyond its
-    end. Such are left by untyped_storage().resize_, with which FSDP frees parameters.
-
-    Raises:
-        LinearQuantValueError: it is such a tensor.
-    """
-    if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
-        return  # a subclass may have no memory of its own
-    # What a kernel reads. torch checks this when a storage is set, not when it shrinks.
-    last = tensor.storage_offset() + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    held, needed = tensor.untyped_storage().nbytes(), (last + 1) * tensor.element_size()
-    if held < needed:
-        raise LinearQuantValueError(
-            f"{op}: {name} has shape {tuple(tensor.shape)} and needs {needed} bytes of "
-            f"memory; its storage holds {held}. What to do: make it whole first; its owner has "
-            "freed it (FSDP does between forwards), or called untyped_storage().resize_."
-        )
-
-
-def _check_held(name: str, tensor: Tensor, needed: int, width: int) -> None:
-    """`refuse_shortened` of a contiguous tensor whose bytes are known: a quarter of the time."""
+def _check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None:
+    """`check_held` of a contiguous tensor whose bytes are known: a quarter of the time."""
     if tensor.untyped_storage().nbytes() < needed + tensor.storage_offset() * width:
-        refuse_shortened(name, tensor)
+        check_held(argument, tensor)
+
+
+def _rows_of(x: Tensor, words: int) -> Tensor:
+    """x as (m, words), its rows contiguous each."""
+    check_held("x1", x)
+    rows = x.reshape(-1, words)
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _refuse(answer: int) -> NoReturn:
+    """Raise what an answer of the kernel other than _DONE means."""
+    if answer == _NOT_FINITE:
+        raise NotFiniteError
+    if answer == _NO_MEMORY:
+        raise MemoryError("lq_graph: no memory for the CPU kernel's accumulators")
+    raise RuntimeError(f"lq_graph: the CPU kernel answers {answer}; run pip install -e . again")
 
 
 def matmul(
@@ -174,12 +157,9 @@ def matmul(
 ) -> Tensor | None:
     """What `numerics.quant_matmul` computes, or None where this kernel does not do it.
 
-    Args:
-        x: int8 (..., m, k), or int32 (..., m, k/8) carrying int4.
-        weight: its dtype, (n, k) or (n, k/8); with more dims the answer is None.
-        scale, bias, pertoken_scale, output_dtype: as in `numerics.quant_matmul`.
-        nz_shape: the ND shape, (n, k) or (n, k/8), of a weight that is given as its FRACTAL_NZ
-            blocks, contiguous: (k/c0, n/16, 16, c0), rounded up, rows of 32 bytes.
+    The arguments are those of `numerics.quant_matmul`, but for the weight: with batch dims the
+    answer is None, and a FRACTAL_NZ one is given as its contiguous blocks, with its ND shape,
+    (n, k) or (n, k/8), as nz_shape.
     """
     # Few calls into torch: each is a tenth of what a small layer takes.
     kernel = _kernel()
@@ -191,25 +171,22 @@ def matmul(
         return None
     width = x.element_size()
     bytes_in_row = words * width
-    weight_row, weight_step = bytes_in_row, 32
+    weight_row, weight_step = bytes_in_row, NZ_ROW_BYTES
     if nz_shape is not None:
-        weight_row, weight_step = 32, weight.stride(0) * width
-        _check_held("weight", weight, weight.nbytes, width)
+        weight_row, weight_step = NZ_ROW_BYTES, weight.stride(0) * width
+        _check_bytes("weight", weight, weight.nbytes, width)
     elif weight.is_contiguous():
-        _check_held("weight", weight, n * bytes_in_row, width)
+        _check_bytes("weight", weight, n * bytes_in_row, width)
     else:
         if weight.stride(1) != 1:
             return None
         weight_row = weight.stride(0) * width
-        refuse_shortened("weight", weight)
+        check_held("weight", weight)
     if len(shape) == 2 and x.is_contiguous():
         rows, m, row = x, shape[0], bytes_in_row
-        _check_held("x1", x, m * row, width)
+        _check_bytes("x1", x, m * row, width)
     else:
-        refuse_shortened("x1", x)
-        rows = x.reshape(-1, words)
-        if rows.stride(1) != 1:
-            rows = rows.clone(memory_format=torch.contiguous_format)
+        rows = _rows_of(x, words)
         m, row = rows.shape[0], rows.stride(0) * width
     if not m:
         return None
@@ -218,54 +195,33 @@ def matmul(
     scale_size = scale.shape[0]
     if scale.is_contiguous():
         size = 8 if packed else scale_dtype.itemsize
-        _check_held("scale", scale, scale_size * size, size)
+        _check_bytes("scale", scale, scale_size * size, size)
     else:
-        refuse_shortened("scale", scale)
+        check_held("scale", scale)
         scale = scale.contiguous()
     if not packed and scale_dtype is not torch.float32:
         scale = scale.to(torch.float32)
     pertoken = int_bias = float_bias = 0
     if pertoken_scale is not None:
-        refuse_shortened("pertoken_scale", pertoken_scale)
+        check_held("pertoken_scale", pertoken_scale)
         if len(shape) != 2 or not pertoken_scale.is_contiguous():
             pertoken_scale = pertoken_scale.expand(shape[:-1]).contiguous()
         pertoken = pertoken_scale.data_ptr()
     if bias is not None:
         if bias.dim() != 1:
             return None
-        refuse_shortened("bias", bias)
-        if bias.dtype is torch.int32:
-            bias = bias.contiguous()
-            int_bias = bias.data_ptr()
-        else:
-            bias = bias.to(torch.float32).contiguous()
-            float_bias = bias.data_ptr()
+        check_held("bias", bias)
+        is_int = bias.dtype is torch.int32
+        bias = (bias if is_int else bias.to(torch.float32)).contiguous()
+        int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
     out = torch.empty(m, n, dtype=output_dtype)
+    threads = 1 if _forked or m * n * bytes_in_row < _ONE_THREAD else torch.get_num_threads()
     call = _CALL.pack(
-        rows.data_ptr(),
-        weight.data_ptr(),
-        scale.data_ptr(),
-        pertoken,
-        int_bias,
-        float_bias,
-        out.data_ptr(),
-        m,
-        n,
-        bytes_in_row,
-        row,
-        weight_row,
-        0 if scale_size == 1 else 1,
-        weight_step,
-        width == 4,
-        packed,
-        _OUTPUTS[output_dtype],
-        1 if _forked or m * n * bytes_in_row < _ONE_THREAD else torch.get_num_threads(),
-    )
+        rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), pertoken, int_bias, float_bias,
+        out.data_ptr(), m, n, bytes_in_row, row, weight_row, 0 if scale_size == 1 else 1,
+        weight_step, width == 4, packed, _OUTPUTS[output_dtype], threads,
+    )  # fmt: skip
     answer = kernel(call, len(call))
-    if answer == _NOT_FINITE:
-        refuse_not_finite()
-    if answer == _NO_MEMORY:
-        raise MemoryError("lq_graph: no memory for the CPU kernel's accumulators")
     if answer != _DONE:
-        raise RuntimeError(f"lq_graph: the CPU kernel answers {answer}; run pip install -e . again")
+        _refuse(answer)
     return out if len(shape) == 2 else out.view(*shape[:-1], n)

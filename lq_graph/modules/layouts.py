@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
+from ..backends.cpu import check_held
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..kernels import numerics
-from ..kernels.native import refuse_shortened
-from ..kernels.numerics import INT4_PER_INT32
+from ..kernels import INT4_PER_INT32, NZ_ROW_BYTES, PartialGroupError, storage_k
 from ..rules.tables import STORAGE_DTYPES, dtype_name, storage_name
 
 __all__ = ["from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"]
@@ -41,7 +41,7 @@ def pack_int4(values: Tensor) -> Tensor:
             f"pack_int4: values has shape {tuple(values.shape)}; the last dim (k) must be a "
             f"multiple of {INT4_PER_INT32}. What to do: pad k with zeros in x1 and weight alike."
         )
-    refuse_shortened("values", values, "pack_int4")
+    check_held("pack_int4", values=values)
     if values.numel():
         low, high = (int(v) for v in values.aminmax())
         if low < -8 or high > 7:
@@ -49,7 +49,7 @@ def pack_int4(values: Tensor) -> Tensor:
                 f"pack_int4: values range over {low}..{high}; int4 holds -8..7. What to do: clamp "
                 "after rounding, or quantize with a larger scale."
             )
-    return numerics.pack_int4(values.to(torch.int8))
+    return kernels.pack_int4(values.to(torch.int8))
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
         )
     if packed.dim() == 0:
         raise LinearQuantValueError("unpack_int4: packed has no dims; allowed is (..., k/8).")
-    refuse_shortened("packed", packed, "unpack_int4")
-    return numerics.unpack_int4(packed)
+    check_held("unpack_int4", packed=packed)
+    return kernels.unpack_int4(packed)
 
 
 def to_fractal_nz(weight: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ def to_fractal_nz(weight: Tensor) -> Tensor:
             f"to_fractal_nz: weight has shape {tuple(weight.shape)}; allowed is (..., n, k), not "
             "empty."
         )
-    refuse_shortened("weight", weight, "to_fractal_nz")
-    return numerics.nd_to_nz(weight, c0)
+    check_held("to_fractal_nz", weight=weight)
+    return kernels.nd_to_nz(weight, c0)
 
 
 def from_fractal_nz(blocks: Tensor, n: int, k: int) -> Tensor:
@@ -120,18 +120,19 @@ def from_fractal_nz(blocks: Tensor, n: int, k: int) -> Tensor:
         LinearQuantValueError: blocks that n and k do not give.
     """
     c0 = _c0("from_fractal_nz", blocks)
-    pack = STORAGE_DTYPES[blocks.dtype]
-    columns, rest = divmod(k, pack)
-    wanted = numerics.nz_shape(n, columns, c0)
-    if rest or n < 1 or k < 1 or tuple(blocks.shape[-4:]) != wanted:
+    todo = "What to do: pass the n and k of the weight before padding."
+    try:
+        columns = storage_k(k, blocks.dtype)
+    except PartialGroupError as error:
+        raise LinearQuantValueError(f"from_fractal_nz: {error.problem}. {todo}") from None
+    wanted = kernels.nz_shape(n, columns, c0)
+    if n < 1 or k < 1 or tuple(blocks.shape[-4:]) != wanted:
         raise LinearQuantValueError(
             f"from_fractal_nz: blocks have shape {tuple(blocks.shape)}; for n = {n} and k = {k} of "
-            f"{storage_name(blocks.dtype)} it must end in {wanted}"
-            + (f", and k be a multiple of {pack}" if rest else "")
-            + ". What to do: pass the n and k of the weight before padding."
+            f"{storage_name(blocks.dtype)} it must end in {wanted}. {todo}"
         )
-    refuse_shortened("blocks", blocks, "from_fractal_nz")
-    return numerics.nz_to_nd(blocks, n, columns)
+    check_held("from_fractal_nz", blocks=blocks)
+    return kernels.nz_to_nd(blocks, n, columns)
 
 
 def _c0(name: str, tensor: Tensor) -> int:
@@ -141,4 +142,4 @@ def _c0(name: str, tensor: Tensor) -> int:
             f"{name}: the weight is {dtype_name(tensor.dtype)}; allowed are "
             f"{' and '.join(map(storage_name, STORAGE_DTYPES))}."
         )
-    return 32 // tensor.element_size()
+    return NZ_ROW_BYTES // tensor.element_size()

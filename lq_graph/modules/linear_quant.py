@@ -11,11 +11,12 @@ from torch.nn.parameter import Parameter
 
 from ..backends.npu import cast_format, format_of
 from ..errors import PARAM_INVALID, LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from ..kernels import INT4_PER_INT32, PartialGroupError, logical_k, storage_k
 from ..ops import trans_quant_param
 from ..rules.plan import check_finite
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 
-__all__ = ["PARAMETERS", "LinearQuant", "keeping_dtypes", "layer_of"]
+__all__ = ["PARAMETERS", "LinearQuant", "check_whole_words", "keeping_dtypes", "layer_of"]
 
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
@@ -62,7 +63,8 @@ class LinearQuant(nn.Module):
 
     Raises:
         LinearQuantTypeError, LinearQuantValueError: at construction for the arguments, at
-            forward for what `lq_graph.linear_quant` refuses.
+            forward for what `lq_graph.linear_quant` refuses, and for an int4 weight whose k
+            cannot be in_features.
 
     Source: torch_npu.contrib.module.LinearQuant, its page and torch_npu 2.13's signature.
     """
@@ -117,7 +119,7 @@ class LinearQuant(nn.Module):
             self.register_parameter(name, value if wanted else None)
 
         n = out_features
-        parameter("weight", True, (n, in_features // pack), storage)
+        parameter("weight", True, (n, storage_k(in_features, storage)), storage)
         parameter("scale", True, (n,), torch.float32, 1)
         parameter("offset", offset, (n,), torch.float32)
         parameter("pertoken_scale", pertoken_scale, (1,), torch.float32, 1)
@@ -144,6 +146,8 @@ class LinearQuant(nn.Module):
         else:
             weight, scale, offset = self.weight, self.scale, self.offset
             pertoken, bias = self.pertoken_scale, self.bias
+        if self.in_features % INT4_PER_INT32:
+            check_whole_words("LinearQuant", self.in_features, weight)
         if self.x1_dtype is not None:
             _check_stated("x1", x1, self.x1_dtype)
         if self.x2_dtype is not None:
@@ -291,8 +295,8 @@ class LinearQuant(nn.Module):
         if tensor.dtype not in _dtypes_of(name):
             return False
         if name == "weight":
-            k = self.in_features // STORAGE_DTYPES[tensor.dtype]
-            return tuple(tensor.shape[-2:]) == (self.out_features, k)
+            n, words = tensor.shape[-2:] if tensor.dim() > 1 else (0, 0)
+            return (n, logical_k(words, tensor.dtype)) == (self.out_features, self.in_features)
         if name == "bias":
             return tuple(tensor.shape[-1:]) == (self.out_features,)
         if name == "pertoken_scale":
@@ -302,8 +306,11 @@ class LinearQuant(nn.Module):
     def _allowed(self, name: str) -> str:
         dtypes = " or ".join(dtype_name(d) for d in _dtypes_of(name))
         n, k = self.out_features, self.in_features
+        words = f"in int32 ({n}, {k} / {INT4_PER_INT32})"
+        if k % INT4_PER_INT32:
+            words = f"and no int32, for in_features {k} is not a multiple of {INT4_PER_INT32}"
         shape = {
-            "weight": f"({n}, {k}), in int32 ({n}, {k} / 8)",
+            "weight": f"({n}, {k}), {words}",
             "bias": f"(..., {n})",
             "pertoken_scale": "(m,)",
         }.get(name, f"(1,) or ({n},)")
@@ -339,7 +346,7 @@ def layer_of(
     """
     n, words = weight.shape
     layer = LinearQuant(
-        words * STORAGE_DTYPES[weight.dtype],
+        logical_k(words, weight.dtype),
         n,
         bias=bias is not None,
         offset=offset is not None,
@@ -354,6 +361,33 @@ def layer_of(
             own = tensor if isinstance(tensor, Parameter) else Parameter(tensor, False)
             setattr(layer, name, own)
     return layer
+
+
+def check_whole_words(what: str, in_features: int, weight: Tensor) -> None:
+    """Refuse an int4 weight for an in_features that whole int32 words cannot hold. An in_features
+    that counts the words, as in some models with the vendor's module, is accepted.
+
+    Args:
+        what: the layer, for the message.
+        in_features: of the layer.
+        weight: int8 (..., n, k), or int32 (..., n, k/8).
+
+    Raises:
+        LinearQuantValueError: in_features is neither the words nor a multiple of 8.
+    """
+    words = weight.shape[-1]
+    if words == in_features:
+        return
+    try:
+        storage_k(in_features, weight.dtype)
+    except PartialGroupError as error:
+        k = logical_k(words, weight.dtype)
+        raise LinearQuantValueError(
+            f"{what}: in_features is {in_features}, and weight is {dtype_name(weight.dtype)} "
+            f"{tuple(weight.shape)} and holds k = {k} int4 values a row; int4 needs in_features a "
+            f"multiple of {error.group}. What to do: make the layer with in_features={k}, or pad k "
+            "with zeros in x1 and weight alike before packing."
+        ) from None
 
 
 def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from .. import kernels
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
-from ..kernels import numerics
-from ..rules.tables import ND, STORAGE_DTYPES, dtype_name
+from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
 from .linear_quant import SPLIT, LinearQuant, keeping_dtypes
 
@@ -145,7 +145,7 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """(n, k), input_dtype: the weight that the quantized one of `linear` stands for."""
         weight = self.linear.weight
-        shape = (*weight.shape[:-1], weight.shape[-1] * STORAGE_DTYPES[weight.dtype])
+        shape = (*weight.shape[:-1], kernels.logical_k(weight.shape[-1], weight.dtype))
         return self._float_view(self._float_weight, shape)
 
     @property
@@ -175,7 +175,7 @@ class QuantizedLinear(nn.Module):
         if not torch.compiler.is_compiling() and format_of(weight) != ND:
             weight = cast_format(weight, ND)  # in a graph GE does that
         if weight.dtype == torch.int32:
-            weight = numerics.unpack_int4(weight)
+            weight = kernels.unpack_int4(weight)
         scale = self._step()
         if self.input_scale is not None:
             scale = scale / self.input_scale
@@ -197,7 +197,7 @@ class QuantizedLinear(nn.Module):
         """float32 (n,): what one step of the int32 product is worth."""
         scale: Tensor = self.linear.scale
         if scale.dtype == torch.int64:
-            scale = numerics.unpack_scale(scale)[0]
+            scale = kernels.unpack_scale(scale)[0]
         scale = scale.to(torch.float32)
         return scale if self.output_scale is None else scale * self.output_scale
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..kernels import logical_k
 from ..rules.tables import STORAGE_DTYPES, dtype_name
-from .linear_quant import PARAMETERS, LinearQuant
+from .linear_quant import PARAMETERS, LinearQuant, check_whole_words
 from .quantized_linear import QuantizedLinear
 from .walk import all_or_nothing, carry_over, keeps_grad_mode, places_of, put, why_not_replaceable
 
@@ -51,7 +52,7 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
         The model, or the new layer where the model is one.
 
     Raises:
-        LinearQuantValueError: another `to`.
+        LinearQuantValueError: another `to`, or an int4 weight whose k cannot be in_features.
         LinearQuantTypeError: a float32 weight that holds other than int8 values; a module that does
             more than its class does, or, on the way back, a dynamic QuantizedLinear's, which gives
             it a scale with each call.
@@ -117,9 +118,11 @@ def _ours(name: str, old: nn.Module) -> LinearQuant:
     assert isinstance(weight, Tensor)
     if weight.dtype not in STORAGE_DTYPES:
         weight = nn.Parameter(_as_int8(name, weight.data), requires_grad=False)
+    if isinstance(old.in_features, int):
+        check_whole_words(f"convert: {name or 'the model'}", old.in_features, weight)
     new = LinearQuant(
-        # the vendor's in_features is not looked at again, and some count int32 words in it
-        weight.shape[-1] * STORAGE_DTYPES[weight.dtype],
+        # the vendor never reads its in_features again, and some models count int32 words in it
+        logical_k(weight.shape[-1], weight.dtype),
         weight.shape[-2],
         device="meta",  # no memory: the parameters are replaced
         dtype=weight.dtype,

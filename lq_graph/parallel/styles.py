@@ -36,11 +36,10 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from .. import kernels
 from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..kernels import numerics
-from ..kernels.native import refuse_not_finite
-from ..kernels.numerics import INT4_PER_INT32, Arithmetic
+from ..kernels import Arithmetic, OperandError, logical_k
 from ..modules.linear_quant import PARAMETERS, SPLIT, LinearQuant
 from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
@@ -105,7 +104,7 @@ class LinearQuantStyle(ParallelStyle):
         what, size = (
             ("out_features (n)", weight.shape[0])
             if self.weight_dim == 0
-            else ("in_features (k)", weight.shape[1] * pack)
+            else ("in_features (k)", logical_k(weight.shape[1], weight.dtype))
         )
         if size % (ranks * pack):
             raise LinearQuantValueError(
@@ -173,7 +172,7 @@ class LinearQuantStyle(ParallelStyle):
         layer = _layer_in(module)
         vars(layer)[SPLIT] = (mesh, placements)
         n, words = layer.weight.shape
-        layer.out_features, layer.in_features = n, words * STORAGE_DTYPES[layer.weight.dtype]
+        layer.out_features, layer.in_features = n, logical_k(words, layer.weight.dtype)
         layer._float_scale = None  # of the whole layer; state dicts hold the scale that is in use
         layer.register_state_dict_post_hook(_to_dtensors)
         layer.register_load_state_dict_pre_hook(_to_parts)
@@ -463,10 +462,11 @@ def _read_scale(layer: Any, fold: bool) -> None:
     if fold:
         if scale.dtype == torch.float32:
             check_finite(scale, offset)
-            scale = numerics.pack_scale(scale, offset)
-        scale, offset = numerics.unpack_scale(scale)
-        if not bool(scale.isfinite().all()):
-            refuse_not_finite()
+            scale = kernels.pack_scale(scale, offset)
+        try:
+            scale, offset = kernels.unpack_finite_scale(scale)
+        except OperandError as error:
+            raise LinearQuantValueError(f"linear_quant: {error}") from None
     layer._fixed_scale, layer._fixed_offset = scale.data, offset if fold else None
 
 
@@ -482,11 +482,11 @@ def _exact_forward(
     part = _linear_quant(x1, layer.weight, layer._ones, None, None, None, output_dtype=_I32)
     pertoken = layer.pertoken_scale if pertoken_scale is None else pertoken_scale
     scale, output = layer._fixed_scale, layer.output_dtype or _I8
-    if cuts and numerics.is_cut(
+    if cuts and kernels.is_cut(
         scale, pertoken, layer.bias, output, per_tensor=scale.shape[-1] == 1
     ):
-        scale = numerics.s19(scale)
-    return numerics.epilogue(
+        scale = kernels.s19(scale)
+    return kernels.epilogue(
         _move(part, Partial(), Replicate(), mesh),
         scale,
         folded=fold,
@@ -507,14 +507,5 @@ def _quantize_rows_together(
         peak = peak.nan_to_num(torch.inf, torch.inf, 0.0)
         peak = _done(collectives.all_reduce(peak, "max", mesh.get_group()))
     bits = 4 if dtype == _I32 else 8
-    values, scale = numerics.quantize_rows(rows, peak, bits, arithmetic)
-    return (_pack_int4(values) if bits == 4 else values), scale
-
-
-def _pack_int4(values: Tensor) -> Tensor:
-    """`numerics.pack_int4`, of operators that torch.compile and torchair take."""
-    nibbles = values.to(torch.int32).reshape(*values.shape[:-1], -1, INT4_PER_INT32)
-    packed = nibbles[..., -1]  # the last one is the highest and holds the sign
-    for i in range(INT4_PER_INT32 - 2, -1, -1):
-        packed = packed * 16 + nibbles[..., i].remainder(16)
-    return packed
+    values, scale = kernels.quantize_rows(rows, peak, bits, arithmetic)
+    return (kernels.pack_int4_in_graph(values) if bits == 4 else values), scale

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LinearQuantError
-from ..kernels.numerics import pack_int4
+from ..kernels import pack_int4, s19_at_least, storage_k
 from ..modules.linear_quant import LinearQuant, layer_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.walk import carry_over, put
@@ -197,7 +197,7 @@ def _refusal(
 ) -> str:
     """What the tables say, without their advice, which is for one call of an operator."""
     x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
-    words = k // STORAGE_DTYPES[storage]
+    words = storage_k(k, storage)
     try:
         if static:
             plan_static_quant(x, one, one)
@@ -321,7 +321,7 @@ def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
         scale = torch.maximum(scale, other.least_scale)
     scale = torch.where(scale > 0, scale, 1.0)
     if job.static and len(job.sharers) == 1:
-        scale = _up_to_s19((scale * job.step).float()).double() / job.step
+        scale = s19_at_least((scale * job.step).float()).double() / job.step
     values = _round_weight(weight, scale, top)
     if job.storage == torch.int32:
         values = pack_int4(values)
@@ -329,11 +329,6 @@ def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
     if len(job.sharers) > 1:
         kept[key] = found
     return found
-
-
-def _up_to_s19(scale: Tensor) -> Tensor:
-    """The smallest float32 not below a scale that the packed form holds exactly."""
-    return ((scale.view(torch.int32) + 0x1FFF) & -0x2000).view(torch.float32)
 
 
 def _build_dynamic(job: Job, kept: Kept) -> QuantizedLinear:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from ..errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
-from ..kernels.numerics import Arithmetic, for_rows
+from ..kernels import Arithmetic, for_rows, storage_k
 from .plan import TensorLike
 from .products import get_product
 from .symbolic import differ, sure
@@ -79,8 +79,7 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
             f"dynamic_quant: x has k = {k}; on {product} it must be a multiple of "
             f"{product.dynamic_quant_k}. What to do: pad k with zeros here and in the weight."
         )
-    words = k if pack == 1 else k // pack
-    return QuantPlan(row, (*rows, words), tuple(rows), pack > 1, product)
+    return QuantPlan(row, (*rows, storage_k(k, row.output_dtype)), tuple(rows), pack > 1, product)
 
 
 def plan_static_quant(

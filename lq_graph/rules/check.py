@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from ..kernels import storage_k
 from ..reports import table
 from .plan import Plan, Spec, nearest_rows, plan
 from .products import parse_product
@@ -138,10 +139,9 @@ def check(
     """
     asked = PRODUCTS if product is None else (parse_product(product, "check"),)
     storage = _dtype("x1", x1)
-    pack = STORAGE_DTYPES.get(storage, 1)
     given_weight = None if weight is None else _shape(weight)
     given_x1 = _shape(x1)
-    words = (given_x1 or given_weight or (_K // pack,))[-1:]
+    words = (given_x1 or given_weight or (storage_k(_K, storage),))[-1:]
     x1_spec = Spec(storage, given_x1 or (_M, *words))
     n = given_weight[-2] if given_weight and len(given_weight) > 1 else _n_of(scale, bias, offset)
     weight_spec = Spec(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from ..errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
-from ..kernels.numerics import TensorLike, is_cut
+from ..kernels import TensorLike, is_cut, logical_k
 from .products import get_product
 from .symbolic import differ, sure
 from .tables import (
@@ -450,9 +450,9 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
             )
     pack = STORAGE_DTYPES[x1.dtype]
     words, n = weight.shape[-1], weight.shape[-2]
-    m, k = x1.shape[-2], x1.shape[-1] * pack
+    m, k = x1.shape[-2], logical_k(x1.shape[-1], x1.dtype)
     if differ(x1.shape[-1], words):
-        counted = f" ({k} and {words * pack} int4 values)" if int4 else ""
+        counted = f" ({k} and {logical_k(words, weight.dtype)} int4 values)" if int4 else ""
         transposed = sure(weight.shape[-2] == x1.shape[-1])
         hint = (
             "the weight looks transposed: pass it as (n, k)"

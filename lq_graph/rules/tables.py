@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from ..kernels.numerics import INT4_PER_INT32, Arithmetic
+from ..kernels import STORAGE_DTYPES, Arithmetic
 
 __all__ = [
     "A2",
@@ -53,9 +53,6 @@ DIM_MAX = 2**31 - 1  # quant_batch_matmul_v3_tiling.cpp (hicann/ops-nn), CheckSh
 ND = 2  # ACL_FORMAT_ND
 FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
 
-# storage dtype of x1 and weight -> logical values per element of the last dim
-STORAGE_DTYPES: dict[torch.dtype, int] = {torch.int8: 1, torch.int32: INT4_PER_INT32}
-
 
 @dataclass(frozen=True, eq=False)  # one object each: looked up by identity on every call
 class Product:
@@ -71,10 +68,10 @@ class Product:
         limits_k: whether k is limited to LAST_DIM_MAX.
         empty_m: whether an x1 of no rows gives an output of no rows; elsewhere it is refused.
         dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
-            `numerics.for_rows`.
+            `kernels.for_rows`.
         dynamic_quant_k: what k must be a multiple of in dynamic_quant.
         cuts_scale: whether its kernels multiply by a float32 scale of one value on the way out of
-            the matrix unit, which keeps 19 bits of it; see `numerics.is_cut`.
+            the matrix unit, which keeps 19 bits of it; see `kernels.is_cut`.
     """
 
     name: str

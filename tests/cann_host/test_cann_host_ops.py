@@ -14,7 +14,7 @@ import torch
 from cann_host import executor, ops  # noqa: F401 - ops registers the operators
 from cann_host.executor import GraphError, Int4, find_op, run_op
 from cann_host.ops import quant
-from lq_graph.kernels import numerics
+from lq_graph import kernels
 from support import golden
 
 I8, I32, I64, F16, BF16, F32 = (
@@ -374,7 +374,7 @@ def test_a_weight_reaches_the_matmul_as_it_lies(
     )
     x1, x2 = torch.from_numpy(x), torch.from_numpy(w)
     if bits == 4:
-        x1, x2 = numerics.pack_int4(x1), numerics.pack_int4(x2)
+        x1, x2 = kernels.pack_int4(x1), kernels.pack_int4(x2)
     asked: list[torch.Tensor] = []
     monkeypatch.setattr(executor, "unpack_int4", asked.append)
     seen: list[Any] = []
@@ -389,12 +389,12 @@ def test_a_weight_reaches_the_matmul_as_it_lies(
 
     weight: Any = x2
     if form == "FRACTAL_NZ":
-        blocks = numerics.nd_to_nz(x2, 32 // x2.element_size())
+        blocks = kernels.nd_to_nz(x2, 32 // x2.element_size())
         weight = executor.FractalNZ(
             like,
             tuple(blocks.shape),
             lambda: pytest.fail("brought to ND"),
-            numerics.NzWeight(blocks, *x2.shape),
+            kernels.NzWeight(blocks, *x2.shape),
         )
     if bits == 4:
         x1, weight = run("Bitcast", x1, type=GE_INT4), run("Bitcast", weight, type=GE_INT4)
@@ -415,13 +415,13 @@ def test_a_weight_reaches_the_matmul_as_it_lies(
 @pytest.mark.parametrize("perm", [[0, 1], [1, 0]])
 def test_int4_values_through_transpose_and_back(perm: list[int]) -> None:
     values = torch.randint(-8, 8, (16, 24), dtype=I8)
-    packed = Int4(numerics.pack_int4(values))
+    packed = Int4(kernels.pack_int4(values))
     turned = run_op(find_op("Transpose"), {"x": packed, "perm": torch.tensor(perm)}, {})[0]
     assert turned.shape == values.permute(perm).shape
     assert torch.equal(turned.values, values.permute(perm))
     flat = run_op(find_op("Reshape"), {"x": turned, "shape": torch.tensor([-1])}, {})[0]
     assert torch.equal(flat.values, values.permute(perm).reshape(-1))
-    assert torch.equal(turned.packed, numerics.pack_int4(values.permute(perm).contiguous()))
+    assert torch.equal(turned.packed, kernels.pack_int4(values.permute(perm).contiguous()))
 
 
 # types whose float results have a dtype of their own, by an attribute or the definition

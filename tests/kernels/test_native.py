@@ -20,8 +20,8 @@ from torch import Tensor
 import cann_host
 import lq_graph
 from cann_host import _native
-from lq_graph import LinearQuantValueError
-from lq_graph.kernels import native, numerics
+from lq_graph import LinearQuantValueError, kernels
+from lq_graph.kernels import native
 from support import cases, golden
 from support.cases import ROW_CASES, Case
 
@@ -44,11 +44,11 @@ def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
 
 
 def by_torch(
-    x: Tensor, weight: Tensor | numerics.NzWeight, *args: Tensor | None, **options: torch.dtype
+    x: Tensor, weight: Tensor | kernels.NzWeight, *args: Tensor | None, **options: torch.dtype
 ) -> Tensor:
     kernel, native.matmul = native.matmul, lambda *_: None  # type: ignore[assignment]
     try:
-        return numerics.quant_matmul(x, weight, *args, **options)
+        return kernels.quant_matmul(x, weight, *args, **options)
     finally:
         native.matmul = kernel
 
@@ -96,7 +96,7 @@ def test_edges_of_the_blocks(m: int, k: int) -> None:
 def test_edges_of_the_blocks_int4(m: int, k: int) -> None:
     for n in (8, 16, 64, 72):
         x, weight = values(m, k, int4=True), values(n, k, int4=True, seed=1)
-        packed = numerics.pack_int4(x), numerics.pack_int4(weight)
+        packed = kernels.pack_int4(x), kernels.pack_int4(weight)
         for scale, bias, pertoken, output in epilogues(n, m):
             got = native.matmul(*packed, scale, bias, pertoken, output)
             assert got is not None
@@ -114,9 +114,9 @@ def test_edges_of_the_blocks_fractal_nz(m: int, k: int) -> None:
         for int4 in (False, True)[: 2 - bool(k % 8)]:
             x, nd = values(m, k, int4=int4), values(n, k, int4=int4, seed=1)
             if int4:
-                x, nd = numerics.pack_int4(x), numerics.pack_int4(nd)
-            blocks = numerics.nd_to_nz(nd, 8 if int4 else 32)
-            weight = numerics.NzWeight(blocks, *nd.shape)
+                x, nd = kernels.pack_int4(x), kernels.pack_int4(nd)
+            blocks = kernels.nd_to_nz(nd, 8 if int4 else 32)
+            weight = kernels.NzWeight(blocks, *nd.shape)
             got = native.matmul(x, blocks, torch.ones(1), None, None, I32, tuple(nd.shape))
             assert got is not None
             want = by_torch(x, nd, torch.ones(1), output_dtype=I32)
@@ -139,7 +139,7 @@ def test_blocks_that_do_not_hold_the_weight_are_refused(
 ) -> None:
     """The kernel reads as much as the shape says."""
     with pytest.raises(ValueError, match=f"do not hold a weight \\({n}, {columns}\\)"):
-        numerics.NzWeight(torch.zeros(blocks, dtype=I8), n, columns)
+        kernels.NzWeight(torch.zeros(blocks, dtype=I8), n, columns)
 
 
 @needs_kernel
@@ -253,7 +253,7 @@ def test_threads(m: int, k: int, n: int, threads: int, int4: bool) -> None:
     scale = torch.rand(n) * 1e-3
     want = by_torch(x, weight, scale, output_dtype=BF16)
     if int4:
-        x, weight = numerics.pack_int4(x), numerics.pack_int4(weight)
+        x, weight = kernels.pack_int4(x), kernels.pack_int4(weight)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -290,8 +290,8 @@ def test_it_takes_torchs_threads_and_starts_none_of_its_own() -> None:
 def test_memory_stays_flat() -> None:
     x, weight, scale = values(16, 512), values(256, 512), torch.rand(256)
     x4, w4 = (
-        numerics.pack_int4(values(16, 512, int4=True)),
-        numerics.pack_int4(values(256, 512, int4=True)),
+        kernels.pack_int4(values(16, 512, int4=True)),
+        kernels.pack_int4(values(256, 512, int4=True)),
     )
 
     def run(times: int) -> None:
@@ -368,8 +368,8 @@ def test_a_library_of_other_sources_is_left_alone(
 ) -> None:
     """Torch computes the same, so it is a warning, once."""
     library(tmp_path / "lib" / native._LIBRARY, source)
-    here = str(Path(lq_graph.__file__).parent)
-    asked_again.setattr(lq_graph, "__path__", [str(tmp_path), here])
+    here = str(Path(native.__file__).parent)
+    asked_again.setattr(native, "__path__", [str(tmp_path), here])
     x, weight, scale = values(4, 64), values(8, 64), torch.rand(8)
     text = "built from other sources than the Python beside it: run pip install -e . again"
     with pytest.warns(RuntimeWarning, match=text):
@@ -442,7 +442,7 @@ def test_every_pattern_of_a_packed_scale(m: int, output: torch.dtype) -> None:
                 x.numpy(), weight.numpy(), s.numpy(), output_dtype=n, packed=True
             )
         )
-        for compute in (numerics.quant_matmul, by_torch):
+        for compute in (kernels.quant_matmul, by_torch):
             got = answer(
                 lambda s=some, c=compute: cases.as_numpy(c(x, weight, s, output_dtype=output))
             )
@@ -469,7 +469,7 @@ def test_every_pattern_of_a_float_scale(output: torch.dtype, pertoken: bool) -> 
                 None if row is None else row.numpy(),
                 output_dtype=str(output).removeprefix("torch."),
             )  # fmt: skip
-        for compute in (numerics.quant_matmul, by_torch):
+        for compute in (kernels.quant_matmul, by_torch):
             got = compute(x, weight, scale, pertoken_scale=row, output_dtype=output)
             np.testing.assert_array_equal(cases.as_numpy(got), want)
 
@@ -477,18 +477,18 @@ def test_every_pattern_of_a_float_scale(output: torch.dtype, pertoken: bool) -> 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("int4", [False, True])
 def test_sizes_of_zero(int4: bool, kernel: bool) -> None:
-    compute = numerics.quant_matmul if kernel else by_torch
+    compute = kernels.quant_matmul if kernel else by_torch
     for m, k, n in itertools.product((0, 1, 40), (0, 8, 64), (0, 1, 64)):
         x, weight = torch.ones(m, k, dtype=I8), torch.ones(n, k, dtype=I8)
         if int4:
-            x, weight = numerics.pack_int4(x), numerics.pack_int4(weight)
-            assert numerics.unpack_int4(x).shape == (m, k)
+            x, weight = kernels.pack_int4(x), kernels.pack_int4(weight)
+            assert kernels.unpack_int4(x).shape == (m, k)
         for output in (I32, BF16):
             out = compute(x, weight, torch.ones(1), output_dtype=output)
             assert out.shape == (m, n) and bool((out == k).all())
-        blocks = numerics.nd_to_nz(weight, 32 // weight.element_size())
-        assert torch.equal(numerics.nz_to_nd(blocks, *weight.shape), weight)
-        out = compute(x, numerics.NzWeight(blocks, *weight.shape), torch.ones(1), output_dtype=I32)
+        blocks = kernels.nd_to_nz(weight, 32 // weight.element_size())
+        assert torch.equal(kernels.nz_to_nd(blocks, *weight.shape), weight)
+        out = compute(x, kernels.NzWeight(blocks, *weight.shape), torch.ones(1), output_dtype=I32)
         assert out.shape == (m, n) and bool((out == k).all())
     for shape in ((0, 5, 16), (2, 0, 16), (2, 5, 0)):
         out = compute(torch.ones(shape, dtype=I8), torch.ones(3, shape[-1], dtype=I8),
@@ -507,7 +507,7 @@ def shortened(tensor: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("name", ["x1", "weight", "scale", "bias", "pertoken_scale"])
 def test_a_shortened_storage_is_not_read(name: str, kernel: bool, left: int) -> None:
     """FSDP frees parameters so; a kernel would read beyond their end."""
-    compute = numerics.quant_matmul if kernel else by_torch
+    compute = kernels.quant_matmul if kernel else by_torch
     given = {
         "x1": values(4, 64), "weight": values(8, 64), "scale": torch.rand(8),
         "bias": torch.rand(8), "pertoken_scale": torch.rand(4),
@@ -524,7 +524,7 @@ def test_a_shortened_storage_is_not_read(name: str, kernel: bool, left: int) -> 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_view_beyond_a_shortened_storage_is_not_read(kernel: bool) -> None:
     """As many bytes as the view has are left, but not where it is; and rows that lie apart."""
-    compute = numerics.quant_matmul if kernel else by_torch
+    compute = kernels.quant_matmul if kernel else by_torch
     for big, view in (
         (values(16, 64), lambda t: t[8:]),
         (values(8, 128), lambda t: t[:, :64]),
@@ -560,7 +560,7 @@ def test_nor_by_the_other_functions(call: Callable[[], object]) -> None:
 _CHECK = """
 import os, sys, threading, torch
 from lq_graph.kernels import native
-from lq_graph.kernels import numerics
+from lq_graph import kernels
 assert native.is_available()
 torch.set_num_threads(int(sys.argv[1]))
 scale = torch.ones(1)
@@ -571,7 +571,7 @@ for m, k, n in ((1, 4096, 512), (64, 512, 700), (300, 2052, 65)):
     made.append((x, w, (x.double() @ w.double().t()).to(torch.int32).numpy()))
 def check():
     for x, w, want in made:
-        got = numerics.quant_matmul(x, w, scale, output_dtype=torch.int32)
+        got = kernels.quant_matmul(x, w, scale, output_dtype=torch.int32)
         assert (got.numpy() == want).all()
 check()
 """
@@ -617,7 +617,7 @@ def test_in_a_process_of_its_own(script: str, threads: int, environment: dict[st
 
 def test_the_call_has_the_layout_the_kernel_reads() -> None:
     """struct LqMatmul: seven pointers, seven 64-bit numbers, four 32-bit ones."""
-    source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "qgemm.cpp").read_text()
+    source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "call.h").read_text()
     body = source.split("struct LqMatmul {")[1].split("};")[0]
     fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
     sizes = ""

@@ -14,8 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lq_graph
-from lq_graph import LinearQuantError, LinearQuantValueError, plan
-from lq_graph.kernels import numerics
+from lq_graph import LinearQuantError, LinearQuantValueError, kernels, plan
 from lq_graph.rules.plan import Spec
 from lq_graph.rules.tables import product_by_name
 from support import golden
@@ -305,11 +304,11 @@ def test_packed_word_bit_by_bit(bits: int, offset: float | None, round_mode: int
     assert word == by_hand(bits, offset, round_mode)
     numpy_shift = None if shift is None else shift.numpy()
     assert word == golden.trans_quant_param(scale.numpy(), numpy_shift, round_mode).item()
-    back, nine = numerics.unpack_scale(torch.tensor([word]))
+    back, nine = kernels.unpack_scale(torch.tensor([word]))
     assert back.view(torch.int32).item() & 0xFFFFFFFF == word & 0xFFFFE000
     assert nine.item() == (0 if offset is None else max(-256, min(255, round(Fraction(offset)))))
     if round_mode == 0:
-        assert torch.equal(back.view(torch.int32), numerics.s19(scale).view(torch.int32))
+        assert torch.equal(back.view(torch.int32), kernels.s19(scale).view(torch.int32))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1]))
@@ -320,7 +319,7 @@ def test_packed_word_bit_by_bit(bits: int, offset: float | None, round_mode: int
 def test_every_pattern_is_packed_as_the_kernel_does(bits: int, round_mode: int) -> None:
     """The operator refuses what is not finite; the stand-in packs it, as trans_quant_param_v2.h."""
     scale = float_of(bits)
-    word = numerics.pack_scale(scale, None, round_mode).item()
+    word = kernels.pack_scale(scale, None, round_mode).item()
     assert word == golden.trans_quant_param(scale.numpy(), None, round_mode).item()
     if bits >> 23 & 0xFF == 0xFF:
         assert word == (bits & 0xFFFFE000) | 1 << 46
@@ -328,8 +327,8 @@ def test_every_pattern_is_packed_as_the_kernel_does(bits: int, round_mode: int) 
 
 def test_an_offset_that_is_no_number_is_packed_as_the_kernel_does() -> None:
     offset = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e30])
-    packed = numerics.pack_scale(torch.ones(4), offset)
-    assert numerics.unpack_scale(packed)[1].tolist() == [0, 255, -256, 255]
+    packed = kernels.pack_scale(torch.ones(4), offset)
+    assert kernels.unpack_scale(packed)[1].tolist() == [0, 255, -256, 255]
     want = golden.trans_quant_param(np.ones(4, np.float32), offset.numpy())
     np.testing.assert_array_equal(packed.numpy(), want)
 

@@ -12,8 +12,7 @@ import torch_npu
 
 import cann_host
 import lq_graph
-from lq_graph import LinearQuantTypeError, LinearQuantValueError
-from lq_graph.kernels import numerics
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, kernels
 from support import golden
 
 
@@ -85,14 +84,14 @@ def test_fractal_nz_puts_each_element_where_the_formula_says(shape, c0: int) -> 
     x = torch.arange(1, 1 + int(np.prod(shape)), dtype=torch.int32).view(shape)
     *_, rows, cols = shape
     r1 = -(-rows // 16)
-    flat = numerics.nd_to_nz(x, c0).reshape(-1, -(-cols // c0) * r1 * 16 * c0)
+    flat = kernels.nd_to_nz(x, c0).reshape(-1, -(-cols // c0) * r1 * 16 * c0)
     for batch, matrix in enumerate(x.reshape(-1, rows, cols)):
         for r in range(rows):
             for c in range(cols):
                 index = ((c // c0 * r1 + r // 16) * 16 + r % 16) * c0 + c % c0
                 assert flat[batch, index] == matrix[r, c]
         assert (flat[batch] != 0).sum() == rows * cols  # padding is zero
-    assert torch.equal(numerics.nz_to_nd(numerics.nd_to_nz(x, c0), rows, cols), x)
+    assert torch.equal(kernels.nz_to_nd(kernels.nd_to_nz(x, c0), rows, cols), x)
 
 
 def nz_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,7 +158,7 @@ INT8 = torch.int8
         (
             lambda: lq_graph.from_fractal_nz(torch.zeros(1, 1, 16, 8, dtype=torch.int32), 16, 60),
             LinearQuantValueError,
-            "and k be a multiple of 8",
+            r"k is 60; an int32 holds 8 int4 values, so k must be a multiple of 8\. What to do",
         ),
     ],
 )

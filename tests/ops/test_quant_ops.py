@@ -14,9 +14,8 @@ from torch import Tensor
 
 import lq_graph
 from cann_host import chips
-from lq_graph import LinearQuantTypeError, LinearQuantValueError
-from lq_graph.kernels import native, numerics
-from lq_graph.kernels.numerics import Arithmetic
+from lq_graph import LinearQuantTypeError, LinearQuantValueError, kernels
+from lq_graph.kernels import Arithmetic, native
 from lq_graph.rules import tables
 from lq_graph.rules.activations import dynamic_arithmetic
 from lq_graph.rules.tables import A2, A3, Product
@@ -280,7 +279,7 @@ def test_refusals(
 def test_error_is_at_most_half_a_step(shape: tuple[int, ...]) -> None:
     x = make(shape, F16)
     for bits in (8, 4):
-        values, scale = numerics.dynamic_quant(x, bits, Arithmetic.MULTIPLY)
+        values, scale = kernels.dynamic_quant(x, bits, Arithmetic.MULTIPLY)
         error = (values.float() * scale.unsqueeze(-1) - x.float()).abs()
         assert (error <= scale.unsqueeze(-1) * 0.5001).all()
 
@@ -324,11 +323,11 @@ def test_the_kernel_that_is_chosen(
     product: Product, smooth: bool, table: list[tuple[int, str]]
 ) -> None:
     for k, arithmetic in table:
-        assert numerics.for_rows(product.dynamic_quant, k, smooth=smooth).value == arithmetic, k
+        assert kernels.for_rows(product.dynamic_quant, k, smooth=smooth).value == arithmetic, k
         assert smooth or dynamic_arithmetic(product, k).value == arithmetic
     for k in (1, 8, 100, 120, 127, 129, 4096, 5120, 10240):
         for groups, wanted in ((False, Arithmetic.MULTIPLY), (True, Arithmetic.RECIPROCAL)):
-            found = numerics.for_rows(product.dynamic_quant, k, smooth=smooth, groups=groups)
+            found = kernels.for_rows(product.dynamic_quant, k, smooth=smooth, groups=groups)
             assert found is wanted, k
 
 
@@ -342,7 +341,7 @@ def test_the_stand_in_computes_as_the_product_does(soc: str) -> None:
     assert product is not None
     scale = torch.tensor([1.0000001])
     read = chips.scale_as_read(soc, scale, None, None, BF16)
-    assert torch.equal(read, numerics.s19(scale)) == product.cuts_scale
+    assert torch.equal(read, kernels.s19(scale)) == product.cuts_scale
     for k in (64, 20_000):
         assert chips.dynamic_arithmetic(soc, k) is dynamic_arithmetic(product, k)
 
@@ -390,7 +389,7 @@ def test_310p_takes_multiples_of_32() -> None:
 def test_what_is_no_number_shows_in_every_scale(bad: float, arithmetic: Arithmetic) -> None:
     x = torch.ones(2, 64, dtype=F16)
     x[0, 3] = bad
-    values, scale = numerics.dynamic_quant(x, 8, arithmetic)
+    values, scale = kernels.dynamic_quant(x, 8, arithmetic)
     want, want_scale = golden.dynamic_quant(x.numpy(), 127, arithmetic.value)
     np.testing.assert_array_equal(values.numpy(), want)
     np.testing.assert_array_equal(scale.numpy(), want_scale)
@@ -407,7 +406,7 @@ def test_with_an_offset(arithmetic: Arithmetic, bits: int, move: float) -> None:
     """Asymmetric, as DynamicQuantV2 computes it."""
     x = (make((2000, 64), F32) + move).to(F16)
     top = 127 if bits == 8 else 7
-    got = numerics.dynamic_quant_with_offset(x, bits, arithmetic)
+    got = kernels.dynamic_quant_with_offset(x, bits, arithmetic)
     want = golden.dynamic_quant_with_offset(x.numpy(), top, arithmetic.value)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(one.numpy(), other)
@@ -449,7 +448,7 @@ def test_a_scale_that_is_cut(
     monkeypatch.setattr(lq_graph.rules.products, "_chosen", tables.product_by_name(product))
     out = lq_graph.linear_quant(**inputs)
     cases.assert_equal(out, inputs)
-    whole = {**inputs, "scale": numerics.s19(inputs["scale"])}
+    whole = {**inputs, "scale": kernels.s19(inputs["scale"])}
     with_cut = lq_graph.linear_quant(**whole)
     assert torch.equal(out, with_cut) == (cut and product == "950")
 

@@ -26,9 +26,9 @@ from lq_graph import (
     LinearQuantTypeError,
     LinearQuantValueError,
     QuantizedLinear,
+    kernels,
     quantize,
 )
-from lq_graph.kernels import numerics
 from lq_graph.quantization.layer import Job
 from support import golden
 
@@ -158,7 +158,7 @@ def test_static_layer_is_what_its_formula_says(dtype: torch.dtype, symmetric: bo
 
     scale = numpy(layer.linear.scale)
     # 10 mantissa bits, so folding loses nothing
-    assert torch.equal(numerics.s19(layer.linear.scale), layer.linear.scale)
+    assert torch.equal(kernels.s19(layer.linear.scale), layer.linear.scale)
     peaks = np.abs(weight).max(1) / 127 * step
     assert (scale >= peaks * 0.999999).all() and (scale <= peaks * 1.001).all()
     own = scale / step

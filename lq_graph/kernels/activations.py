@@ -1,0 +1,203 @@
+"""Quantized activations: what the DynamicQuant and AscendQuant kernels compute.
+
+Sources: the kernels of quant/dynamic_quant and quant/ascend_quant_v2 (hicann/ops-nn).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Arithmetic",
+    "dynamic_quant",
+    "dynamic_quant_with_offset",
+    "for_rows",
+    "quantize_rows",
+    "static_quant",
+]
+
+# the range of a quantized value: int8, and int4 (held as int8 until it is packed)
+_LIMITS = {8: (-128, 127), 4: (-8, 7)}
+
+_EPSILON = 1e-12  # DYNAMIC_QUANT_EPSINON of the DynamicQuant kernels
+
+
+class Arithmetic(Enum):
+    """How a DynamicQuant kernel gets from a row's largest magnitude, its peak, to values and scale.
+
+    top is 127, or 7 for int4. lq_graph.rules and cann_host.chips each say which kernel a chip runs.
+
+    Attributes:
+        MULTIPLY: float32 x * (top / peak), scale peak * (1 / top). dynamic_quant_db.h,
+            dynamic_quant_multi_row.h, dynamic_quant_single_row.h.
+        RECIPROCAL: the same values, scale 1 / (top / peak). dynamic_quant.h,
+            dynamic_quant_large_shape_opt.h, dynamic_quant_moe.h, dynamic_quant_moe_large_shape.h.
+        DIVIDE: float32 x / scale, scale peak * (1 / top). arch35/dynamic_quant_regbase_*.h.
+        HALF: float16 x * float16(127 / peak), halves rounded away from zero, scale
+            peak * (1 / 127) in float32. dynamic_quant_align_310p.h and both unalign files. The
+            factor leaves float16 for a peak below 127 / 65504.
+    """
+
+    MULTIPLY = "multiply"
+    RECIPROCAL = "reciprocal"
+    DIVIDE = "divide"
+    HALF = "half"
+
+
+# By whether there are smooth scales: up to which k a kernel of A2 or A3 is chosen that writes its
+# scale as peak * (1 / top), and up to which one that wants k a multiple of 8, at least 128. By what
+# fits the vector unit's memory of 192 KiB: quant/dynamic_quant/op_host/dynamic_quant_tiling.cpp
+# (hicann/ops-nn), SetTilingData (13 or 19 bytes for each of k) and CheckMultiRowPreconditions.
+_MULTIPLIES = {False: (15040, 16320), True: (10288, 12800)}
+
+
+def for_rows(
+    arithmetic: Arithmetic, k: int, *, smooth: bool = False, groups: bool = False
+) -> Arithmetic:
+    """What the kernel computes that a chip chooses for rows of k.
+
+    Args:
+        arithmetic: of the chip, for rows of usual length.
+        k: values in a row.
+        smooth, groups: whether there are smooth_scales, and a group_index.
+    """
+    if arithmetic is not Arithmetic.MULTIPLY:
+        return arithmetic
+    any_k, aligned_k = _MULTIPLIES[smooth]
+    multiplies = k <= any_k or (k <= aligned_k and k % 8 == 0)
+    return Arithmetic.MULTIPLY if multiplies and not groups else Arithmetic.RECIPROCAL
+
+
+def _clamped(whole: Tensor, bits: int) -> Tensor:
+    """Whole float32 numbers to int8 values, clamped; NaN becomes 0, as on the chip."""
+    low, high = _LIMITS[bits]
+    # all three values given: torchair's converter takes no None
+    return whole.nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
+
+
+def _to_integer(value: Tensor, bits: int) -> Tensor:
+    """float32 to int8 values, rounded half to even and clamped."""
+    return _clamped(value.round_(), bits)
+
+
+def _half_to_integer(value: Tensor) -> Tensor:
+    """float16 to int8, halves rounded away from zero: CAST_ROUND of 310P."""
+    value = value.to(torch.float32)
+    return _clamped((value + value.sign() * 0.5).trunc_(), 8)
+
+
+def _ratio(top: float, divisor: Tensor) -> Tensor:
+    """top / divisor, rounded once: torch computes it as a reciprocal times top."""
+    return torch.full_like(divisor, top).div_(divisor)
+
+
+def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Quantize each row of the last dim by its largest magnitude, symmetric.
+
+    A row of zeros gives zeros and a scale of 0; one that holds infinity or NaN gives zeros and a
+    scale that is infinite or NaN.
+
+    Args:
+        x: float16 or bfloat16, or float32 once smooth scales are in it; (..., k).
+        bits: 8, or 4 with 7 in place of 127.
+        arithmetic: of the kernel that is stood in for.
+
+    Returns:
+        int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
+    """
+    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits, arithmetic)
+
+
+def quantize_rows(
+    x: Tensor, peak: Tensor, bits: int, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
+    """`dynamic_quant` of rows, or of a part of their k, whose largest magnitudes are known."""
+    top = _LIMITS[bits][1]
+    scale = peak * (1 / top)
+    if arithmetic is Arithmetic.DIVIDE:
+        return _to_integer(x.to(torch.float32) / scale.unsqueeze(-1), bits), scale
+    factor = _ratio(top, peak)
+    if arithmetic is Arithmetic.HALF:
+        factor = factor.masked_fill(peak <= _EPSILON, 0.0).to(torch.float16)
+        return _half_to_integer(x.to(torch.float16) * factor.unsqueeze(-1)), scale
+    if arithmetic is Arithmetic.RECIPROCAL:
+        scale = _ratio(1.0, factor)
+    return _to_integer(x.to(torch.float32) * factor.unsqueeze(-1), bits), scale
+
+
+def dynamic_quant_with_offset(
+    x: Tensor, bits: int, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row of the last dim by its least and largest value, asymmetric.
+
+    What DynamicQuantV2 computes with an offset (aclnnDynamicQuantV2 to V4): x is about
+    (value - offset) * scale. With top 127 and span 255 (7 and 15 for int4), in float32:
+
+    - MULTIPLY and RECIPROCAL: scale max((high - low) / span, 1e-12), offset top - high / scale,
+      values x * (1 / scale) + offset.
+    - DIVIDE: scale (high - low) * (1 / span), offset top - high / scale, values
+      x / scale + offset.
+    - HALF, int8 only: factor span / (high - low), 0 for a row of one value; scale
+      (high - low) / span, offset -(high + low) * factor / 2, values in float16
+      x * float16(factor) + float16(offset), halves rounded away from zero.
+
+    Args:
+        x: as `dynamic_quant` takes it.
+        bits: 8, or 4.
+        arithmetic: of the kernel that is stood in for.
+
+    Returns:
+        int8 (..., k), int4 values unpacked, and float32 (...) twice: scale and offset.
+    """
+    top = _LIMITS[bits][1]
+    span = float(2**bits - 1)
+    value = x.to(torch.float32)
+    high, low = value.amax(-1), value.amin(-1)
+    spread = high - low
+    if arithmetic is Arithmetic.HALF:
+        scale = spread / torch.full_like(spread, span)
+        factor = _ratio(span, spread).masked_fill(spread <= _EPSILON, 0.0)
+        offset = -(high + low) * factor * 0.5
+        half = x.to(torch.float16) * factor.to(torch.float16).unsqueeze(-1)
+        return _half_to_integer(half + offset.to(torch.float16).unsqueeze(-1)), scale, offset
+    if arithmetic is Arithmetic.DIVIDE:
+        scale = spread * (1 / span)
+        steps = value / scale.unsqueeze(-1)
+        offset = -(high / scale) + top
+    else:
+        scale = spread / torch.full_like(spread, span)
+        # the kernel's maximum gives the second for NaN
+        scale = torch.where(scale > _EPSILON, scale, torch.full_like(scale, _EPSILON))
+        steps = value * _ratio(1.0, scale).unsqueeze(-1)
+        offset = top - high / scale
+    return _to_integer(steps + offset.unsqueeze(-1), bits), scale, offset
+
+
+def static_quant(
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    axis: int = -1,
+    bits: int = 8,
+) -> Tensor:
+    """Quantize with a scale that is known: x * scale_reciprocal + offset, in float32.
+
+    Args:
+        x: float, 1 dim or more.
+        scale_reciprocal: float, 1 value or one for each index of the axis.
+        offset: float, as scale_reciprocal, or None.
+        axis: the dim of x they run along.
+        bits: 8, or 4.
+
+    Returns:
+        int8, x's shape; int4 values unpacked.
+    """
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    value = x.to(torch.float32) * scale_reciprocal.to(torch.float32).reshape(shape)
+    if offset is not None:
+        value.add_(offset.to(torch.float32).reshape(shape))
+    return _to_integer(value, bits)
