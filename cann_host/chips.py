@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cann_host.rules import soc_family
+from cann_host.rules import A2, A950, P310, soc_family
 from lq_graph.kernels import Arithmetic, for_rows, is_cut, s19
 
 __all__ = ["dynamic_arithmetic", "scale_as_read"]
 
 # by family; the kernels of hicann/ops-nn, quant/dynamic_quant/op_kernel
 _DYNAMIC_QUANT = {
-    "Atlas A2/A3": Arithmetic.MULTIPLY,
-    "Atlas inference (310P)": Arithmetic.HALF,
-    "Ascend 950": Arithmetic.DIVIDE,
+    A2: Arithmetic.MULTIPLY,
+    P310: Arithmetic.HALF,
+    A950: Arithmetic.DIVIDE,
 }
 # matmul/quant_batch_matmul_v3/op_kernel/arch35/qbmm_cube_on_the_fly.h
-_CUTS_SCALE = ("Ascend 950",)
+_CUTS_SCALE = (A950,)
 
 
 def dynamic_arithmetic(

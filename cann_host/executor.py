@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lq_graph.kernels import NzWeight, logical_k, pack_int4, unpack_int4
 
-from .rules import DEFINED, check_definition
+from .rules import DEFINED, TensorDesc, check_definition
 
 __all__ = [
     "DTYPES",
@@ -42,6 +42,7 @@ __all__ = [
     "Op",
     "ShapeUnknownError",
     "Value",
+    "describe",
     "dtype_name",
     "find_op",
     "ints",
@@ -184,6 +185,11 @@ INT8, INT4 = 2, 29
 def dtype_name(value: Tensor | Int4) -> str:
     """The dtype as CANN's rules spell it."""
     return "int4" if isinstance(value, Int4) else str(value.dtype).removeprefix("torch.")
+
+
+def describe(value: Tensor | Int4) -> TensorDesc:
+    """Dtype and shape, for CANN's rules."""
+    return TensorDesc(dtype_name(value), tuple(value.shape))
 
 
 def is_meta(value: Any) -> bool:

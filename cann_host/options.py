@@ -100,7 +100,7 @@ class Options:
         }
 
 
-# The chips that torch_npu knows and cann_host has rules for (rules.py).
+# The chips that torch_npu knows and cann_host has rules for (rules/products.py).
 _SOC = re.compile(
     r"Ascend910B([1-4]|2C|4-1)|Ascend910_93(62|63|72|81|82|91|92)|Ascend310P[123457]|"
     r"Ascend950[0-9A-Za-z_]{0,40}"

@@ -1,6 +1,6 @@
 // libopapi: descriptors and the two-phase operator calls. ...GetWorkspaceSize validates and copies
 // the descriptors, because torch_npu destroys its own before the launch runs on another thread; the
-// launch computes and frees the copy. Both phases end in one Python function (aclnn.py).
+// launch computes and frees the copy. Both phases end in one Python function (aclnn/runner.py).
 //
 // A call crosses to Python as a flat list of 64-bit words, one group an argument:
 //   absent tensor  0

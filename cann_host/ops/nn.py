@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import executor
-from ..executor import GraphError, Host, dtype_name, ints, op
-from ..rules import check_layer_norm, check_rms_norm
+from ..executor import GraphError, Host, describe, dtype_name, ints, op
+from ..rules import RmsNormCall, check_layer_norm, check_rms_norm
 
 
 @op("Relu")
@@ -115,12 +115,11 @@ def add_rms_norm(
 
 
 def _check_rms_norm(x: Tensor, gamma: Tensor, epsilon: float, x2: Tensor | None = None) -> None:
-    first, last, other = (
-        None if t is None else (dtype_name(t), tuple(t.shape)) for t in (x, gamma, x2)
+    other = None if x2 is None else describe(x2)
+    call = RmsNormCall(
+        executor.soc_name(), describe(x), describe(gamma), epsilon, other, is_graph=True
     )
-    assert first is not None and last is not None
-    soc = executor.soc_name()
-    if refusal := check_rms_norm(soc, first, last, epsilon, x2=other, graph=True):
+    if refusal := check_rms_norm(call):
         raise GraphError(refusal)
 
 

@@ -22,10 +22,26 @@ from lq_graph.kernels import (
 )
 
 from .. import chips, executor
-from ..executor import DTYPES, INT4, INT8, FractalNZ, GraphError, Int4, dtype_name, op, torch_dtype
+from ..executor import (
+    DTYPES,
+    INT4,
+    INT8,
+    FractalNZ,
+    GraphError,
+    Int4,
+    describe,
+    dtype_name,
+    op,
+    torch_dtype,
+)
 from ..rules import (
     ND,
     NZ,
+    AscendQuantCall,
+    DynamicQuantCall,
+    QuantMatmulCall,
+    TensorDesc,
+    TransQuantParamCall,
     ascend_quant_axis,
     check_ascend_quant,
     check_dynamic_quant,
@@ -39,12 +55,15 @@ from ..rules import (
 )
 
 
+def _optional(tensor: Tensor | None) -> TensorDesc | None:
+    return None if tensor is None else describe(tensor)
+
+
 @op("TransQuantParamV2")
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
     soc = executor.soc_name()
-    given = [None if t is None else (dtype_name(t), tuple(t.shape)) for t in (scale, offset)]
-    assert given[0] is not None
-    if refusal := check_trans_quant_param(soc, given[0], given[1], round_mode):
+    call = TransQuantParamCall(soc, describe(scale), _optional(offset), round_mode, is_graph=True)
+    if refusal := check_trans_quant_param(call):
         raise GraphError(refusal)
     shapes = (scale.shape, None if offset is None else offset.shape)
     return pack_parameters(scale, offset, round_mode, trans_quant_param_shape(soc, *shapes))
@@ -90,29 +109,20 @@ def _quant_batch_matmul(
     x2_format, storage, nz = ND, None, None
     if isinstance(x2, FractalNZ):
         x2_format, storage, nz, x2 = NZ, x2.storage_shape, x2, x2.like
-    optional = {"offset": offset, "bias": bias, "pertoken": pertoken_scale}
-    described: dict[str, Any] = {}
-    for name, value in optional.items():
-        described[f"{name}_dtype"] = None if value is None else dtype_name(value)
-        described[f"{name}_shape"] = None if value is None else tuple(value.shape)
-    refusal = check_quant_matmul(
+    call = QuantMatmulCall(
         soc=executor.soc_name(),
-        x1_dtype=dtype_name(x1),
-        x1_shape=tuple(x1.shape),
-        x2_dtype=dtype_name(x2),
-        x2_shape=tuple(x2.shape),
-        scale_dtype=dtype_name(scale),
-        scale_shape=tuple(scale.shape),
+        x1=describe(x1)._replace(format=x1_format, is_transposed=transpose_x1),
+        x2=describe(x2)._replace(
+            format=x2_format, is_transposed=transpose_x2, storage_shape=storage
+        ),
+        scale=describe(scale),
         out_dtype=str(out_dtype).removeprefix("torch."),
-        transpose_x1=transpose_x1,
-        transpose_x2=transpose_x2,
-        x1_format=x1_format,
-        x2_format=x2_format,
-        x2_storage_shape=storage,
-        graph=True,
-        **described,
+        offset=_optional(offset),
+        bias=_optional(bias),
+        pertoken_scale=_optional(pertoken_scale),
+        entry="graph",
     )
-    if refusal:
+    if refusal := check_quant_matmul(call):
         raise GraphError(refusal)
     if executor.is_meta(x1):
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
@@ -215,19 +225,16 @@ def _ascend_quant(
     axis: int = -1,
 ) -> Tensor | Int4:
     soc = executor.soc_name()
-    refusal = check_ascend_quant(
+    call = AscendQuantCall(
         soc,
-        dtype_name(x),
-        tuple(x.shape),
-        dtype_name(scale),
-        tuple(scale.shape),
-        None if offset is None else dtype_name(offset),
-        None if offset is None else tuple(offset.shape),
+        describe(x),
+        describe(scale),
+        _optional(offset),
         _quantized_name(dst_type),
         axis,
-        graph=True,
+        is_graph=True,
     )
-    if refusal:
+    if refusal := check_ascend_quant(call):
         raise GraphError(refusal)
     if round_mode != "round" or sqrt_mode:
         raise GraphError(
@@ -326,13 +333,18 @@ def _check_dynamic(
     dst_type_max: float = 0.0,
     symmetric: bool = True,
 ) -> None:
-    smooth, groups = (
-        None if t is None else (dtype_name(t), tuple(t.shape)) for t in (smooth_scales, group_index)
+    call = DynamicQuantCall(
+        executor.soc_name(),
+        describe(x),
+        _quantized_name(dst_type),
+        _optional(smooth_scales),
+        _optional(group_index),
+        mode,
+        dst_type_max,
+        symmetric,
+        is_graph=True,
     )
-    soc, shape, y = executor.soc_name(), tuple(x.shape), _quantized_name(dst_type)
-    if refusal := check_dynamic_quant(
-        soc, dtype_name(x), shape, y, smooth, groups, True, mode, dst_type_max, symmetric
-    ):
+    if refusal := check_dynamic_quant(call):
         raise GraphError(refusal)
 
 

@@ -60,7 +60,7 @@ ARITHMETIC = {A2: "multiply", A950: "divide", P310: "half"}
 
 def pretend(monkeypatch: pytest.MonkeyPatch, soc: str) -> None:
     """Let the operators, not torch_npu, be those of another chip."""
-    monkeypatch.setattr(aclnn, "_soc", soc)
+    monkeypatch.setattr(aclnn.installed(), "soc", soc)
     monkeypatch.setattr(executor, "soc_name", lambda: soc)
 
 

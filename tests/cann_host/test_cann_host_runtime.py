@@ -254,11 +254,12 @@ def test_a_failure_of_late_work_is_told_to_the_one_who_waits(tmp_path) -> None:
         x, y = torch.ones(4, device="npu"), torch.zeros(4, device="npu")
         stream = torch.npu.Stream()
         torch.npu.synchronize()
+        from dataclasses import replace
         from cann_host import aclnn
         copy = aclnn.OPERATORS["aclnnInplaceCopy"]
         def broken(*_):
-            raise aclnn.Refused("broken on purpose")
-        aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], broken)
+            raise aclnn.RefusedError("broken on purpose")
+        aclnn.OPERATORS["aclnnInplaceCopy"] = replace(copy, compute=broken)
         with torch.npu.stream(stream):
             y.copy_(x)
         print("launched")
@@ -536,6 +537,7 @@ INTERRUPTED = [
 def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
     script = f"""
         import os, signal, torch, torchair
+        from dataclasses import replace
         from cann_host import aclnn, captured, ge
         def ends(*_):
             raise SystemExit(3)
@@ -561,7 +563,7 @@ def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
                 return function(*arguments)
             return hooked
         copy = aclnn.OPERATORS["aclnnInplaceCopy"]
-        aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], hook(copy[1]))
+        aclnn.OPERATORS["aclnnInplaceCopy"] = replace(copy, compute=hook(copy.compute))
         ge._read = hook(ge._read)
         captured._works.update((n, hook(work)) for n, work in list(captured._works.items()))
         for name, call in {CALLED!r}.items():
@@ -589,6 +591,7 @@ def test_an_exception_that_is_none_of_errors_comes_out_as_it_is(tmp_path) -> Non
     """Raised in there, not by a signal: the call fails, and the exception follows at once."""
     script = """
         import os, signal, torch
+        from dataclasses import replace
         from cann_host import aclnn
         x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
         copy = aclnn.OPERATORS["aclnnInplaceCopy"]
@@ -600,7 +603,7 @@ def test_an_exception_that_is_none_of_errors_comes_out_as_it_is(tmp_path) -> Non
                 raise error
             return function
         for function in (raises(SystemExit(4)), raises(GeneratorExit("x")), forever):
-            aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], function)
+            aclnn.OPERATORS["aclnnInplaceCopy"] = replace(copy, compute=function)
             try:
                 try:
                     y.copy_(x)
@@ -721,16 +724,17 @@ def test_a_child_forked_while_work_is_done_is_told_what_it_lacks(tmp_path) -> No
     """Another thread does a stream's late work; in the child it stays undone."""
     script = """
         import os, threading, torch
+        from dataclasses import replace
         from cann_host import aclnn
         x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
         torch.npu.synchronize()
         begun, forked = threading.Event(), threading.Event()
-        check, copy = aclnn.OPERATORS["aclnnInplaceCopy"]
+        copy = aclnn.OPERATORS["aclnnInplaceCopy"]
         def slow(*arguments):
             begun.set()
             forked.wait()
-            copy(*arguments)
-        aclnn.OPERATORS["aclnnInplaceCopy"] = check, slow
+            copy.compute(*arguments)
+        aclnn.OPERATORS["aclnnInplaceCopy"] = replace(copy, compute=slow)
         y.copy_(x)
         worker = threading.Thread(target=torch.npu.synchronize)
         worker.start()
@@ -823,19 +827,20 @@ def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
 def test_what_an_operator_refuses_in_the_task_queue_is_told_to_who_waits(tmp_path) -> None:
     script = """
         import torch
+        from dataclasses import replace
         from cann_host import aclnn
         x, y = torch.ones(8, device="npu"), torch.zeros(8, device="npu")
         copy = aclnn.OPERATORS["aclnnInplaceCopy"]
         def broken(*_):
-            raise aclnn.Refused("broken on purpose")
-        for broken_one in ((broken, copy[1]), (copy[0], broken)):
+            raise aclnn.RefusedError("broken on purpose")
+        for broken_one in (replace(copy, check=broken), replace(copy, compute=broken)):
             torch.npu.synchronize()
             aclnn.OPERATORS["aclnnInplaceCopy"] = broken_one
             try:
                 y.copy_(x)
                 torch.npu.synchronize()
             except RuntimeError as error:
-                print("broken on purpose (CANN error 161002)" in str(error))
+                print("broken on purpose (CANN error 161002, invalid parameter)" in str(error))
             aclnn.OPERATORS["aclnnInplaceCopy"] = copy
             y.zero_().copy_(x)
             print(y.sum().item())

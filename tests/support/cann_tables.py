@@ -29,10 +29,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # nothing is run
 import torch
 
-from cann_host import aclnn as entry
+from cann_host import aclnn as operators
 from cann_host import executor, ops  # noqa: F401 - ops registers the operators
 from cann_host.executor import GraphError, ShapeUnknownError, find_op, run_op
-from cann_host.rules import check_quant_matmul, soc_family
+from cann_host.rules import (
+    ND,
+    NZ,
+    QUANT_MODES,
+    QuantMatmulCall,
+    TensorDesc,
+    check_quant_matmul,
+    soc_family,
+)
+from cann_host.rules.quant_matmul import Entry
 from support import cann_ut
 
 MATMUL = Path("matmul")
@@ -64,17 +73,16 @@ _DTYPES = {
 
 
 class Row(NamedTuple):
-    """One row of a table: a name, the question in cann_host's words, and CANN's answer; or why it
-    is not asked."""
+    """One row of a table: a name, the call, and CANN's answer; or why it is not compared."""
 
     name: str
-    question: dict[str, Any]
+    call: QuantMatmulCall | None
     accepted: bool
     apart: str = ""
 
 
 def apart(name: str, reason: str) -> Row:
-    return Row(name, {"soc": ""}, False, reason)
+    return Row(name, None, False, reason)
 
 
 OTHER_DTYPES = "dtypes beside int8 and int4, no part of LinearQuant"
@@ -140,43 +148,43 @@ def tiling(path: Path) -> Iterator[Row]:
         scale = (n,) if number["quantMode"] == 1 else (1,)
         x1 = shape(row["x1dim"], number["batchA"], (k, m) if transposed["transA"] else (m, k))
         x2 = shape(row["x2dim"], number["batchB"], (n, k) if transposed["transB"] else (k, n))
-        question: dict[str, Any] = {
-            "soc": soc,
-            "x1_dtype": x1_dtype,
-            "x1_shape": x1,
-            "x2_dtype": x2_dtype,
-            "x2_shape": x2,
-            "scale_dtype": dtype(row["scaleDtype"]),
-            "scale_shape": scale,
-            "out_dtype": dtype(row["yDtype"]),
-            "transpose_x1": transposed["transA"],
-            "transpose_x2": transposed["transB"],
-            "x1_format": "FRACTAL_NZ" if row["x1Format"] == "NZ" else "ND",
-            "x2_format": "FRACTAL_NZ" if row["x2Format"] == "NZ" else "ND",
-            "graph": True,
-        }
+        scale_dtype = dtype(row["scaleDtype"])
+        call = QuantMatmulCall(
+            soc,
+            TensorDesc(x1_dtype, x1, format_of(row["x1Format"]), transposed["transA"]),
+            TensorDesc(x2_dtype, x2, format_of(row["x2Format"]), transposed["transB"]),
+            TensorDesc(scale_dtype, scale),
+            dtype(row["yDtype"]),
+            entry="graph",
+        )
         if row["offsetFlag"] == "1":
-            question |= {"offset_dtype": "float32", "offset_shape": scale}
+            call = call._replace(offset=TensorDesc("float32", scale))
         if row["pertokenFlag"] == "1":
-            question |= {"pertoken_dtype": dtype(row["perTokenScaleDtype"]), "pertoken_shape": (m,)}
+            pertoken = TensorDesc(dtype(row["perTokenScaleDtype"]), (m,))
+            call = call._replace(pertoken_scale=pertoken)
         if row["biasFlag"] == "1":
-            question |= {"bias_dtype": dtype(row["biasDtype"]), "bias_shape": (n,)}
+            call = call._replace(bias=TensorDesc(dtype(row["biasDtype"]), (n,)))
         suite, _, case = row["caseName"].partition("/")
-        yield Row(f"{suite}/{case.rpartition('/')[2]}", question, row["result"] == "TRUE")
+        yield Row(f"{suite}/{case.rpartition('/')[2]}", call, row["result"] == "TRUE")
 
 
-def matrix(shape: str, strides: str, kind: str, flag: str) -> tuple[str, tuple[int, ...], bool]:
-    """dtype, stored shape and transposition of x1 or x2 in an aclnn table."""
+def format_of(text: str) -> str:
+    text = text.removeprefix("ACL_FORMAT_") or ND
+    return NZ if text == "NZ" else text
+
+
+def matrix(shape: str, strides: str, kind: str, flag: str, form: str) -> TensorDesc:
+    """x1 or x2 of an aclnn table."""
     dims, steps, name = sizes(shape), sizes(strides), dtype(kind)
     swapped = flag.lower() == "true"
     if len(dims) > 1 and len(steps) == len(dims) and steps[-2] == 1 and steps[-1] == dims[-2] > 1:
         dims, swapped = (*dims[:-2], dims[-1], dims[-2]), not swapped
     if name == "int32":  # eight int4 each
         name, dims = "int4", (*dims[:-1], dims[-1] * 8)
-    return name, dims, swapped
+    return TensorDesc(name, dims, format_of(form), swapped)
 
 
-def aclnn(path: Path, names: dict[str, str]) -> Iterator[Row]:
+def aclnn(path: Path, names: dict[str, str], entry: Entry) -> Iterator[Row]:
     """A table of an aclnn function. names: our column names to the table's."""
     for row in rows_of(path):
 
@@ -197,13 +205,17 @@ def aclnn(path: Path, names: dict[str, str]) -> Iterator[Row]:
         if any(cell(name).startswith("ACL") for name in ("x1_stride", "x2_stride")):
             yield apart(cell("name"), "a row with a column too few")
             continue
-        x1_dtype, x1, transpose_x1 = matrix(
-            cell("x1"), cell("x1_stride"), cell("x1_type"), cell("transposeX1")
+        x1, x2 = (
+            matrix(
+                cell(name),
+                cell(f"{name}_stride"),
+                cell(f"{name}_type"),
+                cell(f"transpose{name.upper()}"),
+                cell(f"{name}_format"),
+            )
+            for name in ("x1", "x2")
         )
-        x2_dtype, x2, transpose_x2 = matrix(
-            cell("x2"), cell("x2_stride"), cell("x2_type"), cell("transposeX2")
-        )
-        if {x1_dtype, x2_dtype} - {"int8", "int4"}:
+        if {x1.dtype, x2.dtype} - {"int8", "int4"}:
             yield apart(cell("name"), OTHER_DTYPES)
             continue
         if cell("groupSize") not in ("", "0"):
@@ -215,29 +227,25 @@ def aclnn(path: Path, names: dict[str, str]) -> Iterator[Row]:
         if any(sizes(cell(name)) for name in ("yScaleShape", "x1OffsetShape", "yOffsetShape")):
             yield apart(cell("name"), "arguments torch_npu never passes for these dtypes")
             continue
-        question: dict[str, Any] = {
-            "soc": soc,
-            "x1_dtype": x1_dtype,
-            "x1_shape": x1,
-            "x2_dtype": x2_dtype,
-            "x2_shape": x2,
-            "scale_dtype": dtype(cell("scale_type")),
-            "scale_shape": sizes(cell("scale")),
-            "out_dtype": dtype(cell("out_type")),
-            "out_shape": sizes(cell("out")),
-            "transpose_x1": transpose_x1,
-            "transpose_x2": transpose_x2,
-            "x1_format": cell("x1_format").removeprefix("ACL_FORMAT_") or "ND",
-            "x2_format": cell("x2_format").removeprefix("ACL_FORMAT_") or "ND",
-        }
-        if sizes(cell("x2StorageShape")):
-            question["x2_storage_shape"] = sizes(cell("x2StorageShape"))
-        for name in ("offset", "pertoken", "bias"):
+        optional = {"offset": None, "pertoken": None, "bias": None}
+        for name in optional:
             absent = cell(f"{name}_null").lower() == "true"
             if sizes(cell(name)) and not absent:
-                question[f"{name}_dtype"] = dtype(cell(f"{name}_type") or "FLOAT")
-                question[f"{name}_shape"] = sizes(cell(name))
-        yield Row(cell("name"), question, cell("expectRet") == "ACLNN_SUCCESS")
+                kind = dtype(cell(f"{name}_type") or "FLOAT")
+                optional[name] = TensorDesc(kind, sizes(cell(name)))
+        call = QuantMatmulCall(
+            soc,
+            x1,
+            x2._replace(storage_shape=sizes(cell("x2StorageShape")) or None),
+            TensorDesc(dtype(cell("scale_type")), sizes(cell("scale"))),
+            dtype(cell("out_type")),
+            optional["offset"],
+            optional["bias"],
+            optional["pertoken"],
+            sizes(cell("out")),
+            entry,
+        )
+        yield Row(cell("name"), call, cell("expectRet") == "ACLNN_SUCCESS")
 
 
 _V4 = {
@@ -310,27 +318,27 @@ _V3 = {
 }
 
 
-def matmul(rows: Iterator[Row], entry: str = "v5") -> Iterator[Answer]:
+def matmul(rows: Iterator[Row]) -> Iterator[Answer]:
     """Rows of the quantized matmul beside check_quant_matmul."""
     for row in rows:
-        if row.apart:
+        call = row.call
+        if call is None:
             yield Answer(row.name, "", None, row.apart)
             continue
-        soc, storage = row.question["soc"], row.question.get("x2_storage_shape")
-        if storage and row.question["x2_format"] == "FRACTAL_NZ" and not sent(row.question):
-            yield Answer(row.name, soc, None, "a storage shape torch_npu does not send")
+        if call.x2.storage_shape and call.x2.format == NZ and not sent(call.x2):
+            yield Answer(row.name, call.soc, None, "a storage shape torch_npu does not send")
             continue
-        refusal = check_quant_matmul(**row.question, entry=entry)
+        refusal = check_quant_matmul(call)
         said = "takes it" if refusal is None else f"refuses: {refusal}"
         text = f"CANN {'takes' if row.accepted else 'refuses'} it, cann_host {said}"
-        yield Answer(row.name, soc, (refusal is None) == row.accepted, text)
+        yield Answer(row.name, call.soc, (refusal is None) == row.accepted, text)
 
 
-def sent(question: dict[str, Any]) -> bool:
+def sent(x2: TensorDesc) -> bool:
     """Whether a FRACTAL_NZ storage is the one that npu_format_cast makes of the weight."""
-    *_, rows, columns = question["x2_shape"]
-    c0 = 64 if question["x2_dtype"] == "int4" else 32
-    return question["x2_storage_shape"][-4:] == (-(-columns // c0), -(-rows // 16), 16, c0)
+    *_, rows, columns = x2.shape
+    c0 = 64 if x2.dtype == "int4" else 32
+    return x2.storage_shape[-4:] == (-(-columns // c0), -(-rows // 16), 16, c0)
 
 
 def descriptor(tensor: cann_ut.Tensor | Any) -> Any:
@@ -342,7 +350,7 @@ def descriptor(tensor: cann_ut.Tensor | Any) -> Any:
         steps.insert(0, step)
         step *= size
     shape = tensor.shape
-    return entry.AclTensor(0, tensor.dtype, tensor.format, 0, shape, tuple(steps), shape)
+    return operators.AclTensor(0, tensor.dtype, tensor.format, 0, shape, tuple(steps), shape)
 
 
 def as_called(case: cann_ut.Case) -> tuple[str, list[Any]]:
@@ -352,13 +360,14 @@ def as_called(case: cann_ut.Case) -> tuple[str, list[Any]]:
     if name == "aclnnDynamicQuant":  # torch_npu calls V2, whose checks these are
         return "aclnnDynamicQuantV2", [*given, None, 2, *results, None]
     if name in ("aclnnDynamicQuantV3", "aclnnDynamicQuantV4"):
-        modes = entry.rules.QUANT_MODES
-        given[5] = modes.index(given[5]) if given[5] in modes else -1
+        given[5] = QUANT_MODES.index(given[5]) if given[5] in QUANT_MODES else -1
         given.insert(6, 0.0) if name.endswith("V3") else None
     if name == "aclnnTransQuantParamV2":
         given.append(0)
     if name == "aclnnAscendQuantV3":
-        given[4] = entry.ROUND_MODES.index(given[4]) if given[4] in entry.ROUND_MODES else -1
+        given[4] = (
+            operators.ROUND_MODES.index(given[4]) if given[4] in operators.ROUND_MODES else -1
+        )
     return name, [*given, *results]
 
 
@@ -371,7 +380,7 @@ def op_api(path: Path) -> Iterator[Answer]:
         accepted = case.expected in ("ACLNN_SUCCESS", "ACL_SUCCESS")
         refused = case.expected.startswith("ACLNN_ERR")
         name, arguments = as_called(case)
-        if name not in entry.OPERATORS:
+        if name not in operators.OPERATORS:
             yield Answer(case.name, case.soc, None, f"{case.function}: torch_npu calls another")
             continue
         if not (accepted or refused):
@@ -382,11 +391,12 @@ def op_api(path: Path) -> Iterator[Answer]:
             continue
         # a test of V3, for 950 only, that is told so has an environment without that chip
         elsewhere = case.expected == "ACLNN_ERR_INNER"
-        entry._soc = "Ascend910B2" if elsewhere else case.soc
+        soc = "Ascend910B2" if elsewhere else case.soc
+        operator = operators.OPERATORS[name]
         refusal = None
         try:
-            entry.OPERATORS[name][0](*arguments)
-        except (entry.Refused, GraphError) as error:
+            operator.check(operator.arguments(*arguments), soc)
+        except (operators.RefusedError, GraphError) as error:
             refusal = str(error)
         if refusal and accepted and "CANN error" not in refusal:
             yield Answer(case.name, case.soc, None, f"cann_host has it not: {refusal}")
@@ -498,11 +508,11 @@ def add_rms_norm(path: Path) -> Iterator[Answer]:
                 for kind, dims in ((code, x), (code, gamma), (0, rstd))
             )
             soc = cann_ut.soc_of(name) or "Ascend910B2"
-            entry._soc = soc
+            operator = operators.OPERATORS["aclnnAddRmsNorm"]
             refusal = None
             try:
-                entry.OPERATORS["aclnnAddRmsNorm"][0](one, one, last, 1e-5, one, out, one)
-            except entry.Refused as error:
+                operator.check(operator.arguments(one, one, last, 1e-5, one, out, one), soc)
+            except operators.RefusedError as error:
                 refusal = str(error)
             accepted = expected == "ACLNN_SUCCESS"
             said = f"CANN {expected}, cann_host {refusal or 'takes it'}"
@@ -529,14 +539,11 @@ def _ut(operator: Path, rest: str) -> Path:
 def tables(root: Path) -> Iterator[tuple[str, Iterator[Answer]]]:
     """Every file that is read: its name, its answers."""
 
-    def csv_of(path: Path, names: dict[str, str]) -> Iterator[Row]:
-        return aclnn(root / path, names)
-
     yield (
         "QuantBatchMatmulV3 tiling",
         matmul(tiling(root / V3 / "op_host/test_quant_batch_matmul_v3.csv")),
     )
-    for title, path, names, checks in (
+    for title, path, names, entry in (
         ("aclnnQuantMatmulV3", V3 / "op_api/test_aclnn_quant_matmul_v3.csv", _V3, "v4"),
         ("aclnnQuantMatmulV4", V3 / "op_api/test_aclnn_quant_matmul_v4.csv", _V4, "v4"),
         (
@@ -547,7 +554,7 @@ def tables(root: Path) -> Iterator[tuple[str, Iterator[Answer]]]:
         ),
         ("aclnnQuantMatmulV5", V4 / "op_host/test_aclnn_quant_matmul_v5_api.csv", _V5, "v5"),
     ):
-        yield title, matmul(csv_of(path, names), checks)
+        yield title, matmul(aclnn(root / path, names, entry))
     for title, read, path in (
         (
             "aclnnTransQuantParamV2",

@@ -1,0 +1,74 @@
+"""The operators of libopapi, computed by torch on CPU tensors over the same memory.
+
+`csrc/aclnn.cpp` calls the runner twice for each operator: to check, on the thread that asked, and
+to compute, on torch_npu's queue thread. An operator that is not in `OPERATORS` is not in libopapi
+either.
+
+    operator      Operator, the record of one
+    tensors       AclTensor; the words that csrc/aclnn.cpp sends as arguments
+    refusal       RefusedError
+    checks        what several operators check alike
+    quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
+    activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
+    norms         aclnnRmsNorm, aclnnAddRmsNorm
+    copies        copies, casts of dtype and format, padding
+    runner        OPERATORS; Runner, which the library calls
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from cann_host.rules import INNER
+
+from .activations import ROUND_MODES
+from .operator import Operator
+from .refusal import RefusedError
+from .runner import OPERATORS, Runner
+from .tensors import ACL_DTYPES, BASE_FORMATS, AclTensor
+
+__all__ = [
+    "ACL_DTYPES",
+    "BASE_FORMATS",
+    "INNER",
+    "OPERATORS",
+    "ROUND_MODES",
+    "AclTensor",
+    "Operator",
+    "RefusedError",
+    "Runner",
+    "install",
+    "installed",
+    "uninstall",
+]
+
+_runner: Runner | None = None
+
+
+def install(library: ctypes.CDLL, soc: str) -> Runner:
+    """Give the library its operators.
+
+    Args:
+        library: the stand-in's.
+        soc: name of the chip that is stood in for.
+    """
+    global _runner
+    _runner = Runner(library, soc)
+    return _runner
+
+
+def installed() -> Runner:
+    """The runner of this process.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if _runner is None:
+        raise RuntimeError("cann_host is not active in this process")
+    return _runner
+
+
+def uninstall() -> None:
+    """Take the operators away, if there are any: see `Runner.close`."""
+    if _runner is not None:
+        _runner.close()

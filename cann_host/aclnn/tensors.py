@@ -1,0 +1,132 @@
+"""Arguments of aclnn operators, as csrc/aclnn.cpp sends them."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cann_host.memory import over_memory
+from cann_host.rules import TensorDesc
+
+from .refusal import RefusedError
+
+__all__ = ["ACL_DTYPES", "BASE_FORMATS", "AclTensor", "Argument", "describe", "read_arguments"]
+
+BASE_FORMATS = {0: "NCHW", 1: "NHWC", 2: "ND", 27: "NDHWC", 30: "NCDHW", 47: "NCL"}
+
+# aclDataType of the public header acl_base_rt.h
+ACL_DTYPES: dict[int, torch.dtype] = {
+    0: torch.float32,
+    1: torch.float16,
+    2: torch.int8,
+    3: torch.int32,
+    4: torch.uint8,
+    6: torch.int16,
+    7: torch.uint16,
+    8: torch.uint32,
+    9: torch.int64,
+    10: torch.uint64,
+    11: torch.float64,
+    12: torch.bool,
+    16: torch.complex64,
+    17: torch.complex128,
+    27: torch.bfloat16,
+    33: torch.complex32,
+    35: torch.float8_e5m2,
+    36: torch.float8_e4m3fn,
+}
+
+
+class AclTensor(NamedTuple):
+    """A copy of an aclTensor: a strided view of device memory, or of a FRACTAL_NZ storage."""
+
+    address: int
+    dtype_code: int
+    format: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        try:
+            return ACL_DTYPES[self.dtype_code]
+        except KeyError:
+            raise RefusedError(
+                f"cann_host does not know aclDataType {self.dtype_code}", None
+            ) from None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def desc(self) -> TensorDesc:
+        """Its dtype and shape, for the rules."""
+        return TensorDesc(self.dtype_name, self.shape)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the last two dims are a transposed view of contiguous memory, by CANN's rule."""
+        if len(self.shape) < 2:
+            return False
+        rows, columns = self.shape[-2:]
+        return self.strides[-2] == 1 and self.strides[-1] == rows and (rows, columns) != (1, 1)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape with the last two dims in the order the memory has."""
+        if self.is_transposed:
+            return (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return self.shape
+
+    def view(self) -> Tensor:
+        """A tensor over the memory, no copy."""
+        return over_memory(self.address, self.dtype, self.shape, self.strides, self.offset)
+
+    def nz_view(self) -> Tensor:
+        """A tensor over the FRACTAL_NZ storage, no copy."""
+        return over_memory(self.address, self.dtype, self.storage)
+
+
+# An argument of an operator: a tensor, None for an absent one, a number, or integers.
+Argument = AclTensor | int | float | tuple[int, ...] | None
+
+
+def read_arguments(words: list[int]) -> list[Argument]:
+    """The arguments in words that csrc/aclnn.cpp describes."""
+    arguments: list[Argument] = []
+    at = 0
+    while at < len(words):
+        kind = words[at]
+        if kind == 0:
+            arguments.append(None)
+            at += 1
+        elif kind == 2:
+            arguments.append(words[at + 1])
+            at += 2
+        elif kind == 3:
+            arguments.append(struct.unpack("<d", struct.pack("<q", words[at + 1]))[0])
+            at += 2
+        elif kind == 4:
+            arguments.append(tuple(words[at + 2 : at + 2 + words[at + 1]]))
+            at += 2 + words[at + 1]
+        else:
+            address, dtype, format_, offset, rank = words[at + 1 : at + 6]
+            at += 6
+            shape = tuple(words[at : at + rank])
+            strides = tuple(words[at + rank : at + 2 * rank])
+            at += 2 * rank
+            storage = tuple(words[at + 1 : at + 1 + words[at]])
+            at += 1 + len(storage)
+            arguments.append(AclTensor(address, dtype, format_, offset, shape, strides, storage))
+    return arguments
+
+
+def describe(tensor: AclTensor | None) -> TensorDesc | None:
+    """The descriptor of an optional tensor."""
+    return None if tensor is None else tensor.desc

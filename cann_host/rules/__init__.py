@@ -1,0 +1,98 @@
+"""What CANN refuses in a quantized matmul and the operators around it, as tables and checks.
+
+The stand-in must refuse what a device refuses, else a green run here would lie. Both ways into an
+operator use these rules: compiled graphs (`cann_host.executor`) and eager calls
+(`cann_host.aclnn`).
+
+The rules are written from CANN's public operator sources. They deliberately share nothing with
+`lq_graph.rules`, so each checks the other: do not import one from the other.
+
+    descriptors        TensorDesc, what a rule knows of a tensor
+    products           SoC name -> family of products
+    refusal            Refusal: the reason and CANN's error code
+    quant_matmul       QuantBatchMatmulV3, aclnnQuantMatmul*, and their support table
+    trans_quant_param  TransQuantParamV2
+    activation_dtypes  what DynamicQuant and AscendQuant have in common
+    dynamic_quant      DynamicQuant, DynamicQuantV2
+    static_quant       AscendQuantV2, aclnnQuantize
+    norms              RmsNorm, AddRmsNorm, LayerNormV4
+    definitions        dtypes of activations and other graph operators
+
+A check takes one record of the call and returns None or a `Refusal`. What CANN refuses has CANN's
+code. A call that CANN takes, but whose kernel then reads beside its inputs, or which the stand-in
+does not compute, is refused in cann_host's own name, without a code.
+
+Sources: the public repository hicann/ops-nn, for each operator its definition, tiling, InferShape
+and the checks of its aclnn functions; the files are named in each module. tests/support/cann_tables.py
+compares the rules with CANN's public tests.
+"""
+
+from __future__ import annotations
+
+from .definitions import DEFINED, check_definition
+from .descriptors import ND, NZ, TensorDesc
+from .dynamic_quant import (
+    QUANT_MODES,
+    DynamicQuantCall,
+    check_dynamic_quant,
+    dynamic_quant_ignores,
+    dynamic_quant_scale_shape,
+)
+from .norms import RmsNormCall, check_layer_norm, check_rms_norm
+from .products import A2, A950, P310, soc_family
+from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
+from .refusal import INNER, INVALID, NO_KERNEL, NULL_POINTER, TILING, Refusal
+from .static_quant import (
+    AscendQuantCall,
+    QuantizeCall,
+    ascend_quant_axis,
+    check_ascend_quant,
+    check_quantize,
+)
+from .trans_quant_param import (
+    PackedWords,
+    TransQuantParamCall,
+    check_trans_quant_param,
+    packed_words,
+    trans_quant_param_shape,
+)
+
+__all__ = [
+    "A2",
+    "A950",
+    "DEFINED",
+    "INNER",
+    "INVALID",
+    "KERNELS",
+    "ND",
+    "NO_KERNEL",
+    "NULL_POINTER",
+    "NZ",
+    "P310",
+    "QUANT_MODES",
+    "TILING",
+    "AscendQuantCall",
+    "DynamicQuantCall",
+    "Kernel",
+    "PackedWords",
+    "QuantMatmulCall",
+    "QuantizeCall",
+    "Refusal",
+    "RmsNormCall",
+    "TensorDesc",
+    "TransQuantParamCall",
+    "ascend_quant_axis",
+    "check_ascend_quant",
+    "check_definition",
+    "check_dynamic_quant",
+    "check_layer_norm",
+    "check_quant_matmul",
+    "check_quantize",
+    "check_rms_norm",
+    "check_trans_quant_param",
+    "dynamic_quant_ignores",
+    "dynamic_quant_scale_shape",
+    "packed_words",
+    "soc_family",
+    "trans_quant_param_shape",
+]
