@@ -52,9 +52,9 @@ def info() -> dict[str, Any]:
     directory = _native.library_directory()
     fallbacks = 0
     if is_active():
-        from cann_host import fallback
+        from cann_host.aten import kernels
 
-        fallbacks = fallback.count
+        fallbacks = kernels.count
     return {
         "active": is_active(),
         **asdict(_options or Options.of()),
@@ -123,12 +123,14 @@ def activate(
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     _import_torch_npu(library)
 
-    from cann_host import aclnn, executor, fallback, ge
+    from cann_host import aclnn
+    from cann_host.aten import kernels
+    from cann_host.graph import compiler, executor
 
     executor.overruns = options.overruns
     aclnn.install(library, options.soc)
-    ge.install(library)
-    fallback.install(library)
+    compiler.install(library)
+    kernels.install(library)
     _library, _options = library, options
     _activate_workers()
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
@@ -395,6 +397,6 @@ def _drain() -> None:
 
 
 def _leave() -> None:
-    for name in ("captured", "aclnn"):  # not there if importing torch_npu failed
+    for name in ("aten.captured", "aclnn"):  # not there if importing torch_npu failed
         if module := sys.modules.get(f"cann_host.{name}"):
             module.uninstall()

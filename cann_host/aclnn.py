@@ -17,12 +17,13 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from cann_host import chips, executor, rules, watched
+from cann_host import chips, rules, watched
 from cann_host._callbacks import give, int64s
-from cann_host.executor import GraphError
+from cann_host.graph import executor
+from cann_host.graph.executor import GraphError
+from cann_host.graph.ops.nn import add_rms_norm, rms_norm
+from cann_host.graph.ops.quant import pack_parameters, quantize_dynamically
 from cann_host.memory import FRACTAL_NZ, over_memory
-from cann_host.ops.nn import add_rms_norm, rms_norm
-from cann_host.ops.quant import pack_parameters, quantize_dynamically
 from lq_graph.kernels import numerics
 
 __all__ = ["ACL_DTYPES", "OPERATORS", "AclTensor", "Refused", "install", "uninstall"]

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import cann_host
-from cann_host import aclnn, executor
+from cann_host import aclnn
+from cann_host.graph import executor
 from lq_graph.backends.npu import cast_format
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")

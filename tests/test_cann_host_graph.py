@@ -17,11 +17,12 @@ import torch_npu
 import torchair
 from torch_npu.contrib.module import LinearQuant
 
-import cann_host.executor as executor
-import cann_host.ge as ge
 import lq_graph
+from cann_host.graph import compiler, executor
 
-pytestmark = pytest.mark.skipif(not ge.is_installed(), reason="needs cann_host in place of CANN")
+pytestmark = pytest.mark.skipif(
+    not compiler.is_installed(), reason="needs cann_host in place of CANN"
+)
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 DYNAMIC = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -368,14 +369,14 @@ def test_many_graphs_on_many_threads() -> None:
 
 def test_plans_go_with_their_graphs() -> None:
     gc.collect()
-    before = ge.live_plans()
+    before = compiler.live_plans()
     run = compiled(lambda x: x * 3 - 1)
     run(torch.ones(3).npu())
-    assert ge.live_plans() == before + 1
+    assert compiler.live_plans() == before + 1
     del run
     torch._dynamo.reset()
     gc.collect()
-    assert ge.live_plans() == before
+    assert compiler.live_plans() == before
 
 
 def test_default_device_does_not_leak_into_the_executor() -> None:
@@ -408,7 +409,7 @@ def test_unknown_attribute_is_refused() -> None:
     node.attr["slope"].f = 0.5
     graph.op.add(name="out", type="NetOutput", input=["r:0"]).input_desc.add()
     with pytest.raises(executor.GraphError, match=r"node r \(Relu\): attribute slope"):
-        ge.compile_graph(model.SerializeToString())
+        compiler.compile_graph(model.SerializeToString())
 
 
 def test_missing_producer_is_refused() -> None:
@@ -420,4 +421,4 @@ def test_missing_producer_is_refused() -> None:
     node.input_desc.add(name="x")
     graph.op.add(name="out", type="NetOutput", input=["r:0"]).input_desc.add()
     with pytest.raises(executor.GraphError, match="inputs of r are never computed"):
-        ge.compile_graph(model.SerializeToString())
+        compiler.compile_graph(model.SerializeToString())

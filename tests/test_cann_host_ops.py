@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from cann_host import executor, ops  # noqa: F401 - ops registers the operators
-from cann_host.executor import GraphError, Int4, find_op, run_op
-from cann_host.ops import quant
+from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
+from cann_host.graph.executor import GraphError, Int4, find_op, run_op
+from cann_host.graph.ops import quant
 from lq_graph.kernels import numerics
 
 I8, I32, I64, F16, BF16, F32 = (

@@ -357,7 +357,7 @@ def test_ordinary_operators_are_captured(streams: str, tmp_path) -> None:
             for a, b in zip(got + on_npu, want + on_cpu, strict=True):
                 assert a.dtype == b.dtype
                 torch.testing.assert_close(a.cpu(), b)
-        from cann_host import captured
+        from cann_host.aten import captured
         held = len(captured._works)
         del graph
         with torch.npu.graph(torch.npu.NPUGraph()):
@@ -555,7 +555,9 @@ INTERRUPTED = [
 def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
     script = f"""
         import os, signal, torch, torchair
-        from cann_host import aclnn, captured, ge
+        from cann_host import aclnn
+        from cann_host.aten import captured
+        from cann_host.graph import compiler
         def ends(*_):
             raise SystemExit(3)
         def late(*_):
@@ -581,7 +583,7 @@ def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
             return hooked
         copy = aclnn.OPERATORS["aclnnInplaceCopy"]
         aclnn.OPERATORS["aclnnInplaceCopy"] = (copy[0], hook(copy[1]))
-        ge._read = hook(ge._read)
+        compiler._read = hook(compiler._read)
         captured._works.update((n, hook(work)) for n, work in list(captured._works.items()))
         for name, call in {CALLED!r}.items():
             for what, _ in {INTERRUPTED!r}:

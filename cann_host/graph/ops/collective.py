@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .. import executor
-from ..executor import Dynamic, GraphError, op
+from cann_host.graph import executor
+from cann_host.graph.executor import Dynamic, GraphError, op
 
 # numbers of csrc/hccl.h
 _ALL_REDUCE, _REDUCE_SCATTER, _ALL_GATHER, _BROADCAST = 0, 2, 3, 4

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import INT4_PER_INT32
-
-from ..executor import (
+from cann_host.graph.executor import (
     Dynamic,
     FractalNZ,
     GraphError,
@@ -21,6 +19,7 @@ from ..executor import (
     promoted,
     torch_dtype,
 )
+from lq_graph.kernels.numerics import INT4_PER_INT32
 
 MOST_OUTPUTS = 1 << 16  # of one node; a tensor each
 

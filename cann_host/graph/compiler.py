@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import NzWeight, nz_to_nd
-
-from . import executor, ops, watched  # noqa: F401 - ops registers the operators
-from ._callbacks import give
-from .executor import (
+from cann_host import watched
+from cann_host._callbacks import give
+from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
+from cann_host.graph.executor import (
     DTYPES,
     FractalNZ,
     GraphError,
@@ -31,8 +30,9 @@ from .executor import (
     Value,
     torch_dtype,
 )
-from .memory import FRACTAL_NZ, over_memory
-from .origins import origins_of
+from cann_host.graph.origins import origins_of
+from cann_host.memory import FRACTAL_NZ, over_memory
+from lq_graph.kernels.numerics import NzWeight, nz_to_nd
 
 __all__ = ["Plan", "compile_graph", "install", "is_installed", "live_plans"]
 

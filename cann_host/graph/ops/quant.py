@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.kernels.numerics import (
-    Arithmetic,
-    NzWeight,
-    dynamic_quant,
-    dynamic_quant_with_offset,
-    pack_scale,
-    quant_matmul,
-    static_quant,
+from cann_host import chips
+from cann_host.graph import executor
+from cann_host.graph.executor import (
+    DTYPES,
+    INT4,
+    INT8,
+    FractalNZ,
+    GraphError,
+    Int4,
+    dtype_name,
+    op,
+    torch_dtype,
 )
-
-from .. import chips, executor
-from ..executor import DTYPES, INT4, INT8, FractalNZ, GraphError, Int4, dtype_name, op, torch_dtype
-from ..rules import (
+from cann_host.rules import (
     ND,
     NZ,
     ascend_quant_axis,
@@ -34,6 +35,15 @@ from ..rules import (
     packed_words,
     soc_family,
     trans_quant_param_shape,
+)
+from lq_graph.kernels.numerics import (
+    Arithmetic,
+    NzWeight,
+    dynamic_quant,
+    dynamic_quant_with_offset,
+    pack_scale,
+    quant_matmul,
+    static_quant,
 )
 
 

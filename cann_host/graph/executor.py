@@ -27,9 +27,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from cann_host.rules import DEFINED, check_definition
 from lq_graph.kernels.numerics import INT4_PER_INT32, NzWeight, pack_int4, unpack_int4
-
-from .rules import DEFINED, check_definition
 
 __all__ = [
     "DTYPES",

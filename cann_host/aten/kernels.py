@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cann_host import captured
+from cann_host.aten import captured
 
 __all__ = ["install"]
 
