@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cann_host import chips, rules, watched
-from cann_host._callbacks import give, int64s
+from cann_host.bindings import give, int64s
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError
 from cann_host.graph.ops.nn import add_rms_norm, rms_norm
@@ -188,7 +188,7 @@ def _check_trans_quant_param(
         shape = None if offset is None else offset.shape
         found = rules.packed_words(scale.shape, shape, out.shape)
         refusal = found.refusal
-        if found.overrun and executor.overruns == "refuse":
+        if found.overrun and executor.refuses_overruns():
             executor.overrun(found.overrun)
     if refusal is not None:
         raise Refused(refusal)
@@ -802,8 +802,6 @@ def install(library: ctypes.CDLL, soc: str) -> None:
     """Give the library its operators."""
     global _library, _soc
     _library, _soc = library, soc
-    library.cann_host_set_error.argtypes = (ctypes.c_char_p,)
-    library.cann_host_set_error.restype = None
     give(library.cann_host_set_aclnn_executor, _run)
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import cann_host
-from cann_host import aclnn
+from cann_host import aclnn, runtime
 from cann_host.graph import executor
+from cann_host.options import Options
 from lq_graph.backends.npu import cast_format
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
@@ -465,7 +466,7 @@ def test_words_past_an_eager_result(soc: str, monkeypatch: pytest.MonkeyPatch) -
     ):
         got = torch_npu.npu_trans_quant_param(s.npu(), o.npu())
     assert_same(got, golden.trans_quant_param(as_numpy(s), as_numpy(o[:1]).reshape(1, 1)))
-    monkeypatch.setattr(executor, "overruns", "refuse")
+    monkeypatch.setattr(runtime.current(), "options", Options.of(overruns="refuse"))
     with refused("(?s)7 words.*refused by cann_host's option overruns"):
         torch_npu.npu_trans_quant_param(s.npu(), o.npu())
 

@@ -17,11 +17,14 @@ import torch_npu
 import torchair
 from torch_npu.contrib.module import LinearQuant
 
+import cann_host
 import lq_graph
+from cann_host import runtime
 from cann_host.graph import compiler, executor
+from cann_host.options import Options
 
 pytestmark = pytest.mark.skipif(
-    not compiler.is_installed(), reason="needs cann_host in place of CANN"
+    not cann_host.is_active(), reason="needs cann_host in place of CANN"
 )
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
@@ -300,7 +303,7 @@ def test_lq_graph_makes_a_word_for_each_offset(
 
 
 def test_overruns_are_refused_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "overruns", "refuse")
+    monkeypatch.setattr(runtime.current(), "options", Options.of(overruns="refuse"))
     layer = vendor_layer(64, 32, offset=True, scalar=True)
     layer.offset.data = torch.randint(-60, 60, (32,)).float().npu()
     with pytest.raises(RuntimeError, match="refused by cann_host's option overruns") as refusal:
@@ -369,14 +372,14 @@ def test_many_graphs_on_many_threads() -> None:
 
 def test_plans_go_with_their_graphs() -> None:
     gc.collect()
-    before = compiler.live_plans()
+    before = runtime.current().graphs.live_graphs
     run = compiled(lambda x: x * 3 - 1)
     run(torch.ones(3).npu())
-    assert compiler.live_plans() == before + 1
+    assert runtime.current().graphs.live_graphs == before + 1
     del run
     torch._dynamo.reset()
     gc.collect()
-    assert compiler.live_plans() == before
+    assert runtime.current().graphs.live_graphs == before
 
 
 def test_default_device_does_not_leak_into_the_executor() -> None:

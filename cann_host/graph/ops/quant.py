@@ -77,7 +77,7 @@ def pack_parameters(
     return pack_scale(first, added, round_mode).reshape(tuple(room))
 
 
-@op("QuantBatchMatmulV3", special=True)
+@op("QuantBatchMatmulV3", accepts_internal_formats=True)
 def _quant_batch_matmul(
     x1: Any,
     x2: Any,
@@ -153,7 +153,7 @@ def _quant_batch_matmul(
     )
 
 
-@op("QuantBatchMatmulV4", special=True)
+@op("QuantBatchMatmulV4", accepts_internal_formats=True)
 def _quant_batch_matmul_v4(
     x1: Any,
     x2: Any,
@@ -393,7 +393,7 @@ def _dynamic_quant_v2(
     return Int4(values) if dst_type == INT4 else values, scale, offset
 
 
-@op("Bitcast", special=True)
+@op("Bitcast", accepts_internal_formats=True)
 def _bitcast(x: Any, *, type: int) -> Any:
     if isinstance(x, FractalNZ) and isinstance(x.like, Tensor):
         storage = x.storage_shape
