@@ -6,6 +6,8 @@ import ctypes
 from hashlib import sha256
 from pathlib import Path
 
+from cann_host import bindings
+
 # libcann_host holds all the code; the others carry the names torch_npu and torchair look for.
 NAMES = (
     "libcann_host.so",
@@ -79,10 +81,13 @@ def loaded_libraries(name: str) -> list[Path]:
 
 
 def load(directory: Path) -> ctypes.CDLL:
-    """Load every library by its absolute path and return the one with the code.
+    """Load every library by its absolute path; the one with the code, as `bindings` declares it.
 
     Once a library with a SONAME is in the process, the loader gives that one to everybody who asks
     for the name, so no LD_LIBRARY_PATH is needed.
+
+    Raises:
+        CannHostError: its functions or structs are others than those of `bindings`.
     """
     libraries = [ctypes.CDLL(str(directory / name)) for name in NAMES]
-    return libraries[0]
+    return bindings.declare(libraries[0])

@@ -67,10 +67,6 @@ def set_aside(library: ctypes.CDLL) -> Iterator[list[str]]:
         a list that holds, after the block, the keys that both register: with any of them, torch_npu
         cannot be imported with this torch beside a real CANN.
     """
-    library.cann_host_set_keys_aside.argtypes = (ctypes.c_void_p,)
-    library.cann_host_set_keys_aside.restype = None
-    library.cann_host_put_keys_back.argtypes = (ctypes.c_void_p,)
-    library.cann_host_put_keys_back.restype = ctypes.c_char_p
     before, both = _Before(library), list[str]()
     sys.meta_path.insert(0, before)
     try:

@@ -69,7 +69,7 @@ def _list(symbols: list[str]) -> str:
 
 def table() -> str:
     """Three Markdown tables: what is here, what the wheel asks for, the GE operators."""
-    from cann_host import executor, ops  # noqa: F401 - ops registers the operators
+    from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
 
     lines = ["| group | works | fails by its name |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in sorted(_rows())]

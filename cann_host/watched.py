@@ -17,15 +17,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from .memory import FRACTAL_NZ
+from cann_host import runtime
+from cann_host.memory import FRACTAL_NZ
 
 __all__ = [
+    "CaptureWatch",
     "ReplacedError",
     "Watched",
     "check",
     "check_format",
     "given_inputs",
-    "install",
     "note",
     "refuse_frozen",
     "watch",
@@ -153,43 +154,51 @@ def refuse_frozen(what: str, todo: str) -> None:
 
 # ---- captured graphs ----
 
-_used: set[int] | None = None  # storages read or written by the capture that is going on
+
+class CaptureWatch:
+    """The memory that the capture under way uses.
+
+    Making one has torch_npu's captured graphs remember the parameters in that memory, and check
+    them before a replay.
+    """
+
+    def __init__(self) -> None:
+        from torch_npu.npu.graphs import NPUGraph
+
+        self._used: set[int] | None = None  # storages read or written by the capture
+        begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
+
+        def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
+            begin(graph, *args, **kwargs)
+            self._used = set()
+
+        def capture_end(graph: Any) -> None:
+            used, self._used = self._used or set(), None
+            end(graph)
+            graph._cann_host_watched = watch(used)
+
+        def checked_replay(graph: Any) -> None:
+            check(
+                "the captured graph",
+                getattr(graph, "_cann_host_watched", ()),
+                "capture again after a weight was replaced, prepared or moved "
+                "(torch._dynamo.reset() under torch.compile), or write into it in place, with "
+                "weight.copy_()",
+            )
+            replay(graph)
+
+        NPUGraph.capture_begin, NPUGraph.capture_end = capture_begin, capture_end
+        NPUGraph.replay = checked_replay
+
+    def note(self, addresses: Iterable[int]) -> None:
+        """Storages that a launch uses; kept if a graph is being captured."""
+        if self._used is not None:
+            self._used.update(addresses)
 
 
 def note(addresses: Iterable[int]) -> None:
-    """Storages that a launch uses; kept if a graph is being captured."""
-    if _used is not None:
-        _used.update(addresses)
-
-
-def install() -> None:
-    """Have torch_npu's captured graphs remember the parameters they use."""
-    from torch_npu.npu.graphs import NPUGraph
-
-    begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
-
-    def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        global _used
-        begin(self, *args, **kwargs)
-        _used = set()
-
-    def capture_end(self: Any) -> None:
-        global _used
-        used, _used = _used or set(), None
-        end(self)
-        self._cann_host_watched = watch(used)
-
-    def checked_replay(self: Any) -> None:
-        check(
-            "the captured graph",
-            getattr(self, "_cann_host_watched", ()),
-            "capture again after a weight was replaced, prepared or moved (torch._dynamo.reset() "
-            "under torch.compile), or write into it in place, with weight.copy_()",
-        )
-        replay(self)
-
-    NPUGraph.capture_begin, NPUGraph.capture_end = capture_begin, capture_end
-    NPUGraph.replay = checked_replay
+    """Storages that a launch uses; kept if this process is capturing a graph."""
+    runtime.current().watch.note(addresses)
 
 
 # ---- torchair's graphs ----

@@ -17,8 +17,6 @@ either.
 
 from __future__ import annotations
 
-import ctypes
-
 from cann_host.rules import INNER
 
 from .activations import ROUND_MODES
@@ -37,38 +35,4 @@ __all__ = [
     "Operator",
     "RefusedError",
     "Runner",
-    "install",
-    "installed",
-    "uninstall",
 ]
-
-_runner: Runner | None = None
-
-
-def install(library: ctypes.CDLL, soc: str) -> Runner:
-    """Give the library its operators.
-
-    Args:
-        library: the stand-in's.
-        soc: name of the chip that is stood in for.
-    """
-    global _runner
-    _runner = Runner(library, soc)
-    return _runner
-
-
-def installed() -> Runner:
-    """The runner of this process.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    if _runner is None:
-        raise RuntimeError("cann_host is not active in this process")
-    return _runner
-
-
-def uninstall() -> None:
-    """Take the operators away, if there are any: see `Runner.close`."""
-    if _runner is not None:
-        _runner.close()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cann_host.ops.quant import quantize_dynamically
+from cann_host.graph.ops.quant import quantize_dynamically
 from cann_host.rules import (
     A950,
     INNER,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cann_host.ops.nn import add_rms_norm, rms_norm
+from cann_host.graph.ops.nn import add_rms_norm, rms_norm
 from cann_host.rules import INVALID, TILING, RmsNormCall, check_rms_norm
 
 from .checks import compute_base_format_only, need

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cann_host import chips, executor
+from cann_host.graph.ops.quant import pack_parameters
 from cann_host.memory import FRACTAL_NZ
-from cann_host.ops.quant import pack_parameters
 from cann_host.rules import (
     ND,
     NULL_POINTER,
@@ -54,7 +54,7 @@ def _check_trans_quant_param(call: TransQuantParamArguments, soc: str) -> None:
     raise_refusal(check_trans_quant_param(given))
     found = packed_words(scale.shape, None if offset is None else offset.shape, out.shape)
     raise_refusal(found.refusal)
-    if found.overrun and executor.overruns == "refuse":
+    if found.overrun and executor.refuses_overruns():
         executor.overrun(found.overrun)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cann_host import watched
-from cann_host._callbacks import give, int64s
-from cann_host.executor import GraphError
+from cann_host.bindings import give, int64s
+from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
 from . import activations, copies, norms, quant_matmul
@@ -36,8 +36,6 @@ class Runner:
 
     def __init__(self, library: ctypes.CDLL, soc: str) -> None:
         self.library, self.soc = library, soc
-        library.cann_host_set_error.argtypes = (ctypes.c_char_p,)
-        library.cann_host_set_error.restype = None
         give(library.cann_host_set_aclnn_executor, self._run)
 
     def _run(self, name: str, phase: int, words: int, count: int) -> int:

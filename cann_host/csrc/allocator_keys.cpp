@@ -9,6 +9,8 @@
 #include <unordered_set>
 #include <vector>
 
+#include "bindings.h"
+
 namespace {
 
 using Keys = std::unordered_set<std::string>;

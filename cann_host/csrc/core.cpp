@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bindings.h"
+
 namespace cann_host {
 namespace {
 

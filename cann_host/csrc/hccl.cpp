@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 
+#include "bindings.h"
 #include "core.h"
 
 namespace {

@@ -1,6 +1,9 @@
-// What the files of libhccl share. hccl.cpp: CANN's functions and what they refuse; hccl_group.cpp:
-// the processes of a communicator and what goes between them; hccl_reduce.cpp: the arithmetic.
+// What the files of libhccl share. hccl.cpp: CANN's functions and what they refuse; hccl_call.cpp: what
+// a collective is; hccl_group.cpp: the processes of a communicator and what goes between them;
+// hccl_reduce.cpp: the arithmetic.
 #pragma once
+
+#include <poll.h>
 
 #include <array>
 #include <chrono>
@@ -8,6 +11,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mutex.h"
@@ -87,6 +91,16 @@ struct Call {
 };
 std::string Text(const Call& call);
 
+// Whether the ranks' data is reduced.
+bool Sums(const Call& call);
+// Elements a rank gives to a collective, and gets from it.
+uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks);
+uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks);
+// Where a rank's part lies among the data of all: (first element, elements) of each piece.
+std::vector<std::pair<uint64_t, uint64_t>> Pieces(const std::vector<Call>& calls, uint32_t rank);
+// How the ranks' calls differ; empty if they fit together.
+std::string Difference(const std::vector<Call>& calls);
+
 // The most elements of a call, so that the bytes of all ranks' parts are a number.
 constexpr uint64_t kMostElements = UINT64_MAX / 8 / kMostRanks;
 
@@ -103,6 +117,14 @@ int NewRoot(Root* root);
 struct Hello {
   char token[16];
   uint32_t ranks, rank;
+};
+
+// Somebody who connected and has not said yet who it is.
+struct Guest {
+  int socket;
+  Hello hello;
+  size_t bytes;  // of the hello, so far
+  std::chrono::steady_clock::time_point until;
 };
 
 // One rank's side of a communicator. The ranks are processes of one user on one machine; rank 0
@@ -133,6 +155,8 @@ class Group {
   Group(uint32_t ranks, uint32_t rank, std::string name, int timeout);
   int Host(const Root& root, Time deadline);
   int Join(const Root& root, Time deadline, int seconds);
+  int Hear(std::vector<Guest>& guests, const std::vector<pollfd>& sockets, bool is_ready,
+           const Root& root);
   int Welcome(const Hello& hello, const Root& root, int& socket);
   int Lead(const Call& call, const void* send, void* receive, Time deadline);
   int Follow(const Call& call, const void* send, void* receive, Time deadline);

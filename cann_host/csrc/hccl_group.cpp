@@ -1,7 +1,6 @@
 // The processes of a communicator, and what goes between them: a star of Unix sockets with rank 0 in
 // the middle. The addresses are abstract (no file, no network), every end must belong to the same
 // user, and the kernel closes the sockets of a process that dies, which its peers see at once.
-#include <poll.h>
 #include <pthread.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -20,65 +19,13 @@
 
 #include "core.h"
 #include "hccl.h"
+#include "hccl_io.h"
 
 namespace cann_host {
 namespace hccl {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-using Time = Clock::time_point;
-
 constexpr char kMagic[16] = "cann_host hccl1";
-
-Time After(int seconds) {
-  return seconds == 0 ? Time::max() : Clock::now() + std::chrono::seconds(seconds);
-}
-
-enum class Io { kDone, kGone, kLate };
-
-// Waits until something can be done with one of these; false when it is too late.
-bool Wait(std::vector<pollfd>& sockets, Time deadline) {
-  for (;;) {
-    int milliseconds = -1;
-    if (deadline != Time::max()) {
-      const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
-      milliseconds = static_cast<int>(std::clamp<int64_t>(left.count(), 0, 3600 * 1000));
-    }
-    const int ready = poll(sockets.data(), sockets.size(), milliseconds);
-    if (ready > 0) return true;
-    if (ready == 0 && deadline != Time::max() && Clock::now() >= deadline) return false;
-  }
-}
-
-template <typename Transfer>
-Io Move(int socket, short event, size_t bytes, Time deadline, Transfer transfer) {
-  size_t done = 0;
-  while (done < bytes) {
-    const ssize_t moved = transfer(done);
-    if (moved > 0) {
-      done += moved;
-    } else if (moved == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
-      return Io::kGone;
-    } else {
-      std::vector<pollfd> one{{socket, event, 0}};
-      if (!Wait(one, deadline)) return Io::kLate;
-    }
-  }
-  return Io::kDone;
-}
-
-Io Send(int socket, const void* data, size_t bytes, Time deadline) {
-  return Move(socket, POLLOUT, bytes, deadline, [=](size_t done) {
-    return send(socket, static_cast<const char*>(data) + done, bytes - done,
-                MSG_NOSIGNAL | MSG_DONTWAIT);
-  });
-}
-
-Io Receive(int socket, void* data, size_t bytes, Time deadline) {
-  return Move(socket, POLLIN, bytes, deadline, [=](size_t done) {
-    return recv(socket, static_cast<char*>(data) + done, bytes - done, MSG_DONTWAIT);
-  });
-}
 
 // Rank 0's answer: data follows a zero, and the reason anything else.
 struct Answer {
@@ -122,103 +69,8 @@ std::string NoSocket(int error) {
          (IsExhausted(error) ? " (ulimit -n, RLIMIT_NOFILE)" : "");
 }
 
-// Somebody who connected and has not said yet who it is.
-struct Guest {
-  int socket;
-  Hello hello;
-  size_t bytes;  // of the hello, so far
-  Time until;
-};
 // Strangers may keep so many connections open without shutting a rank out.
 constexpr size_t kMostGuests = 2 * kMostRanks;
-
-bool Sums(const Call& call) {
-  return call.kind == Kind::kAllReduce || call.kind == Kind::kReduce ||
-         call.kind == Kind::kReduceScatter;
-}
-
-uint64_t Total(const std::array<uint64_t, kMostRanks>& counts, uint32_t first) {
-  return std::accumulate(counts.begin(), counts.begin() + first, uint64_t{0});
-}
-
-// Elements a rank gives to a collective, and gets from it.
-uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks) {
-  switch (call.kind) {
-    case Kind::kAllReduce:
-    case Kind::kReduce:
-    case Kind::kAllGather: return call.count;
-    case Kind::kReduceScatter: return call.count * ranks;
-    case Kind::kSend:
-    case Kind::kBroadcast: return rank == call.root ? call.count : 0;
-    case Kind::kScatter: return rank == call.root ? call.count * ranks : 0;
-    case Kind::kAllToAll: return Total(call.sends, ranks);
-    default: return 0;
-  }
-}
-
-uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks) {
-  switch (call.kind) {
-    case Kind::kAllReduce:
-    case Kind::kReduceScatter:
-    case Kind::kScatter: return call.count;
-    case Kind::kReduce: return rank == call.root ? call.count : 0;
-    case Kind::kSend:
-    case Kind::kBroadcast: return rank == call.root ? 0 : call.count;
-    case Kind::kAllGather: return call.count * ranks;
-    case Kind::kAllToAll: return Total(call.receives, ranks);
-    default: return 0;
-  }
-}
-
-// Where a rank's part lies among the data of all: (first element, elements) of each piece.
-std::vector<std::pair<uint64_t, uint64_t>> Pieces(const std::vector<Call>& calls, uint32_t rank) {
-  const Call& call = calls[rank];
-  const auto ranks = static_cast<uint32_t>(calls.size());
-  if (call.kind == Kind::kReduceScatter || call.kind == Kind::kScatter) {
-    return {{call.count * rank, call.count}};
-  }
-  if (call.kind != Kind::kAllToAll) return {{0, Gets(call, rank, ranks)}};
-  std::vector<std::pair<uint64_t, uint64_t>> pieces;
-  uint64_t first = 0;
-  for (const Call& from : calls) {
-    pieces.push_back({first + Total(from.sends, rank), from.sends[rank]});
-    first += Total(from.sends, ranks);
-  }
-  return pieces;
-}
-
-bool IsSame(const Call& a, const Call& b) {
-  return a.kind == b.kind && a.dtype == b.dtype && a.op == b.op && a.root == b.root &&
-         a.count == b.count;
-}
-
-bool IsTooLarge(const Call& call) {
-  const auto is_large = [](uint64_t count) { return count > kMostElements; };
-  return is_large(call.count) || std::any_of(call.sends.begin(), call.sends.end(), is_large) ||
-         std::any_of(call.receives.begin(), call.receives.end(), is_large);
-}
-
-// How the calls differ; empty if they fit together.
-std::string Difference(const std::vector<Call>& calls) {
-  for (size_t rank = 1; rank < calls.size(); ++rank) {
-    if (IsTooLarge(calls[rank])) return "rank " + std::to_string(rank) + " has counts that are none";
-    if (!IsSame(calls[0], calls[rank])) {
-      return "rank 0 calls " + Text(calls[0]) + ", rank " + std::to_string(rank) + " " +
-             Text(calls[rank]);
-    }
-  }
-  if (calls[0].kind != Kind::kAllToAll) return "";
-  for (size_t from = 0; from < calls.size(); ++from) {
-    for (size_t to = 0; to < calls.size(); ++to) {
-      const uint64_t given = calls[from].sends[to], taken = calls[to].receives[from];
-      if (given == taken) continue;
-      return "in " + Text(calls[0]) + " rank " + std::to_string(from) + " sends " +
-             std::to_string(given) + " elements to rank " + std::to_string(to) +
-             ", which expects " + std::to_string(taken);
-    }
-  }
-  return "";
-}
 
 // "rank 1" or "ranks 1, 3"
 std::string Ranks(const std::vector<uint32_t>& ranks) {
@@ -237,23 +89,6 @@ std::string Late(const std::string& who, int seconds) {
 }
 
 }  // namespace
-
-std::string Text(const Call& call) {
-  static const char* const names[] = {"HcclAllReduce", "HcclReduce",  "HcclReduceScatter",
-                                      "HcclAllGather", "HcclBroadcast", "HcclScatter",
-                                      "HcclAlltoAll",  "HcclSend and HcclRecv", "HcclBarrier"};
-  std::string text = names[static_cast<int>(call.kind)];
-  if (call.kind == Kind::kBarrier) return text;
-  text += "(";
-  if (call.kind != Kind::kAllToAll) text += std::to_string(call.count) + " ";
-  text += Name(call.dtype);
-  if (Sums(call)) text += std::string(", ") + OpName(call.op);
-  if (call.kind == Kind::kReduce || call.kind == Kind::kBroadcast || call.kind == Kind::kScatter ||
-      call.kind == Kind::kSend) {
-    text += (call.kind == Kind::kSend ? ", from rank " : ", root ") + std::to_string(call.root);
-  }
-  return text + ")";
-}
 
 int NewRoot(Root* root) {
   *root = {};
@@ -385,25 +220,7 @@ int Group::Host(const Root& root, Time deadline) {
       return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Ranks(missing) +
                                " did not connect in time (HCCL_CONNECT_TIMEOUT)");
     }
-    std::vector<Guest> still;
-    for (size_t i = 0; i < guests.size(); ++i) {
-      Guest guest = guests[i];
-      bool stays = Clock::now() < guest.until;
-      if (is_ready && sockets[i + 1].revents != 0) {
-        const ssize_t got = recv(guest.socket, reinterpret_cast<char*>(&guest.hello) + guest.bytes,
-                                 sizeof(guest.hello) - guest.bytes, MSG_DONTWAIT);
-        stays = got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
-        if (got > 0) guest.bytes += got;
-      }
-      if (!stays) {
-        Close(guest.socket);
-      } else if (guest.bytes < sizeof(guest.hello)) {
-        still.push_back(guest);
-      } else if (const int code = Welcome(guest.hello, root, guest.socket)) {
-        return code;
-      }
-    }
-    guests = std::move(still);
+    if (const int code = Hear(guests, sockets, is_ready, root)) return code;
     if (!is_ready || sockets[0].revents == 0) continue;
     int error = 0;
     int socket = Open([&] {
@@ -430,6 +247,31 @@ int Group::Host(const Root& root, Time deadline) {
       return End(kRemote, "[EI0006] HcclCommInitRootInfo: " + Gone(Ranks({rank})));
     }
   }
+  return kOk;
+}
+
+// Reads what guests have said so far, and lets those who are ranks in. The first socket is no guest's.
+int Group::Hear(std::vector<Guest>& guests, const std::vector<pollfd>& sockets, bool is_ready,
+                const Root& root) {
+  std::vector<Guest> still;
+  for (size_t i = 0; i < guests.size(); ++i) {
+    Guest guest = guests[i];
+    bool stays = Clock::now() < guest.until;
+    if (is_ready && sockets[i + 1].revents != 0) {
+      const ssize_t got = recv(guest.socket, reinterpret_cast<char*>(&guest.hello) + guest.bytes,
+                               sizeof(guest.hello) - guest.bytes, MSG_DONTWAIT);
+      stays = got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
+      if (got > 0) guest.bytes += got;
+    }
+    if (!stays) {
+      Close(guest.socket);
+    } else if (guest.bytes < sizeof(guest.hello)) {
+      still.push_back(guest);
+    } else if (const int code = Welcome(guest.hello, root, guest.socket)) {
+      return code;
+    }
+  }
+  guests = std::move(still);
   return kOk;
 }
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 
+#include "bindings.h"
 #include "core.h"
 #include "python.h"
 

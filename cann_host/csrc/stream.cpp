@@ -1,4 +1,5 @@
-// libascendcl: streams, events and captured graphs.
+// libascendcl: streams, and who does the work that is launched on them. Events are in event.cpp,
+// captured graphs in capture.cpp.
 //
 // Work is done by the thread that launches it, before the launch returns: every order a program may
 // ask for is kept, and a failure shows where it is made. With late streams (CANN_HOST_STREAMS=late)
@@ -9,99 +10,42 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <deque>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <new>
-#include <set>
 #include <utility>
-#include <vector>
 
-#include "core.h"
+#include "bindings.h"
 #include "python.h"
+#include "stream.h"
 
 namespace cann_host {
-namespace {
 
-using Clock = std::chrono::steady_clock;
-
-struct StreamState;
-
-struct EventState {
-  Clock::time_point time;
-  uint64_t recorded = 0;  // how often a record was asked for
-  uint64_t done = 0;      // the last of them that was carried out
-  bool captured = false;  // the last record is part of the graph that is being captured
-  std::weak_ptr<StreamState> stream;  // where it was recorded
-};
-
-// One piece of work: a task, or the record of an event, or the wait for one.
-struct Item {
-  Task task;
-  std::shared_ptr<EventState> event;
-  uint64_t number = 0;  // the record, of the event's
-  bool waits = false;
-};
-
-constexpr int kLostInFork = -1;  // no code of CANN's
-
-struct StreamState {
-  int32_t id = 0;
-  int device = 0;
-  uint32_t overflow_switch = 0;
-  std::deque<Item> queue;
-  // Of a task since somebody last waited; what follows it is dropped, as on a device.
-  std::atomic<int> failure{0};
-};
-
-struct Captured {
-  std::vector<Task> tasks;
-};
-
-// Work of Python's in a captured graph goes by its number. That it can go with the graph is noted
-// here and not told at once: whoever destroys a graph may hold locks that Python's threads wait for.
-PythonFunction replay_in_python;
-struct Ended {
-  Mutex mutex;
-  std::vector<int64_t> numbers;
-};
-Ended& ended = *new Ended;  // leaked: see core.cpp
-
-struct Recorded {
-  const int64_t number;
-  explicit Recorded(int64_t of) : number(of) {}
-  Recorded(const Recorded&) = delete;
-  ~Recorded() {
-    const Lock lock(ended.mutex);
-    ended.numbers.push_back(number);
-  }
-};
-
-// Leaked: see core.cpp.
-struct State {
-  std::recursive_mutex work;  // whoever does late work holds it
-  Mutex mutex;                // of everything below, for moments only
-  std::map<void*, std::shared_ptr<StreamState>> streams;
-  std::map<int, std::shared_ptr<StreamState>> defaults;   // by device: the stream that null means
-  std::map<void*, std::shared_ptr<EventState>> events;
-  int32_t next_id = 0;
-  std::shared_ptr<EventState> last_turn;  // of OnStreamInTurn
-  std::vector<StreamState*> doing;  // those a task of which is being done late
-  std::unique_ptr<Captured> graph;  // one capture at a time
-  std::set<StreamState*> capturing;
-  std::map<void*, std::shared_ptr<const Captured>> graphs;  // finished ones
-};
-
-State& GetState() {
-  static State* state = new State;
+StreamsState& GetStreams() {
+  static StreamsState* state = new StreamsState;
   return *state;
 }
-[[maybe_unused]] State& made = GetState();
+[[maybe_unused]] static StreamsState& made = GetStreams();
 
-std::atomic<bool> is_capturing{false};
+std::shared_ptr<StreamState> FindStream(void* handle) {
+  StreamsState& state = GetStreams();
+  if (handle == nullptr) {
+    auto& found = state.defaults[CurrentDevice()];
+    if (!found) {
+      found = std::make_shared<StreamState>();
+      found->id = -1;
+      found->device = CurrentDevice();
+    }
+    return found;
+  }
+  const auto found = state.streams.find(handle);
+  return found == state.streams.end() ? nullptr : found->second;
+}
+
+int NoStream(const char* symbol, void* handle) {
+  return Fail(kInvalidParam, "%s: %p is no stream", symbol, handle);
+}
+
+namespace {
+
 // Work was launched by a thread that Python does not know, and from then on all work waits.
 std::atomic<bool> has_task_queue{false};
 // The interpreter is about to go, and with it threads that may hold the work's lock: nothing is done
@@ -113,7 +57,7 @@ std::atomic<bool> is_leaving{false};
 class WorkLock {
  public:
   WorkLock() : locked_(!is_leaving) {
-    auto& work = GetState().work;
+    auto& work = GetStreams().work;
     if (!locked_ || work.try_lock()) return;
     static const auto save = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
     static const auto restore =
@@ -128,7 +72,7 @@ class WorkLock {
     }
   }
   ~WorkLock() {
-    if (locked_) GetState().work.unlock();
+    if (locked_) GetStreams().work.unlock();
   }
   WorkLock(const WorkLock&) = delete;
 
@@ -136,39 +80,10 @@ class WorkLock {
   const bool locked_;
 };
 
-// Null for a handle that no stream has. Wants the lock.
-std::shared_ptr<StreamState> FindStream(void* handle) {
-  State& state = GetState();
-  if (handle == nullptr) {
-    auto& found = state.defaults[CurrentDevice()];
-    if (!found) {
-      found = std::make_shared<StreamState>();
-      found->id = -1;
-      found->device = CurrentDevice();
-    }
-    return found;
-  }
-  const auto found = state.streams.find(handle);
-  return found == state.streams.end() ? nullptr : found->second;
-}
-
-std::shared_ptr<EventState> FindEvent(void* handle) {
-  const auto found = GetState().events.find(handle);
-  return found == GetState().events.end() ? nullptr : found->second;
-}
-
-int NoStream(const char* symbol, void* handle) {
-  return Fail(kInvalidParam, "%s: %p is no stream", symbol, handle);
-}
-
-int NoEvent(const char* symbol, void* handle) {
-  return Fail(kInvalidParam, "%s: %p is no event", symbol, handle);
-}
-
 // Does the work the stream has now, up to a record of an event if one is given. What other threads add
 // meanwhile is not waited for.
 void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   size_t left = SIZE_MAX;
   while (!is_leaving) {
     Item item;
@@ -211,7 +126,7 @@ int Finish(const std::shared_ptr<StreamState>& stream) {
 
 // Those of a device, or all for -1.
 std::vector<std::shared_ptr<StreamState>> Streams(int device) {
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
   std::vector<std::shared_ptr<StreamState>> found;
   for (const auto& [handle, stream] : state.streams) {
@@ -244,7 +159,7 @@ int Captures(const char* symbol) {
 int NewStream(const char* symbol, void** out) {
   if (out == nullptr) return Fail(kInvalidParam, "%s: no place for the stream", symbol);
   auto stream = std::make_shared<StreamState>();
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
   stream->id = state.next_id++;
   stream->device = CurrentDevice();
@@ -256,7 +171,7 @@ int NewStream(const char* symbol, void** out) {
 int EndStream(const char* symbol, void* handle) {
   if (handle == nullptr) return NoStream(symbol, handle);
   const int code = FinishStream(symbol, handle);
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
   state.streams.erase(handle);
   return code;
@@ -265,7 +180,7 @@ int EndStream(const char* symbol, void* handle) {
 // A fork while another thread does late work leaves that work undone in the child.
 struct WorkAtFork {
   static void Child() {
-    State& state = GetState();
+    StreamsState& state = GetStreams();
     new (&state.work) std::recursive_mutex;
     for (StreamState* stream : state.doing) stream->failure = kLostInFork;
     state.doing.clear();
@@ -274,48 +189,17 @@ struct WorkAtFork {
 };
 const WorkAtFork work_at_fork;
 
-int NewEvent(const char* symbol, void** out) {
-  if (out == nullptr) return Fail(kInvalidParam, "%s: no place for the event", symbol);
-  auto event = std::make_shared<EventState>();
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  *out = event.get();
-  state.events[*out] = std::move(event);
-  return kSuccess;
-}
-
-// The work before the last record of an event, done; null, with the reason kept, if it is none.
-std::shared_ptr<EventState> FinishEvent(const char* symbol, void* handle, bool* was_done) {
-  if (QueueFailure(symbol)) return nullptr;
-  State& state = GetState();
-  std::shared_ptr<EventState> event;
-  std::shared_ptr<StreamState> stream;
-  uint64_t number = 0;
-  {
-    const Lock lock(state.mutex);
-    event = FindEvent(handle);
-    if (!event) {
-      NoEvent(symbol, handle);
-      return nullptr;
-    }
-    number = event->recorded;
-    *was_done = event->done >= number;
-    if (*was_done) return event;
-    stream = event->stream.lock();
-  }
-  if (stream) {
-    const WorkLock lock;
-    Work(stream, event.get(), number);
-  }
-  return event;
-}
-
 }  // namespace
+
+void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
+  const WorkLock lock;
+  Work(stream, until, number);
+}
 
 bool IsLate() { return GetOptions().late_streams || has_task_queue; }
 
 int OnStream(const char* symbol, void* handle, Task task) {
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   if (!IsLate() && GetPython() != nullptr && !IsPythonThread()) has_task_queue = true;
   {
     const Lock lock(state.mutex);
@@ -334,7 +218,7 @@ int OnStream(const char* symbol, void* handle, Task task) {
 }
 
 int OnStreamInTurn(const char* symbol, void* handle, Task task) {
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   {
     const Lock lock(state.mutex);
     const auto stream = FindStream(handle);
@@ -354,7 +238,7 @@ int OnStreamInTurn(const char* symbol, void* handle, Task task) {
 
 int FinishStream(const char* symbol, void* handle) {
   if (const int code = QueueFailure(symbol)) return code;
-  State& state = GetState();
+  StreamsState& state = GetStreams();
   std::shared_ptr<StreamState> stream;
   {
     const Lock lock(state.mutex);
@@ -421,7 +305,7 @@ int aclrtStreamQuery(void* handle, int* status) {
   CANN_HOST_NEEDS(aclrtStreamQuery, status);
   bool idle = false;
   {
-    const Lock lock(GetState().mutex);
+    const Lock lock(GetStreams().mutex);
     const auto stream = FindStream(handle);
     if (!stream) return NoStream("aclrtStreamQuery", handle);
     idle = stream->queue.empty();
@@ -433,7 +317,7 @@ int aclrtStreamQuery(void* handle, int* status) {
 int aclrtStreamGetId(void* handle, int32_t* id) {
   CANN_HOST_CALL(aclrtStreamGetId);
   CANN_HOST_NEEDS(aclrtStreamGetId, id);
-  const Lock lock(GetState().mutex);
+  const Lock lock(GetStreams().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtStreamGetId", handle);
   *id = stream->id;
@@ -448,7 +332,7 @@ int aclrtSetStreamFailureMode(void*, uint64_t) {
 
 int aclrtSetStreamOverflowSwitch(void* handle, uint32_t flag) {
   CANN_HOST_CALL(aclrtSetStreamOverflowSwitch);
-  const Lock lock(GetState().mutex);
+  const Lock lock(GetStreams().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtSetStreamOverflowSwitch", handle);
   stream->overflow_switch = flag;
@@ -458,242 +342,15 @@ int aclrtSetStreamOverflowSwitch(void* handle, uint32_t flag) {
 int aclrtGetStreamOverflowSwitch(void* handle, uint32_t* flag) {
   CANN_HOST_CALL(aclrtGetStreamOverflowSwitch);
   CANN_HOST_NEEDS(aclrtGetStreamOverflowSwitch, flag);
-  const Lock lock(GetState().mutex);
+  const Lock lock(GetStreams().mutex);
   const auto stream = FindStream(handle);
   if (!stream) return NoStream("aclrtGetStreamOverflowSwitch", handle);
   *flag = stream->overflow_switch;
   return kSuccess;
 }
 
-#undef GROUP
-#define GROUP "Events"
-
-int aclrtCreateEventWithFlag(void** event, uint32_t) {
-  CANN_HOST_CALL(aclrtCreateEventWithFlag);
-  return NewEvent("aclrtCreateEventWithFlag", event);
-}
-int aclrtCreateEventExWithFlag(void** event, uint32_t) {
-  CANN_HOST_CALL(aclrtCreateEventExWithFlag);
-  return NewEvent("aclrtCreateEventExWithFlag", event);
-}
-
-int aclrtDestroyEvent(void* event) {
-  CANN_HOST_CALL(aclrtDestroyEvent);
-  const Lock lock(GetState().mutex);
-  return GetState().events.erase(event) ? +kSuccess : NoEvent("aclrtDestroyEvent", event);
-}
-
-int aclrtRecordEvent(void* handle, void* on) {
-  CANN_HOST_CALL(aclrtRecordEvent);
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  const auto event = FindEvent(handle);
-  const auto stream = FindStream(on);
-  if (!event) return NoEvent("aclrtRecordEvent", handle);
-  if (!stream) return NoStream("aclrtRecordEvent", on);
-  // In a capture it marks a place in the graph, not in time.
-  event->captured = state.capturing.count(stream.get()) != 0;
-  if (event->captured) return kSuccess;
-  event->stream = stream;
-  const uint64_t number = ++event->recorded;
-  if (IsLate()) {
-    stream->queue.push_back({nullptr, event, number, false});
-  } else {
-    event->time = Clock::now();
-    event->done = number;
-  }
-  return kSuccess;
-}
-
-int aclrtResetEvent(void* handle, void*) {
-  CANN_HOST_CALL(aclrtResetEvent);
-  const Lock lock(GetState().mutex);
-  const auto event = FindEvent(handle);
-  if (!event) return NoEvent("aclrtResetEvent", handle);
-  event->recorded = event->done = 0;
-  return kSuccess;
-}
-
-// An event that was never recorded is complete, as in CANN. See aclrtStreamQuery for the others.
-int aclrtQueryEventStatus(void* event, int* status) {
-  CANN_HOST_CALL(aclrtQueryEventStatus);
-  CANN_HOST_NEEDS(aclrtQueryEventStatus, status);
-  bool done = false;
-  if (!FinishEvent("aclrtQueryEventStatus", event, &done)) return kInvalidParam;
-  *status = done ? 1 : 0;  // ACL_EVENT_RECORDED_STATUS_COMPLETE, _NOT_READY
-  return kSuccess;
-}
-
-int aclrtQueryEventWaitStatus(void* event, int* status) {
-  CANN_HOST_CALL(aclrtQueryEventWaitStatus);
-  CANN_HOST_NEEDS(aclrtQueryEventWaitStatus, status);
-  bool done = false;
-  if (!FinishEvent("aclrtQueryEventWaitStatus", event, &done)) return kInvalidParam;
-  *status = done ? 0 : 1;  // ACL_EVENT_WAIT_STATUS_COMPLETE, _NOT_READY
-  return kSuccess;
-}
-
-int aclrtSynchronizeEvent(void* event) {
-  CANN_HOST_CALL(aclrtSynchronizeEvent);
-  bool done = false;
-  return FinishEvent("aclrtSynchronizeEvent", event, &done) ? kSuccess : kInvalidParam;
-}
-
-int aclrtStreamWaitEvent(void* on, void* handle) {
-  CANN_HOST_CALL(aclrtStreamWaitEvent);
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  const auto event = FindEvent(handle);
-  const auto stream = FindStream(on);
-  if (!event) return NoEvent("aclrtStreamWaitEvent", handle);
-  if (!stream) return NoStream("aclrtStreamWaitEvent", on);
-  if (state.graph && event->captured) {
-    state.capturing.insert(stream.get());  // work that follows captured work is captured too
-  } else if (IsLate() && event->done < event->recorded) {
-    stream->queue.push_back({nullptr, event, event->recorded, true});
-  }
-  return kSuccess;
-}
-
-int aclrtEventElapsedTime(float* milliseconds, void* start, void* end) {
-  CANN_HOST_CALL(aclrtEventElapsedTime);
-  CANN_HOST_NEEDS(aclrtEventElapsedTime, milliseconds);
-  const Lock lock(GetState().mutex);
-  const auto first = FindEvent(start);
-  const auto last = FindEvent(end);
-  if (!first || !last) return NoEvent("aclrtEventElapsedTime", first ? end : start);
-  if (!first->done || !last->done || first->done < first->recorded ||
-      last->done < last->recorded) {
-    return Fail(kInvalidParam, "aclrtEventElapsedTime: an event was not recorded, or is not done");
-  }
-  *milliseconds = std::chrono::duration<float, std::milli>(last->time - first->time).count();
-  return kSuccess;
-}
-
-int aclrtEventGetTimestamp(void* handle, uint64_t* timestamp) {
-  CANN_HOST_CALL(aclrtEventGetTimestamp);
-  CANN_HOST_NEEDS(aclrtEventGetTimestamp, timestamp);
-  const Lock lock(GetState().mutex);
-  const auto event = FindEvent(handle);
-  if (!event) return NoEvent("aclrtEventGetTimestamp", handle);
-  *timestamp = std::chrono::duration_cast<std::chrono::microseconds>(event->time.time_since_epoch())
-                   .count();
-  return kSuccess;
-}
-
-#undef GROUP
-#define GROUP "Captured graphs"
-
-int aclmdlRICaptureBegin(void* handle, int) {
-  CANN_HOST_CALL(aclmdlRICaptureBegin);
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  const auto stream = FindStream(handle);
-  if (!stream) return NoStream("aclmdlRICaptureBegin", handle);
-  if (state.graph) {
-    return Fail(kFailure, "aclmdlRICaptureBegin: cann_host captures one graph at a time");
-  }
-  state.graph = std::make_unique<Captured>();
-  state.capturing = {stream.get()};
-  is_capturing = true;
-  return kSuccess;
-}
-
-int aclmdlRICaptureGetInfo(void* handle, int* status, void** model) {
-  CANN_HOST_CALL(aclmdlRICaptureGetInfo);
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  const auto stream = FindStream(handle);
-  if (!stream) return NoStream("aclmdlRICaptureGetInfo", handle);
-  const bool active = state.capturing.count(stream.get()) != 0;
-  if (status != nullptr) *status = active ? 1 : 0;
-  if (model != nullptr) *model = active ? state.graph.get() : nullptr;
-  return kSuccess;
-}
-
-int aclmdlRICaptureEnd(void* handle, void** model) {
-  CANN_HOST_CALL(aclmdlRICaptureEnd);
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  const auto stream = FindStream(handle);
-  if (model == nullptr || !stream || !state.capturing.count(stream.get())) {
-    return Fail(kInvalidParam, "aclmdlRICaptureEnd: no capture was begun on this stream");
-  }
-  *model = state.graph.get();
-  state.graphs[*model] = std::move(state.graph);
-  state.capturing.clear();
-  is_capturing = false;
-  return kSuccess;
-}
-
-int aclmdlRICaptureThreadExchangeMode(int*) {
-  CANN_HOST_CALL(aclmdlRICaptureThreadExchangeMode);
-  return kSuccess;
-}
-
-int aclmdlRIExecuteAsync(void* model, void* stream) {
-  CANN_HOST_CALL(aclmdlRIExecuteAsync);
-  std::shared_ptr<const Captured> graph;
-  {
-    const Lock lock(GetState().mutex);
-    const auto found = GetState().graphs.find(model);
-    if (found == GetState().graphs.end()) {
-      return Fail(kInvalidParam, "aclmdlRIExecuteAsync: %p is no captured graph", model);
-    }
-    graph = found->second;
-  }
-  return OnStream("aclmdlRIExecuteAsync", stream, [graph] {
-    for (const auto& task : graph->tasks) {
-      if (const int code = task()) return code;
-    }
-    return +kSuccess;
-  });
-}
-
-int aclmdlRIDestroy(void* model) {
-  CANN_HOST_CALL(aclmdlRIDestroy);
-  const Lock lock(GetState().mutex);
-  if (GetState().graphs.erase(model)) return kSuccess;
-  return Fail(kInvalidParam, "aclmdlRIDestroy: %p is no captured graph", model);
-}
-
-// A hint to keep operator descriptions for later updates, which there are none of here.
-int aclrtSetStreamAttribute(void*, int, void*) {
-  CANN_HOST_CALL(aclrtSetStreamAttribute);
-  return kSuccess;
-}
-
 void cann_host_leave() { is_leaving = true; }
 
 int cann_host_has_task_queue() { return has_task_queue ? 1 : 0; }
-
-// Whether a capture is on, on whatever stream.
-int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
-
-// Whether it is on this stream.
-int cann_host_captures(void* handle) {
-  State& state = GetState();
-  const Lock lock(state.mutex);
-  return state.graph && state.capturing.count(FindStream(handle).get()) ? 1 : 0;
-}
-
-// Python's side of replays: a function of the number; null when the interpreter is about to end.
-void cann_host_set_replay(void* replay) { replay_in_python.Set(replay); }
-
-// Adds work of Python's to what the stream captures: at each replay it is asked for by its number.
-int cann_host_record(void* stream, int64_t number) {
-  return OnStream("cann_host_record", stream, [work = std::make_shared<Recorded>(number)] {
-    return replay_in_python.Call("replay", kFailure, "(L)", static_cast<long long>(work->number));
-  });
-}
-
-// A number that no graph has any more, -1 if there is none.
-int64_t cann_host_next_ended() {
-  const Lock lock(ended.mutex);
-  if (ended.numbers.empty()) return -1;
-  const int64_t number = ended.numbers.back();
-  ended.numbers.pop_back();
-  return number;
-}
 
 }  // extern "C"

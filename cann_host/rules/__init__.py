@@ -23,7 +23,7 @@ code. A call that CANN takes, but whose kernel then reads beside its inputs, or 
 does not compute, is refused in cann_host's own name, without a code.
 
 Sources: the public repository hicann/ops-nn, for each operator its definition, tiling, InferShape
-and the checks of its aclnn functions; the files are named in each module. tests/support/cann_tables.py
+and the checks of its aclnn functions; each module names its files. tests/support/cann_tables.py
 compares the rules with CANN's public tests.
 """
 

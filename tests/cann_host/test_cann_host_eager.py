@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 import cann_host
-from cann_host import aclnn, executor
+from cann_host import runtime
+from cann_host.graph import executor
+from cann_host.options import Options
 from lq_graph.backends.npu import cast_format
 from support import golden
 
@@ -60,7 +62,7 @@ ARITHMETIC = {A2: "multiply", A950: "divide", P310: "half"}
 
 def pretend(monkeypatch: pytest.MonkeyPatch, soc: str) -> None:
     """Let the operators, not torch_npu, be those of another chip."""
-    monkeypatch.setattr(aclnn.installed(), "soc", soc)
+    monkeypatch.setattr(runtime.current().operators, "soc", soc)
     monkeypatch.setattr(executor, "soc_name", lambda: soc)
 
 
@@ -464,7 +466,7 @@ def test_words_past_an_eager_result(soc: str, monkeypatch: pytest.MonkeyPatch) -
     ):
         got = torch_npu.npu_trans_quant_param(s.npu(), o.npu())
     assert_same(got, golden.trans_quant_param(as_numpy(s), as_numpy(o[:1]).reshape(1, 1)))
-    monkeypatch.setattr(executor, "overruns", "refuse")
+    monkeypatch.setattr(runtime.current(), "options", Options.of(overruns="refuse"))
     with refused("(?s)7 words.*refused by cann_host's option overruns"):
         torch_npu.npu_trans_quant_param(s.npu(), o.npu())
 

@@ -16,12 +16,16 @@ import torch_npu
 import torchair
 from torch_npu.contrib.module import LinearQuant
 
-import cann_host.executor as executor
-import cann_host.ge as ge
+import cann_host
 import lq_graph
+from cann_host import runtime
+from cann_host.graph import compiler, executor
+from cann_host.options import Options
 from support import golden
 
-pytestmark = pytest.mark.skipif(not ge.is_installed(), reason="needs cann_host in place of CANN")
+pytestmark = pytest.mark.skipif(
+    not cann_host.is_active(), reason="needs cann_host in place of CANN"
+)
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 DYNAMIC = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -299,7 +303,7 @@ def test_lq_graph_makes_a_word_for_each_offset(
 
 
 def test_overruns_are_refused_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "overruns", "refuse")
+    monkeypatch.setattr(runtime.current(), "options", Options.of(overruns="refuse"))
     layer = vendor_layer(64, 32, offset=True, scalar=True)
     layer.offset.data = torch.randint(-60, 60, (32,)).float().npu()
     with pytest.raises(RuntimeError, match="refused by cann_host's option overruns") as refusal:
@@ -368,14 +372,14 @@ def test_many_graphs_on_many_threads() -> None:
 
 def test_plans_go_with_their_graphs() -> None:
     gc.collect()
-    before = ge.live_plans()
+    before = runtime.current().graphs.live_graphs
     run = compiled(lambda x: x * 3 - 1)
     run(torch.ones(3).npu())
-    assert ge.live_plans() == before + 1
+    assert runtime.current().graphs.live_graphs == before + 1
     del run
     torch._dynamo.reset()
     gc.collect()
-    assert ge.live_plans() == before
+    assert runtime.current().graphs.live_graphs == before
 
 
 def test_default_device_does_not_leak_into_the_executor() -> None:
@@ -408,7 +412,7 @@ def test_unknown_attribute_is_refused() -> None:
     node.attr["slope"].f = 0.5
     graph.op.add(name="out", type="NetOutput", input=["r:0"]).input_desc.add()
     with pytest.raises(executor.GraphError, match=r"node r \(Relu\): attribute slope"):
-        ge.compile_graph(model.SerializeToString())
+        compiler.compile_graph(model.SerializeToString())
 
 
 def test_missing_producer_is_refused() -> None:
@@ -420,4 +424,4 @@ def test_missing_producer_is_refused() -> None:
     node.input_desc.add(name="x")
     graph.op.add(name="out", type="NetOutput", input=["r:0"]).input_desc.add()
     with pytest.raises(executor.GraphError, match="inputs of r are never computed"):
-        ge.compile_graph(model.SerializeToString())
+        compiler.compile_graph(model.SerializeToString())

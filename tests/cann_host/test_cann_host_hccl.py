@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cann_host
-from cann_host import executor
+from cann_host import runtime
 from support.compiler import COMPILER, needs_compiler, torch_npu_include
 from support.ranks import assert_right, launch
 
@@ -77,7 +77,7 @@ FLOAT32, SUM = 4, 0
 
 @pytest.fixture(scope="module")
 def hccl() -> ctypes.CDLL:
-    return executor.native()
+    return runtime.current().library
 
 
 @pytest.fixture
@@ -135,8 +135,9 @@ def test_dtypes_by_chip(soc: str, tmp_path) -> None:
 
     script = """
         import ctypes, torch
-        from cann_host import executor
-        lib, root, comm = executor.native(), ctypes.create_string_buffer(4108), ctypes.c_void_p()
+        from cann_host import runtime
+        lib = runtime.current().library
+        root, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
         lib.HcclGetRootInfo(root)
         lib.HcclCommInitRootInfo(1, root, 0, ctypes.byref(comm))
         x = torch.zeros(8, dtype=torch.int64).npu()
@@ -344,8 +345,8 @@ def test_another_users_connections_keep_no_rank_out(hccl) -> None:
 
 PAIR = """
     import ctypes, os, resource, time, torch
-    from cann_host import executor
-    lib = executor.native()
+    from cann_host import runtime
+    lib = runtime.current().library
     torch.zeros(1, device="npu")
     root, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
     lib.HcclGetRootInfo(root)

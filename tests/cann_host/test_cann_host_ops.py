@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from cann_host import executor, ops  # noqa: F401 - ops registers the operators
-from cann_host.executor import GraphError, Int4, find_op, run_op
-from cann_host.ops import quant
+from cann_host import runtime
+from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
+from cann_host.graph.executor import GraphError, Int4, find_op, run_op
+from cann_host.graph.ops import quant
+from cann_host.options import Options
 from lq_graph import kernels
 from support import golden
 
@@ -631,7 +633,7 @@ def test_words_past_the_declared_shape(soc: str, scale, offset, monkeypatch) -> 
         words = trans_quant_param(scale, offset)
     first = golden.trans_quant_param(scale.reshape(-1)[:1], offset.reshape(-1)[:1])
     np.testing.assert_array_equal(words.reshape(-1).numpy(), first)
-    monkeypatch.setattr(executor, "overruns", "refuse")
+    monkeypatch.setattr(runtime.current(), "options", Options.of(overruns="refuse"))
     with pytest.raises(GraphError, match="refused by cann_host's option overruns") as refusal:
         trans_quant_param(scale, offset)
     assert "CANN error" not in str(refusal.value)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import cann_host
-from cann_host import executor, surface
+from cann_host import surface
+from cann_host.graph import executor
 from cann_host.options import VARIABLES
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cann_host.executor import GraphError, find_op, run_op
+from cann_host.graph.executor import GraphError, find_op, run_op
 from cann_host.rules import (
     KERNELS,
     ND,

@@ -339,12 +339,13 @@ def test_ordinary_operators_are_captured(streams: str, tmp_path) -> None:
             for a, b in zip(got + on_npu, want + on_cpu, strict=True):
                 assert a.dtype == b.dtype
                 torch.testing.assert_close(a.cpu(), b)
-        from cann_host import captured
-        held = len(captured._works)
+        from cann_host import runtime
+        captures = runtime.current().captures
+        held = len(captures.works)
         del graph
         with torch.npu.graph(torch.npu.NPUGraph()):
             on_npu[0].abs()
-        print(held > 10, len(captured._works) <= 1)
+        print(held > 10, len(captures.works) <= 1)
     """
     assert run(tmp_path, script, "--streams", streams) == "True True\n"
 
@@ -538,7 +539,9 @@ def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
     script = f"""
         import os, signal, torch, torchair
         from dataclasses import replace
-        from cann_host import aclnn, captured, ge
+        from cann_host import aclnn, runtime
+        from cann_host.graph import engine
+        captures = runtime.current().captures
         def ends(*_):
             raise SystemExit(3)
         def late(*_):
@@ -564,8 +567,8 @@ def test_an_interrupt_is_the_programs_and_the_work_is_done(tmp_path) -> None:
             return hooked
         copy = aclnn.OPERATORS["aclnnInplaceCopy"]
         aclnn.OPERATORS["aclnnInplaceCopy"] = replace(copy, compute=hook(copy.compute))
-        ge._read = hook(ge._read)
-        captured._works.update((n, hook(work)) for n, work in list(captured._works.items()))
+        engine._read = hook(engine._read)
+        captures.works.update((n, hook(work)) for n, work in list(captures.works.items()))
         for name, call in {CALLED!r}.items():
             for what, _ in {INTERRUPTED!r}:
                 for repeat in range(3):
@@ -666,7 +669,7 @@ TURNS = """
 """
 BUSY = """
     import ctypes, os, select, sys, torch, cann_host
-    lib = cann_host._library
+    lib = cann_host.runtime.current().library
     turns = ctypes.CDLL(os.environ["TURNS"])
     x = torch.ones(64, 64, device="npu")
     if QUEUE:
@@ -1098,7 +1101,7 @@ def test_null_arguments_end_no_process(tmp_path) -> None:
         for symbol in symbols:
             pid = os.fork()
             if not pid:
-                getattr(cann_host._library, symbol)(*[ctypes.c_void_p(None)] * 14)
+                getattr(cann_host.runtime.current().library, symbol)(*[ctypes.c_void_p(None)] * 14)
                 os._exit(0)
             if os.waitpid(pid, 0)[1]:
                 print(symbol)
@@ -1386,7 +1389,7 @@ def test_a_null_among_good_arguments_ends_no_process(tmp_path) -> None:
     script = f"""
         import ctypes, os, re, cann_host, torch
         P = ctypes.c_void_p
-        lib, calls, types = cann_host._library, {calls!r}, {TYPES!r}
+        lib, calls, types = cann_host.runtime.current().library, {calls!r}, {TYPES!r}
         torch.npu.set_device(0)
         x = torch.zeros(64, device="npu")
         root, comm, stream, event = ctypes.create_string_buffer(4108), P(), P(), P()

@@ -44,7 +44,7 @@ sys.path.insert(0, sys.argv[1])
 import cann_host; cann_host.activate()
 import calls, graphs
 for kind in (calls, graphs):
-    target = kind.Target(cann_host._library)
+    target = kind.Target(cann_host.runtime.current().library)
     made = [[target.make(random.Random(f"1 {i}")) for i in range(20)] for _ in range(2)]
     print(made[0] == made[1], len(set(made[0])) > 10)
 """
@@ -75,7 +75,7 @@ cann_host.activate()
 import calls, torch
 from cann_host.memory import over_memory
 torch.npu.set_device(0)
-block, size = calls.Target(cann_host._library).blocks[2], calls.BLOCKS[2]
+block, size = calls.Target(cann_host.runtime.current().library).blocks[2], calls.BLOCKS[2]
 over_memory(block, torch.int8, (size + {beyond},)).sum()
 """
     environment = {**os.environ, **ENVIRONMENT, "LD_PRELOAD": " ".join(sanitized.runtime())}

@@ -15,7 +15,7 @@ from typing import Any
 
 from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
 
-from cann_host import executor, ge
+from cann_host.graph import compiler, executor
 
 ND, NZ = 2, 29
 BLOCKS = (65536, 4096, 1024, 512, 64, 16, 1 << 20, 16)
@@ -43,7 +43,7 @@ INT32, INT64 = 7, 8
 def _info(kind: int) -> int | None:
     """GE dtype of one of the serialized form; None if there is none."""
     try:
-        return ge._proto_dtype(kind)
+        return compiler._proto_dtype(kind)
     except (ValueError, AttributeError):
         return None
 

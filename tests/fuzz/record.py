@@ -19,7 +19,7 @@ from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef  # noqa: E402
 
 import lq_graph  # noqa: E402
 import lq_graph.converters  # noqa: E402 - registers ours
-from cann_host import ge  # noqa: E402
+from cann_host.graph import compiler  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -65,10 +65,12 @@ def main() -> None:
         ("floats", block, torch.randn(2, 8), False, False),
     ]  # fmt: skip
     CORPUS.mkdir(exist_ok=True)
-    compile_graph = ge.compile_graph
+    compile_graph = compiler.compile_graph
     for name, module, inputs, dynamic, frozen in mixed:
         found: list[bytes] = []
-        ge.compile_graph = lambda model, found=found: found.append(model) or compile_graph(model)
+        compiler.compile_graph = lambda model, found=found: (
+            found.append(model) or compile_graph(model)
+        )
         torch._dynamo.reset()
         config = torchair.CompilerConfig()
         config.experimental_config.frozen_parameter = frozen

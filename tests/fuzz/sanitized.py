@@ -72,14 +72,14 @@ def build(folder: Path) -> None:
 
     csrc = Path(cann_host.__file__).parent / "csrc"
     objects, libraries = folder / "objects", folder / "cann_host" / "lib"
-    for path in (objects, libraries, folder / "lq_graph" / "lib"):
+    for path in (objects, libraries, folder / "lq_graph" / "kernels" / "lib"):
         path.mkdir(parents=True, exist_ok=True)
     for name in _native.NAMES[1:]:
         shutil.copy(installed / name, libraries / name)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         flags = [f"-I{csrc}", f'-DCANN_HOST_SOURCES="{_native.sources()}"']
         sources = [*csrc.glob("*.cpp"), HERE / "entry.cpp"]
-        (objects / "sources.o").unlink(missing_ok=True)  # it says what all of them are
+        (objects / "bindings.o").unlink(missing_ok=True)  # it says what all of them are
         made = list(pool.map(lambda source: _compile(source, objects, flags), sources))
     link = [COMPILER, *SANITIZE, *WRAP, "-shared", "-Wl,-soname,libcann_host.so"]
     target = libraries / "libcann_host.so"
@@ -89,6 +89,6 @@ def build(folder: Path) -> None:
         csrc = ROOT / "lq_graph" / "kernels" / "csrc"
         flags = ["-fopenmp", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
         kernel = _compile(csrc / "qgemm.cpp", objects, flags)
-        target = folder / "lq_graph" / "lib" / "liblq_graph_cpu.so"
+        target = folder / "lq_graph" / "kernels" / "lib" / "liblq_graph_cpu.so"
         # without OpenMP's library: it takes the one torch has loaded
         subprocess.run([COMPILER, *SANITIZE, "-shared", str(kernel), "-o", str(target)], check=True)

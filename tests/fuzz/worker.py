@@ -7,7 +7,6 @@ if the process dies, `run.py` finds there what it died of.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import mmap
 import os
 import random
@@ -47,12 +46,12 @@ def main() -> None:
     import torch
 
     import lq_graph
+    import lq_graph.kernels
 
-    lq_graph.__path__.insert(0, str(options.build / "lq_graph"))
+    lq_graph.kernels.__path__.insert(0, str(options.build / "lq_graph" / "kernels"))
     torch.set_num_threads(1)
     torch.npu.set_device(0)
-    library: Any = cann_host._library
-    library.cann_host_recent_error.restype = ctypes.c_char_p
+    library: Any = cann_host.runtime.current().library
     # ctypes would drop an exception of a callback and return success
     sys.unraisablehook = lambda raised: fail(f"an exception was dropped: {raised.exc_value!r}")
     import calls

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cann_host
 import lq_graph
-from cann_host import _native
+from cann_host import _native, runtime
 from lq_graph import LinearQuantValueError, kernels
 from lq_graph.kernels import native
 from support import cases, golden
@@ -398,7 +398,7 @@ def test_the_stand_in_takes_no_library_of_other_sources(
     monkeypatch.setattr(_native, "library_directory", lambda: path.parent)
     text = "were built from other sources than the Python beside them: run pip install -e . again"
     with pytest.raises(cann_host.CannHostError, match=text):
-        cann_host._open()
+        runtime.open_library()
 
 
 def test_the_libraries_here_are_of_these_sources() -> None:

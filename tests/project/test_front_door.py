@@ -12,6 +12,7 @@ import torch
 
 import cann_host
 from cann_host import __main__ as launcher
+from cann_host import importing, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import __main__ as command_line
 
@@ -74,8 +75,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_cann_host(command: str, text: str, folder: Path, capsys, monkeypatch) -> None:
     if "--fail" in command:  # asked before anything is imported: as in a new process
-        monkeypatch.setattr(cann_host, "_options", None)
-        monkeypatch.setattr(cann_host, "_load", cann_host._open)
+        monkeypatch.setattr(runtime, "_current", None)
+        monkeypatch.setattr(importing, "check_possible", lambda: None)
     assert launcher.main(command.split()) == 2
     assert capsys.readouterr().err.startswith(f"cann_host: {text}")
 

@@ -5,7 +5,7 @@
 CHECKOUT is your clone of the public repository hicann/ops-nn. Its unit tests say, call by call,
 whether an operator takes it: tables of the quantized matmul (csv), and C++ for the others, read by
 cann_ut.py. This asks cann_host.rules, the checks of cann_host.aclnn and the GE operators of
-cann_host.ops the same, and prints for each file how many rows were compared, how many get the same
+cann_host the same, and prints for each file how many rows were compared, how many get the same
 answer, and every row that does not. Rows torch_npu and torchair cannot send, and rows whose answer
 the test does not look at, are counted apart, with the reason. Exit status 1 if a row that differs
 has no reason in EXCEPTIONS.
@@ -30,8 +30,8 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # nothing is run
 import torch
 
 from cann_host import aclnn as operators
-from cann_host import executor, ops  # noqa: F401 - ops registers the operators
-from cann_host.executor import GraphError, ShapeUnknownError, find_op, run_op
+from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
+from cann_host.graph.executor import GraphError, ShapeUnknownError, find_op, run_op
 from cann_host.rules import (
     ND,
     NZ,
@@ -432,7 +432,7 @@ def run_meta(case: cann_ut.Case, inputs: dict[str, Any]) -> tuple[str | None, li
 
 
 def tiling_cases(path: Path) -> Iterator[Answer]:
-    """Tiling of other graph operators beside those of cann_host.ops."""
+    """Tiling of other graph operators beside those of cann_host.graph.ops."""
     for case in cann_ut.tiling(path):
         accepted = case.expected == "GRAPH_SUCCESS"
         if not case.expected:
@@ -475,7 +475,7 @@ def entry_code(dtype: torch.dtype) -> int:
 
 
 def infer_shape(path: Path) -> Iterator[Answer]:
-    """InferShape of graph operators beside the shapes those of cann_host.ops give."""
+    """InferShape of graph operators beside the shapes those of cann_host.graph.ops give."""
     for case in cann_ut.infer_shape(path):
         inputs = case.attrs.pop("__inputs__") or dict(
             zip(find_op(case.function).inputs, case.inputs, strict=False)
@@ -520,7 +520,7 @@ def add_rms_norm(path: Path) -> Iterator[Answer]:
 
 
 QUANT, NORM = Path("quant"), Path("norm")
-# folders of the other operators of cann_host.ops; the tests of tiling and InferShape are looked for
+# folders of the other operators of cann_host; the tests of tiling and InferShape are looked for
 OTHERS = (
     *(Path("activation") / name for name in ("gelu", "gelu_v2", "log_softmax_v2", "relu")),
     *(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import executor
-from ..executor import GraphError, Host, describe, dtype_name, ints, op
-from ..rules import RmsNormCall, check_layer_norm, check_rms_norm
+from cann_host.graph import executor
+from cann_host.graph.executor import GraphError, Host, describe, dtype_name, ints, op
+from cann_host.rules import RmsNormCall, check_layer_norm, check_rms_norm
 
 
 @op("Relu")

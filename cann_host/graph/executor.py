@@ -1,9 +1,9 @@
 """What GE operators mean: `{op type: function}`, one short function per operator.
 
-They are in the package `ops`, a file for each family; here is what they share. A function's
-signature is the operator's GE definition: positional parameters are its inputs, keyword-only ones
-its attributes with GE's defaults. `run_op` calls it by those names, and `OPS` tells torchair's own
-checks what exists. Tensors are plain CPU tensors, except
+The functions are in the package `ops`, a file for each family; what they share is here. A
+function's signature is the operator's GE definition: positional parameters are its inputs,
+keyword-only ones its attributes with GE's defaults. `run_op` calls it by those names, and `OPS`
+tells torchair's own checks what exists. Tensors are plain CPU tensors, except
 
     Int4        int4 values
     FractalNZ   a tensor whose storage has the internal format FRACTAL_NZ
@@ -27,9 +27,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from cann_host import runtime
+from cann_host.rules import DEFINED, TensorDesc, check_definition
 from lq_graph.kernels import NzWeight, logical_k, pack_int4, unpack_int4
-
-from .rules import DEFINED, TensorDesc, check_definition
 
 __all__ = [
     "DTYPES",
@@ -212,8 +212,8 @@ class Op:
         host: those whose values decide the shape of the result.
         dynamic: the input that stands for many, if any.
         attrs: names of the attributes.
-        special: whether the function takes Int4 and FractalNZ as they are.
-        talks: whether it reaches other processes: never computed while a graph is compiled.
+        accepts_internal_formats: whether the function takes Int4 and FractalNZ as they are.
+        is_collective: whether it reaches other processes: never computed while a graph is compiled.
     """
 
     type: str
@@ -222,22 +222,25 @@ class Op:
     host: frozenset[str]
     dynamic: str | None
     attrs: frozenset[str]
-    special: bool
-    talks: bool = False
+    accepts_internal_formats: bool
+    is_collective: bool = False
 
 
 OPS: dict[str, Op] = {}
 
 
-def announce(op: Op) -> None:
-    """Tell the native library of an operator; `cann_host.ge.install` replaces this."""
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def op(*types: str, special: bool = False, talks: bool = False) -> Callable[[F], F]:
-    """Register a function under its GE op types, before or after the stand-in is active."""
+def op(
+    *types: str, accepts_internal_formats: bool = False, is_collective: bool = False
+) -> Callable[[F], F]:
+    """Register a function under its GE op types, before or after the stand-in is active.
+
+    Args:
+        types: GE op types.
+        accepts_internal_formats, is_collective: see `Op`.
+    """
 
     def register(function: F) -> F:
         parameters = inspect.signature(function).parameters.values()
@@ -250,10 +253,11 @@ def op(*types: str, special: bool = False, talks: bool = False) -> Callable[[F],
                 host=frozenset(_ge_name(p.name) for p in inputs if "Host" in str(p.annotation)),
                 dynamic=next((p.name for p in inputs if p.annotation == "Dynamic"), None),
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
-                special=special,
-                talks=talks,
+                accepts_internal_formats=accepts_internal_formats,
+                is_collective=is_collective,
             )
-            announce(OPS[type_])
+            if runtime.is_active():
+                runtime.current().graphs.announce(OPS[type_])
         return function
 
     return register
@@ -295,14 +299,16 @@ def run_op(
     if any(is_meta(inputs.get(name)) for name in op.host):
         raise ShapeUnknownError
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
-    if not op.special and any(isinstance(value, Int4 | FractalNZ) for value in values):
+    if not op.accepts_internal_formats and any(
+        isinstance(value, Int4 | FractalNZ) for value in values
+    ):
         inputs = {name: _plain(op, value) for name, value in inputs.items()}
     first = inputs.get(op.inputs[0]) if op.type in DEFINED else None
     if isinstance(first, Tensor):
         refusal = check_definition(op.type, soc_name(), dtype_name(first))
         if refusal is not None:
             raise GraphError(refusal)
-    if (compiling and op.talks) or any(is_meta(value) for value in values):
+    if (compiling and op.is_collective) or any(is_meta(value) for value in values):
         inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
     result = op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
@@ -341,17 +347,14 @@ def ints(value: Host) -> list[int]:
     return [int(v) for v in value.reshape(-1).tolist()]
 
 
-def native() -> Any:
-    """The stand-in's library; `cann_host.ge.install` replaces this."""
-    raise GraphError("cann_host is not active in this process")
-
-
 def soc_name() -> str:
-    """The SoC the stand-in reports; `cann_host.ge.install` replaces this."""
-    return "Ascend910B2"
+    """The chip that the stand-in reports."""
+    return runtime.options().soc
 
 
-overruns = "warn"  # the option of that name; `cann_host.activate` sets it
+def refuses_overruns() -> bool:
+    """Whether a call is refused whose kernel writes past its result: the option `overruns`."""
+    return runtime.options().overruns == "refuse"
 
 
 def overrun(text: str) -> None:
@@ -360,7 +363,7 @@ def overrun(text: str) -> None:
     Raises:
         GraphError: overruns are refused.
     """
-    if overruns == "refuse":
+    if refuses_overruns():
         raise GraphError(f"{text} (refused by cann_host's option overruns)")
     caution(text)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from .. import executor
-from ..executor import Dynamic, GraphError, op
+from cann_host import runtime
+from cann_host.graph.executor import Dynamic, GraphError, op
 
 # numbers of csrc/hccl.h
 _ALL_REDUCE, _REDUCE_SCATTER, _ALL_GATHER, _BROADCAST = 0, 2, 3, 4
@@ -33,24 +31,22 @@ def _run(
         raise GraphError(f"x is {x.dtype}, reduction {reduction}; HCCL has no such collective")
     if x.is_meta:
         return out
-    native, x = executor.native(), x.contiguous()
-    numbers = (kind, _DTYPES[x.dtype], _REDUCTIONS[reduction], root, ctypes.c_uint64(count))
-    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, out))
-    code = native.cann_host_hccl_run(group.encode(), *numbers, *addresses)
+    library, x = runtime.current().library, x.contiguous()
+    numbers = (kind, _DTYPES[x.dtype], _REDUCTIONS[reduction], root, count)
+    code = library.cann_host_hccl_run(group.encode(), *numbers, x.data_ptr(), out.data_ptr())
     if code:
-        native.cann_host_recent_error.restype = ctypes.c_char_p
-        text = native.cann_host_recent_error().decode(errors="replace")
+        text = library.cann_host_recent_error().decode(errors="replace")
         raise GraphError(f"{text} (HCCL error {code})")
     return out
 
 
 def _check_ranks(group: str, rank_size: int) -> None:
-    have = executor.native().cann_host_hccl_ranks(group.encode())
+    have = runtime.current().library.cann_host_hccl_ranks(group.encode())
     if rank_size != have:
         raise GraphError(f"rank_size is {rank_size}, and {group} has {have} ranks")
 
 
-@op("HcomAllReduce", talks=True)
+@op("HcomAllReduce", is_collective=True)
 def _all_reduce(
     x: Tensor, *, reduction: str, group: str, fusion: int = 1, fusion_id: int = -1
 ) -> Tensor:
@@ -59,7 +55,7 @@ def _all_reduce(
     return _run(group, _ALL_REDUCE, x, out, x.numel(), reduction)
 
 
-@op("HcomReduceScatter", talks=True)
+@op("HcomReduceScatter", is_collective=True)
 def _reduce_scatter(
     x: Tensor,
     *,
@@ -77,7 +73,7 @@ def _reduce_scatter(
     return _run(group, _REDUCE_SCATTER, x, out, out.numel(), reduction)
 
 
-@op("HcomAllGather", talks=True)
+@op("HcomAllGather", is_collective=True)
 def _all_gather(
     x: Tensor, *, rank_size: int, group: str, fusion: int = 0, fusion_id: int = -1
 ) -> Tensor:
@@ -89,7 +85,7 @@ def _all_gather(
     return _run(group, _ALL_GATHER, x, out, x.numel())
 
 
-@op("HcomBroadcast", talks=True)
+@op("HcomBroadcast", is_collective=True)
 def _broadcast(
     x: Dynamic, *, root_rank: int, group: str, fusion: int = 0, fusion_id: int = -1
 ) -> list[Tensor]:

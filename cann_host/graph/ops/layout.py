@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.kernels import INT4_PER_INT32, storage_k
-
-from ..executor import (
+from cann_host.graph.executor import (
     Dynamic,
     FractalNZ,
     GraphError,
@@ -21,16 +19,17 @@ from ..executor import (
     promoted,
     torch_dtype,
 )
+from lq_graph.kernels import INT4_PER_INT32, storage_k
 
 MOST_OUTPUTS = 1 << 16  # of one node; a tensor each
 
 
-@op("Identity", "TensorMove", special=True)
+@op("Identity", "TensorMove", accepts_internal_formats=True)
 def _identity(x: Any) -> Any:
     return x
 
 
-@op("Transpose", special=True)
+@op("Transpose", accepts_internal_formats=True)
 def _transpose(x: Any, perm: Host) -> Any:
     order = ints(perm)
     if isinstance(x, FractalNZ):
@@ -46,12 +45,12 @@ def _transpose(x: Any, perm: Host) -> Any:
     return x.permute(order)
 
 
-@op("Permute", special=True)
+@op("Permute", accepts_internal_formats=True)
 def _permute(x: Any, *, order: Sequence[int]) -> Any:
     return _transpose(x, torch.tensor(order))
 
 
-@op("Reshape", special=True)
+@op("Reshape", accepts_internal_formats=True)
 def _reshape(x: Any, shape: Host, *, axis: int = 0, num_axes: int = -1) -> Any:
     if isinstance(x, FractalNZ):
         # int4 weights pass here after Bitcast, with the parts still in a dim of their own
@@ -69,7 +68,7 @@ def _reshape(x: Any, shape: Host, *, axis: int = 0, num_axes: int = -1) -> Any:
     return x.reshape(dims)
 
 
-@op("Shape", special=True)
+@op("Shape", accepts_internal_formats=True)
 def _shape(x: Any, *, dtype: int = 3) -> Tensor:
     return torch.tensor(x.shape, dtype=torch_dtype(dtype), device="cpu")
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..executor import GraphError, Host, ints, op, promoted, torch_dtype
+from cann_host.graph.executor import GraphError, Host, ints, op, promoted, torch_dtype
 
 
 @op("Add", "AddV2")

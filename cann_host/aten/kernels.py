@@ -9,7 +9,6 @@ others again, so their gradients come from PyTorch.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cann_host import captured
+from cann_host.aten import captured
+from cann_host.aten.captured import CapturedWork
 
-__all__ = ["install"]
+__all__ = ["AtenKernels"]
 
 # They work natively: allocation, copies, formats, bookkeeping of storages.
 KEPT = frozenset(
@@ -56,8 +56,6 @@ TAKES_CPU = frozenset(
 )
 
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
-_library: torch.library.Library  # registrations live as long as this object
-count = 0  # of the operators replaced
 
 
 def _to_cpu(value: Any) -> Any:
@@ -151,8 +149,8 @@ def _to_npu(value: Any, device: torch.device) -> Any:
 class _CpuKernel:
     """The fallback of one operator overload."""
 
-    def __init__(self, op: torch._ops.OpOverload) -> None:
-        self.op = op
+    def __init__(self, op: torch._ops.OpOverload, captures: CapturedWork) -> None:
+        self.op, self.captures = op, captures
         schema = op._schema
         self.written = [
             (i, argument.name)
@@ -178,7 +176,7 @@ class _CpuKernel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.takes_cpu:
             self._check_devices(args, kwargs)
-        if captured.is_capturing(lambda: _device_of([*args, *kwargs.values()])):
+        if self.captures.is_capturing(lambda: _device_of([*args, *kwargs.values()])):
             return self._record(args, kwargs)
         cpu_args = [_to_cpu(value) for value in args]
         cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
@@ -272,7 +270,7 @@ class _CpuKernel:
 
             self._results(self.op(*cpu_args, **cpu_kwargs), cpu_written, place)
 
-        captured.record(device, str(self.op), used, work)
+        self.captures.record(device, str(self.op), used, work)
         return results
 
 
@@ -324,32 +322,41 @@ def _makes_view(op: torch._ops.OpOverload) -> bool:
     )
 
 
-def install(native: ctypes.CDLL) -> None:
-    """Replace torch_npu's aten kernels."""
-    global _library, count
-    captured.install(native)
-    _library = torch.library.Library("aten", "IMPL")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    has_computed_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-    for name, op in _overloads():
-        if op._schema.name.removeprefix("aten::") in KEPT or _makes_view(op):
-            continue
+class AtenKernels:
+    """PyTorch's operators in the place of torch_npu's kernels, as long as this object lives.
+
+    Attributes:
+        count: of the operators replaced.
+    """
+
+    def __init__(self, captures: CapturedWork) -> None:
+        self._library = torch.library.Library("aten", "IMPL")
+        self._captures = captures
+        self.count = 0
+        for name, op in _overloads():
+            if op._schema.name.removeprefix("aten::") in KEPT or _makes_view(op):
+                continue
+            self.count += self._replace(name, op)
+
+    def _replace(self, name: str, op: torch._ops.OpOverload) -> bool:
+        """Replace one overload's kernels; whether PyTorch has one to put there."""
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         stock: Callable[..., Any]
         if has_kernel(name, "CompositeImplicitAutograd"):
             stock = partial(_decompose, op)
             keys = [key for key in ("PrivateUse1", "AutogradPrivateUse1") if has_kernel(name, key)]
-        elif has_computed_kernel(name, "CPU"):
-            _library.impl(name, _CpuKernel(op), "PrivateUse1", allow_override=True)
+        elif torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
+            kernel: Callable[..., Any] = _CpuKernel(op, self._captures)
+            self._library.impl(name, kernel, "PrivateUse1", allow_override=True)
             if not has_kernel(name, "AutogradPrivateUse1"):
-                count += 1
-                continue
+                return True
             # The vendor's gradient would call the vendor's backward kernels.
             stock = torch.library.get_kernel(op, "AutogradCPU").call_boxed
             keys = ["AutogradPrivateUse1"]
         else:
-            continue
+            return False
         for key in keys:
             vendor = torch.library.get_kernel(op, key).call_boxed
             kernel = partial(_prefer, stock, vendor)
-            _library.impl(name, kernel, key, with_keyset=True, allow_override=True)
-        count += 1
+            self._library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+        return True

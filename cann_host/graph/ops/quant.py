@@ -9,20 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_graph.kernels import (
-    INT4_PER_INT32,
-    Arithmetic,
-    NzWeight,
-    dynamic_quant,
-    dynamic_quant_with_offset,
-    logical_k,
-    pack_scale,
-    quant_matmul,
-    static_quant,
-)
-
-from .. import chips, executor
-from ..executor import (
+from cann_host import chips
+from cann_host.graph import executor
+from cann_host.graph.executor import (
     DTYPES,
     INT4,
     INT8,
@@ -34,7 +23,7 @@ from ..executor import (
     op,
     torch_dtype,
 )
-from ..rules import (
+from cann_host.rules import (
     ND,
     NZ,
     AscendQuantCall,
@@ -52,6 +41,17 @@ from ..rules import (
     packed_words,
     soc_family,
     trans_quant_param_shape,
+)
+from lq_graph.kernels import (
+    INT4_PER_INT32,
+    Arithmetic,
+    NzWeight,
+    dynamic_quant,
+    dynamic_quant_with_offset,
+    logical_k,
+    pack_scale,
+    quant_matmul,
+    static_quant,
 )
 
 
@@ -88,7 +88,7 @@ def pack_parameters(
     return pack_scale(first, added, round_mode).reshape(tuple(room))
 
 
-@op("QuantBatchMatmulV3", special=True)
+@op("QuantBatchMatmulV3", accepts_internal_formats=True)
 def _quant_batch_matmul(
     x1: Any,
     x2: Any,
@@ -155,7 +155,7 @@ def _quant_batch_matmul(
     )
 
 
-@op("QuantBatchMatmulV4", special=True)
+@op("QuantBatchMatmulV4", accepts_internal_formats=True)
 def _quant_batch_matmul_v4(
     x1: Any,
     x2: Any,
@@ -397,7 +397,7 @@ def _dynamic_quant_v2(
     return Int4(values) if dst_type == INT4 else values, scale, offset
 
 
-@op("Bitcast", special=True)
+@op("Bitcast", accepts_internal_formats=True)
 def _bitcast(x: Any, *, type: int) -> Any:
     if isinstance(x, FractalNZ) and isinstance(x.like, Tensor):
         storage = x.storage_shape

@@ -1,0 +1,170 @@
+"""Everything that crosses between Python and the native library: its functions' signatures, the
+structs that both read, and the Python functions it calls.
+
+csrc/bindings.h declares the same for the compiler, and a test compares the two files. `declare`
+checks a loaded library: one with structs of other sizes is refused before anything reads them.
+
+The library calls Python functions as Python's own C code would (csrc/python.h), not through ctypes:
+a ctypes callback that ends in an exception returns 0, which is success, and drops the exception. A
+function returns a code, 0 for success. An exception that it does not catch, a Ctrl-C's
+KeyboardInterrupt for example, makes the call fail, and is raised again in the same thread as soon
+as that is back in Python. So a function catches an Exception, for which it returns a code and
+leaves a text, and no other BaseException.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_long,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from typing import Any, TypeAlias
+
+from cann_host.options import CannHostError
+
+__all__ = [
+    "CALLBACKS",
+    "FUNCTIONS",
+    "STRUCTS",
+    "AclnnExecutor",
+    "GeCompile",
+    "GeRelease",
+    "GeRun",
+    "GeTensor",
+    "Replay",
+    "declare",
+    "give",
+    "int64s",
+]
+
+
+class GeTensor(ctypes.Structure):
+    """A tensor that a compiled graph is run with."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("size", c_size_t),
+        ("dtype", c_int32),
+        ("format", c_int32),
+        ("dim_count", c_int32),
+        ("origin_dim_count", c_int32),
+        ("has_origin", c_int32),
+        ("placement", c_int32),
+        ("dims", POINTER(c_int64)),
+        ("origin_dims", POINTER(c_int64)),
+    )
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {"cann_host_ge_tensor": GeTensor}
+
+# The Python functions. Pointers come as numbers; each returns a code.
+AclnnExecutor: TypeAlias = Callable[[str, int, int, int], int]  # operator, phase, words, how many
+GeCompile: TypeAlias = Callable[[int, int, int, int], int]  # model, its size, summary, number
+GeRun: TypeAlias = Callable[[int, int, int, int], int]  # number, GeTensors, how many, outputs
+GeRelease: TypeAlias = Callable[[int], int]  # number
+Replay: TypeAlias = Callable[[int], int]  # number of the work
+
+# setter: the functions it takes, in order
+CALLBACKS: dict[str, tuple[Any, ...]] = {
+    "cann_host_set_aclnn_executor": (AclnnExecutor,),
+    "cann_host_set_ge_executor": (GeCompile, GeRun, GeRelease),
+    "cann_host_set_replay": (Replay,),
+}
+
+# name: what it returns, and its arguments
+FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "cann_host_sources": (c_char_p, ()),
+    "cann_host_struct_sizes": (c_char_p, ()),
+    "cann_host_configure": (None, (c_char_p, c_char_p, c_int, c_uint64, c_int)),
+    "cann_host_add_fault": (None, (c_char_p, c_int, c_char_p, c_long)),
+    "cann_host_drop_faults": (None, (c_size_t,)),
+    "cann_host_entries": (c_char_p, ()),
+    "cann_host_set_error": (None, (c_char_p,)),
+    "cann_host_recent_error": (c_char_p, ()),
+    "cann_host_bytes_at": (c_uint64, (c_void_p,)),
+    "cann_host_block_of": (c_uint64, (c_void_p, c_uint64)),
+    "cann_host_has_task_queue": (c_int, ()),
+    "cann_host_leave": (None, ()),
+    "cann_host_is_capturing": (c_int, ()),
+    "cann_host_captures": (c_int, (c_void_p,)),
+    "cann_host_record": (c_int, (c_void_p, c_int64)),
+    "cann_host_next_ended": (c_int64, ()),
+    "cann_host_ge_register_op": (None, (c_char_p, c_char_p, c_char_p)),
+    "cann_host_ge_fail": (None, (c_char_p,)),
+    "cann_host_ge_set_static": (None, (c_void_p, c_int)),
+    "cann_host_ge_add_output": (None, (c_void_p, c_int32, POINTER(c_int64), c_size_t)),
+    "cann_host_ge_output": (
+        c_void_p,
+        (c_void_p, c_size_t, c_int32, POINTER(c_int64), c_size_t, c_size_t),
+    ),
+    "cann_host_hccl_run": (
+        c_int,
+        (c_char_p, c_int, c_int, c_int, c_uint32, c_uint64, c_void_p, c_void_p),
+    ),
+    "cann_host_hccl_ranks": (c_uint32, (c_char_p,)),
+    "cann_host_set_keys_aside": (None, (c_void_p,)),
+    "cann_host_put_keys_back": (c_char_p, (c_void_p,)),
+    **{
+        setter: (None, (c_void_p,) * len(functions))  # addresses of Python objects
+        for setter, functions in CALLBACKS.items()
+    },
+}
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the library's functions their signatures, and check that it has these structs.
+
+    Returns:
+        the same library.
+
+    Raises:
+        CannHostError: it lacks a function, or a struct has another size.
+    """
+    todo = "it was built from other sources than the Python beside it: run pip install -e . again."
+    for name, (returns, arguments) in FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise CannHostError(
+                f"cann_host's native library ({library._name}) has no {name}; {todo}"
+            ) from None
+        function.restype, function.argtypes = returns, arguments
+    lines = library.cann_host_struct_sizes().decode().splitlines()
+    built = {name: int(size) for name, _, size in (line.partition(" ") for line in lines)}
+    here = {name: ctypes.sizeof(struct) for name, struct in STRUCTS.items()}
+    if built != here:
+        name = next(n for n in {**here, **built} if here.get(n) != built.get(n))
+        raise CannHostError(
+            f"cann_host's native library ({library._name}) has another layout: {name} has "
+            f"{built.get(name, 0)} bytes there and {here.get(name, 0)} in Python; {todo}"
+        )
+    return library
+
+
+_held: list[Callable[..., int]] = []  # the library keeps their addresses
+
+
+def give(setter: Callable[..., None], *functions: Callable[..., int] | None) -> None:
+    """Hand Python functions to the library.
+
+    Args:
+        setter: the library's function that takes them, one of `CALLBACKS`.
+        functions: what it then calls; None takes one away.
+    """
+    _held.extend(function for function in functions if function is not None)
+    setter(*(None if function is None else id(function) for function in functions))
+
+
+def int64s(address: int, count: int) -> list[int]:
+    """The numbers at an address."""
+    return (ctypes.c_int64 * count).from_address(address)[:]

@@ -1,0 +1,129 @@
+"""The graph engine's Python half: compiles serialized graphs and runs them.
+
+`libcann_host.so` (csrc/ge.cpp) calls in here: once to compile a graph, then once per run with the
+addresses of inputs and outputs. What the operators compute is in `ops`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import itertools
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cann_host import watched
+from cann_host.bindings import GeTensor, give
+from cann_host.graph import compiler, executor
+from cann_host.graph.compiled import CompiledGraph, TensorInfo
+from cann_host.graph.device_memory import with_format
+from cann_host.graph.executor import GraphError, Op, Value, torch_dtype
+
+__all__ = ["GraphEngine"]
+
+
+class GraphEngine:
+    """The three functions that csrc/ge.cpp calls, and the compiled graphs they share.
+
+    Making one connects the library with it.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._graphs: dict[int, CompiledGraph] = {}
+        self._numbers = itertools.count(1)
+        for op in executor.OPS.values():
+            self.announce(op)
+        give(library.cann_host_set_ge_executor, self._compile, self._run, self._release)
+        # Past this point the interpreter is gone but torchair's statics still remove their graphs.
+        atexit.register(give, library.cann_host_set_ge_executor, None, None, None)
+
+    @property
+    def live_graphs(self) -> int:
+        """How many compiled graphs are alive."""
+        return len(self._graphs)
+
+    def announce(self, op: Op) -> None:
+        """Tell the library of an operator: torchair asks it which inputs and attributes exist."""
+        names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
+        self._library.cann_host_ge_register_op(*(name.encode() for name in names))
+
+    def _fail(self, error: BaseException) -> int:
+        if isinstance(error, GraphError):
+            text = f"cann_host: {error}"
+        elif isinstance(error, watched.ReplacedError):
+            text = str(error)
+        else:
+            text = "cann_host: " + "".join(traceback.format_exception(error))
+        self._library.cann_host_ge_fail(text.encode(errors="replace"))
+        return 1
+
+    def _compile(self, model: int, size: int, summary: int, number: int) -> int:
+        try:
+            from torchair.core._backend import TorchNpuGraph
+
+            watched.watch_torchair(TorchNpuGraph)
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                graph = compiler.compile_graph(ctypes.string_at(model, size))
+            self._library.cann_host_ge_set_static(summary, graph.is_static)
+            for info in graph.output_infos:
+                self._library.cann_host_ge_add_output(
+                    summary, info.dtype, _int64s(info.shape), len(info.shape)
+                )
+            place = ctypes.c_uint64.from_address(number)
+            place.value = next(self._numbers)
+            self._graphs[place.value] = graph
+        except Exception as error:
+            return self._fail(error)
+        return 0
+
+    def _run(self, number: int, inputs: int, count: int, outputs: int) -> int:
+        try:
+            graph = self._graphs[number]
+            given = (GeTensor * count).from_address(inputs) if count else ()
+            # The caller may be inside `with torch.device("npu")` or a mode of its own.
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                if (tensors := watched.given_inputs()) is not None:
+                    graph.check_unchanged(tensors, [info.data or 0 for info in given])
+                results = graph.run([_read(info) for info in given])
+                for index, (result, info) in enumerate(
+                    zip(results, graph.output_infos, strict=True)
+                ):
+                    if not self._write(outputs, index, result, info):
+                        return 1
+        except Exception as error:
+            return self._fail(error)
+        return 0
+
+    def _write(self, outputs: int, index: int, result: Tensor, info: TensorInfo) -> bool:
+        result = result.contiguous()
+        size = result.numel() * result.element_size()
+        dtype = compiler.ge_dtype(result, info.dtype, index)
+        if dtype != info.dtype:
+            raise GraphError(f"output {index} has GE dtype {dtype}; the graph says {info.dtype}")
+        target = self._library.cann_host_ge_output(
+            outputs, index, dtype, _int64s(result.shape), result.dim(), size
+        )
+        if target is None:
+            return False
+        ctypes.memmove(target, result.data_ptr(), size)
+        return True
+
+    def _release(self, number: int) -> int:
+        self._graphs.pop(number, None)
+        return 0
+
+
+def _int64s(dims: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(dims))(*dims)
+
+
+def _read(tensor: GeTensor) -> Value:
+    dims = tuple(tensor.dims[: tensor.dim_count])
+    shape = tuple(tensor.origin_dims[: tensor.origin_dim_count]) if tensor.has_origin else dims
+    dtype = torch_dtype(tensor.dtype, "an input")
+    return with_format(tensor.data or 0, tensor.size, dtype, tensor.format, shape, dims)

@@ -1,0 +1,122 @@
+"""Importing torch and torch_npu on the stand-in: whether it can be done, and without what torch_npu
+prints because no CANN is installed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cann_host import _native, allocator_keys
+from cann_host.options import CannHostError
+
+__all__ = ["NEEDED", "check_possible", "import_torch_npu"]
+
+# What torch_npu and torchair are here, in pip's words; the extra npu of lq-graph.
+NEEDED = ("torch==2.13.0", "torch_npu==2.13.0", "packaging", "protobuf")
+
+
+def check_possible() -> None:
+    """Check that the stand-in can take CANN's place in this process.
+
+    Raises:
+        CannHostError: another platform, torch is imported already, a CANN is loaded, or there is
+            no torch_npu.
+    """
+    if not sys.platform.startswith("linux"):
+        raise CannHostError(f"cann_host runs on Linux only, and this is {sys.platform}.")
+    if "torch" in sys.modules:
+        raise CannHostError(
+            "torch is already imported: call cann_host.activate() before the first import of "
+            "torch, or start the program with `python -m cann_host`."
+        )
+    real = _native.loaded_libraries("libascendcl.so")
+    if real:
+        raise CannHostError(
+            f"a CANN is already loaded in this process ({real[0]}); cann_host does not replace it."
+        )
+    if importlib.util.find_spec("torch_npu") is None:
+        raise CannHostError(
+            f"torch_npu is not installed: pip install {' '.join(NEEDED)} brings the version this "
+            "was made for."
+        )
+
+
+def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
+    """Import torch and torch_npu.
+
+    Args:
+        library: the native library, loaded.
+        quiet: say nothing of allocator settings; the process that started this one has.
+
+    Raises:
+        CannHostError: one of them cannot be imported.
+    """
+    try:
+        with _without_warning(), allocator_keys.set_aside(library) as both:
+            import torch  # loads torch_npu too, unless autoload is off
+            import torch_npu  # noqa: F401
+    except Exception as error:
+        raise CannHostError(_why_not_imported(error)) from error
+    if both and not quiet:
+        version, _, build = torch.__version__.partition("+")
+        build = f" (a {build} build)" if build else ""
+        print(
+            f"cann_host: torch {version}{build} and torch_npu both register the allocator "
+            f"setting{'s' * (len(both) > 1)} {', '.join(both)}. On the stand-in it works; beside a "
+            "real CANN expect `import torch_npu` to end the process. There, install the CPU build "
+            f"of torch {version}, as the install page of pytorch.org gives it.",
+            file=sys.stderr,
+        )
+
+
+class _WithoutLine:
+    """A text stream that drops one exact line; the rest goes to the stream behind it."""
+
+    def __init__(self, stream: Any, line: str) -> None:
+        self._stream = stream
+        self._line = line
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        if text == self._line:
+            self._dropped = True
+        elif self._dropped and text == "\n":  # print() writes its line end apart
+            self._dropped = False
+        else:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """torch_npu warns on stdout that no CANN is installed, which is the point of this package."""
+    stdout = sys.stdout
+    line = "Warning: ASCEND_HOME_PATH environment variable is not set."
+    sys.stdout = _WithoutLine(stdout, line)
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+
+
+def _why_not_imported(error: BaseException) -> str:
+    """What stopped the import of torch or torch_npu; torch's autoload wraps it in its own error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = f"{type(error).__name__}: {error}"
+    try:
+        torch, torch_npu = map(importlib.metadata.version, ("torch", "torch_npu"))
+    except importlib.metadata.PackageNotFoundError:
+        return f"torch and torch_npu cannot be imported: {text}"
+    train = torch_npu.split(".")[:2]
+    if torch.split(".")[:2] != train:
+        text += f" (this torch_npu is made for torch {'.'.join(train)})"
+    return f"torch {torch} and torch_npu {torch_npu} cannot be imported: {text}"
