@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cann_host import chips, executor
+from cann_host import chips
+from cann_host.graph import executor
 from cann_host.graph.ops.quant import pack_parameters
 from cann_host.memory import FRACTAL_NZ
 from cann_host.rules import (

@@ -10,7 +10,7 @@ from torch import Tensor
 from cann_host import runtime
 from cann_host.graph.executor import FractalNZ, GraphError
 from cann_host.memory import FRACTAL_NZ, over_memory
-from lq_graph.kernels.numerics import NzWeight, nz_to_nd
+from lq_graph.kernels import NzWeight, nz_to_nd
 
 __all__ = ["bytes_at", "with_format"]
 
