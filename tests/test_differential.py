@@ -185,7 +185,7 @@ _CHECKER = "quant_matmul_checker.cpp (hicann/ops-nn), "
 _DOC = "aclnnQuantMatmulV4.md (hicann/ops-nn), "
 _PAGE = "the page of torch_npu's LinearQuant, "
 STRICTER = {
-    "x1 dtype": Reason(r"x1 is \w+; .* allows", _CHECKER + "CheckDtype"),
+    "x1 dtype": Reason(r": x1 is \w+; .* allows", _CHECKER + "CheckDtype"),
     "weight dtype": Reason(r"weight is \w+ and x1 is", _DOC + "table of dtypes"),
     "output dtype": Reason(r"output_dtype is", _CHECKER + "CheckDtypeOnlyL0c2out"),
     "scale dtype": Reason(r": scale is", _CHECKER + "CheckL0c2outAndL0c2ubPertensorPerchannel"),
