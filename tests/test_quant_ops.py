@@ -421,7 +421,9 @@ def test_products(
 def test_310p_takes_multiples_of_32() -> None:
     lq_graph.set_product("310P")
     try:
-        with pytest.raises(LinearQuantValueError, match=r"k = 40; .* allows a multiple of 32\. What"):
+        with pytest.raises(
+            LinearQuantValueError, match=r"k = 40; .* allows a multiple of 32\. What"
+        ):
             lq_graph.dynamic_quant(torch.ones(2, 40, dtype=F16))
     finally:
         lq_graph.set_product(None)

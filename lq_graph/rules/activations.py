@@ -115,7 +115,7 @@ def plan_static_quant(
                 name,
                 f"{name} is {dtype_name(tensor.dtype)} and x {dtype_name(x.dtype)}",
                 "one dtype for both",
-                *_to_one_dtype(row, name, x, scale_reciprocal, offset),
+                *_to_one_dtype(row, x, scale_reciprocal, offset),
             )
         shape = tuple(tensor.shape)
         if len(shape) != 1 or not (known_true(shape[0] == 1) or check_equal_sizes(shape[0], k)):
@@ -201,17 +201,21 @@ def _ask_for(target: torch.dtype, given: torch.dtype) -> Fix:
 
 
 def _to_one_dtype(
-    row: QuantRow,
-    name: str,
-    x: TensorLike,
-    scale_reciprocal: TensorLike,
-    offset: TensorLike | None,
+    row: QuantRow, x: TensorLike, scale_reciprocal: TensorLike, offset: TensorLike | None
 ) -> list[Fix]:
-    """x in the dtype of the others, where that holds its values; they in the dtype of x."""
-    tensors = {"scale_reciprocal": scale_reciprocal, "offset": offset}
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor is not None}
-    fixes = [cast(name, tensors[name].dtype, x.dtype)]  # type: ignore[union-attr]
-    (target, *more) = dtypes
+    """The others in the dtype of x; x in theirs, where the row has it and it holds x's values."""
+    others = {"scale_reciprocal": scale_reciprocal.dtype}
+    if offset is not None:
+        others["offset"] = offset.dtype
+    casts = [cast(name, dtype, x.dtype) for name, dtype in others.items() if dtype != x.dtype]
+    fixes = [
+        Fix(
+            " and ".join(fix.text for fix in casts),
+            tuple(change for fix in casts for change in fix.changes),
+            "; ".join(fix.numbers for fix in casts if fix.numbers),
+        )
+    ]
+    target, *more = set(others.values())
     if not more and target in row.x and is_exact(x.dtype, target):
         fixes.append(cast("x", x.dtype, target))
     return sorted(fixes, key=lambda fix: bool(fix.numbers))
