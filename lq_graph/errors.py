@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-__all__ = ["PARAM_INVALID", "LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-# how a message ends: ACLNN_ERR_PARAM_INVALID
-PARAM_INVALID = "(aclnn would report 161002)"
+    from .rules.refusal import Refusal
+
+__all__ = ["LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"]
 
 
 class LinearQuantError(Exception):
-    """Anything LinearQuant refuses. The text names the tensor, what was given, what is allowed
-    on the product, what to do, and the aclnn error code the caller is spared."""
+    """Anything lq_graph refuses. The text names the argument, what was given, what is allowed on
+    the product, what to do, and the aclnn error code the caller is spared.
+
+    Args:
+        what: the text, or a Refusal, which gives it.
+
+    Attributes:
+        refusal: the record behind the text; None for an error that is only a text.
+    """
+
+    refusal: Refusal | None
+
+    def __init__(self, what: str | Refusal) -> None:
+        super().__init__(str(what))
+        self.refusal = None if isinstance(what, str) else what
+
+    def in_layer(self, caller: str, layer: str) -> Self:
+        """The same error, whose text begins with where in a model it was met.
+
+        Args:
+            caller: the function that was called: "quantize".
+            layer: the qualified name of the layer.
+        """
+        if self.refusal is None:
+            return type(self)(f"{caller}: {layer}: {self}")
+        return type(self)(replace(self.refusal, caller=caller, layer=layer))
 
 
 class LinearQuantTypeError(LinearQuantError, TypeError):

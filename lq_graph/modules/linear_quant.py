@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ..backends.npu import cast_format, format_of
-from ..errors import PARAM_INVALID, LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from ..kernels import INT4_PER_INT32, PartialGroupError, logical_k, storage_k
 from ..ops import trans_quant_param
 from ..rules.plan import check_finite
+from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 
 __all__ = ["PARAMETERS", "LinearQuant", "check_whole_words", "keeping_dtypes", "layer_of"]
@@ -399,10 +400,15 @@ def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
     """Hold a tensor against the dtype the constructor was told."""
     if tensor.dtype != stated:
         tensor_name = "weight" if name == "x2" else name
-        raise LinearQuantTypeError(
-            f"LinearQuant: {tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made "
-            f"with {name}_dtype={dtype_name(stated)}. What to do: pass {dtype_name(stated)}, or "
-            f"leave {name}_dtype at None. {PARAM_INVALID}"
+        raise refused(
+            LinearQuantTypeError,
+            "LinearQuant",
+            tensor_name,
+            f"{tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made with "
+            f"{name}_dtype={dtype_name(stated)}",
+            dtype_name(stated),
+            f"pass {dtype_name(stated)}",
+            f"leave {name}_dtype at None",
         )
 
 

@@ -237,7 +237,7 @@ def _check(name: str, layer: LinearQuant) -> bool:
             check_finite(layer.scale, layer.offset)
         return fold
     except LinearQuantError as error:
-        raise type(error)(f"use_internal_format_weight: {name}: {error}") from None
+        raise error.in_layer("use_internal_format_weight", name) from None
 
 
 def folds_scale(layer: LinearQuant) -> bool:

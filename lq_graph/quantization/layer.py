@@ -212,7 +212,9 @@ def _refusal(
             output_dtype=output_dtype,
         )
     except LinearQuantError as error:
-        return str(error).split(" What to do: ")[0]
+        refusal = error.refusal
+        assert refusal is not None  # whatever a plan refuses has one
+        return f"{refusal.operator}: {refusal.reason()}"
     return ""
 
 

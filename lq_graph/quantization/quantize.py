@@ -207,7 +207,7 @@ def _quantize(
         try:
             _check_range(job, job.build({}))
         except LinearQuantTypeError as error:
-            raise LinearQuantTypeError(f"quantize: {job.name}: {error}") from None
+            raise error.in_layer("quantize", job.name) from None
     _put_in_place(todo)
     report = QuantizeReport(map(_result, jobs))
     report.stays_float = _stays_float(model, bytes_before)

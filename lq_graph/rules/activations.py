@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any
 
 import torch
 
-from ..errors import PARAM_INVALID, LinearQuantTypeError, LinearQuantValueError
-from ..kernels import Arithmetic, for_rows, storage_k
-from .plan import TensorLike
+from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..kernels import Arithmetic, TensorLike, for_rows, storage_k
+from .advice import cast, is_exact
 from .products import get_product
-from .symbolic import differ, sure
+from .refusal import Fix, list_of, refused
+from .symbolic import check_equal_sizes, known_true
 from .tables import (
     MIN_DIMS,
     QUANT_MAX_DIMS,
@@ -64,21 +64,22 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
 
     Source: aclnnDynamicQuant.md (hicann/ops-nn, quant/dynamic_quant/docs).
     """
-    row = _row("dynamic_quant", x, torch.int8 if dtype is None else dtype)
+    product = get_product()
+    row = _row("dynamic_quant", product, x, torch.int8 if dtype is None else dtype)
     _check_dims("dynamic_quant", x, MIN_DIMS)
     *rows, k = x.shape
     pack = STORAGE_DTYPES[row.output_dtype]
-    if sure(k % pack != 0):
-        _value_error(
-            f"dynamic_quant: x has k = {k}; int4 needs a multiple of {pack}. What to do: quantize "
-            "to int8, or pad k with zeros here and in the weight."
+    pad = "pad k with zeros here and in the weight"
+    if known_true(k % pack != 0):
+        to_int8 = Fix(
+            "quantize to int8", (("dtype", torch.int8),), "the values have 8 bits instead of 4"
         )
-    product = get_product()
-    if sure(k % product.dynamic_quant_k != 0):
-        _value_error(
-            f"dynamic_quant: x has k = {k}; on {product} it must be a multiple of "
-            f"{product.dynamic_quant_k}. What to do: pad k with zeros here and in the weight."
+        raise _refused(
+            "dynamic_quant", "x", f"x has k = {k}", f"a multiple of {pack} for int4", pad, to_int8
         )
+    if known_true(k % product.dynamic_quant_k != 0):
+        allowed = f"a multiple of {product.dynamic_quant_k}"
+        raise _refused("dynamic_quant", "x", f"x has k = {k}", allowed, pad, product=product)
     return QuantPlan(row, (*rows, storage_k(k, row.output_dtype)), tuple(rows), pack > 1, product)
 
 
@@ -99,66 +100,141 @@ def plan_static_quant(
     Source: aclnnAscendQuantV3.md (hicann/ops-nn, quant/ascend_quant_v2/docs) and the operator's
     definition, which takes one dtype for all three.
     """
-    row = _row("static_quant", x, torch.int8)
+    product = get_product()
+    row = _row("static_quant", product, x, torch.int8, scale_reciprocal, offset)
     _check_dims("static_quant", x, 1)
     k = x.shape[-1]
     for name, tensor in (("scale_reciprocal", scale_reciprocal), ("offset", offset)):
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
-            raise LinearQuantTypeError(
-                f"static_quant: {name} is {dtype_name(tensor.dtype)} and x {dtype_name(x.dtype)}; "
-                f"both must be of one dtype. What to do: pass {name}.to(x.dtype). {PARAM_INVALID}"
+            raise refused(
+                LinearQuantTypeError,
+                "static_quant",
+                name,
+                f"{name} is {dtype_name(tensor.dtype)} and x {dtype_name(x.dtype)}",
+                "one dtype for both",
+                *_to_one_dtype(row, x, scale_reciprocal, offset),
             )
         shape = tuple(tensor.shape)
-        if len(shape) != 1 or not (sure(shape[0] == 1) or not differ(shape[0], k)):
-            _value_error(
-                f"static_quant: {name} has shape {shape}; allowed is (1,) or (k,) = ({k},). What "
-                f"to do: pass {name}.reshape(-1) if it holds 1 or k values."
+        if len(shape) != 1 or not (known_true(shape[0] == 1) or check_equal_sizes(shape[0], k)):
+            raise _refused(
+                "static_quant",
+                name,
+                f"{name} has shape {shape}",
+                f"(1,) or (k,) = ({k},)",
+                f"pass {name}.reshape(-1) if it holds 1 or k values",
             )
-    if offset is not None and differ(offset.shape[0], scale_reciprocal.shape[0]):
-        _value_error(
-            f"static_quant: offset has {offset.shape[0]} values and scale_reciprocal "
-            f"{scale_reciprocal.shape[0]}; both must have as many. What to do: expand the shorter."
+    if offset is not None and not check_equal_sizes(offset.shape[0], scale_reciprocal.shape[0]):
+        raise _refused(
+            "static_quant",
+            "offset",
+            f"offset has {offset.shape[0]} values and scale_reciprocal {scale_reciprocal.shape[0]}",
+            "one number of values for both",
+            "expand the shorter",
         )
-    return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, get_product())
+    return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, product)
 
 
-def _value_error(text: str) -> NoReturn:
-    raise LinearQuantValueError(f"{text} {PARAM_INVALID}")
+def _refused(
+    op: str, argument: str, given: str, allowed: str, *fixes: Fix | str, **details: Any
+) -> LinearQuantValueError:
+    return refused(LinearQuantValueError, op, argument, given, allowed, *fixes, **details)
 
 
-def _row(op: str, x: TensorLike, output: torch.dtype) -> QuantRow:
-    product = get_product()
+def _row(
+    op: str,
+    product: Product,
+    x: TensorLike,
+    output: torch.dtype,
+    *others: TensorLike | None,
+) -> QuantRow:
+    """The product's row for a dtype of x and of the output. others: scale_reciprocal and offset of
+    static_quant, which take the dtype of x."""
     rows = quant_rows_of(product, op)
     outputs = [row for row in rows if row.output_dtype == output]
     if not outputs:
-        raise LinearQuantTypeError(
-            f"{op}: dtype is {dtype_name(output)}; {product} allows "
-            f"{_names([storage_name(row.output_dtype) for row in rows])}. What to do: ask for one "
-            f"of them. {PARAM_INVALID}"
+        raise refused(
+            LinearQuantTypeError,
+            op,
+            "dtype",
+            f"dtype is {dtype_name(output)}",
+            list_of((storage_name(row.output_dtype) for row in rows), "or"),
+            *(_ask_for(row.output_dtype, output) for row in rows),
+            product=product,
         )
     for row in outputs:
         if x.dtype in row.x:
             return row
     allowed = [dtype for row in outputs for dtype in row.x]
-    raise LinearQuantTypeError(
-        f"{op}: x is {dtype_name(x.dtype)}; {product} allows {_names(map(dtype_name, allowed))}. "
-        f"What to do: pass x.to(torch.{dtype_name(allowed[-1])}), or have the layer before it give "
-        f"that. {PARAM_INVALID}"
+    exact = [dtype for dtype in allowed if is_exact(x.dtype, dtype)]
+    target = (exact or allowed)[-1]
+    fix = cast("x", x.dtype, target)
+    names = ("scale_reciprocal", "offset")
+    along = [
+        name
+        for name, tensor in zip(names, others, strict=False)
+        if tensor is not None and tensor.dtype != target
+    ]
+    if along:
+        fix = Fix(
+            f"{fix.text}, and {list_of(along)} in the same dtype",
+            fix.changes + tuple((name, target) for name in along),
+            fix.numbers,
+        )
+    raise refused(
+        LinearQuantTypeError,
+        op,
+        "x",
+        f"x is {dtype_name(x.dtype)}",
+        list_of(map(dtype_name, allowed), "or"),
+        fix,
+        product=product,
     )
 
 
-def _names(words: Iterable[str]) -> str:
-    return " or ".join(dict.fromkeys(words))
+def _ask_for(target: torch.dtype, given: torch.dtype) -> Fix:
+    bits = 8 if target == torch.int8 else 4
+    numbers = f"the values have {bits} bits" if given != target else ""
+    return Fix(f"ask for dtype {storage_name(target)}", (("dtype", target),), numbers)
+
+
+def _to_one_dtype(
+    row: QuantRow, x: TensorLike, scale_reciprocal: TensorLike, offset: TensorLike | None
+) -> list[Fix]:
+    """The others in the dtype of x; x in theirs, where the row has it and it holds x's values."""
+    others = {"scale_reciprocal": scale_reciprocal.dtype}
+    if offset is not None:
+        others["offset"] = offset.dtype
+    casts = [cast(name, dtype, x.dtype) for name, dtype in others.items() if dtype != x.dtype]
+    fixes = [
+        Fix(
+            " and ".join(fix.text for fix in casts),
+            tuple(change for fix in casts for change in fix.changes),
+            "; ".join(fix.numbers for fix in casts if fix.numbers),
+        )
+    ]
+    target, *more = set(others.values())
+    if not more and target in row.x and is_exact(x.dtype, target):
+        fixes.append(cast("x", x.dtype, target))
+    return sorted(fixes, key=lambda fix: bool(fix.numbers))
 
 
 def _check_dims(op: str, x: TensorLike, fewest: int) -> None:
     dims = len(x.shape)
     if not fewest <= dims <= QUANT_MAX_DIMS:
-        _value_error(
-            f"{op}: x has {dims} dims, shape {tuple(x.shape)}; allowed are {fewest} to "
-            f"{QUANT_MAX_DIMS}. What to do: unsqueeze or flatten leading dims."
+        raise _refused(
+            op,
+            "x",
+            f"x has {dims} dims, shape {tuple(x.shape)}",
+            f"{fewest} to {QUANT_MAX_DIMS} dims",
+            "unsqueeze or flatten leading dims",
         )
-    if sure(x.shape[-1] == 0):
-        _value_error(f"{op}: x has shape {tuple(x.shape)}, k is 0. What to do: skip the layer.")
+    if known_true(x.shape[-1] == 0):
+        raise _refused(
+            op,
+            "x",
+            f"x has shape {tuple(x.shape)}, k is 0",
+            "k of at least 1",
+            "skip the layer when there is nothing to compute",
+        )

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from ..kernels import storage_k
 from ..reports import table
-from .plan import Plan, Spec, nearest_rows, plan
+from .advice import nearest_rows
+from .plan import Plan, Spec, plan
 from .products import parse_product
+from .refusal import refused
 from .tables import PRODUCTS, STORAGE_DTYPES, Product, Row, dtype_name, storage_name
 
 __all__ = ["Check", "Verdict", "check"]
@@ -76,8 +78,8 @@ class Check:
                 if verdict.plan.cut_scale:
                     answer += "; its kernel keeps the first 19 bits of this scale, others all 32"
             else:
-                text = str(verdict.error).removeprefix("linear_quant: ")
-                answer = f"no   {{}}: {text.replace(name, 'the product')}"
+                assert verdict.error is not None and verdict.error.refusal is not None
+                answer = f"no   {{}}: {verdict.error.refusal.sentence('the product')}"
             answers.setdefault(answer, []).append(name)
         for answer, names in answers.items():
             text = answer.replace("{}", ", ".join(names), 1)
@@ -172,9 +174,14 @@ def _dtype(name: str, argument: Argument) -> torch.dtype:
     dtype = argument[0] if isinstance(argument, tuple) else argument
     dtype = dtype.dtype if isinstance(dtype, Tensor) else dtype
     if not isinstance(dtype, torch.dtype):
-        raise LinearQuantTypeError(
-            f"check: {name} is {argument!r}; allowed is a tensor, a torch.dtype, or a tuple of a "
-            "torch.dtype and a shape."
+        raise refused(
+            LinearQuantTypeError,
+            "check",
+            name,
+            f"{name} is {argument!r}",
+            "a tensor, a torch.dtype, or a tuple of a torch.dtype and a shape",
+            "pass a dtype, such as torch.int8",
+            code=None,
         )
     return dtype
 

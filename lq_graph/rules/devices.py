@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LinearQuantValueError
+from .refusal import refused
 
 __all__ = ["check_devices"]
 
@@ -37,9 +38,14 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
             else f"move the model and its inputs to one device, with model.to('{wanted}') or "
             f"{first}.to('{tensor.device}')"
         )
-        raise LinearQuantValueError(
-            f"{op}: {name} is on {tensor.device} and {first} on {wanted}; allowed is one device "
-            f"for all tensors of a call. What to do: {todo}."
+        raise refused(
+            LinearQuantValueError,
+            op,
+            name,
+            f"{name} is on {tensor.device} and {first} on {wanted}",
+            "one device for all tensors of a call",
+            todo,
+            code=None,
         )
 
 

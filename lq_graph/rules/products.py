@@ -8,6 +8,7 @@ import warnings
 from functools import cache
 
 from ..errors import LinearQuantValueError
+from .refusal import refused
 from .tables import A2, PRODUCTS, Product, product_by_name, product_of_soc
 
 __all__ = ["ENV", "get_product", "parse_product", "set_product"]
@@ -33,9 +34,14 @@ def parse_product(name: Product | str, where: str) -> Product:
     product = product_by_name(name)
     if product is None:
         known = ", ".join(p.key for p in PRODUCTS)
-        raise LinearQuantValueError(
-            f"{where}: {name!r} is not a product lq_graph knows; use one of {known}, or a SoC name "
-            "such as Ascend910B2."
+        raise refused(
+            LinearQuantValueError,
+            where,
+            "product",
+            f"{name!r} is not a product lq_graph knows",
+            f"one of {known}, or a SoC name such as Ascend910B2",
+            "ask for the product whose table holds for your chip",
+            code=None,
         )
     return product
 

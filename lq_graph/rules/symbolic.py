@@ -1,23 +1,31 @@
-"""Questions about sizes that may be symbols."""
+"""Questions about sizes that may be symbols.
+
+sympy takes 0.3 s to import, so torch's module of symbolic shapes is imported where a symbol is met:
+then it is loaded already.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-__all__ = ["differ", "sure"]
-
-
-def sure(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition is known to hold; what only run time can tell counts as no."""
-    return condition if type(condition) is bool else guard_or_false(condition)
+__all__ = ["check_equal_sizes", "known_true"]
 
 
-def differ(a: int, b: int) -> bool:
-    """a != b. Sizes only known at run time are taken to agree, and recorded as such."""
+def known_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition is known to hold. What only run time can tell counts as false."""
+    if type(condition) is bool:
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
+def check_equal_sizes(a: int, b: int) -> bool:
+    """Whether two sizes are equal. Sizes that only run time can tell count as equal, and torch
+    checks at run time that they are."""
     if isinstance(a, int) and isinstance(b, int):
-        return a != b
-    if sure(a != b):
-        return True
+        return a == b
+    if known_true(a != b):
+        return False
     torch._check(a == b)
-    return False
+    return True

@@ -85,8 +85,8 @@ def test_constructor_refuses(args, kwargs, error, match) -> None:
 @pytest.mark.parametrize(
     ("stated", "x1", "weight", "match"),
     [
-        (dict(x1_dtype=I8), I32, I32, r"x1 is int32, .* x1_dtype=int8. What to do: pass int8"),
-        (dict(x2_dtype=I32), I8, I8, r"weight is int8, .* x2_dtype=int32\. What to do"),
+        (dict(x1_dtype=I8), I32, I32, r"x1 is int32, .* x1_dtype=int8; allowed is int8. What to"),
+        (dict(x2_dtype=I32), I8, I8, r"weight is int8, .* x2_dtype=int32; allowed is int32\."),
         (dict(x1_dtype=I8, x2_dtype=I8), I8, I32, "weight is int32"),
     ],
 )

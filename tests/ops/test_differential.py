@@ -185,7 +185,7 @@ _CHECKER = "quant_matmul_checker.cpp (hicann/ops-nn), "
 _DOC = "aclnnQuantMatmulV4.md (hicann/ops-nn), "
 _PAGE = "the page of torch_npu's LinearQuant, "
 STRICTER = {
-    "x1 dtype": Reason(r"x1 is \w+; .* allows", _CHECKER + "CheckDtype"),
+    "x1 dtype": Reason(r": x1 is \w+; .* allows", _CHECKER + "CheckDtype"),
     "weight dtype": Reason(r"weight is \w+ and x1 is", _DOC + "table of dtypes"),
     "output dtype": Reason(r"output_dtype is", _CHECKER + "CheckDtypeOnlyL0c2out"),
     "scale dtype": Reason(r": scale is", _CHECKER + "CheckL0c2outAndL0c2ubPertensorPerchannel"),
@@ -215,12 +215,12 @@ STRICTER = {
         cann=False,
     ),
     "int4 contiguous": Reason(
-        r"int32 \(int4\) must be contiguous",
+        r"contiguous memory for int32 \(int4\)",
         "aclnn_quant_matmul_v4.cpp (hicann/ops-nn), CheckShapeInt4: no transposed x1",
         lambda call: bool(call.swapped) and not empty(call),
     ),
     "k over 65535": Reason(
-        r"k is \d+; the last dim",
+        r"k is \d+; .*as the last dim",
         _DOC + "limits of x1 and x2",
         lambda call: call.size("x1", -1) * (8 if call.tensors["x1"][0] == I32 else 1) > 65535,
     ),

@@ -1,0 +1,199 @@
+"""Which row of the table the dtypes of a linear_quant call have, or why none."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from ..errors import LinearQuantTypeError
+from .advice import Given, fixes_of_columns, fixes_of_storage, fixes_of_weight, nearest_rows
+from .refusal import Fix, Refusal, list_of, names_of, refused
+from .tables import (
+    COLUMNS,
+    PRODUCTS,
+    STORAGE_DTYPES,
+    Choice,
+    Product,
+    Row,
+    dtype_name,
+    rows_of,
+    storage_name,
+)
+
+__all__ = ["row_of_dtypes"]
+
+_BIAS_ORDER = "an int32 bias is added before the scale, a float bias after it"
+_PACKED = "int64 is the packed form of lq_graph.trans_quant_param"
+
+
+def row_of_dtypes(
+    product: Product,
+    x1: torch.dtype,
+    weight: torch.dtype,
+    scale: torch.dtype,
+    offset: torch.dtype | None,
+    pertoken_scale: torch.dtype | None,
+    bias: torch.dtype | None,
+    output: torch.dtype,
+) -> Row:
+    """The first row of the product's table that has these dtypes (None: absent).
+
+    Raises:
+        LinearQuantTypeError: there is none.
+    """
+    others = scale, offset, pertoken_scale, bias, output
+    row = _find_row(product, x1, *others) if weight == x1 else None
+    if row is not None:
+        return row
+    given = _given(*others)
+    storages = list_of((storage_name(d) for d in STORAGE_DTYPES if rows_of(product, d)), "or")
+    if not rows_of(product, x1):
+        raise refused(
+            LinearQuantTypeError,
+            "linear_quant",
+            "x1",
+            f"x1 is {dtype_name(x1)}",
+            storages,
+            *fixes_of_storage(product, x1, weight, given),
+            product=product,
+        )
+    if weight != x1:
+        raise refused(
+            LinearQuantTypeError,
+            "linear_quant",
+            "weight",
+            f"weight is {dtype_name(weight)} and x1 is {dtype_name(x1)}",
+            f"one dtype for both, {storages}",
+            *fixes_of_weight(product, x1, weight, given),
+            product=product,
+        )
+    raise _columns_refused(product, x1, given)
+
+
+@lru_cache(maxsize=1024)
+def _find_row(product: Product, storage: torch.dtype, *others: torch.dtype | None) -> Row | None:
+    """Cached: with symbolic sizes a model asks the same few on every call."""
+    given = _given(*others)
+    return next((row for row in rows_of(product, storage) if not row.misses(given)), None)
+
+
+def _given(
+    scale: torch.dtype | None,
+    offset: torch.dtype | None,
+    pertoken_scale: torch.dtype | None,
+    bias: torch.dtype | None,
+    output: torch.dtype | None,
+) -> dict[str, torch.dtype | None]:
+    return {
+        "scale": scale,
+        "offset": offset,
+        "pertoken_scale": pertoken_scale,
+        "bias": bias,
+        "output_dtype": output,
+    }
+
+
+def _columns_refused(product: Product, storage: torch.dtype, given: Given) -> LinearQuantTypeError:
+    """Blame one column if a change of it alone would do, else those the nearest row misses."""
+    rows = [row for row in rows_of(product, storage) if len(row.misses(given)) == 1]
+    rows = rows or nearest_rows(product, storage, given)[:1]
+    fixes = fixes_of_columns(product, storage, given, rows)
+    blamed = _blamed(given, fixes)
+    missed = [row for row in rows if row.misses(given) == blamed]
+    choices = tuple(
+        (column, tuple(dict.fromkeys(d for row in missed for d in row.choices(column))))
+        for column in blamed
+    )
+    return LinearQuantTypeError(
+        Refusal(
+            "linear_quant",
+            blamed,
+            " and ".join(f"{column} is {_word(given[column])}" for column in blamed),
+            choices=choices,
+            context=_context(storage, given, blamed),
+            product=product,
+            why=_why(product, storage, given, *choices[0]) if len(choices) == 1 else "",
+            fixes=fixes,
+            takers=tuple(
+                other
+                for other in PRODUCTS
+                if other is not product
+                and any(not row.misses(given) for row in rows_of(other, storage))
+            ),
+            aclnn=_taken_by_aclnn(product, storage, given, blamed),
+        )
+    )
+
+
+def _blamed(given: Given, fixes: tuple[Fix, ...]) -> tuple[str, ...]:
+    """The columns of the best fix, but what is given is blamed before what is absent."""
+    of_columns = [
+        tuple(column for column, _ in fix.changes)
+        for fix in fixes
+        if all(column in COLUMNS for column, _ in fix.changes)
+    ]
+    return min(of_columns, key=lambda columns: any(given[column] is None for column in columns))
+
+
+def _word(dtype: torch.dtype | None) -> str:
+    return "absent" if dtype is None else dtype_name(dtype)
+
+
+def _context(storage: torch.dtype, given: Given, blamed: tuple[str, ...]) -> str:
+    """What the blamed columns are refused beside."""
+    others = [
+        f"{column} {dtype_name(given[column])}"
+        for column in ("scale", "offset", "pertoken_scale", "bias")
+        if column not in blamed and given[column] is not None
+    ]
+    context = f"{storage_name(storage)} x1 and weight"
+    if "output_dtype" not in blamed:
+        context += f", {dtype_name(given['output_dtype'])} output"
+    return f"{context} and {', '.join(others)}" if others else context
+
+
+def _why(product: Product, storage: torch.dtype, given: Given, column: str, allowed: Choice) -> str:
+    """Which rows of the product take what is refused, and what the dtypes mean."""
+    value = given[column]
+    if column == "output_dtype" or value is None:
+        return ""
+    anything = set(allowed) == {None}  # no dtype would do
+    takers = [
+        row
+        for row in rows_of(product, storage)
+        if (row.choices(column) != (None,) if anything else value in row.choices(column))
+    ]
+    what = "one" if anything else dtype_name(value)
+    reasons = []
+    outputs = sorted({dtype_name(row.output) for row in takers})
+    same_output = [row for row in takers if row.output == given["output_dtype"]]
+    if same_output:
+        row = min(same_output, key=lambda row: len(row.misses(given)))
+        others = [other for other in row.misses(given) if other != column]
+        conditions = [f"{other} {names_of(row.choices(other))}" for other in others]
+        reasons.append(f"{dtype_name(row.output)} output takes {what} with {list_of(conditions)}")
+    elif takers:
+        plural = "outputs take" if len(outputs) > 1 else "output takes"
+        reasons.append(f"only {list_of(outputs)} {plural} {what}")
+    elif anything:
+        reasons.append("no output takes one")
+    if column == "bias" and value.is_floating_point:
+        reasons.append(_BIAS_ORDER)
+    if column == "scale" and value == torch.int64:
+        reasons.append(_PACKED)
+    return "; ".join(reasons)
+
+
+def _taken_by_aclnn(
+    product: Product, storage: torch.dtype, given: Given, blamed: tuple[str, ...]
+) -> str:
+    """What aclnn does with a call that the table refuses and aclnn does not; empty if it refuses
+    too (quant_matmul_checker.cpp, hicann/ops-nn)."""
+    only_offset = blamed == ("offset",) and given["offset"] == torch.float32
+    pertoken, output = given["pertoken_scale"], given["output_dtype"]
+    if only_offset and (pertoken is not None or torch.int32 in (storage, output)):
+        return "aclnn would take the offset and not read it"
+    if product.key == "310P" and "pertoken_scale" in blamed and pertoken == torch.float32:
+        return "the newest aclnn takes one in some calls, but no graph does"
+    return ""
