@@ -665,7 +665,7 @@ sys.exit(code)
 def test_ctrl_c_ends_a_process_that_has_no_handler(inside: bool) -> None:
     script = f"""
 import signal
-from lq_graph.modules.walk import uninterrupted
+from lq_graph.modules.transaction import uninterrupted
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 with uninterrupted() as deliver:
     signal.raise_signal(signal.SIGINT)

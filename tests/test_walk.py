@@ -29,7 +29,8 @@ from lq_graph import (
     convert,
     quantize,
 )
-from lq_graph.modules.walk import held_elsewhere, places_of, why_not_replaceable
+from lq_graph.modules.places import held_elsewhere, places_of
+from lq_graph.modules.replaceable import why_not_replaceable
 
 F16 = torch.float16
 

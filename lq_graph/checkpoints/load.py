@@ -23,17 +23,10 @@ from torch.nn.parameter import is_lazy
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
 from ..modules.linear_quant import LinearQuant, layer_of
+from ..modules.places import held_elsewhere, places_of, put
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.walk import (
-    all_or_nothing,
-    carry_over,
-    held_elsewhere,
-    keeps_grad_mode,
-    one_at_a_time,
-    places_of,
-    put,
-    why_not_replaceable,
-)
+from ..modules.replaceable import carry_over, why_not_replaceable
+from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..quantization.layer import no_row
 from ..reports import table
 from ..rules.tables import ND, dtype_name

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..kernels.numerics import unpack_scale
 from ..modules.linear_quant import SPLIT
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.walk import keeps_grad_mode, uninterrupted
+from ..modules.transaction import keeps_grad_mode, uninterrupted
 from ..ops import trans_quant_param
 from ..rules.tables import dtype_name
 from .files import (

@@ -44,7 +44,7 @@ from ..kernels.numerics import INT4_PER_INT32, Arithmetic
 from ..modules.linear_quant import PARAMETERS, SPLIT, LinearQuant
 from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.walk import all_or_nothing
+from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic
 from ..rules.plan import check_finite
 from ..rules.products import get_product

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 from ..errors import LinearQuantError
 from ..kernels.numerics import pack_int4
 from ..modules.linear_quant import LinearQuant, layer_of
+from ..modules.places import put
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.walk import carry_over, put
+from ..modules.replaceable import carry_over
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.plan import Spec, plan
 from ..rules.products import get_product

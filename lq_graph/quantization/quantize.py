@@ -15,17 +15,11 @@ from tqdm import tqdm
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..modules.linear_quant import LinearQuant
+from ..modules.places import held_elsewhere, places_of, tensors_beside
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.replaceable import why_not_replaceable
+from ..modules.transaction import keeps_grad_mode, one_at_a_time, uninterrupted
 from ..modules.vendor import vendor_layers
-from ..modules.walk import (
-    held_elsewhere,
-    keeps_grad_mode,
-    one_at_a_time,
-    places_of,
-    tensors_beside,
-    uninterrupted,
-    why_not_replaceable,
-)
 from ..reports import table
 from ..rules.tables import dtype_name
 from .calibrate import Seen, check_batches, observe
