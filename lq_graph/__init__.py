@@ -20,7 +20,8 @@ from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
 if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .analysis.compare import compare
     from .analysis.explain import explain
-    from .checkpoints.load import CheckpointError, load_checkpoint
+    from .checkpoints.files import CheckpointError
+    from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
     from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
@@ -72,7 +73,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "analysis.compare": ("compare",),
     "analysis.explain": ("explain",),
-    "checkpoints.load": ("CheckpointError", "load_checkpoint"),
+    "checkpoints.files": ("CheckpointError",),
+    "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
     "modules.layouts": ("from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..errors import LinearQuantValueError
 
 if TYPE_CHECKING:
-    from .compare import Comparison, Error
+    from .comparison import Comparison
+    from .metrics import Error
 
 __all__ = ["save"]
 

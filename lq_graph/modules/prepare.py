@@ -22,8 +22,8 @@ from ..rules.plan import check_finite, plan
 from ..rules.products import get_product
 from ..rules.tables import FRACTAL_NZ, ND, Product, dtype_name, storage_name
 from .linear_quant import LinearQuant
+from .transaction import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 from .vendor import vendor_layers
-from .walk import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 

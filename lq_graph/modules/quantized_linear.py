@@ -137,7 +137,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def _plain(cls) -> QuantizedLinear:
-        """One as quantize makes it, for walk.py."""
+        """One as quantize makes it, for replaceable.py."""
         linear = LinearQuant(8, 8, pertoken_scale=True, output_dtype=torch.float16, device="meta")
         return cls(linear)
 

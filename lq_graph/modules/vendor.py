@@ -12,8 +12,10 @@ from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
 from ..rules.tables import STORAGE_DTYPES, dtype_name
 from .linear_quant import PARAMETERS, LinearQuant, check_whole_words
+from .places import places_of, put
 from .quantized_linear import QuantizedLinear
-from .walk import all_or_nothing, carry_over, keeps_grad_mode, places_of, put, why_not_replaceable
+from .replaceable import carry_over, why_not_replaceable
+from .transaction import all_or_nothing, keeps_grad_mode
 
 __all__ = ["convert", "vendor_layers"]
 

@@ -17,13 +17,10 @@ Source: torch.distributed.tensor.parallel.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -32,27 +29,26 @@ from torch.distributed.tensor import (
     Placement,
     Replicate,
     Shard,
-    distribute_tensor,
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from .. import kernels
 from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..kernels import Arithmetic, OperandError, logical_k
-from ..modules.linear_quant import PARAMETERS, SPLIT, LinearQuant
+from ..kernels import logical_k
+from ..modules.linear_quant import SPLIT, LinearQuant
 from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.walk import all_or_nothing
+from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic
-from ..rules.plan import check_finite
 from ..rules.products import get_product
 from ..rules.tables import FRACTAL_NZ, STORAGE_DTYPES, dtype_name, rows_of
+from .exact import exact_forward, quantize_rows_together, read_scale
+from .moves import at_front, move
 from .sharding import NO_PARTIAL_INT8
+from .state import check_same, keep_state, layer_in, parameters_of, part_of, to_dtensors, to_parts
 
 __all__ = ["ColwiseLinearQuant", "LinearQuantStyle", "RowwiseLinearQuant"]
 
-_linear_quant = torch.ops.lq_graph.linear_quant.default
 _I8, _I32 = torch.int8, torch.int32
 
 
@@ -131,22 +127,22 @@ class LinearQuantStyle(ParallelStyle):
                 "QuantizedLinear. What to do: convert the vendor's modules with lq_graph.convert; "
                 "torch's own plans are for nn.Linear."
             )
-        layer = _layer_in(module)
+        layer = layer_in(module)
         if SPLIT in vars(layer):
             raise LinearQuantValueError(
                 f"{name}: the layer is split already, by load_checkpoint or another plan. What to "
                 "do: leave it out of this one."
             )
-        _check_same(name, layer, device_mesh)
+        check_same(name, layer, device_mesh)
         self.check(name, layer, device_mesh.size())
         placements = {}
         parts: list[tuple[Tensor, Tensor]] = []
-        for parameter, whole in _parameters(layer):
+        for parameter, whole in parameters_of(layer):
             placement = placements[parameter] = self.placement(parameter, tuple(whole.shape))
-            parts.append((whole, _part(whole.data, device_mesh, placement, self.src_data_rank)))
+            parts.append((whole, part_of(whole.data, device_mesh, placement, self.src_data_rank)))
         # what waits for other ranks is done; the rest is all or nothing
         with all_or_nothing() as undo:
-            _keep(undo, module, layer)
+            keep_state(undo, module, layer)
             for whole, part in parts:
                 undo.callback(setattr, whole, "data", whole.data)
                 whole.data = part
@@ -158,7 +154,7 @@ class LinearQuantStyle(ParallelStyle):
         # vectors are per channel in checkpoints, also where a part is one channel
         placements = {
             name: self.placement(name, (2,) * part.dim())
-            for name, part in _parameters(module.linear)
+            for name, part in parameters_of(module.linear)
         }
         return self._finish(module, mesh, placements)
 
@@ -169,13 +165,13 @@ class LinearQuantStyle(ParallelStyle):
         placements: dict[str, Placement],
     ) -> nn.Module:
         """Let a layer whose parameters are parts take, give, save and load what the plan says."""
-        layer = _layer_in(module)
+        layer = layer_in(module)
         vars(layer)[SPLIT] = (mesh, placements)
         n, words = layer.weight.shape
         layer.out_features, layer.in_features = n, logical_k(words, layer.weight.dtype)
         layer._float_scale = None  # of the whole layer; state dicts hold the scale that is in use
-        layer.register_state_dict_post_hook(_to_dtensors)
-        layer.register_load_state_dict_pre_hook(_to_parts)
+        layer.register_state_dict_post_hook(to_dtensors)
+        layer.register_load_state_dict_pre_hook(to_parts)
         module.register_forward_pre_hook(partial(self._take, mesh))
         module.register_forward_hook(partial(self._give, mesh))
         return module
@@ -184,18 +180,18 @@ class LinearQuantStyle(ParallelStyle):
         del module
         x, *rest = inputs
         if isinstance(x, DTensor):
-            x = x.redistribute(placements=[_at(self.computes_from, x)]).to_local()
+            x = x.redistribute(placements=[at_front(self.computes_from, x)]).to_local()
         else:
-            x = _move(x, self.input_layouts, self.computes_from, mesh)
+            x = move(x, self.input_layouts, self.computes_from, mesh)
         # pertoken_scale: whole on each device
         return (x, *(t.full_tensor() if isinstance(t, DTensor) else t for t in rest))
 
     def _give(self, mesh: DeviceMesh, module: nn.Module, inputs: Any, out: Tensor) -> Any:
         del module, inputs
-        out = _move(out, self.computes_to, self.output_layouts, mesh)
+        out = move(out, self.computes_to, self.output_layouts, mesh)
         if self.use_local_output:
             return out
-        return DTensor.from_local(out, mesh, [_at(self.output_layouts, out)], run_check=False)
+        return DTensor.from_local(out, mesh, [at_front(self.output_layouts, out)], run_check=False)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in vars(self).items())
@@ -322,190 +318,18 @@ class RowwiseLinearQuant(LinearQuantStyle):
         if isinstance(module, QuantizedLinear) and module.dynamic:
             # k of the whole layer: what one device alone would compute with it
             arithmetic = dynamic_arithmetic(get_product(), module.in_features)
-            vars(module)["quantize_rows"] = partial(_quantize_rows_together, mesh, arithmetic)
+            vars(module)["quantize_rows"] = partial(quantize_rows_together, mesh, arithmetic)
         if self.exact:
-            layer: Any = _layer_in(module)
+            layer: Any = layer_in(module)
             fold = layer.scale.dtype == torch.int64 or folds_scale(layer)
             layer.register_buffer("_fixed_scale", None, persistent=False)
             layer.register_buffer("_fixed_offset", None, persistent=False)
-            _read_scale(layer, fold)
-            layer.register_load_state_dict_post_hook(lambda own, _: _read_scale(own, fold))
+            read_scale(layer, fold)
+            layer.register_load_state_dict_post_hook(lambda own, _: read_scale(own, fold))
             # read by name and never written: int32 output takes a scale and ignores it
             layer.register_buffer(
                 "_ones", torch.ones(1, dtype=torch.float32, device=layer.weight.device), False
             )
             cuts = not fold and get_product().cuts_scale
-            vars(layer)["forward"] = partial(_exact_forward, mesh, fold, cuts, layer)
+            vars(layer)["forward"] = partial(exact_forward, mesh, fold, cuts, layer)
         return module
-
-
-# ---- what a layer knows of its split ----
-
-
-def _keep(undo: ExitStack, *modules: nn.Module) -> None:
-    """Take back whatever is set on the modules, hooks and buffers included."""
-    for module in modules:
-        own = vars(module)
-        undo.callback(_put_back, own, {**own})
-        for held in own.values():
-            # not replaced by a copy: handles of hooks find theirs in it
-            if isinstance(held, dict):
-                undo.callback(_put_back, held, {**held})
-
-
-def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
-    held.clear()
-    held.update(before)
-
-
-def _layer_in(module: LinearQuant | QuantizedLinear) -> LinearQuant:
-    return module.linear if isinstance(module, QuantizedLinear) else module
-
-
-def _parameters(layer: LinearQuant) -> list[tuple[str, Tensor]]:
-    found = ((name, getattr(layer, name)) for name in PARAMETERS)
-    return [(name, tensor) for name, tensor in found if tensor is not None]
-
-
-def _part(
-    whole: Tensor, mesh: DeviceMesh, placement: Placement, source: int | None = None
-) -> Tensor:
-    """This device's part of a tensor; `source`: the rank whose values count, None for one's own."""
-    if not isinstance(placement, Partial):
-        placed = distribute_tensor(whole, mesh, [placement], src_data_rank=source)
-        return placed.to_local().contiguous()
-    everywhere = distribute_tensor(whole, mesh, [Replicate()], src_data_rank=source).to_local()
-    return everywhere if mesh.get_local_rank() == 0 else torch.zeros_like(everywhere)
-
-
-def _to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A state dict holds the whole layer, each device its part of it."""
-    del metadata
-    mesh, placements = vars(layer)[SPLIT]
-    for name, placement in placements.items():
-        key = prefix + name
-        if key in state:
-            state[key] = DTensor.from_local(state[key], mesh, [placement], run_check=False)
-
-
-def _to_parts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """And loads one: its DTensors, or whole tensors, of which it takes its parts."""
-    mesh, placements = vars(layer)[SPLIT]
-    for name, placement in placements.items():
-        given = state.get(prefix + name)
-        if isinstance(given, DTensor):
-            same = given.device_mesh == mesh and tuple(given.placements) == (placement,)
-            state[prefix + name] = (
-                given.to_local() if same else _part(given.full_tensor(), mesh, placement)
-            )
-        elif given is not None:
-            state[prefix + name] = _part(given, mesh, placement)
-
-
-def _check_same(style_name: str, layer: LinearQuant, mesh: DeviceMesh) -> None:
-    """Every rank must split the same layer: a rank with another checkpoint or another model is told
-    so, on all ranks, before anything is split."""
-    everyone = [""] * mesh.size()
-    mine = f"{layer.extra_repr()}, weight format {format_of(layer.weight)}"
-    dist.all_gather_object(everyone, mine, group=mesh.get_group())
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            raise LinearQuantValueError(
-                f"{style_name}: the ranks hold different layers. Rank 0 has ({everyone[0]}), rank "
-                f"{rank} has ({theirs}). What to do: load the same checkpoint into the same model "
-                "on every rank."
-            )
-
-
-# ---- what moves between devices ----
-
-
-def _at(placement: Placement, tensor: Tensor) -> Placement:
-    """A placement with a dim counted from the end, counted from the front."""
-    if isinstance(placement, Shard) and placement.dim < 0:
-        return Shard(placement.dim + tensor.dim())
-    return placement
-
-
-def _done(x: Any) -> Tensor:
-    """A collective's result, waited for: a rank that is gone is an error here, not at some later
-    use. In a graph it is a plain tensor already."""
-    out: Tensor = x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
-    return out
-
-
-def _move(x: Tensor, have: Placement, want: Placement, mesh: DeviceMesh) -> Tensor:
-    """A plain tensor from one layout to another."""
-    have, want = _at(have, x), _at(want, x)
-    if have == want or mesh.size() == 1:
-        return x
-    if isinstance(want, Shard) and x.shape[want.dim] % mesh.size():
-        raise LinearQuantValueError(
-            f"dim {want.dim} of {tuple(x.shape)} is to be split over {mesh.size()} devices; each "
-            "takes an equal part. What to do: pad it, or use Replicate()."
-        )
-    group = mesh.get_group()
-    if isinstance(have, Partial):
-        if isinstance(want, Shard):
-            return _done(collectives.reduce_scatter_tensor(x, "sum", want.dim, group))
-        return _done(collectives.all_reduce(x, "sum", group))
-    if isinstance(have, Shard):
-        x = _done(collectives.all_gather_tensor(x.contiguous(), have.dim, group))
-    if isinstance(want, Shard):
-        return x.chunk(mesh.size(), want.dim)[mesh.get_local_rank()].contiguous()
-    return x
-
-
-def _read_scale(layer: Any, fold: bool) -> None:
-    """Keep the scale as the kernel reads it: made once, not at every call."""
-    scale, offset = layer.scale, layer.offset
-    if fold:
-        if scale.dtype == torch.float32:
-            check_finite(scale, offset)
-            scale = kernels.pack_scale(scale, offset)
-        try:
-            scale, offset = kernels.unpack_finite_scale(scale)
-        except OperandError as error:
-            raise LinearQuantValueError(f"linear_quant: {error}") from None
-    layer._fixed_scale, layer._fixed_offset = scale.data, offset if fold else None
-
-
-def _exact_forward(
-    mesh: DeviceMesh,
-    fold: bool,
-    cuts: bool,
-    layer: Any,
-    x1: Tensor,
-    pertoken_scale: Tensor | None = None,
-) -> Tensor:
-    """Sum the int32 accumulators of every device, and do what follows once."""
-    part = _linear_quant(x1, layer.weight, layer._ones, None, None, None, output_dtype=_I32)
-    pertoken = layer.pertoken_scale if pertoken_scale is None else pertoken_scale
-    scale, output = layer._fixed_scale, layer.output_dtype or _I8
-    if cuts and kernels.is_cut(
-        scale, pertoken, layer.bias, output, per_tensor=scale.shape[-1] == 1
-    ):
-        scale = kernels.s19(scale)
-    return kernels.epilogue(
-        _move(part, Partial(), Replicate(), mesh),
-        scale,
-        folded=fold,
-        offset=layer._fixed_offset,
-        bias=layer.bias,
-        pertoken_scale=pertoken,
-        output_dtype=output,
-    )
-
-
-def _quantize_rows_together(
-    mesh: DeviceMesh, arithmetic: Arithmetic, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """dynamic_quant of rows whose k is split: the largest magnitude is that of all parts."""
-    peak = rows.to(torch.float32).abs().max(-1).values  # torchair has no converter for amax
-    if mesh.size() > 1:
-        # A backend's maximum may lose NaN; it keeps infinity, and the row is NaN all the same.
-        peak = peak.nan_to_num(torch.inf, torch.inf, 0.0)
-        peak = _done(collectives.all_reduce(peak, "max", mesh.get_group()))
-    bits = 4 if dtype == _I32 else 8
-    values, scale = kernels.quantize_rows(rows, peak, bits, arithmetic)
-    return (kernels.pack_int4_in_graph(values) if bits == 4 else values), scale

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..modules.walk import uninterrupted
+from ..modules.transaction import uninterrupted
 
 __all__ = ["Range", "Seen", "call", "check_batches", "evaluating", "observe"]
 

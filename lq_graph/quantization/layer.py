@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -11,23 +9,23 @@ from torch.nn.parameter import is_lazy
 from ..errors import LinearQuantError
 from ..kernels import pack_int4, s19_at_least, storage_k
 from ..modules.linear_quant import LinearQuant, layer_of
+from ..modules.places import put
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.walk import carry_over, put
+from ..modules.replaceable import carry_over
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.plan import Spec, plan
 from ..rules.products import get_product
 from ..rules.tables import STORAGE_DTYPES, dtype_name
 from .schemes import SCHEMES, A4W4Dynamic, A8W8Static, Config
+from .weight_scales import peaks_of, round_weight
 
-__all__ = ["Job", "Kept", "affine", "illegal", "no_row", "why_no_range"]
+__all__ = ["Job", "Kept", "illegal", "no_row"]
 
 # Quantized weights that more than one layer has, with their scales, by the float weight. The first
 # of those layers makes them, while all of them are there.
 Kept = dict[int, tuple[nn.Parameter, Tensor]]
 _M = 16  # rows, where a plan asks for some
 _BIAS_STEPS = 1 << 24  # what an int32 bias may need: it leaves the product its 31 bits
-# how much of a row's range an int4 weight may give up for finer steps, the first the smallest
-_CLIPS = [1 - step / 20 for step in range(11)]
 
 
 class Job:
@@ -236,77 +234,6 @@ def _what_runs(k: int, n: int) -> str:
     return f"{get_product()} runs {', '.join(found)}" if found else "leave the layer float"
 
 
-def _step_of(low: float, high: float, symmetric: bool) -> float:
-    """The distance of neighbours among 255 or 256 values from low to high."""
-    return max(-low, high) / 127 if symmetric else (high - low) / 255
-
-
-def _least_step(dtype: torch.dtype) -> float:
-    """The smallest scale whose reciprocal the dtype holds, and float32 as a normal number."""
-    return max(1 / torch.finfo(dtype).max, 2 * torch.finfo(torch.float32).tiny)
-
-
-def why_no_range(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> str:
-    """Why an activation's range gives no scale; empty if it does."""
-    if not (step := _step_of(low, high, symmetric)):
-        return "calibration gave it only zeros, so the range of its input is unknown"
-    if step < _least_step(dtype):
-        return (
-            f"its activations are too small for {dtype_name(dtype)}, from {low:.3g} to {high:.3g}: "
-            "the reciprocal of their scale is infinite"
-        )
-    return ""
-
-
-def affine(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> tuple[float, int]:
-    """Scale and zero point of an activation from its range, 0 included, which `why_no_range` has
-    nothing against. The scale is such that its reciprocal, which is what the chip multiplies by, is
-    exact in the activation's dtype."""
-    step = _step_of(low, high, symmetric)
-    reciprocal = torch.tensor(1 / step, dtype=torch.float64, device="cpu").to(dtype)
-    scale = float(reciprocal.to(torch.float32).reciprocal())
-    offset = 0 if symmetric else round(-128 - low / scale)
-    return scale, min(max(offset, -128), 127)
-
-
-def _rows(weight: Tensor) -> Iterator[slice]:
-    """Slices of the rows, about a million values each: what is computed beside a layer is small."""
-    step = max(1, (1 << 20) // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, start + step)
-
-
-def _peaks(weight: Tensor, top: int) -> Tensor:
-    """float64 (n,): the magnitude in each row that the largest integer stands for: that of the
-    largest weight, or for int4 one that gives the row the smallest squared error."""
-    peaks = torch.empty(weight.shape[0], dtype=torch.float64, device="cpu")
-    for part in _rows(weight):
-        rows = weight[part].float()
-        peak = rows.abs().amax(1, keepdim=True)
-        if top == 7:
-            steps = torch.stack([peak * clip / top for clip in _CLIPS])
-            steps = steps.where(steps > 0, 1.0)
-            errors = torch.stack([_error(rows, step, top) for step in steps])
-            peak = steps.gather(0, errors.argmin(0, keepdim=True))[0] * top
-        peaks[part] = peak.squeeze(1).double().cpu()
-    return peaks
-
-
-def _error(rows: Tensor, step: Tensor, top: int) -> Tensor:
-    """float32 (rows, 1): the squared error of rounding to multiples of step."""
-    rounded = (rows / step).round_().clamp_(-top, top).mul_(step)
-    return rounded.sub_(rows).square_().sum(1, keepdim=True)
-
-
-def _round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
-    """int8 (n, k): weight / scale, half to even."""
-    out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = scale.to(weight.device, torch.float32).unsqueeze(1)
-    for part in _rows(weight):
-        out[part] = (weight[part].float() / scale[part]).round_().clamp_(-top, top).to(torch.int8)
-    return out
-
-
 def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
     """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float64 (n,).
 
@@ -318,13 +245,13 @@ def _weight(job: Job, kept: Kept) -> tuple[nn.Parameter, Tensor]:
         return kept[key]
     weight = job.source.weight.detach()
     top = 7 if job.storage == torch.int32 else 127
-    scale = _peaks(weight, top) / top
+    scale = peaks_of(weight, top) / top
     for other in job.sharers:
         scale = torch.maximum(scale, other.least_scale)
     scale = torch.where(scale > 0, scale, 1.0)
     if job.static and len(job.sharers) == 1:
         scale = s19_at_least((scale * job.step).float()).double() / job.step
-    values = _round_weight(weight, scale, top)
+    values = round_weight(weight, scale, top)
     if job.storage == torch.int32:
         values = pack_int4(values)
     found = nn.Parameter(values, requires_grad=False), scale

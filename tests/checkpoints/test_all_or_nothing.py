@@ -23,10 +23,10 @@ from lq_graph import (
     A8W8Dynamic,
     A8W8Static,
     CheckpointError,
-    checkpoint_write,
     load_checkpoint,
     save_checkpoint,
 )
+from lq_graph.checkpoints import write
 from lq_graph.checkpoints.formats import FILES, kept, temporary
 from support.injection import (
     STRIKES,
@@ -237,7 +237,7 @@ def test_killed_while_it_cleans_up_after_one_that_was_killed(
             patch.setattr(os, "unlink", stops(os.unlink))
             patch.setattr(os, "replace", stops(os.replace))
             try:
-                checkpoint_write._finish(folder)
+                write._finish(folder)
                 ended = True
             except Killed:
                 ended = False

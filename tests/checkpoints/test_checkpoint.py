@@ -26,10 +26,11 @@ from lq_graph import (
     A8W8Static,
     CheckpointError,
     QuantizedLinear,
-    checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from lq_graph.checkpoints import load as loading
+from lq_graph.checkpoints.folder import CheckpointFiles
 from support import golden
 from support.injection import folder_state, model_state
 
@@ -1289,7 +1290,7 @@ def test_a_signal_handler_loads_in_the_middle_of_a_load(same, tmp_path, monkeypa
     write(tmp_path, "msmodelslim", True, F16)
     model, other = Model(), Model()
     before = model_state(model)
-    read, loads = checkpoint._Files.read, []
+    read, loads = CheckpointFiles.read, []
 
     def handler(*_: object) -> None:
         loads.append(1)
@@ -1300,7 +1301,7 @@ def test_a_signal_handler_loads_in_the_middle_of_a_load(same, tmp_path, monkeypa
             signal.raise_signal(signal.SIGUSR1)
         return read(files, key)
 
-    monkeypatch.setattr(checkpoint._Files, "read", read_and_signal)
+    monkeypatch.setattr(CheckpointFiles, "read", read_and_signal)
     old = signal.signal(signal.SIGUSR1, handler)
     try:
         if same:
@@ -1320,7 +1321,7 @@ def test_a_child_does_not_wait_for_a_thread_of_its_parent(tmp_path) -> None:
     has, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with checkpoint._LOCK:
+        with loading._LOCK:
             has.set()
             done.wait(60)
 

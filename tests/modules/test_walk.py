@@ -26,7 +26,8 @@ from lq_graph import (
     convert,
     quantize,
 )
-from lq_graph.modules.walk import held_elsewhere, places_of, why_not_replaceable
+from lq_graph.modules.places import held_elsewhere, places_of
+from lq_graph.modules.replaceable import why_not_replaceable
 from support import cases
 from support.cases import Case
 from support.layers import VendorLinearQuant, vendor_for

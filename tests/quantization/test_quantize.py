@@ -636,12 +636,12 @@ def on_cpu(script: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(command, env=environment, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("lock", ["quantize._LOCK", "prepare._ONE_AT_A_TIME"])
+@pytest.mark.parametrize("lock", ["quantization.quantize._LOCK", "modules.prepare._ONE_AT_A_TIME"])
 def test_a_fork_while_another_thread_holds_the_lock(lock: str) -> None:
     script = f"""
 import os, threading, lq_graph
 import lq_graph.quantization.quantize, lq_graph.modules.prepare, sys
-module, name = {lock!r}.split(".")
+module, _, name = {lock!r}.rpartition(".")
 lock = getattr(sys.modules["lq_graph." + module], name)
 held, done = threading.Event(), threading.Event()
 def hold():
@@ -665,7 +665,7 @@ sys.exit(code)
 def test_ctrl_c_ends_a_process_that_has_no_handler(inside: bool) -> None:
     script = f"""
 import signal
-from lq_graph.modules.walk import uninterrupted
+from lq_graph.modules.transaction import uninterrupted
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 with uninterrupted() as deliver:
     signal.raise_signal(signal.SIGINT)

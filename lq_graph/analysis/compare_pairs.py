@@ -1,0 +1,88 @@
+"""Which layers of two models are compared with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+from torch import nn
+
+from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..modules.quantized_linear import QuantizedLinear
+
+__all__ = ["LayerFilter", "layers_with_relu", "pairs_of"]
+
+LayerFilter = Callable[[nn.Module, str], bool]
+
+
+def pairs_of(
+    model_a: nn.Module, model_b: nn.Module, layers: LayerFilter | Iterable[str] | None
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The layers to compare, by name, in the order of model_a."""
+    all_a = dict(model_a.named_modules())
+    all_b = dict(model_b.named_modules(remove_duplicate=False))
+    if layers is None:
+        names = _differing(all_a, all_b)
+    elif callable(layers):
+        names = [name for name, a in all_a.items() if name in all_b and layers(a, name)]
+    elif isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise LinearQuantTypeError(
+            f"compare: layers is {layers!r}; allowed are names, or a function of a module and its "
+            "name. What to do: pass a list of names of model_a.named_modules()."
+        )
+    else:
+        wanted = list(layers)
+        if missing := [name for name in wanted if name not in all_a or name not in all_b]:
+            raise LinearQuantValueError(
+                f"compare: layers has {missing[0]!r}, which is not in both models. What to do: use "
+                "names of model_a.named_modules()."
+            )
+        names = [name for name in all_a if name in wanted]
+    if not names:
+        raise LinearQuantValueError(
+            "compare: no layers to compare: no module of one name differs in class between the "
+            "models, or `layers` takes none. What to do: pass the float model and its quantized "
+            "copy, or name layers."
+        )
+    return {name: (all_a[name], all_b[name]) for name in names}
+
+
+def _differing(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module]) -> list[str]:
+    """Names of the modules that are of another class in the other model."""
+    names = [
+        name
+        for name, a in all_a.items()
+        if name in all_b
+        and type(a) is not type(all_b[name])
+        and not isinstance(all_b[name], nn.Identity)  # a ReLU that a layer took over
+        and (name or len(all_a) == 1)  # not the whole model, unless it is one layer
+    ]
+    # what is inside a replaced layer need not be in its replacement
+    inside = tuple(f"{name}." for name in names)
+    if missing := [n for n in all_a if n not in all_b and not n.startswith(inside)]:
+        raise LinearQuantValueError(
+            f"compare: model_a has a module {missing[0]!r} and model_b has none of that name. What "
+            "to do: pass the float model and its quantized copy, neither of them wrapped in "
+            "something else, or name layers that both have."
+        )
+    return names
+
+
+def layers_with_relu(model_a: nn.Module, model_b: nn.Module) -> set[nn.Module]:
+    """Layers of model_b whose int8 output begins at zero, in place of the ReLU that model_a has
+    after them; quantize leaves an Identity there."""
+    all_b = dict(model_b.named_modules(remove_duplicate=False))
+    found: set[nn.Module] = set()
+    for name, parent in model_a.named_modules():
+        other = all_b.get(name)
+        if isinstance(parent, nn.Sequential) and isinstance(other, nn.Sequential):
+            for first, second in pairwise(parent._modules):
+                layer, after = other._modules.get(first), other._modules.get(second)
+                if (
+                    type(parent._modules[second]) is nn.ReLU
+                    and isinstance(after, nn.Identity)
+                    and isinstance(layer, QuantizedLinear)
+                    and layer.output_scale is not None
+                ):
+                    found.add(layer)
+    return found

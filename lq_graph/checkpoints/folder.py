@@ -1,0 +1,189 @@
+"""The files of a checkpoint as they lie in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .files import CheckpointError, TensorFile, read_json, refuse, shown
+from .formats import (
+    INDEX,
+    list_folder,
+    temporary,
+    waiting,
+)
+
+__all__ = ["CheckpointFiles", "is_file", "old_or_new"]
+
+_TRIES = 20  # of a folder that changes while it is read
+
+
+class CheckpointFiles:
+    """Tensors of one or many safetensors files, read one at a time."""
+
+    def __init__(self, path: Path, stack: ExitStack, waits: Path | None, *, mapped: bool) -> None:
+        self._files: list[TensorFile] = []
+        self._of: dict[str, TensorFile] = {}
+        index, paths = _files_of(path) if waits is None else (None, [waits])
+        for file in paths:
+            opened = TensorFile(file, mapped=mapped)
+            stack.callback(opened.close)
+            self._files.append(opened)
+            for key in opened.entries:
+                if key in self._of:
+                    refuse(file, key, "one place", f"also in {self._of[key].file.name}")
+                self._of[key] = opened
+        if index is not None:
+            self._check_index(*index)
+
+    def _check_index(self, index: Path, names: dict[str, str]) -> None:
+        """An index is of these files, and not of others that were here before."""
+        for key, name in names.items():
+            if key not in self._of or self._of[key].file.name != name:
+                refuse(index, key, f"a tensor in {name}", "no such tensor")
+        for key, opened in self._of.items():
+            if key not in names:
+                refuse(opened.file, key, f"a tensor that {index.name} has", "no such key there")
+        others = {name for name in list_folder(index.parent) if name.endswith(".safetensors")}
+        for name in sorted(others - {opened.file.name for opened in self._files}):
+            both = [key for key in _names_in(index.parent / name) if key in names]
+            if both:  # files of other tensors, as consolidated.safetensors, are not read
+                refuse(
+                    index,
+                    None,
+                    "no other file with the tensors that it lists",
+                    f"{shown(both[0])} in {name} too, which it does not list",
+                    f"remove {name}, or, if that is the checkpoint, the index and its files",
+                )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, so far."""
+        return sum(file.bytes_read for file in self._files)
+
+    def path(self, key: str) -> Path:
+        """The file a tensor is in."""
+        return self._of[key].file
+
+    def header(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
+        """dtype and shape, from the file's header."""
+        entry = self._of[key].entries[key]
+        return entry.dtype, entry.shape
+
+    def read(self, key: str) -> Tensor:
+        """The tensor itself."""
+        return self._of[key].read(key)
+
+    def read_part(self, key: str, dim: int, part: int, parts: int) -> Tensor:
+        """One of the equal parts of a tensor along a dim; nothing else of it is read."""
+        return self._of[key].read_part(key, dim, part, parts)
+
+    def check_unchanged(self) -> None:
+        """Refuse files that were written to meanwhile."""
+        for file in self._files:
+            file.check_unchanged()
+
+
+def _names_in(file: Path) -> list[str]:
+    """Names of the tensors in a file; none if it is no safetensors file."""
+    try:
+        opened = TensorFile(file)
+    except CheckpointError:
+        return []
+    opened.close()
+    return list(opened.entries)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is one file's; refuses one that is nothing."""
+    try:
+        os.listdir(path)
+    except NotADirectoryError:
+        return True
+    except FileNotFoundError:
+        refuse(path, None, "a folder or a safetensors file", "nothing")
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        refuse(path, None, "a folder or a safetensors file", found)
+    return False
+
+
+def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path]]:
+    """An index with what it says, if there is one, and the safetensors files."""
+    if is_file(path):
+        return None, [path]
+    names = list_folder(path)
+    indices = [name for name in names if name.endswith(INDEX)]
+    if not indices:
+        files = [path / name for name in names if name.endswith(".safetensors")]
+        if not files:
+            refuse(path, None, "a folder with safetensors files", "none")
+        return None, files
+    if len(indices) > 1:
+        refuse(path, None, "one index", " and ".join(indices), "remove the one of other weights")
+    index = path / indices[0]
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        refuse(index, "weight_map", "a map from tensor to file", repr(listed)[:60])
+    for name in set(map(str, listed.values())):
+        # a name, not a path: a checkpoint must not read outside its folder
+        if name not in listed.values() or Path(name).name != name:
+            refuse(index, "weight_map", "names of files in the same folder", repr(name))
+        if name not in names:
+            refuse(index, "weight_map", f"the file {shown(name)}", "no such file")
+    return (index, listed), [path / name for name in sorted(set(listed.values()))]
+
+
+_T = TypeVar("_T")
+
+
+def old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
+    """Load what is in a folder before or after another process saves into it.
+
+    save_checkpoint puts the JSON in place and then the weights, which wait complete until they have
+    their name. An error is one of the files only if they stayed as they are meanwhile: what is read
+    partly before and partly after does not fit together.
+    """
+    tries = 0
+    while True:
+        before = _stamp(path)
+        try:
+            return load(_waiting_for(path))
+        except CheckpointError:
+            tries += 1
+            if tries == _TRIES or _stamp(path) == before:
+                raise
+
+
+def _waiting_for(path: Path) -> Path | None:
+    """Weights that wait to be in a folder, or to be a file."""
+    if os.path.isdir(path):
+        return waiting(path)
+    found = waiting(path.parent)
+    return found if found is not None and found.name == temporary(path.name) else None
+
+
+def _stamp(path: Path) -> list[tuple[object, ...]]:
+    """What changes when a file of a checkpoint does."""
+    found: list[tuple[object, ...]] = []
+    with suppress(OSError, ValueError):
+        folder = path if os.path.isdir(path) else path.parent
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith((".safetensors", ".json", ".saving", ".before")):
+                    status = entry.stat()
+                    stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+                    found.append((entry.name, *stamp))
+    return sorted(found, key=str)

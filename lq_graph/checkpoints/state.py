@@ -1,0 +1,256 @@
+"""Everything in the files beside the quantized layers: checked, then put in, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..backends.npu import cast_format, format_of
+from ..rules.tables import ND, dtype_name
+from .files import CheckpointError, refuse, shown
+from .folder import CheckpointFiles
+from .tensors import bit_equal, memory_of
+
+__all__ = ["RestOfModel", "StateChanges", "check_rest"]
+
+_EXTRA = "_extra_state"  # how nn.Module ends the name of what get_extra_state gives
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module of the model has a tensor, or what its get_extra_state gives."""
+
+    module: nn.Module
+    name: str
+    tensor: Any  # a Tensor, unless it is an extra state
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is no parameter or buffer."""
+        return self.name == _EXTRA
+
+
+class RestOfModel:
+    """What a model holds beside the layers that are replaced.
+
+    Attributes:
+        places: by name, what a state dict has; one tensor may be under several names.
+        others: tensors on meta that a state dict has not.
+    """
+
+    def __init__(self, model: nn.Module, replaced: set[nn.Module]) -> None:
+        self.places: dict[str, _Place] = {}
+        self.others: list[str] = []
+        gone = {inner for module in replaced for inner in module.modules()}
+        names = [(n, m) for n, m in model.named_modules(remove_duplicate=False)]
+        prefixes = tuple(f"{name}." for name, module in names if module in gone)
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)}
+        for prefix, module in names:
+            if module in gone:
+                continue
+            dot = f"{prefix}." if prefix else ""
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None:
+                    continue
+                if name not in module._non_persistent_buffers_set:
+                    self.places[dot + name] = _Place(module, name, tensor)
+                elif tensor.is_meta:
+                    self.others.append(dot + name)
+            if (key := dot + _EXTRA) in state:
+                self.places[key] = _Place(module, _EXTRA, state[key])
+            self.others += [
+                dot + name
+                for name, value in vars(module).items()
+                if isinstance(value, Tensor) and value.is_meta
+            ]
+        if different := sorted(set(state) ^ set(self.places), key=str):
+            raise CheckpointError(
+                f"load_checkpoint: {shown(different[0])}: model.state_dict() names its tensors "
+                "otherwise than the model's modules do, so which tensor of the files is which "
+                "cannot be told. What to do: remove the hooks that rename them, and load again."
+            )
+
+
+def check_rest(
+    held: RestOfModel, files: CheckpointFiles, path: Path, used: set[str]
+) -> Iterable[str]:
+    """The keys that are loaded as they are: each in the model, of its shape, and none missing."""
+    rest = {key: None for key in files if key not in used}  # in their order
+    for key in rest:
+        dtype, shape = files.header(key)
+        if (place := held.places.get(key)) is None:
+            refuse(files.path(key), key, "a tensor the model has", "no such parameter in the model")
+        wanted = place.tensor
+        if why := _why_not_loadable(place):
+            refuse(files.path(key), key, "a plain tensor in the model", why)
+        float_pair = (
+            dtype is not None
+            and dtype.is_floating_point == wanted.dtype.is_floating_point
+            and dtype.is_complex == wanted.dtype.is_complex
+        )
+        if shape != tuple(wanted.shape) or not float_pair:
+            expected = f"{dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
+            refuse(files.path(key), key, expected, f"{dtype and dtype_name(dtype)} {shape}")
+    # files hold tied parameters once
+    given = {memory_of(held.places[key].tensor) for key in rest}
+    for key, place in sorted(held.places.items()):
+        is_tensor = isinstance(place.tensor, Tensor)
+        if key not in rest and not (is_tensor and memory_of(place.tensor) in given):
+            refuse(path, key, "a tensor for every parameter of the model", "no such tensor")
+    if held.others:
+        more = "" if len(held.others) == 1 else f" and {len(held.others) - 1} more"
+        raise CheckpointError(
+            f"load_checkpoint: {held.others[0]}{more} would stay on meta: files do not hold what a "
+            "module computes when it is made (non-persistent buffers, plain attributes). What to "
+            "do: make the modules that have them anew, outside torch.device('meta'), and set them "
+            "in the model before loading; or make the model with "
+            "accelerate.init_empty_weights(include_buffers=False)."
+        )
+    return rest
+
+
+def _why_not_loadable(place: _Place) -> str:
+    """Why a tensor of the model cannot take one of the files; empty if it can."""
+    tensor = place.tensor
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
+    if is_lazy(tensor):
+        return "one without a size: run the model once, or make it with sizes"
+    plain = type(tensor) in (Tensor, nn.Parameter) or (
+        isinstance(tensor, nn.Parameter) and type(tensor.data) is Tensor and not tensor.is_meta
+    )
+    if not plain:
+        return f"a {type(tensor).__name__}"
+    if tensor.is_quantized:
+        return f"one of {dtype_name(tensor.dtype)}"
+    return "" if tensor.layout == torch.strided else f"one of layout {tensor.layout}"
+
+
+def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
+    """A tensor of the files in the dtype and on the device of the model's, no value beyond it."""
+    tensor = files.read(key)
+    dtype = wanted.dtype
+    if tensor.dtype != dtype:
+        new = tensor.to(dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            back = new.float() if dtype.itemsize == 1 else new
+            lost = tensor.isfinite() & ~back.isfinite()
+            if not bool(back.any()):  # nothing is left of what was not 0
+                lost = lost | (tensor != 0)
+        else:  # integers are the same again when they are brought back
+            lost = new.to(tensor.dtype) != tensor
+        if bool(lost.any()):
+            value = tensor[lost].reshape(-1)[0].item()
+            refuse(
+                files.path(key),
+                key,
+                f"values that {dtype_name(dtype)} holds, the dtype of the model's tensor",
+                str(value),
+                f"make the model in {dtype_name(tensor.dtype)}",
+            )
+        tensor = new
+    if wanted.is_meta:
+        return tensor
+    tensor = tensor.to(wanted.device)
+    return tensor if format_of(wanted) == ND else cast_format(tensor, format_of(wanted))
+
+
+class StateChanges:
+    """New values of parameters, buffers and extra states, and how to put them in and take them
+    back. A tensor keeps its memory, which others may look at, as load_state_dict keeps it."""
+
+    def __init__(self, held: RestOfModel, files: CheckpointFiles, keys: Iterable[str]) -> None:
+        self._copies: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._others: list[tuple[Callable[[], object], Callable[[], object]]] = []
+        self._by_tensor: dict[int, tuple[str, Tensor]] = {}
+        self._storages: dict[object, int] = {}
+        places: dict[int, list[_Place]] = {}
+        for place in held.places.values():
+            places.setdefault(id(place.tensor), []).append(place)
+        for key in keys:
+            place = held.places[key]
+            tensor: Tensor = place.tensor
+            new = _converted(files, key, tensor)
+            if (other := self._by_tensor.get(id(tensor))) and not place.is_extra:
+                if not bit_equal(other[1], new):
+                    expected = f"the values of {other[0]}, which is the same tensor in the model"
+                    refuse(files.path(key), key, expected, "others")
+                continue
+            self._by_tensor[id(tensor)] = key, new
+            if place.is_extra:
+                self._others.append(
+                    (
+                        partial(place.module.set_extra_state, new),
+                        partial(place.module.set_extra_state, tensor),
+                    )
+                )
+            elif tensor.is_meta:
+                fresh = _like(tensor, new)
+                for at in places[id(tensor)]:
+                    self._others.append((partial(_put, at, fresh), partial(_put, at, tensor)))
+            elif tensor.is_inference() or format_of(tensor) != ND or _overlaps_itself(tensor):
+                # what cannot be written to gets other memory
+                self._others.append(
+                    (partial(_set, tensor, new), partial(_set, tensor, tensor.data))
+                )
+            else:
+                self._copies.append((key, tensor, new, tensor.detach().clone()))
+                storage = (tensor.device, tensor.untyped_storage().data_ptr())
+                self._storages[storage] = self._storages.get(storage, 0) + 1
+
+    def make(self, undo: ExitStack) -> None:
+        """Put them all in; the stack takes them back."""
+        for change, back in self._others:
+            undo.callback(back)
+            change()
+        for _, tensor, new, old in self._copies:
+            undo.callback(tensor.data.copy_, old)
+            tensor.data.copy_(new)
+        for key, tensor, new, _ in self._copies:
+            storage = (tensor.device, tensor.untyped_storage().data_ptr())
+            if self._storages[storage] > 1 and not bit_equal(tensor, new):
+                raise CheckpointError(
+                    f"load_checkpoint: {key} shares memory with another tensor of the model, for "
+                    "which the files have other values. What to do: make the model with memory for "
+                    "each tensor, or the files with one value for both."
+                )
+
+
+def _like(tensor: Tensor, new: Tensor) -> Tensor:
+    """A tensor in the place of one on meta."""
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    vars(new).update(vars(tensor))
+    return new
+
+
+def _put(place: _Place, tensor: Tensor) -> None:
+    held = place.module._parameters if place.name in place.module._parameters else None
+    (place.module._buffers if held is None else held)[place.name] = cast(nn.Parameter, tensor)
+
+
+def _set(tensor: Tensor, data: Tensor) -> None:
+    tensor.data = data
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two values of a tensor are one in memory, as in an expanded one."""
+    sizes = sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
+    )
+    reach = 0
+    for stride, size in sizes:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

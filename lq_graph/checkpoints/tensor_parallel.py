@@ -1,0 +1,76 @@
+"""Tensor-parallel loading: which part of which layer is this process's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
+
+from .files import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    from ..parallel.styles import LinearQuantStyle
+
+__all__ = ["TensorParallel"]
+
+
+class TensorParallel:
+    """Which part of which layer is this process's."""
+
+    def __init__(self, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+        from ..parallel.styles import LinearQuantStyle
+
+        for pattern, style in plan.items():
+            if not isinstance(style, LinearQuantStyle):
+                raise CheckpointError(
+                    f"load_checkpoint: the plan has {type(style).__name__} for {pattern}; allowed "
+                    "are ColwiseLinearQuant and RowwiseLinearQuant. What to do: leave other "
+                    "modules to parallelize_module, after loading."
+                )
+            style.check_mesh(mesh)
+        self.mesh, self._plan = mesh, dict(plan)
+        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
+
+    def style(self, name: str) -> LinearQuantStyle | None:
+        """The plan for a layer, if it has one."""
+        tokens = name.split(".")
+        for pattern, style in self._plan.items():
+            patterns = pattern.split(".")
+            if len(patterns) == len(tokens) and all(map(fnmatchcase, tokens, patterns)):
+                return cast("LinearQuantStyle", style)
+        return None
+
+    @contextmanager
+    def agreeing(self) -> Iterator[list[str]]:
+        """Raise on every rank what one of them raises in the block, or that they differ in what
+        they put into the list."""
+        import torch.distributed as dist
+
+        mine: BaseException | None = None
+        found: list[str] = []
+        try:
+            yield found
+        except BaseException as error:  # whatever it is, the others must not wait for this rank
+            mine = error
+        told: list[Any] = [None] * self.ranks
+        answer = (None if mine is None else str(mine) or type(mine).__name__, found)
+        dist.all_gather_object(told, answer, group=self.mesh.get_group())
+        if mine is not None:
+            raise mine
+        for rank, (text, _) in enumerate(told):
+            if text is not None:
+                raise CheckpointError(f"rank {rank} of {self.ranks} could not load: {text}")
+        for rank, (_, theirs) in enumerate(told):
+            if theirs != told[0][1]:
+                here, there = (
+                    next(iter(sorted(set(a) - set(b))), "nothing more")
+                    for a, b in ((told[0][1], theirs), (theirs, told[0][1]))
+                )
+                raise CheckpointError(
+                    f"the ranks' checkpoints differ: rank 0 has {here}, rank {rank} has "
+                    f"{there}. What to do: give every rank the same files and the same model."
+                )

@@ -1,0 +1,36 @@
+"""Questions about tensors: are two the same memory, are they bit-equal, do values fit a dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+__all__ = ["bit_equal", "fits", "memory_of"]
+
+
+def bit_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are bit-equal."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(_bits(one), _bits(other))
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def memory_of(tensor: Tensor) -> object:
+    """What is equal for tensors that are one: the object, or the memory and how it is read."""
+    plain = not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
+    if not plain or not tensor.numel():
+        return id(tensor)
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return (tensor.device, *place, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite in a dtype."""
+    return bool(values.to(dtype).isfinite().all())

@@ -1,0 +1,108 @@
+"""The tensors of a layer that is split: each device keeps its part, state dicts hold the whole."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    distribute_tensor,
+)
+
+from ..backends.npu import format_of
+from ..errors import LinearQuantValueError
+from ..modules.linear_quant import PARAMETERS, SPLIT, LinearQuant
+from ..modules.quantized_linear import QuantizedLinear
+
+__all__ = [
+    "check_same",
+    "keep_state",
+    "layer_in",
+    "parameters_of",
+    "part_of",
+    "to_dtensors",
+    "to_parts",
+]
+
+
+def keep_state(undo: ExitStack, *modules: nn.Module) -> None:
+    """Take back whatever is set on the modules, hooks and buffers included."""
+    for module in modules:
+        own = vars(module)
+        undo.callback(_put_back, own, {**own})
+        for held in own.values():
+            # not replaced by a copy: handles of hooks find theirs in it
+            if isinstance(held, dict):
+                undo.callback(_put_back, held, {**held})
+
+
+def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+    held.clear()
+    held.update(before)
+
+
+def layer_in(module: LinearQuant | QuantizedLinear) -> LinearQuant:
+    return module.linear if isinstance(module, QuantizedLinear) else module
+
+
+def parameters_of(layer: LinearQuant) -> list[tuple[str, Tensor]]:
+    found = ((name, getattr(layer, name)) for name in PARAMETERS)
+    return [(name, tensor) for name, tensor in found if tensor is not None]
+
+
+def part_of(
+    whole: Tensor, mesh: DeviceMesh, placement: Placement, source: int | None = None
+) -> Tensor:
+    """This device's part of a tensor; `source`: the rank whose values count, None for one's own."""
+    if not isinstance(placement, Partial):
+        placed = distribute_tensor(whole, mesh, [placement], src_data_rank=source)
+        return placed.to_local().contiguous()
+    everywhere = distribute_tensor(whole, mesh, [Replicate()], src_data_rank=source).to_local()
+    return everywhere if mesh.get_local_rank() == 0 else torch.zeros_like(everywhere)
+
+
+def to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state dict holds the whole layer, each device its part of it."""
+    del metadata
+    mesh, placements = vars(layer)[SPLIT]
+    for name, placement in placements.items():
+        key = prefix + name
+        if key in state:
+            state[key] = DTensor.from_local(state[key], mesh, [placement], run_check=False)
+
+
+def to_parts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """And loads one: its DTensors, or whole tensors, of which it takes its parts."""
+    mesh, placements = vars(layer)[SPLIT]
+    for name, placement in placements.items():
+        given = state.get(prefix + name)
+        if isinstance(given, DTensor):
+            same = given.device_mesh == mesh and tuple(given.placements) == (placement,)
+            state[prefix + name] = (
+                given.to_local() if same else part_of(given.full_tensor(), mesh, placement)
+            )
+        elif given is not None:
+            state[prefix + name] = part_of(given, mesh, placement)
+
+
+def check_same(style_name: str, layer: LinearQuant, mesh: DeviceMesh) -> None:
+    """Every rank must split the same layer: a rank with another checkpoint or another model is told
+    so, on all ranks, before anything is split."""
+    everyone = [""] * mesh.size()
+    mine = f"{layer.extra_repr()}, weight format {format_of(layer.weight)}"
+    dist.all_gather_object(everyone, mine, group=mesh.get_group())
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise LinearQuantValueError(
+                f"{style_name}: the ranks hold different layers. Rank 0 has ({everyone[0]}), rank "
+                f"{rank} has ({theirs}). What to do: load the same checkpoint into the same model "
+                "on every rank."
+            )

@@ -1,0 +1,52 @@
+"""Pairs of layers between which activations can stay int8."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from ..modules.replaceable import why_not_replaceable
+from .layer import Job
+from .select import Places
+
+__all__ = ["connect", "sequentials"]
+
+
+def sequentials(model: nn.Module) -> list[nn.Sequential]:
+    """Every plain nn.Sequential: it hands each output to the next module and to nothing else, if it
+    is called at all."""
+    return [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in vars(m)]
+
+
+def connect(
+    plain: list[nn.Sequential], jobs: list[Job], places: Places, calls: Counter[nn.Module]
+) -> None:
+    """Find the pairs between which int8 can stay: neighbours in an nn.Sequential that is called as
+    a whole. One whose parts are called one by one, as a list of modules, hands on nothing."""
+    by_layer: dict[nn.Module, Job] = {job.source: job for job in jobs}
+
+    def only_by_sequentials(module: nn.Module) -> bool:
+        parents = [parent for parent, _ in places[module]]
+        return set(parents).issubset(plain) and calls[module] == sum(calls[p] for p in parents)
+
+    for parent in plain:
+        children = list(parent._modules.items())
+        for (_, child), *rest in (children[i:] for i in range(len(children) - 1)):
+            relu = None
+            if type(rest[0][1]) is nn.ReLU and len(rest) > 1:
+                relu = rest[0][1]
+                place = (parent, rest[0][0])
+                rest = rest[1:]
+            first, second = (by_layer.get(m) for m in (child, rest[0][1]) if m is not None)
+            if first is None or second is None or len(first.places) + len(second.places) > 2:
+                continue
+            between = [first.source, second.source] if relu is None else [child, relu, rest[0][1]]
+            if not all(only_by_sequentials(m) for m in between if m is not None):
+                continue
+            if relu is not None and why_not_replaceable(relu, nn.ReLU):
+                continue
+            # ReLU's zero is where the int8 range begins: the clamp to it is the ReLU
+            if relu is None or second.input_offset == -128:
+                first.next, second.takes_int8 = second, True
+                first.absorbed = place if relu is not None else None

@@ -1,0 +1,131 @@
+"""What quantize() tells: a line for each nn.Linear, and what is float afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..modules.places import tensors_beside
+from ..reports import table
+from .select import quantized_kinds
+
+__all__ = ["QuantizeReport", "Quantized", "StaysFloat", "bytes_of", "stays_float"]
+
+_SHOWN = 5  # of what stays float, in a printed report
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of one nn.Linear.
+
+    Attributes:
+        name: qualified name.
+        scheme: "A8W8 dynamic" and the like; empty if the layer was left alone.
+        k, n: its sizes.
+        output: dtype of the new layer's output; empty if it was left alone.
+        bytes_before, bytes: of its parameters.
+        note: why it was left alone, or what else changed.
+    """
+
+    name: str
+    scheme: str
+    k: int
+    n: int
+    output: str
+    bytes_before: int
+    bytes: int
+    note: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether the layer was quantized."""
+        return bool(self.scheme)
+
+
+@dataclass(frozen=True)
+class StaysFloat:
+    """Float parameters or buffers that a model has after quantize, those of one name.
+
+    Attributes:
+        name: qualified name; `*` for numbers in it, which layers of one kind differ by.
+        kind: class of the module that holds them.
+        shape: of the first of them.
+        bytes: of all of them.
+        share: of the bytes that the model had before.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+    share: float
+
+
+class QuantizeReport(list[Quantized]):
+    """What quantize did, a line for each nn.Linear; prints as a table.
+
+    Attributes:
+        stays_float: what is float afterwards, in and beside nn.Linear layers (embeddings,
+            convolutions, experts in one tensor of 3 dims), the largest first.
+    """
+
+    stays_float: tuple[StaysFloat, ...] = ()
+
+    def __str__(self) -> str:
+        lines = ["no nn.Linear to quantize in this model"]
+        if self:
+            rows: list[list[object]] = [
+                ["module", "scheme", "k", "n", "output", "bytes before", "bytes", ""]
+            ]
+            for r in self:
+                scheme, output = r.scheme or "left float", r.output or "-"
+                rows.append([r.name, scheme, r.k, r.n, output, r.bytes_before, r.bytes, r.note])
+            done = [r for r in self if r.changed]
+            before, after = sum(r.bytes_before for r in done), sum(r.bytes for r in done)
+            summary = f"{len(done)} of {len(self)} layers quantized, {before:,} bytes to {after:,}"
+            lines = [*table(rows), summary]
+        if self.stays_float:
+            share = sum(left.share for left in self.stays_float)
+            lines.append(f"{share:.1%} of the model's bytes stay float, most of them in")
+            rows = [["tensor", "of", "shape", "bytes", "share"]]
+            for left in self.stays_float[:_SHOWN]:
+                shape = " x ".join(map(str, left.shape))
+                rows.append([left.name, left.kind, shape, left.bytes, f"{left.share:.1%}"])
+            lines += table(rows, "  ")
+        return "\n".join(lines)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Of the tensors that a model holds."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    tensors.update((id(t), t) for _, _, t in tensors_beside(model))
+    return sum(t.nbytes for t in tensors.values() if not is_lazy(t))
+
+
+def stays_float(model: nn.Module, bytes_before: int) -> tuple[StaysFloat, ...]:
+    """Float parameters, buffers and tensors in plain attributes, outside quantized layers, by name,
+    the largest first."""
+    inside = {p for m in model.modules() if isinstance(m, quantized_kinds()) for p in m.modules()}
+    seen: set[int] = set()
+    groups: dict[tuple[str, str], list[Tensor]] = {}
+    held = [
+        (f"{prefix}.{name}", module, tensor)
+        for prefix, module in model.named_modules()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+    ]
+    for name, module, tensor in [*held, *tensors_beside(model)]:
+        if module in inside or tensor is None or id(tensor) in seen or is_lazy(tensor):
+            continue
+        seen.add(id(tensor))
+        if tensor.is_floating_point():
+            parts = ["*" if p.isdigit() else p for p in name.split(".") if p]
+            groups.setdefault((".".join(parts), type(module).__name__), []).append(tensor)
+    found = []
+    for (name, kind), tensors in groups.items():
+        size = sum(t.nbytes for t in tensors)
+        found.append(
+            StaysFloat(name, kind, tuple(tensors[0].shape), size, size / max(bytes_before, 1))
+        )
+    return tuple(sorted(found, key=lambda left: -left.bytes))
