@@ -42,8 +42,8 @@ VARIABLES = {
     "overruns": (
         "CANN_HOST_OVERRUNS",
         "warn|refuse",
-        "what is done where CANN's kernel writes past its result and says nothing: compute what is "
-        "read afterwards, with a RuntimeWarning, or refuse",
+        "where CANN's kernel writes past its result and says nothing: compute what is read "
+        "afterwards, with a RuntimeWarning, or refuse",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What of CANN the stand-in has, as a table: `python -m cann_host -m cann_host.surface`.
+"""Which part of CANN the stand-in has, as a table: `python -m cann_host -m cann_host.surface`.
 
 Read from the native library itself, the table of GE operators and the names that torch_npu's
 libraries ask for.

@@ -1,7 +1,7 @@
-"""What a graph goes on using after it was made, and the device does not look at again: the format a
-weight had, and the memory of parameters that were captured or made constants.
+"""Weights that were replaced after a graph was made. A graph goes on using the format that a weight
+had, and the memory of parameters that were captured or made constants.
 
-CANN checks neither at a run: it computes with whatever bytes are there. So these refusals are the
+CANN checks neither at a run: it computes with the bytes that are there. So these refusals are the
 stand-in's own, and say so.
 """
 
@@ -40,7 +40,7 @@ _OWN = (
 
 
 class ReplacedError(RuntimeError):
-    """A graph would use other bytes than it was made for."""
+    """A graph would compute with other bytes than those it was made for."""
 
 
 def _format_name(form: int) -> str:
@@ -141,7 +141,8 @@ def check_format(what: str, compiled: int, tensor: Tensor) -> None:
 
 
 def refuse_frozen(what: str, todo: str) -> None:
-    """An input that torchair keeps reading where it was at the first run: frozen_parameter.
+    """Refuse an input that moved: with frozen_parameter, torchair reads it where it was at the
+    first run.
 
     Raises:
         ReplacedError: always.
@@ -212,8 +213,8 @@ def given_inputs() -> Sequence[Tensor] | None:
 
 
 def watch_torchair(kind: Any) -> None:
-    """Keep what a graph of torchair is called with: it hands CANN their formats once, and then
-    only addresses.
+    """Keep the tensors that a graph of torchair is called with: torchair tells CANN their formats
+    at the first run only, and then only addresses.
 
     Args:
         kind: torchair's TorchNpuGraph.

@@ -1,10 +1,10 @@
 """Ordinary aten operators on npu tensors: copy to the CPU, compute, copy back. While a graph is
-captured they are kept for its replays instead (captured.py).
+captured, the call is kept for its replays instead (captured.py).
 
 torch_npu registers its own kernels for some 900 aten operators; each ends in an aclnn kernel that
 this stand-in does not have. They are replaced here. Operators that only allocate, copy or make
-views work as they are and stay; operators that PyTorch itself builds from others are built from
-others again, so their gradients come from PyTorch.
+views work as they are and stay; an operator that PyTorch itself decomposes is decomposed, so its
+gradient comes from PyTorch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cann_host.aten.captured import CapturedWork
 
 __all__ = ["AtenKernels"]
 
-# They work natively: allocation, copies, formats, bookkeeping of storages.
+# torch_npu's own work here: allocation, copies, formats, bookkeeping of storages.
 KEPT = frozenset(
     {
         "_copy_from",
@@ -50,7 +50,7 @@ KEPT = frozenset(
     }
 )
 
-# torch_npu brings the indices of these to the device itself (op-plugin, AdvancedIndex.cpp)
+# torch_npu copies the indices of these to the device itself (op-plugin, AdvancedIndex.cpp)
 TAKES_CPU = frozenset(
     {"_index_put_impl_", "index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put"}
 )
@@ -83,7 +83,7 @@ def _cpu_generator(generator: torch.Generator) -> torch.Generator:
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Let what draws from the CPU's generator draw what the device's own would give."""
+    """While the block runs, the CPU's generator draws the numbers of the device's generator."""
     drawn_from = torch.default_generator
     state = drawn_from.get_state()
     drawn_from.manual_seed(_next_seed(_npu().default_generators[device.index]))
@@ -212,7 +212,7 @@ class _CpuKernel:
         return {name: args[i] if i < len(args) else kwargs.get(name) for i, name in self.written}
 
     def _results(self, result: Any, written: dict[str, Any], give: Callable[[Any], Any]) -> Any:
-        """What the caller gets: arguments that were written to, what `give` makes of results."""
+        """What the caller gets: arguments that were written to, and `give` of the other results."""
         if not self.returned:
             return None
         results = result if len(self.returned) > 1 else (result,)
@@ -223,7 +223,7 @@ class _CpuKernel:
         return tuple(out) if len(out) > 1 else out[0]
 
     def _record(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Keep the call for the graph that is being captured: now only shapes are known."""
+        """Keep the call for the graph that is being captured; only its shapes are computed now."""
         if self.draws:
             raise RuntimeError(f"cann_host: {self.op} draws random numbers, which is not captured.")
         device = _device_of([*args, *kwargs.values()])
@@ -296,7 +296,7 @@ def _prefer(
 
 
 def _decompose(op: torch._ops.OpOverload, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build a composite operator from its parts, as PyTorch does on a CPU."""
+    """Decompose a composite operator, as PyTorch does on a CPU."""
     del keyset
     return op._op_dk(_IMPLICIT, *args, **kwargs)
 

@@ -13,7 +13,7 @@ using cann_host::kSuccess;
 
 #define GROUP "Operators (aclnn)"
 
-// Begins the first phase of an operator, which ends in Prepare: that lets it fail on demand.
+// Begins the first phase of an operator. Prepare, which ends it, looks for a fault on demand.
 #define CANN_HOST_PREPARES(symbol) CANN_HOST_ENTRY(symbol, "does")
 
 // The second phase of an operator.
@@ -75,8 +75,8 @@ int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                  dst_type, y, scale, offset);
 }
 
-// A text crosses to Python as its place among those there are, -1 for another one: of quant_mode in
-// rules.QUANT_MODES, of round_mode in aclnn.ROUND_MODES.
+// A text crosses to Python as its index in a list, -1 if it is not in the list: QUANT_MODES of the
+// rules for quant_mode, ROUND_MODES of aclnn for round_mode.
 static int64_t PlaceOf(const char* text, std::initializer_list<const char*> texts) {
   int64_t place = 0;
   for (const char* one : texts) {

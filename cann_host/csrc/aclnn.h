@@ -66,7 +66,7 @@ enum Phase : int { kCheck = 0, kRun = 1 };
 // Python's half of an operator: checks the words, or computes.
 int Call(const char* op, Phase phase, const std::vector<int64_t>& words);
 
-// Fails: the handle is none.
+// Fails with a text: there is no such object.
 int NoHandle(const char* op, const void* handle);
 
 // A tensor must lie in memory that was allocated here: reading past it would be garbage or a crash.
@@ -87,7 +87,7 @@ void Pack(std::vector<int64_t>& words, double number);
 void Pack(std::vector<int64_t>& words, const aclIntArray* array);
 void Pack(std::vector<int64_t>& words, const aclScalar* scalar);
 
-// Gives up an argument of a call that has failed.
+// What to call for an argument once its call has failed: see Handles::Abandon.
 inline std::function<void()> Abandoning(int64_t) { return [] {}; }
 inline std::function<void()> Abandoning(double) { return [] {}; }
 template <typename T>
@@ -116,7 +116,8 @@ int Prepared(const char* op, uint64_t* workspace_size, aclOpExecutor** executor,
   std::vector<int64_t> words;
   words.reserve(160);
   (Pack(words, arguments), ...);
-  // Python's check waits for the launch's turn where whoever waits may hold Python's lock: see IsLate.
+  // A thread that Python does not know leaves the check to the launch: a thread that waits for this one
+  // may hold Python's lock (see IsLate).
   const bool checks = GetPython() == nullptr || IsPythonThread();
   if (checks) code = Call(op, kCheck, words);
   if (code != kSuccess) {

@@ -1,9 +1,8 @@
 // Lets torch_npu be imported beside a torch whose CUDA half registers keys of the same names.
 //
-// c10 keeps the names of the allocator settings that a backend registers in one set, and whoever
-// registers a name that is there already throws, from a static initializer: the process ends. The set
-// is given by its address (see allocator_keys.py), so this needs no header of torch's and serves all
-// its versions.
+// c10 keeps the names of the allocator settings that backends register in one set. Registering a name
+// twice throws from a static initializer, which ends the process. Python gives the address of the set
+// (allocator_keys.py), so this needs no header of torch and works with all its versions.
 #include <algorithm>
 #include <string>
 #include <unordered_set>
@@ -27,13 +26,13 @@ extern "C" {
 // Takes every key out of the set, until cann_host_put_keys_back.
 void cann_host_set_keys_aside(void* keys) { Aside().merge(*static_cast<Keys*>(keys)); }
 
-// Puts the keys back beside those that came meanwhile. Returns the ones that are both, which is where
-// the process would have ended, sorted and with ", " between them.
+// Puts the keys back beside those that came meanwhile. Returns the keys that are in both, sorted and
+// joined by ", ": at these the process would have ended.
 const char* cann_host_put_keys_back(void* keys) {
   static std::string* text = new std::string;
   text->clear();
   Keys& aside = Aside();
-  static_cast<Keys*>(keys)->merge(aside);  // what is in both stays behind
+  static_cast<Keys*>(keys)->merge(aside);  // keys that are in both stay behind
   std::vector<std::string> both(aside.begin(), aside.end());
   aside.clear();
   std::sort(both.begin(), both.end());

@@ -1,5 +1,5 @@
-// libascendcl: captured graphs (aclgraph). What is launched on a captured stream is kept, and done at
-// each replay.
+// libascendcl: captured graphs (aclgraph). Work that is launched on a captured stream is kept, and done
+// at each replay.
 #include <utility>
 
 #include "bindings.h"
@@ -12,8 +12,8 @@ std::atomic<bool> is_capturing{false};
 
 namespace {
 
-// Work of Python's in a captured graph goes by its number. That it can go with the graph is noted
-// here and not told at once: whoever destroys a graph may hold locks that Python's threads wait for.
+// Python's work in a captured graph has a number. When the graph ends, the number is noted here, and
+// Python asks for it later: who destroys a graph may hold locks that Python's threads wait for.
 PythonFunction replay_in_python;
 struct Ended {
   Mutex mutex;
@@ -113,33 +113,33 @@ int aclmdlRIDestroy(void* model) {
   return Fail(kInvalidParam, "aclmdlRIDestroy: %p is no captured graph", model);
 }
 
-// A hint to keep operator descriptions for later updates, which there are none of here.
+// A hint to keep operator descriptions for later updates. There are no updates here.
 int aclrtSetStreamAttribute(void*, int, void*) {
   CANN_HOST_CALL(aclrtSetStreamAttribute);
   return kSuccess;
 }
 
-// Whether a capture is on, on whatever stream.
+// Whether any stream is being captured.
 int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
 
-// Whether it is on this stream.
+// Whether this stream is being captured.
 int cann_host_captures(void* handle) {
   StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
   return state.graph && state.capturing.count(FindStream(handle).get()) ? 1 : 0;
 }
 
-// Python's side of replays: a function of the number; null when the interpreter is about to end.
+// The Python function that does the work of a number; null when the interpreter is about to end.
 void cann_host_set_replay(void* replay) { replay_in_python.Set(replay); }
 
-// Adds work of Python's to what the stream captures: at each replay it is asked for by its number.
+// Adds Python's work to the graph that the stream captures. Each replay calls Python with the number.
 int cann_host_record(void* stream, int64_t number) {
   return OnStream("cann_host_record", stream, [work = std::make_shared<Recorded>(number)] {
     return replay_in_python.Call("replay", kFailure, "(L)", static_cast<long long>(work->number));
   });
 }
 
-// A number that no graph has any more, -1 if there is none.
+// A number whose graph is destroyed, each once; -1 if there is none.
 int64_t cann_host_next_ended() {
   const Lock lock(ended.mutex);
   if (ended.numbers.empty()) return -1;

@@ -34,7 +34,7 @@ State& GetState() {
   static State* state = new State;
   return *state;
 }
-// Made when the library is loaded: a fork must not find it half made. The same elsewhere.
+// Made when the library is loaded, so that no fork finds it half made. Other files do the same.
 [[maybe_unused]] State& made = GetState();
 
 std::atomic<bool> has_faults{false};
@@ -78,7 +78,7 @@ int Unimplemented(const char* symbol) {
 
 namespace {
 
-// Wants the lock.
+// The caller holds the lock.
 void NoteFailure(State& state) {
   if (!IsTaskQueue() || queue_has_failed) return;
   state.queue_failure = state.error;
@@ -172,7 +172,7 @@ const char* RecentError() {
 
 using cann_host::GetState;
 
-// Its ends, which the linker names after the section.
+// Begin and end of the section; the linker names them after it.
 extern "C" const cann_host::Entry* const __start_cann_host_entries[];
 extern "C" const cann_host::Entry* const __stop_cann_host_entries[];
 
@@ -184,7 +184,7 @@ void cann_host_configure(const char* soc, const char* cann_version, int devices,
   GetState().options = {soc, cann_version, devices, static_cast<size_t>(memory), late_streams != 0};
 }
 
-// From now on, call number `call` of a symbol, or every one for 0, returns this code.
+// From now on, call number `call` of the symbol returns this code; every call, if it is 0.
 void cann_host_add_fault(const char* symbol, int code, const char* text, long call) {
   auto& state = GetState();
   const cann_host::Lock lock(state.mutex);
@@ -192,7 +192,7 @@ void cann_host_add_fault(const char* symbol, int code, const char* text, long ca
   cann_host::has_faults = true;
 }
 
-// Back to how it was when there were only the first `keep`.
+// Drops all faults but the first `keep`.
 void cann_host_drop_faults(size_t keep) {
   auto& state = GetState();
   const cann_host::Lock lock(state.mutex);

@@ -1,5 +1,5 @@
 // What every file of the stand-in needs: what it pretends to be, error texts, faults on demand, and
-// the list of what is here.
+// the list of what is here. README.md says which file stands in for which library of CANN.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ enum : int {
   kSuccess = 0,
   kInvalidParam = 100000,
   kUninitialized = 100001,
-  kContextNull = 107002,  // what aclrtGetDevice says before anybody set a device
+  kContextNull = 107002,  // what aclrtGetDevice returns before a device is set
   kInvalidDevice = 200002,
   kFeatureUnsupported = 200006,
   kOutOfMemory = 207001,  // the one torch_npu takes for an out-of-memory error
@@ -47,13 +47,13 @@ int Unimplemented(const char* symbol);
 // The pointer stays valid until this thread asks again.
 const char* RecentError();
 
-// The code with which somebody wants this call of a symbol to fail (see cann_host_add_fault); 0 if
-// nobody does.
+// The code that this call of a symbol is asked to fail with (see cann_host_add_fault); 0 if it is not.
 int Fault(const char* symbol);
 
-// torch_npu's task queue, if it is on (TASK_QUEUE_ENABLE): a thread that launches what others queue.
-// After a call that failed there torch_npu drops what is launched, and says so once. What a launching
-// function returns goes through the first; the second fails for ever after, for those who wait.
+// torch_npu's task queue, if it is on (TASK_QUEUE_ENABLE): a thread that launches what other threads
+// queue. After a call that failed in that thread, torch_npu reports it once and drops all later
+// launches. A launching function returns its code through ReportLaunch; from the first failure on,
+// QueueFailure fails for everybody who waits.
 int ReportLaunch(int code);
 int QueueFailure(const char* symbol);
 
@@ -61,17 +61,17 @@ int QueueFailure(const char* symbol);
 // kept while a graph is captured. Returns the work's own code if it was done.
 using Task = std::function<int()>;
 int OnStream(const char* symbol, void* stream, Task task);
-// The same for work that meets other processes: done after all such work that was launched before, on
-// whatever stream, so that processes that launch in one order also meet in one.
+// The same for collectives, which meet other processes: done after all collectives that were launched
+// before, on any stream. So processes that launch in the same order also meet in the same order.
 int OnStreamInTurn(const char* symbol, void* stream, Task task);
-// Waits for a stream and hands over how its work went.
+// Waits for a stream and returns the code of its work.
 int FinishStream(const char* symbol, void* stream);
-// Does all the work that is left on any stream; whoever waits for a stream is told how it went.
+// Does all the work that is left on any stream. Its code goes to who waits for the stream.
 void DoAllWork();
 // Whether a launch may not be done when it returns.
 bool IsDeferring();
-// Whether work waits until somebody waits for it: late streams, or launches from a thread that Python
-// does not know, torch_npu's task queue. Those who wait for the queue hold Python's lock.
+// Whether work waits until somebody waits for it: with late streams, or once a thread that Python does
+// not know has launched (torch_npu's task queue). Who waits for the queue holds Python's lock.
 bool IsLate();
 
 // The device this thread has chosen, the first one if none.
@@ -93,18 +93,18 @@ inline bool IsAllocated(const void* memory, size_t bytes) {
   return found != 0 && bytes <= found;
 }
 
-// Memory that work touches when it is done, perhaps much later, and again: a captured graph.
+// Memory that work touches when it is done, perhaps much later, or several times in a captured graph.
 struct Reach {
   const void* data;
   size_t bytes;
   uint64_t block;  // the allocation they are in, 0 if they are not all in one that was made here
 };
 Reach ReachOf(const void* data, size_t bytes);
-// Whether it is the memory it was; what was never ours cannot be known.
+// Whether it is still the same allocation; true for memory that was not allocated here.
 bool IsThere(const Reach& reach);
 
-// The objects of one kind that were given to a caller as handles. A handle that was not, or no longer
-// is, is found out before it is followed.
+// The objects of one kind that were given to a caller as handles. A handle is looked up here before it
+// is followed: it may be of something else, or destroyed.
 template <typename T>
 class Handles {
  public:
@@ -114,7 +114,7 @@ class Handles {
     given_[owned.get()] = next_++;
     return owned.release();
   }
-  // Which one it is, so far none the same; 0 if it was never given, or is taken already.
+  // A number that no other object has had; 0 if the handle was never given, or is taken already.
   uint64_t Number(const T* handle) {
     const Lock lock(mutex_);
     const auto found = given_.find(handle);
@@ -125,7 +125,8 @@ class Handles {
     const Lock lock(mutex_);
     return std::unique_ptr<const T>(given_.erase(handle) ? handle : nullptr);
   }
-  // A call with it has failed. torch_npu never destroys such a one; somebody else may, soon.
+  // A call with it has failed. torch_npu never destroys the arguments of such a call, other callers may:
+  // it is destroyed after kMostAbandoned others.
   void Abandon(const T* handle, uint64_t number) {
     std::unique_ptr<const T> oldest;
     const Lock lock(mutex_);
@@ -147,7 +148,7 @@ class Handles {
   std::deque<std::pair<const T*, uint64_t>> abandoned_;
 };
 
-// Those of a type. Leaked on purpose: torch_npu still calls in while static destructors run.
+// The handles of a type. Leaked on purpose: torch_npu still calls in while static destructors run.
 template <typename T>
 inline Handles<T>& handles_of = *new Handles<T>;
 template <typename T>

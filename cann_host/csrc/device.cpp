@@ -178,7 +178,7 @@ int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
   }
 }
 
-// No limit is set on a stream, so it may use the device's cores: types 0 and 1 are the same there.
+// No limit is set on a stream, so it may use all of the device's cores: types 0 and 1 are the same.
 int aclrtGetStreamResLimit(void*, int type, uint32_t* value) {
   CANN_HOST_CALL(aclrtGetStreamResLimit);
   int64_t cores = 0;
@@ -190,8 +190,7 @@ int aclrtGetStreamResLimit(void*, int type, uint32_t* value) {
   return code;
 }
 
-// Nothing here runs for long enough to time out, and the CPU has no saturation mode: these settings
-// have no effect by nature.
+// Nothing here times out, and the CPU has no saturation mode: these settings have no effect.
 int aclrtSetOpExecuteTimeOut(uint32_t) {
   CANN_HOST_CALL(aclrtSetOpExecuteTimeOut);
   return kSuccess;

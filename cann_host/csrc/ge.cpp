@@ -164,8 +164,8 @@ void cann_host_ge_add_output(cann_host_ge_summary* summary, int32_t dtype, const
   summary->data.shapes.emplace_back(dims, dims + dim_count);
 }
 
-// Where the result of an output goes: the caller's memory, or memory allocated here if the caller
-// gave none. Null, with the reason kept, if the caller's memory is of another size.
+// Where a result is written: to the caller's memory, or to memory allocated here if the caller gave
+// none. Null, with the reason kept, if the caller's memory is of another size.
 void* cann_host_ge_output(cann_host_ge_outputs* outputs, size_t index, int32_t dtype,
                           const int64_t* dims, size_t dim_count, size_t size) {
   if (outputs->tensors.size() <= index) outputs->tensors.resize(index + 1);
@@ -232,7 +232,7 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   for (const Tensor& input : inputs) {
     const TensorImpl& tensor = input.Impl();
     const TensorDescImpl& desc = tensor.desc;
-    // torchair gives the bytes of the shape torch sees, which a FRACTAL_NZ storage has more of.
+    // torchair gives the bytes of the shape that torch sees; a FRACTAL_NZ storage has more.
     const size_t size =
         desc.placement == kPlacementDevice ? cann_host::BytesAt(tensor.data) : tensor.size;
     views.push_back({tensor.data, size, desc.dtype, desc.format,
@@ -294,7 +294,7 @@ Status Session::RunGraph(uint32_t id, const std::vector<Tensor>& inputs,
 Status Session::RunGraphWithStreamAsync(uint32_t id, void* stream,
                                         const std::vector<Tensor>& inputs,
                                         std::vector<Tensor>& outputs) {
-  // A graph runs at once, after what is before it on its stream.
+  // A graph runs at once, after the work before it on its stream.
   if (cann_host::FinishStream("RunGraphWithStreamAsync", stream) != cann_host::kSuccess) {
     return kFailed;
   }

@@ -1,5 +1,5 @@
-// libgraph: tensors, what an operator's definition says, and serialized graphs. Their meaning is
-// decided in Python (cann_host/graph).
+// libgraph: tensors, definitions of operators, and serialized graphs. What a graph means is decided in
+// Python (cann_host/graph).
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -21,8 +21,8 @@ struct OpDefinition {
   std::set<std::string> attrs;
 };
 
-// Those that Python has. Leaked on purpose: torchair's own statics still call in while the process
-// exits.
+// The operators that Python has. Leaked on purpose: torchair's own statics still call in while the
+// process exits.
 struct OpDefinitions {
   cann_host::Mutex mutex;
   std::map<std::string, OpDefinition> by_type;

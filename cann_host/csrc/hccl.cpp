@@ -135,17 +135,15 @@ cann_host::Reach ReachOf(const Buffer& buffer, int32_t dtype) {
   return cann_host::ReachOf(buffer.data, buffer.count * Width(dtype));
 }
 
-// What a chip has of a call, whoever makes it.
+// Whether the chip has this collective, eager or in a graph.
 int Check(const char* symbol, const Group& group, const Call& call) {
   const std::string& soc = cann_host::GetOptions().soc;
   const bool is_fp8 = call.dtype == kFloat8E4M3 || call.dtype == kFloat8E5M2;
-  const bool reduces = call.kind == Kind::kAllReduce || call.kind == Kind::kReduce ||
-                       call.kind == Kind::kReduceScatter;
   if (Width(call.dtype) == 0 || (is_fp8 && soc.rfind("Ascend950", 0) != 0)) {
     return Fail(kNotSupported, "%s: dtype %d (%s) is not one of %s's", symbol, call.dtype,
                 Name(call.dtype), soc.c_str());
   }
-  if (reduces && !CanReduce(soc, call.dtype, call.op)) {
+  if (IsReduction(call) && !CanReduce(soc, call.dtype, call.op)) {
     return Fail(kNotSupported, "%s: %s does not reduce %s by %s", symbol, soc.c_str(),
                 Name(call.dtype), OpName(call.op));
   }
@@ -169,7 +167,7 @@ int Launched(const char* symbol, void* handle, const Call& call, const Buffer& s
   if (code != kOk) return code;
   const auto from = ReachOf(send, call.dtype), to = ReachOf(receive, call.dtype);
   return cann_host::OnStreamInTurn(symbol, stream, [symbol, group, call, from, to] {
-    // it may be much later, and again: a captured graph
+    // this may run much later, and several times in a captured graph
     for (const auto& reach : {from, to}) {
       if (!cann_host::IsThere(reach)) {
         return Fail(kParameter, "%s: %zu bytes at %p are no longer allocated", symbol, reach.bytes,
@@ -287,7 +285,7 @@ int HcclCommInitRootInfoConfig(uint32_t ranks, const Root* root, uint32_t rank,
   return Connect(symbol, ranks, root, rank, name, config->exec_timeout, comm);
 }
 
-// Fields of a config up to this number are known; what is no name and no timeout changes no result.
+// Fields of a config up to this number are known; only the name and the timeout have an effect.
 CANN_HOST_ENTRY(HcclGetCommConfigCapability, "makes")
 uint32_t HcclGetCommConfigCapability() { return 12; }
 
@@ -334,8 +332,8 @@ int HcclGetRankId(void* comm, uint32_t* rank) {
   return kOk;
 }
 
-// HCCL tells faults of the network here, and torch_npu ends the process on any. There is no network:
-// the call that failed, or whoever waits for its stream, was told.
+// HCCL reports faults of the network here, and torch_npu ends the process at any. There is no network
+// here: the call that failed, or who waited for its stream, has the error.
 int HcclGetCommAsyncError(void* comm, int* error) {
   CANN_HOST_CALL(HcclGetCommAsyncError);
   if (!Find(comm)) return NoGroup("HcclGetCommAsyncError", comm);
@@ -408,7 +406,7 @@ int HcclAlltoAll(const void* send, uint64_t send_count, int send_type, const voi
                    {receive, receives.data(), nullptr, receive_type}, comm, stream);
 }
 
-// torch_npu makes a communicator for each pair that talks.
+// torch_npu makes a communicator for each pair of ranks that send and receive.
 int HcclSend(void* data, uint64_t count, int dtype, uint32_t to, void* comm, void* stream) {
   CANN_HOST_CALL(HcclSend);
   return Pair("HcclSend", RankOf(comm), to, {"sendBuf", data, count}, dtype, comm, stream);

@@ -92,7 +92,7 @@ struct Call {
 std::string Text(const Call& call);
 
 // Whether the ranks' data is reduced.
-bool Sums(const Call& call);
+bool IsReduction(const Call& call);
 // Elements a rank gives to a collective, and gets from it.
 uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks);
 uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks);

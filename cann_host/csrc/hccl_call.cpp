@@ -34,7 +34,7 @@ std::string Text(const Call& call) {
   text += "(";
   if (call.kind != Kind::kAllToAll) text += std::to_string(call.count) + " ";
   text += Name(call.dtype);
-  if (Sums(call)) text += std::string(", ") + OpName(call.op);
+  if (IsReduction(call)) text += std::string(", ") + OpName(call.op);
   if (call.kind == Kind::kReduce || call.kind == Kind::kBroadcast || call.kind == Kind::kScatter ||
       call.kind == Kind::kSend) {
     text += (call.kind == Kind::kSend ? ", from rank " : ", root ") + std::to_string(call.root);
@@ -42,7 +42,7 @@ std::string Text(const Call& call) {
   return text + ")";
 }
 
-bool Sums(const Call& call) {
+bool IsReduction(const Call& call) {
   return call.kind == Kind::kAllReduce || call.kind == Kind::kReduce ||
          call.kind == Kind::kReduceScatter;
 }

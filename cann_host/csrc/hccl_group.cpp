@@ -27,7 +27,7 @@ namespace {
 
 constexpr char kMagic[16] = "cann_host hccl1";
 
-// Rank 0's answer: data follows a zero, and the reason anything else.
+// Rank 0's answer. After code 0 comes data, after another one the reason.
 struct Answer {
   int32_t code = kOk;
   uint32_t length = 0;
@@ -51,7 +51,7 @@ bool IsMine(int socket) {
 
 std::string TokenOf(const Root& root) { return {root.token, sizeof(root.token)}; }
 
-// Tokens of the roots that this process gave and nobody used, the newest of them. Leaked: see core.cpp.
+// Tokens of the newest roots that this process gave and nobody used. Leaked: see core.cpp.
 struct Given {
   static constexpr size_t kMost = 1024;
   Mutex mutex;
@@ -59,7 +59,7 @@ struct Given {
 };
 Given& given = *new Given;
 
-// What keeps a socket from being made, and would keep the next one from it.
+// Whether no socket can be made, this one or the next.
 bool IsExhausted(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
@@ -69,7 +69,7 @@ std::string NoSocket(int error) {
          (IsExhausted(error) ? " (ulimit -n, RLIMIT_NOFILE)" : "");
 }
 
-// Strangers may keep so many connections open without shutting a rank out.
+// Strangers may hold this many connections open without keeping a rank out.
 constexpr size_t kMostGuests = 2 * kMostRanks;
 
 // "rank 1" or "ranks 1, 3"
@@ -250,7 +250,7 @@ int Group::Host(const Root& root, Time deadline) {
   return kOk;
 }
 
-// Reads what guests have said so far, and lets those who are ranks in. The first socket is no guest's.
+// Reads what guests have sent so far, and admits those who are ranks. sockets[i + 1] is guest i's.
 int Group::Hear(std::vector<Guest>& guests, const std::vector<pollfd>& sockets, bool is_ready,
                 const Root& root) {
   std::vector<Guest> still;
@@ -275,7 +275,8 @@ int Group::Hear(std::vector<Guest>& guests, const std::vector<pollfd>& sockets, 
   return kOk;
 }
 
-// Who says it is a rank. Not 0, with the reason kept, if the communicator cannot be made with it.
+// Admits a guest that has said which rank it is. Not 0, with the reason kept, if there can be no
+// communicator with it.
 int Group::Welcome(const Hello& hello, const Root& root, int& socket) {
   if (std::memcmp(hello.token, root.token, sizeof(hello.token)) != 0) {
     Close(socket);
@@ -294,7 +295,7 @@ int Group::Welcome(const Hello& hello, const Root& root, int& socket) {
   return End(kParameter, text);
 }
 
-// Rank 0 may not listen yet, and others may be before this one in its queue.
+// Rank 0 may not listen yet, or others may be before this one in its queue.
 int Group::Join(const Root& root, Time deadline, int seconds) {
   sockaddr_un address;
   const socklen_t length = AddressOf(root, &address);
@@ -320,7 +321,7 @@ int Group::Join(const Root& root, Time deadline, int seconds) {
   if (Send(peer, &hello, sizeof(hello), deadline) == Io::kGone) {
     return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Gone("rank 0"));
   }
-  // rank 0 says who is missing when its time is over; it began to wait at another moment
+  // rank 0 says who is missing when its time is over; it did not begin to wait at the same moment
   const Time later = deadline + std::chrono::seconds(std::clamp(seconds / 4, 1, 20));
   const Io io = Receive(peer, &answer, sizeof(answer), later);
   if (io != Io::kDone) {
@@ -400,12 +401,12 @@ int Group::Lead(const Call& call, const void* send, void* receive, Time deadline
     return End(kParameter, "[EI0005] the ranks' calls differ: " + text);
   }
 
-  // Everybody's data one after the other, or their sum: in the order of the ranks, whoever is first.
+  // The ranks' data one after the other, or reduced: in the order of the ranks, whoever comes first.
   const size_t width = Width(call.dtype);
   std::vector<char> all, more;
   for (uint32_t rank = 0; rank < ranks_; ++rank) {
     const size_t bytes = Gives(calls[rank], rank, ranks_) * width;
-    const bool adds = Sums(call) && rank != 0;
+    const bool adds = IsReduction(call) && rank != 0;
     if (adds) more.resize(bytes);
     if (!adds) all.resize(all.size() + bytes);
     char* place = adds ? more.data() : all.data() + all.size() - bytes;
@@ -442,7 +443,7 @@ int Group::Follow(const Call& call, const void* send, void* receive, Time deadli
   const size_t width = Width(call.dtype);
   Io io = Send(peer, &call, sizeof(call), deadline);
   if (io == Io::kDone) io = Send(peer, send, Gives(call, rank_, ranks_) * width, deadline);
-  // If rank 0 has ended the communicator, its reason is there to be read.
+  // If rank 0 has ended the communicator, its reason can be read.
   Answer answer;
   if (io != Io::kLate) io = Receive(peer, &answer, sizeof(answer), deadline);
   if (io == Io::kDone && answer.code != kOk) {

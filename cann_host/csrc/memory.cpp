@@ -30,7 +30,7 @@ struct Block {
   size_t size;
   Where where;
   int device;
-  uint64_t number;  // no other has had it
+  uint64_t number;  // unique
 };
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
@@ -85,7 +85,7 @@ int Release(const char* symbol, void* bytes, Where where) {
   return kSuccess;
 }
 
-// The block an address is in, with its begin; null if in none. Wants the lock.
+// The block that an address is in, with its begin; null if in none. The caller holds the lock.
 const std::pair<const uintptr_t, Block>* Find(const void* address) {
   const auto& blocks = GetMemory().blocks;
   const auto at = reinterpret_cast<uintptr_t>(address);
@@ -105,7 +105,7 @@ int CheckCopy(const char* symbol, const void* dst, size_t dst_size, const void* 
     return Fail(kInvalidParam, "%s: %d is no kind of copy", symbol, kind);
   }
   const bool in_device = kind == kInDevice || kind == kInOneDevice || kind == kBetweenDevices;
-  // by default the addresses decide, and what begins in memory of ours must end there
+  // by default the addresses decide; what begins in device memory must end there
   const bool decides = kind == kDefault;
   const bool to_device = kind == kToDevice || in_device || (decides && cann_host::BytesAt(dst));
   const bool from_device = kind == kToHost || in_device || (decides && cann_host::BytesAt(src));
@@ -145,7 +145,8 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
     std::memcpy(staged.get(), src, count);
     src = staged.get();
   }
-  // What is ours now, pinned memory included, must be so when it is done, perhaps as part of a replay.
+  // Memory that is allocated here, pinned memory too, must still be so when the copy is done, perhaps in
+// a replay.
   const auto from = cann_host::ReachOf(src, count), to = cann_host::ReachOf(dst, count);
   const int code = cann_host::OnStream(symbol, stream, [=] {
     (void)staged;
@@ -158,7 +159,7 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
     std::memmove(dst, src, count);
     return +kSuccess;
   });
-  // A task queue's thread does not wait: whoever queued the copy does.
+  // A task queue's thread does not wait: who queued the copy does.
   if (code == kSuccess && cann_host::IsDeferring() && kind == kToHost && to.block == 0 &&
       cann_host::IsPythonThread()) {
     return cann_host::FinishStream(symbol, stream);
@@ -300,7 +301,7 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
 
 uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(address); }
 
-// Which allocation these bytes are in, so far none the same; 0 if not all are in one.
+// The number of the allocation that these bytes are in, unique; 0 if they are not all in one.
 uint64_t cann_host_block_of(const void* address, uint64_t bytes) {
   return cann_host::ReachOf(address, bytes).block;
 }

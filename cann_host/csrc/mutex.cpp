@@ -12,8 +12,8 @@ struct Mutexes {
   std::mutex mutex;
   std::set<Mutex*> all;
 
-  // Takes every lock that is held for moments, in whatever order others nest them: none is waited for
-  // while others are held.
+  // Takes every lock that is held for moments only. It waits for none while it holds others, so the
+  // order in which threads nest them does not matter.
   void LockAll() {
     for (;;) {
       mutex.lock();

@@ -1,5 +1,5 @@
-// What headers of a new compiler or glibc ask for and libraries of an old system lack, defined here
-// and for this library alone. See also portable.h.
+// Symbols that headers of a new compiler or glibc need and libraries of an old system lack, defined for
+// this library alone. See also portable.h.
 #include <features.h>
 
 #include <new>
@@ -15,8 +15,8 @@ char __libc_single_threaded = 0;
 
 #ifdef __GLIBCXX__
 
-// GCC 11's libstdc++ has a function that containers throw by when a size overflows. It goes by its
-// linker name: the headers declare it for everybody.
+// GCC 11's libstdc++ has a function that containers call when a size overflows. It is defined by its
+// linker name: the headers declare it already.
 extern "C" [[noreturn]] __attribute__((visibility("hidden"))) void cann_host_bad_array_new_length()
     __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void cann_host_bad_array_new_length() { throw std::bad_array_new_length(); }

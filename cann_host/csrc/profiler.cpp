@@ -1,6 +1,6 @@
-// The profiler's hooks. No profiler ever runs here: a registered callback is never called, and a
-// report is refused by name. torch.profiler wants libmspti to be there, finds no installed CANN, and
-// collects what the host does; what it would ask libmspti for is in unimplemented.cpp.
+// The profiler's hooks. No profiler runs here: a registered callback is never called, and a report is
+// refused by name. torch.profiler needs libmspti to be there, finds no installed CANN, and collects what
+// the host does; the functions of libmspti are in unimplemented.cpp.
 #include <chrono>
 #include <cstdint>
 #include <functional>

@@ -67,7 +67,7 @@ int RaiseNow(void* exception) {
   return -1;
 }
 
-// The numbers of the main thread and of this one, asked for once, and again after a fork.
+// The ids of the main thread and of this one, read once, and again after a fork.
 std::atomic<long> main_thread{getpid()};
 thread_local long this_thread = 0;
 
@@ -76,7 +76,7 @@ bool IsMainThread() {
   return this_thread == main_thread;
 }
 
-// The exception that is set, as an object of its own.
+// Clears the exception that is set and returns it.
 void* TakeException(const Api& api) {
   void *type = nullptr, *exception = nullptr, *trace = nullptr;
   api.fetch(&type, &exception, &trace);
@@ -89,8 +89,8 @@ void* TakeException(const Api& api) {
   return exception;
 }
 
-// Takes the exception. Signals are the main thread's, and there it is raised as it is; in another
-// thread one of its class.
+// Takes the exception. In the main thread, where signals are handled, it is raised as it is; in another
+// thread, a new one of its class.
 void RaiseLater(const Api& api, void* exception) {
   if (IsMainThread()) {
     if (api.add_pending(RaiseNow, exception) == 0) return;
@@ -102,7 +102,7 @@ void RaiseLater(const Api& api, void* exception) {
   api.forget(exception);
 }
 
-// Those whose handlers programs let raise: Ctrl-C, the end of a job, a time limit.
+// The signals whose handlers may raise: Ctrl-C, the end of a job, a time limit.
 struct Held {
   int signal;
   struct sigaction before;
@@ -124,7 +124,7 @@ void GiveBack() {
   }
 }
 
-// The main thread of a child may be another, which is in no Python function.
+// The main thread of a child is the thread that forked, which may be in no Python function.
 struct HeldAtFork {
   HeldAtFork() {
     pthread_atfork([] { is_main = IsMainThread(); }, nullptr, [] {
@@ -153,7 +153,7 @@ HeldSignals::HeldSignals() : holds_(IsMainThread() && depth++ == 0) {
     now.sa_handler = Hold;
     if (held.is_held) sigaction(held.signal, &now, nullptr);
   }
-  // what came just before is handled now; what it raises waits too
+  // a signal that came just before is handled now; what it raises waits too
   const Api& api = *GetApi();
   if (api.make_pending() != 0) exception_ = TakeException(api);
 }

@@ -13,13 +13,14 @@ struct Python {
   void* (*call)(void* function, const char* format, ...);
 };
 
-// Null if there is no Python in this process, or not any more.
+// Null if there is no Python in this process, or it has ended.
 const Python* GetPython();
 
 // Whether Python knows this thread. torch_npu's threads it does not.
 bool IsPythonThread();
 
-// While one lives, in the main thread, a signal that Python handles waits. Wants Python's lock.
+// While one of these lives in the main thread, signals that Python handles wait. The caller holds
+// Python's lock.
 class HeldSignals {
  public:
   HeldSignals();
@@ -33,11 +34,11 @@ class HeldSignals {
 
 // A function of Python's that returns a code, 0 for success.
 //
-// A Ctrl-C raises KeyboardInterrupt in whatever Python function the main thread runs, and the C++
-// between this one and its caller cannot carry it. So the first signal waits until the function has
-// returned; a second one does not. An exception that comes out of the function all the same makes the
-// call fail with a text, and is raised again in this thread as soon as that is back in Python. (A
-// ctypes callback would drop an exception, and return success.)
+// A Ctrl-C raises KeyboardInterrupt in the Python function that the main thread runs, and the C++
+// between that function and its caller cannot pass it on. So the first signal waits until the function
+// has returned; a second one does not. If an exception comes out of the function all the same, the call
+// fails with a text, and the exception is raised again in this thread as soon as that is back in
+// Python. (A ctypes callback would drop an exception, and return success.)
 class PythonFunction {
  public:
   // The object must live as long as the process; null takes it away.

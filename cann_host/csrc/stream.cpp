@@ -1,11 +1,10 @@
 // libascendcl: streams, and who does the work that is launched on them. Events are in event.cpp,
 // captured graphs in capture.cpp.
 //
-// Work is done by the thread that launches it, before the launch returns: every order a program may
-// ask for is kept, and a failure shows where it is made. With late streams (CANN_HOST_STREAMS=late)
-// a launch only joins its stream's queue, and whoever waits for the stream, an event or the device
-// does the work: a program that forgot to wait then reads what was there before, as it can on a
-// device.
+// The thread that launches work does it, before the launch returns: every order that a program asks for
+// is kept, and a failure shows where it is made. With late streams (CANN_HOST_STREAMS=late) a launch
+// only joins its stream's queue, and the thread that waits for the stream, an event or the device does
+// the work: a program that forgot to wait then reads the old values, as it can on a device.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -46,14 +45,14 @@ int NoStream(const char* symbol, void* handle) {
 
 namespace {
 
-// Work was launched by a thread that Python does not know, and from then on all work waits.
+// A thread that Python does not know has launched work; from then on all work waits.
 std::atomic<bool> has_task_queue{false};
-// The interpreter is about to go, and with it threads that may hold the work's lock: nothing is done
-// any more, and nothing waited for.
+// The interpreter is about to end, and with it threads that may hold the work's lock: no work is done
+// any more, and nobody waits.
 std::atomic<bool> is_leaving{false};
 
-// Locks the work, and lets other threads have the interpreter while it waits: the one that does the
-// work may need it. Python is found at run time; this library is not linked to it.
+// Locks the work. While it waits, other threads may have the interpreter: the thread that does the work
+// may need it. Python is found at run time; this library is not linked to it.
 class WorkLock {
  public:
   WorkLock() : locked_(!is_leaving) {
@@ -80,8 +79,8 @@ class WorkLock {
   const bool locked_;
 };
 
-// Does the work the stream has now, up to a record of an event if one is given. What other threads add
-// meanwhile is not waited for.
+// Does the work that the stream has now, up to a record of an event if one is given, and not what other
+// threads add meanwhile.
 void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
   StreamsState& state = GetStreams();
   size_t left = SIZE_MAX;
@@ -114,7 +113,7 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
   }
 }
 
-// Does all of a stream's work and hands over how it went.
+// Does all of a stream's work and returns its code.
 int Finish(const std::shared_ptr<StreamState>& stream) {
   const WorkLock lock;
   Work(stream, nullptr, 0);
@@ -124,7 +123,7 @@ int Finish(const std::shared_ptr<StreamState>& stream) {
                         "which is not done here");
 }
 
-// Those of a device, or all for -1.
+// The streams of a device, or all for -1.
 std::vector<std::shared_ptr<StreamState>> Streams(int device) {
   StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
@@ -149,7 +148,7 @@ int FinishDevice(const char* symbol, int device) {
   return first;
 }
 
-// What waits for a captured stream would wait for ever.
+// Waiting for a captured stream would never end.
 int Captures(const char* symbol) {
   return Fail(kFailure,
               "%s: the stream is being captured; nothing can wait for it before the capture ends",
@@ -299,7 +298,8 @@ int aclrtSynchronizeDeviceWithTimeout(int32_t) {
   return FinishDevice("aclrtSynchronizeDeviceWithTimeout", CurrentDevice());
 }
 
-// A stream with work left says so, and does it: whoever asks until it is done gets there.
+// A stream with work left answers that it has, and does the work: a program that asks until it is done
+// ends.
 int aclrtStreamQuery(void* handle, int* status) {
   CANN_HOST_CALL(aclrtStreamQuery);
   CANN_HOST_NEEDS(aclrtStreamQuery, status);

@@ -42,7 +42,7 @@ struct StreamState {
   int device = 0;
   uint32_t overflow_switch = 0;
   std::deque<Item> queue;
-  // Of a task since somebody last waited; what follows it is dropped, as on a device.
+  // The first failure since somebody last waited. Later tasks are dropped, as on a device.
   std::atomic<int> failure{0};
 };
 
@@ -59,7 +59,7 @@ struct StreamsState {
   std::map<void*, std::shared_ptr<EventState>> events;
   int32_t next_id = 0;
   std::shared_ptr<EventState> last_turn;  // of OnStreamInTurn
-  std::vector<StreamState*> doing;  // those a task of which is being done late
+  std::vector<StreamState*> doing;  // a late task of theirs is being done
   std::unique_ptr<Captured> graph;  // one capture at a time
   std::set<StreamState*> capturing;
   std::map<void*, std::shared_ptr<const Captured>> graphs;  // finished ones
@@ -70,16 +70,16 @@ StreamsState& GetStreams();
 // Whether a graph is being captured, on whatever stream.
 extern std::atomic<bool> is_capturing;
 
-// Null for a handle that no stream has, or no event. Both want the lock.
+// Null if there is no such stream or event. The caller holds the lock.
 std::shared_ptr<StreamState> FindStream(void* handle);
 std::shared_ptr<EventState> FindEvent(void* handle);
 
-// Fails: the handle is none.
+// Fails with a text: there is no such stream or event.
 int NoStream(const char* symbol, void* handle);
 int NoEvent(const char* symbol, void* handle);
 
-// Does the work the stream has now, up to a record of an event if one is given. What other threads add
-// meanwhile is not waited for. Takes the work's lock.
+// Does the work that the stream has now, up to a record of an event if one is given, and not what other
+// threads add meanwhile. Takes the work's lock.
 void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number);
 
 }  // namespace cann_host

@@ -1,5 +1,5 @@
-// Symbols the wheel's libraries are linked against but nobody has implemented. Calling one fails
-// with a text that names it; functions that return a pointer return null.
+// Symbols that the wheel's libraries are linked against and that are not implemented here. Calling one
+// fails with a text that names it; functions that return a pointer return null.
 // The C ABI lets a definition without parameters stand for any signature.
 #include "core.h"
 

@@ -121,8 +121,8 @@ class CompiledGraph:
         return [output_tensor(values[slot], i) for i, slot in enumerate(self.outputs)]
 
     def check_unchanged(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
-        """Refuse what a device would not notice: torchair says the formats of the inputs once, then
-        only addresses, and no more of constants and of frozen parameters.
+        """Refuse changes that a device would not notice: torchair tells the formats of the inputs
+        once, then only addresses; of constants and frozen parameters it tells nothing more.
 
         Args:
             given: the tensors torchair was called with.

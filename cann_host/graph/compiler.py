@@ -29,7 +29,7 @@ __all__ = ["compile_graph", "ge_dtype"]
 
 # torchair's notes on the layouts of a node's tensors; an operator's data_format says the same
 _LAYOUTS = frozenset({"input_layout_info", "output_layout_info"})
-# nodes that hold or hand over tensors
+# nodes that hold or pass on tensors
 _PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutput", "RefData"})
 
 
@@ -62,7 +62,7 @@ def _attribute(attr: Any) -> Any:
 def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
     inputs: dict[str, Slot | list[Slot]] = {}
     many: list[Slot] = []
-    # edges that only order, without a descriptor, come first
+    # control edges, which have no descriptor, come first
     sources = [source for source in node.input if not source.endswith(":-1")]
     for position, source in enumerate(sources):
         producer, _, index = source.rpartition(":")

@@ -107,7 +107,7 @@ class Int4:
 class FractalNZ:
     """A tensor stored as FRACTAL_NZ; int4 ones hold `Int4`.
 
-    Bringing it to ND moves every byte, so it waits until an operator asks for `nd`.
+    Bringing it to ND moves every byte, so it is done only when an operator asks for `nd`.
 
     Attributes:
         like: what `nd` will be, on meta.
@@ -160,7 +160,7 @@ class FractalNZ:
 
 Value: TypeAlias = "Tensor | Int4 | FractalNZ | None"
 
-# An input whose values, not only its shape, decide the shape of the result.
+# An input whose values, not only its shape, determine the shape of the result.
 Host: TypeAlias = Tensor
 # An input that stands for any number of tensors, named x0, x1, ... in the graph.
 Dynamic: TypeAlias = list[Tensor]
@@ -316,7 +316,7 @@ def run_op(
 
 
 def _plain(op: Op, value: Any) -> Any:
-    """GE inserts a conversion before operators that want ND; nobody converts int4 silently."""
+    """A value as ND: GE converts it before operators that take ND. It converts no int4."""
     if type(value) is list:
         return [_plain(op, v) for v in value]
     if isinstance(value, FractalNZ):
@@ -358,7 +358,7 @@ def refuses_overruns() -> bool:
 
 
 def overrun(text: str) -> None:
-    """A kernel of CANN's writes past its result: warn, or refuse, as the option says.
+    """Warn that CANN's kernel writes past its result, or refuse, as the option `overruns` says.
 
     Raises:
         GraphError: overruns are refused.
@@ -369,7 +369,7 @@ def overrun(text: str) -> None:
 
 
 def caution(text: str) -> None:
-    """Warn of what the device does in silence, in the stand-in's own name."""
+    """Warn of what the device does without a word; the warning says that it is cann_host's."""
     if "cann_host" not in text:
         text = f"{text} (cann_host's caution; CANN says nothing)"
     warnings.warn(text, RuntimeWarning, stacklevel=3)

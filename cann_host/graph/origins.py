@@ -2,7 +2,7 @@
 
 A serialized graph does not say. torchair's own graph object, alive while the graph is compiled,
 keeps the text of its "py" dump: a comment with the torch call, then the lines that make its nodes.
-That text is only read, and only when there is something to complain about.
+That text is read only for the message of a refusal.
 """
 
 from __future__ import annotations

@@ -57,3 +57,13 @@ def test_a_ge_operator_can_be_added_while_it_is_active(monkeypatch) -> None:
     (code,) = (block for block in blocks("python") if '@op("Cosh")' in block)
     exec(compile(code, "README.md", "exec"), {})
     torch.testing.assert_close(run(), torch.cosh(x.cpu()))
+
+
+def test_the_map_of_the_sources_is_whole() -> None:
+    folder = FOLDER / "csrc"
+    rows = re.findall(r"^\| (`[^|]*`) \|", (folder / "README.md").read_text(), re.M)
+    listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    there = {path.name for path in folder.iterdir() if path.suffix in (".cpp", ".h")}
+    headers = {"aclnn.h", "ge.h", "ge_abi.h", "hccl.h", "hccl_io.h", "stream.h"}  # of their .cpp
+    assert len(listed) == len(set(listed))
+    assert set(listed) == there - headers
