@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from lq_graph.rules.tables import Peak
 from support import cases
 from support.cases import BF16, F16, I32, Case
 from support.layers import module_for, vendor_for
+from support.processes import python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -134,11 +132,6 @@ def test_command_line_mistakes(model: str, message: str, capsys) -> None:
 
 
 def test_without_a_device_it_says_what_to_do() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lq_graph", "explain", "math:pi"],
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "lq_graph", "explain", "math:pi")
+    done = python(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.returncode == 2 and "python -m cann_host -m lq_graph explain" in done.stderr

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from cann_host.graph import executor
 from cann_host.options import Options
 from lq_graph.backends.npu import cast_format
 from support import golden
+from support.processes import SCRIPTS, python, script, start
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 
@@ -1069,31 +1068,8 @@ def test_memory_stays() -> None:
 # ---- the launcher, in processes of its own ----
 
 
-def launch(
-    *arguments: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(environment or {})},
-        check=False,
-    )
-
-
-def test_launcher_runs_a_script(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text("ANSWER = 42\n")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch, helper\n"
-        "print(sys.argv[1:], __name__, helper.ANSWER, torch.npu.get_device_name())\n"
-        "print((torch.ones(3, device='npu') + 1).tolist())\n"
-        "sys.exit(7)\n"
-    )
-    done = launch(
-        "-m", "cann_host", str(script), "--flag", "x", environment={"CANN_HOST_SOC": "Ascend910B4"}
-    )
+def test_launcher_runs_a_script() -> None:
+    done = start("launched.py --flag x", CANN_HOST_SOC="Ascend910B4")
     assert done.returncode == 7
     assert done.stdout == "['--flag', 'x'] __main__ 42 Ascend910B4\n[2.0, 2.0, 2.0]\n"
     said = [line for line in done.stderr.splitlines() if line.startswith("cann_host: no NPU")]
@@ -1101,86 +1077,49 @@ def test_launcher_runs_a_script(tmp_path: Path) -> None:
     assert "CANN 9.1.0 (Ascend910B4) computes on the CPU" in said[0]
 
 
-def test_launcher_runs_a_module_and_shows_its_exception(tmp_path: Path) -> None:
-    (tmp_path / "boom.py").write_text(
-        "import sys\nprint(sys.argv[1:])\nraise ValueError('from the script')\n"
-    )
-    done = launch("-m", "cann_host", "-m", "boom", "y", environment={"PYTHONPATH": str(tmp_path)})
+def test_launcher_runs_a_module_and_shows_its_exception() -> None:
+    done = python("-m", "cann_host", "-m", "boom", "y", PYTHONPATH=str(SCRIPTS))
     assert done.returncode == 1
     assert done.stdout.startswith("['y']\n")  # torch_npu adds a line of its own
     assert done.stderr.rstrip().endswith("ValueError: from the script")
 
 
 def test_launcher_alone_says_what_the_options_make_of_it() -> None:
-    done = launch("-m", "cann_host", "--soc", "Ascend310P3", "--devices", "2")
+    done = python("-m", "cann_host", "--soc", "Ascend310P3", "--devices", "2")
     assert {"soc: Ascend310P3", "devices: 2", "active: False"} <= set(done.stdout.splitlines())
 
 
 def test_launcher_alone_says_what_it_is() -> None:
-    done = launch("-m", "cann_host")
+    done = python("-m", "cann_host")
     assert done.returncode == 0
     assert "usage: python -m cann_host [options] script.py" in done.stdout
     assert "soc: Ascend910B2" in done.stdout
 
 
-PROCESSES: dict[str, tuple[str, str]] = {
-    "torch first": (
-        "import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\n"
-        "import torch, cann_host\n"
-        "cann_host.activate()\n",
-        "torch is already imported: call cann_host.activate",
-    ),
-    "no libraries": (
-        "import cann_host, cann_host._native as native\n"
-        "native.library_directory = lambda: None\n"
-        "cann_host.activate()\n",
-        "native libraries were not built, because no C\\+\\+ compiler was found",
-    ),
-    "no torch_npu": (
-        "import importlib.util, cann_host\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'torch_npu' else find(name)\n"
-        "cann_host.activate()\n",
-        "torch_npu is not installed: pip install torch==2.13.0 torch_npu==2.13.0 packaging",
-    ),
-    "another platform": (
-        "import sys, cann_host\nsys.platform = 'darwin'\ncann_host.activate()\n",
-        "runs on Linux only, and this is darwin",
-    ),
-    "a CANN is loaded": (
-        "import ctypes, cann_host, cann_host._native as native\n"
-        "for name in ('libcann_host.so', 'libascendcl.so'):\n"
-        "    ctypes.CDLL(str(native.library_directory() / name))\n"
-        "cann_host.activate()\n",
-        "a CANN is already loaded in this process .*libascendcl.so",
-    ),
+NOT_ACTIVE = {
+    # function of activation.py: why not
+    "torch_first": "torch is already imported: call cann_host.activate",
+    "no_libraries": "native libraries were not built, because no C\\+\\+ compiler was found",
+    "no_torch_npu": "torch_npu is not installed: "
+    "pip install torch==2.13.0 torch_npu==2.13.0 packaging",
+    "another_platform": "runs on Linux only, and this is darwin",
+    "a_cann_is_loaded": "a CANN is already loaded in this process .*libascendcl.so",
 }
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", NOT_ACTIVE)
 def test_activation_says_in_one_sentence_why_not(name: str) -> None:
-    program, message = PROCESSES[name]
-    done = launch("-c", program)
+    done = python(*script(f"activation.py {name}"))
     assert done.returncode == 1
     last = done.stderr.rstrip().splitlines()[-1]
     assert last.startswith("cann_host.CannHostError: ")
-    assert re.search(message, last), last
+    assert re.search(NOT_ACTIVE[name], last), last
 
 
 @pytest.mark.parametrize("queue", ["0", "1", "2"])
 def test_exit_with_launches_in_flight(queue: str) -> None:
     """torch_npu's task queue runs our Python on its own thread; leaving must not hang or crash."""
-    program = (
-        "import cann_host\ncann_host.activate()\nimport torch, torch_npu\n"
-        "x = torch.ones(64, 64, dtype=torch.int8, device='npu')\n"
-        "s = torch_npu.npu_trans_quant_param(torch.ones(64, device='npu'))\n"
-        "for _ in range(300):\n"
-        "    y = torch_npu.npu_quant_matmul(x, x.t(), s, output_dtype=torch.int8)\n"
-        "print(y.sum().item())\n"
-        "for _ in range(300):\n"
-        "    y = torch_npu.npu_quant_matmul(x, x.t(), s, output_dtype=torch.int8)\n"
-    )
-    done = launch("-c", program, environment={"TASK_QUEUE_ENABLE": queue})
+    done = start("task_queue.py exit", TASK_QUEUE_ENABLE=queue)
     assert (done.returncode, done.stdout) == (0, f"{64 * 64 * 64}\n"), done.stderr
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import torch
 import cann_host
 from cann_host import runtime
 from support.compiler import COMPILER, needs_compiler, torch_npu_include
+from support.processes import run, script
 from support.ranks import assert_right, launch
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
@@ -130,23 +132,7 @@ def test_what_is_refused(hccl, comm, given, code: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("soc", ["Ascend310P3", "Ascend950PR_9579", "Ascend910_9391"])
-def test_dtypes_by_chip(soc: str, tmp_path) -> None:
-    from support.processes import run
-
-    script = """
-        import ctypes, torch
-        from cann_host import runtime
-        lib = runtime.current().library
-        root, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
-        lib.HcclGetRootInfo(root)
-        lib.HcclCommInitRootInfo(1, root, 0, ctypes.byref(comm))
-        x = torch.zeros(8, dtype=torch.int64).npu()
-        p = ctypes.c_void_p(x.data_ptr())
-        names = "int8 int16 int32 fp16 fp32 int64 uint64 uint8 uint16 uint32 fp64 bf16".split()
-        for op in range(4):
-            print(*(n for i, n in enumerate(names)
-                    if lib.HcclAllReduce(p, p, ctypes.c_uint64(1), i, op, comm, None) == 0))
-    """
+def test_dtypes_by_chip(soc: str) -> None:
     usual = "int8 int16 int32 fp16 fp32"
     wanted = {
         "Ascend310P3": [usual, *["int8 int32 fp16 fp32"] * 3],
@@ -158,7 +144,7 @@ def test_dtypes_by_chip(soc: str, tmp_path) -> None:
         ]
         + [f"{usual} int64 uint64 fp64 bf16"] * 2,
     }[soc]
-    assert run(tmp_path, script, "--soc", soc).splitlines() == wanted
+    assert run("hccl_pairs.py dtypes", "--soc", soc).splitlines() == wanted
 
 
 def test_a_rank_that_never_comes(hccl, monkeypatch) -> None:
@@ -314,21 +300,12 @@ def test_half_open_connections_keep_no_rank_beyond_its_time(hccl, monkeypatch) -
 def test_another_users_connections_keep_no_rank_out(hccl) -> None:
     root = ctypes.create_string_buffer(4108)
     assert hccl.HcclGetRootInfo(root) == OK
-    program = (
-        "import os, socket, time\n"
-        "os.setgid(65534); os.setuid(65534)\n"
-        f"address, held = {bytes(root.raw[16:48].rstrip(bytes(1)))!r}, []\n"
-        "print('there', flush=True)\n"
-        "while len(held) < 500:\n"
-        "    one = socket.socket(socket.AF_UNIX); one.setblocking(False)\n"
-        "    try:\n        one.connect(b'\\0' + address); held.append(one)\n"
-        "    except OSError:\n        time.sleep(0.001)\n"
-        "input()\n"
-    )
+    address = root.raw[16:48].rstrip(bytes(1)).decode()
     other = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, *script(f"crowd.py {shlex.quote(address)}")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert other.stdout is not None
     assert other.stdout.readline() == b"there\n"
     ranks = [Rank(hccl, root, rank) for rank in (0, 1)]
@@ -343,82 +320,23 @@ def test_another_users_connections_keep_no_rank_out(hccl) -> None:
 
 # ---- processes that lack something, or fork ----
 
-PAIR = """
-    import ctypes, os, resource, time, torch
-    from cann_host import runtime
-    lib = runtime.current().library
-    torch.zeros(1, device="npu")
-    root, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
-    lib.HcclGetRootInfo(root)
-    lib.cann_host_recent_error.restype = ctypes.c_char_p
-    def connect(rank, ranks=2):
-        return lib.HcclCommInitRootInfo(ranks, root, rank, ctypes.byref(comm))
-    def tell(code, begin):
-        print(code, time.monotonic() - begin < 5, lib.cann_host_recent_error().decode(), flush=True)
-"""
-
-
-def lines(tmp_path, script: str) -> list[str]:
-    from support.processes import run
-
-    return run(tmp_path, PAIR + script).splitlines()
-
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int, tmp_path) -> None:
-    script = f"""
-    mine, its = os.pipe()
-    if not os.fork():
-        connect({dies})
-        lib.HcclBarrier(comm, None)
-        if os.fork():
-            os.kill(os.getpid(), 9)
-        os.close(its)
-        print(lib.HcclBarrier(comm, None), lib.cann_host_recent_error().decode(), flush=True)
-        os.read(mine, 1)  # until the test ends
-        os._exit(0)
-    connect({1 - dies})
-    lib.HcclBarrier(comm, None)
-    begin = time.monotonic()
-    tell(lib.HcclBarrier(comm, None), begin)
-    """
-    found = sorted(lines(tmp_path, script))
+def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int) -> None:
+    found = sorted(run(f"hccl_pairs.py dead_rank {dies}").splitlines())
     assert len(found) == 2
     assert found[0].startswith(f"{PARAMETER} HcclBarrier: this process was forked after")
     assert found[1].startswith(f"{REMOTE} True [EI0002] HcclBarrier: rank {dies} is gone")
 
 
-def test_a_rank_without_descriptors_says_so(tmp_path) -> None:
-    script = """
-    mine, its = os.pipe()
-    if not os.fork():
-        connect(1)
-        os._exit(0)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, free + 1))  # for its own socket
-    begin = time.monotonic()
-    tell(connect(0), begin)
-    lib.HcclGetRootInfo(root)
-    held = os.dup(0)
-    tell(connect(0), begin)
-    tell(connect(1), begin)
-    """
-    for line in lines(tmp_path, script):
+def test_a_rank_without_descriptors_says_so() -> None:
+    for line in run("hccl_pairs.py no_descriptors").splitlines():
         assert line.startswith(f"{SYSTEM} True [EI0006] HcclCommInitRootInfo: no socket: Too many")
         assert "RLIMIT_NOFILE" in line
 
 
-def test_a_collective_without_memory_says_so(tmp_path) -> None:
-    script = """
-    connect(0, 1)
-    x = torch.ones(1 << 26, device="npu")
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
-    p, begin = ctypes.c_void_p(x.data_ptr()), time.monotonic()
-    tell(lib.HcclAllReduce(p, p, ctypes.c_uint64(1 << 26), 4, 0, comm, None), begin)
-    """
-    (line,) = lines(tmp_path, script)
+def test_a_collective_without_memory_says_so() -> None:
+    (line,) = run("hccl_pairs.py no_memory").splitlines()
     assert line.startswith(
         f"{OOM} True [EI0007] HcclAllReduce(67108864 float32, sum): rank 0 has no"
     )

@@ -15,19 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-import lq_graph
 from lq_graph import (
-    A8W8Dynamic,
-    A8W8Static,
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
 )
 from lq_graph.checkpoints import write
 from lq_graph.checkpoints.formats import FILES, kept, temporary
+from support.checkpoints import FORMATS, model, quantized
 from support.injection import (
     STRIKES,
     folder_state,
@@ -36,63 +32,9 @@ from support.injection import (
     points,
     rehearse,
 )
+from support.processes import script
 
 TRIALS = 200
-F16 = torch.float16
-
-
-class Extra(nn.LayerNorm):
-    """A layer with a state of its own, an expanded buffer and one that files do not hold."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size, dtype=F16)
-        self.state = torch.zeros(2)
-        self.register_buffer("wide", torch.ones(1).expand(4))
-        self.register_buffer("kept", torch.ones(2, device="cpu"), persistent=False)
-
-    def get_extra_state(self) -> torch.Tensor:
-        return self.state
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        self.state = state
-
-
-class Model(nn.Module):
-    """Tied embeddings, a layer under two names, and Extra."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(8, 16, dtype=F16)
-        self.up = nn.Linear(16, 16, dtype=F16)
-        self.again = self.up
-        self.norm = Extra(16)
-        self.down = nn.Linear(16, 16, bias=False, dtype=F16)
-        self.head = nn.Linear(16, 8, bias=False, dtype=F16)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.down(self.norm(self.again(self.up(self.embed(x))))))
-
-
-def model(seed: int, device: str = "cpu") -> Model:
-    torch.manual_seed(seed)
-    with torch.device(device):
-        made = Model()
-    made.norm.state = torch.full((2,), float(seed))
-    return made
-
-
-def quantized(seed: int, config: A8W8Dynamic | A8W8Static, names: str = "up down") -> Model:
-    made = model(seed)
-    batches = None if isinstance(config, A8W8Dynamic) else [torch.arange(8)]
-    lq_graph.quantize(made, config, batches, filter_fn=lambda _, name: name in names.split())
-    return made
-
-
-FORMATS = {
-    "msmodelslim": (A8W8Dynamic(), A8W8Static()),
-    "compressed-tensors": (A8W8Dynamic(), A8W8Dynamic()),
-}
 
 
 def changed(after: object, before: object) -> str:
@@ -249,23 +191,6 @@ def test_killed_while_it_cleans_up_after_one_that_was_killed(
     assert ended and steps >= 2
 
 
-SAVES_FOR_EVER = """
-import sys
-sys.path[:0] = sys.argv[2:]
-import cann_host
-cann_host.activate()
-from test_all_or_nothing import FORMATS, quantized, save_checkpoint
-both = {
-    kind: (quantized(1, old, "up"), quantized(2, new)) for kind, (old, new) in FORMATS.items()
-}
-print("ready", flush=True)
-while True:
-    for i in (0, 1):
-        for kind, models in both.items():
-            save_checkpoint(models[i], f"{sys.argv[1]}/{kind}", kind)
-"""
-
-
 def test_a_reader_finds_the_old_or_the_new(tmp_path, tally) -> None:
     wanted = {}
     for kind, (config, other) in FORMATS.items():
@@ -275,9 +200,8 @@ def test_a_reader_finds_the_old_or_the_new(tmp_path, tally) -> None:
             found = model(3)
             load_checkpoint(found, folder)
             wanted.setdefault(kind, []).append(model_state(found))
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path), here, str(Path(here).parent)]
-    saver = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=here)
+    command = [sys.executable, *script(f"saves_for_ever.py {tmp_path}")]
+    saver = subprocess.Popen(command, stdout=subprocess.PIPE)
     seen: Counter[tuple[str, int]] = Counter()
 
     def read() -> None:

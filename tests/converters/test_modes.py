@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +19,7 @@ from lq_graph.rules.tables import FRACTAL_NZ
 from support import cases
 from support.cases import BF16, F16, I8, I32, I64, Case
 from support.layers import module_for
+from support.processes import output_of, python, run, script
 
 CASES = [
     Case(offset=True, bias=I32),
@@ -141,42 +140,13 @@ def test_torch_export(case: Case) -> None:
     cases.assert_equal(program.module()(x1), inputs)
 
 
-CACHED = """
-import sys, torch, torch_npu, torchair, lq_graph
-torch.manual_seed(0)
-class Model(torch.nn.Module):
-    def __init__(self, output_dtype, cache):
-        super().__init__()
-        self.layer = lq_graph.LinearQuant(64, 32, bias=False, output_dtype=output_dtype).npu()
-        self.layer.weight.data = torch.randint(-128, 128, (32, 64), dtype=torch.int8).npu()
-        self.layer.scale.data = (torch.rand(32) * 1e-2).npu()
-        config = torchair.CompilerConfig()
-        self.run = torchair.inference.cache_compile(
-            self.prompt, config=config, dynamic=False, cache_dir=cache)
-    def prompt(self, x):
-        return self.layer(x)
-x = torch.randint(-128, 128, (4, 64), dtype=torch.int8).npu()
-model = Model(getattr(torch, sys.argv[2]), sys.argv[1])
-out = model.run(x)
-assert torch.equal(out.cpu(), model.layer(x).cpu())
-print(out.dtype)
-"""
-
-
 def test_cache_compile_is_used_by_the_next_process_and_kept_apart(tmp_path: Path) -> None:
-    script, cache = tmp_path / "cached.py", tmp_path / "cache"
-    script.write_text(CACHED)
+    cache = tmp_path / "cache"
     launcher = [] if os.environ.get("LQ_GRAPH_TEST_NPU") == "1" else ["-m", "cann_host"]
 
     def run(output_dtype: str) -> list[Path]:
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(cache), output_dtype],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"torch.{output_dtype}" in done.stdout
+        said = output_of(python(*launcher, *script(f"cached.py dtype {cache} {output_dtype}")))
+        assert f"torch.{output_dtype}" in said
         return sorted(path for path in cache.rglob("*") if path.is_file())
 
     first = run("int8")
@@ -370,43 +340,10 @@ def test_preparing_others_layers_after_something_was_compiled_warns() -> None:
         prepare(layer)
 
 
-CACHED_FORMAT = """
-import sys, torch, torch_npu, torchair, lq_graph
-torch.npu.config.allow_internal_format = True
-kind = {"ours": lq_graph.LinearQuant, "vendor": torch_npu.contrib.module.LinearQuant}[sys.argv[2]]
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = kind(64, 32, bias=False, output_dtype=torch.bfloat16).npu()
-        self.layer.weight.data = torch.randint(-128, 128, (32, 64), dtype=torch.int8).npu()
-        self.layer.scale.data = torch.rand(32).npu()
-        if sys.argv[3] == "prepared":
-            lq_graph.use_internal_format_weight(self)
-        self.run = torchair.inference.cache_compile(
-            self.prompt, config=torchair.CompilerConfig(), dynamic=False, cache_dir=sys.argv[1])
-    def prompt(self, x):
-        return self.layer(x)
-model = Model()
-x = torch.randint(-128, 128, (4, 64), dtype=torch.int8).npu()
-assert torch.equal(model.run(x).cpu(), model.layer(x).cpu())
-if sys.argv[3] == "prepared":
-    model.layer.weight.data = torch_npu.npu_format_cast(model.layer.weight.data, 2)
-    try:
-        model.run(x)
-    except RuntimeError as error:
-        print(error)
-"""
-
-
 @pytest.mark.skipif(not cann_host.is_active(), reason="a device does not notice")
 @pytest.mark.parametrize("kind", ["vendor"])  # ours has the format in its cache key
 def test_a_cached_graph_takes_the_formats_of_its_first_run(kind: str, tmp_path: Path) -> None:
     """torchair notes them before it compiles the cached graph; after that run they stay."""
-    script = tmp_path / "cached.py"
-    script.write_text(CACHED_FORMAT)
-    command = [sys.executable, "-m", "cann_host", str(script), str(tmp_path / "cache"), kind]
     for state in ("prepared", "plain"):
-        done = subprocess.run([*command, state], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "compiled for FRACTAL_NZ" in done.stdout or state == "plain"
+        said = run(f"cached.py formats {tmp_path / 'cache'} {kind} {state}")
+        assert "compiled for FRACTAL_NZ" in said or state == "plain"

@@ -7,7 +7,6 @@ import itertools
 import os
 import resource
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from lq_graph import LinearQuantValueError, kernels
 from lq_graph.kernels import native
 from support import cases, golden
 from support.cases import ROW_CASES, Case
+from support.processes import output_of, python, script
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 needs_kernel = pytest.mark.skipif(
@@ -265,25 +265,9 @@ def test_threads(m: int, k: int, n: int, threads: int, int4: bool) -> None:
 
 @needs_kernel
 def test_it_takes_torchs_threads_and_starts_none_of_its_own() -> None:
-    script = (
-        "import os, torch, lq_graph\n"
-        "x = torch.ones(64, 1024, dtype=torch.int8)\n"
-        "count = lambda: len(os.listdir('/proc/self/task'))\n"
-        "torch.set_num_threads(1)\n"
-        "before = count()\n"
-        "lq_graph.linear_quant(x, x, torch.ones(1))\n"
-        "alone = count()\n"
-        "torch.set_num_threads(2)\n"
-        "torch.ones(10**7).add(1)\n"
-        "torchs = count()\n"
-        "for _ in range(5): lq_graph.linear_quant(x, x, torch.ones(1))\n"
-        "print(alone - before, count() - torchs)\n"
-    )
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["0", "0"]
+    command = script("kernel_threads.py counts")
+    done = python(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert output_of(done).split() == ["0", "0"]
 
 
 @needs_kernel
@@ -557,62 +541,21 @@ def test_nor_by_the_other_functions(call: Callable[[], object]) -> None:
 
 # ---- threads and processes ----
 
-_CHECK = """
-import os, sys, threading, torch
-from lq_graph.kernels import native
-from lq_graph import kernels
-assert native.is_available()
-torch.set_num_threads(int(sys.argv[1]))
-scale = torch.ones(1)
-made = []
-for m, k, n in ((1, 4096, 512), (64, 512, 700), (300, 2052, 65)):
-    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
-    w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-    made.append((x, w, (x.double() @ w.double().t()).to(torch.int32).numpy()))
-def check():
-    for x, w, want in made:
-        got = kernels.quant_matmul(x, w, scale, output_dtype=torch.int32)
-        assert (got.numpy() == want).all()
-check()
-"""
-_FORK = """
-child = os.fork()
-if child == 0:
-    import signal
-    signal.alarm(30)
-    check()
-    os._exit(7)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-check()
-"""
-_MANY = """
-def again():
-    for _ in range(3):
-        check()
-        torch.set_num_threads(torch.get_num_threads() % 5 + 1)
-threads = [threading.Thread(target=again) for _ in range(12)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-"""
-
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("script", "threads", "environment"),
+    ("arguments", "environment"),
     [
-        ("", 4, {"OMP_STACKSIZE": "16k"}),
-        ("", 1000, {"OMP_THREAD_LIMIT": "300"}),
-        (_FORK + _MANY, 4, {}),
+        ("4", {"OMP_STACKSIZE": "16k"}),
+        ("1000", {"OMP_THREAD_LIMIT": "300"}),
+        ("4 more", {}),
     ],
     ids=["small stacks", "more threads than there may be", "fork, and from 12 threads"],
 )
-def test_in_a_process_of_its_own(script: str, threads: int, environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _CHECK + script + "print('done')", str(threads)],
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **environment},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.stdout == "done\n", done.stderr
+def test_in_a_process_of_its_own(arguments: str, environment: dict[str, str]) -> None:
+    command = script(f"kernel_threads.py exact {arguments}")
+    done = python(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0", limit=120, **environment)
+    assert output_of(done) == "done\n"
 
 
 def test_the_call_has_the_layout_the_kernel_reads() -> None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import io
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from support import cases
 from support.cases import BF16, F16, I32, Case
 from support.injection import STRIKES, model_state, modes, points, rehearse
 from support.layers import module_for, vendor_for
+from support.processes import output_of, python, script
 
 TRIALS = 200
 
@@ -304,13 +303,4 @@ def test_ctrl_c_waits_for_the_end_of_a_preparation(monkeypatch: pytest.MonkeyPat
 
 
 def test_preparing_leaves_ctrl_c_as_it_was() -> None:
-    script = """
-import cann_host
-cann_host.activate()
-import signal, torch, lq_graph
-handler = signal.getsignal(signal.SIGINT)
-lq_graph.use_internal_format_weight(lq_graph.LinearQuant(64, 32).npu())
-assert signal.getsignal(signal.SIGINT) is handler
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    output_of(python(*script("handler_kept.py")))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import cann_host
+from support.processes import output_of, python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+LAUNCHER = ["-m", "cann_host"] if cann_host.is_active() else []
 
 
 @pytest.mark.parametrize(
@@ -23,16 +23,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     ],
 )
 def test_example(name: str, shown: str, tmp_path: Path) -> None:
-    launcher = ["-m", "cann_host"] if cann_host.is_active() else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert shown in done.stdout
+    assert shown in output_of(python(*LAUNCHER, EXAMPLES / name, cwd=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -44,15 +35,8 @@ def test_example(name: str, shown: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_a_sentence(command: str, said: str, tmp_path: Path) -> None:
-    launcher = ["-m", "cann_host"] if cann_host.is_active() else []
     example, *rest = command.split()
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / example), *rest],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    done = python(*LAUNCHER, EXAMPLES / example, *rest, cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -75,17 +59,8 @@ ON_CANN_HOST = ["--no-python", sys.executable, "-m", "cann_host", "--devices", "
 )
 def test_tensor_parallel(launcher: list[str], where: str, tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *launcher]
-    done = subprocess.run(
-        [sys.executable, *command, str(EXAMPLES / "tensor_parallel.py")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert where in done.stdout
-    assert (
-        "int32, then the scale                     530,440               0 of 8,192" in done.stdout
-    )
-    assert "rank 0 read 551,936, 0 of 8,192 differ" in done.stdout
+    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    said = output_of(python(*command, EXAMPLES / "tensor_parallel.py", cwd=tmp_path, **environment))
+    assert where in said
+    assert "int32, then the scale                     530,440               0 of 8,192" in said
+    assert "rank 0 read 551,936, 0 of 8,192 differ" in said

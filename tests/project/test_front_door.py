@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,9 @@ from cann_host import __main__ as launcher
 from cann_host import importing, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import __main__ as command_line
+from support.processes import python, script
+
+REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
 
 on_stand_in = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 
@@ -170,29 +172,17 @@ def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
     assert "What to do: pip install matplotlib." in said
 
 
-def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CANN_", "TORCH_DEVICE"))}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**clean, **env},
-        check=False,
-    )
-
-
 @on_stand_in
 @pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])
 def test_lq_graph_answers_where_torch_npu_has_no_cann(arguments: str) -> None:
-    done = python("-m", "lq_graph", *arguments.split())
+    done = python("-m", "lq_graph", *arguments.split(), without=REAL)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m lq_graph" if "-" in arguments else "x1 int8")
 
 
 @on_stand_in
 def test_explain_without_a_device_is_a_sentence() -> None:
-    done = python("-W", "ignore", "-mlq_graph", "explain", "m.py:f")
+    done = python("-W", "ignore", "-mlq_graph", "explain", "m.py:f", without=REAL)
     assert (done.returncode, done.stdout) == (2, "")
     _, said = done.stderr.split("\npython -m lq_graph: error: ")
     assert said.startswith(
@@ -205,15 +195,10 @@ def test_explain_without_a_device_is_a_sentence() -> None:
 @on_stand_in
 def test_the_command_line_leaves_the_environment() -> None:
     """Autoload is off for the command itself, not for what it starts."""
-    program = (
-        "import os, sys\n"
-        "sys.argv, sys.orig_argv = ['-m', 'check'], ['python', '-m', 'lq_graph', 'check']\n"
-        "import lq_graph\n"
-        "print(os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD'))\n"
-    )
     for before in (None, "1"):
         env = {} if before is None else {"TORCH_DEVICE_BACKEND_AUTOLOAD": before}
-        assert python("-c", program, **env).stdout == f"{before}\n"
+        done = python(*script("imports.py command_line"), without=REAL, **env)
+        assert done.stdout == f"{before}\n"
 
 
 FAKE = 'raise ImportError("libprotobuf.so: undefined symbol: f")\n'
@@ -227,12 +212,12 @@ def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_pat
     (tmp_path / "script.py").write_text("")
     env = {"PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
     why = "ImportError: libprotobuf.so: undefined symbol: f\n"
-    done = python("-m", "cann_host", str(tmp_path / "script.py"), **env)
+    done = python("-m", "cann_host", str(tmp_path / "script.py"), without=REAL, **env)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"cann_host: torch {torch.__version__} and torch_npu ")
     assert done.stderr.endswith(f" cannot be imported: {why}")
     assert done.stderr.count("\n") == 1
-    done = python("-c", "import cann_host; cann_host.activate()", **env)
+    done = python("-c", "import cann_host; cann_host.activate()", without=REAL, **env)
     assert done.stderr.endswith(why)
     assert done.stderr.splitlines()[-1].startswith("cann_host.CannHostError: torch ")
     assert "_leave" not in done.stderr
@@ -241,7 +226,7 @@ def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_pat
 @on_stand_in
 def test_import_of_lq_graph_tells_why_torch_npu_failed(tmp_path: Path) -> None:
     (tmp_path / "torch_npu.py").write_text(FAKE)
-    done = python("-c", "import lq_graph", PYTHONPATH=str(tmp_path))
+    done = python("-c", "import lq_graph", without=REAL, PYTHONPATH=str(tmp_path))
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: lq_graph: torch_npu is installed and cannot be imported")
     assert "ImportError: libprotobuf.so: undefined symbol: f. What to do: " in last

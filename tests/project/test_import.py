@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROW = "lq_graph.LinearQuant(16, 8)(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)"
+from support.processes import output_of, python, script
 
-
-def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CANN_", "TORCH_DEVICE"))}
-    return subprocess.run(
-        [sys.executable, *args, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**clean, **env},
-    )
+ROOT = Path(__file__).parents[2]
+REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
 
 
 def test_without_torch_npu() -> None:
-    result = python(
-        "import sys; sys.modules['torch_npu'] = sys.modules['torchair'] = None\n"
-        "import torch, lq_graph\n"
-        f"assert {ROW}\n"
-        "layer = lq_graph.LinearQuant(16, 8)\n"
-        "compiled = torch.compile(layer, fullgraph=True)\n"
-        "assert compiled(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)\n",
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
-    )
-    assert result.returncode == 0, result.stderr
+    command = script("imports.py without_torch_npu")
+    output_of(python(*command, without=REAL, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
 
 
 @pytest.mark.skipif(
     os.environ.get("LQ_GRAPH_TEST_NPU") == "1", reason="this machine has CANN: import works"
 )
 def test_with_torch_npu_but_no_cann_says_what_to_do() -> None:
-    result = python("import lq_graph")
+    result = python("-c", "import lq_graph", without=REAL)
     assert result.returncode == 1
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError: lq_graph: torch_npu is installed, but neither CANN nor")
@@ -50,27 +32,15 @@ def test_with_torch_npu_but_no_cann_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    "imports",
+    "names",
     [
-        "import lq_graph, torch_npu, torchair",
-        "import torch_npu, torchair, lq_graph",
-        "import torch_npu, torchair, lq_graph.converters",
+        "lq_graph torch_npu torchair",
+        "torch_npu torchair lq_graph",
+        "torch_npu torchair lq_graph.converters",
     ],
 )
-def test_any_import_order_lowers(imports: str) -> None:
-    result = python(
-        "import os\n"
-        "if os.environ.get('LQ_GRAPH_TEST_NPU') != '1':\n"
-        "    import cann_host; cann_host.activate()\n"
-        f"{imports}\n"
-        "import torch, lq_graph, torchair as tng\n"
-        "layer = lq_graph.LinearQuant(16, 8).npu()\n"
-        "x = torch.ones(2, 16, dtype=torch.int8).npu()\n"
-        "backend = tng.get_npu_backend(compiler_config=tng.CompilerConfig())\n"
-        "compiled = torch.compile(layer, backend=backend, dynamic=False, fullgraph=True)\n"
-        "assert torch.equal(compiled(x).cpu(), layer(x).cpu())\n"
-    )
-    assert result.returncode == 0, result.stderr
+def test_any_import_order_lowers(names: str) -> None:
+    output_of(python(*script(f"imports.py in_order {names}"), without=REAL))
 
 
 # What a program may have under the name of our package: beside a wheel of ours it is found first.
@@ -87,30 +57,8 @@ def test_a_module_of_that_name_of_the_user_s_own(shadow: str, tmp_path: Path) ->
     for name, text in SHADOWS[shadow].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    imported = "" if "found" in shadow else "import converters"
-    result = python(
-        "import os, sys\n"
-        "from importlib.machinery import PathFinder\n"
-        "class First:\n"
-        "    def find_spec(name, path=None, target=None):\n"
-        "        if name == 'converters':\n"
-        f"            return PathFinder.find_spec(name, [{str(tmp_path)!r}])\n"
-        "sys.meta_path.insert(0, First)\n"
-        f"{imported}\n"
-        "if os.environ.get('LQ_GRAPH_TEST_NPU') != '1':\n"
-        "    import cann_host; cann_host.activate()\n"
-        "import torch, torch_npu, lq_graph, torchair as tng\n"
-        "layer = lq_graph.LinearQuant(16, 8).npu()\n"
-        "x = torch.ones(2, 16, dtype=torch.int8).npu()\n"
-        "backend = tng.get_npu_backend(compiler_config=tng.CompilerConfig())\n"
-        "compiled = torch.compile(layer, backend=backend, dynamic=False, fullgraph=True)\n"
-        "assert torch.equal(compiled(x).cpu(), layer(x).cpu())\n"
-        "story = lq_graph.explain(lq_graph.LinearQuant(16, 8), (x.cpu(),))\n"
-        "assert story.layers[0].ours.ops() == ['QuantBatchMatmulV3']\n"
-        "mine = sys.modules.get('converters')\n"
-        f"assert {'mine and ' if imported else 'not mine or '}not hasattr(mine, 'register')\n"
-    )
-    assert result.returncode == 0, result.stderr
+    command = script(f"imports.py beside {tmp_path} {'found' not in shadow}")
+    output_of(python(*command, without=REAL))
 
 
 def test_importing_lq_graph_is_light() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from lq_graph.rules.tables import (
     dtype_name,
     storage_name,
 )
+from support.processes import output_of, python, script
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -90,34 +89,8 @@ def test_the_two_commands_come_first() -> None:
 @pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 def test_use_it_is_a_program_and_prepares_the_weights() -> None:
     """In a process of its own: nothing but the block itself sets anything."""
-    block = re.search(r"## Use it\n\n```python\n(.*?)```", README, re.DOTALL)
-    assert block
-    program = (
-        "import cann_host\ncann_host.activate()\n"
-        "import torch, lq_graph\n"
-        "from torch import nn\n"
-        "class MyModel(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.up = lq_graph.LinearQuant(64, 96)\n"
-        "        self.down = lq_graph.LinearQuant(96, 32, output_dtype=torch.float16)\n"
-        "    def forward(self, x):\n"
-        "        return self.down(self.up(x))\n"
-        "torch.manual_seed(0)\n"
-        "other = MyModel()\n"
-        "for layer in (other.up, other.down):\n"
-        "    layer.weight.data = torch.randint(-128, 128, layer.weight.shape, dtype=torch.int8)\n"
-        "    layer.scale.data = torch.rand(layer.out_features) * 1e-3\n"
-        "checkpoint = other.state_dict()\n"
-        f"{block[1]}\n"
-        "x = torch.randint(-128, 128, (4, 64), dtype=torch.int8)\n"
-        "assert torch.equal(model(x.npu()).cpu(), other(x))\n"
-        "for layer in (model.up, model.down):\n"
-        "    print(torch_npu.get_npu_format(layer.weight).name, layer.scale.dtype)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["FRACTAL_NZ torch.int64"] * 2
+    done = python(*script(f"prepared_model.py {ROOT / 'README.md'}"))
+    assert output_of(done).splitlines() == ["FRACTAL_NZ torch.int64"] * 2
 
 
 ROOT = Path(__file__).parents[2]

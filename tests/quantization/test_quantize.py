@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -31,6 +28,7 @@ from lq_graph import (
 )
 from lq_graph.quantization.layer import Job
 from support import golden
+from support.processes import output_of, python, script
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 CONFIGS = [A8W8Dynamic(), A8W8Static(), A8W8Static(symmetric=True), A4W4Dynamic()]
@@ -629,55 +627,15 @@ def test_tensors_in_plain_attributes_count_as_float() -> None:
     assert [left.share * total for left in report.stays_float] == pytest.approx([8192, 4096])
 
 
-def on_cpu(script: str) -> subprocess.CompletedProcess[bytes]:
-    """A script in a process without torch_npu."""
-    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=environment, capture_output=True, check=False)
-
-
-@pytest.mark.parametrize("lock", ["quantization.quantize._LOCK", "modules.prepare._ONE_AT_A_TIME"])
+@pytest.mark.parametrize("lock", ["quantization.quantize _LOCK", "modules.prepare _ONE_AT_A_TIME"])
 def test_a_fork_while_another_thread_holds_the_lock(lock: str) -> None:
-    script = f"""
-import os, threading, lq_graph
-import lq_graph.quantization.quantize, lq_graph.modules.prepare, sys
-module, _, name = {lock!r}.rpartition(".")
-lock = getattr(sys.modules["lq_graph." + module], name)
-held, done = threading.Event(), threading.Event()
-def hold():
-    with lock:
-        held.set()
-        done.wait()
-thread = threading.Thread(target=hold)
-thread.start()
-held.wait()
-if not (child := os.fork()):
-    os._exit(0 if lock.acquire(timeout=5) else 1)
-code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-done.set()
-thread.join()
-sys.exit(code)
-"""
-    assert on_cpu(script).returncode == 0
+    output_of(python(*script(f"locks.py fork lq_graph.{lock}"), TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_ctrl_c_ends_a_process_that_has_no_handler(inside: bool) -> None:
-    script = f"""
-import signal
-from lq_graph.modules.transaction import uninterrupted
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-with uninterrupted() as deliver:
-    signal.raise_signal(signal.SIGINT)
-    print("waited", flush=True)
-    if {inside}:
-        deliver()
-        print("not ended", flush=True)
-print("not ended", flush=True)
-"""
-    done = on_cpu(script)
-    assert done.returncode == -signal.SIGINT, done.stderr
-    assert done.stdout == b"waited\n"
+    done = python(*script(f"locks.py ctrl_c {inside}"), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "waited\n"), done.stderr
 
 
 def test_activations_that_are_no_numbers_are_refused() -> None:

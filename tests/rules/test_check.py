@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,6 +10,7 @@ from lq_graph import __main__ as command_line
 from lq_graph import check
 from support import cases
 from support.cases import BF16, F16, F32, I8, I32, I64, ROW_CASES, Case
+from support.processes import python
 from support.table import LEGAL, PRODUCTS, Combination
 
 
@@ -132,8 +130,7 @@ def test_command_line_mistakes(arguments: str, message: str, capsys) -> None:
 
 def test_command_needs_no_cann(tmp_path) -> None:
     # torch_npu is installed here and there is no CANN: plain `import torch` would fail
-    command = [sys.executable, "-m", "lq_graph", "check", "--output", "float32"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = python("-m", "lq_graph", "check", "--output", "float32", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "output_dtype is float32" in done.stdout
 

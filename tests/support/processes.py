@@ -1,29 +1,76 @@
-"""Runs a script on cann_host, in a process of its own."""
+"""Python in a process of its own: programs of tests/scripts, commands, examples."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+LIMIT = 300  # seconds; a hang is a failure
 
-def start(
-    folder: Path, script: str, *options: str, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    path = folder / "script.py"
-    path.write_text(textwrap.dedent(script))
+Done = subprocess.CompletedProcess[str]
+
+
+def python(
+    *arguments: str | Path,
+    without: tuple[str, ...] = (),
+    cwd: Path | None = None,
+    limit: float = LIMIT,
+    **variables: str,
+) -> Done:
+    """Run Python: `python("-m", "lq_graph", "check")`.
+
+    Args:
+        arguments: of Python.
+        without: first letters of the environment's variables that it does not get.
+        cwd: its working directory.
+        limit: seconds it may take.
+        variables: of its environment, beside those of this process.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
     return subprocess.run(
-        [sys.executable, "-m", "cann_host", *options, str(path)],
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
-        env={**os.environ, **variables},
+        timeout=limit,
+        cwd=cwd,
+        env={**kept, **variables},
+        check=False,
     )
 
 
-def run(folder: Path, script: str, *options: str, **variables: str) -> str:
-    done = start(folder, script, *options, **variables)
-    assert done.returncode == 0, done.stderr[-2000:]
+def script(command: str) -> list[str]:
+    """Arguments of Python for a program of tests/scripts: "devices.py several"."""
+    name, *arguments = shlex.split(command)
+    return [str(SCRIPTS / name), *arguments]
+
+
+def start(command: str, *options: str, **variables: str) -> Done:
+    """Run a program of tests/scripts on cann_host.
+
+    Args:
+        command: the program and its arguments, as in a shell: "streams.py events".
+        options: of cann_host: "--streams", "late".
+        variables: of its environment.
+    """
+    return python("-m", "cann_host", *options, *script(command), **variables)
+
+
+def output_of(done: Done) -> str:
+    """What a process wrote, which ended as it should."""
+    assert done.returncode == 0, told(done)
     return done.stdout
+
+
+def run(command: str, *options: str, **variables: str) -> str:
+    """The output of a program of tests/scripts on cann_host; it ends without an error."""
+    return output_of(start(command, *options, **variables))
+
+
+def told(done: Done) -> str:
+    """All that is known of a process."""
+    command = shlex.join(map(str, done.args))
+    return f"{command}\nexit status {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-LIMIT = 300  # seconds for a job; a hang is a failure
+from support.processes import LIMIT, SCRIPTS
 
 
 def launch(

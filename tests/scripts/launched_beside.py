@@ -1,0 +1,3 @@
+"""launched.py imports it, for it lies beside it."""
+
+ANSWER = 42
