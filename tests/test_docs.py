@@ -1,5 +1,5 @@
-"""README and docs/: code blocks run or are marked with a reason, links lead to files, the tables and
-the API reference are complete."""
+"""README and docs/: code blocks run or are marked with a reason, links lead to files, and the tables
+and the API reference are complete."""
 
 from __future__ import annotations
 
