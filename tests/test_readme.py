@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import cann_host
+from cann_host.importing import NEEDED
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 README = (ROOT / "README.md").read_text()
@@ -52,4 +52,4 @@ def test_what_a_message_says_to_install_is_a_package_of_an_index() -> None:
     for file, packages in TOLD:
         if "{" not in packages:
             assert set(packages.split()) <= known - {"lq-graph"}, f"{file}: pip install {packages}"
-    assert list(cann_host.NEEDED) == extras()["npu"]
+    assert list(NEEDED) == extras()["npu"]
