@@ -130,7 +130,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_files_that_pages_name_are_there() -> None:
     for page in PAGES:
         for name in re.findall(
-            r"`((?:benchmarks|examples|lq_graph|cann_host|tests)/[\w./]+)`", page.read_text()
+            r"`((?:benchmarks|converters|examples|lq_graph|cann_host|tests)/[\w./]+)`", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
 
