@@ -22,7 +22,8 @@ sys.path[:0] = [str(ROOT / "tests/scripts"), str(ROOT / "docs/_ext")]
 import tables  # noqa: E402
 from run_doc_pages import blocks, matches  # noqa: E402
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cann_host/README.md"]
+PAGES = [*FRONT, *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 WITH_CODE = [page for page in PAGES if any(blocks(page.read_text()))]
 NAMES = [str(page.relative_to(ROOT)) for page in WITH_CODE]
