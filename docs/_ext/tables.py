@@ -1,0 +1,119 @@
+"""Tables of the pages, made from the data that the package itself reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from lq_graph.rules.tables import (
+    PRODUCTS,
+    QUANT_ROWS,
+    ROWS,
+    QuantRow,
+    Row,
+    dtype_name,
+    storage_name,
+)
+
+__all__ = ["TABLES", "markdown"]
+
+ROOT = Path(__file__).parents[2]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _marks(row: Row | QuantRow) -> list[str]:
+    return ["yes" if product in row.products else "" for product in PRODUCTS]
+
+
+def linear_quant() -> str:
+    """The rows of LinearQuant."""
+
+    def cell(choices: tuple[torch.dtype | None, ...]) -> str:
+        return ", ".join(dtype_name(dtype) for dtype in choices)
+
+    head = ["x1, weight", "scale", "offset", "bias", "pertoken_scale", "output"]
+    rows = [
+        [
+            storage_name(row.storage),
+            *map(cell, (row.scale, row.offset, row.bias, row.pertoken_scale)),
+            dtype_name(row.output),
+            *_marks(row),
+        ]
+        for row in ROWS
+    ]
+    return markdown([*head, *(product.name for product in PRODUCTS)], rows)
+
+
+def activations() -> str:
+    """The rows of the operators that quantize activations."""
+    rows = [
+        [row.op, ", ".join(map(dtype_name, row.x)), storage_name(row.output_dtype), *_marks(row)]
+        for row in QUANT_ROWS
+    ]
+    head = ["operator", "x", "output", *(product.name for product in PRODUCTS)]
+    return markdown(head, rows)
+
+
+def products() -> str:
+    """What differs between the products beside the rows."""
+    rows = [
+        [
+            product.name,
+            f"`{product.key}`",
+            ", ".join(f"`{prefix}...`" for prefix in product.soc_prefixes),
+            f"`{product.ge_op}`",
+            ", ".join(map(storage_name, product.nz_storage)),
+            "yes" if product.limits_k else "",
+            "yes" if product.empty_m else "",
+        ]
+        for product in PRODUCTS
+    ]
+    head = ["product", "name in code", "device names", "GE operator", "FRACTAL_NZ weights"]
+    return markdown([*head, "k at most 65535", "m may be 0"], rows)
+
+
+# heading of a column: how its line begins in benchmarks/cpu_kernel.txt
+_PEERS = {
+    "`_int_mm` and torch": "_int_mm, torch epilogue",
+    "Inductor": "_int_mm, Inductor epilogue",
+    "oneDNN u8": "oneDNN qlinear u8 to bfloat16",
+    "onnxruntime u8": "onnxruntime QLinearMatMul u8",
+    "bf16 `nn.Linear`": "bf16 nn.Linear",
+    "fp32 `nn.Linear`": "fp32 nn.Linear",
+}
+
+
+def cpu_kernel() -> str:
+    """Times of other ways over those of the CPU kernel, as benchmarks/cpu_kernel.py left them."""
+    text = (ROOT / "benchmarks/cpu_kernel.txt").read_text()
+    rows = []
+    for part in re.split(r"^(?=\(\d)", text, flags=re.MULTILINE)[1:]:
+        sizes = re.match(r"\(([\d, ]+)\)", part)
+        assert sizes
+        # name, time, floor/it, it/ours, time again, floor/it, it/ours
+        found = re.findall(r"^   (\S.*?) {2,}\S+ us +\S+ +(\S+) +\S+ us +\S+ +(\S+)$", part, re.M)
+        floors = [line for line in found if line[0].startswith("floor")]
+        cells = [max(line[1] for line in floors), max(line[2] for line in floors)]
+        first = {name: ratio for name, ratio, _ in found}
+        rows.append([sizes[1], *cells, *(first.get(name, "") for name in _PEERS.values())])
+    return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
+
+
+def surface() -> str:
+    """What of CANN the stand-in has: the part of cann_host/README.md that a test holds equal to
+    `cann_host.surface.table()`, which needs torch_npu."""
+    readme = (ROOT / "cann_host/README.md").read_text()
+    return readme.split("<!-- surface -->\n")[1].split("\n<!-- end -->")[0]
+
+
+TABLES = {
+    made.__name__: made for made in (linear_quant, activations, products, cpu_kernel, surface)
+}

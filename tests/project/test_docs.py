@@ -1,0 +1,166 @@
+"""README and docs/: code blocks run or are marked with a reason, links lead to files, and the
+tables and the API reference are complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cann_host
+import lq_graph
+import lq_graph.parallel
+from lq_graph.rules.tables import PRODUCTS, QUANT_ROWS, ROWS
+
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
+sys.path[:0] = [str(ROOT / "tests/scripts"), str(ROOT / "docs/_ext")]
+
+import tables  # noqa: E402
+from run_doc_pages import blocks, matches  # noqa: E402
+
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cann_host/README.md"]
+PAGES = [*FRONT, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if "_build" not in page.parts]
+WITH_CODE = [page for page in PAGES if any(blocks(page.read_text()))]
+NAMES = [str(page.relative_to(ROOT)) for page in WITH_CODE]
+
+# Why a block may be left out. "run by FILE" names the program or test that runs it.
+REASONS = {
+    "needs an NPU",
+    "needs a checkpoint",
+    "needs the network",
+    "a drawing",
+    "a sketch",
+    "another program's message",
+}
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, list[str]]:
+    """All pages in one run: importing torch takes longer than most of them."""
+    program = ROOT / "tests/scripts/run_doc_pages.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "cann_host", str(program), str(ROOT), *map(str, WITH_CODE)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_blocks_of_a_page_run(name: str, failures: dict[str, list[str]]) -> None:
+    found = failures[str(ROOT / name)]
+    assert not found, "\n".join([name, *found])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_run_has_a_reason(name: str, tally) -> None:
+    for block in blocks((ROOT / name).read_text()):
+        reason = block.marker.removeprefix("not run: ")
+        if not block.marker.startswith("not run"):
+            continue
+        where = f"{name}, line {block.line}"
+        if reason.startswith("run by "):
+            program = reason.removeprefix("run by ")
+            assert (ROOT / program).is_file() or [*(ROOT / "tests").rglob(program)], where
+        else:
+            assert reason in REASONS, where
+        tally(f"blocks of pages not run: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("shown", "got", "same"),
+    [
+        ("a\nb\n", "a  \nb", True),
+        ("a\n...\nd", "a\nb\nc\nd", True),
+        ("took 0.57 s", "took 1.2 s", True),
+        ("took 0.57 s", "took 0.57 m", False),
+        ("a", "a\nb", False),
+        ("(1.5)", "(1x5)", False),
+    ],
+)
+def test_output_is_compared(shown: str, got: str, same: bool) -> None:
+    assert matches(shown, got) is same
+
+
+PAGE = """
+```python
+x = 1
+```
+
+<!-- not run: needs an NPU -->
+
+```bash
+rm -rf /
+```
+
+<!-- setup:
+y = 2
+-->
+
+````{note}
+text
+````
+"""
+
+
+def test_blocks_are_found() -> None:
+    assert [(b.language, b.marker, b.text.strip()) for b in blocks(PAGE)] == [
+        ("python", "", "x = 1"),
+        ("bash", "not run: needs an NPU", "rm -rf /"),
+        ("setup", "", "y = 2"),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).is_file(), target
+
+
+def test_files_that_pages_name_are_there() -> None:
+    for page in PAGES:
+        for name in re.findall(
+            r"`((?:benchmarks|converters|examples|lq_graph|cann_host|tests)/[\w./]+)`",
+            page.read_text(),
+        ):
+            assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    documented = set(re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", text, re.M))
+    assert documented == set(lq_graph.__all__) | set(lq_graph.parallel.__all__)
+    members = re.search(r"automodule:: cann_host\n +:members: (.*)", text)
+    assert members
+    assert set(members[1].split(", ")) == set(cann_host.__all__)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("linear_quant", len(ROWS)), ("activations", len(QUANT_ROWS)), ("products", len(PRODUCTS))],
+)
+def test_tables_have_a_line_for_each_row(name: str, rows: int) -> None:
+    lines = tables.TABLES[name]().splitlines()
+    assert len(lines) == 2 + rows
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_table_of_the_cpu_kernel_has_every_figure() -> None:
+    _, _, *lines = tables.cpu_kernel().splitlines()
+    shapes = re.findall(r"^\(\d[^)]*\):", (ROOT / "benchmarks/cpu_kernel.txt").read_text(), re.M)
+    assert len(lines) == len(shapes) >= 6
+    for line in lines:
+        sizes, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        assert re.fullmatch(r"\d+, \d+, \d+", sizes)
+        assert all(0 < float(figure) < 100 for figure in figures)
