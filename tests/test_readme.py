@@ -1,4 +1,4 @@
-"""README's support table is the data of formats.py, and its error is the real one."""
+"""README's support table is the data of rules/tables.py, and its error is the real one."""
 
 from __future__ import annotations
 
