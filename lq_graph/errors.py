@@ -18,18 +18,12 @@ class LinearQuantError(Exception):
     """Anything lq_graph refuses. The text names the argument, what was given, what is allowed on
     the product, what to do, and the aclnn error code the caller is spared.
 
-    Args:
-        what: the text, or a Refusal, which gives it.
-
     Attributes:
         refusal: the record behind the text; None for an error that is only a text.
     """
 
-    refusal: Refusal | None
-
-    def __init__(self, what: str | Refusal) -> None:
-        super().__init__(str(what))
-        self.refusal = None if isinstance(what, str) else what
+    # no __init__: where torch.compile traces a raise, it would fail on that instead
+    refusal: Refusal | None = None
 
     def in_layer(self, caller: str, layer: str) -> Self:
         """The same error, whose text begins with where in a model it was met.
@@ -40,7 +34,7 @@ class LinearQuantError(Exception):
         """
         if self.refusal is None:
             return type(self)(f"{caller}: {layer}: {self}")
-        return type(self)(replace(self.refusal, caller=caller, layer=layer))
+        return replace(self.refusal, caller=caller, layer=layer).error(type(self))
 
 
 class LinearQuantTypeError(LinearQuantError, TypeError):

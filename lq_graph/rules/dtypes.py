@@ -105,25 +105,23 @@ def _columns_refused(product: Product, storage: torch.dtype, given: Given) -> Li
         (column, tuple(dict.fromkeys(d for row in missed for d in row.choices(column))))
         for column in blamed
     )
-    return LinearQuantTypeError(
-        Refusal(
-            "linear_quant",
-            blamed,
-            " and ".join(f"{column} is {_word(given[column])}" for column in blamed),
-            choices=choices,
-            context=_context(storage, given, blamed),
-            product=product,
-            why=_why(product, storage, given, *choices[0]) if len(choices) == 1 else "",
-            fixes=fixes,
-            takers=tuple(
-                other
-                for other in PRODUCTS
-                if other is not product
-                and any(not row.misses(given) for row in rows_of(other, storage))
-            ),
-            aclnn=_taken_by_aclnn(product, storage, given, blamed),
-        )
-    )
+    return Refusal(
+        "linear_quant",
+        blamed,
+        " and ".join(f"{column} is {_word(given[column])}" for column in blamed),
+        choices=choices,
+        context=_context(storage, given, blamed),
+        product=product,
+        why=_why(product, storage, given, *choices[0]) if len(choices) == 1 else "",
+        fixes=fixes,
+        takers=tuple(
+            other
+            for other in PRODUCTS
+            if other is not product
+            and any(not row.misses(given) for row in rows_of(other, storage))
+        ),
+        aclnn=_taken_by_aclnn(product, storage, given, blamed),
+    ).error(LinearQuantTypeError)
 
 
 def _blamed(given: Given, fixes: tuple[Fix, ...]) -> tuple[str, ...]:

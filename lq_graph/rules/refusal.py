@@ -87,6 +87,12 @@ class Refusal:
         where = [part for part in (self.caller, self.layer, self.operator) if part]
         return f"{': '.join(where)}: {self.sentence()}"
 
+    def error(self, kind: type[E]) -> E:
+        """The error that carries this record, to be raised."""
+        error = kind(str(self))
+        error.refusal = self
+        return error
+
     def sentence(self, product: str | None = None) -> str:
         """The refusal without the names of operator and layer.
 
@@ -149,19 +155,17 @@ def refused(
         fixes: what to do; a string keeps the numbers.
     """
     todo = tuple(Fix(fix) if isinstance(fix, str) else fix for fix in fixes)
-    return error(
-        Refusal(
-            operator,
-            (argument,),
-            given,
-            allowed,
-            product=product,
-            why=why,
-            fixes=todo,
-            code=code,
-            aclnn=aclnn,
-        )
-    )
+    return Refusal(
+        operator,
+        (argument,),
+        given,
+        allowed,
+        product=product,
+        why=why,
+        fixes=todo,
+        code=code,
+        aclnn=aclnn,
+    ).error(error)
 
 
 def list_of(words: Iterable[str], last: str = "and") -> str:

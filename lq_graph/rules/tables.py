@@ -1,7 +1,11 @@
 """What LinearQuant supports, as data: products, rows of the support tables, limits.
 
-No control flow beyond look-ups. `lq_graph.rules.plan` is the only reader that decides anything;
+No control flow beyond look-ups. `rules.dtypes` finds the row of a call, `rules.plan` decides by it;
 docs/support.md is made from this file.
+
+The same law is written three times, on purpose: here, in cann_host's rules (what CANN's own checks
+refuse) and in the tests' table (the vendor's pages, read once more). None of them is made from
+another, so a slip in one shows in a test.
 """
 
 from __future__ import annotations
