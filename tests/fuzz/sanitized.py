@@ -1,7 +1,7 @@
 """Builds the native libraries with AddressSanitizer and UndefinedBehaviorSanitizer, for `run.py`.
 
-The folder gets the layout of the installed packages: {cann_host,lq_graph}/lib. The libraries that
-only carry CANN's names come from the installed package.
+The folder gets the layout of the installed packages: cann_host/lib, lq_graph/kernels/lib. The
+libraries that only carry CANN's names come from the installed package.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def build(folder: Path) -> None:
 
     csrc = Path(cann_host.__file__).parent / "csrc"
     objects, libraries = folder / "objects", folder / "cann_host" / "lib"
-    for path in (objects, libraries, folder / "lq_graph" / "lib"):
+    for path in (objects, libraries, folder / "lq_graph" / "kernels" / "lib"):
         path.mkdir(parents=True, exist_ok=True)
     for name in _native.NAMES[1:]:
         shutil.copy(installed / name, libraries / name)
@@ -86,9 +86,9 @@ def build(folder: Path) -> None:
     subprocess.run([*link, *map(str, made), "-o", str(target), "-ldl", "-lpthread"], check=True)
 
     if platform.machine() == "x86_64":  # the CPU kernel reads what the operators hand it
-        csrc = ROOT / "lq_graph" / "csrc"
+        csrc = ROOT / "lq_graph" / "kernels" / "csrc"
         flags = ["-fopenmp", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
         kernel = _compile(csrc / "qgemm.cpp", objects, flags)
-        target = folder / "lq_graph" / "lib" / "liblq_graph_cpu.so"
+        target = folder / "lq_graph" / "kernels" / "lib" / "liblq_graph_cpu.so"
         # without OpenMP's library: it takes the one torch has loaded
         subprocess.run([COMPILER, *SANITIZE, "-shared", str(kernel), "-o", str(target)], check=True)
