@@ -47,17 +47,18 @@ class Arithmetic(Enum):
     HALF = "half"
 
 
-# By whether there are smooth scales: up to which k a kernel of A2 or A3 is chosen that writes its
-# scale as peak * (1 / top), and up to which one that wants k a multiple of 8, at least 128. By what
-# fits the vector unit's memory of 192 KiB: quant/dynamic_quant/op_host/dynamic_quant_tiling.cpp
-# (hicann/ops-nn), SetTilingData (13 or 19 bytes for each of k) and CheckMultiRowPreconditions.
+# A2 and A3 write the scale as peak * (1 / top) up to a k that depends on whether there are smooth
+# scales: the first number holds for any k, the second for multiples of 8 (from 128 on). A longer
+# row does not fit the vector unit's 192 KiB, and other kernels run. Source: SetTilingData (13 or 19
+# bytes a value of k) and CheckMultiRowPreconditions of dynamic_quant_tiling.cpp (hicann/ops-nn,
+# quant/dynamic_quant/op_host).
 _MULTIPLIES = {False: (15040, 16320), True: (10288, 12800)}
 
 
 def for_rows(
     arithmetic: Arithmetic, k: int, *, smooth: bool = False, groups: bool = False
 ) -> Arithmetic:
-    """What the kernel computes that a chip chooses for rows of k.
+    """The arithmetic of the kernel that a chip chooses for rows of k values.
 
     Args:
         arithmetic: of the chip, for rows of usual length.
@@ -103,7 +104,7 @@ def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor,
     Args:
         x: float16 or bfloat16, or float32 once smooth scales are in it; (..., k).
         bits: 8, or 4 with 7 in place of 127.
-        arithmetic: of the kernel that is stood in for.
+        arithmetic: which kernel to compute as.
 
     Returns:
         int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
@@ -147,7 +148,7 @@ def dynamic_quant_with_offset(
     Args:
         x: as `dynamic_quant` takes it.
         bits: 8, or 4.
-        arithmetic: of the kernel that is stood in for.
+        arithmetic: which kernel to compute as.
 
     Returns:
         int8 (..., k), int4 values unpacked, and float32 (...) twice: scale and offset.
@@ -183,13 +184,13 @@ def static_quant(
     axis: int = -1,
     bits: int = 8,
 ) -> Tensor:
-    """Quantize with a scale that is known: x * scale_reciprocal + offset, in float32.
+    """Quantize with a given scale: x * scale_reciprocal + offset, in float32.
 
     Args:
         x: float, 1 dim or more.
-        scale_reciprocal: float, 1 value or one for each index of the axis.
+        scale_reciprocal: float, one value, or one for each index of the axis.
         offset: float, as scale_reciprocal, or None.
-        axis: the dim of x they run along.
+        axis: the dim of x that scale_reciprocal and offset run along.
         bits: 8, or 4.
 
     Returns:

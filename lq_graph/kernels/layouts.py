@@ -50,7 +50,7 @@ def nz_to_nd(x: Tensor, rows: int, cols: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NzWeight:
-    """A weight that lies as FRACTAL_NZ.
+    """A weight stored as FRACTAL_NZ.
 
     Attributes:
         blocks: (ceil(columns / c0), ceil(n / 16), 16, c0), contiguous; 32 bytes in a block's row.
@@ -69,12 +69,12 @@ class NzWeight:
 
     @staticmethod
     def fits(blocks: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether blocks hold a weight of this ND shape: a kernel reads as much as that says."""
+        """Whether blocks hold a weight of this ND shape, which is how far a kernel reads."""
         if len(shape) != 2:
             return False
         wanted = nz_shape(*shape, NZ_ROW_BYTES // blocks.element_size())
         return tuple(blocks.shape) == wanted and blocks.is_contiguous()
 
     def nd(self) -> Tensor:
-        """The same in ND, a copy."""
+        """A copy in ND."""
         return nz_to_nd(self.blocks, self.n, self.columns)

@@ -22,7 +22,7 @@ _FLOAT16_MAX = 65504.0
 
 
 class TensorLike(Protocol):
-    """What decides: a tensor, a fake tensor, or any record of a dtype and a shape."""
+    """A tensor, a fake tensor, or any record of a dtype and a shape."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -100,14 +100,14 @@ def quant_matmul(
     """Quantized matmul with LinearQuant's epilogue.
 
     Every case ends in one rounding to the output dtype, half to even. The compiled kernel of
-    `native` computes it where it can, and what is written here everywhere else: the same numbers.
+    `native` computes what it can; the rest is computed here with torch, to the same numbers.
 
     Args:
         x1: int8 (..., m, k), or int32 (..., m, k/8) carrying int4.
         weight: its dtype, (..., n, k) or (n, k/8), or an NzWeight of (n, k) or (n, k/8).
         scale: (1,) or (n,). The packed int64 form for int8 output and for float16 output
-            without pertoken_scale, and possibly for bfloat16; float32 or bfloat16 otherwise (read
-            only for a float output).
+            without pertoken_scale, and possibly for bfloat16 output; else float32 or bfloat16.
+            int32 output reads no scale.
         bias: int32 (added to the accumulator) or a float dtype (added last); (n,) or
             (batch, 1, n).
         pertoken_scale: float32, (m,).
@@ -165,10 +165,9 @@ def epilogue(
 
     Args:
         acc: int32, (..., m, n), the accumulators; may be overwritten.
-        scale: (1,) or (n,): float32 with 19 bits where the row reads the packed form (`folded`),
-            float32 or bfloat16 elsewhere.
-        folded: whether the row reads the packed form.
-        offset: of the packed form, an integer from -256 to 255 each; None for 0.
+        scale: (1,) or (n,), float32 of 19 bits if `folded`, else float32 or bfloat16.
+        folded: whether scale and offset come from the packed 64-bit scale.
+        offset: integers from -256 to 255, only if `folded`; None for 0.
         bias, pertoken_scale, output_dtype: as `quant_matmul` takes them.
 
     Returns:

@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
-from ..modules.linear_quant import SPLIT, LinearQuant
+from ..modules.linear_quant import SPLIT, LinearQuant, check_whole_words
 from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.transaction import all_or_nothing
@@ -96,6 +96,7 @@ class LinearQuantStyle(ParallelStyle):
                 f"{name}: weight is FRACTAL_NZ, whose blocks of 16 x 32 bytes do not split. What "
                 "to do: parallelize the model first and call use_internal_format_weight after it."
             )
+        check_whole_words(name, layer.in_features, weight)
         pack = STORAGE_DTYPES[weight.dtype]  # int4 needs n and k in eights, on each device
         what, size = (
             ("out_features (n)", weight.shape[0])

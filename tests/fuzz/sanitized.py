@@ -1,7 +1,7 @@
 """Builds the native libraries with AddressSanitizer and UndefinedBehaviorSanitizer, for `run.py`.
 
-The folder gets the layout of the installed packages: {cann_host,lq_graph}/lib. The libraries that
-only carry CANN's names come from the installed package.
+The folder gets the layout of the installed packages: cann_host/lib, lq_graph/kernels/lib. The
+libraries that only carry CANN's names come from the installed package.
 """
 
 from __future__ import annotations

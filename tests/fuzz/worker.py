@@ -45,10 +45,9 @@ def main() -> None:
     cann_host.activate()
     import torch
 
-    import lq_graph
-    import lq_graph.kernels
+    from lq_graph import kernels
 
-    lq_graph.kernels.__path__.insert(0, str(options.build / "lq_graph" / "kernels"))
+    kernels.__path__.insert(0, str(options.build / "lq_graph" / "kernels"))
     torch.set_num_threads(1)
     torch.npu.set_device(0)
     library: Any = cann_host.runtime.current().library

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import lq_graph
 from cann_host import _native
+from lq_graph import kernels
 
 READELF = shutil.which("readelf")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -33,7 +33,7 @@ def version_of(text: str) -> Version:
 
 
 def our_libraries() -> list[Path]:
-    folders = [_native.library_directory(), *(Path(p) / "lib" for p in lq_graph.__path__)]
+    folders = [_native.library_directory(), *(Path(p) / "lib" for p in kernels.__path__)]
     return sorted(so for folder in folders if folder for so in folder.glob("*.so"))
 
 
