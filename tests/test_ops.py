@@ -19,6 +19,7 @@ from torch.library import opcheck
 
 import lq_graph
 from lq_graph import LinearQuantTypeError, LinearQuantValueError
+from lq_graph.ops import OPERATORS
 
 LINEAR_QUANT = torch.ops.lq_graph.linear_quant.default
 TRANS_QUANT_PARAM = torch.ops.lq_graph.trans_quant_param.default
@@ -205,11 +206,13 @@ def test_torch_export_keeps_the_op_and_the_value() -> None:
 STATIC_QUANT = torch.ops.lq_graph.static_quant.default
 DYNAMIC_QUANT = torch.ops.lq_graph.dynamic_quant.default
 # every tensor argument of every operator that has several; the first decides
-ARGUMENTS = {
-    LINEAR_QUANT: ("x1", "weight", "scale", "offset", "pertoken_scale", "bias"),
-    TRANS_QUANT_PARAM: ("scale", "offset"),
-    STATIC_QUANT: ("x", "scale_reciprocal", "offset"),
+TENSORS = {
+    operator.overload: [
+        a.name for a in operator.overload._schema.arguments if "Tensor" in str(a.type)
+    ]
+    for operator in OPERATORS
 }
+ARGUMENTS = {op: names for op, names in TENSORS.items() if len(names) > 1}
 MIXED = [(op, name) for op, names in ARGUMENTS.items() for name in names[1:]]
 DEVICES = ("cpu", "npu", "meta")
 
