@@ -267,21 +267,57 @@ def test_modules_of_the_user_s_own_hide_none_of_ours(tmp_path: Path) -> None:
     for name in {module.rpartition(".")[2] for module, _ in files()} - {"lq_graph", "cann_host"}:
         if name not in sys.stdlib_module_names and not name.startswith("__"):
             (tmp_path / f"{name}.py").write_text("raise ValueError('not to be imported')\n")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import torch, lq_graph\n"
-            "layer = lq_graph.LinearQuant(16, 8)\n"
-            "assert layer(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)\n"
-            "assert lq_graph.check(torch.int8)\n"
-            "for name in lq_graph.__all__:\n"
-            "    getattr(lq_graph, name)\n",
-        ],
+    run(
+        "import torch, lq_graph\n"
+        "layer = lq_graph.LinearQuant(16, 8)\n"
+        "assert layer(torch.ones(2, 16, dtype=torch.int8)).shape == (2, 8)\n"
+        "assert lq_graph.check(torch.int8)\n"
+        "for name in lq_graph.__all__:\n"
+        "    getattr(lq_graph, name)\n",
         cwd=tmp_path,
+    )
+
+
+# ---- what an import loads ----
+
+OWN = {"lq_graph", "lq_graph._import_torch", "lq_graph.ops"}
+
+
+def run(program: str, cwd: Path | None = None) -> str:
+    """What a program prints in a process of its own, without torch_npu."""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=cwd,
         env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_lq_graph_is_light() -> None:
+    """It loads two modules of its own, in at most a twentieth of the time torch takes: 50 ms."""
+    torch_took, took, *loaded = run(
+        "import sys, time\n"
+        "start = time.process_time()\n"
+        "import torch\n"
+        "torch_took, before = time.process_time() - start, {*sys.modules}\n"
+        "start = time.process_time()\n"
+        "import lq_graph\n"
+        "print(torch_took, time.process_time() - start, *({*sys.modules} - before))\n"
+        "assert torch.ops.lq_graph.linear_quant.default\n"
+    ).split()
+    assert {name for name in loaded if name not in sys.stdlib_module_names} == OWN
+    assert float(took) < float(torch_took) / 20
+
+
+def test_kernels_load_nothing_else() -> None:
+    """cann_host imports lq_graph.kernels only; beside it, only the root's own modules load."""
+    loaded = run(
+        "import sys, lq_graph.kernels.native, lq_graph.kernels.numerics\n"
+        "print(*(name for name in sys.modules if name.partition('.')[0] == 'lq_graph'))\n"
+    ).split()
+    others = {name for name in loaded if not name.startswith("lq_graph.kernels")} - OWN
+    assert others <= {f"lq_graph.{other}" for part, other in EXCEPTIONS if part == "kernels"}

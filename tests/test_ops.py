@@ -19,7 +19,6 @@ from torch.library import opcheck
 
 import lq_graph
 from lq_graph import LinearQuantTypeError, LinearQuantValueError
-from lq_graph.ops import OPERATORS
 
 LINEAR_QUANT = torch.ops.lq_graph.linear_quant.default
 TRANS_QUANT_PARAM = torch.ops.lq_graph.trans_quant_param.default
@@ -210,7 +209,7 @@ TENSORS = {
     operator.overload: [
         a.name for a in operator.overload._schema.arguments if "Tensor" in str(a.type)
     ]
-    for operator in OPERATORS
+    for operator in lq_graph.ops.OPERATORS
 }
 ARGUMENTS = {op: names for op, names in TENSORS.items() if len(names) > 1}
 MIXED = [(op, name) for op, names in ARGUMENTS.items() for name in names[1:]]
