@@ -1,4 +1,4 @@
-"""Look at what a model became: the GE nodes torchair lowered it to.
+"""Read the GE graph that torchair lowered a model to.
 
     config = torchair.CompilerConfig()
     with converters.graph.capture(config) as graphs:

@@ -1,7 +1,7 @@
 """Lowering of lq_graph's operators to GE nodes.
 
-Builders only unpack a Plan into nodes: no checks here, `lq_graph.plan` has made them. Each is
-a plain function over GE tensors, so a test can call it inside a graph context.
+A converter only unpacks a Plan into nodes; it checks nothing, because plan() does. Each is a plain
+function over GE tensors, so a test can call it inside a graph context.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def linear_quant(
     """NB: lq_graph::linear_quant(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None,
     Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) -> Tensor
 
-    One QuantBatchMatmulV3 (V4 on Ascend 950) with transpose_x2, the weight staying (n, k). Before
-    it, only where needed: TransQuantParamV2 for a float32 scale that must be folded, Bitcast and
-    Reshape for int4 (GE knows int4 as a dtype, torch carries it in int32).
+    One QuantBatchMatmulV3 (V4 on Ascend 950) with transpose_x2; the weight stays (n, k). Before it,
+    only where needed: TransQuantParamV2 for a float32 scale that must be folded, Bitcast and
+    Reshape for int4 (a dtype in GE, carried in int32 by torch).
     """
     p = plan(
         x1.meta,
@@ -88,8 +88,8 @@ def dynamic_quant(
 ) -> tuple[Tensor, Tensor]:
     """NB: lq_graph::dynamic_quant(Tensor x, *, ScalarType? dtype=None) -> (Tensor, Tensor)
 
-    One DynamicQuant. int4 leaves it as int4: Reshape and Bitcast carry it into the int32 that torch
-    sees, and a linear_quant that takes it at once takes the int4 itself, which leaves those dead.
+    One DynamicQuant. Its int4 output is made the int32 that torch sees by Reshape and Bitcast. A
+    linear_quant that reads it takes the int4 itself, so GE removes these two as dead.
     """
     p = plan_dynamic_quant(x.meta, dtype)
     ge_dtype = DataType.DT_INT4 if p.int4 else DataType.DT_INT8
@@ -123,19 +123,19 @@ def static_quant(
 
 
 def _meta(tensor: Tensor | None) -> torch.Tensor | None:
-    """What plan() looks at: the fake tensor torchair keeps beside a GE tensor."""
+    """The fake tensor that torchair keeps beside a GE tensor; plan() reads it."""
     return None if tensor is None else tensor.meta
 
 
 def _declare(tensor: Tensor, dtype: int, shape: Sequence[int]) -> Tensor:
-    """Note on an inner node's output what GE will infer, as torchair does on every node that has
-    a fake tensor: without it, dumps show DT_FLOAT and no shape."""
+    """Set dtype and shape of an inner node's output, as torchair does for nodes that have a fake
+    tensor. GE infers them anyway; without them, dumps show DT_FLOAT and no shape."""
     tensor.desc.dtype = ge_dtype_to_proto(dtype)
     tensor.desc.attr["_meta"].s = f"shape=torch.Size({list(shape)})".encode()
     return tensor
 
 
-# where a packed tensor keeps the int4 tensor it was made of
+# attribute of a packed tensor: the int4 tensor it was made of
 _INT4 = "_lq_graph_int4"
 
 
@@ -169,8 +169,8 @@ def _as_int4(packed: Tensor) -> Tensor:
 
 
 def _reshape(x: Tensor, shape: Sequence[int], dynamic: Callable[[], Tensor]) -> Tensor:
-    """Reshape of int4. One symbolic size, usually m, is what -1 stands for; with more of them the
-    target has to be computed."""
+    """Reshape of int4. -1 stands for one symbolic size, usually m; with several, the graph has to
+    compute the target shape."""
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) <= 1:
         target = Const([-1 if i in unknown else size for i, size in enumerate(shape)])

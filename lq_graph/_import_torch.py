@@ -1,5 +1,5 @@
-"""Imports torch, first of all in this package: torch loads torch_npu by itself, which fails on a
-machine without CANN, and then says little."""
+"""Imports torch, before any other module of this package. torch loads torch_npu by itself, which
+fails on a machine without CANN with an error that says little: here it says what to do."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def _for_the_command_line() -> bool:
-    """Whether this is `python -m lq_graph`, which must answer without a device: what needs one
-    there imports torch_npu itself. While -m imports a package, sys.argv is -m and the arguments."""
+    """Whether this is `python -m lq_graph`, which must answer without a device. Its commands that
+    need one import torch_npu themselves. While -m imports a package, sys.argv is -m and the
+    arguments."""
     called = sys.orig_argv[-len(sys.argv) :][:1]
     return sys.argv[:1] == ["-m"] and called in (["lq_graph"], ["-mlq_graph"])
 
@@ -32,7 +33,7 @@ def _without_autoload() -> Iterator[None]:
 
 
 def _why(error: RuntimeError) -> str:
-    """What keeps torch_npu, and so torch, from being imported, and what to do."""
+    """Why torch_npu, and so torch, cannot be imported, and what to do."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -46,8 +47,8 @@ def _why(error: RuntimeError) -> str:
         )
     return (
         "lq_graph: torch_npu is installed and cannot be imported, so torch itself cannot be "
-        f"imported: {type(cause).__name__}: {cause}. What to do: mend or uninstall torch_npu, or, "
-        f"for plain CPU use, set {_AUTOLOAD}=0."
+        f"imported: {type(cause).__name__}: {cause}. What to do: repair or uninstall torch_npu, "
+        f"or, for plain CPU use, set {_AUTOLOAD}=0."
     )
 
 

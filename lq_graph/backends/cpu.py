@@ -10,7 +10,7 @@ from ..errors import LinearQuantValueError
 from ..kernels import OperandError
 from ..rules.activations import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
 from ..rules.plan import check_finite, plan, plan_trans_quant_param
-from .derivatives import tell_of_gradients
+from .derivatives import check_gradients
 
 __all__ = ["check_held", "dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
@@ -26,7 +26,7 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
-    if tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias):
+    if check_gradients("linear_quant", scale, offset, pertoken_scale, bias):
         with torch.no_grad():
             return linear_quant(
                 x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
@@ -53,7 +53,7 @@ def linear_quant(
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """CPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
-    if tell_of_gradients("trans_quant_param", scale, offset):
+    if check_gradients("trans_quant_param", scale, offset):
         with torch.no_grad():
             return trans_quant_param(scale, offset, round_mode)
     plan_trans_quant_param(scale, offset, round_mode)
@@ -64,7 +64,7 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """CPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
-    if tell_of_gradients("dynamic_quant", x):
+    if check_gradients("dynamic_quant", x):
         with torch.no_grad():
             return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
@@ -76,7 +76,7 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
-    if tell_of_gradients("static_quant", x, scale_reciprocal, offset):
+    if check_gradients("static_quant", x, scale_reciprocal, offset):
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)

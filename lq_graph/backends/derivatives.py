@@ -1,12 +1,12 @@
-"""The operators have no derivative: rounding has none. Whoever asks for one is told.
+"""The operators have no derivative, because rounding has none. Who asks for one is told so.
 
-    backward             a warning when a tensor that requires grad comes in; what goes out does not
+    backward             an input that requires grad: a warning; the output does not require grad
     forward mode (jvp)   an error
-    torch.func           grad, vjp, jvp of what the operators take: an error; vmap: computed
+    torch.func           grad, vjp, jvp by an operator's input: an error; vmap: computed
 
-A call under no_grad pays 0.1 us for this, the look at whether gradients are recorded: an Autograd
-kernel in Python would add 2 us to each call, under no_grad too. torch.func has a dispatch key that
-is active only inside its transforms; that is where its kernels are.
+The kernels check this themselves, which costs a call under no_grad 0.1 us; an Autograd kernel in
+Python would cost every call 2 us. torch.func's kernels have a dispatch key of their own, which is
+active only inside its transforms.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from .compat import (
     pytree,
 )
 
-__all__ = ["tell_of_gradients", "under_torch_func"]
+__all__ = ["check_gradients", "under_torch_func"]
 
 _Transform = functorch.TransformType
 
 
-def tell_of_gradients(op: str, *inputs: Tensor | None) -> bool:
-    """Say, where a derivative by one of the float inputs is wanted, that there is none.
+def check_gradients(op: str, *inputs: Tensor | None) -> bool:
+    """Warn or refuse if a derivative by one of the float inputs is asked for.
 
     Returns:
-        Whether one requires grad and gradients are recorded: what the operator computes with has to
-        run under no_grad then, or a part of the gradient would pass, through the scales.
+        True if an input requires grad and gradients are recorded. The kernel then has to compute
+        under no_grad; otherwise a part of the gradient would pass, through the scales.
 
     Warns:
-        UserWarning: one requires grad, and gradients are recorded.
+        UserWarning: an input requires grad, and gradients are recorded.
 
     Raises:
-        LinearQuantTypeError: one carries a tangent (forward mode).
+        LinearQuantTypeError: an input carries a tangent (forward mode).
     """
-    records, forward_mode = torch.is_grad_enabled(), forward_ad._current_level >= 0
-    if not (records or forward_mode):
+    grad_enabled, forward_mode = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not (grad_enabled or forward_mode):
         return False
     for tensor in inputs:
         if tensor is None:
             continue
         if forward_mode and _has_tangent(tensor):
             raise LinearQuantTypeError(
-                _sentence(op, "an input carries a tangent (forward-mode derivative)")
+                _no_derivative(op, "an input carries a tangent (forward-mode derivative)")
             )
-        if records and tensor.requires_grad:
+        if grad_enabled and tensor.requires_grad:
             warnings.warn(
                 f"{op}: an input requires grad, and no gradient passes through a quantized layer: "
                 "what comes before it gets none from here. What to do: for inference, call the "
@@ -71,7 +71,7 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def _sentence(op: str, what: str) -> str:
+def _no_derivative(op: str, what: str) -> str:
     return (
         f"{op}: {what}; quantization has no derivative, and 0 would be wrong. What to do: "
         "differentiate the float model, or detach what goes in."
@@ -86,26 +86,26 @@ def under_torch_func(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     transform = interpreter.key()
     args, kwargs = pytree.tree_map_only(Tensor, functorch.unwrap_if_dead, (tuple(args), kwargs))
     if transform == _Transform.Vmap:
-        return _each(op, interpreter, args, kwargs)
+        return _vmap(op, interpreter, args, kwargs)
     if transform == _Transform.Functionalize:
-        return _functional(op, interpreter, args, kwargs)
+        return _functionalize(op, interpreter, args, kwargs)
     jvp = transform == _Transform.Jvp
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and (_has_tangent(leaf) if jvp else leaf.requires_grad):
             asked = "torch.func asks for its " + ("jvp" if jvp else "grad or vjp")
-            raise LinearQuantTypeError(_sentence(op.name().split("::")[1], asked))
+            raise LinearQuantTypeError(_no_derivative(op.name().split("::")[1], asked))
     with interpreter.lower():
         return op(*_unwrapped(args, interpreter), **_unwrapped(kwargs, interpreter))
 
 
 def _unwrapped(values: Any, interpreter: FuncTorchInterpreter) -> Any:
-    """What is not differentiated needs no wrapping at this level."""
+    """Unwrapped at this level: nothing here is differentiated."""
     level = interpreter.level()
     return pytree.tree_map_only(Tensor, lambda t: functorch._unwrap_for_grad(t, level), values)
 
 
-def _each(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any) -> Any:
-    """vmap: one call for each of the batch."""
+def _vmap(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any) -> Any:
+    """vmap: one call for each item of the batch."""
     level = interpreter.level()
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batched = [
@@ -124,8 +124,10 @@ def _each(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: 
     return pytree.tree_map(lambda out: functorch._add_batch_dim(out, 0, level), stacked)
 
 
-def _functional(op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any) -> Any:
-    """functionalize: nothing is written in place here."""
+def _functionalize(
+    op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any
+) -> Any:
+    """functionalize: the operators write nothing in place, so they are called as they are."""
     args, kwargs = pytree.tree_map_only(
         Tensor,
         lambda t: (

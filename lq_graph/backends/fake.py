@@ -8,7 +8,7 @@ from torch import Tensor
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.devices import check_devices
 from ..rules.plan import plan, plan_trans_quant_param
-from .derivatives import tell_of_gradients
+from .derivatives import check_gradients
 
 __all__ = ["dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
 
@@ -33,7 +33,7 @@ def linear_quant(
         pertoken_scale=pertoken_scale,
         bias=bias,
     )
-    tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias)
+    check_gradients("linear_quant", scale, offset, pertoken_scale, bias)
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     return x1.new_empty(p.output_shape, dtype=p.output_dtype)
 
@@ -41,14 +41,14 @@ def linear_quant(
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
     """Fake kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
     check_devices("trans_quant_param", scale=scale, offset=offset)
-    tell_of_gradients("trans_quant_param", scale, offset)
+    check_gradients("trans_quant_param", scale, offset)
     shape = plan_trans_quant_param(scale, offset, round_mode)
     return scale.new_empty(shape, dtype=torch.int64)
 
 
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Fake kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
-    tell_of_gradients("dynamic_quant", x)
+    check_gradients("dynamic_quant", x)
     p = plan_dynamic_quant(x, dtype)
     quantized = x.new_empty(p.output_shape, dtype=p.row.output_dtype)
     return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
@@ -57,6 +57,6 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """Fake kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
     check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
-    tell_of_gradients("static_quant", x, scale_reciprocal, offset)
+    check_gradients("static_quant", x, scale_reciprocal, offset)
     p = plan_static_quant(x, scale_reciprocal, offset)
     return x.new_empty(p.output_shape, dtype=p.row.output_dtype)

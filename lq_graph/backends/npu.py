@@ -1,7 +1,7 @@
-"""Everything that calls torch_npu: the NPU (PrivateUse1) kernels, which validate with plan() and
-make one aclnn call, and the storage formats of npu tensors.
+"""All that calls torch_npu: the NPU (PrivateUse1) kernels and the storage formats of npu tensors.
 
-torch_npu is imported at the first call: an npu tensor cannot exist without it.
+A kernel validates with plan() and makes one aclnn call. torch_npu is imported at the first call: an
+npu tensor cannot exist without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.devices import check_devices
 from ..rules.plan import plan, plan_trans_quant_param
 from ..rules.tables import FRACTAL_NZ, LAST_DIM_MAX, ND
-from .derivatives import tell_of_gradients
+from .derivatives import check_gradients
 
 __all__ = [
     "cast_format",
@@ -33,9 +33,9 @@ _SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16
 _QINT8, _QUINT4X2 = 12, 16  # what npu_quantize and npu_dynamic_quant call int8 and packed int4
 
 
-def _usual_strides(x: Tensor) -> Tensor:
-    """A contiguous tensor with the strides that row-major has. A dim of 1 may have any other, which
-    CANN may read as transposed."""
+def _row_major(x: Tensor) -> Tensor:
+    """A contiguous tensor with row-major strides. In torch a dim of size 1 may have any stride, and
+    CANN may read that as transposed."""
     if x.stride()[-2:] == (x.shape[-1], 1):
         return x
     return x.reshape(-1).view(x.shape)
@@ -60,7 +60,7 @@ def linear_quant(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """NPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
-    if tell_of_gradients("linear_quant", scale, offset, pertoken_scale, bias):
+    if check_gradients("linear_quant", scale, offset, pertoken_scale, bias):
         with torch.no_grad():
             return linear_quant(
                 x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
@@ -69,12 +69,12 @@ def linear_quant(
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
     if p.int4:
-        x1, weight = _usual_strides(x1), _usual_strides(weight)
+        x1, weight = _row_major(x1), _row_major(weight)
     elif p.m > LAST_DIM_MAX and not x1.is_contiguous():
         x1 = x1.contiguous()  # transposed, m would be the last dim, which CANN limits
     if p.n > LAST_DIM_MAX and not weight.is_contiguous():
         weight = weight.contiguous()
-    # Only what is there is passed, and the dtype as torch numbers it: each None and each
+    # Absent arguments are left out and the dtype is passed as torch numbers it: each None and each
     # torch.dtype costs an eager call a microsecond or more.
     given: dict[str, Any] = {"output_dtype": _SCALAR_TYPES[p.output_dtype]}
     if offset is not None:
@@ -83,7 +83,7 @@ def linear_quant(
         given["pertoken_scale"] = pertoken_scale
     if bias is not None:
         given["bias"] = bias
-    # A float32 scale that has to be folded is folded inside, by torch_npu itself.
+    # torch_npu itself folds a float32 scale that has to be folded.
     try:
         out: Tensor = _quant_matmul()(x1, weight.transpose(-1, -2), scale, **given)
     except RuntimeError:
@@ -97,7 +97,7 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
     """NPU kernel of lq_graph::trans_quant_param; contract in `lq_graph.trans_quant_param`."""
     import torch_npu
 
-    if tell_of_gradients("trans_quant_param", scale, offset):
+    if check_gradients("trans_quant_param", scale, offset):
         with torch.no_grad():
             return trans_quant_param(scale, offset, round_mode)
     plan_trans_quant_param(scale, offset, round_mode)
@@ -113,7 +113,7 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     """NPU kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
     import torch_npu
 
-    if tell_of_gradients("dynamic_quant", x):
+    if check_gradients("dynamic_quant", x):
         with torch.no_grad():
             return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
@@ -127,7 +127,7 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
     """NPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
     import torch_npu
 
-    if tell_of_gradients("static_quant", x, scale_reciprocal, offset):
+    if check_gradients("static_quant", x, scale_reciprocal, offset):
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)

@@ -1,0 +1,1 @@
+"""Checkpoints of quantized models: how files are read and written."""

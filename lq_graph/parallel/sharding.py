@@ -7,8 +7,8 @@ With m, k, n of one call, for each dim of a mesh:
     row-wise      x1, weight on k; each device has a partial sum of the output, rounded there, so
                   the sum is close to one device's, not equal. int32 output is summed exactly.
 
-What cannot be split is refused with the reason. Importing this module, or `lq_graph.parallel`,
-registers the rules.
+A split that would be wrong is refused with the reason. Importing this module, or
+`lq_graph.parallel`, registers the rules.
 
 Source: torch.distributed.tensor.experimental.register_sharding.
 """
@@ -50,8 +50,8 @@ NO_PARTIAL_BIAS = (
 )
 
 
-def _vector(tensor: Any, sharded: bool) -> Placement | None:
-    """Where a vector of n values (or of one, for all of n) goes when n is sharded or not."""
+def _vector_placement(tensor: Any, sharded: bool) -> Placement | None:
+    """Placement of a vector of n values, or of one value for all of n, when n is sharded or not."""
     if tensor is None:
         return None
     is_per_channel = tensor.shape[-1] != 1
@@ -91,9 +91,9 @@ def linear_quant(
             [Shard(dims - 1)],
             placed(
                 weight=Shard(len(weight.shape) - 2),
-                scale=_vector(scale, True),
-                offset=_vector(offset, True),
-                bias=_vector(bias, True),
+                scale=_vector_placement(scale, True),
+                offset=_vector_placement(offset, True),
+                bias=_vector_placement(bias, True),
             ),
         ),
         (
@@ -123,7 +123,8 @@ def linear_quant(
 
 
 def _batch_dim(tensor: Any, dim: int, dims: int) -> Placement:
-    """Where an operand goes when output dim `dim` is sharded: it may not have it, or only 1."""
+    """Placement of an operand when output dim `dim` is sharded. The operand may lack the dim, or
+    broadcast it with size 1."""
     own = dim - (dims - len(tensor.shape))
     return Shard(own) if own >= 0 and tensor.shape[own] != 1 else Replicate()
 
@@ -150,12 +151,12 @@ def trans_quant_param(scale: Any, offset: Any = None, round_mode: int = 0) -> li
     del round_mode
     found: list[Sharding] = [([Replicate()], [*_replicated(scale, offset), None])]
     if scale.shape[-1] != 1 and len(scale.shape) == 1:
-        found.append(([Shard(0)], [Shard(0), _vector(offset, True), None]))
+        found.append(([Shard(0)], [Shard(0), _vector_placement(offset, True), None]))
     return found
 
 
 def dynamic_quant(x: Any, *, dtype: torch.dtype | None = None) -> list[Sharding]:
-    # a row's scale is of its largest magnitude, so k stays whole
+    # k is not split: a row's scale needs the largest magnitude of the whole row
     del dtype
     rows: list[Placement] = [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - 1))]
     return [([placement, placement], [placement]) for placement in rows]
@@ -165,7 +166,7 @@ def static_quant(x: Any, scale_reciprocal: Any, offset: Any = None) -> list[Shar
     last = len(x.shape) - 1
     found: list[Sharding] = [([Replicate()], _replicated(x, scale_reciprocal, offset))]
     for dim in range(last + 1):
-        vectors = [_vector(t, dim == last) for t in (scale_reciprocal, offset)]
+        vectors = [_vector_placement(t, dim == last) for t in (scale_reciprocal, offset)]
         found.append(([Shard(dim)], [Shard(dim), *vectors]))
     return found
 

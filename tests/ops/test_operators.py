@@ -90,7 +90,7 @@ def test_record_is_registered(operator: Operator) -> None:
     def has(key: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"lq_graph::{operator.name}", key)
 
-    for key in ("CPU", "PrivateUse1", "Meta", "AutogradCPU", "FuncTorchDynamicLayerFrontMode"):
+    for key in ("CPU", "PrivateUse1", "Meta", "Autograd", "FuncTorchDynamicLayerFrontMode"):
         assert has(key), key
     for key in ("AutocastCPU", "AutocastPrivateUse1"):
         assert has(key) is not isinstance(operator.autocast, NotNeeded), key

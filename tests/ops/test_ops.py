@@ -204,11 +204,13 @@ def test_torch_export_keeps_the_op_and_the_value() -> None:
 STATIC_QUANT = torch.ops.lq_graph.static_quant.default
 DYNAMIC_QUANT = torch.ops.lq_graph.dynamic_quant.default
 # every tensor argument of every operator that has several; the first decides
-ARGUMENTS = {
-    LINEAR_QUANT: ("x1", "weight", "scale", "offset", "pertoken_scale", "bias"),
-    TRANS_QUANT_PARAM: ("scale", "offset"),
-    STATIC_QUANT: ("x", "scale_reciprocal", "offset"),
+TENSORS = {
+    operator.overload: [
+        a.name for a in operator.overload._schema.arguments if "Tensor" in str(a.type)
+    ]
+    for operator in lq_graph.ops.OPERATORS
 }
+ARGUMENTS = {op: names for op, names in TENSORS.items() if len(names) > 1}
 MIXED = [(op, name) for op, names in ARGUMENTS.items() for name in names[1:]]
 DEVICES = ("cpu", "npu", "meta")
 
