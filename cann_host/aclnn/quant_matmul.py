@@ -143,7 +143,7 @@ def _describe_matrix(tensor: AclTensor) -> TensorDesc:
     values = numerics.INT4_PER_INT32 if dtype == "int4" else 1
     if tensor.format == FRACTAL_NZ:
         format_, storage = NZ, (*tensor.storage[:-1], tensor.storage[-1] * values)
-    if values > 1 and shape:
+    if values > 1:
         shape = (*shape[:-1], shape[-1] * values)
     return TensorDesc(dtype, shape, format_, tensor.is_transposed, storage)
 
