@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,16 @@ ACL_DTYPES: dict[int, torch.dtype] = {
     35: torch.float8_e5m2,
     36: torch.float8_e4m3fn,
 }
+_DTYPE_NAMES = {code: str(dtype).removeprefix("torch.") for code, dtype in ACL_DTYPES.items()}
+
+T = TypeVar("T")
+
+
+def _of_dtype(table: dict[int, T], code: int) -> T:
+    try:
+        return table[code]
+    except KeyError:
+        raise RefusedError(f"cann_host does not know aclDataType {code}", None) from None
 
 
 class AclTensor(NamedTuple):
@@ -53,16 +63,12 @@ class AclTensor(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        try:
-            return ACL_DTYPES[self.dtype_code]
-        except KeyError:
-            raise RefusedError(
-                f"cann_host does not know aclDataType {self.dtype_code}", None
-            ) from None
+        return _of_dtype(ACL_DTYPES, self.dtype_code)
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        """As the rules spell it: without the prefix."""
+        return _of_dtype(_DTYPE_NAMES, self.dtype_code)
 
     @property
     def desc(self) -> TensorDesc:
@@ -93,6 +99,9 @@ class AclTensor(NamedTuple):
         return over_memory(self.address, self.dtype, self.storage)
 
 
+# What an argument's first word says of it
+_ABSENT, _NUMBER, _REAL, _INTEGERS = 0, 2, 3, 4  # and 1, a tensor
+
 # An argument of an operator: a tensor, None for an absent one, a number, or integers.
 Argument = AclTensor | int | float | tuple[int, ...] | None
 
@@ -103,16 +112,16 @@ def read_arguments(words: list[int]) -> list[Argument]:
     at = 0
     while at < len(words):
         kind = words[at]
-        if kind == 0:
+        if kind == _ABSENT:
             arguments.append(None)
             at += 1
-        elif kind == 2:
+        elif kind == _NUMBER:
             arguments.append(words[at + 1])
             at += 2
-        elif kind == 3:
+        elif kind == _REAL:
             arguments.append(struct.unpack("<d", struct.pack("<q", words[at + 1]))[0])
             at += 2
-        elif kind == 4:
+        elif kind == _INTEGERS:
             arguments.append(tuple(words[at + 2 : at + 2 + words[at + 1]]))
             at += 2 + words[at + 1]
         else:
