@@ -22,17 +22,21 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LinearQuantValueError
 
 __all__ = [
+    "CONFIG",
     "DTYPES",
+    "INDEX",
     "MAX_NAME",
     "CheckpointError",
     "Entry",
     "TensorFile",
+    "check_model",
     "expanded",
+    "list_folder",
     "read_json",
     "refuse",
     "shown",
@@ -41,6 +45,8 @@ __all__ = [
     "write_tensor",
 ]
 
+CONFIG = "config.json"  # of the model, as transformers writes it
+INDEX = ".safetensors.index.json"  # how the name of an index ends
 MAX_JSON = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
 MAX_NAME = 1000  # characters of a tensor's name
@@ -83,6 +89,20 @@ def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "
     where = shown(file, 4096) + (f": {shown(key)}" if key else "")
     text = f"{where}: expected {expected}, found {shown(found)}."
     raise CheckpointError(text + (f" What to do: {todo}." if todo else ""))
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Names of the files in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        refuse(folder, None, "a folder", getattr(error, "strerror", None) or str(error))
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
 
 
 # ---- reading ----

@@ -19,8 +19,9 @@ from torch.distributed.tensor import (
 
 from ..backends.npu import format_of
 from ..errors import LinearQuantValueError
-from ..modules.linear_quant import PARAMETERS, SPLIT, LinearQuant
+from ..modules.linear_quant import PARAMETERS, LinearQuant
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.split import SPLIT
 
 __all__ = [
     "check_same",

@@ -34,9 +34,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..modules.linear_quant import SPLIT, LinearQuant
+from ..modules.linear_quant import LinearQuant
 from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.split import SPLIT, SplitStyle
 from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic
 from ..rules.products import get_product
@@ -51,7 +52,7 @@ __all__ = ["ColwiseLinearQuant", "LinearQuantStyle", "RowwiseLinearQuant"]
 _I8, _I32 = torch.int8, torch.int32
 
 
-class LinearQuantStyle(ParallelStyle):
+class LinearQuantStyle(SplitStyle, ParallelStyle):
     """What both plans share; use one of the two."""
 
     weight_dim: int  # of (n, k), the one that is split
@@ -69,21 +70,7 @@ class LinearQuantStyle(ParallelStyle):
         self.output_layouts = output_layouts
         self.use_local_output = use_local_output
 
-    def placement(self, name: str, shape: tuple[int, ...]) -> Placement:
-        """Where a parameter goes.
-
-        Args:
-            name: weight, scale, offset, pertoken_scale or bias.
-            shape: of the whole parameter.
-        """
-        raise NotImplementedError
-
     def check(self, name: str, layer: LinearQuant, ranks: int) -> None:
-        """Refuse a layer that cannot be split.
-
-        Raises:
-            LinearQuantValueError, LinearQuantTypeError: with the reason.
-        """
         weight = layer.weight
         if weight.dim() != 2:
             raise LinearQuantValueError(
@@ -110,7 +97,6 @@ class LinearQuantStyle(ParallelStyle):
             )
 
     def check_mesh(self, mesh: DeviceMesh) -> None:
-        """Refuse a mesh of several dims."""
         if mesh.ndim != 1:
             raise LinearQuantValueError(
                 f"{type(self).__name__}: the mesh has {mesh.ndim} dims; a plan takes one. What to "
@@ -148,8 +134,6 @@ class LinearQuantStyle(ParallelStyle):
             return self._finish(module, device_mesh, placements)
 
     def adopt(self, module: QuantizedLinear, mesh: DeviceMesh) -> nn.Module:
-        """Apply the plan to a layer whose parameters are this device's parts already, as
-        `placement` says."""
         # vectors are per channel in checkpoints, also where a part is one channel
         placements = {
             name: self.placement(name, (2,) * part.dim())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+
 __all__ = ["SCHEMES", "A4W4Dynamic", "A8W8Dynamic", "A8W8Static", "Config"]
 
 
@@ -52,8 +54,8 @@ class A8W8Static:
 
 Config = A8W8Dynamic | A8W8Static | A4W4Dynamic
 
-SCHEMES: dict[type, str] = {
-    A8W8Dynamic: "A8W8 dynamic",
-    A8W8Static: "A8W8 static",
-    A4W4Dynamic: "A4W4 dynamic",
+SCHEMES: dict[type, LayerKind] = {
+    A8W8Dynamic: A8W8_DYNAMIC,
+    A8W8Static: A8W8_STATIC,
+    A4W4Dynamic: A4W4_DYNAMIC,
 }
