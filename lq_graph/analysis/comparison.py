@@ -41,7 +41,7 @@ class LayerComparison:
 
     @property
     def severity(self) -> float:
-        """A number to sort by, larger is worse: that of `sensitivity`, else of `own`."""
+        """A number to sort by, larger is worse; of `sensitivity` if measured, else of `own`."""
         error = self.sensitivity or self.own
         return -math.inf if error is None else error.severity
 
@@ -59,8 +59,7 @@ class Comparison(list[LayerComparison]):
 
     @property
     def worst(self) -> LayerComparison:
-        """The layer with the largest error: by sensitivity where that was measured, else by its own
-        error."""
+        """The layer with the largest severity."""
         return max(self, key=lambda layer: layer.severity)
 
     def __str__(self) -> str:

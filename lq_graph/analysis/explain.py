@@ -57,7 +57,7 @@ class LayerExplanation:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the device reads and writes at least: every tensor once."""
+        """Bytes that the device reads and writes if it does so once for every tensor."""
         out = Spec(self.plan.output_dtype, self.plan.output_shape)
         return sum(_bytes(spec) for spec in (*self.tensors.values(), out))
 
@@ -68,7 +68,7 @@ class LayerExplanation:
 
     @property
     def seconds(self) -> float:
-        """Seconds of one call at the chip's published peaks: a lower bound."""
+        """Seconds of one call at the chip's published peaks, a lower bound."""
         return max(self.compute_seconds, self.memory_seconds)
 
     @property
@@ -83,7 +83,7 @@ class LayerExplanation:
 
     @property
     def bound(self) -> str:
-        """Which peak limits it: "compute" or "memory"."""
+        """Which peak limits it, "compute" or "memory"."""
         return "compute" if self.compute_seconds > self.memory_seconds else "memory"
 
 

@@ -29,7 +29,7 @@ class ErrorMetrics:
 
     @property
     def severity(self) -> float:
-        """A number to sort by, larger is worse: -sqnr, and infinity for NaN."""
+        """A number to sort by, larger is worse; it is -sqnr, and infinity for NaN."""
         return math.inf if math.isnan(self.sqnr) else -self.sqnr
 
     def cells(self) -> list[object]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.parallel import ParallelStyle
 
-__all__ = ["CheckpointError", "LoadReport", "Loaded", "load_checkpoint"]
+__all__ = ["LoadReport", "Loaded", "load_checkpoint"]
 
 _F16, _BF16 = torch.float16, torch.bfloat16
 # One load at a time: several threads, or a signal handler, may load into one model.

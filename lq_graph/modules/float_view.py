@@ -69,7 +69,7 @@ class FloatView(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """Itself: it has no gradient."""
+        """Itself, because it has no gradient."""
         return self
 
     @data.setter

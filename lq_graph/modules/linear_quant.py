@@ -28,17 +28,7 @@ class LinearQuant(nn.Module):
     multiplies exactly in int32 and scales into the output dtype. Inference only; runs eagerly
     on CPU and NPU and in graphs.
 
-    Parameters, all with requires_grad=False:
-        weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8);
-            (..., n, k) may be assigned. Untransposed.
-        scale: float32 (out_features,); float32, bfloat16 or packed int64, (1,) or
-            (out_features,) may be assigned.
-        offset: float32 (out_features,), or None.
-        pertoken_scale: float32 (1,), or None: one value for each row of the input, to be
-            assigned or given to forward.
-        bias: int32 (out_features,), or None; a float dtype may be assigned where the support
-            table has it.
-
+    All parameters have requires_grad=False.
     A parameter takes the dtype and the shape of the tensor that is assigned to its `.data`, or that
     a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module but do not
     change its dtypes, which are part of the quantization.
@@ -53,6 +43,17 @@ class LinearQuant(nn.Module):
         x1_dtype, x2_dtype: dtypes of input and weight, by the vendor's names: None, torch.int8 or
             torch.int32, the same in both. If given, every call checks the tensors against them.
         group_size: None or 0; the support table has no row with per-group scales.
+
+    Attributes:
+        weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8) carrying
+            int4; not transposed. A tensor (..., n, k) may be assigned.
+        scale: float32 (out_features,). A float32, bfloat16 or packed int64 tensor, (1,) or
+            (out_features,), may be assigned.
+        offset: float32 (out_features,), or None.
+        pertoken_scale: float32 (1,), or None. It has one value for each row of the input, so it is
+            assigned, or given to forward.
+        bias: int32 (out_features,), or None. A float tensor may be assigned where the support table
+            has one.
 
     Shape:
         input (..., m, in_features) to output (..., m, out_features).

@@ -148,14 +148,14 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(n, k), input_dtype: the float weight that the quantized one stands for."""
+        """The float weight, (n, k) in input_dtype, that the quantized one stands for."""
         weight = self.linear.weight
         shape = (*weight.shape[:-1], weight.shape[-1] * STORAGE_DTYPES[weight.dtype])
         return self._float_view(self._float_weight, shape)
 
     @property
     def bias(self) -> Tensor | None:
-        """(n,), input_dtype: the float bias, or None.
+        """The float bias, (n,) in input_dtype, or None.
 
         It is `float_bias` where that is known, else what the bias of `linear` stands for, without
         the zero point of the input. The latter is zeros for a static layer that was made without a

@@ -39,43 +39,45 @@ def quantize(
     filter_fn: FilterFn | None = None,
     example_inputs: Iterable[Any] | None = None,
 ) -> QuantizeReport:
-    """Replace the nn.Linear layers of a model by `QuantizedLinear` ones, in place.
+    """Replace the nn.Linear layers of a model by `QuantizedLinear` layers, in place.
 
-    A layer that cannot be quantized is left float, and the report says why: it has no row in the
-    product's table, it does more than nn.Linear does (a subclass, hooks, adapters, ...), its weight
-    is shared with something else, calibration never reached it, ... The report also names what else
-    is float and holds most of the bytes. Layers that are quantized already stay as they are, so a
-    second call with another config and filter_fn gives the rest another scheme.
+    A layer that cannot be quantized stays float, and the report says why: for example, the product
+    in force has no row for it, it does more than nn.Linear does (a subclass, hooks, adapters), its
+    weight is shared with something else, or calibration never reached it. The report also lists
+    what else is float and holds most of the bytes. Layers that are quantized already are left
+    alone, so a second call with another config and filter_fn quantizes the others in another way.
 
-    A model may read a layer's weight itself, beside calling the layer or in its place. A quantized
-    layer gives it the float weight that it stands for, computed each time. With example_inputs or
-    calibration such layers are found, and left float.
+    A model may read the weight of a layer itself. With example_inputs or calibration such layers
+    are found and stay float. Without, a quantized layer computes a float weight at each read.
 
-    All or nothing: every layer is built once, and thrown away, before the first one is put in
-    place; the largest goes in first, so memory that is too short shows before anything has changed;
-    and Ctrl-C waits for the end of that last step. The most this takes beside the model is one
-    quantized layer. What a compiled model compiled before, it compiles again at its next call.
+    Atomic: if a step fails, the model is unchanged. Every layer is built once for a test before the
+    first one is replaced. The largest layer is replaced first, so a lack of memory shows before
+    anything has changed. Ctrl-C waits for the end of that step. Beside the model it needs memory
+    for one quantized layer. Parts that torch.compile has compiled are compiled again.
 
     Args:
         model: float16 or bfloat16, on CPU or NPU.
         config: A8W8Dynamic(), A8W8Static() or A4W4Dynamic().
-        calibration: for A8W8Static: inputs of the model, each a tensor, a tuple of positional
-            arguments or a mapping of keyword arguments. A few dozen that look like the real ones.
-        filter_fn: (module, qualified name) to whether an nn.Linear is to be quantized; default all.
-        example_inputs: inputs of the model, as calibration's, for any config: a layer whose weight
-            something else reads, or that is never called, stays float.
+        calibration: for A8W8Static only: an iterable of inputs of the model, each a tensor, a tuple
+            of positional arguments or a mapping of keyword arguments. A few dozen that are like the
+            real ones.
+        filter_fn: a function of a module and its qualified name that tells whether to quantize it;
+            default: all.
+        example_inputs: an iterable of inputs, as for calibration, for any config. A layer whose
+            weight something else reads, or that is never called, stays float.
 
     Returns:
-        A report: a list with one `Quantized` for each nn.Linear.
+        A QuantizeReport: a list with one `Quantized` for each nn.Linear.
 
     Raises:
-        LinearQuantTypeError: another config, or inputs that are none; a layer has an attribute of
-            its own that a QuantizedLinear has for itself.
-        LinearQuantValueError: a weight or an activation is NaN or infinite; calibration is missing,
-            or has no inputs; no layer can be quantized.
+        LinearQuantTypeError: another config; inputs of another type; a layer with an attribute
+            whose name a QuantizedLinear uses itself.
+        LinearQuantValueError: NaN or infinity in a weight or an activation; a value that
+            output_dtype cannot hold; calibration that is missing, empty or not needed; no layer
+            can be quantized.
 
-    Source: torchao's quantize_ for the interface, aclnnQuantMatmulV4.md (hicann/ops-nn) for what
-    the layers compute.
+    Source: torchao's ``quantize_`` for the interface, aclnnQuantMatmulV4.md (hicann/ops-nn) for
+    what the layers compute.
     """
     if type(config) not in SCHEMES:
         raise LinearQuantTypeError(
