@@ -83,7 +83,7 @@ class LayerToQuantize:
 
     @property
     def bias_dtype(self) -> torch.dtype:
-        """Of the quantized layer's bias. An int32 one is added before the scale, a float one after."""
+        """Of the quantized bias. An int32 one is added before the scale, a float one after it."""
         if self.static:
             return torch.int32
         same = self.source.bias is not None and self.source.bias.dtype == self.output_dtype
@@ -96,8 +96,8 @@ class LayerToQuantize:
 
     @property
     def least_scale(self) -> Tensor:
-        """The smallest weight scales, float64 (n,), with which the bias fits into int32. They matter
-        for rows whose weights are tiny beside the bias."""
+        """The smallest weight scales, float64 (n,), with which the bias fits into int32. They
+        matter for rows whose weights are tiny beside the bias."""
         bias = self.source.bias
         if bias is None or not self.static:
             return torch.zeros(self.n, dtype=torch.float64, device="cpu")
