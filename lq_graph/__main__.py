@@ -176,11 +176,11 @@ def _explain(model: str, html: str | None) -> None:
                 "explain: the page is drawn by matplotlib. What to do: pip install matplotlib."
             )
     _find_npu()
-    story = explain(*_load(model))
-    print(story)
+    explanation = explain(*_load(model))
+    print(explanation)
     if html is not None:
         try:
-            story.html(html)
+            explanation.html(html)
         except OSError as error:
             raise LinearQuantValueError(f"explain: --html: {error}") from None
         print(f"\nwritten: {html}")

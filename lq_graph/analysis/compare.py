@@ -1,4 +1,4 @@
-"""compare(): a quantized model beside the float model it was made of, layer by layer."""
+"""compare(): the errors of a quantized model against its float model, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import LinearQuantValueError
 from ..quantization.calibrate import call, check_batches, evaluating
 from .compare_pairs import LayerFilter, layers_with_relu, pairs_of
 from .compare_tensors import as_float, check_picked, copy_of, first_float, inputs_for, tensor_of
-from .comparison import Comparison, LayerError
-from .metrics import Error, RunningErrors
+from .comparison import Comparison, LayerComparison
+from .metrics import ErrorMetrics, MetricSums
 
 __all__ = ["compare"]
 
@@ -29,111 +29,170 @@ def compare(
     output: Callable[[Any], Tensor] | None = None,
     sensitivity: bool = False,
 ) -> Comparison:
-    """Compare a quantized model with its float model, layer by layer, and find the layer that
-    hurts.
+    """Compare a quantized model with its float model, layer by layer, and find the worst layer.
 
-    Each batch goes through model_a, then through model_b, in evaluation mode and without
-    gradients. Kept are the outputs of the compared layers for one batch; with sensitivity, the
-    batches and model_a's final outputs as well. Nothing is left behind in the models, and both get
-    copies of the inputs, so what one does to them in place the other does not see.
+    Each batch goes through model_a, then through model_b, in evaluation mode and without gradients.
+    The outputs of the compared layers are kept for one batch; with sensitivity, all batches and
+    model_a's final outputs are kept too. The models are unchanged afterwards. Each model gets a
+    copy of the inputs, so it may change them in place.
 
-    A layer whose int8 range took over the ReLU after it (see quantize) is compared with what the
-    reference has after that ReLU.
+    Where `quantize` replaced a ReLU by the int8 range of the layer before it, that layer is
+    compared with the output of the reference's ReLU.
 
     Args:
         model_a: the reference; any device and dtype.
         model_b: with modules of the same names; any device and dtype.
-        inputs: an iterable, read once, of what the models are called with, one batch each: a
-            tensor, a tuple of positional arguments or a mapping of keyword arguments. Moved to each
-            model's device, floats to its dtype.
-        layers: (model_a's module, its qualified name) to whether to compare it, or names;
-            default: those whose class differs between the two.
-        output: picks the tensor to compare from what a model returns; default its first float one.
-        sensitivity: measure also what each layer alone does to the final output. One run of model_a
-            for each layer.
+        inputs: an iterable of what the models are called with, one batch each: a tensor, a tuple of
+            positional arguments or a mapping of keyword arguments. It is read once. Tensors are
+            moved to each model's device, float ones cast to its dtype.
+        layers: names of layers, or a function of a module of model_a and its name that tells
+            whether to compare it; default: the modules whose class differs between the models.
+        output: a function that picks the tensor to compare from what a model returns; default: the
+            first float tensor.
+        sensitivity: also measure how each layer alone changes the final output. It runs model_a
+            once for each layer.
 
     Returns:
-        A Comparison: a list with one `LayerError` for each layer.
+        A Comparison: a list with one `LayerComparison` for each layer, with errors in dB.
 
     Raises:
         LinearQuantValueError: no layers to compare, no inputs, or module names, shapes or numbers
             of calls that differ.
-        LinearQuantTypeError: inputs that are none, or an output without a float tensor.
+        LinearQuantTypeError: inputs or layers of another type, or an output without a float tensor.
+
+    Source: `ErrorMetrics` has the formulas.
     """
     if model_a is model_b:
         raise LinearQuantValueError(
             "compare: model_a and model_b are one object. What to do: quantize a copy.deepcopy."
         )
     check_batches("compare", "inputs", inputs)
-    pairs = pairs_of(model_a, model_b, layers)
-    rectified = layers_with_relu(model_a, model_b)
-    own = {name: RunningErrors() for name in pairs}
-    accumulated = {name: RunningErrors() for name in pairs}
-    final = RunningErrors()
+    run = _Run(model_a, model_b, pairs_of(model_a, model_b, layers), output)
     batches: list[Any] = []
-    finals: list[Tensor] = []
-
-    def pick(out: Any) -> Tensor:
-        return check_picked(output(out)) if output else first_float(out)
-
+    references: list[Tensor] = []
     with evaluating(model_a), evaluating(model_b):
         for batch in tqdm(inputs, "comparing", unit="batch", disable=None):
             if sensitivity:
                 batches.append(copy_of(batch))  # a loader may fill the same tensors again
-            kept: dict[str, list[Tensor]] = {name: [] for name in pairs}
-
-            def see(
-                name: str, out_a: Any, out_b: Any, kept: dict[str, list[Tensor]] = kept
-            ) -> None:
-                a, b = pairs[name]
-                reference = as_float(a, tensor_of(name, out_a))
-                if b in rectified:
-                    reference = torch.relu(reference)
-                # a copy: what follows may change the output in place
-                kept[name].append(reference.to("cpu", copy=True))
-                own[name].add(name, kept[name][-1], as_float(b, tensor_of(name, out_b)))
-
-            with _beside(pairs, see):
-                result_a = pick(call(model_a, inputs_for(model_a, batch))).to("cpu", copy=True)
-            left = {name: iter(outputs) for name, outputs in kept.items()}
-            with ExitStack() as hooks:
-                for name, (_, b) in pairs.items():
-                    measure = _measure_accumulated(name, accumulated[name], left[name])
-                    hooks.callback(b.register_forward_hook(measure).remove)
-                result_b = pick(call(model_b, inputs_for(model_b, batch)))
-            for name, rest in left.items():
-                if next(rest, None) is not None:
-                    raise _other_calls(name, "fewer")
-            final.add("the output", result_a, result_b)
+            reference = run.add(batch)
             if sensitivity:
-                finals.append(result_a)
-        if not final.calls:
+                references.append(reference)
+        if not run.final.calls:
             raise LinearQuantValueError(
                 "compare: inputs is empty. What to do: pass a few batches of what the model sees."
             )
-        called = {name: pair for name, pair in pairs.items() if own[name].calls}
-        alone = _sensitivities(model_a, called, batches, finals, pick) if sensitivity else {}
+        alone = run.sensitivities(batches, references) if sensitivity else {}
+    return run.comparison(alone)
 
-    def error(sums: RunningErrors) -> Error | None:
-        return sums.error() if sums.calls else None
 
-    return Comparison(
-        [
-            LayerError(n, own[n].calls, error(own[n]), error(accumulated[n]), alone.get(n))
-            for n in pairs
-        ],
-        final.error(),
-    )
+class _Run:
+    """The two models, and the errors measured so far.
+
+    Attributes:
+        final: of the models' final outputs.
+    """
+
+    def __init__(
+        self,
+        model_a: nn.Module,
+        model_b: nn.Module,
+        pairs: dict[str, tuple[nn.Module, nn.Module]],
+        output: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self._a, self._b, self._pairs, self._output = model_a, model_b, pairs, output
+        self._with_relu = layers_with_relu(model_a, model_b)
+        self._own = {name: MetricSums() for name in pairs}
+        self._accumulated = {name: MetricSums() for name in pairs}
+        self.final = MetricSums()
+
+    def add(self, batch: Any) -> Tensor:
+        """Run both models on a batch; returns model_a's final output, on the CPU."""
+        outputs: dict[str, list[Tensor]] = {name: [] for name in self._pairs}
+
+        def measure_own(name: str, out_a: Any, out_b: Any) -> None:
+            a, b = self._pairs[name]
+            reference = as_float(a, tensor_of(name, out_a))
+            if b in self._with_relu:
+                reference = torch.relu(reference)
+            # a copy: what follows may change the output in place
+            outputs[name].append(reference.to("cpu", copy=True))
+            self._own[name].add(name, outputs[name][-1], as_float(b, tensor_of(name, out_b)))
+
+        with _beside(self._pairs, measure_own):
+            reference = self._pick(call(self._a, inputs_for(self._a, batch))).to("cpu", copy=True)
+        unpaired = {name: iter(tensors) for name, tensors in outputs.items()}
+        with ExitStack() as hooks:
+            for name, (_, b) in self._pairs.items():
+                measure = _measure_accumulated(name, self._accumulated[name], unpaired[name])
+                hooks.callback(b.register_forward_hook(measure).remove)
+            result = self._pick(call(self._b, inputs_for(self._b, batch)))
+        for name, rest in unpaired.items():
+            if next(rest, None) is not None:
+                raise _other_calls(name, "fewer")
+        self.final.add("the output", reference, result)
+        return reference
+
+    def sensitivities(
+        self, batches: list[Any], references: list[Tensor]
+    ) -> dict[str, ErrorMetrics]:
+        """The error of model_a's final output with one layer replaced, for each layer in turn that
+        was called."""
+
+        def replace(name: str, out_a: Any, out_b: Any) -> Any:
+            reference = tensor_of(name, out_a)
+            other = as_float(self._pairs[name][1], tensor_of(name, out_b))
+            other = other.to(reference.device, reference.dtype)
+            if isinstance(out_a, Tensor):
+                return other
+            values = [other, *out_a[1:]]
+            return type(out_a)(*values) if hasattr(out_a, "_fields") else type(out_a)(values)
+
+        called = {name: pair for name, pair in self._pairs.items() if self._own[name].calls}
+        found = {}
+        for name, pair in tqdm(called.items(), "each layer alone", unit="layer", disable=None):
+            sums = MetricSums()
+            with _beside({name: pair}, replace):
+                for batch, reference in zip(batches, references, strict=True):
+                    result = self._pick(call(self._a, inputs_for(self._a, batch)))
+                    sums.add("the output", reference, result)
+            found[name] = sums.metrics()
+        return found
+
+    def comparison(self, alone: dict[str, ErrorMetrics]) -> Comparison:
+        """The result, with what `sensitivities` found."""
+
+        def metrics(sums: MetricSums) -> ErrorMetrics | None:
+            return sums.metrics() if sums.calls else None
+
+        return Comparison(
+            [
+                LayerComparison(
+                    name,
+                    own.calls,
+                    metrics(own),
+                    metrics(self._accumulated[name]),
+                    alone.get(name),
+                )
+                for name, own in self._own.items()
+            ],
+            self.final.metrics(),
+        )
+
+    def _pick(self, out: Any) -> Tensor:
+        """The tensor to compare in what a model returned."""
+        return check_picked(self._output(out)) if self._output else first_float(out)
 
 
 @contextmanager
 def _beside(
     pairs: dict[str, tuple[nn.Module, nn.Module]], seen: Callable[[str, Any, Any], Any]
 ) -> Iterator[None]:
-    """While model_a runs: whenever one of its layers is called, call the other model's with the
-    same arguments, then seen(name, output of a, output of b). What `seen` returns, unless None,
-    takes the place of a's output."""
-    running = False  # a layer of model_b, which may hold the one of model_a it stands for
+    """While model_a runs, call model_b's layer beside each of its layers, with the same arguments,
+    and then seen(name, output of a, output of b).
+
+    If `seen` returns something, it replaces the output of model_a's layer.
+    """
+    running = False  # a layer of model_b, which may itself hold and call the layer of model_a
 
     def watch(name: str, a: nn.Module, b: nn.Module) -> Iterator[Callable[[], None]]:
         outputs: list[Any] = []
@@ -144,7 +203,7 @@ def _beside(
                 return
             running = True
             try:
-                # first, for a may change its input in place
+                # first, because a may change its input in place
                 outputs.append(b(*inputs_for(b, args), **inputs_for(b, kwargs)))
             finally:
                 running = False
@@ -163,7 +222,7 @@ def _beside(
 
 
 def _measure_accumulated(
-    name: str, sums: RunningErrors, references: Iterator[Tensor]
+    name: str, sums: MetricSums, references: Iterator[Tensor]
 ) -> Callable[..., None]:
     def hook(module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
         reference = next(references, None)
@@ -176,34 +235,6 @@ def _measure_accumulated(
 
 def _other_calls(name: str, word: str) -> LinearQuantValueError:
     return LinearQuantValueError(
-        f"compare: model_b calls {name} {word} times than model_a does for the same batch, so "
-        "their outputs cannot be paired. What to do: leave the layer out with `layers`."
+        f"compare: model_b calls {name} {word} times than model_a for the same batch, so their "
+        "outputs cannot be paired. What to do: leave the layer out with `layers`."
     )
-
-
-def _sensitivities(
-    model: nn.Module,
-    pairs: dict[str, tuple[nn.Module, nn.Module]],
-    batches: list[Any],
-    finals: list[Tensor],
-    pick: Callable[[Any], Tensor],
-) -> dict[str, Error]:
-    """The error of the final output with one layer replaced, for each layer in turn."""
-
-    def replace(name: str, out_a: Any, out_b: Any) -> Any:
-        reference = tensor_of(name, out_a)
-        other = as_float(pairs[name][1], tensor_of(name, out_b))
-        other = other.to(reference.device, reference.dtype)
-        if isinstance(out_a, Tensor):
-            return other
-        values = [other, *out_a[1:]]
-        return type(out_a)(*values) if hasattr(out_a, "_fields") else type(out_a)(values)
-
-    found = {}
-    for name, pair in tqdm(pairs.items(), "each layer alone", unit="layer", disable=None):
-        sums = RunningErrors()
-        with _beside({name: pair}, replace):
-            for batch, reference in zip(batches, finals, strict=True):
-                sums.add("the output", reference, pick(call(model, inputs_for(model, batch))))
-        found[name] = sums.error()
-    return found

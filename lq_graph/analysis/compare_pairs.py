@@ -40,24 +40,24 @@ def pairs_of(
         names = [name for name in all_a if name in wanted]
     if not names:
         raise LinearQuantValueError(
-            "compare: no layers to compare: no module of one name differs in class between the "
-            "models, or `layers` takes none. What to do: pass the float model and its quantized "
+            "compare: no layers to compare: no module has another class in model_b than in "
+            "model_a, or `layers` chooses none. What to do: pass the float model and its quantized "
             "copy, or name layers."
         )
     return {name: (all_a[name], all_b[name]) for name in names}
 
 
 def _differing(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module]) -> list[str]:
-    """Names of the modules that are of another class in the other model."""
+    """Names of the modules whose class differs between the models."""
     names = [
         name
         for name, a in all_a.items()
         if name in all_b
         and type(a) is not type(all_b[name])
-        and not isinstance(all_b[name], nn.Identity)  # a ReLU that a layer took over
+        and not isinstance(all_b[name], nn.Identity)  # a ReLU that an int8 range replaces
         and (name or len(all_a) == 1)  # not the whole model, unless it is one layer
     ]
-    # what is inside a replaced layer need not be in its replacement
+    # a replacement need not have the modules inside the layer that it replaces
     inside = tuple(f"{name}." for name in names)
     if missing := [n for n in all_a if n not in all_b and not n.startswith(inside)]:
         raise LinearQuantValueError(
@@ -69,8 +69,8 @@ def _differing(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module]) -> list
 
 
 def layers_with_relu(model_a: nn.Module, model_b: nn.Module) -> set[nn.Module]:
-    """Layers of model_b whose int8 output begins at zero, in place of the ReLU that model_a has
-    after them; quantize leaves an Identity there."""
+    """Layers of model_b whose int8 range replaces the ReLU that model_a has after them; quantize
+    leaves an Identity in the ReLU's place."""
     all_b = dict(model_b.named_modules(remove_duplicate=False))
     found: set[nn.Module] = set()
     for name, parent in model_a.named_modules():

@@ -16,7 +16,7 @@ __all__ = ["as_float", "check_picked", "copy_of", "first_float", "inputs_for", "
 
 
 def as_float(layer: nn.Module, out: Tensor) -> Tensor:
-    """int8 between quantized layers, as the numbers it stands for."""
+    """A layer's output as float numbers; int8 between quantized layers is dequantized."""
     return layer.to_float(out) if isinstance(layer, QuantizedLinear) else out
 
 
@@ -44,6 +44,7 @@ def first_float(out: Any) -> Tensor:
 
 
 def check_picked(picked: Any) -> Tensor:
+    """What output= returned, which has to be a tensor."""
     if not isinstance(picked, Tensor):
         raise LinearQuantTypeError(
             f"compare: output= returned {type(picked).__name__}; allowed is a tensor. What to do: "
@@ -53,14 +54,14 @@ def check_picked(picked: Any) -> Tensor:
 
 
 def inputs_for(module: nn.Module, value: Any) -> Any:
-    """Arguments on a module's device, floats in its dtype, all copied."""
+    """Copies of arguments, on a module's device, floats in its dtype."""
     return copy_of(value, _device_of(module), _dtype_of(module))
 
 
 def copy_of(
     value: Any, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Any:
-    """The tensors of a batch, copied, floats to a dtype; a container becomes a plain one."""
+    """Copies of the tensors in a value, floats in a dtype; containers become dicts and tuples."""
     if isinstance(value, Tensor):
         wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
         return value.detach().to(device or value.device, wanted, copy=True)
@@ -77,7 +78,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype a module computes in; None where nothing tells."""
+    """The dtype a module computes in; None where it is unknown."""
     quantized: torch.dtype | None = None
     skip: set[nn.Module] = set()
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""explain(): what a model's quantized layers become on the device, beside the vendor's lowering."""
+"""explain(): the GE nodes of a model's quantized layers, beside those of the vendor's modules."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
 from ..rules.tables import PEAKS, Peak, Product, dtype_name, storage_name
 
-__all__ = ["Explanation", "LayerStory", "explain", "require_npu"]
+__all__ = ["Explanation", "LayerExplanation", "explain", "require_npu"]
 
 
 @dataclass(frozen=True)
-class LayerStory:
+class LayerExplanation:
     """One LinearQuant at the inputs it was called with.
 
     Attributes:
@@ -33,7 +33,7 @@ class LayerStory:
         plan: the row of the support table and the sizes.
         tensors: dtype and shape of every tensor the layer reads, by name, once prepared.
         weight_format: "ND" or "FRACTAL_NZ".
-        ours, vendor: the GE graphs torchair lowers the layer and the vendor's module to
+        ours, vendor: the GE graphs of the layer and of the vendor's module, from torchair
             (`lq_graph.converters.graph.Graph`).
         peak: the chip's published figures.
     """
@@ -56,49 +56,51 @@ class LayerStory:
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to cross the memory once: every tensor in, the result out."""
+        """Bytes that the device reads and writes if it does so once for every tensor."""
         out = Spec(self.plan.output_dtype, self.plan.output_shape)
         return sum(_bytes(spec) for spec in (*self.tensors.values(), out))
 
     @property
     def intensity(self) -> float:
-        """Operations (two a MAC) for each byte."""
+        """Operations (two for each MAC) per byte."""
         return 2 * self.macs / self.bytes
 
     @property
     def seconds(self) -> float:
-        """The least time by the chip's published peaks: an estimate from below."""
+        """Seconds of one call at the chip's published peaks, a lower bound."""
         return max(self.compute_seconds, self.memory_seconds)
 
     @property
     def compute_seconds(self) -> float:
+        """Seconds for the operations at the peak of int8 operations."""
         return 2 * self.macs / self.peak.int8_ops
 
     @property
     def memory_seconds(self) -> float:
+        """Seconds for the bytes at the peak bandwidth."""
         return self.bytes / self.peak.bytes_per_second
 
     @property
     def bound(self) -> str:
-        """Which peak is met first."""
+        """Which peak limits it, "compute" or "memory"."""
         return "compute" if self.compute_seconds > self.memory_seconds else "memory"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as text, and writes itself as a page.
+    """What `explain` found; prints as text, and writes a page.
 
     Attributes:
-        device: name of the device, as the driver gives it.
-        product: whose tables were read.
-        layers: one story for each LinearQuant that was called, in order of the calls.
+        device: name of the device, from the driver.
+        product: whose support table was read.
+        layers: one for each LinearQuant that was called, in order of the calls.
         graphs: the GE graphs of the whole model.
         peak: the figures the bounds are estimated from.
     """
 
     device: str
     product: Product
-    layers: tuple[LayerStory, ...]
+    layers: tuple[LayerExplanation, ...]
     graphs: tuple[Any, ...]
     peak: Peak
 
@@ -169,30 +171,34 @@ class Explanation:
 
 
 def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = None) -> Explanation:
-    """Lower a model as it would be deployed, and tell what each quantized layer becomes.
+    """Lower a model as for deployment, and tell what each quantized layer becomes.
 
-    Works on a copy: prepares it (`use_internal_format_weight`), runs it once for the shapes, lowers
-    the whole of it, and lowers each different LinearQuant alone, ours and as the vendor's module
-    prepared by torchair's own function. Sets torch.npu.config.allow_internal_format, as a
-    deployment does.
+    Works on a copy of the model. The copy is prepared (`use_internal_format_weight`), run once for
+    the shapes, and lowered as a whole. Then each different LinearQuant is lowered alone, and beside
+    it the vendor's module, prepared by torchair's own function. Sets
+    torch.npu.config.allow_internal_format to True, as a deployment does.
 
     Args:
-        model: CPU or NPU, with LinearQuant layers; the vendor's are converted.
+        model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
         inputs: the model's positional arguments.
-        peak: figures of your chip for the bounds; default a rough `lq_graph.rules.tables.PEAKS`.
+        peak: figures of your chip, for the bounds; default `lq_graph.rules.tables.PEAKS`, rough
+            figures for each product.
 
     Returns:
         An Explanation: `print(it)`, `it.html("page.html")`.
 
     Raises:
-        LinearQuantValueError: no NPU and no stand-in, or a model without LinearQuant layers.
+        LinearQuantValueError: neither an NPU nor cann_host, or no LinearQuant layer was called.
+        LinearQuantError: a layer that cannot be converted, prepared or run.
+
+    Source: torchair's lowering, read by `lq_graph.converters.graph`.
     """
     npu = require_npu()
     npu.config.allow_internal_format = True
     model = convert(copy.deepcopy(model)).to("npu").eval()
     plain = copy.deepcopy(model)
     with warnings.catch_warnings():
-        # the copy has no graphs yet, whatever else was compiled here
+        # the copy has no graphs yet, but others in this process may
         warnings.filterwarnings("ignore", "use_internal_format_weight: formats of weights changed")
         use_internal_format_weight(model)
     arguments = [tensor.to("npu") for tensor in inputs]
@@ -206,7 +212,7 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
     peak = peak or PEAKS[product.key]
     originals = dict(plain.named_modules())
     lowered: dict[str, tuple[Any, Any]] = {}
-    stories = []
+    layers = []
     for name, layer, x1, pertoken in calls:
         found, tensors = _describe(layer, x1, pertoken, product)
         key = f"{layer}{[str(spec) for spec in tensors.values()]}"
@@ -216,14 +222,14 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
             lowered[key] = _lower_both(layer, original, x1, pertoken)
         ours, theirs = lowered[key]
         nz = "FRACTAL_NZ" if "FRACTAL_NZ" in str(ours) else "ND"
-        stories.append(LayerStory(name, found, tensors, nz, ours, theirs, peak))
+        layers.append(LayerExplanation(name, found, tensors, nz, ours, theirs, peak))
     return Explanation(
-        npu.get_device_name(), product, tuple(stories), tuple(_lower(model, arguments)), peak
+        npu.get_device_name(), product, tuple(layers), tuple(_lower(model, arguments)), peak
     )
 
 
 def require_npu() -> Any:
-    """torch.npu, where there is a device or the stand-in.
+    """torch.npu, where there is a device or cann_host.
 
     Raises:
         LinearQuantValueError: there is neither.
@@ -302,7 +308,7 @@ def _lower_both(
 
 
 def _lower(model: nn.Module, arguments: list[Tensor]) -> list[Any]:
-    """The GE graphs a model becomes."""
+    """The GE graphs of a model."""
     import torchair
 
     from .. import converters  # imports torchair

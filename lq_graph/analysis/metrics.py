@@ -9,18 +9,18 @@ from torch import Tensor
 
 from ..errors import LinearQuantValueError
 
-__all__ = ["Error", "RunningErrors"]
+__all__ = ["ErrorMetrics", "MetricSums"]
 
 
 @dataclass(frozen=True)
-class Error:
-    """How far a tensor is from its reference, over all batches.
+class ErrorMetrics:
+    """How far a tensor b is from its reference a, over all batches.
 
     Attributes:
         sqnr: signal to quantization noise in dB, 10 log10(sum a^2 / sum (a - b)^2); infinite for
             equal tensors, NaN where one of them holds NaN or infinity.
-        max_abs: the largest |a - b|.
-        cosine: of the flattened tensors.
+        max_abs: the largest absolute difference, in the unit of the tensors.
+        cosine: of the flattened tensors, -1 to 1.
     """
 
     sqnr: float
@@ -28,23 +28,33 @@ class Error:
     cosine: float
 
     @property
-    def badness(self) -> float:
-        """A number to find the worst by: NaN is worse than any noise."""
+    def severity(self) -> float:
+        """A number to sort by, larger is worse; it is -sqnr, and infinity for NaN."""
         return math.inf if math.isnan(self.sqnr) else -self.sqnr
 
     def cells(self) -> list[object]:
-        """As a table shows it."""
+        """The cells of a table."""
         return [f"{self.sqnr:.1f}", f"{self.max_abs:.2e}", f"{self.cosine:.5f}"]
 
 
-class RunningErrors:
-    """The running sums behind an Error, in float64."""
+class MetricSums:
+    """The running sums that ErrorMetrics are computed from, in float64."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.signal = self.noise = self.other = self.product = self.largest = 0.0
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Add a tensor and its reference.
+
+        Args:
+            name: of what they are, for the message.
+            a: the reference.
+            b: of the same shape.
+
+        Raises:
+            LinearQuantValueError: the shapes differ.
+        """
         a, b = a.detach().cpu().double(), b.detach().cpu().double()
         if a.shape != b.shape:
             raise LinearQuantValueError(
@@ -62,11 +72,12 @@ class RunningErrors:
         largest = difference.abs().max().item()
         self.largest = max(self.largest, largest) if largest == largest else largest
 
-    def error(self) -> Error:
+    def metrics(self) -> ErrorMetrics:
+        """Those of everything that was added."""
         if not math.isfinite(self.noise):
-            return Error(math.nan, self.largest, math.nan)
+            return ErrorMetrics(math.nan, self.largest, math.nan)
         if not self.noise:
-            return Error(math.inf, 0.0, 1.0)
+            return ErrorMetrics(math.inf, 0.0, 1.0)
         sqnr = 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
         length = math.sqrt(self.signal * self.other)
-        return Error(sqnr, self.largest, self.product / length if length else 0.0)
+        return ErrorMetrics(sqnr, self.largest, self.product / length if length else 0.0)

@@ -1,141 +1,104 @@
-"""Checks of one quantized layer's tensors, before anything is changed."""
+"""Checks of one quantized layer's tensors, made before anything is changed."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import Tensor
 
 from ..modules.quantized_linear import QuantizedLinear
-from ..quantization.layer import no_row
+from ..modules.supported import LayerKind, why_not_supported
 from ..rules.tables import dtype_name
-from .build import bias_dtype
+from .base import Part
 from .files import refuse
-from .folder import CheckpointFiles
-from .formats import (
-    PARTS,
-    Part,
-)
 from .layers import LayerToLoad, weight_of
 from .tensors import fits
 
 __all__ = ["check_layer"]
 
-_I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
-_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+_I32, _F32, _F16, _BF16 = torch.int32, torch.float32, torch.float16, torch.bfloat16
 
 
-def check_layer(
-    files: CheckpointFiles, path: Path, kind: str, layer: LayerToLoad, dtype: torch.dtype | None
-) -> None:
-    """A layer's tensors are there, each of the right dtype, shape and values; and the model and the
-    product can run it. Decides what it gives."""
-    name, n, k = layer.name, layer.n, layer.k
-    for part in PARTS[kind, layer.dynamic]:
-        if part.name not in layer.keys:
-            if part.required:
-                refuse(path, f"{name}.{part.name}", _describe(part, n, k), "no such tensor")
-            continue
-        key = layer.keys[part.name]
-        given, shape = files.header(key)
-        shapes = [tuple({"n": n, "k": k}.get(str(s), s) for s in wanted) for wanted in part.shapes]
-        if given not in part.dtypes or shape not in shapes:
-            found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
-            refuse(files.path(key), key, _describe(part, n, k), found)
-        _check_values(files, key, part)
-    layer.output = _output(files, path, layer, dtype)
-    _check_input_scale(files, layer)
-    _check_range(files, layer)
-    _check_product(files, path, kind, layer)
+def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
+    """Refuse a layer with a tensor that is missing or has a wrong dtype, shape or value, and one
+    that the model or the product cannot run. Sets `layer.output`.
+
+    Args:
+        layer: that is checked.
+        dtype: float16 or bfloat16, as the caller of load_checkpoint asks; None for the model's.
+    """
+    for part in layer.format.parts[layer.dynamic]:
+        if part.name in layer:
+            _check_header(layer, part)
+            _check_values(layer, part)
+        elif part.required:
+            key = f"{layer.name}.{part.name}"
+            refuse(layer.files.path, key, _describe(part, layer), "no such tensor")
+    layer.output = _output(layer, dtype)
+    _check_input_scale(layer)
+    _check_range(layer)
+    _check_product(layer)
 
 
-def _describe(part: Part, n: int, k: int) -> str:
-    shape = tuple({"n": n, "k": k}.get(str(size), size) for size in part.shapes[0])
-    return f"{' or '.join(map(dtype_name, part.dtypes))} {shape}"
+def _shapes(part: Part, layer: LayerToLoad) -> list[tuple[str | int, ...]]:
+    sizes = {"n": layer.n, "k": layer.k}
+    return [tuple(sizes.get(str(size), size) for size in shape) for shape in part.shapes]
 
 
-def _check_values(files: CheckpointFiles, key: str, part: Part) -> None:
-    """Scales are finite and positive, an input's zero point is one of int8, and a weight's is 0:
-    LinearQuant has none."""
-    if part.name == "weight_offset" and bool(files.read(key).any()):
-        refuse(files.path(key), key, "zeros (symmetric weights)", "other values")
+def _describe(part: Part, layer: LayerToLoad) -> str:
+    return f"{' or '.join(map(dtype_name, part.dtypes))} {_shapes(part, layer)[0]}"
+
+
+def _check_header(layer: LayerToLoad, part: Part) -> None:
+    given, shape = layer.dtype(part.name), layer.shape(part.name)
+    if given not in part.dtypes or shape not in _shapes(part, layer):
+        found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
+        layer.refuse_part(part.name, _describe(part, layer), found)
+
+
+def _check_values(layer: LayerToLoad, part: Part) -> None:
+    """Scales are finite and positive, an input's zero point is in -128 to 127, and a weight's is 0,
+    because LinearQuant has none."""
+    if part.name == "weight_offset" and bool(layer.read(part.name).any()):
+        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values")
     if part.name == "input_offset":
-        offset = files.read(key).float()
+        offset = layer.read(part.name).float()
         if not bool(((offset >= -128) & (offset <= 127)).all()):
             found = str(float(offset.reshape(-1)[0]))
-            refuse(files.path(key), key, "a value of -128 to 127", found)
+            layer.refuse_part(part.name, "a value of -128 to 127", found)
     if part.positive:
-        values = _scales(files, key)
+        values = layer.scales(part.name)
         if not bool((values.isfinite() & (values > 0)).all()):
-            refuse(files.path(key), key, "finite scales above 0", "NaN, infinity, 0 or less")
+            layer.refuse_part(part.name, "finite scales above 0", "NaN, infinity, 0 or less")
 
 
-def _scales(files: CheckpointFiles, key: str) -> Tensor:
-    """The scales that a tensor holds, or of which it holds the bits."""
-    values = files.read(key)
-    return (values & 0xFFFFFFFF).to(torch.uint32).view(_F32) if values.dtype == _I64 else values
-
-
-def _check_range(files: CheckpointFiles, layer: LayerToLoad) -> None:
-    """No weight and no bias that the files stand for is beyond the dtype of the layer's output."""
-    keys, dtype = layer.keys, dtype_name(layer.output)
-    todo = "load in bfloat16, or quantize again" if layer.output == _F16 else "quantize again"
-    if (key := keys.get("bias")) is not None and not fits(files.read(key), layer.output):
-        found = str(float(files.read(key).abs().max()))
-        expected = f"finite values that {dtype} holds, the layer's dtype"
-        refuse(files.path(key), key, expected, found, todo)
-    for part in ("weight_scale", "deq_scale"):
-        if (key := keys.get(part)) is None:
-            continue
-        scale = _scales(files, key).reshape(-1).double()
-        if part == "deq_scale":  # the product of both scales
-            scale = scale / files.read(keys["input_scale"]).double()
-        if not fits(scale * 127, layer.output):
-            expected = f"weights that {dtype} holds, the layer's dtype"
-            refuse(files.path(key), key, expected, f"127 * {float(scale.max()):.6g}", todo)
-    if (key := keys.get("quant_bias")) is not None:
-        # the zero point's part of it is no bias: at most this
-        zero_point = files.read(keys["input_offset"]).double().abs() * layer.k * 128
-        least = (files.read(key).double().abs() - zero_point).clamp(min=0)
-        bias = least * _scales(files, keys["deq_scale"]).double()
-        if not fits(bias, layer.output):
-            expected = f"a bias that {dtype} holds, the layer's dtype"
-            refuse(files.path(key), key, expected, f"{float(bias.max()):.6g}", todo)
-
-
-def _output(
-    files: CheckpointFiles, path: Path, layer: LayerToLoad, dtype: torch.dtype | None
-) -> torch.dtype:
+def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
     """The float dtype a layer takes and gives."""
     module = layer.module
     own = module.input_dtype if isinstance(module, QuantizedLinear) else weight_of(module).dtype
     wanted = dtype or own
     if wanted not in (_F16, _BF16):
-        refuse(
-            path,
-            layer.name,
+        layer.refuse(
             "an output dtype of float16 or bfloat16",
             f"{dtype_name(wanted)}, the dtype of the model's layer",
             "pass dtype=torch.bfloat16 or torch.float16",
         )
-    if (key := layer.keys.get("deq_scale")) is not None:
-        given = files.header(key)[0]
-        says = _F16 if given == _I64 else _BF16
-        if says != wanted:
-            refuse(
-                files.path(key),
-                key,
-                f"{'int64' if wanted == _F16 else 'float32'}, of a layer in {dtype_name(wanted)}",
-                f"{dtype_name(given)}, of one in {dtype_name(says)}",
-                f"call model.to(torch.{dtype_name(says)}) first"
+    for part, outputs in layer.format.output_told_by.items():
+        if part not in layer:
+            continue
+        given = layer.dtype(part)
+        assert given is not None
+        told = outputs[given]
+        if told != wanted:
+            right = next(scale for scale, output in outputs.items() if output == wanted)
+            layer.refuse_part(
+                part,
+                f"{dtype_name(right)}, of a layer in {dtype_name(wanted)}",
+                f"{dtype_name(given)}, of one in {dtype_name(told)}",
+                f"call model.to(torch.{dtype_name(told)}) first"
                 if dtype is None
-                else f"leave dtype= out, or pass torch.{dtype_name(says)}",
+                else f"leave dtype= out, or pass torch.{dtype_name(told)}",
             )
     if not layer.dynamic and own in (_F16, _BF16) and own != wanted:
-        refuse(
-            path,
-            layer.name,
+        layer.refuse(
             f"a layer in {dtype_name(wanted)}, as dtype= says",
             f"{dtype_name(own)} in the model, and a static layer takes one dtype",
             f"call model.to(torch.{dtype_name(wanted)}) first, or leave dtype= out",
@@ -143,33 +106,30 @@ def _output(
     return wanted
 
 
-def _check_input_scale(files: CheckpointFiles, layer: LayerToLoad) -> None:
-    """What the chip multiplies by, in the dtype that it does so in, and the product of the scales
-    are no zero or infinity."""
-    if (key := layer.keys.get("input_scale")) is None:
+def _check_input_scale(layer: LayerToLoad) -> None:
+    """The reciprocal of input_scale in the layer's dtype, by which the chip multiplies, and
+    input_scale * weight_scale in float32 are finite and above 0."""
+    if "input_scale" not in layer:
         return
-    scale = files.read(key).reshape(-1).to(_F32)
+    scale = layer.read("input_scale").reshape(-1).to(_F32)
     factor = scale.reciprocal().to(layer.output)
     if not bool((factor.isfinite() & (factor > 0)).all()):
         found = f"{float(scale[0])}, whose reciprocal is {float(factor[0])}"
         expected = f"a scale whose reciprocal is finite and above 0 in {dtype_name(layer.output)}"
-        refuse(files.path(key), key, expected, found, "load in bfloat16, or quantize again")
-    if "deq_scale" in layer.keys:
+        layer.refuse_part("input_scale", expected, found, "load in bfloat16, or quantize again")
+    if "deq_scale" in layer:  # holds the product
         return
-    key = layer.keys["weight_scale"]
-    product = scale * files.read(key).reshape(-1).to(_F32)
+    product = scale * layer.read("weight_scale").reshape(-1).to(_F32)
     if not bool((product.isfinite() & (product > 0)).all()):
         expected = "scales that, times input_scale, are finite and above 0 in float32"
-        refuse(files.path(key), key, expected, "zero or infinity")
-    if "bias" in layer.keys and layer.output == _F16:
-        key = layer.keys["bias"]
-        steps = files.read(key).double() / product.double()
+        layer.refuse_part("weight_scale", expected, "zero or infinity")
+    if "bias" in layer and layer.output == _F16:
+        steps = layer.read("bias").double() / product.double()
         most = 2**31 - 1 - layer.k * 128 * 127  # leaves the product its room
         if not bool((steps.abs() <= most).all()):
             found = f"{float(steps.abs().nan_to_num(torch.inf).max()):.3g}"
-            refuse(
-                files.path(key),
-                key,
+            layer.refuse_part(
+                "bias",
                 f"at most {most:,} steps of input_scale * weight_scale, for the int32 bias that "
                 "float16 output takes",
                 found,
@@ -177,23 +137,48 @@ def _check_input_scale(files: CheckpointFiles, layer: LayerToLoad) -> None:
             )
 
 
-def _check_product(files: CheckpointFiles, path: Path, kind: str, layer: LayerToLoad) -> None:
+def _check_range(layer: LayerToLoad) -> None:
+    """No weight and no bias that the files stand for is beyond the dtype of the layer's output."""
+    dtype = dtype_name(layer.output)
+    todo = "load in bfloat16, or quantize again" if layer.output == _F16 else "quantize again"
+    if "bias" in layer and not fits(layer.read("bias"), layer.output):
+        found = str(float(layer.read("bias").abs().max()))
+        expected = f"finite values that {dtype} holds, the layer's dtype"
+        layer.refuse_part("bias", expected, found, todo)
+    for part in ("weight_scale", "deq_scale"):
+        if part not in layer:
+            continue
+        scale = layer.scales(part).reshape(-1).double()
+        if part == "deq_scale":  # the product of both scales
+            scale = scale / layer.read("input_scale").double()
+        if not fits(scale * 127, layer.output):
+            expected = f"weights that {dtype} holds, the layer's dtype"
+            layer.refuse_part(part, expected, f"127 * {float(scale.max()):.6g}", todo)
+    if "quant_bias" in layer:
+        # the zero point's share of it is no bias: it is at most this
+        zero_point = layer.read("input_offset").double().abs() * layer.k * 128
+        least = (layer.read("quant_bias").double().abs() - zero_point).clamp(min=0)
+        bias = least * layer.scales("deq_scale").double()
+        if not fits(bias, layer.output):
+            expected = f"a bias that {dtype} holds, the layer's dtype"
+            layer.refuse_part("quant_bias", expected, f"{float(bias.max()):.6g}", todo)
+
+
+def _check_product(layer: LayerToLoad) -> None:
     """The product's tables have a row for the layer."""
     bias = None
-    if "quant_bias" in layer.keys:
+    if "quant_bias" in layer:
         bias = _I32
-    elif "bias" in layer.keys:
-        bias = bias_dtype(kind, layer.dynamic, layer.output, files.header(layer.keys["bias"])[0])
-    packed = "deq_scale" in layer.keys and files.header(layer.keys["deq_scale"])[0] == _I64
-    why = no_row(
+    elif "bias" in layer:
+        bias = layer.format.bias_dtype(layer.dynamic, layer.output, layer.dtype("bias"))
+    why, todo = why_not_supported(
+        LayerKind(torch.int8, static=not layer.dynamic),
         layer.k,
         layer.n,
-        static=not layer.dynamic,
         input_dtype=layer.output,
         output_dtype=layer.output,
-        scale=_I64 if packed else _F32,
+        scale=layer.dtype("deq_scale") if "deq_scale" in layer else _F32,
         bias=bias,
     )
     if why:
-        found, todo = why.split(". What to do: ")
-        refuse(path, layer.name, "a layer that the product can run", found, todo.rstrip("."))
+        layer.refuse("a layer that the product can run", why, todo)

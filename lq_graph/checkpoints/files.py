@@ -1,7 +1,8 @@
-"""Files of a checkpoint, read and written: regular ones only, JSON within bounds, safetensors.
+"""One file of a checkpoint, read or written: JSON, or safetensors.
 
-Plain read and write calls, so that what the disk refuses is an error here and no signal, and so
-that a tensor is memory of its own. Whatever is wrong with a file is a CheckpointError.
+Only regular files are read, and JSON only up to a size and a depth. Reading and writing are plain
+system calls and not mapped memory: an error of the disk is an exception and not a signal, and each
+tensor has memory of its own. Everything that is wrong with a file is a CheckpointError.
 
 Source: safetensors' README (huggingface/safetensors), section Format: eight bytes of length, a
 JSON header of at most 100 MB, and the tensors end to end.
@@ -22,17 +23,21 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LinearQuantValueError
 
 __all__ = [
+    "CONFIG",
     "DTYPES",
+    "INDEX",
     "MAX_NAME",
     "CheckpointError",
     "Entry",
     "TensorFile",
+    "check_model",
     "expanded",
+    "list_folder",
     "read_json",
     "refuse",
     "shown",
@@ -41,6 +46,8 @@ __all__ = [
     "write_tensor",
 ]
 
+CONFIG = "config.json"  # of the model, as transformers writes it
+INDEX = ".safetensors.index.json"  # how the name of an index ends
 MAX_JSON = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
 MAX_NAME = 1000  # characters of a tensor's name
@@ -58,11 +65,11 @@ DTYPES: dict[str, torch.dtype] = {
 
 class CheckpointError(LinearQuantValueError):
     """A checkpoint that cannot be loaded or written. The text names the file, the key, what was
-    expected and what was found. The model, or the folder, is as it was."""
+    expected and what was found. The model, or the folder, is unchanged."""
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """Text out of a file, in a form that fits into a sentence."""
+    """Text from a file, printable and of limited length."""
     text = str(text)
     if not text.isprintable():
         text = ascii(text)
@@ -70,11 +77,11 @@ def shown(text: object, limit: int = 200) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path, with the home folder for a ~ at its beginning."""
+    """A path, with the home folder in place of a ~ at its beginning."""
     path = Path(path)
     try:
         return path.expanduser()
-    except RuntimeError:  # no user of that name: the ~ is the file's
+    except RuntimeError:  # no user of that name: ~ is part of the file's name
         return path
 
 
@@ -85,16 +92,30 @@ def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "
     raise CheckpointError(text + (f" What to do: {todo}." if todo else ""))
 
 
+def list_folder(folder: Path) -> list[str]:
+    """Names of the files in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        refuse(folder, None, "a folder", getattr(error, "strerror", None) or str(error))
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
+
+
 # ---- reading ----
 
 
 def _nonblocking(path: str, flags: int) -> int:
-    # a FIFO without a writer would be waited for
+    # else opening a FIFO would wait for a writer
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
-    """Open a regular file, or refuse; with its size and when it was written."""
+    """Open a regular file; also its size and the time it was written."""
     try:
         stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
         status = os.fstat(stream.fileno())
@@ -109,7 +130,7 @@ def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
 
 
 def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
-    """Read as many bytes as a buffer holds, or refuse."""
+    """Fill a buffer from a file; refuse a file that ends before."""
     view = memoryview(buffer).cast("B")
     while view:
         try:
@@ -125,8 +146,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: another thing than a regular file with one object, of at most 100 MB and 50
-            levels, without a key that comes twice.
+        CheckpointError: no regular file with one object; more than 100 MB or 50 levels; a key that
+            comes twice.
     """
     stream, (size, _) = _open(file, "a JSON object")
     with stream:
@@ -174,8 +195,13 @@ def _int(digits: str) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype, None for one that torch has not, its shape, and the bytes
-    of the file that it is."""
+    """One tensor of a file.
+
+    Attributes:
+        dtype: None for one that torch does not have.
+        shape: of the tensor.
+        begin, end: of its bytes in the file.
+    """
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
@@ -188,15 +214,15 @@ class TensorFile:
 
     Args:
         file: its path.
-        mapped: whether tensors are the mapped file (private: writing to them does not change it)
-            or memory of their own.
+        mapped: whether tensors are the mapped file, privately: writing to a tensor does not change
+            the file. Else they have memory of their own.
 
     Attributes:
-        entries: what the header says, by name.
-        bytes_read: of tensors, so far.
+        entries: the tensors that the header lists, by name.
+        bytes_read: bytes of tensors that were read so far.
 
     Raises:
-        CheckpointError: it is no safetensors file, or one that is cut off.
+        CheckpointError: it is no safetensors file, or is cut off.
     """
 
     def __init__(self, file: Path, *, mapped: bool = False) -> None:
@@ -211,7 +237,7 @@ class TensorFile:
                 refuse(file, None, "a file that can be mapped", str(error), "leave mmap=False")
 
     def close(self) -> None:
-        """Close the file; what is mapped stays."""
+        """Close the file; mapped tensors stay valid."""
         self._stream.close()
 
     def check_unchanged(self) -> None:
@@ -273,7 +299,7 @@ class TensorFile:
         shape = list(entry.shape)
         shape[dim] //= parts
         assert entry.dtype is not None
-        run = prod(shape[dim:])  # values that lie side by side
+        run = prod(shape[dim:])  # values that are adjacent in the file
         skip = prod(entry.shape[dim:])
         begin = entry.begin + part * run * entry.dtype.itemsize
         rows = [
@@ -298,7 +324,7 @@ class TensorFile:
 
 
 def _entry(given: object, offset: int) -> Entry | None:
-    """What the header says of a tensor; None if it is nonsense."""
+    """What the header says of a tensor; None if it is invalid."""
     if not isinstance(given, dict):
         return None
     name, shape, place = given.get("dtype"), given.get("shape"), given.get("data_offsets")
@@ -327,7 +353,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def tensors_header(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
-    """The order of a safetensors file's tensors, and what stands before them. Large dtypes come
+    """The order of the tensors in a safetensors file, and the bytes before them. Large dtypes come
     first, so that each tensor is aligned."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
@@ -347,13 +373,13 @@ def tensors_header(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
 
 
 def write_tensor(descriptor: int, tensor: Tensor, pause: Callable[[], None]) -> None:
-    """Write the bytes of a tensor, of any device and layout in memory."""
+    """Write the bytes of a tensor, on any device and with any strides."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     write_all(descriptor, _bytes_of(plain), pause)
 
 
 def write_all(descriptor: int, data: Any, pause: Callable[[], None]) -> None:
-    """Write bytes, with a pause between calls."""
+    """Write bytes; `pause` is called after each chunk."""
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(descriptor, view[:_CHUNK]) :]

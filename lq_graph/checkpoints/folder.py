@@ -1,4 +1,4 @@
-"""The files of a checkpoint as they lie in a folder."""
+"""The files of a checkpoint in a folder, also while another process saves into it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,66 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, TensorFile, read_json, refuse, shown
-from .formats import (
-    INDEX,
-    list_folder,
-    temporary,
-    waiting,
-)
+from .files import INDEX, CheckpointError, TensorFile, list_folder, read_json, refuse, shown
+from .formats import FORMATS
 
-__all__ = ["CheckpointFiles", "is_file", "old_or_new"]
+__all__ = [
+    "CheckpointFiles",
+    "backup_name",
+    "is_file",
+    "old_or_new",
+    "pending_weights",
+    "temporary_name",
+]
 
 _TRIES = 20  # of a folder that changes while it is read
 
 
-class CheckpointFiles:
-    """Tensors of one or many safetensors files, read one at a time."""
+def temporary_name(name: str) -> str:
+    """The name of a file while it is written, until it replaces the file of that name."""
+    return f".{name}.saving"
 
-    def __init__(self, path: Path, stack: ExitStack, waits: Path | None, *, mapped: bool) -> None:
+
+def backup_name(name: str) -> str:
+    """The name of a copy of a file that is replaced, until the save is done."""
+    return f".{name}.before"
+
+
+def pending_weights(folder: Path) -> Path | None:
+    """Weights that are complete under their temporary name while the JSON that describes them is in
+    place: a save is between its last two steps, or was killed there."""
+    for format in FORMATS.values():
+        about = format.json_file
+        found = folder / temporary_name(format.weights_file)
+        in_place = os.path.isfile(folder / backup_name(about)) and not os.path.isfile(
+            folder / temporary_name(about)
+        )
+        if in_place and os.path.isfile(found):
+            return found
+    return None
+
+
+class CheckpointFiles:
+    """Tensors of one or many safetensors files, read one at a time.
+
+    Args:
+        path: a folder, or one file.
+        stack: closes the files.
+        pending: a file of weights that stands for those in the folder; see `pending_weights`.
+        mapped: whether tensors are the mapped files, see `TensorFile`.
+
+    Attributes:
+        path: as given.
+
+    Raises:
+        CheckpointError: no files, files that are broken, or an index that is not of these files.
+    """
+
+    def __init__(self, path: Path, stack: ExitStack, pending: Path | None, *, mapped: bool) -> None:
+        self.path = path
         self._files: list[TensorFile] = []
         self._of: dict[str, TensorFile] = {}
-        index, paths = _files_of(path) if waits is None else (None, [waits])
+        index, paths = _files_of(path) if pending is None else (None, [pending])
         for file in paths:
             opened = TensorFile(file, mapped=mapped)
             stack.callback(opened.close)
@@ -43,7 +83,7 @@ class CheckpointFiles:
             self._check_index(*index)
 
     def _check_index(self, index: Path, names: dict[str, str]) -> None:
-        """An index is of these files, and not of others that were here before."""
+        """Refuse an index of other files, which were in the folder before these."""
         for key, name in names.items():
             if key not in self._of or self._of[key].file.name != name:
                 refuse(index, key, f"a tensor in {name}", "no such tensor")
@@ -70,10 +110,10 @@ class CheckpointFiles:
 
     @property
     def bytes_read(self) -> int:
-        """Of tensors, so far."""
+        """Bytes of tensors that were read so far."""
         return sum(file.bytes_read for file in self._files)
 
-    def path(self, key: str) -> Path:
+    def file_of(self, key: str) -> Path:
         """The file a tensor is in."""
         return self._of[key].file
 
@@ -83,7 +123,7 @@ class CheckpointFiles:
         return entry.dtype, entry.shape
 
     def read(self, key: str) -> Tensor:
-        """The tensor itself."""
+        """A tensor."""
         return self._of[key].read(key)
 
     def read_part(self, key: str, dim: int, part: int, parts: int) -> Tensor:
@@ -91,7 +131,7 @@ class CheckpointFiles:
         return self._of[key].read_part(key, dim, part, parts)
 
     def check_unchanged(self) -> None:
-        """Refuse files that were written to meanwhile."""
+        """Refuse files that were written to since they were opened."""
         for file in self._files:
             file.check_unchanged()
 
@@ -107,7 +147,7 @@ def _names_in(file: Path) -> list[str]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is one file's; refuses one that is nothing."""
+    """Whether a path is that of a file, and not of a folder; refuses one that does not exist."""
     try:
         os.listdir(path)
     except NotADirectoryError:
@@ -121,7 +161,7 @@ def is_file(path: Path) -> bool:
 
 
 def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path]]:
-    """An index with what it says, if there is one, and the safetensors files."""
+    """The index and what it says, or None, and the safetensors files."""
     if is_file(path):
         return None, [path]
     names = list_folder(path)
@@ -150,33 +190,34 @@ _T = TypeVar("_T")
 
 
 def old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
-    """Load what is in a folder before or after another process saves into it.
+    """Load the old checkpoint or the new one while another process saves into the folder.
 
-    save_checkpoint puts the JSON in place and then the weights, which wait complete until they have
-    their name. An error is one of the files only if they stayed as they are meanwhile: what is read
-    partly before and partly after does not fit together.
+    save_checkpoint puts the JSON in place first and the weights second; between the two steps the
+    weights are complete under their temporary name. A load that reads one file of the old
+    checkpoint and one of the new fails. So after an error the load is tried again if a file of the
+    folder has changed since.
     """
     tries = 0
     while True:
         before = _stamp(path)
         try:
-            return load(_waiting_for(path))
+            return load(_pending_for(path))
         except CheckpointError:
             tries += 1
             if tries == _TRIES or _stamp(path) == before:
                 raise
 
 
-def _waiting_for(path: Path) -> Path | None:
-    """Weights that wait to be in a folder, or to be a file."""
+def _pending_for(path: Path) -> Path | None:
+    """Pending weights of a folder, or of a file."""
     if os.path.isdir(path):
-        return waiting(path)
-    found = waiting(path.parent)
-    return found if found is not None and found.name == temporary(path.name) else None
+        return pending_weights(path)
+    found = pending_weights(path.parent)
+    return found if found is not None and found.name == temporary_name(path.name) else None
 
 
 def _stamp(path: Path) -> list[tuple[object, ...]]:
-    """What changes when a file of a checkpoint does."""
+    """Something that differs after a file of a checkpoint has changed."""
     found: list[tuple[object, ...]] = []
     with suppress(OSError, ValueError):
         folder = path if os.path.isdir(path) else path.parent

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.places import held_elsewhere, places_of
+from ..errors import LinearQuantTypeError
+from ..modules.places import Place, held_elsewhere, places_of
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.replaceable import why_not_replaceable
-from .files import refuse
-from .formats import (
-    PARTS,
-    Part,
-)
-
-if TYPE_CHECKING:
-    from ..parallel.styles import LinearQuantStyle
+from ..modules.replaceable import carry_over, why_not_replaceable
+from ..modules.split import SplitStyle
+from .base import Format, Part
+from .files import CheckpointError, refuse
 from .folder import CheckpointFiles
+from .tensor_parallel import TensorParallel
 from .tensors import bit_equal, memory_of
 
-__all__ = ["LayerToLoad", "layers_to_load", "weight_of"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
 
-_I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
-_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+__all__ = ["LayerToLoad", "layers_to_load", "new_layer", "weight_of"]
+
+_I8, _I64 = torch.int8, torch.int64
+_F32, _F16 = torch.float32, torch.float16
+# the parameter of LinearQuant that a part becomes, if it is not a scale; it tells how it is split
+_PARAMETER = {"weight": "weight", "quant_bias": "bias", "bias": "bias"}
 
 
 @dataclass
@@ -35,88 +37,187 @@ class LayerToLoad:
     """A quantized layer of the files, and the module of the model that it replaces.
 
     Attributes:
-        parts: the tensors it has in the files.
-        keys: their names there; a weight that is tied to another layer's may be under that one's.
+        name: qualified name.
+        module: the nn.Linear or QuantizedLinear of that name.
+        files: where its tensors are.
+        format: that of the files.
+        dynamic: whether its input is quantized per token.
+        n, k: its sizes.
+        output: the float dtype that it takes and gives.
+        style: how it is split over devices; None if it is not.
+        parts: the tensors it has in the files, by the names of their parts.
+        keys: their names in the files, likewise. A weight that is tied to another layer's may have
+            that layer's name.
     """
 
     name: str
     module: nn.Module
+    files: CheckpointFiles
+    format: Format
     dynamic: bool
     n: int
     k: int
     output: torch.dtype = _F16
-    style: LinearQuantStyle | None = None
+    style: SplitStyle | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
+    def __contains__(self, part: str) -> bool:
+        return part in self.keys
+
+    def dtype(self, part: str) -> torch.dtype | None:
+        """Of a tensor it has; None for a dtype that torch does not have."""
+        return self.files.header(self.keys[part])[0]
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Of a tensor it has."""
+        return self.files.header(self.keys[part])[1]
+
+    def read(self, part: str) -> Tensor:
+        """A tensor it has."""
+        return self.files.read(self.keys[part])
+
+    def scales(self, part: str) -> Tensor:
+        """The scales in a tensor it has, of which int64 ones hold the bits of a float32."""
+        values = self.read(part)
+        return (values & 0xFFFFFFFF).to(torch.uint32).view(_F32) if values.dtype == _I64 else values
+
+    def refuse(self, expected: str, found: str, todo: str = "") -> NoReturn:
+        """Raise a CheckpointError that names the layer."""
+        refuse(self.files.path, self.name, expected, found, todo)
+
+    def refuse_part(self, part: str, expected: str, found: str, todo: str = "") -> NoReturn:
+        """Raise a CheckpointError that names a tensor it has."""
+        key = self.keys[part]
+        refuse(self.files.file_of(key), key, expected, found, todo)
+
 
 def layers_to_load(
-    model: nn.Module, path: Path, files: CheckpointFiles, kind: str, schemes: Mapping[str, bool]
+    model: nn.Module, files: CheckpointFiles, format: Format, schemes: Mapping[str, bool]
 ) -> list[LayerToLoad]:
-    """The layers, each with the module it replaces and the keys it has."""
+    """The quantized layers of the files, each with the module it replaces and the keys it has.
+
+    Args:
+        model: that is loaded into.
+        files, format: of the checkpoint.
+        schemes: for each layer's name, whether it is dynamic.
+
+    Raises:
+        CheckpointError: a module that is absent or cannot be replaced; one module under two names
+            with different tensors.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     places, elsewhere = places_of(model), held_elsewhere(model)
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     for name, dynamic in schemes.items():
-        module = modules.get(name)
-        layer = _module_for(path, name, module, dynamic)
-        module = layer.module
-        kind_of = QuantizedLinear if isinstance(module, QuantizedLinear) else nn.Linear
-        why = why_not_replaceable(module, kind_of, places.get(module, ()))
-        if not why and module in elsewhere:
-            why = f"{elsewhere[module]} holds it too, where it would stay what it is"
-        if why:
-            todo = "make the model with a plain nn.Linear there, or load before it is changed"
-            refuse(path, name, "a layer that can be replaced", why, todo)
-        for part in PARTS[kind, dynamic]:
+        module = _module_for(files, name, modules.get(name))
+        n, k = module.out_features, module.in_features
+        layer = LayerToLoad(name, module, files, format, dynamic, n, k)
+        _check_replaceable(layer, places.get(module, []), elsewhere)
+        for part in format.parts[dynamic]:
             if (key := f"{name}.{part.name}") in files:
                 layer.parts[part.name], layer.keys[part.name] = part, key
         if other := layers.get(module):
-            _check_same(files, other, layer)
+            _check_same(other, layer)
             continue
         layers[module] = layer
-        if "weight" in layer.keys:
+        if "weight" in layer:
             tied.setdefault(memory_of(weight_of(module)), layer.keys["weight"])
     for layer in layers.values():
-        same = tied.get(memory_of(weight_of(layer.module)))
-        if same is not None and "weight" not in layer.keys:
-            layer.parts["weight"], layer.keys["weight"] = PARTS[kind, layer.dynamic][0], same
+        key_of_other = tied.get(memory_of(weight_of(layer.module)))
+        if key_of_other is not None and "weight" not in layer:
+            layer.parts["weight"] = format.parts[layer.dynamic][0]
+            layer.keys["weight"] = key_of_other
     return list(layers.values())
 
 
-def _module_for(path: Path, name: str, module: nn.Module | None, dynamic: bool) -> LayerToLoad:
+def _module_for(
+    files: CheckpointFiles, name: str, module: nn.Module | None
+) -> nn.Linear | QuantizedLinear:
     if not name:
         todo = "put it in an nn.Sequential"
-        refuse(path, name, "a layer inside the model", "the model itself", todo)
+        refuse(files.path, name, "a layer inside the model", "the model itself", todo)
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
-        refuse(path, name, "an nn.Linear in the model", found)
+        refuse(files.path, name, "an nn.Linear in the model", found)
+    return module
+
+
+def _check_replaceable(
+    layer: LayerToLoad, places: list[Place], elsewhere: Mapping[nn.Module, str]
+) -> None:
+    module = layer.module
+    quantized = isinstance(module, QuantizedLinear)
     if isinstance(module, QuantizedLinear) and (
         module.takes_int8 or (module.linear.output_dtype or _I8) == _I8
     ):
-        refuse(
-            path,
-            name,
+        layer.refuse(
             "a layer with float input and output",
             "one that takes or gives int8, and the ReLU beside it may be gone",
             "load into the float model",
         )
-    return LayerToLoad(name, module, dynamic, module.out_features, module.in_features)
+    why = why_not_replaceable(module, QuantizedLinear if quantized else nn.Linear, places)
+    if not why and module in elsewhere:
+        why = f"{elsewhere[module]} holds it too and would keep the old one"
+    if why:
+        layer.refuse(
+            "a layer that can be replaced",
+            why,
+            "make the model with a plain nn.Linear there, or load before it is changed",
+        )
 
 
-def _check_same(files: CheckpointFiles, one: LayerToLoad, other: LayerToLoad) -> None:
+def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
     """One module under two names has one set of tensors."""
-    for part, key in other.keys.items():
-        if part not in one.keys or not bit_equal(files.read(key), files.read(one.keys[part])):
-            refuse(
-                files.path(key),
-                key,
-                f"the tensor of {one.name}, which is the same layer",
-                "another",
-            )
+    for part in other.keys:
+        if part not in one or not bit_equal(other.read(part), one.read(part)):
+            other.refuse_part(part, f"the tensor of {one.name}, which is the same layer", "another")
 
 
 def weight_of(module: nn.Module) -> Tensor:
+    """The weight of an nn.Linear, or the quantized one of a QuantizedLinear."""
     found = module.linear.weight if isinstance(module, QuantizedLinear) else module.weight
     return cast(Tensor, found)
+
+
+def new_layer(
+    layer: LayerToLoad, parallel: TensorParallel | None, weights: dict[str, nn.Parameter]
+) -> QuantizedLinear:
+    """The layer that replaces the module, on its device.
+
+    Args:
+        layer: checked.
+        parallel: which part of it is this process's; None for the whole.
+        weights: those of the layers before, by key; one weight that several layers have stays one.
+    """
+    new = layer.format.build(layer.dynamic, layer.output, partial(_read, layer, parallel))
+    device = weight_of(layer.module).device
+    new = new.to(torch.device("cpu") if device.type == "meta" else device)
+    if layer.style is None:
+        new.linear.weight = weights.setdefault(
+            layer.keys["weight"], cast(nn.Parameter, new.linear.weight)
+        )
+    elif parallel is not None:
+        layer.style.adopt(new, parallel.mesh)
+    try:
+        carry_over(layer.module, new)
+    except LinearQuantTypeError as error:
+        raise CheckpointError(f"load_checkpoint: {layer.name}: {error}") from None
+    return new
+
+
+def _read(layer: LayerToLoad, parallel: TensorParallel | None, part: str) -> Tensor | None:
+    """A tensor of a layer, or this process's part of it; None if the layer has none."""
+    if part not in layer:
+        return None
+    if layer.style is None or parallel is None or layer.parts[part].shapes[0][0] != "n":
+        return layer.read(part)
+    shape = layer.shape(part)
+    size = shape if part == "weight" else shape[:1]
+    placement = layer.style.placement(_PARAMETER.get(part, "scale"), size)
+    if placement.is_shard():
+        dim = cast("Shard", placement).dim
+        return layer.files.read_part(layer.keys[part], dim, parallel.rank, parallel.ranks)
+    tensor = layer.read(part)
+    return torch.zeros_like(tensor) if placement.is_partial() and parallel.rank else tensor

@@ -1,7 +1,7 @@
 """load_checkpoint: a W8A8 checkpoint into a model.
 
-Everything is checked against the files' headers, the scales' values and the model first, then read;
-only then is the model changed, all or nothing.
+In this order: the files' headers, the scales' values and the model are checked; everything is read;
+the model is changed, all or nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from ..modules.places import places_of, put
 from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
-from .build import new_layer
 from .check_layer import check_layer
-from .files import CheckpointError, expanded
+from .files import CheckpointError, check_model, expanded
 from .folder import CheckpointFiles, is_file, old_or_new
-from .formats import (
-    schemes_of,
-)
-from .layers import layers_to_load
+from .formats import format_and_schemes
+from .layers import LayerToLoad, layers_to_load, new_layer
 from .state import RestOfModel, StateChanges, check_rest
 from .tensor_parallel import TensorParallel
 
@@ -35,16 +32,23 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.parallel import ParallelStyle
 
-__all__ = ["LoadReport", "Loaded", "check_model", "load_checkpoint"]
+__all__ = ["LoadReport", "Loaded", "load_checkpoint"]
 
-_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-# one load at a time: one model may be loaded from several threads, and from a signal handler
+_F16, _BF16 = torch.float16, torch.bfloat16
+# One load at a time: several threads, or a signal handler, may load into one model.
 _LOCK = one_at_a_time()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One quantized layer that was loaded: qualified name, scheme, sizes, bytes of its weight."""
+    """One quantized layer that was loaded.
+
+    Attributes:
+        name: qualified name.
+        scheme: "dynamic" or "static".
+        n, k: its sizes.
+        output_dtype: the float dtype that it takes and gives.
+    """
 
     name: str
     scheme: str
@@ -53,22 +57,16 @@ class Loaded:
     output_dtype: torch.dtype
 
     def row(self) -> list[object]:
-        """A line of the report."""
-        return [
-            self.name,
-            self.scheme,
-            self.n,
-            self.k,
-            dtype_name(self.output_dtype),
-            self.n * self.k,
-        ]
+        """A line of the report; the last cell is the weight's size in bytes."""
+        output = dtype_name(self.output_dtype)
+        return [self.name, self.scheme, self.n, self.k, output, self.n * self.k]
 
 
 class LoadReport(list[Loaded]):
-    """What load_checkpoint loaded; prints as a table.
+    """What load_checkpoint loaded, one line for each quantized layer; prints as a table.
 
     Attributes:
-        bytes_read: of tensors, out of the files, by this process.
+        bytes_read: bytes of tensors that this process read from the files.
     """
 
     bytes_read = 0
@@ -90,49 +88,78 @@ def load_checkpoint(
     plan: Mapping[str, ParallelStyle] | None = None,
     mmap: bool = False,
 ) -> LoadReport:
-    """Load a W8A8 checkpoint into a model.
+    """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
 
-    Each quantized layer of the files has to be an nn.Linear of that name in the model, with nothing
-    that quantize() would leave it float for; a `QuantizedLinear` replaces it, or replaces one that
-    is there already. Every other tensor is loaded by name, into the memory it has.
+    For each quantized layer of the files the model needs an nn.Linear of that name, which a
+    `QuantizedLinear` replaces, or a QuantizedLinear. The nn.Linear must be one that `quantize`
+    would quantize. Every other tensor is loaded by name, into the memory it has. Tied weights stay
+    tied.
 
-    All or nothing: files, sizes, dtypes, scales and the model are checked first, and the last
-    step, for which Ctrl-C waits, is taken back if it fails. While another process saves into the
-    folder, the old checkpoint or the new one is loaded. Threads load one after another. Until
-    everything is read, what the model had is kept; make the model under torch.device("meta") to
-    have none. Tied weights stay tied.
-    Buffers that files do not hold (register_buffer(persistent=False), as the inv_freq of rotary
-    embeddings) have to be real before: make the modules that have them anew, outside
-    torch.device("meta").
+    Atomic: if a step fails, the model is unchanged. Files and model are checked first, everything
+    is read second, and the model is changed last; Ctrl-C waits for that step. Another process may
+    save into the folder meanwhile: the old checkpoint or the new one is loaded. Threads load one
+    after another.
+
+    The old tensors stay in memory until everything is read. To avoid that, make the model under
+    torch.device("meta"). Files do not hold non-persistent buffers (the inv_freq of rotary
+    embeddings, for example), so make the modules that have them again outside torch.device("meta")
+    before loading.
 
     Args:
-        model: with the float layers the checkpoint was made of.
-        path: a folder, or one safetensors file with its json beside it; ~ is the home folder.
-        dtype: float16 or bfloat16, what the quantized layers take and give; default that of the
-            layer's own weight. A static layer of msmodelslim says its own, and has to agree: int64
-            deq_scale float16, float32 deq_scale bfloat16.
-        mesh, plan: to split quantized layers over devices: a mesh of one dim, and for names of
-            layers (`*` for any part between two dots) a ColwiseLinearQuant or RowwiseLinearQuant of
-            `lq_graph.parallel`. Each process keeps its part of those layers' tensors, and reads no
-            more of the weights; scales and biases are checked whole. The plan
-            is applied: leave these layers out of parallelize_module.
-        mmap: tensors on the CPU are the mapped files, read when they are used, instead of memory
-            of their own. Then nobody may write to the files or shorten them as long as the model
-            is there: the model would change with them, or the process end with SIGBUS. Replacing
-            them, as save_checkpoint does, is no harm.
+        model: the float model that the checkpoint was made of.
+        path: a folder, or one safetensors file with its JSON beside it; ~ is the home folder.
+        dtype: torch.float16 or torch.bfloat16, the dtype of the quantized layers' input and output;
+            default the dtype of each layer's own weight. A static layer of msmodelslim states its
+            own, which has to agree: float16 for an int64 deq_scale, bfloat16 for a float32 one.
+        mesh: a mesh of one dim, to split layers over devices; with `plan` only.
+        plan: how layers are split: from a name (`*` stands for any part between two dots) to a
+            ColwiseLinearQuant or RowwiseLinearQuant of `lq_graph.parallel`. Each process keeps its
+            part of those layers' tensors and reads no more of the weights; scales and biases are
+            read whole, to be checked. Leave these layers out of parallelize_module.
+        mmap: map the files instead of reading them; tensors on the CPU are then read when they are
+            used. As long as the model exists, nobody may write to the files or shorten them: its
+            values would change, or the process end with SIGBUS. Replacing the files, as
+            save_checkpoint does, is safe.
 
     Returns:
-        A report, one `Loaded` for each quantized layer.
+        A LoadReport: a list with one `Loaded` for each quantized layer.
 
     Raises:
-        CheckpointError: anything missing, truncated, of another dtype or size, beyond the range of
-            the model's dtype, or not finite where it is a scale; a layer that must not be replaced;
-            tensors left on meta; layers the product in force has no row for. With a mesh, on every
-            rank if it is so on one.
+        CheckpointError: a file or tensor that is missing, cut off, or of another dtype or shape; a
+            scale that is not finite and above 0; a value that the model's dtype cannot hold; a
+            layer that cannot be replaced or that the product in force cannot run; a tensor that
+            would stay on meta. With a mesh an error of one rank is raised on all ranks.
         LinearQuantError: a layer that the plan cannot split.
 
-    Source: see checkpoint_format.py.
+    Source: vllm-project/vllm-ascend for msmodelslim's format, vllm-project/compressed-tensors for
+    the other.
     """
+    path = _check_arguments(model, path, dtype, mesh, plan)
+    parallel = None if mesh is None or plan is None else TensorParallel(mesh, plan)
+
+    def load(pending: Path | None) -> tuple[LoadReport, Callable[[], None]]:
+        with ExitStack() as stack:
+            files = CheckpointFiles(path, stack, pending, mapped=mmap)
+            return _load(model, files, dtype, parallel)
+
+    # parameters made in inference mode could not be used outside
+    with torch.inference_mode(False), torch.no_grad():
+        if parallel is None:
+            with _LOCK:
+                report, swap = old_or_new(path, load)
+                swap()
+            return report
+        with parallel.agreeing() as found:  # no rank changes its model unless all can
+            report, swap = old_or_new(path, load)
+            found += [str(layer.row()) for layer in report]
+        swap()
+    return report
+
+
+def _check_arguments(
+    model: object, path: str | Path, dtype: object, mesh: object, plan: object
+) -> Path:
+    """Refuse arguments that do not fit; returns the path with the home folder for ~."""
     if (mesh is None) != (plan is None):
         raise CheckpointError("load_checkpoint: mesh and plan go together; give both or neither.")
     if dtype not in (None, _F16, _BF16):
@@ -141,68 +168,34 @@ def load_checkpoint(
             f"load_checkpoint: dtype is {given}; allowed are torch.float16 and torch.bfloat16."
         )
     check_model("load_checkpoint", model)
-    shares = None if mesh is None or plan is None else TensorParallel(mesh, plan)
     try:
-        path = expanded(path)
+        return expanded(path)
     except TypeError as error:
         raise CheckpointError(f"load_checkpoint: path: {error}.") from None
-
-    def load(waits: Path | None) -> tuple[LoadReport, Callable[[], None]]:
-        with ExitStack() as stack:
-            files = CheckpointFiles(path, stack, waits, mapped=mmap)
-            return _load(model, path, files, dtype, shares)
-
-    # parameters made in inference mode could not be used outside
-    with torch.inference_mode(False), torch.no_grad():
-        if shares is None:
-            with _LOCK:
-                report, swap = old_or_new(path, load)
-                swap()
-            return report
-        with shares.agreeing() as found:  # nothing is changed on any rank unless all can go on
-            report, swap = old_or_new(path, load)
-            found += [str(layer.row()) for layer in report]
-        swap()
-    return report
-
-
-def check_model(function: str, model: object) -> None:
-    """Refuse what is no module."""
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
 
 
 def _load(
     model: nn.Module,
-    path: Path,
     files: CheckpointFiles,
     dtype: torch.dtype | None,
-    shares: TensorParallel | None,
+    parallel: TensorParallel | None,
 ) -> tuple[LoadReport, Callable[[], None]]:
-    """Check and read everything; the function that is returned puts it into the model."""
-    kind, schemes = schemes_of(path.parent if is_file(path) else path, files)
+    """Check and read everything. Returns the report, and the function that changes the model."""
+    folder = files.path.parent if is_file(files.path) else files.path
+    format, schemes = format_and_schemes(folder, files)
     places = places_of(model)
-    layers = layers_to_load(model, path, files, kind, schemes)
+    layers = layers_to_load(model, files, format, schemes)
     for layer in layers:
-        check_layer(files, path, kind, layer, dtype)
-        if shares is not None and (style := shares.style(layer.name)) is not None:
-            whole = LinearQuant(
-                layer.k,
-                layer.n,
-                bias="bias" in layer.parts or "quant_bias" in layer.parts,
-                pertoken_scale=layer.dynamic,
-                output_dtype=layer.output,
-                device="meta",
-            )
-            style.check(layer.name, whole, shares.ranks)
-            layer.style = style
-    held = RestOfModel(model, {layer.module for layer in layers})
+        check_layer(layer, dtype)
+        if parallel is not None:
+            _plan_split(layer, parallel)
+    rest_of_model = RestOfModel(model, {layer.module for layer in layers})
     used = {key for layer in layers for key in layer.keys.values()}
-    rest = check_rest(held, files, path, used)
+    rest = check_rest(rest_of_model, files, used)
 
     weights: dict[str, nn.Parameter] = {}
-    new = {layer.module: new_layer(files, kind, layer, shares, weights) for layer in layers}
-    changes = StateChanges(held, files, rest)
+    new = {layer.module: new_layer(layer, parallel, weights) for layer in layers}
+    changes = StateChanges(rest_of_model, files, rest)
     files.check_unchanged()
 
     report = LoadReport(
@@ -225,3 +218,19 @@ def _load(
             changes.make(undo)
 
     return report, swap
+
+
+def _plan_split(layer: LayerToLoad, parallel: TensorParallel) -> None:
+    """Note how a layer is split; refuse one that cannot be."""
+    if (style := parallel.style(layer.name)) is None:
+        return
+    whole = LinearQuant(
+        layer.k,
+        layer.n,
+        bias="bias" in layer or "quant_bias" in layer,
+        pertoken_scale=layer.dynamic,
+        output_dtype=layer.output,
+        device="meta",
+    )
+    style.check(layer.name, whole, parallel.ranks)
+    layer.style = style

@@ -1,9 +1,9 @@
-"""Regular expressions out of files, matched in bounded time.
+"""Regular expressions from files, matched in bounded time.
 
-Python's engine follows one way through a pattern after another, and `(a+)+$` has more ways than
-anyone can wait for. Here all ways are followed at once: the positions of a text that a pattern may
-have reached are the bits of an integer. Answers are those of `re.match`; a pattern without regular
-meaning (back references, flags) is refused.
+Python's engine tries one path through a pattern after another, and a pattern such as `(a+)+$` has
+exponentially many. Here all paths are followed at once: the positions of a text that a pattern may
+have reached are the bits of an integer. The answers are those of `re.match`. Patterns that are not
+regular (back references, flags) are refused.
 """
 
 from __future__ import annotations
@@ -45,28 +45,32 @@ _CATEGORIES = {
 
 
 class PatternError(ValueError):
-    """A pattern that is none, or one that cannot be matched in bounded time."""
+    """A pattern that is invalid, or cannot be matched in bounded time."""
 
 
 class Work:
-    """Steps that are left: of all matches together, and of the one that runs."""
+    """Counts the steps that are left: for all matches together, and for the one that runs."""
 
     def __init__(self) -> None:
         self._all = _ALL_STEPS
         self._left = 0
 
     def read(self, text: str) -> None:
-        """Count a pattern's length: there may be many."""
+        """Count reading a pattern; there may be many."""
         self._left = self._all
         self.step(_STEPS_OF_READING * len(text))
 
     def begin(self) -> None:
-        """Before a match."""
+        """Begin a match."""
         self._left = _STEPS
         self.step(_STEPS_OF_BEGINNING)
 
     def step(self, steps: int = 1) -> None:
-        """Count some."""
+        """Count steps.
+
+        Raises:
+            PatternError: none are left.
+        """
         self._left -= steps
         self._all -= steps
         if self._left < 0 or self._all < 0:
@@ -77,7 +81,7 @@ class Pattern:
     """A regular expression.
 
     Raises:
-        PatternError: it is none, has no bounded form, or takes more steps than are left.
+        PatternError: it is invalid, is not regular, or takes more steps than are left.
     """
 
     def __init__(self, text: str, work: Work) -> None:
@@ -85,7 +89,7 @@ class Pattern:
         work.read(text)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of syntax that may mean something else one day
+                warnings.simplefilter("ignore")  # about syntax that may change its meaning
                 parsed = parser.parse(text)
             if parsed.state.flags & ~(re.UNICODE | re.VERBOSE):
                 raise PatternError("it has flags")
@@ -111,7 +115,7 @@ _Node = tuple[str, Any]
 
 
 def _nodes(parsed: Iterable[Any]) -> list[_Node]:
-    """A parsed pattern in a form that is quick to follow; refuses what Text has no step for."""
+    """A parsed pattern in a form that Text can match fast; refuses what is not regular."""
     found: list[_Node] = []
     for op, value in parsed:
         name = str(op)
@@ -138,8 +142,8 @@ def _nodes(parsed: Iterable[Any]) -> list[_Node]:
 
 
 class Text:
-    """A text to be matched, and where in it single characters and empty matches are. Bit i is the
-    position before character i."""
+    """A text to be matched, and the positions of characters and of empty matches in it. Bit i
+    stands for the position before character i."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -149,7 +153,7 @@ class Text:
         self._found: dict[Callable[[str], bool], int] = {}
 
     def after(self, nodes: list[_Node], start: int, work: Work) -> int:
-        """Where a sequence can end that begins at one of these positions."""
+        """The positions where a sequence can end that begins at one of `start`."""
         for op, value in nodes:
             if not start:
                 return 0
@@ -178,13 +182,13 @@ class Text:
         return 0  # FAILURE
 
     def _repeated(self, low: int, high: int, nodes: list[_Node], start: int, work: Work) -> int:
-        # one turn more than there are characters has an empty match in it, and changes nothing more
+        # one turn more than there are characters contains an empty match and changes nothing
         for _ in range(min(low, len(self.text) + 1)):
             before, start = start, self.after(nodes, start, work)
             if start == before:
                 break
         if len(nodes) == 1 and nodes[0][0] == "CHARACTER" and high - low >= len(self.text):
-            # a sum carries each position to the end of its run of characters
+            # the carries of a sum move each position to the end of its run of characters
             where = self._where(nodes[0][1])
             return start | (((start & where) + where) ^ where)
         ends = new = start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -11,59 +11,50 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import unpack_scale
-from ..modules.linear_quant import SPLIT
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.split import SPLIT
 from ..modules.transaction import keeps_grad_mode, uninterrupted
-from ..ops import trans_quant_param
 from ..rules.tables import dtype_name
-from .build import build
-from .files import (
-    DTYPES,
-    MAX_NAME,
-    CheckpointError,
-    expanded,
-    shown,
-)
-from .formats import (
-    FILES,
-)
-from .load import check_model
+from .base import Format, State
+from .files import DTYPES, MAX_NAME, CheckpointError, check_model, expanded, shown
+from .formats import FORMATS
 from .tensors import fits, memory_of
 from .write import write_checkpoint
 
-__all__ = ["FORMATS", "save_checkpoint"]
-
-FORMATS = tuple(FILES)
+__all__ = ["save_checkpoint"]
 
 
 @keeps_grad_mode
 def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodelslim") -> None:
     """Write a model with QuantizedLinear layers as a checkpoint that `load_checkpoint` reads.
 
-    A dynamic layer goes into either format. A static one goes into msmodelslim if its bias is the
-    int32 one that quant_bias holds, as quantize() makes it, and into compressed-tensors if its
-    weight_scale and float bias give the layer back bit for bit. Tensors that share memory are
-    written once, and are one again in a model that ties them.
+    Dynamic layers go into either format. A static layer goes into msmodelslim if its bias is int32,
+    as `quantize` makes it, and into compressed-tensors if its weight_scale and its float bias give
+    the layer back bit for bit. Tensors that share memory are written once; a model that ties them
+    loads them as one.
 
-    The folder afterwards is this checkpoint, or what it was: files are complete under temporary
-    names before the first one is put in place, an error or Ctrl-C takes everything back, and
-    load_checkpoint in another process finds the old checkpoint or the new one at any time. Of a
-    config.json that is there only quantization_config changes.
+    Atomic: if a step fails, or on Ctrl-C, the folder is unchanged. The files are complete under
+    temporary names before the first one is put in place. A load_checkpoint in another process gets
+    the old checkpoint or the new one at any time. In an existing config.json only
+    quantization_config changes.
 
     Args:
-        model: CPU or NPU.
-        folder: made if it is not there; ~ is the home folder. It may hold a checkpoint of the same
-            names, which is replaced, but no other weights.
+        model: on CPU or NPU.
+        folder: created if it does not exist; ~ is the home folder. It may hold a checkpoint with
+            the same file names, which is replaced, but no other weights.
         format: "msmodelslim" or "compressed-tensors".
 
     Warns:
-        UserWarning: no layer is a QuantizedLinear.
+        UserWarning: the model has no QuantizedLinear.
 
     Raises:
-        CheckpointError: another format; a static layer the format cannot hold, an int4 layer, one
-            with int8 output, or one that is split over devices; a tensor that is on meta or of a
-            kind safetensors has no place for; a folder with other weights, or one that another
-            process saves into; anything the disk refuses.
+        CheckpointError: another format; a layer that the format cannot hold: a static one whose
+            tensors would not give it back, int4, int8 output, split over devices; a tensor on meta
+            or of a kind that safetensors cannot hold; a folder with other weights, or into which
+            another process saves; an error of the file system.
+
+    Source: vllm-project/vllm-ascend for msmodelslim's format, vllm-project/compressed-tensors for
+    the other.
     """
     if format not in FORMATS:
         raise CheckpointError(
@@ -72,7 +63,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         )
     check_model("save_checkpoint", model)
     with torch.no_grad():
-        tensors, layers = _contents(model, format)
+        tensors, layers = _contents(model, FORMATS[format])
         if not layers:
             warnings.warn(
                 "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its float "
@@ -81,21 +72,21 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             )
         try:
             with uninterrupted() as pause:
-                write_checkpoint(expanded(folder), format, tensors, layers, pause)
+                write_checkpoint(expanded(folder), FORMATS[format], tensors, layers, pause)
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             place = getattr(error, "filename", None) or folder
             what = getattr(error, "strerror", None) or str(error)
             raise CheckpointError(
-                f"save_checkpoint: {shown(place, 4096)}: {what}. The folder is as it was."
+                f"save_checkpoint: {shown(place, 4096)}: {what}. The folder is unchanged."
             ) from error
 
 
 def _contents(
-    model: nn.Module, format: str
+    model: nn.Module, format: Format
 ) -> tuple[dict[str, Tensor], dict[str, QuantizedLinear]]:
-    """The tensors of a checkpoint, those that are one once, and its quantized layers."""
+    """The tensors of a checkpoint, tied ones once, and its quantized layers."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     states = {}
     for name, layer in layers.items():
@@ -125,7 +116,7 @@ def _contents(
 
 
 def _once(tensors: dict[str, Tensor], *groups: Iterable[str]) -> dict[str, Tensor]:
-    """Leave out, within each group of names, a tensor that shares its memory with one before."""
+    """Leave out a tensor that shares its memory with an earlier one of the same group of names."""
     left_out: set[str] = set()
     for group in groups:
         seen: set[object] = set()
@@ -138,7 +129,7 @@ def _once(tensors: dict[str, Tensor], *groups: Iterable[str]) -> dict[str, Tenso
 
 
 def _check_tensor(key: object, value: object) -> None:
-    """Refuse what safetensors has no place for."""
+    """Refuse what safetensors cannot hold."""
     if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_NAME:
         what, todo = "has a name that files cannot hold", "rename it"
     elif key == "__metadata__":
@@ -156,13 +147,14 @@ def _check_tensor(key: object, value: object) -> None:
         else:
             return
     raise CheckpointError(
-        f"save_checkpoint: {shown(key)} {what}, which the formats have no place for. What to do: "
+        f"save_checkpoint: {shown(key)} {what}, which a file cannot hold. What to do: "
         f"{todo}. Nothing was written."
     )
 
 
 def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
-    """The formats hold whole layers, int8 weights and float outputs."""
+    """Refuse a layer that the formats cannot hold: they have whole layers, int8 weights and float
+    outputs."""
     if SPLIT in vars(layer.linear):
         raise CheckpointError(
             f"save_checkpoint: {name} is split over devices, and this process has a part of it. "
@@ -183,13 +175,13 @@ def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
     else:
         return
     raise CheckpointError(
-        f"save_checkpoint: {what}, which the formats have no place for. What to do: {todo}, "
+        f"save_checkpoint: {what}, which the formats cannot hold. What to do: {todo}, "
         "or save model.state_dict()."
     )
 
 
-def _check_scales(name: str, layer: QuantizedLinear, state: dict[str, Tensor]) -> None:
-    """What load_checkpoint would refuse is not written."""
+def _check_scales(name: str, layer: QuantizedLinear, state: State) -> None:
+    """Refuse values that load_checkpoint would refuse."""
     for key in ("linear.scale", "input_scale"):
         scale = state.get(key)
         if scale is None:
@@ -209,111 +201,46 @@ def _check_scales(name: str, layer: QuantizedLinear, state: dict[str, Tensor]) -
             continue
         if not fits(values.double() * factor, dtype):
             raise CheckpointError(
-                f"save_checkpoint: {name}.{key} holds NaN, infinity or values of which a bias or "
-                f"a weight is beyond {dtype_name(dtype)}, the layer's dtype. What to do: "
-                "quantize the layer again."
+                f"save_checkpoint: {name}.{key} holds NaN, infinity or values that give a bias "
+                f"or a weight beyond {dtype_name(dtype)}, the layer's dtype. What to do: quantize "
+                "the layer again."
             )
 
 
 def _parts(
-    layers: dict[str, QuantizedLinear], states: dict[str, dict[str, Tensor]], format: str
+    layers: dict[str, QuantizedLinear], states: dict[str, State], format: Format
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer as a format publishes them."""
+    """The tensors of each layer as a format publishes them.
+
+    Raises:
+        CheckpointError: a static layer that the format cannot hold, or holds less exactly than
+            another one.
+    """
 
     @cache
-    def held_by(format: str) -> bool:
-        """Whether a format gives every static layer back bit for bit."""
-        return not any(
-            why or lost
-            for name, layer in layers.items()
-            if not layer.dynamic
-            for _, why, lost in [_STATIC[format](layer, states[name])]
-        )
+    def exact_elsewhere() -> str:
+        """The name of another format that gives every static layer back bit for bit; empty if none
+        does."""
+        static = [name for name, layer in layers.items() if not layer.dynamic]
+        for other in FORMATS.values():
+            if other is not format:
+                written = (other.static_parts(layers[name], states[name]) for name in static)
+                if not any(parts.inexact or parts.lost for parts in written):
+                    return other.name
+        return ""
 
     found = {}
-    (other,) = (name for name in FORMATS if name != format)
     for name, layer in layers.items():
         if layer.dynamic:
-            found[name] = _dynamic_parts(states[name], format)
+            found[name] = format.dynamic_parts(states[name])
             continue
-        found[name], why, lost = _STATIC[format](layer, states[name])
-        # what is lost the kernel does not read: that is enough where no format has all
-        if why or (lost and held_by(other)):
-            todo = f"save it as {other}" if held_by(other) else "save model.state_dict()"
+        found[name], inexact, lost = format.static_parts(layer, states[name])
+        # the kernel does not read what is lost: that is enough where no format has all
+        if inexact or (lost and exact_elsewhere()):
+            other = exact_elsewhere()
+            todo = f"save it as {other}" if other else "save model.state_dict()"
             raise CheckpointError(
-                f"save_checkpoint: {name} is static and holds {other}'s tensors, from which those "
-                f"of {format} cannot be had exactly: {why or lost}. What to do: {todo}."
+                f"save_checkpoint: {name} is static, and {format.name} cannot hold it exactly: "
+                f"{inexact or lost}. What to do: {todo}."
             )
     return found
-
-
-def _dynamic_parts(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
-    weight, scale = state["linear.weight"], _per_channel(state)
-    parts = {"weight": weight, "weight_scale": scale.unsqueeze(-1)}
-    if format == "msmodelslim":
-        parts["weight_offset"] = torch.zeros_like(parts["weight_scale"])
-    if "linear.bias" in state:
-        parts["bias"] = state["linear.bias"]
-    return parts
-
-
-def _per_channel(state: dict[str, Tensor]) -> Tensor:
-    """The scale of a layer, (n,); a layer may have one value for all."""
-    return state["linear.scale"].expand(state["linear.weight"].shape[0])
-
-
-def _static_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    parts = {"weight": state["linear.weight"], "input_scale": state["input_scale"]}
-    if "weight_scale" in state:
-        parts["weight_scale"] = state["weight_scale"].unsqueeze(-1)
-    if "float_bias" in state:
-        parts["bias"] = state["float_bias"]
-    return parts
-
-
-# a static layer's tensors in a format; why they do not give the layer back, and what they lose that
-# it does not compute with; both empty if they do and lose nothing
-_Static = tuple[dict[str, Tensor], str, str]
-
-
-def _msmodelslim(layer: QuantizedLinear, state: dict[str, Tensor]) -> _Static:
-    parts, bias, scale = _static_parts(state), state.get("linear.bias"), _per_channel(state)
-    word = _word(layer, scale)
-    if bias is None:
-        bias = torch.zeros(word.shape[0], dtype=torch.int32, device=word.device)
-    parts |= {"input_offset": state["input_offset"], "deq_scale": word, "quant_bias": bias}
-    if bias.dtype != torch.int32:
-        return parts, f"its bias is {dtype_name(bias.dtype)}, and quant_bias is int32", ""
-    cut = word.dtype != scale.dtype and not torch.equal(unpack_scale(word)[0], scale)
-    return parts, "", "deq_scale keeps 19 bits of its scale" if cut else ""
-
-
-def _compressed_tensors(layer: QuantizedLinear, state: dict[str, Tensor]) -> _Static:
-    parts, bias = _static_parts(state), state.get("linear.bias")
-    if "weight_scale" not in parts or bool(state["input_offset"].any()):
-        return parts, "it has a zero point, or its weight's scale is not known by itself", ""
-    if bias is not None and not parts.setdefault("bias", bias).is_floating_point():
-        return parts, "its float bias is not known", ""
-    again = build("compressed-tensors", False, layer.input_dtype, parts.get).linear
-    if not torch.equal(_word(layer, again.scale), _word(layer, _per_channel(state))):
-        return parts, "its scale is not exactly the product of the two scales", ""
-    same = bias is again.bias is None or (
-        bias is not None
-        and again.bias is not None
-        and bias.dtype == again.bias.dtype
-        and torch.equal(bias, again.bias)
-    )
-    return parts, "" if same else "its bias is not the one that its float bias gives", ""
-
-
-_STATIC: dict[str, Callable[[QuantizedLinear, dict[str, Tensor]], _Static]] = {
-    "msmodelslim": _msmodelslim,
-    "compressed-tensors": _compressed_tensors,
-}
-
-
-def _word(layer: QuantizedLinear, scale: Tensor) -> Tensor:
-    """A static layer's scale as its row of the table reads it."""
-    if scale.dtype == torch.float32 and layer.linear.output_dtype == torch.float16:
-        return trans_quant_param(scale)
-    return scale

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,12 +20,12 @@ from .tensors import bit_equal, memory_of
 
 __all__ = ["RestOfModel", "StateChanges", "check_rest"]
 
-_EXTRA = "_extra_state"  # how nn.Module ends the name of what get_extra_state gives
+_EXTRA = "_extra_state"  # how the name of an extra state ends in a state dict
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module of the model has a tensor, or what its get_extra_state gives."""
+    """Where a module of the model has a tensor, or an extra state (nn.Module.get_extra_state)."""
 
     module: nn.Module
     name: str
@@ -39,11 +38,18 @@ class _Place:
 
 
 class RestOfModel:
-    """What a model holds beside the layers that are replaced.
+    """The tensors and extra states of a model outside the layers that are replaced.
+
+    Args:
+        model: that is loaded into.
+        replaced: the layers that are replaced.
 
     Attributes:
-        places: by name, what a state dict has; one tensor may be under several names.
-        others: tensors on meta that a state dict has not.
+        places: those that a state dict has, by name; one tensor may have several names.
+        others: names of tensors on meta that a state dict does not have.
+
+    Raises:
+        CheckpointError: the model's state dict has other names than its modules.
     """
 
     def __init__(self, model: nn.Module, replaced: set[nn.Module]) -> None:
@@ -73,24 +79,34 @@ class RestOfModel:
             ]
         if different := sorted(set(state) ^ set(self.places), key=str):
             raise CheckpointError(
-                f"load_checkpoint: {shown(different[0])}: model.state_dict() names its tensors "
-                "otherwise than the model's modules do, so which tensor of the files is which "
-                "cannot be told. What to do: remove the hooks that rename them, and load again."
+                f"load_checkpoint: {shown(different[0])}: model.state_dict() and the model's "
+                "modules give different names to tensors, so it is unknown which tensor of the "
+                "files is which. What to do: remove the hooks that rename them, and load again."
             )
 
 
-def check_rest(
-    held: RestOfModel, files: CheckpointFiles, path: Path, used: set[str]
-) -> Iterable[str]:
-    """The keys that are loaded as they are: each in the model, of its shape, and none missing."""
+def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Iterable[str]:
+    """The keys of the files that are loaded by name.
+
+    Args:
+        held: what the model has for them.
+        files: of the checkpoint.
+        used: keys of the quantized layers.
+
+    Raises:
+        CheckpointError: a key that the model does not have, or has with another shape or kind of
+            dtype; a tensor of the model that the files do not have; one that would stay on meta.
+    """
     rest = {key: None for key in files if key not in used}  # in their order
     for key in rest:
         dtype, shape = files.header(key)
         if (place := held.places.get(key)) is None:
-            refuse(files.path(key), key, "a tensor the model has", "no such parameter in the model")
+            refuse(
+                files.file_of(key), key, "a tensor the model has", "no such parameter in the model"
+            )
         wanted = place.tensor
         if why := _why_not_loadable(place):
-            refuse(files.path(key), key, "a plain tensor in the model", why)
+            refuse(files.file_of(key), key, "a plain tensor in the model", why)
         float_pair = (
             dtype is not None
             and dtype.is_floating_point == wanted.dtype.is_floating_point
@@ -98,20 +114,20 @@ def check_rest(
         )
         if shape != tuple(wanted.shape) or not float_pair:
             expected = f"{dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
-            refuse(files.path(key), key, expected, f"{dtype and dtype_name(dtype)} {shape}")
+            refuse(files.file_of(key), key, expected, f"{dtype and dtype_name(dtype)} {shape}")
     # files hold tied parameters once
     given = {memory_of(held.places[key].tensor) for key in rest}
     for key, place in sorted(held.places.items()):
         is_tensor = isinstance(place.tensor, Tensor)
         if key not in rest and not (is_tensor and memory_of(place.tensor) in given):
-            refuse(path, key, "a tensor for every parameter of the model", "no such tensor")
+            refuse(files.path, key, "a tensor for every parameter of the model", "no such tensor")
     if held.others:
         more = "" if len(held.others) == 1 else f" and {len(held.others) - 1} more"
         raise CheckpointError(
             f"load_checkpoint: {held.others[0]}{more} would stay on meta: files do not hold what a "
-            "module computes when it is made (non-persistent buffers, plain attributes). What to "
-            "do: make the modules that have them anew, outside torch.device('meta'), and set them "
-            "in the model before loading; or make the model with "
+            "module computes in its constructor (non-persistent buffers, plain attributes). What "
+            "to do: make the modules that have them again, outside torch.device('meta'), and set "
+            "them in the model before loading; or make the model with "
             "accelerate.init_empty_weights(include_buffers=False)."
         )
     return rest
@@ -135,7 +151,11 @@ def _why_not_loadable(place: _Place) -> str:
 
 
 def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
-    """A tensor of the files in the dtype and on the device of the model's, no value beyond it."""
+    """A tensor of the files, converted to the dtype, device and format of the model's tensor.
+
+    Raises:
+        CheckpointError: it holds a value that the dtype cannot hold.
+    """
     tensor = files.read(key)
     dtype = wanted.dtype
     if tensor.dtype != dtype:
@@ -143,14 +163,14 @@ def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
         if dtype.is_floating_point or dtype.is_complex:
             back = new.float() if dtype.itemsize == 1 else new
             lost = tensor.isfinite() & ~back.isfinite()
-            if not bool(back.any()):  # nothing is left of what was not 0
+            if not bool(back.any()):  # all of it became 0
                 lost = lost | (tensor != 0)
-        else:  # integers are the same again when they are brought back
+        else:  # an integer is lost if the way back gives another
             lost = new.to(tensor.dtype) != tensor
         if bool(lost.any()):
             value = tensor[lost].reshape(-1)[0].item()
             refuse(
-                files.path(key),
+                files.file_of(key),
                 key,
                 f"values that {dtype_name(dtype)} holds, the dtype of the model's tensor",
                 str(value),
@@ -164,8 +184,15 @@ def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
 
 
 class StateChanges:
-    """New values of parameters, buffers and extra states, and how to put them in and take them
-    back. A tensor keeps its memory, which others may look at, as load_state_dict keeps it."""
+    """New values of parameters, buffers and extra states, with how to undo each change.
+
+    A tensor keeps its memory, which others may hold too, as with load_state_dict.
+
+    Args:
+        held: what the model has.
+        files: to read from.
+        keys: what to read, see `check_rest`.
+    """
 
     def __init__(self, held: RestOfModel, files: CheckpointFiles, keys: Iterable[str]) -> None:
         self._copies: list[tuple[str, Tensor, Tensor, Tensor]] = []
@@ -182,7 +209,7 @@ class StateChanges:
             if (other := self._by_tensor.get(id(tensor))) and not place.is_extra:
                 if not bit_equal(other[1], new):
                     expected = f"the values of {other[0]}, which is the same tensor in the model"
-                    refuse(files.path(key), key, expected, "others")
+                    refuse(files.file_of(key), key, expected, "others")
                 continue
             self._by_tensor[id(tensor)] = key, new
             if place.is_extra:
@@ -197,7 +224,7 @@ class StateChanges:
                 for at in places[id(tensor)]:
                     self._others.append((partial(_put, at, fresh), partial(_put, at, tensor)))
             elif tensor.is_inference() or format_of(tensor) != ND or _overlaps_itself(tensor):
-                # what cannot be written to gets other memory
+                # these cannot be written in place
                 self._others.append(
                     (partial(_set, tensor, new), partial(_set, tensor, tensor.data))
                 )
@@ -207,7 +234,7 @@ class StateChanges:
                 self._storages[storage] = self._storages.get(storage, 0) + 1
 
     def make(self, undo: ExitStack) -> None:
-        """Put them all in; the stack takes them back."""
+        """Make all changes; the stack undoes them."""
         for change, back in self._others:
             undo.callback(back)
             change()
@@ -225,7 +252,7 @@ class StateChanges:
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
-    """A tensor in the place of one on meta."""
+    """A new tensor that takes the place of one on meta."""
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
     vars(new).update(vars(tensor))
@@ -242,7 +269,7 @@ def _set(tensor: Tensor, data: Tensor) -> None:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two values of a tensor are one in memory, as in an expanded one."""
+    """Whether two elements of a tensor have one place in memory, as in an expanded tensor."""
     sizes = sorted(
         (stride, size)
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

@@ -1,53 +1,67 @@
-"""Tensor-parallel loading: which part of which layer is this process's."""
+"""Tensor-parallel loading: each process reads its part of a layer's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from ..modules.split import SplitStyle
 from .files import CheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.parallel import ParallelStyle
 
-    from ..parallel.styles import LinearQuantStyle
-
 __all__ = ["TensorParallel"]
 
 
 class TensorParallel:
-    """Which part of which layer is this process's."""
+    """The mesh and the plan of a tensor-parallel load.
+
+    Args:
+        mesh: of one dim.
+        plan: by name of layers (`*` for any part between two dots), how they are split.
+
+    Attributes:
+        rank, ranks: of this process, and how many there are.
+
+    Raises:
+        CheckpointError: a style of another kind.
+        LinearQuantValueError: a mesh of several dims.
+    """
 
     def __init__(self, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
-        from ..parallel.styles import LinearQuantStyle
-
+        self._styles: dict[str, SplitStyle] = {}
         for pattern, style in plan.items():
-            if not isinstance(style, LinearQuantStyle):
+            if not isinstance(style, SplitStyle):
                 raise CheckpointError(
                     f"load_checkpoint: the plan has {type(style).__name__} for {pattern}; allowed "
                     "are ColwiseLinearQuant and RowwiseLinearQuant. What to do: leave other "
                     "modules to parallelize_module, after loading."
                 )
             style.check_mesh(mesh)
-        self.mesh, self._plan = mesh, dict(plan)
+            self._styles[pattern] = style
+        self.mesh = mesh
         self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
 
-    def style(self, name: str) -> LinearQuantStyle | None:
-        """The plan for a layer, if it has one."""
+    def style(self, name: str) -> SplitStyle | None:
+        """How a layer is split; None if the plan does not have it."""
         tokens = name.split(".")
-        for pattern, style in self._plan.items():
+        for pattern, style in self._styles.items():
             patterns = pattern.split(".")
             if len(patterns) == len(tokens) and all(map(fnmatchcase, tokens, patterns)):
-                return cast("LinearQuantStyle", style)
+                return style
         return None
 
     @contextmanager
     def agreeing(self) -> Iterator[list[str]]:
-        """Raise on every rank what one of them raises in the block, or that they differ in what
-        they put into the list."""
+        """A block after which all ranks go on or none does.
+
+        An error of one rank is raised on all of them, and so is a difference between what they put
+        into the list that the block gets.
+        """
         import torch.distributed as dist
 
         mine: BaseException | None = None

@@ -1,4 +1,4 @@
-"""Questions about tensors: are two the same memory, are they bit-equal, do values fit a dtype."""
+"""Do two tensors share memory, are they bit-equal, do values fit a dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def memory_of(tensor: Tensor) -> object:
-    """What is equal for tensors that are one: the object, or the memory and how it is read."""
+    """A key that is equal for tensors that share their memory and read it in the same way."""
     plain = not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
     if not plain or not tensor.numel():
         return id(tensor)

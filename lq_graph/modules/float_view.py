@@ -1,4 +1,4 @@
-"""FloatView: the float tensor that quantized ones stand for, computed when it is read."""
+"""FloatView: a float tensor that is computed from quantized ones when it is read."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ __all__ = ["FloatView"]
 
 
 class FloatView(Tensor):
-    """A tensor to be read. Its dtype, shape and device cost nothing; any operator gets the values,
-    which are computed for it; whatever would write into it, or into a view of it, is refused, for
-    the quantized tensors would not see it.
+    """A tensor whose values are computed for each operator that reads it.
 
-    Models ask a linear layer's weight for its dtype at every call, and some multiply by it
-    themselves: computing it for the first would cost as much as the layer.
+    Its dtype, shape and device are known without that. Models ask a linear layer's weight for its
+    dtype at every call, and some multiply by it themselves. Writing to it, or to a view of it, is
+    refused, because the quantized tensors would not change.
 
     Args:
         compute: gives the values.
-        shape, dtype, device: what they will be.
+        shape, dtype, device, strides: of the values; strides None for a contiguous tensor.
 
     Raises:
         LinearQuantTypeError: it is written into.
@@ -70,7 +69,7 @@ class FloatView(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """Itself: it has no gradient to be cut from."""
+        """Itself, because it has no gradient."""
         return self
 
     @data.setter
@@ -102,7 +101,7 @@ def _view_of(values: Tensor) -> FloatView:
 
 def _refuse(how: str) -> NoReturn:
     raise LinearQuantTypeError(
-        f"QuantizedLinear: its weight, or bias, was written into {how}; what reads as weight and "
-        "bias is computed from the quantized tensors, which would not change. What to do: change "
-        "the float model and quantize it afterwards, or assign to the parameters of layer.linear."
+        f"QuantizedLinear: its weight or bias was written to {how}, but they are computed from the "
+        "quantized tensors, which would not change. What to do: change the float model and "
+        "quantize it afterwards, or assign to the parameters of layer.linear."
     )

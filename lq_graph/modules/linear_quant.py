@@ -1,4 +1,4 @@
-"""LinearQuant, the module."""
+"""LinearQuant, the module: int8 or int4 in, a drop-in for torch_npu's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ __all__ = ["PARAMETERS", "LinearQuant", "check_whole_words", "keeping_dtypes", "
 
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
-# Attribute of a layer that holds a part of it: (mesh, placements by parameter). See parallel.py.
-SPLIT = "_lq_graph_split"
 
 
 class LinearQuant(nn.Module):
@@ -33,21 +31,9 @@ class LinearQuant(nn.Module):
     on CPU and NPU and in graphs.
 
     All parameters have requires_grad=False.
-
-    Attributes:
-        weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8);
-            (..., n, k) may be assigned. Untransposed.
-        scale: float32 (out_features,); float32, bfloat16 or packed int64, (1,) or
-            (out_features,) may be assigned.
-        offset: float32 (out_features,), or None.
-        pertoken_scale: float32 (1,), or None: one value for each row of the input, to be
-            assigned or given to forward.
-        bias: int32 (out_features,), or None; a float dtype may be assigned where the support
-            table has it.
-
-    A parameter takes the dtype and the shape of whatever is assigned to its `.data`, and of the
-    tensor a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module and
-    leave its dtypes alone: they are part of the quantization.
+    A parameter takes the dtype and the shape of the tensor that is assigned to its `.data`, or that
+    a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module but do not
+    change its dtypes, which are part of the quantization.
 
     Args:
         in_features: k, the size of each input row (counted in int4 values for int4).
@@ -56,18 +42,28 @@ class LinearQuant(nn.Module):
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
         device: where to allocate the parameters.
         dtype: of the weight, torch.int8 (default) or torch.int32 for int4.
-        x1_dtype, x2_dtype: what input and weight are, as the vendor's page names them: None,
-            torch.int8 or torch.int32, the same in both. A stated dtype is held against the
-            tensors at every call.
-        group_size: None or 0; per-group scales have no row in the support table.
+        x1_dtype, x2_dtype: dtypes of input and weight, by the vendor's names: None, torch.int8 or
+            torch.int32, the same in both. If given, every call checks the tensors against them.
+        group_size: None or 0; the support table has no row with per-group scales.
+
+    Attributes:
+        weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8) carrying
+            int4; not transposed. A tensor (..., n, k) may be assigned.
+        scale: float32 (out_features,). A float32, bfloat16 or packed int64 tensor, (1,) or
+            (out_features,), may be assigned.
+        offset: float32 (out_features,), or None.
+        pertoken_scale: float32 (1,), or None. It has one value for each row of the input, so it is
+            assigned, or given to forward.
+        bias: int32 (out_features,), or None. A float tensor may be assigned where the support table
+            has one.
 
     Shape:
         input (..., m, in_features) to output (..., m, out_features).
 
     Raises:
-        LinearQuantTypeError, LinearQuantValueError: at construction for the arguments, at
-            forward for what `lq_graph.linear_quant` refuses, and for an int4 weight whose k
-            cannot be in_features.
+        LinearQuantTypeError, LinearQuantValueError: by the constructor for its arguments, by
+            forward for what `lq_graph.linear_quant` refuses, and for an int4 weight whose k cannot
+            be in_features.
 
     Source: torch_npu.contrib.module.LinearQuant, its page and torch_npu 2.13's signature.
     """
@@ -127,8 +123,8 @@ class LinearQuant(nn.Module):
         parameter("offset", offset, (n,), torch.float32)
         parameter("pertoken_scale", pertoken_scale, (1,), torch.float32, 1)
         parameter("bias", bias, (n,), torch.int32)
-        # The float32 scale behind one that fold_scale packed: what a state dict holds. It is no
-        # state of its own, so neither parameter nor buffer.
+        # The float32 scale before fold_scale packed it, for state dicts. Neither parameter nor
+        # buffer, because it is no state of its own.
         self._float_scale: Tensor | None = None
 
     def forward(self, x1: Tensor, pertoken_scale: Tensor | None = None) -> Tensor:
@@ -138,11 +134,11 @@ class LinearQuant(nn.Module):
             x1: int8 (..., m, k) or int32 (..., m, k/8).
             pertoken_scale: float32 (m,), in place of the parameter of that name.
         """
-        if self._weight_format:  # read for torch.compile: it compiles anew for another format
+        if self._weight_format:  # a guard of torch.compile: another format compiles again
             pass
         own: dict[str, Any] = self._parameters
-        # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. A parametrized layer
-        # has no other way.
+        # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. Only a parametrized
+        # layer needs it.
         if len(own) == len(PARAMETERS):
             weight, scale, offset = own["weight"], own["scale"], own["offset"]
             pertoken, bias = own["pertoken_scale"], own["bias"]
@@ -167,11 +163,14 @@ class LinearQuant(nn.Module):
         return out
 
     def note_weight_format(self) -> None:
-        """Keep the weight's format where torch.compile sees it: its guards look at dtypes, shapes
-        and attributes, not at formats, and a graph holds for one format. Whatever moves, casts or
-        replaces the weight calls this; `weight.data = ...` is the one way that does not."""
+        """Note the weight's format in an attribute, so that torch.compile guards on it.
+
+        A graph is compiled for one format, but guards look at dtypes, shapes and attributes, not at
+        formats. Everything that moves, casts or replaces the weight calls this, except
+        `weight.data = ...`.
+        """
         weight = self._parameters.get("weight")
-        # a fake or distributed one has no format of its own
+        # a fake or distributed tensor has no format
         self._weight_format = format_of(weight) if type(weight) is Parameter else ND
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
@@ -181,12 +180,12 @@ class LinearQuant(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.note_weight_format()  # a copy, or one from a file, may have another
+        self.note_weight_format()  # a copy may have another, also one from a file
 
     def fold_scale(self) -> None:
         """Replace the float32 scale by the packed int64 form, with the offset in it.
 
-        State dicts keep holding the float32 scale, and loading one folds it again.
+        State dicts still hold the float32 scale; loading one packs it again.
 
         Raises:
             LinearQuantTypeError: the scale is not float32.
@@ -198,14 +197,14 @@ class LinearQuant(nn.Module):
         self.scale.data = packed
 
     def _scale_before_folding(self) -> Tensor | None:
-        """The float32 scale this layer's packed scale was made of, if it still is."""
+        """The float32 scale that the packed one was made of; None if that was replaced since."""
         kept = self._float_scale
         if kept is None or self.scale.dtype != torch.int64:
             return None
         kept = kept.to(self.scale.device)
         if kept.is_meta or torch.equal(trans_quant_param(kept, self.offset), self.scale):
             return kept
-        return None  # another scale or offset has been assigned since
+        return None  # another scale or offset was assigned since
 
     def extra_repr(self) -> str:
         """Every quantization setting: torchair's cache_compile keys its cache on it."""
@@ -234,8 +233,8 @@ class LinearQuant(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A checkpoint decides between int8 and int4, float32 and packed scale, (1,) and (n,).
-        # Anything else is refused before a copy could cast it to something that looks right.
+        # The state dict decides between int8 and int4, float32 and packed scale, (1,) and (n,).
+        # Other dtypes and shapes are refused before a copy could cast them to plausible values.
         found: dict[str, Tensor] = {
             name: state_dict[prefix + name]
             for name in PARAMETERS
@@ -321,7 +320,7 @@ class LinearQuant(nn.Module):
 
 
 def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `.half()` and the like do to a tensor, its dtype left alone: it is moved, no more."""
+    """What a function of nn.Module._apply does, except a change of dtype (as by `.half()`)."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
@@ -339,13 +338,13 @@ def layer_of(
     pertoken: bool,
     output_dtype: torch.dtype,
 ) -> LinearQuant:
-    """A layer of these tensors, which are not copied; a Parameter stays the one it is.
+    """Make a layer of tensors without copying them; a Parameter stays the same object.
 
     Args:
         weight: int8 (n, k), or int32 (n, k/8) carrying int4.
         scale, bias, offset: the parameters of those names, None for absent.
-        pertoken: whether a pertoken_scale comes with each call.
-        output_dtype: of the layer.
+        pertoken: whether each call gives a pertoken_scale.
+        output_dtype: of the layer's output.
     """
     n, words = weight.shape
     layer = LinearQuant(
@@ -399,7 +398,7 @@ def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
-    """Hold a tensor against the dtype the constructor was told."""
+    """Check a tensor against the dtype that the constructor got."""
     if tensor.dtype != stated:
         tensor_name = "weight" if name == "x2" else name
         raise refused(
@@ -415,7 +414,7 @@ def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
 
 
 def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:
-    """Every dtype some row of the tables allows for a tensor."""
+    """Every dtype that some row of the tables allows for a tensor."""
     columns = ((row.storage,) if name == "weight" else getattr(row, name) for row in ROWS)
     return tuple(dict.fromkeys(d for column in columns for d in column if d is not None))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Places",
+    "Place",
     "held_elsewhere",
     "places_of",
     "put",
     "tensors_beside",
 ]
 
-_DEPTH = 4  # of objects in objects that are searched for modules
-_REACHED = ("_parameters", "_buffers", "_modules")  # of a module: where replacements go
-# what can hold no module, or is not the model's
+_DEPTH = 4  # levels of objects in objects that are searched for modules
+_REACHED = ("_parameters", "_buffers", "_modules")  # attributes that a replacement reaches
+# types that hold no module, or hold modules that are not the model's
 _NO_HOLDERS = (str, bytes, bytearray, memoryview, range, int, float, complex, type, ModuleType)
-Places = Iterable[tuple[nn.Module, str]]
+Place = tuple[nn.Module, str]  # a parent, and the name of its child
 
 
-def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """For each submodule, every (parent, attribute) that holds it; shared ones have several."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+def places_of(model: nn.Module) -> dict[nn.Module, list[Place]]:
+    """For each submodule, every (parent, name) that holds it; a shared one has several."""
+    places: dict[nn.Module, list[Place]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
             if child is not None:
@@ -37,17 +37,18 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 
 def put(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in place. By the dict itself, for a parent's own __setattr__ may refuse it when
-    others are in place already."""
+    """Put a module in place. Writes to the dict: a parent's own __setattr__ could refuse it when
+    other modules are replaced already."""
     parent._modules[name] = module
 
 
 def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
-    """Submodules that something of the model's modules holds, itself or its weight, where no
-    replacement reaches them. By each the name of the attribute.
+    """Submodules, or owners of weights, that an attribute of some module holds too, where a
+    replacement does not reach them; each with the name of that attribute.
 
-    Looked at are attributes of modules and of their classes, and hooks; in them collections,
-    functions with what they enclose, and plain objects, a few levels deep. Nothing is consumed.
+    Searched are the attributes of modules and of their classes, hooks included, and in them
+    collections, functions with their closures, and plain objects, a few levels deep. Iterators are
+    not consumed.
     """
     found: dict[nn.Module, str] = {}
     inside = set(model.modules())
@@ -82,8 +83,8 @@ def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def tensors_beside(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Tensors that attributes of a model's modules hold and that are no parameters or buffers, with
-    the name of the attribute and the module that has it."""
+    """Tensors in plain attributes of a model's modules, neither parameters nor buffers: the name of
+    the attribute, the module that has it, the tensor."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute not in _REACHED:
@@ -93,7 +94,7 @@ def tensors_beside(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """What two objects for the same memory have in common."""
+    """A number that is equal for two tensor objects with the same memory."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return (plain and not tensor.is_meta and tensor.data_ptr()) or id(tensor)
 
@@ -103,7 +104,7 @@ def _is_torchs(kind: type) -> bool:
 
 
 def _held_in(value: object, depth: int, seen: dict[int, int]) -> Iterator[nn.Module | Tensor]:
-    """Modules and tensors in a value; `seen` has how deep each object was searched."""
+    """Modules and tensors in a value; `seen` notes to which depth each object was searched."""
     if isinstance(value, nn.Module | Tensor):
         yield value
         return
@@ -115,12 +116,12 @@ def _held_in(value: object, depth: int, seen: dict[int, int]) -> Iterator[nn.Mod
 
 
 def _parts_of(value: object) -> list[object]:
-    """What an object holds."""
+    """The objects that an object holds."""
     parts: list[object] = []
     if isinstance(value, Mapping):
         parts += [*value.keys(), *value.values()]
     elif isinstance(value, Collection) and not hasattr(value, "__array__"):
-        parts += value  # an iterator, which can be read once, is no Collection, nor a data loader
+        parts += value  # iterators and data loaders, which can be read once, are no Collections
     if isinstance(value, MethodType):
         parts += [value.__self__, value.__func__]
     elif isinstance(value, partial):

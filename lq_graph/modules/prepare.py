@@ -1,4 +1,4 @@
-"""use_internal_format_weight: every quantized linear layer of a model made ready for the NPU."""
+"""use_internal_format_weight: prepare the quantized linear layers of a model for the NPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantError, LinearQuantValueError
@@ -27,7 +26,7 @@ from .vendor import vendor_layers
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 
-_PROGRESS_FROM = 16  # layers: fewer are done before a bar could be read
+_PROGRESS_FROM = 16  # layers: fewer are done before a bar can be read
 _FORMATS = {ND: "ND", FRACTAL_NZ: "FRACTAL_NZ"}
 
 
@@ -37,9 +36,9 @@ class Prepared:
 
     Attributes:
         name: the module's qualified name.
-        before, after: weight dtype and format, and dtype of the scale.
-        bytes: of the weight's storage, padding included.
-        note: what was left and why; empty if nothing was.
+        before, after: dtype and format of the weight, and dtype of the scale.
+        bytes: size of the weight's storage, padding included.
+        note: what was not done and why; empty if all was.
     """
 
     name: str
@@ -50,12 +49,12 @@ class Prepared:
 
     @property
     def changed(self) -> bool:
-        """Whether anything was done to the layer."""
+        """Whether the layer was changed."""
         return self.before != self.after
 
 
 class Report(list[Prepared]):
-    """What use_internal_format_weight did, a layer each; prints as a table."""
+    """What use_internal_format_weight did, one line for each layer; prints as a table."""
 
     def __str__(self) -> str:
         if not self:
@@ -73,43 +72,44 @@ class Report(list[Prepared]):
 
 @keeps_grad_mode
 def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Report:
-    """Prepare every LinearQuant of a model for the NPU, once.
+    """Prepare every LinearQuant of a model for the NPU.
 
-    Folds a float32 scale with its offset into the packed int64 scale where the layer's row reads
-    that, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and the vendor's
-    LinearQuant and LinearA8W8Quant; everything else (Linear, Conv2d, ...) is handed to torchair's
-    function of the same name.
+    Folds a float32 scale, with the offset, into the packed int64 scale where the layer's row of the
+    support table reads that, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and
+    the vendor's LinearQuant and LinearA8W8Quant. Everything else (Linear, Conv2d, ...) goes to
+    torchair's function of the same name.
 
-    Calling it again changes nothing, from several threads too. All or nothing: whatever fails, the
-    model is as before, and Ctrl-C waits for the end. One layer at a time, so the most it takes
-    beside the model is one weight.
+    Idempotent and atomic: if a step fails, the model is unchanged. Ctrl-C waits for the end, and
+    threads wait for each other. Layers are prepared one at a time, so it needs memory for one
+    weight beside the model.
 
-    Prepare before the first call of a compiled model. A graph is compiled for the format its
-    weights have, and a device does not look at it again: a weight that is prepared, moved
-    (`.cpu().npu()`) or replaced (`weight.data = tensor`) afterwards is read in the format it had,
-    and the output is garbage, without an error. lq_graph's layers are compiled anew when the format
-    of their weight changes, except by `weight.data = tensor`; of other layers' formats
-    torch.compile knows nothing, nor do cache_compile and captured graphs after their first run. On
+    Prepare before the first call of a compiled model. A graph is compiled for the format that its
+    weights have then, and a device does not check it again. If a weight is prepared, moved
+    (`.cpu().npu()`) or replaced (`weight.data = tensor`) afterwards, the graph reads it in the old
+    format and the output is garbage, without an error. lq_graph's layers are compiled again when
+    the format of their weight changes, except by `weight.data = tensor`. For other layers, for
+    cache_compile and for captured graphs after their first run nothing notices the change. On
     cann_host such a run is refused.
 
-    A layer whose pertoken_scale comes as an argument of forward has to be made with
-    pertoken_scale=True, or its float16 output reads as the row without one, and is folded.
+    A layer that gets pertoken_scale as an argument of forward has to be made with
+    pertoken_scale=True. Else a layer with float16 output is taken for one without pertoken_scale,
+    and its scale is packed.
 
     Args:
         model: on the NPU.
-        int4_nz: cast int4 weights to FRACTAL_NZ too. Whether kernels exist for it depends on the
-            CANN version (newest public releases have them for Atlas A2 and A3), so the default is
-            to leave them, or bring them back, ND.
+        int4_nz: cast int4 weights to FRACTAL_NZ too. Not every CANN version has kernels for that
+            (the newest public releases have them for Atlas A2 and A3), so by default int4 weights
+            stay ND, or are cast back to ND.
 
     Warns:
-        UserWarning: weights stay ND because torch.npu.config.allow_internal_format is off, or
-            formats of layers that are not lq_graph's changed after something was compiled.
+        UserWarning: weights stay ND, because torch.npu.config.allow_internal_format is off; the
+            format of another library's layer changed after torch.compile had made graphs.
 
     Returns:
         A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
 
     Raises:
-        LinearQuantValueError: the model is not on the NPU, or a scale holds NaN.
+        LinearQuantValueError: the model is not on the NPU, or a scale holds NaN or infinity.
         LinearQuantTypeError: a layer has no row in the product's table.
 
     Source: torchair's use_internal_format_weight.
@@ -119,13 +119,13 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     if any(_OFF in prepared.note for prepared in report):
         warnings.warn(
             "use_internal_format_weight: weights stay ND, because "
-            "torch.npu.config.allow_internal_format is off. What to do: set it to True before.",
+            "torch.npu.config.allow_internal_format is off. What to do: set it to True first.",
             stacklevel=3,
         )
     if others_changed and _has_compiled():
         warnings.warn(
             "use_internal_format_weight: formats of weights changed after torch.compile had made "
-            "graphs in this process. lq_graph's layers are compiled anew by themselves; of others "
+            "graphs in this process. lq_graph's layers are compiled again; for others "
             f"({others_changed}) torch.compile does not notice, and a graph that was made for ND "
             "reads FRACTAL_NZ as ND. What to do: prepare before the first call, or call "
             "torch._dynamo.reset() now.",
@@ -135,14 +135,16 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
 
 def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
-    """The report, and the first module whose format changed unseen by torch.compile, if any."""
+    """The report, and a module whose new format torch.compile does not notice, or an empty name."""
     kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
-    # the vendor's modules have the attributes of ours, so they go by our type
+    # cast: the vendor's modules have the attributes of ours
     layers = [
         (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
     ]
     folds = [_check(name or "the model", layer) for name, layer in layers]
     kept_float = _scales_read_otherwise(layers, folds)
+
+    from tqdm import tqdm
 
     torchair = _torchair()
     report = Report()
@@ -154,7 +156,7 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     # None: no bar where the output is no terminal
     bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
     with all_or_nothing() as undo:
-        for _, layer in layers:  # the last, for layers may share a weight
+        for _, layer in layers:  # undone last, because layers may share a weight
             if isinstance(layer, LinearQuant):
                 undo.callback(layer.note_weight_format)
         for (name, layer), fold in zip(bar, folds, strict=True):
@@ -177,8 +179,8 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
 
 
 def _torchair() -> Any:
-    """torchair, imported. It replaces the handler of SIGINT by one after which Ctrl-C is ignored
-    for good (torch_npu 2.13, core/_backend.py); one who only prepares weights keeps theirs."""
+    """torchair, imported. It installs a handler for SIGINT after which Ctrl-C is ignored
+    (torch_npu 2.13, core/_backend.py); who only prepares weights keeps the old handler."""
     import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -189,12 +191,12 @@ def _torchair() -> Any:
     return torchair
 
 
-# The float32 scale behind a packed one is read and kept in two steps.
+# one thread at a time: the float32 scale is kept and packed in two steps
 _ONE_AT_A_TIME = one_at_a_time()
 
 
 def _has_compiled() -> bool:
-    """Whether torch.compile has made graphs that it may use again."""
+    """Whether torch.compile has made graphs in this process."""
     compiler = sys.modules.get("torch._dynamo.convert_frame")
     return compiler is not None and bool(compiler.input_codes.seen)
 
@@ -202,8 +204,8 @@ def _has_compiled() -> bool:
 def _scales_read_otherwise(
     layers: list[tuple[str, LinearQuant]], folds: list[bool]
 ) -> dict[Tensor, str]:
-    """Scales that several layers share and read differently, so that folding for one would be wrong
-    for another; with the reason."""
+    """Scales that several layers share and read differently, so that folding for one layer would be
+    wrong for another; each with the reason."""
     first: dict[Tensor, tuple[str, LinearQuant, bool]] = {}
     kept: dict[Tensor, str] = {}
     for (name, layer), fold in zip(layers, folds, strict=True):
@@ -225,7 +227,7 @@ _OFF = "allow_internal_format is off"
 
 
 def _check(name: str, layer: LinearQuant) -> bool:
-    """Whether a layer's scale is to be folded; refuses one that cannot be prepared."""
+    """Whether a layer's scale is to be folded; refuses a layer that cannot be prepared."""
     if layer.weight.device.type != "npu":
         raise LinearQuantValueError(
             f"use_internal_format_weight: {name} is on {layer.weight.device}; FRACTAL_NZ exists on "
@@ -241,7 +243,7 @@ def _check(name: str, layer: LinearQuant) -> bool:
 
 
 def folds_scale(layer: LinearQuant) -> bool:
-    """Whether a layer's row of the table reads the packed scale and it is still float32.
+    """Whether a layer's row of the support table reads a packed scale and the scale is float32.
 
     Args:
         layer: lq_graph's, or one of the vendor's with the same attributes.
@@ -268,7 +270,7 @@ def _prepare(
     sharing: list[LinearQuant],
     undo: ExitStack,
 ) -> Prepared:
-    """Fold and cast one layer. What takes a step back is noted before the step."""
+    """Fold and cast one layer; `undo` gets how to undo each step before the step."""
     weight = layer.weight
     before = _describe(layer)
     if fold and not why_float:
@@ -287,11 +289,13 @@ def _prepare(
 
 
 def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> None:
-    """Fold a float32 scale, unless a layer before has.
+    """Fold a float32 scale, unless it is packed already, for an earlier layer.
 
     Args:
-        sharing: the layers of ours that hold the scale. Each keeps what it was, for state dicts,
-            which another thread may be taking: before it is folded.
+        layer: whose scale it is.
+        sharing: the layers of ours that hold the scale. Each keeps the float32 values for state
+            dicts, before the scale is packed, because another thread may be making a state dict.
+        undo: gets how to undo each step.
     """
     scale = layer.scale
     if scale.dtype != torch.float32:
@@ -314,7 +318,7 @@ def _cast(parameter: Tensor, acl_format: int) -> None:
 
 
 def _restore(parameter: Tensor, acl_format: int, scale: Tensor | None) -> None:
-    """Take back a fold, or a cast; a cast by casting back, so that no weight is held twice."""
+    """Undo a fold or a cast. A cast is undone by casting back, so no second weight is in memory."""
     if scale is not None and parameter.dtype != scale.dtype:
         parameter.data = scale
     elif format_of(parameter) != acl_format:
@@ -322,7 +326,7 @@ def _restore(parameter: Tensor, acl_format: int, scale: Tensor | None) -> None:
 
 
 def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
-    """Why a weight is not to be FRACTAL_NZ; empty if it is."""
+    """Why a weight stays ND; empty if it becomes FRACTAL_NZ."""
     if weight.dtype not in product.nz_storage and not int4_nz:
         return "weight stays ND: int4_nz=True casts it, where the CANN version has the kernels"
     if 1 in weight.shape[-2:]:
@@ -332,7 +336,7 @@ def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
 
 
 def _others(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
-    """The largest parts of a model without one of our layers, for torchair's own function."""
+    """The largest parts of a model without a layer of `kinds`, for torchair's own function."""
     if not any(isinstance(m, kinds) for m in module.modules()):
         yield module
     elif not isinstance(module, kinds):

@@ -1,4 +1,4 @@
-"""QuantizedLinear: float activations in and out, the int8 or int4 product between."""
+"""QuantizedLinear: float in and out, with an int8 or int4 product between."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .. import kernels
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
-from .linear_quant import SPLIT, LinearQuant, keeping_dtypes
+from .linear_quant import LinearQuant, keeping_dtypes
+from .split import SPLIT
 
 __all__ = ["QuantizedLinear"]
 
@@ -25,38 +25,43 @@ _static_quant = torch.ops.lq_graph.static_quant.default
 class QuantizedLinear(nn.Module):
     """A linear layer that quantizes its float input and runs a LinearQuant.
 
-    Has what nn.Linear has: `in_features`, `out_features`, and `weight` and `bias`, the floats that
-    the quantized ones of `linear` stand for. They are computed when they are read, and read only.
+    It has what nn.Linear has: `in_features`, `out_features`, and `weight` and `bias`, the floats
+    that the quantized tensors of `linear` stand for. Those two are computed when they are read, and
+    cannot be written.
 
     Args:
-        linear: int8, or int32 carrying int4 (dynamic only). With pertoken_scale=True the input is
-            quantized per token as it comes (dynamic), else by input_scale and input_offset
-            (static).
-        input_scale: float32 (1,), the size of one step; static only.
-        input_offset: float32 (1,), the integer that stands for 0, static only; None for a
-            symmetric scale.
-        input_dtype: float16 or bfloat16, the dtype the layer works in: that of a static layer's
-            input, and of `weight` and `bias`; default the output's.
-        weight_scale: float32 (n,), static only: the scale of the weight alone, where it is known.
-            The layer does not read it; files do.
-        float_bias: the bias before it was rounded to the int32 one of `linear`, likewise.
-        output_scale, output_offset: float32 (1,), of an int8 output: the input_scale and
-            input_offset of the layer that takes it.
-        takes_int8: static only: whether an int8 input is taken as quantized already, by
-            input_scale and input_offset. Only for a layer that another one with int8 output feeds:
-            an int8 input that came about otherwise is no quantized one.
+        linear: int8, or int32 carrying int4 (dynamic only). With pertoken_scale=True the layer is
+            dynamic: it quantizes its input per token. Else it is static and quantizes with
+            input_scale and input_offset.
+        input_scale: float32 (1,), static only: the scale of the input.
+        input_offset: float32 (1,), static only: the zero point of the input, an integer of -128 to
+            127; None for 0.
+        input_dtype: float16 or bfloat16: the dtype of a static layer's input, and of `weight` and
+            `bias`; default the output's dtype.
+        weight_scale: float32 (n,), static only: the weight's own scale, where it is known. The
+            layer does not compute with it; checkpoints hold it.
+        float_bias: (n,), a float dtype: the bias before it was rounded to int32, likewise.
+        output_scale: float32 (1,), for int8 output: the input_scale of the layer that takes it.
+        output_offset: float32 (1,), likewise its input_offset.
+        takes_int8: static only: whether an int8 input is taken as already quantized with
+            input_scale and input_offset. Set it only for a layer whose input is the int8 output of
+            another one.
 
-    `input_scale` and `input_offset` may be assigned, loaded or written in place. Two writes are not
-    seen: one that torch keeps no version of (`input_scale.data.copy_()`), and one in place when the
-    layer only runs compiled. Assign instead.
+    `input_scale` and `input_offset` may be assigned, loaded, or written in place. Two writes go
+    unnoticed: one for which torch counts no version (`input_scale.data.copy_()`), and one in place
+    while the layer runs only compiled. Assign instead.
 
     Shape:
-        input (..., in_features) to output (..., out_features); rows may be none.
+        input (..., in_features) to output (..., out_features); the number of rows may be 0.
 
     Raises:
-        LinearQuantTypeError: in forward, an int8 input without takes_int8, or, static, a float one
-            of another dtype than input_dtype.
-        LinearQuantTypeError, LinearQuantValueError: in forward, what the operators refuse.
+        LinearQuantTypeError: by the constructor, an input_dtype of a static layer that is not
+            float16 or bfloat16; by forward, an int8 input without takes_int8, or a float input of
+            another dtype than the input_dtype of a static layer; by an assignment to `weight` or
+            `bias`.
+        LinearQuantError: by forward, what the operators refuse.
+
+    Source: `dynamic_quant`, `static_quant` and `linear_quant` of lq_graph, which it combines.
     """
 
     takes_int8 = False
@@ -96,7 +101,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("float_bias", float_bias)
         self.register_buffer("output_scale", output_scale)
         self.register_buffer("output_offset", output_offset)
-        # what the operator reads, made of the two above whenever they change
+        # derived from input_scale and input_offset when they change; the operator reads these
         self.register_buffer("_scale_reciprocal", None, persistent=False)
         self.register_buffer("_offset", None, persistent=False)
         self._derive()
@@ -108,7 +113,7 @@ class QuantizedLinear(nn.Module):
         if self.input_dtype not in (torch.float16, torch.bfloat16):
             raise LinearQuantTypeError(
                 f"QuantizedLinear: input_dtype is {dtype_name(self.input_dtype)}; allowed are "
-                "float16 and bfloat16. What to do: name the dtype the layer's input has."
+                "float16 and bfloat16. What to do: pass the dtype of the layer's input."
             )
         with torch.inference_mode(False), torch.no_grad():
             self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
@@ -116,17 +121,17 @@ class QuantizedLinear(nn.Module):
         self._note()
 
     def _note(self) -> None:
-        """Note what was derived from."""
+        """Note the tensors that the derived ones were made of, to see when they change."""
         if self.input_scale is not None and self.input_offset is not None:
             self._derived_from = [
-                # kept, so that its memory is not used anew
+                # held, so that its memory is not used for another tensor
                 (name, tensor.detach(), tensor.data_ptr(), _version(tensor))
                 for name, tensor in self._buffers.items()
                 if name in ("input_scale", "input_offset") and type(tensor) is Tensor
             ]
 
     def _derive_again(self) -> None:
-        """Derive what was made of a scale or an offset that was written since."""
+        """Derive again if the scale or the offset was written since."""
         for name, _, memory, version in self._derived_from or ():
             tensor = self._buffers.get(name)
             if type(tensor) is Tensor and (
@@ -143,37 +148,40 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(n, k), input_dtype: the weight that the quantized one of `linear` stands for."""
+        """The float weight, (n, k) in input_dtype, that the quantized one stands for."""
         weight = self.linear.weight
         shape = (*weight.shape[:-1], kernels.logical_k(weight.shape[-1], weight.dtype))
         return self._float_view(self._float_weight, shape)
 
     @property
     def bias(self) -> Tensor | None:
-        """(n,), input_dtype: the bias before it was rounded and the zero point of the input was put
-        into it; where it is known no more, what the rounded one stands for: zeros for a layer that
-        has none but the zero point's."""
+        """The float bias, (n,) in input_dtype, or None.
+
+        It is `float_bias` where that is known, else what the bias of `linear` stands for, without
+        the zero point of the input. The latter is zeros for a static layer that was made without a
+        bias but has a zero point.
+        """
         if self.float_bias is None and self.linear.bias is None:
             return None
         return self._float_view(self._float_bias, (self.linear.out_features,))
 
     def _float_view(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
-        if torch.compiler.is_compiling():  # a graph drops what it does not read
+        if torch.compiler.is_compiling():  # a graph drops what is not read
             return compute()
         return FloatView(compute, shape, self.input_dtype, self.linear.weight.device)
 
     def _check_whole(self) -> None:
         if SPLIT in vars(self.linear):
             raise LinearQuantTypeError(
-                "QuantizedLinear: weight, or bias, was read of a layer that is split over devices; "
-                "this process has a part of it. What to do: read it before the layer is split."
+                "QuantizedLinear: weight or bias was read from a layer that is split over devices, "
+                "and this process has a part of it. What to do: read it before the layer is split."
             )
 
     def _float_weight(self) -> Tensor:
         self._check_whole()
         weight = self.linear.weight
         if not torch.compiler.is_compiling() and format_of(weight) != ND:
-            weight = cast_format(weight, ND)  # in a graph GE does that
+            weight = cast_format(weight, ND)  # in a graph GE does this
         if weight.dtype == torch.int32:
             weight = kernels.unpack_int4(weight)
         scale = self._step()
@@ -194,7 +202,7 @@ class QuantizedLinear(nn.Module):
         return bias.to(self.input_dtype)
 
     def _step(self) -> Tensor:
-        """float32 (n,): what one step of the int32 product is worth."""
+        """float32 (n,): the scale of the int32 product, without that of an int8 output."""
         scale: Tensor = self.linear.scale
         if scale.dtype == torch.int64:
             scale = kernels.unpack_scale(scale)[0]
@@ -204,9 +212,9 @@ class QuantizedLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
             raise LinearQuantTypeError(
-                f"QuantizedLinear: {name} was assigned to; it is computed from the quantized "
-                "tensors of layer.linear. What to do: assign before the model is quantized; tied "
-                "weights are left float."
+                f"QuantizedLinear: {name} was assigned to, but it is computed from the quantized "
+                "tensors of layer.linear. What to do: assign it before the model is quantized; "
+                "quantize() leaves tied weights float."
             )
         super().__setattr__(name, value)
         if name in ("input_scale", "input_offset") and "_offset" in vars(self)["_buffers"]:
@@ -224,22 +232,24 @@ class QuantizedLinear(nn.Module):
 
     @property
     def dynamic(self) -> bool:
-        """Whether the input is quantized per token, as it comes."""
+        """Whether the input is quantized per token at each call."""
         return self.input_scale is None
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         rows = input.reshape(-1, input.shape[-1])
         some = rows.shape[0] > 0
         if torch.compiler.is_exporting():
-            # One graph serves all numbers of rows, none too, though torch takes them for 2 at
-            # least. Dynamo (strict=True) shows a number that is a symbol as an int too.
+            # One graph serves all numbers of rows, 0 too, though torch assumes at least 2. Dynamo
+            # (strict=True) shows a symbolic number as an int.
             some = isinstance(some, bool) and not torch.compiler.is_dynamo_compiling() and some
         elif torch.compiler.is_compiling():
+            from torch.fx.experimental.symbolic_shapes import guard_or_false  # loads sympy
+
             some = guard_or_false(some)
         if some:
             out = self._rows(rows)
         else:
-            # an expert without a token has no row, and the operators need one
+            # an expert without tokens has no rows, and the operators need one
             one = rows.new_zeros(1, rows.shape[1])
             out = self._rows(torch.cat([rows, one]))[: rows.shape[0]]
         return out.view(*input.shape[:-1], out.shape[-1])
@@ -249,11 +259,11 @@ class QuantizedLinear(nn.Module):
         out: Tensor
         if rows.dtype == torch.int8 and not self.takes_int8:
             raise LinearQuantTypeError(
-                "QuantizedLinear: x is int8, and no layer before it is known to give int8; values "
-                f"that were cast are no quantized ones. What to do: pass x.to({self.input_dtype}). "
-                "A model that asks for a dtype to cast to finds the float one at "
-                "layer.weight.dtype, not at next(layer.parameters()).dtype. In a chain of layers "
-                "made by hand, say takes_int8=True."
+                "QuantizedLinear: x is int8, but this layer does not take int8: values that were "
+                "cast to int8 are not quantized. What to do: pass "
+                f"x.to({self.input_dtype}). A model that asks a layer for its dtype finds it at "
+                "layer.weight.dtype, not at next(layer.parameters()).dtype. If the layer before "
+                "gives int8 output, make this one with takes_int8=True."
             )
         if not torch.compiler.is_compiling():
             self._derive_again()
@@ -275,12 +285,12 @@ class QuantizedLinear(nn.Module):
         return out
 
     def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Quantize a dynamic layer's input, (m, k); `lq_graph.dynamic_quant`."""
+        """Quantize a dynamic layer's input (m, k) to a dtype, with `lq_graph.dynamic_quant`."""
         out: tuple[Tensor, Tensor] = _dynamic_quant(rows, dtype=dtype)
         return out
 
     def to_float(self, out: Tensor) -> Tensor:
-        """An output as the numbers it stands for: int8 ones dequantized, others as they are."""
+        """The floats that an output stands for: int8 is dequantized, floats are unchanged."""
         if self.output_scale is None or self.output_offset is None or out.dtype != torch.int8:
             return out
         return (out.to(torch.float32) - self.output_offset) * self.output_scale
@@ -291,7 +301,7 @@ class QuantizedLinear(nn.Module):
         return f"static, per tensor, input_dtype={dtype_name(self.input_dtype)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # .half() and the like move the module; the dtypes of its scales are part of the numbers
+        # .half() and the like only move: the dtypes of the scales are part of the quantization
         self._derive_again()
         super()._apply(keeping_dtypes(fn), recurse)
         self._note()
@@ -317,7 +327,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _autocasts(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether autocast would have nn.Linear work in a dtype."""
+    """Whether autocast is on and would cast x to a dtype for nn.Linear."""
     device = x.device.type
     return (
         x.is_floating_point()

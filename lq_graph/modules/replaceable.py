@@ -1,9 +1,10 @@
-"""May another module take a module's place, and what must it take over?"""
+"""May a module be replaced by one of another class, and what does the replacement take over?"""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from inspect import signature
 from types import MethodType
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..errors import LinearQuantTypeError
-from .places import Places
+from .places import Place
 
 __all__ = [
     "carry_over",
     "why_not_replaceable",
 ]
 
-# hooks of nn.Module that a replacement would lose, by the attribute that holds them
+# hooks of an nn.Module, which a replacement would lose, by the attribute that holds them
 _HOOKS = {
     "_forward_pre_hooks": "forward hooks",
     "_forward_hooks": "forward hooks",
@@ -30,30 +31,31 @@ _HOOKS = {
     "_load_state_dict_pre_hooks": "state dict hooks",
     "_load_state_dict_post_hooks": "state dict hooks",
 }
-# modules that read the weight of a layer they hold and do not call the layer, all or some of the
-# time
+# modules that may read the weight of a layer they hold instead of calling the layer
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _PLAIN: dict[type[nn.Module], nn.Module] = {}
 
 
-def why_not_replaceable(module: nn.Module, kind: type[nn.Module], places: Places = ()) -> str:
-    """Why a module does more than its kind says, so that one of another kind cannot stand in its
-    place; empty if it may.
+def why_not_replaceable(
+    module: nn.Module, kind: type[nn.Module], places: Iterable[Place] = ()
+) -> str:
+    """Why a module must not be replaced; empty if it may be.
 
-    Plain attributes of the instance are no reason: `carry_over` takes them along. Neither are
+    A module may be replaced if it does what its class does and nothing else. Plain attributes of
+    the instance are no reason to refuse, because `carry_over` copies them; neither are
     `requires_grad` and the training flag.
 
     Args:
         module: that is to be replaced.
-        kind: the class whose behaviour the replacement has, nn.Linear for example.
-        places: where it is held, of `places_of`; for parents that do not call it.
+        kind: the class that the replacement behaves like, nn.Linear for example.
+        places: where it is held, of `places_of`; some parents do not call what they hold.
     """
     if type(module) is not kind:
         return f"a {type(module).__name__}, whose forward may differ from {_name(kind)}'s"
     if _is_patched(kind):
-        return f"the forward of {_name(kind)} itself was replaced by another, which would be lost"
+        return f"the forward of class {_name(kind)} was patched, and the patch would be lost"
     if kind is nn.Linear and nn.functional.linear is not torch._C._nn.linear:
-        return "torch.nn.functional.linear was replaced by another, which would be lost"
+        return "torch.nn.functional.linear was patched, and the patch would be lost"
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "there are forward hooks for all modules, which may act on it"
     why = _own_behaviour(module, _plain(kind))
@@ -61,13 +63,13 @@ def why_not_replaceable(module: nn.Module, kind: type[nn.Module], places: Places
 
 
 def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
-    """What a module has that a plain one of its class has not."""
+    """What a module has that a new one of its class does not have; empty if nothing."""
     own, kind = vars(module), type(plain)
     for attribute, what in _HOOKS.items():
         if own.get(attribute):
             return f"it has {what}, which would be lost"
     if own.get("_compiled_call_impl") is not None:
-        return "it is compiled by itself, which would be lost: call module.compile() afterwards"
+        return "module.compile() was called on it, which would be lost: call it afterwards"
     added = {
         name: value
         for name, value in own.items()
@@ -103,32 +105,32 @@ def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
 
 
 def _why_not_in(parent: nn.Module) -> str:
-    """Why a parent needs the module that it holds as it is."""
+    """Why a parent needs its child unchanged; empty if it does not."""
     if isinstance(parent, _READERS):
         kind = next(kind for kind in _READERS if isinstance(parent, kind))
         return f"nn.{kind.__name__} reads the weight itself, on its fast path"
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     if dynamo is not None and isinstance(parent, dynamo.OptimizedModule):
-        return "it is compiled by itself: call torch.compile on it afterwards"
+        return "torch.compile was called on it alone: call it afterwards"
     return ""
 
 
 def _is_patched(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class is another than that of the file it stands in."""
+    """Whether the forward of a class, or its __call__, comes from elsewhere than its own file."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = getattr(vars(owner)["forward"], "__globals__", None)
     return forward is not vars(sys.modules[owner.__module__]) or "__call__" in vars(kind)
 
 
 def _plain(kind: type[nn.Module]) -> nn.Module:
-    """An instance of a class as its constructor leaves it."""
+    """A new instance of a class."""
     if kind not in _PLAIN:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a deprecated class says so
+            warnings.simplefilter("ignore")  # of deprecated classes
             make = getattr(kind, "_plain", None)
             parameters = signature(kind).parameters
             sizes = (8, 8) if "in_features" in parameters else ()
-            # not `with torch.device("meta")`, which Ctrl-C could leave set
+            # not `with torch.device("meta")`: Ctrl-C could leave it set
             device = {"device": "meta"} if "device" in parameters else {}
             _PLAIN[kind] = kind(*sizes, **device) if make is None else make()
     return _PLAIN[kind]
@@ -139,8 +141,8 @@ def _name(kind: type[nn.Module]) -> str:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Give a replacement the training flag and the plain attributes that its predecessor's instance
-    has beside those of its class: names, indices, marks of libraries.
+    """Copy the training flag, and the plain attributes that were set on the instance (names,
+    indices, marks of libraries), to a replacement.
 
     Call it before the replacement is put in place.
 
@@ -151,9 +153,8 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     own = {name: value for name, value in vars(old).items() if name not in usual}
     if clash := [name for name in own if hasattr(new, name)]:
         raise LinearQuantTypeError(
-            f"the layer has an attribute of its own, {clash[0]}, and {_name(type(new))} has one of "
-            "that name for itself; nothing was changed. What to do: rename it, or leave the layer "
-            "out."
+            f"the layer has an attribute of its own, {clash[0]}, and {_name(type(new))} uses that "
+            "name itself; the model is unchanged. What to do: rename it, or leave the layer out."
         )
     vars(new).update(own)
     new.train(old.training)

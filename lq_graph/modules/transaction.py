@@ -1,4 +1,4 @@
-"""All or nothing: steps that are undone on failure, Ctrl-C that waits, one thread at a time."""
+"""Atomic changes: steps are undone on failure, Ctrl-C waits, one thread at a time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def keeps_grad_mode(function: _Function) -> _Function:
-    """Decorator: whether gradients are recorded is afterwards as before, also when Ctrl-C comes
-    while torch.no_grad() ends, which would leave them off for the rest of the process."""
+    """Decorator: restores whether gradients are recorded.
+
+    If Ctrl-C comes while torch.no_grad() ends, gradients would else stay off for the rest of the
+    process.
+    """
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +41,7 @@ def keeps_grad_mode(function: _Function) -> _Function:
 
 
 def one_at_a_time() -> threading.RLock:
-    """A lock that is free in a forked process, whose thread that held it is not there."""
+    """A lock that is free in a forked process, where the thread that held it does not exist."""
     lock = threading.RLock()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
@@ -47,8 +50,11 @@ def one_at_a_time() -> threading.RLock:
 
 @contextmanager
 def uninterrupted() -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits for the end of the block, or for a call of what the block is given: a point at
-    which it may come. Python delivers it to the main thread only."""
+    """A block that Ctrl-C does not interrupt: it waits for the end of the block.
+
+    The block gets a function; where it calls it, Ctrl-C may come. Python delivers Ctrl-C to the
+    main thread only, so in other threads this does nothing.
+    """
     caught: list[tuple[Any, ...]] = []
     before = signal.getsignal(signal.SIGINT)
 
@@ -58,11 +64,11 @@ def uninterrupted() -> Iterator[Callable[[], None]]:
         args = caught.pop()
         if callable(before):
             before(*args)
-        elif before is signal.SIG_DFL:  # the process ends, as without us
+        elif before is signal.SIG_DFL:  # the process ends, as it would without this
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
 
-    # None: a handler that is not Python's, and cannot be put back
+    # None: the handler is not a Python one and cannot be restored
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield deliver
         return
@@ -76,10 +82,10 @@ def uninterrupted() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def all_or_nothing() -> Iterator[ExitStack]:
-    """A block whose steps are taken back, last first, when one of them fails.
+    """A block whose steps are undone, the last one first, when one of them fails.
 
-    Note in the stack what takes a step back before the step: `undo.callback(...)`. Ctrl-C waits for
-    the end of the block, so do what takes long before it.
+    Before each step, tell the stack how to undo it: `undo.callback(...)`. Ctrl-C waits for the end
+    of the block, so do what takes long before the block.
     """
     with uninterrupted(), ExitStack() as undo:
         yield undo

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..kernels import logical_k
 from ..rules.tables import STORAGE_DTYPES, dtype_name
 from .linear_quant import PARAMETERS, LinearQuant, check_whole_words
-from .places import places_of, put
+from .places import Place, places_of, put
 from .quantized_linear import QuantizedLinear
 from .replaceable import carry_over, why_not_replaceable
 from .transaction import all_or_nothing, keeps_grad_mode
@@ -23,8 +22,8 @@ _TARGETS = ("lq_graph", "torch_npu")
 
 
 def vendor_layers() -> tuple[type[nn.Module], ...]:
-    """torch_npu's LinearQuant and LinearA8W8Quant; nothing where torch_npu is not imported, for a
-    model can hold none there."""
+    """torch_npu's LinearQuant and LinearA8W8Quant; empty where torch_npu is not imported, because a
+    model cannot hold any then."""
     if sys.modules.get("torch_npu") is None:
         return ()
     from torch_npu.contrib.module import LinearA8W8Quant
@@ -39,28 +38,31 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
     vendor's LinearQuant, in place.
 
     The new modules hold the same Parameter objects, so nothing is copied and nothing moves. One
-    exception: the vendor's module starts with a float32 weight, into which a state dict's int8
-    values are cast; such a weight becomes int8 if it holds int8 values, and is refused if not.
+    exception: the vendor's module is made with a float32 weight, and load_state_dict casts int8
+    values to it. Such a weight becomes int8 again.
 
-    All or nothing: on an error the model is as before, and Ctrl-C waits for the end. Subclasses,
-    whose forward may differ, are left alone, and a warning names them. Plain attributes of a
-    module's instance are carried over; one with hooks, a forward of its own or the like is refused.
+    Atomic: if a step fails, the model is unchanged; Ctrl-C waits for the end. Subclasses are left
+    alone, because their forward may differ, and a warning names them. Plain attributes of a module
+    are copied to the new one; a module with hooks or a forward of its own is refused.
 
     Args:
-        model: any module. If it is itself a layer to be replaced, only the result is new.
+        model: any module. If it is itself such a layer, it is unchanged and the new one is
+            returned.
         to: "lq_graph", or "torch_npu" for the way back.
 
     Returns:
         The model, or the new layer where the model is one.
 
     Raises:
-        LinearQuantValueError: another `to`, or an int4 weight whose k cannot be in_features.
-        LinearQuantTypeError: a float32 weight that holds other than int8 values; a module that does
-            more than its class does, or, on the way back, a dynamic QuantizedLinear's, which gives
-            it a scale with each call.
+        LinearQuantValueError: another `to`.
+        LinearQuantTypeError: a float32 weight that holds other values than int8 ones; a module that
+            does more than its class does; with to="torch_npu" the layer in a dynamic
+            QuantizedLinear, which gives it a pertoken_scale with each call.
 
     Warns:
         UserWarning: a subclass is left alone.
+
+    Source: torch_npu.contrib.module.LinearQuant and LinearA8W8Quant.
     """
     if to not in _TARGETS:
         raise LinearQuantValueError(
@@ -68,8 +70,8 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
         )
     kinds = vendor_layers() if to == "lq_graph" else (LinearQuant,)
     places = places_of(model)
-    # every replacement is made before the first one is put in place; parameters made in inference
-    # mode could not be used outside
+    # All replacements are made before the first one is put in place. Parameters made in inference
+    # mode could not be used outside it.
     new: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, old in model.named_modules():
@@ -87,10 +89,10 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
 def _is_convertible(
     name: str,
     old: nn.Module,
-    places: list[tuple[nn.Module, str]],
+    places: list[Place],
     kinds: tuple[type[nn.Module], ...],
 ) -> bool:
-    """Whether a module is to be replaced; one that does more than its class does is refused."""
+    """Whether a module is to be replaced; refuses one that does more than its class does."""
     what = f"convert: {name or 'the model'}"
     if type(old) not in kinds:
         why = why_not_replaceable(old, kinds[0])
@@ -99,12 +101,13 @@ def _is_convertible(
     why = why_not_replaceable(old, type(old), places)
     if any(isinstance(parent, QuantizedLinear) and parent.dynamic for parent, _ in places):
         why = (
-            "its QuantizedLinear gives it a scale with each call, which the vendor's does not take"
+            "its QuantizedLinear gives it a pertoken_scale with each call, and the vendor's module "
+            "takes none"
         )
     if why:
         raise LinearQuantTypeError(
-            f"{what}: {why}; nothing was changed. What to do: take that away before, or convert "
-            "the parts of the model without this module."
+            f"{what}: {why}; the model is unchanged. What to do: remove that first, or convert "
+            "the other parts of the model."
         )
     return True
 
@@ -123,8 +126,8 @@ def _ours(name: str, old: nn.Module) -> LinearQuant:
     if isinstance(old.in_features, int):
         check_whole_words(f"convert: {name or 'the model'}", old.in_features, weight)
     new = LinearQuant(
-        # the vendor never reads its in_features again, and some models count int32 words in it
-        logical_k(weight.shape[-1], weight.dtype),
+        # not the vendor's in_features, which may count int32 words
+        weight.shape[-1] * STORAGE_DTYPES[weight.dtype],
         weight.shape[-2],
         device="meta",  # no memory: the parameters are replaced
         dtype=weight.dtype,
@@ -138,8 +141,7 @@ def _ours(name: str, old: nn.Module) -> LinearQuant:
 def _vendors(old: nn.Module) -> nn.Module:
     from torch_npu.contrib.module import LinearQuant as VendorLinearQuant
 
-    # its parameters are replaced, so none of any size is made; torch.device("meta") would make none
-    # either, but Ctrl-C could leave it set
+    # size 1: its parameters are replaced. Not in torch.device("meta"): Ctrl-C could leave it set.
     new: nn.Module = VendorLinearQuant(1, 1, **_settings(old))
     new.in_features, new.out_features = old.in_features, old.out_features
     _share(old, new)
@@ -158,7 +160,7 @@ def _as_int8(name: str, weight: Tensor) -> Tensor:
         return values
     raise LinearQuantTypeError(
         f"convert: {name or 'the model'}: weight is {dtype_name(weight.dtype)} and holds other "
-        "than int8 values; allowed is int8, int32 carrying int4, or a float weight into which an "
-        "int8 state dict was loaded. What to do: load the weights first, by "
+        "values than int8 ones; allowed is int8, int32 carrying int4, or a float weight into which "
+        "an int8 state dict was loaded. What to do: load the weights first, by "
         "`layer.weight.data = tensor`."
     )

@@ -1,4 +1,4 @@
-"""Layers split on k that give one device's result bit for bit."""
+"""Layers split on k whose result, or quantized input, is one device's, bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _I8, _I32 = torch.int8, torch.int32
 
 
 def read_scale(layer: Any, fold: bool) -> None:
-    """Keep the scale as the kernel reads it: made once, not at every call."""
+    """Keep the scale and the offset as the kernel reads them; made once, not at every call."""
     scale, offset = layer.scale, layer.offset
     if fold:
         if scale.dtype == torch.float32:
@@ -47,7 +47,7 @@ def exact_forward(
     x1: Tensor,
     pertoken_scale: Tensor | None = None,
 ) -> Tensor:
-    """Sum the int32 accumulators of every device, and do what follows once."""
+    """Sum the int32 accumulators of all devices, then scale and add the bias once."""
     part = _linear_quant(x1, layer.weight, layer._ones, None, None, None, output_dtype=_I32)
     pertoken = layer.pertoken_scale if pertoken_scale is None else pertoken_scale
     scale, output = layer._fixed_scale, layer.output_dtype or _I8
@@ -69,10 +69,10 @@ def exact_forward(
 def quantize_rows_together(
     mesh: DeviceMesh, arithmetic: Arithmetic, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """dynamic_quant of rows whose k is split: the largest magnitude is that of all parts."""
+    """dynamic_quant of rows whose k is split, with the largest magnitude of all parts."""
     peak = rows.to(torch.float32).abs().max(-1).values  # torchair has no converter for amax
     if mesh.size() > 1:
-        # A backend's maximum may lose NaN; it keeps infinity, and the row is NaN all the same.
+        # A backend's maximum may lose NaN. It keeps infinity, with which the row is NaN too.
         peak = peak.nan_to_num(torch.inf, torch.inf, 0.0)
         peak = wait_for(collectives.all_reduce(peak, "max", mesh.get_group()))
     bits = 4 if dtype == _I32 else 8

@@ -19,28 +19,37 @@ __all__ = ["at_front", "move", "wait_for"]
 
 
 def at_front(placement: Placement, tensor: Tensor) -> Placement:
-    """A placement with a dim counted from the end, counted from the front."""
+    """A placement with its dim counted from the front."""
     if isinstance(placement, Shard) and placement.dim < 0:
         return Shard(placement.dim + tensor.dim())
     return placement
 
 
 def wait_for(x: Any) -> Tensor:
-    """A collective's result, waited for: a rank that is gone is an error here, not at some later
-    use. In a graph it is a plain tensor already."""
+    """Wait for a collective's result, so that a rank that is gone is an error here and not later.
+    In a graph it is a plain tensor already."""
     out: Tensor = x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
     return out
 
 
 def move(x: Tensor, have: Placement, want: Placement, mesh: DeviceMesh) -> Tensor:
-    """A plain tensor from one layout to another."""
+    """Move a plain tensor from one placement to another.
+
+    Args:
+        x: this device's part.
+        have, want: the placements.
+        mesh: of one dim.
+
+    Raises:
+        LinearQuantValueError: a dim that does not split into equal parts.
+    """
     have, want = at_front(have, x), at_front(want, x)
     if have == want or mesh.size() == 1:
         return x
     if isinstance(want, Shard) and x.shape[want.dim] % mesh.size():
         raise LinearQuantValueError(
-            f"dim {want.dim} of {tuple(x.shape)} is to be split over {mesh.size()} devices; each "
-            "takes an equal part. What to do: pad it, or use Replicate()."
+            f"dim {want.dim} of {tuple(x.shape)} is to be split into {mesh.size()} equal parts, "
+            "one for each device. What to do: pad it, or use Replicate()."
         )
     group = mesh.get_group()
     if isinstance(have, Partial):

@@ -1,4 +1,4 @@
-"""The tensors of a layer that is split: each device keeps its part, state dicts hold the whole."""
+"""The tensors of a layer that is split: devices keep their parts, state dicts the whole layer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from torch.distributed.tensor import (
 
 from ..backends.npu import format_of
 from ..errors import LinearQuantValueError
-from ..modules.linear_quant import PARAMETERS, SPLIT, LinearQuant
+from ..modules.linear_quant import PARAMETERS, LinearQuant
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.split import SPLIT
 
 __all__ = [
     "check_same",
@@ -34,12 +35,12 @@ __all__ = [
 
 
 def keep_state(undo: ExitStack, *modules: nn.Module) -> None:
-    """Take back whatever is set on the modules, hooks and buffers included."""
+    """Let a stack undo whatever is set on the modules, hooks and buffers included."""
     for module in modules:
         own = vars(module)
         undo.callback(_put_back, own, {**own})
         for held in own.values():
-            # not replaced by a copy: handles of hooks find theirs in it
+            # not replaced by a copy, because handles of hooks refer to the dict
             if isinstance(held, dict):
                 undo.callback(_put_back, held, {**held})
 
@@ -50,10 +51,12 @@ def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
 
 
 def layer_in(module: LinearQuant | QuantizedLinear) -> LinearQuant:
+    """The LinearQuant of a QuantizedLinear, or itself."""
     return module.linear if isinstance(module, QuantizedLinear) else module
 
 
 def parameters_of(layer: LinearQuant) -> list[tuple[str, Tensor]]:
+    """Names and tensors of the parameters that a layer has."""
     found = ((name, getattr(layer, name)) for name in PARAMETERS)
     return [(name, tensor) for name, tensor in found if tensor is not None]
 
@@ -61,7 +64,14 @@ def parameters_of(layer: LinearQuant) -> list[tuple[str, Tensor]]:
 def part_of(
     whole: Tensor, mesh: DeviceMesh, placement: Placement, source: int | None = None
 ) -> Tensor:
-    """This device's part of a tensor; `source`: the rank whose values count, None for one's own."""
+    """This device's part of a tensor.
+
+    Args:
+        whole: the tensor.
+        mesh: of one dim.
+        placement: how it is split.
+        source: the rank whose values are taken; None for each rank's own.
+    """
     if not isinstance(placement, Partial):
         placed = distribute_tensor(whole, mesh, [placement], src_data_rank=source)
         return placed.to_local().contiguous()
@@ -70,7 +80,7 @@ def part_of(
 
 
 def to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A state dict holds the whole layer, each device its part of it."""
+    """Hook of state_dict: parts become DTensors, which stand for the whole layer."""
     del metadata
     mesh, placements = vars(layer)[SPLIT]
     for name, placement in placements.items():
@@ -80,7 +90,7 @@ def to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -
 
 
 def to_parts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """And loads one: its DTensors, or whole tensors, of which it takes its parts."""
+    """Hook of load_state_dict: DTensors, or whole tensors, become this device's parts."""
     mesh, placements = vars(layer)[SPLIT]
     for name, placement in placements.items():
         given = state.get(prefix + name)
@@ -94,8 +104,11 @@ def to_parts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
 
 
 def check_same(style_name: str, layer: LinearQuant, mesh: DeviceMesh) -> None:
-    """Every rank must split the same layer: a rank with another checkpoint or another model is told
-    so, on all ranks, before anything is split."""
+    """Refuse, on all ranks and before anything is split, layers that differ between the ranks.
+
+    Raises:
+        LinearQuantValueError: a rank has another checkpoint or another model.
+    """
     everyone = [""] * mesh.size()
     mine = f"{layer.extra_repr()}, weight format {format_of(layer.weight)}"
     dist.all_gather_object(everyone, mine, group=mesh.get_group())

@@ -2,15 +2,16 @@
 
     parallelize_module(model, mesh, {"up": ColwiseLinearQuant(), "down": RowwiseLinearQuant()})
 
-Each process keeps its part of a layer's tensors and computes with it as with a layer of its own:
+Each process keeps its part of a layer's tensors and computes with it as with a whole layer:
 eagerly, in graphs, and prepared by `use_internal_format_weight`. State dicts hold DTensors, which
-are whole layers to whoever loads or saves them. A layer is split whole or not at all: an error, or
-Ctrl-C, leaves it as it was on this rank. `parallelize_module` goes layer by layer, so those before
+load and save as the whole layer. Splitting one layer is atomic: after an error or Ctrl-C the layer
+is unchanged on this rank. `parallelize_module` splits one layer after another, so the layers before
 the one that failed stay split.
 
-A row-wise output is rounded on every device before the sum, so it is close to one device's, not
-equal, and int8 output cannot be summed at all. `RowwiseLinearQuant(exact=True)` sums the int32
-accumulators and scales after the sum: equal bit for bit.
+The output of a layer split on k is rounded on every device before the sum. So it is close to one
+device's result, not equal, and int8 output cannot be summed at all.
+`RowwiseLinearQuant(exact=True)` sums the int32 accumulators and scales after the sum: its result is
+one device's, bit for bit.
 
 Source: torch.distributed.tensor.parallel.
 """
@@ -35,9 +36,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
-from ..modules.linear_quant import SPLIT, LinearQuant, check_whole_words
+from ..modules.linear_quant import LinearQuant, check_whole_words
 from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.split import SPLIT, SplitStyle
 from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic
 from ..rules.products import get_product
@@ -52,12 +54,12 @@ __all__ = ["ColwiseLinearQuant", "LinearQuantStyle", "RowwiseLinearQuant"]
 _I8, _I32 = torch.int8, torch.int32
 
 
-class LinearQuantStyle(ParallelStyle):
-    """What both plans share; use one of the two."""
+class LinearQuantStyle(SplitStyle, ParallelStyle):
+    """The common part of ColwiseLinearQuant and RowwiseLinearQuant; use one of those."""
 
-    weight_dim: int  # of (n, k), the one that is split
-    computes_from: Placement  # the input, as the layer's part needs it
-    computes_to: Placement  # the output, as it comes out of the part
+    weight_dim: int  # the dim of (n, k) that is split
+    computes_from: Placement  # of the input that a layer's part needs
+    computes_to: Placement  # of the output that it gives
 
     def __init__(
         self,
@@ -70,21 +72,7 @@ class LinearQuantStyle(ParallelStyle):
         self.output_layouts = output_layouts
         self.use_local_output = use_local_output
 
-    def placement(self, name: str, shape: tuple[int, ...]) -> Placement:
-        """Where a parameter goes.
-
-        Args:
-            name: weight, scale, offset, pertoken_scale or bias.
-            shape: of the whole parameter.
-        """
-        raise NotImplementedError
-
     def check(self, name: str, layer: LinearQuant, ranks: int) -> None:
-        """Refuse a layer that cannot be split.
-
-        Raises:
-            LinearQuantValueError, LinearQuantTypeError: with the reason.
-        """
         weight = layer.weight
         if weight.dim() != 2:
             raise LinearQuantValueError(
@@ -93,8 +81,8 @@ class LinearQuantStyle(ParallelStyle):
             )
         if format_of(weight) == FRACTAL_NZ:
             raise LinearQuantValueError(
-                f"{name}: weight is FRACTAL_NZ, whose blocks of 16 x 32 bytes do not split. What "
-                "to do: parallelize the model first and call use_internal_format_weight after it."
+                f"{name}: weight is FRACTAL_NZ, whose blocks of 16 x 32 bytes cannot be split. "
+                "What to do: parallelize the model first, then call use_internal_format_weight."
             )
         check_whole_words(name, layer.in_features, weight)
         pack = STORAGE_DTYPES[weight.dtype]  # int4 needs n and k in eights, on each device
@@ -112,7 +100,6 @@ class LinearQuantStyle(ParallelStyle):
             )
 
     def check_mesh(self, mesh: DeviceMesh) -> None:
-        """Refuse a mesh of several dims."""
         if mesh.ndim != 1:
             raise LinearQuantValueError(
                 f"{type(self).__name__}: the mesh has {mesh.ndim} dims; a plan takes one. What to "
@@ -141,7 +128,7 @@ class LinearQuantStyle(ParallelStyle):
         for parameter, whole in parameters_of(layer):
             placement = placements[parameter] = self.placement(parameter, tuple(whole.shape))
             parts.append((whole, part_of(whole.data, device_mesh, placement, self.src_data_rank)))
-        # what waits for other ranks is done; the rest is all or nothing
+        # nothing waits for other ranks from here on; the rest is atomic
         with all_or_nothing() as undo:
             keep_state(undo, module, layer)
             for whole, part in parts:
@@ -150,9 +137,7 @@ class LinearQuantStyle(ParallelStyle):
             return self._finish(module, device_mesh, placements)
 
     def adopt(self, module: QuantizedLinear, mesh: DeviceMesh) -> nn.Module:
-        """Apply the plan to a layer whose parameters are this device's parts already, as
-        `placement` says."""
-        # vectors are per channel in checkpoints, also where a part is one channel
+        # vectors in checkpoints are per channel, also where a part is one channel
         placements = {
             name: self.placement(name, (2,) * part.dim())
             for name, part in parameters_of(module.linear)
@@ -165,12 +150,13 @@ class LinearQuantStyle(ParallelStyle):
         mesh: DeviceMesh,
         placements: dict[str, Placement],
     ) -> nn.Module:
-        """Let a layer whose parameters are parts take, give, save and load what the plan says."""
+        """Mark a layer whose parameters are parts, and install its hooks: for input and output, and
+        to save and load the whole layer."""
         layer = layer_in(module)
         vars(layer)[SPLIT] = (mesh, placements)
         n, words = layer.weight.shape
         layer.out_features, layer.in_features = n, logical_k(words, layer.weight.dtype)
-        layer._float_scale = None  # of the whole layer; state dicts hold the scale that is in use
+        layer._float_scale = None  # it is of the whole layer; state dicts hold the packed scale
         layer.register_state_dict_post_hook(to_dtensors)
         layer.register_load_state_dict_pre_hook(to_parts)
         module.register_forward_pre_hook(partial(self._take, mesh))
@@ -200,22 +186,22 @@ class LinearQuantStyle(ParallelStyle):
 
 
 class ColwiseLinearQuant(LinearQuantStyle):
-    """Split a LinearQuant or QuantizedLinear on n, its output channels. Exact.
+    """Split a LinearQuant or QuantizedLinear on n, its output channels.
 
-    Weight, per-channel scale (packed or not), offset and bias are split; each device computes its
-    own channels of every row, and nothing is summed.
+    The result is one device's, bit for bit. Weight (n, k), per-channel scale (packed or not),
+    offset and bias are split; each device computes its own channels of every row, and nothing is
+    summed.
 
     Args:
-        input_layouts: how the input comes; default Replicate().
-        output_layouts: how the output is to leave; default Shard(-1).
-        use_local_output: give a plain tensor of this device's part instead of a DTensor.
-
-    Errors are raised when the plan is applied, on every rank.
+        input_layouts: placement of the input (..., k); default Replicate().
+        output_layouts: placement of the output (..., n); default Shard(-1).
+        use_local_output: give a plain tensor, this device's part, instead of a DTensor.
 
     Raises:
-        LinearQuantTypeError: the module is of another kind.
-        LinearQuantValueError: n does not split into equal parts (int4: multiples of 8), the weight
-            has batch dims or is FRACTAL_NZ, or the ranks hold different layers.
+        LinearQuantTypeError: when it is applied, on every rank: the module is of another class.
+        LinearQuantValueError: likewise: n does not split into equal parts (int4: multiples of 8),
+            the weight has batch dims or is FRACTAL_NZ, the layer is split already, the mesh has
+            several dims, or the ranks hold different layers.
 
     Source: torch.distributed.tensor.parallel.ColwiseParallel.
     """
@@ -241,32 +227,32 @@ class ColwiseLinearQuant(LinearQuantStyle):
 
 
 class RowwiseLinearQuant(LinearQuantStyle):
-    """Split a LinearQuant or QuantizedLinear on k, its input channels; the parts are summed.
+    """Split a LinearQuant or QuantizedLinear on k, its input channels, and sum the outputs.
 
-    Each device multiplies its part of k. The bias is kept on one device, zeros on the others, so it
-    is added once whether or not the output is summed; scale, offset and pertoken_scale are whole on
-    each.
+    Each device multiplies its part of k. One device keeps the bias and the others zeros, so that it
+    is added once. Scale, offset and pertoken_scale are whole on each device.
+
+    A dynamic QuantizedLinear takes the largest magnitude of a row over all devices (4 bytes a row
+    are moved), so its quantized input is one device's, bit for bit.
 
     Args:
-        input_layouts: how the input comes; default Shard(-1), as ColwiseLinearQuant leaves it.
-        output_layouts: Replicate() (all-reduce, the default), Shard(dim) (reduce-scatter), or
-            Partial() to be summed later; with exact always an all-reduce first.
+        input_layouts: placement of the input (..., k); default Shard(-1), which ColwiseLinearQuant
+            gives.
+        output_layouts: placement of the output (..., n): Replicate() (all-reduce, the default),
+            Shard(dim) (reduce-scatter), or Partial() to sum it later. With exact an all-reduce
+            comes first in any case.
         use_local_output: give a plain tensor instead of a DTensor.
-        exact: sum the int32 accumulators and scale after the sum. The result equals one device's
-            bit for bit, int8 output and offset included; 4 bytes for each element are moved where
-            a float16 output moves 2, and the scaling runs beside the kernel, not in it. int8
-            weights only: no row of the tables gives the accumulators of int4.
-
-    A QuantizedLinear that quantizes its input as it comes takes the largest magnitude of a row over
-    all devices, 4 bytes a row, so the quantized input is one device's.
-
-    Errors are raised when the plan is applied, on every rank.
+        exact: sum the int32 accumulators and scale after the sum. The result is one device's, bit
+            for bit, int8 output and offset included. It moves 4 bytes for each element of the
+            output instead of 2, and the scaling is a pass of its own. int8 weights only: no row of
+            the support table gives the accumulators of int4.
 
     Raises:
-        LinearQuantTypeError: the module is of another kind, or exact is asked for int4, or on a
-            product without int32 output.
-        LinearQuantValueError: int8 output without exact; k does not split into equal parts; the
-            weight has batch dims or is FRACTAL_NZ; or the ranks hold different layers.
+        LinearQuantTypeError: when it is applied, on every rank: the module is of another class; or
+            exact, with int4 or on a product without int32 output.
+        LinearQuantValueError: likewise: int8 output without exact; k does not split into equal
+            parts; the weight has batch dims or is FRACTAL_NZ; the layer is split already; the mesh
+            has several dims; or the ranks hold different layers.
 
     Source: torch.distributed.tensor.parallel.RowwiseParallel.
     """
@@ -286,7 +272,7 @@ class RowwiseLinearQuant(LinearQuantStyle):
         super().__init__(input_layouts, output_layouts or Replicate(), use_local_output)
         self.exact = exact
         if exact:
-            self.computes_to = Replicate()  # the sum is inside
+            self.computes_to = Replicate()  # the forward sums
 
     def placement(self, name: str, shape: tuple[int, ...]) -> Placement:
         del shape
@@ -302,15 +288,15 @@ class RowwiseLinearQuant(LinearQuantStyle):
             return
         if layer.weight.dtype != _I8:
             raise LinearQuantTypeError(
-                f"{name}: exact is asked for, and weight is {dtype_name(layer.weight.dtype)} "
-                "(int4); no row of the table gives int32 accumulators of int4. What to do: "
+                f"{name}: exact is True and weight is {dtype_name(layer.weight.dtype)} (int4); no "
+                "row of the support table gives int32 accumulators of int4. What to do: "
                 "exact=False."
             )
         product = get_product()
         if all(row.output != _I32 for row in rows_of(product, _I8)):
             raise LinearQuantTypeError(
-                f"{name}: exact is asked for, and {product} has no row with int32 output. What to "
-                "do: exact=False, or shard on n (ColwiseLinearQuant)."
+                f"{name}: exact is True and {product} has no row with int32 output. What to do: "
+                "exact=False, or shard on n (ColwiseLinearQuant)."
             )
 
     def _finish(
@@ -321,7 +307,7 @@ class RowwiseLinearQuant(LinearQuantStyle):
     ) -> nn.Module:
         super()._finish(module, mesh, placements)
         if isinstance(module, QuantizedLinear) and module.dynamic:
-            # k of the whole layer: what one device alone would compute with it
+            # by k of the whole layer, as one device would compute
             arithmetic = dynamic_arithmetic(get_product(), module.in_features)
             vars(module)["quantize_rows"] = partial(quantize_rows_together, mesh, arithmetic)
         if self.exact:
@@ -331,7 +317,7 @@ class RowwiseLinearQuant(LinearQuantStyle):
             layer.register_buffer("_fixed_offset", None, persistent=False)
             read_scale(layer, fold)
             layer.register_load_state_dict_post_hook(lambda own, _: read_scale(own, fold))
-            # read by name and never written: int32 output takes a scale and ignores it
+            # a scale, which int32 output takes and ignores
             layer.register_buffer(
                 "_ones", torch.ones(1, dtype=torch.float32, device=layer.weight.device), False
             )

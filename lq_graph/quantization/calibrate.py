@@ -21,8 +21,13 @@ __all__ = ["Range", "Seen", "call", "check_batches", "evaluating", "observe"]
 
 
 class Range:
-    """The smallest and the largest value seen, 0 included; whether all were finite; of how many
-    batches."""
+    """The range of the values seen.
+
+    Attributes:
+        low, high: the smallest and the largest value, 0 included.
+        finite: whether all values were finite.
+        batches: how many batches there were.
+    """
 
     def __init__(self) -> None:
         self.low = self.high = 0.0
@@ -30,7 +35,7 @@ class Range:
         self.batches = 0
 
     def add(self, x: Tensor) -> None:
-        """Take a batch in. NaN and infinity clear `finite`."""
+        """Add a batch. NaN and infinity clear `finite`."""
         if x.numel():
             low, high = (bound.item() for bound in torch.aminmax(x.detach()))
             self.finite = self.finite and math.isfinite(low) and math.isfinite(high)
@@ -54,8 +59,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def check_batches(function: str, name: str, batches: object) -> None:
-    """Refuse what is one input, or none, in the place of an iterable of inputs: a tensor is an
-    iterable too, of its rows, and a mapping of its keys.
+    """Refuse one input, or something else, in place of an iterable of inputs. A tensor is an
+    iterable of its rows, and a mapping one of its keys, so this would not fail by itself.
 
     Raises:
         LinearQuantTypeError: naming the function and the argument.
@@ -81,12 +86,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Seen:
-    """What runs of a model have shown.
+    """What runs of a model showed.
 
     Attributes:
         ranges: of each layer's inputs.
-        calls: of each module that was watched.
-        read: the operator that read a layer's weight while the layer did not run, by layer.
+        calls: how often each watched module was called.
+        read: by layer, the operator that read its weight while the layer did not run.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -104,18 +109,18 @@ def observe(
 ) -> Seen:
     """Run a model and note what its layers are given, and who else reads their weights.
 
-    Compiled parts run eagerly meanwhile: what was traced before does not see who watches. Ctrl-C
-    waits for the end of a batch.
+    Compiled parts run eagerly meanwhile, because graphs that were traced before do not call the
+    watched forwards. Ctrl-C waits for the end of a batch.
 
     Args:
-        model: float; left as it was, whatever happens.
+        model: float; unchanged afterwards, also after an error.
         name: of the argument that holds the batches, for the messages.
         batches: what the model is called with, one at a time; see `call`.
         layers: those to watch, modules of the model that take one tensor and have a weight.
         others: modules whose calls are counted.
 
     Raises:
-        LinearQuantTypeError: something that is no input.
+        LinearQuantTypeError: an input that a model cannot be called with.
         LinearQuantValueError: no batches.
     """
     seen = Seen(layers)
@@ -165,8 +170,8 @@ def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes operators that get the weight of a layer that does not run. Questions for its dtype,
-    shape and device are no operators."""
+    """Notes operators that read the weight of a layer while the layer does not run. Reading its
+    dtype, shape or device is no operator."""
 
     def __init__(self, seen: Seen, running: list[nn.Module]) -> None:
         super().__init__()

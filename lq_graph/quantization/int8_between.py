@@ -7,24 +7,35 @@ from collections import Counter
 from torch import nn
 
 from ..modules.replaceable import why_not_replaceable
-from .layer import Job
+from .layer import LayerToQuantize
 from .select import Places
 
 __all__ = ["connect", "sequentials"]
 
 
 def sequentials(model: nn.Module) -> list[nn.Sequential]:
-    """Every plain nn.Sequential: it hands each output to the next module and to nothing else, if it
-    is called at all."""
+    """Every plain nn.Sequential. When it is called, each of its modules gives its output to the
+    next one and to nothing else."""
     return [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in vars(m)]
 
 
 def connect(
-    plain: list[nn.Sequential], jobs: list[Job], places: Places, calls: Counter[nn.Module]
+    plain: list[nn.Sequential],
+    layers: list[LayerToQuantize],
+    places: Places,
+    calls: Counter[nn.Module],
 ) -> None:
-    """Find the pairs between which int8 can stay: neighbours in an nn.Sequential that is called as
-    a whole. One whose parts are called one by one, as a list of modules, hands on nothing."""
-    by_layer: dict[nn.Module, Job] = {job.source: job for job in jobs}
+    """Set `next`, `takes_int8` and `fused_relu` of layers between which activations can stay int8:
+    neighbours in an nn.Sequential that is called as a whole. A model may also call the modules of
+    an nn.Sequential one by one, like those of a list; such neighbours stay apart.
+
+    Args:
+        plain: of `sequentials`.
+        layers: that are quantized.
+        places: where the model holds each module.
+        calls: how often calibration called each module.
+    """
+    by_layer: dict[nn.Module, LayerToQuantize] = {layer.source: layer for layer in layers}
 
     def only_by_sequentials(module: nn.Module) -> bool:
         parents = [parent for parent, _ in places[module]]
@@ -46,7 +57,7 @@ def connect(
                 continue
             if relu is not None and why_not_replaceable(relu, nn.ReLU):
                 continue
-            # ReLU's zero is where the int8 range begins: the clamp to it is the ReLU
+            # if the int8 range begins at 0, its clamp does what the ReLU does
             if relu is None or second.input_offset == -128:
                 first.next, second.takes_int8 = second, True
-                first.absorbed = place if relu is not None else None
+                first.fused_relu = place if relu is not None else None

@@ -1,4 +1,4 @@
-"""What quantize() tells: a line for each nn.Linear, and what is float afterwards."""
+"""The report of quantize(): a line for each nn.Linear, and what stays float."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Quantized:
 
     Attributes:
         name: qualified name.
-        scheme: "A8W8 dynamic" and the like; empty if the layer was left alone.
+        scheme: "A8W8 dynamic", "A8W8 static" or "A4W4 dynamic"; empty if the layer stays float.
         k, n: its sizes.
-        output: dtype of the new layer's output; empty if it was left alone.
-        bytes_before, bytes: of its parameters.
-        note: why it was left alone, or what else changed.
+        output: dtype of the new layer's output; empty if the layer stays float.
+        bytes_before, bytes: size of its parameters, before and after.
+        note: why it stays float, or what else changed.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Quantized:
 
 @dataclass(frozen=True)
 class StaysFloat:
-    """Float parameters or buffers that a model has after quantize, those of one name.
+    """Float tensors of one name that a model has after quantize.
 
     Attributes:
-        name: qualified name; `*` for numbers in it, which layers of one kind differ by.
+        name: qualified name, with `*` in place of numbers, so layers of one kind have one name.
         kind: class of the module that holds them.
         shape: of the first of them.
-        bytes: of all of them.
-        share: of the bytes that the model had before.
+        bytes: size of all of them.
+        share: of the bytes that the model had before, 0 to 1.
     """
 
     name: str
@@ -67,7 +67,7 @@ class QuantizeReport(list[Quantized]):
     """What quantize did, a line for each nn.Linear; prints as a table.
 
     Attributes:
-        stays_float: what is float afterwards, in and beside nn.Linear layers (embeddings,
+        stays_float: what is float afterwards: nn.Linear layers and everything else (embeddings,
             convolutions, experts in one tensor of 3 dims), the largest first.
     """
 
@@ -98,7 +98,7 @@ class QuantizeReport(list[Quantized]):
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Of the tensors that a model holds."""
+    """Size in bytes of the tensors that a model holds."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     tensors.update((id(t), t) for _, _, t in tensors_beside(model))
     return sum(t.nbytes for t in tensors.values() if not is_lazy(t))

@@ -1,4 +1,4 @@
-"""The schemes quantize() knows: what a layer's weight and activations become."""
+"""The schemes of quantize(): what a layer's weight and activations become."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
+from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+
 __all__ = ["SCHEMES", "A4W4Dynamic", "A8W8Dynamic", "A8W8Static", "Config"]
 
 
 @dataclass(frozen=True)
 class A8W8Dynamic:
-    """int8 weights per channel, symmetric; int8 activations per token, as they come.
+    """int8 weights with one scale for each channel, int8 activations with one scale for each token.
+
+    Weights and activations are symmetric. The scale of a token is computed at each call.
 
     Attributes:
-        output_dtype: torch.float16 or bfloat16; None for that of each layer's weight.
+        output_dtype: torch.float16 or torch.bfloat16; None for the dtype of each layer's weight.
+
+    Source: aclnnDynamicQuant.md and aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
 
     output_dtype: torch.dtype | None = None
@@ -22,10 +28,15 @@ class A8W8Dynamic:
 
 @dataclass(frozen=True)
 class A4W4Dynamic:
-    """int4 weights per channel, symmetric; int4 activations per token, as they come.
+    """int4 weights with one scale for each channel, int4 activations with one scale for each token.
+
+    Weights and activations are symmetric, and int4 is packed in int32. The scale of a token is
+    computed at each call.
 
     Attributes:
-        output_dtype: torch.float16 or bfloat16; None for that of each layer's weight.
+        output_dtype: torch.float16 or torch.bfloat16; None for the dtype of each layer's weight.
+
+    Source: aclnnDynamicQuant.md and aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
 
     output_dtype: torch.dtype | None = None
@@ -33,16 +44,19 @@ class A4W4Dynamic:
 
 @dataclass(frozen=True)
 class A8W8Static:
-    """int8 weights per channel, symmetric; int8 activations with one scale for the whole tensor,
-    from calibration.
+    """int8 weights with one scale for each channel, int8 activations with one scale for the tensor.
+
+    Weights are symmetric. Scale and zero point of the activations come from calibration.
 
     Attributes:
-        output_dtype: torch.float16 or bfloat16; None for that of each layer's weight.
-        symmetric: activations without a zero point.
-        int8_between: where an nn.Sequential that calibration finds called as a whole feeds one
-            quantized layer straight into another, or through a ReLU, the first gives int8 and the
-            second takes it as it is. What else reads the first one's output later, a hook for
-            example, gets int8.
+        output_dtype: torch.float16 or torch.bfloat16; None for the dtype of each layer's weight.
+        symmetric: whether the zero point of the activations is 0.
+        int8_between: whether activations stay int8 between quantized layers that follow each other
+            in an nn.Sequential, directly or with a ReLU between, and that calibration sees called
+            as a whole. The first layer then gives int8 output, which a hook on it, for example,
+            gets.
+
+    Source: aclnnAscendQuantV3.md and aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
 
     output_dtype: torch.dtype | None = None
@@ -52,8 +66,8 @@ class A8W8Static:
 
 Config = A8W8Dynamic | A8W8Static | A4W4Dynamic
 
-SCHEMES: dict[type, str] = {
-    A8W8Dynamic: "A8W8 dynamic",
-    A8W8Static: "A8W8 static",
-    A4W4Dynamic: "A4W4 dynamic",
+SCHEMES: dict[type, LayerKind] = {
+    A8W8Dynamic: A8W8_DYNAMIC,
+    A8W8Static: A8W8_STATIC,
+    A4W4Dynamic: A4W4_DYNAMIC,
 }

@@ -9,72 +9,82 @@ from torch import nn
 
 from ..errors import LinearQuantValueError
 from ..modules.linear_quant import LinearQuant
-from ..modules.places import held_elsewhere
+from ..modules.places import Place, held_elsewhere
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import why_not_replaceable
 from ..modules.vendor import vendor_layers
 from ..rules.tables import dtype_name
-from .layer import Job, illegal
+from .layer import LayerToQuantize, why_illegal
 from .schemes import Config
 
-__all__ = ["FilterFn", "Places", "check_finite", "keep_tied", "left", "quantized_kinds", "survey"]
+__all__ = [
+    "FilterFn",
+    "Places",
+    "check_finite",
+    "keep_tied",
+    "not_refused",
+    "quantized_kinds",
+    "survey",
+]
 
 FilterFn = Callable[[nn.Module, str], bool]
-Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+Places = dict[nn.Module, list[Place]]  # of `places_of`
 
 
-def left(jobs: list[Job]) -> list[Job]:
-    return [job for job in jobs if not job.refusal]
+def not_refused(layers: list[LayerToQuantize]) -> list[LayerToQuantize]:
+    """Those that are to be quantized."""
+    return [layer for layer in layers if not layer.refusal]
 
 
 def quantized_kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of quantized layers, ours and the vendor's."""
     return (QuantizedLinear, LinearQuant, *vendor_layers())
 
 
 def survey(
     model: nn.Module, config: Config, filter_fn: FilterFn | None, places: Places
-) -> list[Job]:
-    """Every nn.Linear of a model, in order; a refusal where it must not be touched."""
+) -> list[LayerToQuantize]:
+    """Every nn.Linear of a model, in order, with a refusal where it has to stay float."""
     elsewhere = held_elsewhere(model)
-    jobs = [
-        Job(name, module, config, places.get(module, []))
+    layers = [
+        LayerToQuantize(name, module, config, places.get(module, []))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, quantized_kinds())
     ]
-    for job in jobs:
-        job.refusal = _why_not(job, filter_fn) or illegal(job)
-        if not job.refusal and job.source in elsewhere:
-            job.refusal = f"{elsewhere[job.source]} holds it too, where it would stay what it is"
-    return jobs
+    for layer in layers:
+        layer.refusal = _why_not(layer, filter_fn) or why_illegal(layer)
+        if not layer.refusal and layer.source in elsewhere:
+            layer.refusal = f"{elsewhere[layer.source]} holds it too and would keep the float one"
+    return layers
 
 
-def keep_tied(model: nn.Module, jobs: list[Job]) -> None:
-    """A refusal may leave float a weight that another layer shares; that one stays float too."""
-    floats = set(model.modules()) - {job.source for job in left(jobs)}
+def keep_tied(model: nn.Module, layers: list[LayerToQuantize]) -> None:
+    """Refuse layers that share their weight with something that stays float."""
+    floats = set(model.modules()) - {layer.source for layer in not_refused(layers)}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if module in floats:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append(name)
-    for job in left(jobs):
-        if others := owners.get(id(job.source.weight)):
-            job.refusal = f"its weight is also that of {', '.join(others)}, which stays float"
+    for layer in not_refused(layers):
+        if others := owners.get(id(layer.source.weight)):
+            layer.refusal = f"its weight is also that of {', '.join(others)}, which stays float"
 
 
-def _why_not(job: Job, filter_fn: FilterFn | None) -> str:
-    """Why a layer must not be touched; empty if it may be."""
-    linear = job.source
-    if filter_fn is not None and not filter_fn(linear, job.name):
+def _why_not(layer: LayerToQuantize, filter_fn: FilterFn | None) -> str:
+    """Why a layer has to stay float; empty if it need not."""
+    linear = layer.source
+    if filter_fn is not None and not filter_fn(linear, layer.name):
         return "filter_fn leaves it"
-    if why := why_not_replaceable(linear, nn.Linear, job.places):
+    if why := why_not_replaceable(linear, nn.Linear, layer.places):
         return why
-    if not job.places:
+    if not layer.places:
         return "the model itself, which cannot be replaced in place: put it in an nn.Sequential"
-    for name, wanted in (("weight", (job.n, job.k)), ("bias", (job.n,))):
+    for name, wanted in (("weight", (layer.n, layer.k)), ("bias", (layer.n,))):
         tensor = getattr(linear, name)
         if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.numel()):
-            return f"its {name} has shape {tuple(tensor.shape)}, not that of a matrix and its bias"
+            return f"its {name} has shape {tuple(tensor.shape)}; {wanted} is needed"
     if linear.weight.is_meta:
         return "its weight is on meta: load the model first"
     for name, tensor in linear.named_parameters():
@@ -82,20 +92,21 @@ def _why_not(job: Job, filter_fn: FilterFn | None) -> str:
             return f"the memory of its {name} was freed: gather or load the model first"
     if linear.weight.dtype not in (torch.float16, torch.bfloat16):
         return (
-            f"its weight is {dtype_name(linear.weight.dtype)}, LinearQuant works in float16 and "
+            f"its weight is {dtype_name(linear.weight.dtype)}, and LinearQuant takes float16 and "
             "bfloat16: call model.half() or model.bfloat16() first"
         )
     return ""
 
 
-def check_finite(job: Job) -> None:
+def check_finite(layer: LayerToQuantize) -> None:
+    """Refuse a model whose layer holds NaN or infinity."""
     for name in ("weight", "bias"):
-        tensor = getattr(job.source, name)
+        tensor = getattr(layer.source, name)
         if tensor is None:
             continue
         bounds = torch.aminmax(tensor.detach())
         if not all(bound.isfinite() for bound in bounds):
             raise LinearQuantValueError(
-                f"quantize: {job.name}.{name} holds NaN or infinity; nothing was changed. What to "
-                "do: check how the model was loaded, or leave the layer float with filter_fn."
+                f"quantize: {layer.name}.{name} holds NaN or infinity; the model is unchanged. "
+                "What to do: check how the model was loaded, or leave it float with filter_fn."
             )

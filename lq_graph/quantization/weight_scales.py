@@ -9,20 +9,26 @@ from torch import Tensor
 
 __all__ = ["peaks_of", "round_weight"]
 
-# how much of a row's range an int4 weight may give up for finer steps, the first the smallest
+# parts of a row's range that int4 weights may cover: a smaller part has finer steps
 _CLIPS = [1 - step / 20 for step in range(11)]
 
 
 def _rows(weight: Tensor) -> Iterator[slice]:
-    """Slices of the rows, about a million values each: what is computed beside a layer is small."""
+    """Slices of the rows, about a million values each, so that temporary tensors stay small."""
     step = max(1, (1 << 20) // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)
 
 
 def peaks_of(weight: Tensor, top: int) -> Tensor:
-    """float64 (n,): the magnitude in each row that the largest integer stands for: that of the
-    largest weight, or for int4 one that gives the row the smallest squared error."""
+    """float64 (n,): for each row the magnitude that the largest integer stands for.
+
+    For int8 it is the largest weight's, for int4 the one with the smallest squared error.
+
+    Args:
+        weight: float (n, k).
+        top: the largest integer, 127 or 7.
+    """
     peaks = torch.empty(weight.shape[0], dtype=torch.float64, device="cpu")
     for part in _rows(weight):
         rows = weight[part].float()
@@ -43,7 +49,7 @@ def _error(rows: Tensor, step: Tensor, top: int) -> Tensor:
 
 
 def round_weight(weight: Tensor, scale: Tensor, top: int) -> Tensor:
-    """int8 (n, k): weight / scale, half to even."""
+    """int8 (n, k): weight / scale, rounded half to even and clamped to -top..top."""
     out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = scale.to(weight.device, torch.float32).unsqueeze(1)
     for part in _rows(weight):

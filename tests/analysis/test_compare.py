@@ -104,7 +104,7 @@ def test_sensitivity_is_the_outputs_error_with_one_layer_replaced() -> None:
         got = layer.sensitivity
         assert (got.sqnr, got.max_abs, got.cosine) == pytest.approx(golden(a, b), rel=1e-9)
     assert found.worst.name == "2"
-    assert "2 makes most of the output's error" in str(found)
+    assert "2 changes the output most when only it is quantized" in str(found)
 
 
 @pytest.mark.parametrize("config", [A8W8Dynamic(), A8W8Static()], ids=["dynamic", "static"])
@@ -354,13 +354,14 @@ def test_named_layers_come_in_the_models_order_each_once() -> None:
 def test_the_table() -> None:
     model = make()
     lines = str(compare(model, with_noise(model, {1: 0.05}), batches())).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
     assert lines[0].split("  ")[0] == "layer" and "own dB" in lines[0]
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
     assert [line.endswith("worst") for line in lines[1:4]] == [False, True, False]
-    assert lines[4].startswith("output: ")
-    assert lines[5] == (
-        "1 adds most noise of its own; to leave it float: "
+    assert lines[4].startswith("dB: signal to quantization noise") and "own: " in lines[5]
+    assert lines[6].startswith("output: ")
+    assert lines[7] == (
+        "1 has the largest error of its own; to leave it float: "
         "lq_graph.quantize(..., filter_fn=lambda module, name: name != '1')"
     )
 

@@ -22,7 +22,8 @@ from lq_graph import (
     save_checkpoint,
 )
 from lq_graph.checkpoints import write
-from lq_graph.checkpoints.formats import FILES, kept, temporary
+from lq_graph.checkpoints.folder import backup_name, temporary_name
+from lq_graph.checkpoints.formats import FORMATS as FILE_FORMATS
 from support.checkpoints import FORMATS, model, quantized
 from support.injection import (
     STRIKES,
@@ -153,17 +154,17 @@ def test_killed_while_it_cleans_up_after_one_that_was_killed(
     in_place, checkpoints, tmp_path
 ) -> None:
     kind, old, new = checkpoints
-    weights, about = FILES[kind]
+    weights, about = FILE_FORMATS[kind].weights_file, FILE_FORMATS[kind].json_file
     found, want = model(3), model(3)
     load_checkpoint(want, new if in_place else old)
     for steps in range(10):
         folder = tmp_path / str(steps)
         shutil.copytree(old, folder)
-        shutil.copy(new / weights, folder / temporary(weights))
-        shutil.copy(new / about, folder / temporary(about))
-        shutil.copy(old / about, folder / kept(about))
+        shutil.copy(new / weights, folder / temporary_name(weights))
+        shutil.copy(new / about, folder / temporary_name(about))
+        shutil.copy(old / about, folder / backup_name(about))
         if in_place:
-            os.replace(folder / temporary(about), folder / about)
+            os.replace(folder / temporary_name(about), folder / about)
         left = [steps]
 
         def stops(real: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
@@ -186,7 +187,7 @@ def test_killed_while_it_cleans_up_after_one_that_was_killed(
         load_checkpoint(found, folder)
         assert model_state(found) == model_state(want), steps
         if ended:
-            assert {path.name for path in folder.iterdir()} == set(FILES[kind])
+            assert {path.name for path in folder.iterdir()} == {weights, about}
             break
     assert ended and steps >= 2
 

@@ -102,7 +102,7 @@ UNUSUAL: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m.register_load_state_dict_pre_hook(_does_nothing),
         "it has state dict hooks",
     ),
-    "compiled": (lambda m: m.compile(backend="eager"), "it is compiled by itself"),
+    "compiled": (lambda m: m.compile(backend="eager"), "was called on it, which would be lost"),
     "parameter": (_add_parameter, "it holds a tensor of its own, lora_a"),
     "buffer": (lambda m: m.register_buffer("mask", torch.ones(1)), "a tensor of its own, mask"),
     "module": (_add_module, "it holds a module of its own, adapter"),
@@ -164,7 +164,9 @@ def test_convert_refuses_it(kind: str) -> None:
             convert(model)
         assert type(model[0]) is lq_graph.LinearQuant and model[1][0] is bad
         return
-    with pytest.raises(LinearQuantTypeError, match=f"convert: 1.0: .*{text}.*nothing was changed"):
+    with pytest.raises(
+        LinearQuantTypeError, match=f"convert: 1.0: .*{text}.*the model is unchanged"
+    ):
         convert(model)
     assert model[0] is good and model[1][0] is bad
 
@@ -209,7 +211,9 @@ def test_a_forward_replaced_for_all(
     if where is nn.Linear:
         forward = nn.Linear.forward
         monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
-        with pytest.raises(LinearQuantValueError, match=r"the forward of nn\.Linear itself was"):
+        with pytest.raises(
+            LinearQuantValueError, match=r"the forward of class nn\.Linear was patched"
+        ):
             quantize(model, A8W8Dynamic())
         return
     handle = nn.modules.module.register_module_forward_hook(_does_nothing)
@@ -246,7 +250,7 @@ class Holder(nn.Module):
         (lambda m, layer: object.__setattr__(m, "again", layer), "again holds it too"),
         (
             lambda m, layer: setattr(m, "compiled", torch.compile(layer, backend="eager")),
-            "it is compiled by itself: call torch.compile on it afterwards",
+            "torch.compile was called on it alone: call it afterwards",
         ),
         (lambda m, layer: setattr(m, "taps", deque([layer])), "taps holds it too"),
         (lambda m, layer: setattr(m, "helper", SimpleNamespace(x=[layer])), "helper holds it too"),
@@ -319,7 +323,7 @@ def test_a_parent_has_no_say_when_layers_are_put_in_place(
 def test_functional_linear_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args: 2 * linear(*args))
-    with pytest.raises(LinearQuantValueError, match=r"torch.nn.functional.linear was replaced"):
+    with pytest.raises(LinearQuantValueError, match=r"torch.nn.functional.linear was patched"):
         quantize(nn.Sequential(nn.Linear(16, 16)).half(), A8W8Dynamic())
 
 

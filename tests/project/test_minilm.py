@@ -112,7 +112,7 @@ def test_compare_finds_what_hurts_int4(minilm: Any, loaded: Any) -> None:
         lq_graph.quantize(model, A4W4Dynamic(), filter_fn=lambda _, name: name not in left_float)
         return lq_graph.compare(float_model, model, [inputs], sensitivity=not left_float)
 
-    every = sorted(error([]), key=lambda layer: layer.badness)
+    every = sorted(error([]), key=lambda layer: layer.severity)
     best, worst = ([layer.name for layer in some] for some in (every[:3], every[-3:]))
     # three of 37 layers left float: the three it says hurt most give far more back
     assert error(worst).output.cosine > error(best).output.cosine + 0.05

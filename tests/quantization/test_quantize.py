@@ -26,7 +26,7 @@ from lq_graph import (
     kernels,
     quantize,
 )
-from lq_graph.quantization.layer import Job
+from lq_graph.quantization.layer import LayerToQuantize
 from support import golden
 from support.processes import output_of, python, script
 
@@ -291,7 +291,7 @@ def test_what_must_not_be_touched_is_told() -> None:
         "attention.out_proj": "a NonDynamicallyQuantizableLinear, whose forward may differ",
         "encoder.linear1": "nn.TransformerEncoderLayer reads the weight itself",
         "hooked": "it has forward hooks",
-        "floats": "its weight is float32, LinearQuant works in float16 and bfloat16: call model.h",
+        "floats": "its weight is float32, and LinearQuant takes float16 and bfloat16: call model.h",
         "odd": "k = 12, n = 16: int4 needs multiples of 8",
     }.items():
         assert text in notes[name], name
@@ -672,15 +672,15 @@ def test_failure_while_building_leaves_the_model(
     model = make()
     before = state(model)
     built = []
-    build = Job.build
+    build = LayerToQuantize.build
 
-    def failing(job: Job, kept: Any) -> Any:
-        built.append(job.name)
+    def failing(layer: LayerToQuantize, shared: Any) -> Any:
+        built.append(layer.name)
         if len(built) == at + 1:
             raise MemoryError
-        return build(job, kept)
+        return build(layer, shared)
 
-    monkeypatch.setattr(Job, "build", failing)
+    monkeypatch.setattr(LayerToQuantize, "build", failing)
     with pytest.raises(MemoryError):
         run(model, config)
     assert_unchanged(model, before)
@@ -694,15 +694,15 @@ def test_failure_while_replacing_is_made_up_for(
 ) -> None:
     plain, model = make(), make()
     run(plain, config)
-    build, built = Job.build, []
+    build, built = LayerToQuantize.build, []
 
-    def failing(job: Job, kept: Any) -> Any:
-        built.append(job.name)
+    def failing(layer: LayerToQuantize, shared: Any) -> Any:
+        built.append(layer.name)
         if len(built) == 2 + at + 1:  # each is built once before the first is put in place
             raise error
-        return build(job, kept)
+        return build(layer, shared)
 
-    monkeypatch.setattr(Job, "build", failing)
+    monkeypatch.setattr(LayerToQuantize, "build", failing)
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             run(model, config)
@@ -713,13 +713,13 @@ def test_failure_while_replacing_is_made_up_for(
 
 def test_ctrl_c_while_replacing_waits_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    put = Job.put_in_place
+    put = LayerToQuantize.put_in_place
 
-    def interrupted(job: Job, kept: Any) -> None:
+    def interrupted(layer: LayerToQuantize, shared: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        put(job, kept)
+        put(layer, shared)
 
-    monkeypatch.setattr(Job, "put_in_place", interrupted)
+    monkeypatch.setattr(LayerToQuantize, "put_in_place", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # torchair has its own
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -256,7 +256,7 @@ def plans(mesh: DeviceMesh, folder: Path) -> Check:
                 text = "int8 output cannot be summed over devices"
                 yield name, refusal(lambda s=style, m=layer: parallelize_module(m, mesh, s), text)
             elif case.x == I32 and exact:
-                text = "no row of the table gives int32 accumulators of int4"
+                text = "no row of the support table gives int32 accumulators of int4"
                 yield name, refusal(lambda s=style, m=layer: parallelize_module(m, mesh, s), text)
             else:
                 split = parallelize_module(layer, mesh, style)
@@ -396,7 +396,7 @@ def edges(mesh: DeviceMesh, folder: Path) -> Check:
         layer, x1, _ = layer_for(Case(output=F16), device)
         style = RowwiseLinearQuant(input_layouts=Replicate(), output_layouts=Shard(0), exact=exact)
         parallelize_module(layer, mesh, style)
-        text = f"dim 0 of ({ranks + 1}, {N}) is to be split over {ranks} devices"
+        text = f"dim 0 of ({ranks + 1}, {N}) is to be split into {ranks} equal parts"
         rows = x1[:1].repeat(ranks + 1, 1)
         yield f"uneven rows exact={exact}", refusal(lambda m=layer, r=rows: m(r), text)
 

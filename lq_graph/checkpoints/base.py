@@ -1,0 +1,237 @@
+"""What a format of W8A8 checkpoints is: its files, its tensors, and how a layer is made of them.
+
+Each published format is one file beside this one: msmodelslim.py, compressed_tensors.py. formats.py
+lists them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..modules.linear_quant import layer_of
+from ..modules.quantized_linear import QuantizedLinear
+from ..ops import trans_quant_param
+
+__all__ = [
+    "BIAS",
+    "FLOATS",
+    "INPUT_SCALE",
+    "WEIGHT",
+    "WEIGHT_OFFSET",
+    "WEIGHT_SCALE",
+    "Format",
+    "Part",
+    "Read",
+    "State",
+    "StaticTensors",
+    "Written",
+    "packed_scale",
+    "per_channel_scale",
+    "static_parts",
+]
+
+_I8, _I32 = torch.int8, torch.int32
+_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+FLOATS = (_F32, _F16, _BF16)
+
+Read = Callable[[str], Tensor | None]  # a tensor of a layer by the name of its part; None: absent
+State = dict[str, Tensor]  # the state dict of one QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a quantized layer in a file.
+
+    The names mean the same in every format: `weight_scale` is per channel, `deq_scale` is
+    input_scale * weight_scale, `quant_bias` is the int32 bias with the input's zero point in it.
+
+    Attributes:
+        name: after the layer's name and a dot.
+        dtypes: those allowed.
+        shapes: those allowed; "n" and "k" stand for the layer's sizes.
+        required: whether every layer has it.
+        positive: whether its values are scales, finite and above 0.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[str | int, ...], ...]
+    required: bool = True
+    positive: bool = False
+
+
+WEIGHT = Part("weight", (_I8,), (("n", "k"),))
+BIAS = Part("bias", FLOATS, (("n",),), required=False)
+WEIGHT_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",)), positive=True)
+WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), (("n", 1), ("n",)), required=False)
+INPUT_SCALE = Part("input_scale", FLOATS, ((1,), ()), positive=True)
+
+
+class StaticTensors(NamedTuple):
+    """What a static layer is made of, beside its weight.
+
+    Attributes:
+        scale: of the LinearQuant: input_scale * weight_scale, float32 or packed int64, (n,).
+        bias: of the LinearQuant, int32 or a float, (n,).
+        float_bias: the bias before it was rounded to int32, where the file has it.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    float_bias: Tensor | None
+
+
+class Written(NamedTuple):
+    """A static layer's tensors as a format writes them.
+
+    Attributes:
+        tensors: by the names of their parts.
+        inexact: why they do not give the layer back bit for bit; empty if they do.
+        lost: what they lose that the layer does not compute with; empty if nothing.
+    """
+
+    tensors: dict[str, Tensor]
+    inexact: str = ""
+    lost: str = ""
+
+
+class Format(ABC):
+    """One published format of W8A8 checkpoints.
+
+    Attributes:
+        name: as `save_checkpoint` takes it.
+        weights_file, json_file: names of the two files that `save_checkpoint` writes.
+        parts: the tensors of a layer, by whether it is dynamic.
+        output_told_by: parts whose dtype tells the float dtype that a layer takes and gives.
+    """
+
+    name: ClassVar[str]
+    weights_file: ClassVar[str]
+    json_file: ClassVar[str]
+    parts: ClassVar[Mapping[bool, tuple[Part, ...]]]
+    output_told_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+
+    # ---- reading ----
+
+    @abstractmethod
+    def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
+        """What a static layer is made of.
+
+        Args:
+            read: gives the tensors of the file; scales and biases as `parts` has them.
+            output: the float dtype that the layer takes and gives.
+        """
+
+    def bias_dtype(
+        self,
+        dynamic: bool,  # noqa: ARG002 - a format may have another rule for static layers
+        output: torch.dtype,
+        given: torch.dtype | None,
+    ) -> torch.dtype:
+        """The dtype of the built layer's bias, where the file has a float one."""
+        return output if given == output else _F32
+
+    def build(self, dynamic: bool, output: torch.dtype, read: Read) -> QuantizedLinear:
+        """The layer that a file's tensors stand for.
+
+        Args:
+            dynamic: whether the layer quantizes its input per token.
+            output: the float dtype that it takes and gives.
+            read: gives a tensor by the name of its part, or None.
+        """
+        weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
+        assert weight is not None
+        if dynamic:
+            assert weight_scale is not None
+            scale, bias, float_bias = StaticTensors(weight_scale, read("bias"), None)
+            weight_scale = None
+        else:
+            scale, bias, float_bias = self.static_tensors(read, output)
+        if bias is not None and bias.is_floating_point():
+            bias = bias.to(self.bias_dtype(dynamic, output, bias.dtype))
+        return QuantizedLinear(
+            layer_of(weight, scale, bias, pertoken=dynamic, output_dtype=output),
+            as_vector(read("input_scale")),
+            as_vector(read("input_offset")),
+            input_dtype=output,
+            weight_scale=weight_scale,
+            float_bias=float_bias,
+        )
+
+    # ---- writing ----
+
+    def dynamic_parts(self, state: State) -> dict[str, Tensor]:
+        """A dynamic layer's tensors."""
+        parts = {
+            "weight": state["linear.weight"],
+            "weight_scale": per_channel_scale(state).unsqueeze(-1),
+        }
+        if "linear.bias" in state:
+            parts["bias"] = state["linear.bias"]
+        return parts
+
+    @abstractmethod
+    def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
+        """A static layer's tensors, and what they do not keep."""
+
+    @abstractmethod
+    def json(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the JSON file says.
+
+        Args:
+            keys: names of the tensors in the file of weights.
+            layers: the quantized layers by name.
+            old: the JSON that is in the folder, of `json_to_keep`.
+        """
+
+    @abstractmethod
+    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+        """The JSON that is in a folder, as far as it stays; {} for none.
+
+        Args:
+            folder: that is saved into.
+            names: of the files in it.
+
+        Raises:
+            CheckpointError: what is there contradicts this format.
+        """
+
+    def describes_weights(self, name: str) -> bool:  # noqa: ARG002
+        """Whether a file of this name describes weights of this format and nothing else."""
+        return False
+
+
+def as_vector(tensor: Tensor | None) -> Tensor | None:
+    """float32 (size,) of a scale or a zero point."""
+    return None if tensor is None else tensor.reshape(-1).to(_F32)
+
+
+def per_channel_scale(state: State) -> Tensor:
+    """The scale of a layer, (n,); the layer may hold one value for all channels."""
+    return state["linear.scale"].expand(state["linear.weight"].shape[0])
+
+
+def packed_scale(layer: QuantizedLinear, scale: Tensor) -> Tensor:
+    """A static layer's scale as its row of the support table reads it: packed for float16."""
+    if scale.dtype == _F32 and layer.linear.output_dtype == _F16:
+        return trans_quant_param(scale)
+    return scale
+
+
+def static_parts(state: State) -> dict[str, Tensor]:
+    """The tensors that static layers have in every format."""
+    parts = {"weight": state["linear.weight"], "input_scale": state["input_scale"]}
+    if "weight_scale" in state:
+        parts["weight_scale"] = state["weight_scale"].unsqueeze(-1)
+    if "float_bias" in state:
+        parts["bias"] = state["float_bias"]
+    return parts

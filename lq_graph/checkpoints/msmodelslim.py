@@ -1,0 +1,161 @@
+"""msmodelslim's format: quant_model_description*.json says what each tensor is.
+
+    "W8A8" (static), "W8A8_DYNAMIC" or "FLOAT"
+
+Source: vllm-project/vllm-ascend (docs/source/developer_guide/Design_Documents/quantization.md and
+vllm_ascend/quantization).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import unpack_scale
+from ..modules.quantized_linear import QuantizedLinear
+from ..rules.tables import dtype_name
+from .base import (
+    BIAS,
+    FLOATS,
+    INPUT_SCALE,
+    WEIGHT,
+    WEIGHT_OFFSET,
+    WEIGHT_SCALE,
+    Format,
+    Part,
+    Read,
+    State,
+    StaticTensors,
+    Written,
+    packed_scale,
+    per_channel_scale,
+    static_parts,
+)
+from .files import CONFIG, CheckpointError, read_json, refuse, shown
+
+__all__ = ["DESCRIPTION", "MSMODELSLIM", "Msmodelslim"]
+
+DESCRIPTION = "quant_model_description"  # how the JSON's name begins
+_I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
+_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+_IS_DYNAMIC = {"W8A8": False, "W8A8_DYNAMIC": True}  # by the word of the description
+_WORDS = {dynamic: word for word, dynamic in _IS_DYNAMIC.items()}
+
+
+class Msmodelslim(Format):
+    """The format of msmodelslim."""
+
+    name = "msmodelslim"
+    weights_file = "quant_model_weight_w8a8.safetensors"
+    json_file = f"{DESCRIPTION}.json"
+    parts: ClassVar[Mapping[bool, tuple[Part, ...]]] = {
+        False: (
+            WEIGHT,
+            Part("quant_bias", (_I32,), (("n",),)),
+            Part("deq_scale", (_I64, _F32), (("n",),), positive=True),
+            INPUT_SCALE,
+            Part("input_offset", (*FLOATS, _I8), ((1,), ())),
+            Part("weight_scale", FLOATS, (("n", 1), ("n",)), required=False, positive=True),
+            WEIGHT_OFFSET,
+            BIAS,
+        ),
+        True: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
+    }
+    output_told_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
+        "deq_scale": {_I64: _F16, _F32: _BF16}
+    }
+
+    # ---- reading ----
+
+    def description(self, folder: Path, names: Iterable[str]) -> tuple[Path, dict[str, Any]] | None:
+        """The description in a folder and what it says; None if there is none.
+
+        Raises:
+            CheckpointError: several descriptions that differ.
+        """
+        files = [folder / name for name in names if self.describes_weights(name)]
+        if not files:
+            return None
+        found = read_json(files[0])
+        for other in files[1:]:
+            if read_json(other) != found:
+                refuse(
+                    other,
+                    None,
+                    "one description",
+                    f"another one than {files[0].name}",
+                    "remove the one that is not of these weights",
+                )
+        return files[0], found
+
+    def schemes(self, file: Path, description: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+        """Each quantized layer's name, and whether it is dynamic.
+
+        Raises:
+            CheckpointError: another word than W8A8, W8A8_DYNAMIC and FLOAT.
+        """
+        for key, word in description.items():
+            name, _, part = key.rpartition(".")
+            if part != "weight" or word == "FLOAT":
+                continue
+            if not isinstance(word, str) or word not in _IS_DYNAMIC:
+                refuse(file, key, "W8A8, W8A8_DYNAMIC or FLOAT", repr(word))
+            yield name, _IS_DYNAMIC[word]
+
+    def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
+        del output
+        scale = read("deq_scale")
+        assert scale is not None
+        # quant_bias holds the float bias and the zero point of the input already
+        return StaticTensors(scale, read("quant_bias"), read("bias"))
+
+    # ---- writing ----
+
+    def dynamic_parts(self, state: State) -> dict[str, Tensor]:
+        parts = super().dynamic_parts(state)
+        return {**parts, "weight_offset": torch.zeros_like(parts["weight_scale"])}
+
+    def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
+        parts, bias, scale = static_parts(state), state.get("linear.bias"), per_channel_scale(state)
+        word = packed_scale(layer, scale)
+        if bias is None:
+            bias = torch.zeros(word.shape[0], dtype=_I32, device=word.device)
+        parts |= {"input_offset": state["input_offset"], "deq_scale": word, "quant_bias": bias}
+        if bias.dtype != _I32:
+            return Written(parts, f"its bias is {dtype_name(bias.dtype)}, and quant_bias is int32")
+        cut = word.dtype != scale.dtype and not torch.equal(unpack_scale(word)[0], scale)
+        return Written(parts, lost="deq_scale keeps 19 bits of its scale" if cut else "")
+
+    def json(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+    ) -> dict[str, Any]:
+        del old
+        said = dict.fromkeys(keys, "FLOAT")
+        # the weight of a layer that is tied to another's is not in the file
+        for key in [*said, *(f"{name}.weight" for name in layers)]:
+            layer = layers.get(key.rpartition(".")[0])
+            if layer is not None:
+                said[key] = _WORDS[layer.dynamic]
+        return said
+
+    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+        if CONFIG in names and "quantization_config" in read_json(folder / CONFIG):
+            raise CheckpointError(
+                f"save_checkpoint: {shown(folder / CONFIG, 4096)} has quantization_config, which "
+                "is not that of an msmodelslim checkpoint. What to do: remove the key, or save as "
+                "compressed-tensors."
+            )
+        try:
+            return read_json(folder / self.json_file) if self.json_file in names else {}
+        except CheckpointError:
+            return {}  # a broken one is replaced
+
+    def describes_weights(self, name: str) -> bool:
+        return name.startswith(DESCRIPTION) and name.endswith(".json")
+
+
+MSMODELSLIM = Msmodelslim()

@@ -1,0 +1,62 @@
+"""Layers that are split over devices: their mark, and what is known of the ways to split them.
+
+lq_graph.parallel has the ways; here is what others need of them without importing
+torch.distributed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
+    from .linear_quant import LinearQuant
+    from .quantized_linear import QuantizedLinear
+
+__all__ = ["SPLIT", "SplitStyle"]
+
+# Attribute of a LinearQuant that holds a part of a layer: (mesh, placements by parameter).
+SPLIT = "_lq_graph_split"
+
+
+class SplitStyle(ABC):
+    """A way to split a layer over the devices of a mesh."""
+
+    @abstractmethod
+    def placement(self, name: str, shape: tuple[int, ...]) -> Placement:
+        """Where a parameter goes.
+
+        Args:
+            name: weight, scale, offset, pertoken_scale or bias.
+            shape: of the whole parameter.
+        """
+
+    @abstractmethod
+    def check(self, name: str, layer: LinearQuant, ranks: int) -> None:
+        """Refuse a layer that cannot be split.
+
+        Args:
+            name: for the message.
+            layer: whole.
+            ranks: number of devices.
+
+        Raises:
+            LinearQuantValueError, LinearQuantTypeError: with the reason.
+        """
+
+    @abstractmethod
+    def check_mesh(self, mesh: DeviceMesh) -> None:
+        """Refuse a mesh of several dims.
+
+        Raises:
+            LinearQuantValueError: with what to pass instead.
+        """
+
+    @abstractmethod
+    def adopt(self, module: QuantizedLinear, mesh: DeviceMesh) -> nn.Module:
+        """Mark a layer as split whose parameters are this device's parts, as `placement` says."""

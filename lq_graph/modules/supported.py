@@ -1,0 +1,112 @@
+"""Which quantized layers the product in force can run, their quantizing operator included."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..errors import LinearQuantError
+from ..kernels import storage_k
+from ..rules.activations import plan_dynamic_quant, plan_static_quant
+from ..rules.plan import Spec, plan
+from ..rules.products import get_product
+from ..rules.tables import STORAGE_DTYPES, dtype_name
+
+__all__ = ["A4W4_DYNAMIC", "A8W8_DYNAMIC", "A8W8_STATIC", "LayerKind", "why_not_supported"]
+
+_M = 16  # rows of the input, where a plan needs a number
+
+
+class LayerKind(NamedTuple):
+    """How a layer is quantized.
+
+    Attributes:
+        storage: dtype of its weight: int8, or int32 carrying int4.
+        static: whether its input is quantized with one scale for the whole tensor; else per token.
+    """
+
+    storage: torch.dtype
+    static: bool
+
+    def __str__(self) -> str:
+        bits = "A4W4" if self.storage == torch.int32 else "A8W8"
+        return f"{bits} {'static' if self.static else 'dynamic'}"
+
+
+A8W8_DYNAMIC = LayerKind(torch.int8, static=False)
+A8W8_STATIC = LayerKind(torch.int8, static=True)
+A4W4_DYNAMIC = LayerKind(torch.int32, static=False)
+
+
+def why_not_supported(
+    kind: LayerKind,
+    k: int,
+    n: int,
+    *,
+    input_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    scale: torch.dtype | None = torch.float32,
+    bias: torch.dtype | None,
+) -> tuple[str, str]:
+    """Why the product in force cannot run a quantized layer, and what to do; both empty if it can.
+
+    Args:
+        kind: how it is quantized.
+        k, n: its sizes.
+        input_dtype, output_dtype: of the layer.
+        scale, bias: dtypes of those parameters; None for no bias.
+    """
+    if why := _refusal(kind, k, n, input_dtype, output_dtype, scale or torch.float32, bias):
+        return why, _what_runs(k, n)
+    return "", ""
+
+
+def _refusal(
+    kind: LayerKind,
+    k: int,
+    n: int,
+    input_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    scale: torch.dtype,
+    bias: torch.dtype | None,
+) -> str:
+    """What the tables refuse, without the advice, which is for one call of an operator."""
+    x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
+    pack = STORAGE_DTYPES[kind.storage]
+    if k % pack or n % pack:
+        return f"k = {k}, n = {n}: int4 needs multiples of {pack}"
+    words = storage_k(k, kind.storage)
+    try:
+        if kind.static:
+            plan_static_quant(x, one, one)
+        else:
+            plan_dynamic_quant(x, kind.storage)
+        plan(
+            Spec(kind.storage, (_M, words)),
+            Spec(kind.storage, (n, words)),
+            Spec(scale, (n,)),
+            pertoken_scale=None if kind.static else Spec(torch.float32, (_M,)),
+            bias=None if bias is None else Spec(bias, (n,)),
+            output_dtype=output_dtype,
+        )
+    except LinearQuantError as error:
+        refusal = error.refusal
+        assert refusal is not None  # whatever a plan refuses has one
+        return f"{refusal.operator}: {refusal.reason()}".rstrip(".")
+    return ""
+
+
+def _what_runs(k: int, n: int) -> str:
+    """In which ways, and in which dtypes, the product in force runs a layer of these sizes."""
+    found = []
+    for kind in (A8W8_DYNAMIC, A8W8_STATIC, A4W4_DYNAMIC):
+        bias = torch.int32 if kind.static else None
+        dtypes = [
+            dtype_name(dtype)
+            for dtype in (torch.float16, torch.bfloat16)
+            if not _refusal(kind, k, n, dtype, dtype, torch.float32, bias)
+        ]
+        if dtypes:
+            found.append(f"{kind} in {' or '.join(dtypes)}")
+    return f"{get_product()} runs {', '.join(found)}" if found else "leave the layer float"
