@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from cann_host.importing import NEEDED
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
