@@ -162,6 +162,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(members[1].split(", ")) == set(cann_host.__all__)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_in_pages_are_the_generated_ones(page: Path) -> None:
+    text = page.read_text()
+    assert text == tables.put_in(text, tables.TABLES), "run docs/_ext/tables.py"
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("linear_quant", len(ROWS)), ("activations", len(QUANT_ROWS)), ("products", len(PRODUCTS))],
