@@ -25,11 +25,12 @@ PAGES = {
     "cann_host/README.md": "docs/cann_host.md",
 }
 _PAGE = re.compile(r"^<!-- page: (\S+) -->$", re.MULTILINE)
-_LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+_LINK = re.compile(r"\[([^\[\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def _links(text: str, written: str, shown: str) -> str:
-    """The text of a file whose links are those of the page that shows it.
+    """The text of a file whose links are those of the page that shows it; a file that is no page is
+    named only.
 
     Args:
         text: Markdown.
@@ -37,8 +38,11 @@ def _links(text: str, written: str, shown: str) -> str:
     """
 
     def link(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(written, found[1]))
-        return f"]({posixpath.relpath(PAGES.get(target, target), shown)}"
+        target = posixpath.normpath(posixpath.join(written, found[2]))
+        page = PAGES.get(target, target)
+        if not page.startswith("docs/"):
+            return found[1]
+        return f"[{found[1]}]({posixpath.relpath(page, shown)}{found[3] or ''})"
 
     return _LINK.sub(link, text)
 

@@ -30,9 +30,7 @@ class LinearQuant(nn.Module):
     multiplies exactly in int32 and scales into the output dtype. Inference only; runs eagerly
     on CPU and NPU and in graphs.
 
-    All parameters have requires_grad=False.
-
-    Attributes:
+    Parameters, all with requires_grad=False:
         weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8);
             (..., n, k) may be assigned. Untransposed.
         scale: float32 (out_features,); float32, bfloat16 or packed int64, (1,) or

@@ -53,10 +53,10 @@ class QuantizedLinear(nn.Module):
     Shape:
         input (..., in_features) to output (..., out_features); rows may be none.
 
-    Raises:
-        LinearQuantTypeError: in forward, an int8 input without takes_int8, or, static, a float one
-            of another dtype than input_dtype.
-        LinearQuantTypeError, LinearQuantValueError: in forward, what the operators refuse.
+    Raises (forward):
+        LinearQuantTypeError: an int8 input without takes_int8, or, static, a float one of another
+            dtype than input_dtype.
+        LinearQuantTypeError, LinearQuantValueError: what the operators refuse.
     """
 
     takes_int8 = False

@@ -214,9 +214,7 @@ class ColwiseLinearQuant(LinearQuantStyle):
         output_layouts: how the output is to leave; default Shard(-1).
         use_local_output: give a plain tensor of this device's part instead of a DTensor.
 
-    Errors are raised when the plan is applied, on every rank.
-
-    Raises:
+    Raises (when it is applied, on every rank):
         LinearQuantTypeError: the module is of another kind.
         LinearQuantValueError: n does not split into equal parts (int4: multiples of 8), the weight
             has batch dims or is FRACTAL_NZ, or the ranks hold different layers.
@@ -264,9 +262,7 @@ class RowwiseLinearQuant(LinearQuantStyle):
     A QuantizedLinear that quantizes its input as it comes takes the largest magnitude of a row over
     all devices, 4 bytes a row, so the quantized input is one device's.
 
-    Errors are raised when the plan is applied, on every rank.
-
-    Raises:
+    Raises (when it is applied, on every rank):
         LinearQuantTypeError: the module is of another kind, or exact is asked for int4, or on a
             product without int32 output.
         LinearQuantValueError: int8 output without exact; k does not split into equal parts; the

@@ -167,7 +167,7 @@ def quantize(
         LinearQuantValueError: a weight or an activation is NaN or infinite; calibration is missing,
             or has no inputs; no layer can be quantized.
 
-    Source: torchao's `quantize_` for the interface, aclnnQuantMatmulV4.md (hicann/ops-nn) for what
+    Source: torchao's quantize_ for the interface, aclnnQuantMatmulV4.md (hicann/ops-nn) for what
     the layers compute.
     """
     if type(config) not in SCHEMES:
