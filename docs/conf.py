@@ -1,7 +1,7 @@
 """Sphinx configuration: `sphinx-build -W --keep-going -b html docs docs/_build`.
 
 The pages are built on a plain CPU: lq_graph and torch are imported, torch_npu and CANN are not
-needed. torchair is replaced by an empty module where it is not installed.
+needed: autodoc replaces them by empty modules.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 
-autodoc_mock_imports = ["torchair", "torch_npu", "google.protobuf"]
+autodoc_mock_imports = ["google", "torch_npu", "torchair"]
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"

@@ -1,31 +1,65 @@
-"""The directive `{generated} NAME`: a table of tables.py, made when the pages are built; and what
-docstrings write that reStructuredText reads otherwise."""
+"""What the pages show that they do not hold themselves: pages from outside docs/, fresh tables, and
+docstrings as reStructuredText.
+
+The pages are written to be read as plain Markdown too. So links lead to files, and tables are in
+the pages, where a test compares them with what `tables.py` makes; the build puts in the fresh ones.
+"""
 
 from __future__ import annotations
 
+import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
-from docutils import nodes
-from docutils.parsers.rst import Directive
-from docutils.statemachine import StringList
-from tables import TABLES
+from tables import TABLES, put_in
+
+ROOT = Path(__file__).parents[2]
+
+# files outside docs/ that are pages: where they are built
+PAGES = {
+    "README.md": "docs/index.md",
+    "CHANGELOG.md": "docs/changelog.md",
+    "CONTRIBUTING.md": "docs/contributing.md",
+    "SECURITY.md": "docs/security.md",
+    "cann_host/README.md": "docs/cann_host.md",
+}
+_PAGE = re.compile(r"^<!-- page: (\S+) -->$", re.MULTILINE)
+_LINK = re.compile(r"\[([^\[\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
-class Generated(Directive):
-    required_arguments = 1
+def _links(text: str, written: str, shown: str) -> str:
+    """The text of a file whose links are those of the page that shows it; a file that is no page is
+    named only.
 
-    def run(self) -> list[nodes.Node]:
-        name = self.arguments[0]
-        if name not in TABLES:
-            raise self.error(f"there is no table {name}; there are {', '.join(TABLES)}")
-        content = nodes.container(classes=["generated"])
-        lines = TABLES[name]().splitlines()
-        self.state.nested_parse(StringList(lines, name), self.content_offset, content)
-        return [content]
+    Args:
+        text: Markdown.
+        written, shown: the folders of the file and of the page, from the root.
+    """
+
+    def link(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(written, found[2]))
+        page = PAGES.get(target, target)
+        if not page.startswith("docs/"):
+            return found[1]
+        return f"[{found[1]}]({posixpath.relpath(page, shown)}{found[3] or ''})"
+
+    return _LINK.sub(link, text)
 
 
-def prepare(*event: Any) -> None:
+def read_page(_app: Any, docname: str, source: list[str]) -> None:
+    """Put in the pages from outside docs/ and the tables."""
+    folder = posixpath.dirname(f"docs/{docname}")
+
+    def page(found: re.Match[str]) -> str:
+        written = posixpath.dirname(found[1])
+        return _links((ROOT / found[1]).read_text(), written, folder)
+
+    text = put_in(_links(source[0], folder, folder), TABLES)
+    source[0] = _PAGE.sub(page, text)
+
+
+def prepare_docstring(*event: Any) -> None:
     """Make a literal block of each indented block after a paragraph and an empty line. Keep `n.`
     and `k.` from being items of a list."""
     lines: list[str] = event[-1]  # after app, what, name, obj, options
@@ -39,6 +73,6 @@ def prepare(*event: Any) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register both."""
-    app.add_directive("generated", Generated)
-    app.connect("autodoc-process-docstring", prepare, priority=400)  # before napoleon
+    app.connect("source-read", read_page)
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
     return {"parallel_read_safe": True}

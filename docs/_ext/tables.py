@@ -1,9 +1,12 @@
-"""Tables of the pages, made from the data that the package itself reads."""
+"""Tables of the pages, made from the data that the package itself reads.
+
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0 python docs/_ext/tables.py` writes them into the pages.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from lq_graph.rules.tables import (
     storage_name,
 )
 
-__all__ = ["TABLES", "markdown"]
+__all__ = ["TABLES", "markdown", "put_in"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,13 +110,18 @@ def cpu_kernel() -> str:
     return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
 
 
-def surface() -> str:
-    """What of CANN the stand-in has: the part of cann_host/README.md that a test holds equal to
-    `cann_host.surface.table()`, which needs torch_npu."""
-    readme = (ROOT / "cann_host/README.md").read_text()
-    return readme.split("<!-- surface -->\n")[1].split("\n<!-- end -->")[0]
+TABLES = {made.__name__: made for made in (linear_quant, activations, products, cpu_kernel)}
 
 
-TABLES = {
-    made.__name__: made for made in (linear_quant, activations, products, cpu_kernel, surface)
-}
+def put_in(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with fresh tables between `<!-- table: NAME -->` and `<!-- end -->`."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{tables[found[2]]()}\n\n<!-- end -->"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in (ROOT / "docs").rglob("*.md"):
+        page.write_text(put_in(page.read_text(), TABLES))

@@ -31,6 +31,7 @@ class LinearQuant(nn.Module):
     on CPU and NPU and in graphs.
 
     All parameters have requires_grad=False.
+
     A parameter takes the dtype and the shape of the tensor that is assigned to its `.data`, or that
     a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module but do not
     change its dtypes, which are part of the quantization.

@@ -1,5 +1,5 @@
-"""README and docs/: code blocks run or are marked with a reason, links lead to files, and the
-tables and the API reference are complete."""
+"""README and docs/: code blocks run or are marked with a reason, links lead to files, the tables
+and the API reference are complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REASONS = {
 
 
 @pytest.fixture(scope="module")
-def failures() -> dict[str, list[str]]:
+def run() -> subprocess.CompletedProcess[str]:
     """All pages in one run: importing torch takes longer than most of them."""
     program = ROOT / "tests/scripts/run_doc_pages.py"
     done = subprocess.run(
@@ -51,7 +51,12 @@ def failures() -> dict[str, list[str]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return done
+
+
+@pytest.fixture(scope="module")
+def failures(run: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
@@ -61,6 +66,16 @@ def failures() -> dict[str, list[str]]:
 def test_the_blocks_of_a_page_run(name: str, failures: dict[str, list[str]]) -> None:
     found = failures[str(ROOT / name)]
     assert not found, "\n".join([name, *found])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+def test_the_line_of_cann_host_is_the_one_shown(run: subprocess.CompletedProcess[str]) -> None:
+    shown = re.search(
+        r"^cann_host: no NPU here.*$", (ROOT / "cann_host/README.md").read_text(), re.M
+    )
+    assert shown
+    assert shown[0] in run.stderr.splitlines()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,13 +143,14 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).is_file(), target
 
 
+NAMED = re.compile(r"`((?:benchmarks|converters|examples|lq_graph|cann_host|tests)/[\w./]+)`")
+
+
 def test_files_that_pages_name_are_there() -> None:
     for page in PAGES:
-        for name in re.findall(
-            r"`((?:benchmarks|converters|examples|lq_graph|cann_host|tests)/[\w./]+)`",
-            page.read_text(),
-        ):
-            assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+        if page.parent.name != "cann_host":  # which names the vendor's files too
+            for name in NAMED.findall(page.read_text()):
+                assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
 
 
 def test_every_public_name_is_in_the_reference() -> None:
@@ -144,6 +160,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     members = re.search(r"automodule:: cann_host\n +:members: (.*)", text)
     assert members
     assert set(members[1].split(", ")) == set(cann_host.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_in_pages_are_the_generated_ones(page: Path) -> None:
+    text = page.read_text()
+    assert text == tables.put_in(text, tables.TABLES), "run docs/_ext/tables.py"
 
 
 @pytest.mark.parametrize(
