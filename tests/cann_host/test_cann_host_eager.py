@@ -1075,6 +1075,7 @@ def test_launcher_runs_a_script() -> None:
     assert "CANN 9.1.0 (Ascend910B4) computes on the CPU" in said[0]
 
 
+@pytest.mark.slow
 def test_launcher_runs_a_module_and_shows_its_exception() -> None:
     done = python("-m", "cann_host", "-m", "boom", "y", PYTHONPATH=str(SCRIPTS))
     assert done.returncode == 1
@@ -1114,6 +1115,7 @@ def test_activation_says_in_one_sentence_why_not(name: str) -> None:
     assert re.search(NOT_ACTIVE[name], last), last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue", ["0", "1", "2"])
 def test_exit_with_launches_in_flight(queue: str) -> None:
     """torch_npu's task queue runs our Python on its own thread; leaving must not hang or crash."""

@@ -51,6 +51,7 @@ def test_a_wrong_option_is_one_sentence(options: tuple[str, ...], text: str) -> 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_wrong_variable_is_called_by_its_name() -> None:
     done = start("chips.py cann_version", CANN_HOST_DEVICES="two")
     assert "CANN_HOST_DEVICES is 'two'; it must be a number from 1 to 64" in done.stderr
@@ -66,6 +67,7 @@ def test_sizes(given: str, wanted: int) -> None:
     assert Options.of(memory=given).memory == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["8.1.RC1", "8.2.RC1", "8.5.0", "9.0.0.alpha1", "9.1.0"])
 def test_cann_version(version: str) -> None:
     newer = version >= "8.5"
@@ -84,6 +86,7 @@ SOCS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soc", SOCS)
 def test_socs(soc: str) -> None:
     assert run("chips.py format_cast", "--soc", soc) == f"{soc} FRACTAL_NZ True\n"
@@ -112,6 +115,7 @@ def test_pinned_memory() -> None:
     assert run("devices.py pinned_memory") == "True False True\n"
 
 
+@pytest.mark.slow
 def test_a_seed_decides_what_is_drawn() -> None:
     assert run("devices.py seeds") == "True True True\n"
 
@@ -132,6 +136,7 @@ def test_late_streams_show_a_wait_that_was_forgotten(streams, waits, reads) -> N
     assert run(f"streams.py forgotten_wait {waits}", "--streams", streams) == reads + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["now", "late"])
 def test_events(streams: str) -> None:
     assert run("streams.py events", "--streams", streams).splitlines() == [
@@ -141,6 +146,7 @@ def test_events(streams: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_failure_of_late_work_is_told_to_the_one_who_waits() -> None:
     said = run("streams.py failure", "--streams", "late")
     assert said.splitlines() == ["launched", "told", "[1.0, 1.0, 1.0, 1.0]"]
@@ -152,6 +158,7 @@ def test_captured_graph_over_two_streams(streams: str) -> None:
     assert said.splitlines() == ["1.0 2.0", "5.0 5.0", "6.0 6.0", "refused", "24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["now", "late"])
 def test_ordinary_operators_are_captured(streams: str) -> None:
     assert run("captures.py ordinary_operators", "--streams", streams) == "True True\n"
@@ -180,6 +187,7 @@ GONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", GONE)
 @pytest.mark.parametrize("streams", ["now", "late"])
 def test_a_replay_on_memory_that_is_gone_is_an_error(what: str, streams: str) -> None:
@@ -194,6 +202,7 @@ def test_threads() -> None:
         assert run("streams.py threads", "--streams", streams) == "True\n"
 
 
+@pytest.mark.slow
 def test_memory_stays_flat() -> None:
     """benchmarks/soak.py, shorter, and that it would tell."""
     soak = Path(__file__).parents[2] / "benchmarks" / "soak.py"
@@ -212,16 +221,19 @@ def test_a_training_step_on_fallback_operators() -> None:
     assert run("training.py one_step") == "equal\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_data_loader_workers(context: str) -> None:
     assert run(f"training.py workers {context}") == "[2, 10, 18, 26]\n"
 
 
+@pytest.mark.slow
 def test_a_spawned_process_has_the_same_options() -> None:
     said = run("devices.py spawned", "--soc", "Ascend910B4", "--devices", "2")
     assert said.splitlines() == ["('Ascend910B4', 2, [1.0, 1.0])", "0"]
 
 
+@pytest.mark.slow
 def test_torch_profiler() -> None:
     assert "True\n" in run("training.py profiler")
 
@@ -233,6 +245,7 @@ CALLED = {"operator": 8.0, "graph": 16.0, "replay": 8.0}
 INTERRUPTED = ("KeyboardInterrupt", "SystemExit 3", "TimeoutError now")
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_the_programs_and_the_work_is_done() -> None:
     assert run("interrupts.py in_the_middle").splitlines() == [
         f"{name} {error} {total}"
@@ -242,6 +255,7 @@ def test_an_interrupt_is_the_programs_and_the_work_is_done() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_exception_that_is_none_of_errors_comes_out_as_it_is() -> None:
     """Raised in there, not by a signal: the call fails, and the exception follows at once."""
     lines = [line for line in run("interrupts.py exceptions").splitlines() if line != "True"]
@@ -253,6 +267,7 @@ def test_an_exception_that_is_none_of_errors_comes_out_as_it_is() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_no_interrupt_is_lost_wherever_it_comes() -> None:
     assert run("interrupts.py anywhere").strip() == "400"
 
@@ -269,6 +284,7 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("queue", "streams"), [("0", "now"), ("0", "late"), ("1", "now"), ("2", "now")]
@@ -280,6 +296,7 @@ def test_a_child_forked_while_threads_are_in_the_library_goes_on(
     assert run(command, "--streams", streams, TASK_QUEUE_ENABLE=queue) == "{'524288.0'}\n"
 
 
+@pytest.mark.slow
 def test_a_child_forked_while_work_is_done_is_told_what_it_lacks() -> None:
     """Another thread does a stream's late work; in the child it stays undone."""
     found = run("forks.py unfinished", "--streams", "late").splitlines()
@@ -290,6 +307,7 @@ def test_a_child_forked_while_work_is_done_is_told_what_it_lacks() -> None:
 # ---- torch_npu's task queue ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue", ["1", "2"])
 def test_launches_in_the_task_queue_need_no_interpreter_lock(queue: str) -> None:
     """torch_npu waits for its queue with the lock held, in torch.load onto the device say."""
@@ -304,6 +322,7 @@ QUEUE_FAILS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", QUEUE_FAILS)
 @pytest.mark.parametrize("queue", ["1", "2"])
 def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
@@ -318,6 +337,7 @@ def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
     assert said[1] == str(not at_the_call)
 
 
+@pytest.mark.slow
 def test_what_an_operator_refuses_in_the_task_queue_is_told_to_who_waits() -> None:
     for queue in ("1", "2"):
         assert run("task_queue.py refusal", TASK_QUEUE_ENABLE=queue) == "True\n8.0\n" * 2
@@ -362,6 +382,7 @@ WITH_WORK_LEFT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "streams"),
     [(what, "now") for what in ENDS] + [(what, "late") for what in WITH_WORK_LEFT],
@@ -374,6 +395,7 @@ def test_a_clean_end(what: str, streams: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_torch_npu_that_does_not_load_is_the_last_word(tmp_path) -> None:
     package = tmp_path / "torch_npu"
     package.mkdir()
@@ -387,6 +409,7 @@ def test_a_torch_npu_that_does_not_load_is_the_last_word(tmp_path) -> None:
 # ---- what it leaves alone ----
 
 
+@pytest.mark.slow
 def test_nothing_is_written_and_nothing_connects(tmp_path: Path) -> None:
     home, cwd = tmp_path / "home", tmp_path / "cwd"
     home.mkdir(), cwd.mkdir()
@@ -479,6 +502,7 @@ def test_a_handle_that_was_never_given(symbol: str, handle: int, library) -> Non
     assert HANDLES[symbol] in last_error(library)
 
 
+@pytest.mark.slow
 def test_null_arguments_end_no_process() -> None:
     assert run("null_arguments.py all_null") == "True\n"
 
@@ -741,6 +765,7 @@ def parameters() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_null_among_good_arguments_ends_no_process() -> None:
     """Each pointer of each function, null while the others point to something."""
     calls = parameters()

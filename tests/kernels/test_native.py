@@ -25,6 +25,8 @@ from support import cases, golden
 from support.cases import ROW_CASES, Case
 from support.processes import output_of, python, script
 
+pytestmark = pytest.mark.native
+
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 needs_kernel = pytest.mark.skipif(
     not native.is_available(), reason="no AVX-512 VNNI, or no compiler at installation"
@@ -152,6 +154,7 @@ def test_exact_at_the_largest_k(value: int, other: int) -> None:
     assert out is not None and bool((out == k * value * other).all())
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_no_byte_beyond_the_buffers(tmp_path: Path) -> None:
     """native_bounds.cpp, under AddressSanitizer and UndefinedBehaviorSanitizer."""
@@ -263,6 +266,7 @@ def test_threads(m: int, k: int, n: int, threads: int, int4: bool) -> None:
     assert got is not None and torch.equal(got, want)
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_it_takes_torchs_threads_and_starts_none_of_its_own() -> None:
     command = script("kernel_threads.py counts")
@@ -542,6 +546,7 @@ def test_nor_by_the_other_functions(call: Callable[[], object]) -> None:
 # ---- threads and processes ----
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize(
     ("arguments", "environment"),

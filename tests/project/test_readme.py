@@ -86,6 +86,7 @@ def test_the_two_commands_come_first() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 def test_use_it_is_a_program_and_prepares_the_weights() -> None:
     """In a process of its own: nothing but the block itself sets anything."""

@@ -627,11 +627,13 @@ def test_tensors_in_plain_attributes_count_as_float() -> None:
     assert [left.share * total for left in report.stays_float] == pytest.approx([8192, 4096])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["quantization.quantize _LOCK", "modules.prepare _ONE_AT_A_TIME"])
 def test_a_fork_while_another_thread_holds_the_lock(lock: str) -> None:
     output_of(python(*script(f"locks.py fork lq_graph.{lock}"), TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
 def test_ctrl_c_ends_a_process_that_has_no_handler(inside: bool) -> None:
     done = python(*script(f"locks.py ctrl_c {inside}"), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
