@@ -480,8 +480,9 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
         wild, files, mesh=mesh, plan={"*": ColwiseLinearQuant(output_layouts=Replicate())}
     )
     assert isinstance(wild.up, QuantizedLinear)
-    whole = tuple(wild.down.linear.weight.shape) == (K, 2 * N)
-    yield "wildcard", "down is whole" if whole else ""
+    assert isinstance(wild.down, QuantizedLinear)
+    unsplit = tuple(wild.down.linear.weight.shape) == (K, 2 * N)
+    yield "wildcard", "down is whole" if unsplit else ""
 
     # a layer with one output channel for each device
     few = folder / "few"
@@ -492,16 +493,16 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
     if rank == 0:
         save_checkpoint(gate, few)
     dist.barrier()
-    part = nn.Sequential(nn.Linear(K, mesh.size(), dtype=BF16)).to(device)
+    one = nn.Sequential(nn.Linear(K, mesh.size(), dtype=BF16)).to(device)
     column = ColwiseLinearQuant(output_layouts=Replicate())
-    load_checkpoint(part, few, mesh=mesh, plan={"0": column})
-    yield "one channel each", compared(part(x), gate.to(device)(x))
-    whole = gate.state_dict()
-    state = {key: t.full_tensor() for key, t in part.state_dict().items() if key in whole}
-    bad = [key for key, t in state.items() if not torch.equal(t.cpu(), whole[key].cpu())]
+    load_checkpoint(one, few, mesh=mesh, plan={"0": column})
+    yield "one channel each", compared(one(x), gate.to(device)(x))
+    full = gate.state_dict()
+    state = {key: t.full_tensor() for key, t in one.state_dict().items() if key in full}
+    bad = [key for key, t in state.items() if not torch.equal(t.cpu(), full[key].cpu())]
     yield "one channel each: state", str(bad) if bad else ""
     text = "0 is split over devices, and this process has a part of it"
-    yield "saving a part", refusal(lambda: save_checkpoint(part, folder / "part"), text)
+    yield "saving a part", refusal(lambda: save_checkpoint(one, folder / "part"), text)
 
     # one rank has the files of another quantization
     last = rank == mesh.size() - 1
