@@ -131,6 +131,7 @@ def test_command_line_mistakes(model: str, message: str, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_device_it_says_what_to_do() -> None:
     command = ("-m", "lq_graph", "explain", "math:pi")
     done = python(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0")

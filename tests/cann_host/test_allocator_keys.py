@@ -16,6 +16,8 @@ from support.processes import SCRIPTS, python, script
 
 pytestmark = [
     needs_compiler,
+    pytest.mark.slow,
+    pytest.mark.native,
     pytest.mark.skipif(os.environ.get("LQ_GRAPH_TEST_NPU") == "1", reason="of the stand-in"),
 ]
 

@@ -14,6 +14,8 @@ from support.compiler import COMPILER, needs_compiler, torch_npu_include
 CSRC = Path(__file__).parents[2] / "cann_host" / "csrc"
 
 
+pytestmark = pytest.mark.native
+
 # Every type that crosses the border by value, by reference or inside a container
 TYPES = (
     "AscendString",

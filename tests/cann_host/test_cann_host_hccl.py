@@ -24,36 +24,43 @@ from support.compiler import COMPILER, needs_compiler, torch_npu_include
 from support.processes import run, script
 from support.ranks import assert_right, launch
 
-pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+pytestmark = [
+    pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only"),
+    pytest.mark.distributed,
+]
 
 STREAMS = [(), ("--streams", "late")]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_collective_and_dtype(ranks: int, tmp_path, tally) -> None:
     found = launch("hccl_ranks.py", "values", ranks, tmp_path, "npu")
     assert_right(found, 130)
     tally(f"collectives against numpy, {ranks} ranks", len(found[-1]))
 
 
+@pytest.mark.slow
 def test_graphs(tmp_path, tally) -> None:
     found = launch("hccl_ranks.py", "graphs", 2, tmp_path, "npu")
     assert_right(found, 60)
     tally("collectives in graphs against numpy", len(found[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_late_streams_keep_the_order(ranks: int, tmp_path) -> None:
     found = launch("hccl_ranks.py", "order", ranks, tmp_path, "npu", options=STREAMS[1])
     assert_right(found, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", STREAMS, ids=["now", "late"])
 @pytest.mark.parametrize("job", ["other count", "other dtype", "other op", "other kind"])
 def test_calls_that_differ_are_an_error_on_all(job: str, options, tmp_path) -> None:
     assert_right(launch("hccl_ranks.py", job, 2, tmp_path, "npu", options=options), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", STREAMS, ids=["now", "late"])
 @pytest.mark.parametrize(("ranks", "victim"), [(2, 0), (2, 1), (4, 0), (4, 2)])
 def test_a_killed_rank_is_an_error_on_the_others(ranks, victim, options, tmp_path) -> None:
@@ -65,6 +72,7 @@ def test_a_killed_rank_is_an_error_on_the_others(ranks, victim, options, tmp_pat
     assert_right(found, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("job", ["late", "fault"])
 def test_nobody_waits_longer_than_allowed(job: str, ranks: int, tmp_path) -> None:
@@ -131,6 +139,7 @@ def test_what_is_refused(hccl, comm, given, code: int, text: str) -> None:
     assert torch.equal(device.cpu(), torch.ones(64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soc", ["Ascend310P3", "Ascend950PR_9579", "Ascend910_9391"])
 def test_dtypes_by_chip(soc: str) -> None:
     usual = "int8 int16 int32 fp16 fp32"
@@ -321,6 +330,7 @@ def test_another_users_connections_keep_no_rank_out(hccl) -> None:
 # ---- processes that lack something, or fork ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int) -> None:
     found = sorted(run(f"hccl_pairs.py dead_rank {dies}").splitlines())
@@ -329,12 +339,14 @@ def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int) -> None:
     assert found[1].startswith(f"{REMOTE} True [EI0002] HcclBarrier: rank {dies} is gone")
 
 
+@pytest.mark.slow
 def test_a_rank_without_descriptors_says_so() -> None:
     for line in run("hccl_pairs.py no_descriptors").splitlines():
         assert line.startswith(f"{SYSTEM} True [EI0006] HcclCommInitRootInfo: no socket: Too many")
         assert "RLIMIT_NOFILE" in line
 
 
+@pytest.mark.slow
 def test_a_collective_without_memory_says_so() -> None:
     (line,) = run("hccl_pairs.py no_memory").splitlines()
     assert line.startswith(

@@ -10,7 +10,11 @@ import pytest
 import cann_host
 from support.processes import output_of, python, told
 
-pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
+pytestmark = [
+    pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only"),
+    pytest.mark.slow,
+    pytest.mark.native,
+]
 
 FUZZ = Path(__file__).parents[1] / "fuzz"
 

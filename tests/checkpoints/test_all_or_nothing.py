@@ -192,6 +192,7 @@ def test_killed_while_it_cleans_up_after_one_that_was_killed(
     assert ended and steps >= 2
 
 
+@pytest.mark.slow
 def test_a_reader_finds_the_old_or_the_new(tmp_path, tally) -> None:
     wanted = {}
     for kind, (config, other) in FORMATS.items():

@@ -140,6 +140,7 @@ def test_torch_export(case: Case) -> None:
     cases.assert_equal(program.module()(x1), inputs)
 
 
+@pytest.mark.slow
 def test_cache_compile_is_used_by_the_next_process_and_kept_apart(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     launcher = [] if os.environ.get("LQ_GRAPH_TEST_NPU") == "1" else ["-m", "cann_host"]
@@ -261,6 +262,7 @@ def compiled_in(mode: str, layer: torch.nn.Module) -> Callable[[torch.Tensor], t
     return torch.compile(layer, backend=backend(config), dynamic=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cann_host.is_active(), reason="a device does not notice")
 @pytest.mark.filterwarnings("ignore:use_internal_format_weight. formats")
 @pytest.mark.parametrize(("kind", "first", "then", "mode", "refused"), EACH_AFTERWARDS)
@@ -340,6 +342,7 @@ def test_preparing_others_layers_after_something_was_compiled_warns() -> None:
         prepare(layer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cann_host.is_active(), reason="a device does not notice")
 @pytest.mark.parametrize("kind", ["vendor"])  # ours has the format in its cache key
 def test_a_cached_graph_takes_the_formats_of_its_first_run(kind: str, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ Json = dict[str, Any]
 
 
 def tensor(dims: tuple[int, ...], dtype: int, block: int, **changed: Any) -> Json:
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for size in reversed(dims):
         strides.insert(0, step)
         step *= size

@@ -6,6 +6,7 @@ Weights are small, and constants that lie in memory point to the blocks that gra
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cann_host
 
@@ -40,7 +41,7 @@ class Vendor(nn.Module):
         return torch_npu.npu_quant_matmul(x, self.weight.t(), scale, output_dtype=self.dtype)
 
 
-def ours(out: torch.dtype, **options: bool) -> nn.Module:
+def ours(out: torch.dtype, **options: Any) -> nn.Module:
     layer = lq_graph.LinearQuant(64, 32, output_dtype=out, **options)
     layer.weight.data = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
     layer.scale.data = torch.rand(32) * 0.01

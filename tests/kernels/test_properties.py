@@ -37,6 +37,7 @@ products = st.sampled_from(PRODUCTS).map(product_by_name)
 # ---- plan() ----
 
 
+@pytest.mark.slow
 @given(
     x1=specs,
     weight=specs,
@@ -122,6 +123,7 @@ def test_a_legal_call_with_anything_put_in_raises_only_our_own(call, replaced) -
         check_sentence(text)
 
 
+@pytest.mark.slow
 @given(legal_calls(), st.sampled_from(["scale", "offset", "pertoken_scale", "bias"]), shapes)
 def test_a_wrong_shape_is_blamed_by_name(call, name: str, shape: tuple[int, ...]) -> None:
     if call[name] is None:
@@ -156,6 +158,7 @@ step_lists = st.lists(st.sampled_from(sorted(STEPS)), max_size=3)
 sides = st.sampled_from([1, 2, 8, 16])
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     st.sampled_from([torch.int8, torch.int32]),

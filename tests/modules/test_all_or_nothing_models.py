@@ -173,6 +173,7 @@ ACTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:use_internal_format_weight. formats")
 @pytest.mark.parametrize("kind", ["ctrl_c", "op_fault"])
 @pytest.mark.parametrize("name", ACTIONS)
@@ -302,5 +303,6 @@ def test_ctrl_c_waits_for_the_end_of_a_preparation(monkeypatch: pytest.MonkeyPat
     assert not done.is_alive()
 
 
+@pytest.mark.slow
 def test_preparing_leaves_ctrl_c_as_it_was() -> None:
     output_of(python(*script("handler_kept.py")))

@@ -269,7 +269,9 @@ def prepared(ours: LinearQuant) -> LinearQuant:
 
 
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize(
+    "walk", [pytest.param(w, marks=pytest.mark.slow) if w == "graph" else w for w in WALKS]
+)
 def test_whatever_fails_is_told_and_the_next_call_works(walk: str, call: int, x: Tensor) -> None:
     """A call of any function of CANN's: either nobody needed it and the result is right, or there
     is an error; never a wrong result, and nothing is left of it."""

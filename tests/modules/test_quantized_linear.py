@@ -282,6 +282,7 @@ def test_shapes_are_those_of_linear(config: Any, shape: tuple[int, ...], device:
             model(torch.ones(0, 60, dtype=F16, device=device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "backend", "unbacked"),
     [
@@ -429,6 +430,7 @@ def test_a_weight_counts_as_a_parameter() -> None:
     assert type(copied) is Tensor and torch.equal(copied, model[0].weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_a_dynamic_batch(config: Any, strict: bool) -> None:

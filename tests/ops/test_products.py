@@ -16,6 +16,7 @@ stand_in = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @stand_in
 @pytest.mark.parametrize("product", SOCS)
 def test_every_row_runs_eagerly_and_in_a_graph(product: str, tally) -> None:
@@ -28,6 +29,7 @@ def test_every_row_runs_eagerly_and_in_a_graph(product: str, tally) -> None:
     assert f"{dtypes} dtypes of activations, {schemes} schemes of quantize" in said
 
 
+@pytest.mark.slow
 @stand_in
 def test_a_device_no_table_is_known_for_is_named() -> None:
     done = start("unknown_chip.py", CANN_HOST_SOC="Ascend910B2")

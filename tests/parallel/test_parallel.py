@@ -11,12 +11,21 @@ import pytest
 import cann_host
 from support.ranks import assert_right, launch
 
+pytestmark = pytest.mark.distributed
+
 needs_cann_host = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 DEVICES = ["cpu", pytest.param("npu", marks=needs_cann_host)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "device"),
+    [
+        (2, "cpu"),
+        pytest.param(2, "npu", marks=[needs_cann_host, pytest.mark.slow]),
+        pytest.param(4, "cpu", marks=pytest.mark.slow),
+        pytest.param(4, "npu", marks=[needs_cann_host, pytest.mark.slow]),
+    ],
+)
 def test_every_row_that_can_be_split_equals_one_device(
     ranks: int, device: str, tmp_path, tally
 ) -> None:
@@ -26,11 +35,13 @@ def test_every_row_that_can_be_split_equals_one_device(
     tally(name, len(found[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled(device: str, tmp_path) -> None:
     assert_right(launch("parallel_ranks.py", "compiled", 2, tmp_path, device), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_killed_rank_is_an_error_on_the_others(ranks: int, device: str, tmp_path) -> None:
@@ -38,6 +49,7 @@ def test_a_killed_rank_is_an_error_on_the_others(ranks: int, device: str, tmp_pa
     assert found == [{"killed: error": ""}] * (ranks - 1) + [{}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_mismatched_shape_is_an_error_on_every_rank(device: str, tmp_path) -> None:
     variables = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"} if device == "cpu" else {}

@@ -17,15 +17,16 @@ LAUNCHER = ["-m", "cann_host"] if cann_host.is_active() else []
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("eager.py", "npu  equal to cpu"),
+        pytest.param("eager.py", "npu  equal to cpu", marks=pytest.mark.slow),
         ("graph_mode.py", "0 of 4096 differ"),
-        ("checkpoint.py", "2 of them matmuls"),
+        pytest.param("checkpoint.py", "2 of them matmuls", marks=pytest.mark.slow),
     ],
 )
 def test_example(name: str, shown: str, tmp_path: Path) -> None:
     assert shown in output_of(python(*LAUNCHER, EXAMPLES / name, cwd=tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -45,6 +46,8 @@ def test_a_mistake_is_a_sentence(command: str, said: str, tmp_path: Path) -> Non
 ON_CANN_HOST = ["--no-python", sys.executable, "-m", "cann_host", "--devices", "2"]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("launcher", "where"),
     [

@@ -172,6 +172,7 @@ def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
     assert "What to do: pip install matplotlib." in said
 
 
+@pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])
 def test_lq_graph_answers_where_torch_npu_has_no_cann(arguments: str) -> None:
@@ -192,6 +193,7 @@ def test_explain_without_a_device_is_a_sentence() -> None:
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @on_stand_in
 def test_the_command_line_leaves_the_environment() -> None:
     """Autoload is off for the command itself, not for what it starts."""
@@ -204,6 +206,7 @@ def test_the_command_line_leaves_the_environment() -> None:
 FAKE = 'raise ImportError("libprotobuf.so: undefined symbol: f")\n'
 
 
+@pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("autoload", ["1", "0"])
 def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_path: Path) -> None:
@@ -223,6 +226,7 @@ def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_pat
     assert "_leave" not in done.stderr
 
 
+@pytest.mark.slow
 @on_stand_in
 def test_import_of_lq_graph_tells_why_torch_npu_failed(tmp_path: Path) -> None:
     (tmp_path / "torch_npu.py").write_text(FAKE)

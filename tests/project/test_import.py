@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
 
 
+@pytest.mark.slow
 def test_without_torch_npu() -> None:
     command = script("imports.py without_torch_npu")
     output_of(python(*command, without=REAL, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
@@ -35,8 +36,8 @@ def test_with_torch_npu_but_no_cann_says_what_to_do() -> None:
     "names",
     [
         "lq_graph torch_npu torchair",
-        "torch_npu torchair lq_graph",
-        "torch_npu torchair lq_graph.converters",
+        pytest.param("torch_npu torchair lq_graph", marks=pytest.mark.slow),
+        pytest.param("torch_npu torchair lq_graph.converters", marks=pytest.mark.slow),
     ],
 )
 def test_any_import_order_lowers(names: str) -> None:
@@ -52,6 +53,7 @@ SHADOWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shadow", SHADOWS)
 def test_a_module_of_that_name_of_the_user_s_own(shadow: str, tmp_path: Path) -> None:
     for name, text in SHADOWS[shadow].items():

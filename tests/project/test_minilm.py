@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import lq_graph
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, QuantizedLinear, converters
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm.py"
 LAYERS = 37  # 6 blocks of 6, and the pooler
 

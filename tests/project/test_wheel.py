@@ -23,7 +23,10 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 # What may differ between systems: GNU libc, libstdc++ (two families), libgcc
 FAMILIES = ("GLIBC", "GLIBCXX", "CXXABI", "GCC")
 
-pytestmark = pytest.mark.skipif(READELF is None, reason="needs readelf (binutils)")
+pytestmark = [
+    pytest.mark.skipif(READELF is None, reason="needs readelf (binutils)"),
+    pytest.mark.native,
+]
 
 Version = tuple[int, ...]
 

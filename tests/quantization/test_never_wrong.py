@@ -455,7 +455,9 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))]
+)
 def test_close_to_float_or_told(part: int, tmp_path: Path, tally: Callable[..., None]) -> None:
     torch.npu.config.allow_internal_format = True
     happened: Counter[str] = Counter()

@@ -24,8 +24,8 @@ def no_libraries() -> None:
 
 def no_torch_npu() -> None:
     find = importlib.util.find_spec
-    importlib.util.find_spec = (  # type: ignore[assignment]
-        lambda name, package=None: None if name == "torch_npu" else find(name, package)
+    importlib.util.find_spec = lambda name, package=None: (
+        None if name == "torch_npu" else find(name, package)
     )
     cann_host.activate()
 
@@ -47,7 +47,7 @@ def keys_kept() -> None:
     """Beside a torch that has torch_npu's allocator keys, and without setting them aside."""
     import cann_host.allocator_keys as keys
 
-    keys.set_aside = lambda library: contextlib.nullcontext([])  # type: ignore[assignment]
+    keys.set_aside = lambda library: contextlib.nullcontext([])  # type: ignore[return-value, assignment]
     cann_host.activate()
 
 

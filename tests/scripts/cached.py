@@ -18,7 +18,7 @@ class Model(torch.nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer = kind(64, 32, bias=False, output_dtype=output_dtype).npu()  # type: ignore[operator]
+        self.layer = kind(64, 32, bias=False, output_dtype=output_dtype).npu()
         self.layer.weight.data = torch.randint(-128, 128, (32, 64), dtype=torch.int8).npu()
         self.layer.scale.data = (torch.rand(32) * 1e-2).npu()
         if prepared:

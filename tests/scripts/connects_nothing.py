@@ -2,7 +2,7 @@
 
 import sys
 
-seen = set()
+seen: set[str] = set()
 
 
 def audit(event: str, _: object) -> None:

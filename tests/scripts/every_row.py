@@ -10,6 +10,7 @@ import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests
 
@@ -33,7 +34,7 @@ def run_activation_rows(product: Product) -> int:
         for dtype in row.x:
             x, count = make((500, 64), dtype), count + 1
 
-            def dynamic(x: torch.Tensor, output: torch.dtype = row.output_dtype) -> object:
+            def dynamic(x: torch.Tensor, output: torch.dtype = row.output_dtype) -> Any:
                 return lq_graph.dynamic_quant(x, dtype=output)
 
             for got in (dynamic(x), dynamic(x.npu()), compiled(dynamic, x.npu())[0]):
@@ -58,7 +59,7 @@ def run_schemes(product: Product) -> int:
     torch.manual_seed(0)
     float_model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)).half()
     x = make((5, 64), torch.float16, spread=1.0)
-    schemes = [lq_graph.A8W8Static(), lq_graph.A8W8Dynamic(), lq_graph.A4W4Dynamic()]
+    schemes: list[Any] = [lq_graph.A8W8Static(), lq_graph.A8W8Dynamic(), lq_graph.A4W4Dynamic()]
     for config in schemes[: 1 if product.key == "310P" else 3]:
         model = copy.deepcopy(float_model)
         static = isinstance(config, lq_graph.A8W8Static)

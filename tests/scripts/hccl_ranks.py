@@ -57,8 +57,8 @@ def inputs(dtype: torch.dtype, ranks: int, size: int) -> list[Tensor]:
         top = min(info.max, 1 << 62)
         return [torch.randint(-top - 1, top, (size,), generator=g).to(dtype) for _ in range(ranks)]
     made = [(torch.randn(size, generator=g) * 30).to(dtype) for _ in range(ranks)]
-    info = torch.finfo(dtype)
-    for index, value in enumerate((info.max, info.smallest_normal / 4, float("inf"))):
+    floats = torch.finfo(dtype)
+    for index, value in enumerate((floats.max, floats.smallest_normal / 4, float("inf"))):
         made[0][index] = made[-1][index] = value
     made[0][3], made[-1][4] = float("nan"), float("nan")
     made[0][5], made[-1][5] = float("inf"), float("-inf")
@@ -159,8 +159,8 @@ def moves(rank: int, ranks: int) -> Check:
     got = torch.empty(ranks * (rank + 1), dtype=torch.int64, device="npu")
     dist.all_to_all_single(got, mine, [rank + 1] * ranks, list(range(1, ranks + 1)))
     first = rank * (rank + 1) // 2
-    want = [100 * r + first + i for r in range(ranks) for i in range(rank + 1)]
-    yield "all_to_all uneven", differs(got, np.array(want))
+    want = np.array([100 * r + first + i for r in range(ranks) for i in range(rank + 1)])
+    yield "all_to_all uneven", differs(got, want)
     uneven = [torch.empty(r + 1, device="npu") for r in range(ranks)]
     dist.all_gather(uneven, torch.full((rank + 1,), float(rank), device="npu"))
     want = np.repeat(np.arange(ranks, dtype=np.float32), np.arange(1, ranks + 1))
@@ -259,6 +259,7 @@ def on_torchair(function: Callable[[Tensor], Any], x: Tensor, **options: Any) ->
 def graphs(rank: int, ranks: int) -> Check:
     """Each functional collective: the GE operator it becomes, and its values."""
     group = dist.group.WORLD
+    assert group is not None
     table: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[list[Tensor]], Any]]] = {
         "sum": (
             "HcomAllReduce",
@@ -310,7 +311,9 @@ def graphs(rank: int, ranks: int) -> Check:
 def graph_mismatch(rank: int, ranks: int) -> Check:
     """The last rank compiles a graph for another shape."""
     x = torch.ones(8 + (rank == ranks - 1), device="npu")
-    run = lambda: on_torchair(lambda t: collectives.all_reduce(t, "sum", dist.group.WORLD), x)  # noqa: E731
+    group = dist.group.WORLD
+    assert group is not None
+    run = lambda: on_torchair(lambda t: collectives.all_reduce(t, "sum", group), x)  # noqa: E731
     yield "told", told(run, "[EI0005] the ranks' calls differ", within=60)
 
 

@@ -58,7 +58,7 @@ def beside(folder: str, imported: str) -> None:
         def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
             return PathFinder.find_spec(name, [folder]) if name == "converters" else None
 
-    sys.meta_path.insert(0, First)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, First)
     if imported == "True":
         importlib.import_module("converters")
     on_the_device()

@@ -27,7 +27,7 @@ def one_step() -> None:
     )
     x, target = torch.randn(2, 3, 16, 16), torch.tensor([1, 2])
     twin = copy.deepcopy(model)
-    on_npu = step(model.npu(), x.npu(), target.npu())  # type: ignore[operator]
+    on_npu = step(model.npu(), x.npu(), target.npu())
     for a, b in zip(on_npu, step(twin, x, target), strict=True):
         torch.testing.assert_close(a, b)
     print("equal")

@@ -345,7 +345,8 @@ def descriptor(tensor: cann_ut.Tensor | Any) -> Any:
     """An aclTensor, contiguous; other arguments as they are."""
     if not isinstance(tensor, cann_ut.Tensor):
         return tensor
-    steps, step = [], 1
+    steps: list[int] = []
+    step = 1
     for size in reversed(tensor.shape):
         steps.insert(0, step)
         step *= size
@@ -681,10 +682,10 @@ def main() -> int:
         for reason, count in apart.items():
             print(f"    {count} not compared: {reason}")
         for row in differing:
-            reason = EXCEPTIONS.get(row.name)
-            unexplained += reason is None
+            why = EXCEPTIONS.get(row.name)
+            unexplained += why is None
             print(f"    {row.name} ({row.soc}): {row.text}")
-            print(f"        {reason or 'UNEXPLAINED'}")
+            print(f"        {why or 'UNEXPLAINED'}")
     print(
         f"{'all':32}"
         + "".join(f"{n:>{w}}" for n, w in zip(total.values(), (6, 10, 8, 8), strict=True))

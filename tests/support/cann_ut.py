@@ -146,11 +146,11 @@ def op_api(path: Path) -> Iterator[Case]:
             output = re.compile(r"\s*,\s*OUTPUT\(").match(text, end)
             results = split(text[output.end() : _closing(text, output.end()) - 1]) if output else []
             expected = re.search(r"EXPECT_EQ\(\w+,\s*(\w+)\)", text[end:])
-            given = [[known.get(a, constant(a)) for a in part] for part in (arguments, results)]
+            into, out = ([known.get(a, constant(a)) for a in part] for part in (arguments, results))
             # the framework takes a whole name; a part of one is its usual chip
             chip = re.match(r"ascend(910B\d|910_93\d\d|310P\d|950)", name, re.IGNORECASE)
             soc = (chip and soc_of(chip[0])) or "Ascend910B2"
-            yield Case(name, found[1], soc, *given, {}, expected[1] if expected else "", [])
+            yield Case(name, found[1], soc, into, out, {}, expected[1] if expected else "", [])
 
 
 def tiling(path: Path) -> Iterator[Case]:

@@ -59,7 +59,7 @@ def quantized(seed: int, config: A8W8Dynamic | A8W8Static, names: str = "up down
     return made
 
 
-FORMATS = {
+FORMATS: dict[str, tuple[A8W8Dynamic | A8W8Static, A8W8Dynamic | A8W8Static]] = {
     "msmodelslim": (A8W8Dynamic(), A8W8Static()),
     "compressed-tensors": (A8W8Dynamic(), A8W8Dynamic()),
 }

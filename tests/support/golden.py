@@ -28,8 +28,8 @@ def pack_int4(values: Array) -> Array:
 
 def bfloat16(x: Array) -> Array:
     """Round float32 to bfloat16, half to even; the value as float32."""
-    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    raw = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits: Array = (raw + 0x7FFF + ((raw >> 16) & 1)) & 0xFFFF0000
     return np.where(np.isnan(x), np.float32(np.nan), bits.astype(np.uint32).view(np.float32))
 
 
@@ -66,7 +66,7 @@ def linear_quant(
     acc = np.matmul(x1.astype(np.int64), np.swapaxes(weight.astype(np.int64), -1, -2))
     assert np.abs(acc).max(initial=0) < 2**31, "accumulator left int32"
     int_bias = bias is not None and np.issubdtype(bias.dtype, np.integer)
-    if int_bias:
+    if bias is not None and int_bias:
         acc = acc + bias.astype(np.int64)
     if output_dtype == "int32":
         return acc.astype(np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch_npu
 from torch import nn
@@ -16,7 +18,7 @@ LinearA8W8Quant = torch_npu.contrib.module.LinearA8W8Quant
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
 
 
-def module_for(inputs: cases.Inputs, **kwargs: object) -> LinearQuant:
+def module_for(inputs: cases.Inputs, **kwargs: Any) -> LinearQuant:
     """A LinearQuant holding a case's tensors, filled the way the vendor's examples do."""
     weight = inputs["weight"]
     k = weight.shape[-1] * (8 if weight.dtype == I32 else 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torchair
-from torch import Tensor
+from torch import Tensor, nn
 
 from lq_graph import converters
 from lq_graph.converters.graph import Graph
@@ -15,7 +15,9 @@ from lq_graph.converters.graph import Graph
 MATMUL = "QuantBatchMatmulV3"
 
 
-def lower(model, *inputs: torch.Tensor, dynamic: bool = False) -> tuple[torch.Tensor, Graph]:
+def lower(
+    model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False
+) -> tuple[torch.Tensor, Graph]:
     """Compile with the real torchair; the result and the one graph it became."""
     torch._dynamo.reset()
     config = torchair.CompilerConfig()

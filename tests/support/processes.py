@@ -56,7 +56,8 @@ def start(command: str, *options: str, **variables: str) -> Done:
         options: of cann_host: "--streams", "late".
         variables: of its environment.
     """
-    return python("-m", "cann_host", *options, *script(command), **variables)
+    arguments = ["-m", "cann_host", *options, *script(command)]
+    return python(*arguments, without=(), cwd=None, limit=LIMIT, **variables)
 
 
 def output_of(done: Done) -> str:

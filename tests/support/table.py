@@ -86,4 +86,4 @@ def mutations(legal: Combination) -> Iterator[tuple[str, Combination]]:
     for field, values in FIELDS.items():
         for value in values:
             if value != getattr(legal, field):
-                yield field, legal._replace(**{field: value})
+                yield field, legal._replace(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""When the kernel's library is used: switches, other sources, threads and processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cann_host
+import lq_graph
+from cann_host import _native, runtime
+from lq_graph.kernels import native
+from support.native import by_torch, needs_kernel, values
+from support.processes import output_of, python, script
+
+pytestmark = pytest.mark.native
+I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def asked_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The kernel is looked for anew, and once more afterwards."""
+    native._kernel.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    native._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["0", "off", "false", "no", "OFF", " False "])
+def test_it_can_be_switched_off(value: str, asked_again: pytest.MonkeyPatch) -> None:
+    asked_again.setenv("LQ_GRAPH_NATIVE", value)
+    assert not native.is_available()
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", ["", "1", "on", "true", "Yes"])
+def test_it_can_be_asked_for(value: str, asked_again: pytest.MonkeyPatch) -> None:
+    asked_again.setenv("LQ_GRAPH_NATIVE", value)
+    assert native.is_available()
+
+
+def test_another_value_is_told(asked_again: pytest.MonkeyPatch) -> None:
+    asked_again.setenv("LQ_GRAPH_NATIVE", "perhaps")
+    text = "LQ_GRAPH_NATIVE is 'perhaps'; allowed are 0, off, false, no .* not used now"
+    with pytest.warns(RuntimeWarning, match=text):
+        assert not native.is_available()
+
+
+def library(path: Path, source: str) -> Path:
+    """A library of this C++ source, as an older or another checkout would have built it."""
+    path.parent.mkdir(parents=True)
+    command = [os.environ.get("CXX", "g++"), "-x", "c++", "-shared", "-fPIC", "-", "-o", str(path)]
+    try:
+        subprocess.run(command, input=source, text=True, check=True)
+    except OSError:
+        pytest.skip("no compiler")
+    return path
+
+
+# a kernel that would write where its struct ends, were it called
+_OLD = (
+    """extern "C" { int lq_matmul_supported() { return 1; } int lq_matmul(void*) { return 0; } }"""
+)
+
+_OTHER = _OLD + """ extern "C" const char* lq_matmul_sources() { return "other"; }"""
+
+
+@pytest.mark.parametrize("source", [_OLD, _OTHER], ids=["older", "other"])
+def test_a_library_of_other_sources_is_left_alone(
+    source: str, tmp_path: Path, asked_again: pytest.MonkeyPatch
+) -> None:
+    """Torch computes the same, so it is a warning, once."""
+    library(tmp_path / "lib" / native._LIBRARY, source)
+    here = str(Path(native.__file__).parent)
+    asked_again.setattr(native, "__path__", [str(tmp_path), here])
+    x, weight, scale = values(4, 64), values(8, 64), torch.rand(8)
+    text = "built from other sources than the Python beside it: run pip install -e . again"
+    with pytest.warns(RuntimeWarning, match=text):
+        out = lq_graph.linear_quant(x, weight, scale, output_dtype=BF16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert not native.is_available()
+    assert torch.equal(out, by_torch(x, weight, scale, output_dtype=BF16))
+
+
+@needs_kernel
+def test_a_struct_of_another_size_is_not_read() -> None:
+    kernel = native._kernel()
+    assert kernel is not None and kernel(bytes(native._CALL.size + 8), native._CALL.size + 8) == 3
+
+
+_OLD_STAND_IN = """extern "C" int cann_host_entries() { return 0; }"""
+
+
+@pytest.mark.parametrize("says", ["", "other"])
+def test_the_stand_in_takes_no_library_of_other_sources(
+    says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    symbol = f'extern "C" const char* cann_host_sources() {{ return "{says}"; }}'
+    path = library(tmp_path / "lib" / _native.NAMES[0], _OLD_STAND_IN + (says and symbol))
+    monkeypatch.setattr(_native, "library_directory", lambda: path.parent)
+    text = "were built from other sources than the Python beside them: run pip install -e . again"
+    with pytest.raises(cann_host.CannHostError, match=text):
+        runtime.open_library()
+
+
+def test_the_libraries_here_are_of_these_sources() -> None:
+    directory = _native.library_directory()
+    if directory is None or _native.sources() is None:
+        pytest.skip("not built here")
+    assert _native.built_from(directory) == _native.sources()
+
+
+# ---- threads and processes ----
+
+
+@pytest.mark.slow
+@needs_kernel
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ("4", {"OMP_STACKSIZE": "16k"}),
+        ("1000", {"OMP_THREAD_LIMIT": "300"}),
+        ("4 more", {}),
+    ],
+    ids=["small stacks", "more threads than there may be", "fork, and from 12 threads"],
+)
+def test_in_a_process_of_its_own(arguments: str, environment: dict[str, str]) -> None:
+    command = script(f"kernel_threads.py exact {arguments}")
+    done = python(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0", limit=120, **environment)
+    assert output_of(done) == "done\n"
+
+
+def test_the_call_has_the_layout_the_kernel_reads() -> None:
+    """struct LqMatmul: seven pointers, seven 64-bit numbers, four 32-bit ones."""
+    source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "call.h").read_text()
+    body = source.split("struct LqMatmul {")[1].split("};")[0]
+    fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
+    sizes = ""
+    for field in filter(None, fields):
+        kind = "q" if "*" in field or field.startswith("int64_t") else "i"
+        sizes += kind * (field.count(",") + 1)
+    assert sizes == "q" * 14 + "i" * 4 and native._CALL.size == 14 * 8 + 4 * 4

@@ -1,0 +1,32 @@
+"""The CPU kernel beside torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lq_graph import kernels
+from lq_graph.kernels import native
+
+I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
+
+needs_kernel = pytest.mark.skipif(
+    not native.is_available(), reason="no AVX-512 VNNI, or no compiler at installation"
+)
+
+
+def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
+    low, high = (-8, 8) if int4 else (-128, 128)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, dtype=I8, generator=generator)
+
+
+def by_torch(
+    x: Tensor, weight: Tensor | kernels.NzWeight, *args: Tensor | None, **options: torch.dtype
+) -> Tensor:
+    kernel, native.matmul = native.matmul, lambda *_: None  # type: ignore[assignment]
+    try:
+        return kernels.quant_matmul(x, weight, *args, **options)
+    finally:
+        native.matmul = kernel
