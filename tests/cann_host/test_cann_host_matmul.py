@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import cann_host
-from cann_host import executor
+from cann_host import runtime
+from cann_host.options import Options
 from lq_graph.backends.npu import cast_format
 from support import golden
 from support.eager import (
@@ -160,7 +161,7 @@ def test_words_past_an_eager_result(soc: str, monkeypatch: pytest.MonkeyPatch) -
     ):
         got = torch_npu.npu_trans_quant_param(s.npu(), o.npu())
     assert_same(got, golden.trans_quant_param(as_numpy(s), as_numpy(o[:1]).reshape(1, 1)))
-    monkeypatch.setattr(executor, "overruns", "refuse")
+    monkeypatch.setattr(runtime.current(), "options", Options.of(overruns="refuse"))
     with refused("(?s)7 words.*refused by cann_host's option overruns"):
         torch_npu.npu_trans_quant_param(s.npu(), o.npu())
 

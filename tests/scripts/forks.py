@@ -6,6 +6,7 @@ import select
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ def unfinished() -> None:
     begun, forked = threading.Event(), threading.Event()
     copy = aclnn.OPERATORS["aclnnInplaceCopy"]
 
-    def slow(*arguments: object) -> None:
+    def slow(*arguments: Any) -> None:
         begun.set()
         forked.wait()
         copy.compute(*arguments)

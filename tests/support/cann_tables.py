@@ -227,7 +227,7 @@ def aclnn(path: Path, names: dict[str, str], entry: Entry) -> Iterator[Row]:
         if any(sizes(cell(name)) for name in ("yScaleShape", "x1OffsetShape", "yOffsetShape")):
             yield apart(cell("name"), "arguments torch_npu never passes for these dtypes")
             continue
-        optional = {"offset": None, "pertoken": None, "bias": None}
+        optional: dict[str, TensorDesc | None] = {"offset": None, "pertoken": None, "bias": None}
         for name in optional:
             absent = cell(f"{name}_null").lower() == "true"
             if sizes(cell(name)) and not absent:
@@ -336,6 +336,7 @@ def matmul(rows: Iterator[Row]) -> Iterator[Answer]:
 
 def sent(x2: TensorDesc) -> bool:
     """Whether a FRACTAL_NZ storage is the one that npu_format_cast makes of the weight."""
+    assert x2.storage_shape is not None
     *_, rows, columns = x2.shape
     c0 = 64 if x2.dtype == "int4" else 32
     return x2.storage_shape[-4:] == (-(-columns // c0), -(-rows // 16), 16, c0)
@@ -544,7 +545,7 @@ def tables(root: Path) -> Iterator[tuple[str, Iterator[Answer]]]:
         "QuantBatchMatmulV3 tiling",
         matmul(tiling(root / V3 / "op_host/test_quant_batch_matmul_v3.csv")),
     )
-    for title, path, names, entry in (
+    files: tuple[tuple[str, Path, dict[str, str], Entry], ...] = (
         ("aclnnQuantMatmulV3", V3 / "op_api/test_aclnn_quant_matmul_v3.csv", _V3, "v4"),
         ("aclnnQuantMatmulV4", V3 / "op_api/test_aclnn_quant_matmul_v4.csv", _V4, "v4"),
         (
@@ -554,7 +555,8 @@ def tables(root: Path) -> Iterator[tuple[str, Iterator[Answer]]]:
             "nz",
         ),
         ("aclnnQuantMatmulV5", V4 / "op_host/test_aclnn_quant_matmul_v5_api.csv", _V5, "v5"),
-    ):
+    )
+    for title, path, names, entry in files:
         yield title, matmul(aclnn(root / path, names, entry))
     for title, read, path in (
         (

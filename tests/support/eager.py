@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cann_host import aclnn, executor
+from cann_host import runtime
+from cann_host.graph import executor
 from support import golden
 
 torch_npu = pytest.importorskip("torch_npu")
@@ -18,7 +19,7 @@ ND, FRACTAL_NZ = 2, 29
 
 def pretend(monkeypatch: pytest.MonkeyPatch, soc: str) -> None:
     """Let the operators, not torch_npu, be those of another chip."""
-    monkeypatch.setattr(aclnn, "_soc", soc)
+    monkeypatch.setattr(runtime.current().operators, "soc", soc)
     monkeypatch.setattr(executor, "soc_name", lambda: soc)
 
 
@@ -34,7 +35,7 @@ def pack(x: Tensor) -> Tensor:
     return torch.from_numpy(golden.pack_int4(x.numpy()))
 
 
-def as_numpy(x: Tensor | None) -> np.ndarray | None:
+def as_numpy(x: Tensor | None) -> Any:
     if x is None:
         return None
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
