@@ -165,8 +165,7 @@ def refused(found: Import) -> bool:
     if found.where == "typing":  # it costs nothing and makes no cycle
         return False
     if found.ours:
-        inside = found.target == found.part or found.name == "lq_graph.kernels"
-        return not inside and found.target not in allowed.ours
+        return found.target not in allowed.ours | {found.part}
     here = allowed.others | (allowed.late if found.where == "function" else set())
     own = found.part == found.target == "cann_host"
     return not own and found.target not in here
