@@ -1,7 +1,7 @@
 """What LinearQuant supports, as data: products, rows of the support tables, limits.
 
 No control flow beyond look-ups. `lq_graph.rules.plan` is the only reader that decides anything;
-docs/support.md is made from this file.
+README's table is tested against this file.
 """
 
 from __future__ import annotations
