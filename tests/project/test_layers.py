@@ -68,12 +68,7 @@ TABLE = {
 }
 
 # part and what it imports -> why the table is not kept
-EXCEPTIONS = {
-    ("kernels", "errors"): "it raises the errors a user of lq_graph catches",
-    ("checkpoints", "quantization"): "a layer that no row takes is refused in quantize's words",
-    ("checkpoints", "parallel"): "load_checkpoint(parallelize_plan=...) asks the plan's styles "
-    "which part of a file this rank reads; imported only then",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # files, by how they begin, that may import private modules of torch
 PRIVATE = {

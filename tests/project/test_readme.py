@@ -52,4 +52,5 @@ def test_what_a_message_says_to_install_is_a_package_of_an_index() -> None:
     for file, packages in TOLD:
         if "{" not in packages:
             assert set(packages.split()) <= known - {"lq-graph"}, f"{file}: pip install {packages}"
+
     assert list(NEEDED) == extras()["npu"]
