@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def example_input(dtype: torch.dtype) -> torch.Tensor:
 # ---- refusals ----
 
 
-def edit_file(change):
+def edit_file(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     """Rewrite the safetensors file after changing its tensors."""
 
     def edit(folder: Path) -> None:
@@ -116,7 +117,7 @@ def edit_file(change):
     return edit
 
 
-def put(key: str, value: torch.Tensor):
+def put(key: str, value: torch.Tensor) -> Callable[[Path], None]:
     return edit_file(lambda tensors: tensors.__setitem__(key, value))
 
 

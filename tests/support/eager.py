@@ -34,7 +34,7 @@ def pack(x: Tensor) -> Tensor:
     return torch.from_numpy(golden.pack_int4(x.numpy()))
 
 
-def as_numpy(x: Tensor | None) -> np.ndarray | None:
+def as_numpy(x: Tensor | None) -> Any:
     if x is None:
         return None
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
