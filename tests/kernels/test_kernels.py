@@ -30,9 +30,7 @@ from lq_graph.parallel import ColwiseLinearQuant
 
 I8, I32, F16, F32 = torch.int8, torch.int32, torch.float16, torch.float32
 HERE = Path(kernels.__file__).parent
-ROOT = Path(__file__).resolve().parent
-while not (ROOT / "CMakeLists.txt").exists():
-    ROOT = ROOT.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- imports ----

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import linecache
 import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +34,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lq_graph
+from lq_graph.checkpoints import load
+from lq_graph.modules import prepare
+from lq_graph.quantization import quantize
 
 __all__ = [
     "STRIKES",
@@ -73,6 +79,13 @@ class Events:
         return now
 
 
+@cache
+def _is_with(file: str, line: int) -> bool:
+    """Whether a line begins a with block: the tracer sees it again at the block's end, before the
+    block is left, where no signal can come. Python delivers one after a call or a jump back."""
+    return linecache.getline(file, line).lstrip().startswith("with ")
+
+
 class ctrl_c:  # noqa: N801 - used like the functions below
     """A real SIGINT at the at-th line that lq_graph runs in this thread; lines of contextlib count
     too, for blocks begin and end there."""
@@ -98,8 +111,10 @@ class ctrl_c:  # noqa: N801 - used like the functions below
         return self._line if frame.f_code.co_filename.startswith(_WATCHED) else None
 
     def _line(self, frame: FrameType, event: str, argument: object) -> Any:
-        del frame, argument
-        if event == "line" and self._events.next():
+        del argument
+        if event != "line" or _is_with(frame.f_code.co_filename, frame.f_lineno):
+            return self._line
+        if self._events.next():
             sys.settrace(None)
             signal.raise_signal(signal.SIGINT)
         return self._line
@@ -176,7 +191,23 @@ def modes() -> tuple[object, ...]:
         torch.is_inference_mode_enabled(),
         torch.get_default_device(),
         torch.get_default_dtype(),
+        [_is_free(lock) for lock in (load._LOCK, prepare._ONE_AT_A_TIME, quantize._LOCK)],
     )
+
+
+def _is_free(lock: threading.RLock) -> bool:
+    """Whether another thread could take it."""
+    found = []
+
+    def take() -> None:
+        if lock.acquire(blocking=False):
+            found.append(lock)
+            lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return bool(found)
 
 
 def model_state(model: nn.Module) -> dict[str, object]:
