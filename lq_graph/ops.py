@@ -136,7 +136,10 @@ OPERATORS = (
 def load(where: str) -> Callable[..., Any]:
     """The function a record names, its module imported."""
     module, _, name = where.partition(":")
-    function: Callable[..., Any] = getattr(import_module(f"{__package__}.{module}"), name)
+    function: Callable[..., Any] | None
+    function = getattr(import_module(f"{__package__}.{module}"), name, None)
+    if function is None:
+        raise AttributeError(f"a record of lq_graph.ops names {where}, which does not exist")
     return function
 
 

@@ -1,7 +1,7 @@
 """What CANN refuses in a quantized matmul and the operators around it, as tables and checks.
 
 The stand-in must refuse what a device refuses, else a green run here would lie. Both ways into an
-operator use these rules: compiled graphs (`cann_host.executor`) and eager calls
+operator use these rules: compiled graphs (`cann_host.graph.executor`) and eager calls
 (`cann_host.aclnn`).
 
 The rules are written from CANN's public operator sources. They deliberately share nothing with

@@ -18,7 +18,7 @@ import pytest
 import cann_host
 from cann_host import _native, bindings, runtime
 
-CSRC = Path(__file__).parents[1] / "cann_host" / "csrc"
+CSRC = Path(__file__).parents[2] / "cann_host" / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 C_TYPES = {

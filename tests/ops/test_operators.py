@@ -58,12 +58,25 @@ def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, bool]]:
     ]
 
 
+def missing(operator: Operator) -> list[str]:
+    """The functions that a record names and that do not exist."""
+    found = []
+    for named in (getattr(operator, field) for field in FUNCTIONS):
+        if not isinstance(named, NotNeeded):
+            try:
+                load(named)
+            except (AttributeError, ModuleNotFoundError):
+                found.append(named)
+    return found
+
+
 @each
 def test_record_is_complete(operator: Operator) -> None:
     """All functions exist and take what the schema says."""
     arguments = operator.overload._schema.arguments
     want = [(a.name, a.default_value, a.kwarg_only) for a in arguments]
     assert str(operator.overload._schema) == f"lq_graph::{operator.name}{operator.schema}"
+    assert not missing(operator)
     for field in FUNCTIONS:
         named = getattr(operator, field)
         if isinstance(named, NotNeeded):

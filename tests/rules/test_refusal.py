@@ -136,7 +136,7 @@ def test_what_is_said_to_keep_the_numbers_keeps_them(product: str, set_product, 
                 # int8: the scale has 19 bits there, and a half may fall to either side
                 near = 1 if c.output_dtype == I8 else near
                 assert np.abs(got - want).max() <= near, (str(fix), c)
-                tally("advices followed, the numbers kept")
+                tally("advice followed, the numbers kept")
 
 
 def test_a_cast_that_is_exact_holds_every_value() -> None:
