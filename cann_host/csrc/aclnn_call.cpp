@@ -75,7 +75,7 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
   }
   return Fail(kInvalid,
               "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
-              "a multiple of its element's bytes (CANN error %d)",
+              "a multiple of the element size (CANN error %d)",
               op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
@@ -121,7 +121,7 @@ int Launch(const char* op, aclOpExecutor* executor, void* stream) {
   const std::shared_ptr<const aclOpExecutor> call = HandlesOf<aclOpExecutor>().Take(executor);
   int code = Fault(op);
   if (code == kSuccess && (call == nullptr || std::strcmp(call->op, op) != 0)) {
-    return Fail(kNullPointer, "%s was launched without an executor of its own", op);
+    return Fail(kNullPointer, "%s was launched without its own executor", op);
   }
   if (code == kSuccess) {
     code = OnStream(op, stream, [call] {

@@ -39,7 +39,7 @@ constexpr int kFormatNz = 29;
 constexpr int64_t kNzRows = 16;
 
 int NoHandle(const char* symbol, const void* handle) {
-  return Fail(kInvalidParam, "%s: %p is nothing that was created here", symbol, handle);
+  return Fail(kInvalidParam, "%s: cann_host did not create %p", symbol, handle);
 }
 
 int64_t Count(const std::vector<int64_t>& dims) {
@@ -68,7 +68,7 @@ int CastFormat(const aclTensorDesc& nd, const aclTensorDesc& nz, char* nd_data, 
   }
   const int64_t rows = nd.dims[rank - 2], cols = nd.dims[rank - 1];
   if (cols < 0 || rows < 0 || Count(nd.dims) < 0) {
-    return Fail(kInvalidParam, "Identity: the shape is no shape");
+    return Fail(kInvalidParam, "Identity: the shape is not valid");
   }
   const int64_t c1 = nz.storage[rank - 2], r1 = nz.storage[rank - 1], c0 = nz.storage[rank + 1];
   const int64_t batch = rows && cols ? Count(nd.dims) / rows / cols : 0;

@@ -94,7 +94,7 @@ int aclmdlRIExecuteAsync(void* model, void* stream) {
     const Lock lock(GetStreams().mutex);
     const auto found = GetStreams().graphs.find(model);
     if (found == GetStreams().graphs.end()) {
-      return Fail(kInvalidParam, "aclmdlRIExecuteAsync: %p is no captured graph", model);
+      return Fail(kInvalidParam, "aclmdlRIExecuteAsync: %p is not a captured graph", model);
     }
     graph = found->second;
   }
@@ -110,7 +110,7 @@ int aclmdlRIDestroy(void* model) {
   CANN_HOST_CALL(aclmdlRIDestroy);
   const Lock lock(GetStreams().mutex);
   if (GetStreams().graphs.erase(model)) return kSuccess;
-  return Fail(kInvalidParam, "aclmdlRIDestroy: %p is no captured graph", model);
+  return Fail(kInvalidParam, "aclmdlRIDestroy: %p is not a captured graph", model);
 }
 
 // A hint to keep operator descriptions for later updates. There are no updates here.

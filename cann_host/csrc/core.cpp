@@ -105,9 +105,9 @@ int QueueFailure(const char* symbol) {
     reason = state.queue_failure;
   }
   return Fail(kFailure,
-              "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops what "
-              "is launched after it: results are not to be trusted. Start the process again; with "
-              "TASK_QUEUE_ENABLE=0 the call that fails is told. The failure: %s",
+              "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops all "
+              "later launches: do not trust any results. Start the process again; with "
+              "TASK_QUEUE_ENABLE=0 the call that fails raises the error. The failure: %s",
               symbol, reason.c_str());
 }
 

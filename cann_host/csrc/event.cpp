@@ -9,7 +9,7 @@ std::shared_ptr<EventState> FindEvent(void* handle) {
 }
 
 int NoEvent(const char* symbol, void* handle) {
-  return Fail(kInvalidParam, "%s: %p is no event", symbol, handle);
+  return Fail(kInvalidParam, "%s: %p is not an event", symbol, handle);
 }
 
 namespace {

@@ -284,7 +284,7 @@ graphStatus Graph::LoadFromSerializedModelArray(const void* model, size_t size) 
   auto loaded = std::make_shared<GraphImpl>();
   loaded->model.assign(static_cast<const char*>(model), size);
   if (!ForEachField(loaded->model, kModelGraph, [](std::string_view) {})) {
-    return Failed("the serialized graph is no ModelDef");
+    return Failed("the serialized graph is not a ModelDef");
   }
   impl_ = std::move(loaded);
   return GRAPH_SUCCESS;

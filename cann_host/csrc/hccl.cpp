@@ -76,7 +76,7 @@ std::shared_ptr<Group> Find(const std::string& name) {
 
 int NoGroup(const char* symbol, void* handle) {
   if (handle == nullptr) return Fail(kNullPointer, "%s: the communicator is null", symbol);
-  return Fail(kParameter, "%s: %p is no communicator", symbol, handle);
+  return Fail(kParameter, "%s: %p is not a communicator", symbol, handle);
 }
 
 int NoPlace(const char* symbol) {

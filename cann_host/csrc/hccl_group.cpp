@@ -189,8 +189,8 @@ int Group::Host(const Root& root, Time deadline) {
     const Lock lock(given.mutex);
     const auto found = std::find(given.tokens.begin(), given.tokens.end(), TokenOf(root));
     if (found == given.tokens.end()) {
-      return Fail(kParameter, "HcclCommInitRootInfo: rank 0 is to be the process that called "
-                              "HcclGetRootInfo, and to use its answer once");
+      return Fail(kParameter, "HcclCommInitRootInfo: rank 0 must be the process that called "
+                              "HcclGetRootInfo, and must use its root info once");
     }
     given.tokens.erase(found);
   }
@@ -286,7 +286,7 @@ int Group::Welcome(const Hello& hello, const Root& root, int& socket) {
     peers_[hello.rank] = socket;
     return kOk;
   }
-  const std::string text = "[EI0004] HcclCommInitRootInfo: somebody comes as rank " +
+  const std::string text = "[EI0004] HcclCommInitRootInfo: a process connects as rank " +
                            std::to_string(hello.rank) + " of " + std::to_string(hello.ranks) +
                            "; there are " + std::to_string(ranks_) + ", one of each";
   const Answer answer{kParameter, static_cast<uint32_t>(text.size())};

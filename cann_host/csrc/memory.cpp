@@ -102,7 +102,7 @@ constexpr int kInOneDevice = 6, kBetweenDevices = 7;
 int CheckCopy(const char* symbol, const void* dst, size_t dst_size, const void* src, size_t count,
               int kind) {
   if (kind < kHostToHost || kind > kBetweenDevices) {
-    return Fail(kInvalidParam, "%s: %d is no kind of copy", symbol, kind);
+    return Fail(kInvalidParam, "%s: %d is not a kind of copy", symbol, kind);
   }
   const bool in_device = kind == kInDevice || kind == kInOneDevice || kind == kBetweenDevices;
   // by default the addresses decide; what begins in device memory must end there

@@ -114,7 +114,7 @@ REFUSED = [
     ("dtype", dict(dtype=99), NOT_SUPPORTED, "dtype 99 (of an unknown dtype) is not one of"),
     ("uint8", dict(dtype=7), NOT_SUPPORTED, "does not reduce uint8 by sum"),
     ("op", dict(op=9), NOT_SUPPORTED, "does not reduce float32 by an unknown op"),
-    ("comm", dict(comm=ctypes.c_void_p(77)), PARAMETER, "is no communicator"),
+    ("comm", dict(comm=ctypes.c_void_p(77)), PARAMETER, "is not a communicator"),
     ("null comm", dict(comm=ctypes.c_void_p(None)), NULL, "the communicator is null"),
 ]
 

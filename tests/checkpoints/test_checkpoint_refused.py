@@ -262,12 +262,12 @@ IRREPLACEABLE = {
     ),
     "own forward": (
         with_up(lambda m: setattr(m.up, "forward", lambda x: x)),
-        "it has a forward of its own, which would be lost",
+        "it has its own forward, which would be lost",
     ),
     "parametrized": (with_up(parametrized), "a ParametrizedLinear, whose forward may differ"),
     "own buffer": (
         with_up(lambda m: m.up.register_buffer("mask", torch.ones(1))),
-        "it holds a tensor of its own, mask, which would be lost",
+        "it holds an additional tensor, mask, which would be lost",
     ),
     "held twice": (with_up(twin), "parts holds it too and would keep the old one"),
 }

@@ -167,7 +167,9 @@ def int4_layer() -> LinearQuant:
 
 
 X = torch.zeros(3, 2, dtype=I32)
-MISMATCH = r"in_features is 20, and weight is int32 \(16, 2\) and holds k = 16 int4 values a row; "
+MISMATCH = (
+    r"in_features is 20, and weight is int32 \(16, 2\) and holds k = 16 int4 values in a row; "
+)
 
 
 @pytest.mark.parametrize(

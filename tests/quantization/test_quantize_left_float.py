@@ -54,7 +54,7 @@ def test_what_must_not_be_touched_is_told() -> None:
     notes = {r.name: r.note for r in report}
     assert [r.name for r in report if r.changed] == ["plain"]
     for name, text in {
-        "tied": "its weight is also that of embedding, which stays float",
+        "tied": "it shares its weight with embedding, which stays float",
         "attention.out_proj": "a NonDynamicallyQuantizableLinear, whose forward may differ",
         "encoder.linear1": "nn.TransformerEncoderLayer reads the weight itself",
         "hooked": "it has forward hooks",
@@ -179,7 +179,7 @@ def test_a_layer_tied_to_one_that_inputs_never_reach() -> None:
     model.unused.weight = model.down.weight
     report = {r.name: r for r in quantize(model, A8W8Dynamic(), example_inputs=data())}
     assert report["up"].changed and report["unused"].note == "example_inputs never reached it"
-    assert report["down"].note == "its weight is also that of unused, which stays float"
+    assert report["down"].note == "it shares its weight with unused, which stays float"
     assert model.unused.weight is model.down.weight
 
 

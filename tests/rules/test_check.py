@@ -114,11 +114,11 @@ def test_command_line(arguments: str, status: int, shown: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--x1 int9", "'int9' is no dtype"),
+        ("--x1 int9", "'int9' is not a dtype"),
         ("--x1 int8[2", "not of the form int8 or int8[16,512]"),
         ("--x1 int4[2,7]", "multiple of 8"),
         ("--product H100", "'H100' is not a product"),
-        ("--output int9", "'int9' is no dtype"),
+        ("--output int9", "'int9' is not a dtype"),
     ],
 )
 def test_command_line_mistakes(arguments: str, message: str, capsys) -> None:

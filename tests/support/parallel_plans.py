@@ -174,7 +174,7 @@ def edges(mesh: DeviceMesh, folder: Path) -> Check:
         layer, x1, _ = layer_for(Case(output=F16), device)
         style = RowwiseLinearQuant(input_layouts=Replicate(), output_layouts=Shard(0), exact=exact)
         parallelize_module(layer, mesh, style)
-        text = f"dim 0 of ({ranks + 1}, {N}) is to be split into {ranks} equal parts"
+        text = f"dim 0 of ({ranks + 1}, {N}) cannot be split into {ranks} equal parts"
         rows = x1[:1].repeat(ranks + 1, 1)
         yield f"uneven rows exact={exact}", refusal(lambda m=layer, r=rows: m(r), text)
 
