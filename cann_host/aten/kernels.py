@@ -223,7 +223,7 @@ class _CpuKernel:
         return tuple(out) if len(out) > 1 else out[0]
 
     def _record(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Record the call for the graph that is being captured; only its shapes are computed now."""
+        """Record the call for the graph that is being captured; compute only its shapes now."""
         if self.draws:
             raise RuntimeError(f"cann_host: {self.op} draws random numbers, which is not captured.")
         device = _device_of([*args, *kwargs.values()])

@@ -1,6 +1,7 @@
-// libacl_op_compiler: the descriptors of the single-operator interface, and its one verb. It knows
-// Identity, by which torch_npu casts formats where it does not use aclnn (Atlas inference products),
-// and refuses every other operator by name. Attributes are accepted and dropped: Identity has none.
+// libacl_op_compiler: the descriptors of the single-operator interface, and the function that runs an
+// operator. It has Identity, with which torch_npu casts formats if it does not use aclnn (Atlas
+// inference products), and refuses every other operator by name. Attributes are accepted and dropped:
+// Identity has none.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -50,7 +51,7 @@ int64_t Count(const std::vector<int64_t>& dims) {
   return count;
 }
 
-// How many parts of a size hold a count that is not negative.
+// The number of parts of a size that hold a count, which is not negative.
 int64_t Parts(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
 bool Holds(const aclDataBuffer& buffer, int64_t count, int64_t width) {

@@ -1,5 +1,5 @@
-// libascendcl: captured graphs (aclgraph). Work that is launched on a captured stream is kept, and done
-// at each replay.
+// libascendcl: captured graphs (aclgraph). Work that is launched on a captured stream is recorded, and
+// done at each replay.
 #include <utility>
 
 #include "bindings.h"
@@ -12,8 +12,9 @@ std::atomic<bool> is_capturing{false};
 
 namespace {
 
-// Python's work in a captured graph has a number. When the graph ends, the number is noted here, and
-// Python asks for it later: who destroys a graph may hold locks that Python's threads wait for.
+// Python's work in a captured graph has a number. When the graph is destroyed, the number is stored
+// here, and Python reads it later: the thread that destroys a graph may hold locks that Python's
+// threads wait for.
 PythonFunction replay_in_python;
 struct Ended {
   Mutex mutex;

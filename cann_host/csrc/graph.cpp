@@ -1,5 +1,5 @@
-// libgraph: tensors, definitions of operators, and serialized graphs. What a graph means is decided in
-// Python (cann_host/graph).
+// libgraph: tensors, definitions of operators, and serialized graphs. Python interprets the graphs
+// (cann_host/graph).
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -227,7 +227,7 @@ class NodeImpl {
 namespace {
 
 // Calls `each` with the bytes of every field `number` of a serialized protobuf message that is
-// itself a string or message. False if the bytes are no such message.
+// itself a string or message. False if the bytes are not such a message.
 template <typename F>
 bool ForEachField(std::string_view message, uint64_t number, F each) {
   auto varint = [&message](uint64_t& value) {

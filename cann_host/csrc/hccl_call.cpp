@@ -1,4 +1,4 @@
-// What a collective is: what each rank gives and gets, whether the ranks' calls fit together.
+// The call of a collective: what each rank sends and receives, and whether the ranks' calls match.
 #include <algorithm>
 #include <numeric>
 

@@ -41,7 +41,7 @@ class LayerComparison:
 
     @property
     def severity(self) -> float:
-        """A number to sort by, larger is worse: of `sensitivity` if it is measured, else of `own`."""
+        """A number to sort by, larger is worse: of `sensitivity` if measured, else of `own`."""
         error = self.sensitivity or self.own
         return -math.inf if error is None else error.severity
 

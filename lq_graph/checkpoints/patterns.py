@@ -115,7 +115,7 @@ _Node = tuple[str, Any]
 
 
 def _nodes(parsed: Iterable[Any]) -> list[_Node]:
-    """A parsed pattern in a form that Text can match fast; refuses a pattern that is not regular."""
+    """A parsed pattern in a form that Text can match fast; refuses one that is not regular."""
     found: list[_Node] = []
     for op, value in parsed:
         name = str(op)
