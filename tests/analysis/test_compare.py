@@ -63,7 +63,7 @@ def outputs(model: nn.Sequential, x: Tensor) -> list[Tensor]:
     return out
 
 
-def test_own_and_accumulated_are_told_apart() -> None:
+def test_own_and_accumulated_errors_differ() -> None:
     model = make()
     other = with_noise(model, {0: 0.05})
     found = compare(model, other, batches())

@@ -27,7 +27,7 @@ FAILING = [symbol for _, symbol, kind in cann_host.entries() if kind == "fails"]
 
 
 @pytest.mark.parametrize("symbol", FAILING)
-def test_what_is_not_implemented_fails_by_its_name(symbol: str, library) -> None:
+def test_a_missing_function_fails_by_its_name(symbol: str, library) -> None:
     function = getattr(library, symbol)
     function.restype = ctypes.c_int64
     code = function() & 0xFFFFFFFF
@@ -294,7 +294,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("symbol", LAUNCHES)
 @pytest.mark.parametrize("then", ["gone", "another's"])
-def test_a_replay_refuses_memory_that_is_not_what_it_was(symbol: str, then: str, library) -> None:
+def test_a_replay_refuses_memory_that_was_freed(symbol: str, then: str, library) -> None:
     block, stream, graph = (ctypes.c_void_p() for _ in range(3))
     size = ctypes.c_size_t(64)
     assert library.aclrtMalloc(ctypes.byref(block), size, 0) == 0

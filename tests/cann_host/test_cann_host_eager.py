@@ -55,7 +55,7 @@ def internal_formats() -> Any:
 # ---- what it says it is ----
 
 
-def test_says_what_it_is() -> None:
+def test_info_has_the_options() -> None:
     info = cann_host.info()
     assert info["active"]
     assert info["soc"] == "Ascend910B2" == torch.npu.get_device_name()

@@ -75,7 +75,7 @@ def test_a_killed_rank_is_an_error_on_the_others(ranks, victim, options, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("job", ["late", "fault"])
-def test_nobody_waits_longer_than_allowed(job: str, ranks: int, tmp_path) -> None:
+def test_no_rank_waits_longer_than_allowed(job: str, ranks: int, tmp_path) -> None:
     assert_right(launch("hccl_ranks.py", job, ranks, tmp_path, "npu", HCCL_EXEC_TIMEOUT="2"), 1)
 
 
@@ -340,14 +340,14 @@ def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_without_descriptors_says_so() -> None:
+def test_a_rank_without_descriptors_gets_hccls_code() -> None:
     for line in run("hccl_pairs.py no_descriptors").splitlines():
         assert line.startswith(f"{SYSTEM} True [EI0006] HcclCommInitRootInfo: no socket: Too many")
         assert "RLIMIT_NOFILE" in line
 
 
 @pytest.mark.slow
-def test_a_collective_without_memory_says_so() -> None:
+def test_a_collective_without_memory_gets_hccls_code() -> None:
     (line,) = run("hccl_pairs.py no_memory").splitlines()
     assert line.startswith(
         f"{OOM} True [EI0007] HcclAllReduce(67108864 float32, sum): rank 0 has no"

@@ -40,7 +40,7 @@ def test_events(streams: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_of_late_work_is_told_to_the_one_who_waits() -> None:
+def test_a_wait_raises_the_failure_of_late_work() -> None:
     said = run("streams.py failure", "--streams", "late")
     assert said.splitlines() == ["launched", "told", "[1.0, 1.0, 1.0, 1.0]"]
 
@@ -66,7 +66,7 @@ NOT_CAPTURED = {
 }
 
 
-def test_what_is_not_captured_says_why() -> None:
+def test_work_that_is_not_captured_gives_the_reason() -> None:
     said = run("captures.py not_captured " + shlex.join(NOT_CAPTURED)).splitlines()
     for line, text in zip(said, NOT_CAPTURED.values(), strict=True):
         assert text in line
@@ -128,9 +128,7 @@ QUEUE_FAILS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", QUEUE_FAILS)
 @pytest.mark.parametrize("queue", ["1", "2"])
-def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
-    queue: str, fault: str
-) -> None:
+def test_after_a_failure_in_the_task_queue_every_wait_fails(queue: str, fault: str) -> None:
     """torch_npu drops what is launched after the failure it told."""
     said = run(f"task_queue.py failure {fault}", TASK_QUEUE_ENABLE=queue).splitlines()
     assert said[0].startswith("True True 30 ")
@@ -141,6 +139,6 @@ def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
 
 
 @pytest.mark.slow
-def test_what_an_operator_refuses_in_the_task_queue_is_told_to_who_waits() -> None:
+def test_a_wait_raises_a_refusal_in_the_task_queue() -> None:
     for queue in ("1", "2"):
         assert run("task_queue.py refusal", TASK_QUEUE_ENABLE=queue) == "True\n8.0\n" * 2

@@ -202,7 +202,7 @@ def test_configs_that_are_not_w8a8_are_refused(content, message, tmp_path) -> No
     assert message in str(caught.value) and type(model.up) is nn.Linear
 
 
-def test_an_output_dtype_that_nothing_says_is_asked_for(tmp_path) -> None:
+def test_an_output_dtype_that_files_do_not_have_must_be_given(tmp_path) -> None:
     write(tmp_path, "compressed-tensors", True, BF16)
     model = Model(F32)
     with pytest.raises(

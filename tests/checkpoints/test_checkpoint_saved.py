@@ -120,7 +120,7 @@ UNSAVED = {
 
 
 @pytest.mark.parametrize(("change", "message"), UNSAVED.values(), ids=UNSAVED)
-def test_what_files_cannot_hold_is_refused_by_name(change, message, tmp_path) -> None:
+def test_a_tensor_that_files_cannot_hold_is_refused_by_name(change, message, tmp_path) -> None:
     model = Model()
     lq_graph.quantize(model, lq_graph.A8W8Dynamic())
     if change is not None:

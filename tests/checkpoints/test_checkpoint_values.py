@@ -80,7 +80,7 @@ def test_values_beyond_the_models_dtype_are_refused(
     assert model_state(model) == before
 
 
-def test_what_is_not_finite_in_the_files_stays_what_it_is(tmp_path) -> None:
+def test_nan_and_infinity_in_the_files_are_kept(tmp_path) -> None:
     write(tmp_path, "msmodelslim", True, F16)
     values = torch.zeros(N, dtype=BF16)
     values[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])

@@ -80,7 +80,7 @@ def test_the_kernels_import_torch_only(file: Path) -> None:
         assert is_own or root == "torch" or root in sys.stdlib_module_names, name
 
 
-def test_others_use_what_the_package_lists() -> None:
+def test_other_packages_use_only_what_kernels_exports() -> None:
     """native, the compiled kernel, is for benchmarks and tests."""
     for package in ("lq_graph", "converters", "cann_host"):
         for file in (ROOT / package).rglob("*.py"):

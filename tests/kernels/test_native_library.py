@@ -44,7 +44,7 @@ def test_it_can_be_asked_for(value: str, asked_again: pytest.MonkeyPatch) -> Non
     assert native.is_available()
 
 
-def test_another_value_is_told(asked_again: pytest.MonkeyPatch) -> None:
+def test_another_value_gives_a_warning(asked_again: pytest.MonkeyPatch) -> None:
     asked_again.setenv("LQ_GRAPH_NATIVE", "perhaps")
     text = "LQ_GRAPH_NATIVE is 'perhaps'; allowed are 0, off, false, no .* not used now"
     with pytest.warns(RuntimeWarning, match=text):

@@ -272,7 +272,7 @@ def prepared(ours: LinearQuant) -> LinearQuant:
 @pytest.mark.parametrize(
     "walk", [pytest.param(w, marks=pytest.mark.slow) if w == "graph" else w for w in WALKS]
 )
-def test_whatever_fails_is_told_and_the_next_call_works(walk: str, call: int, x: Tensor) -> None:
+def test_after_any_fault_the_result_is_right_or_an_error(walk: str, call: int, x: Tensor) -> None:
     """A call of any function of CANN's: either nobody needed it and the result is right, or there
     is an error; never a wrong result, and nothing is left of it."""
     want, told = layer(0)(x), set()

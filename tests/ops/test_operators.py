@@ -107,7 +107,7 @@ class AskedError(Exception):
 
 @each
 @pytest.mark.parametrize("place", ["fake", "cpu", "npu", "converter"])
-def test_every_place_asks_the_plan(
+def test_every_backend_calls_plan(
     place: str, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*args: object, **kwargs: object) -> None:

@@ -175,7 +175,7 @@ def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
 @pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])
-def test_lq_graph_answers_where_torch_npu_has_no_cann(arguments: str) -> None:
+def test_lq_graph_works_without_cann(arguments: str) -> None:
     done = python("-m", "lq_graph", *arguments.split(), without=REAL)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m lq_graph" if "-" in arguments else "x1 int8")
@@ -209,7 +209,7 @@ FAKE = 'raise ImportError("libprotobuf.so: undefined symbol: f")\n'
 @pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("autoload", ["1", "0"])
-def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_path: Path) -> None:
+def test_the_error_says_why_torch_npu_cannot_be_imported(autoload: str, tmp_path: Path) -> None:
     (tmp_path / "torch_npu").mkdir()
     (tmp_path / "torch_npu/__init__.py").write_text(FAKE)
     (tmp_path / "script.py").write_text("")
@@ -228,7 +228,7 @@ def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_pat
 
 @pytest.mark.slow
 @on_stand_in
-def test_import_of_lq_graph_tells_why_torch_npu_failed(tmp_path: Path) -> None:
+def test_import_of_lq_graph_reports_why_torch_npu_failed(tmp_path: Path) -> None:
     (tmp_path / "torch_npu.py").write_text(FAKE)
     done = python("-c", "import lq_graph", without=REAL, PYTHONPATH=str(tmp_path))
     last = done.stderr.splitlines()[-1]

@@ -458,7 +458,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))]
 )
-def test_close_to_float_or_told(part: int, tmp_path: Path, tally: Callable[..., None]) -> None:
+def test_close_to_float_or_refused(part: int, tmp_path: Path, tally: Callable[..., None]) -> None:
     torch.npu.config.allow_internal_format = True
     happened: Counter[str] = Counter()
     for seed in range(part, SEEDS, PARTS):

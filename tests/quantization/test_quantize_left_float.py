@@ -47,7 +47,7 @@ class Odd(nn.Module):
         return self.plain(x)
 
 
-def test_what_must_not_be_touched_is_told() -> None:
+def test_layers_that_must_stay_float_are_named() -> None:
     model = Odd().half()
     model.floats.float()
     report = quantize(model, A4W4Dynamic())
@@ -232,7 +232,7 @@ def test_int8_is_not_kept_where_the_layers_are_called_one_by_one(call: Any) -> N
     ],
     ids=["hook", "forward", "relu"],
 )
-def test_int8_is_not_kept_through_what_is_not_plain(change: Any) -> None:
+def test_int8_between_needs_plain_modules(change: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).half()
     change(model)
@@ -299,7 +299,7 @@ class Mixture(nn.Module):
         self.experts = nn.Parameter(torch.ones(4, 64, 64))
 
 
-def test_what_holds_the_bytes_and_stays_float_is_named() -> None:
+def test_the_largest_float_tensors_are_named() -> None:
     model = nn.Sequential(nn.Embedding(16, 64), Mixture(), Mixture(), nn.Linear(64, 64)).half()
     report = quantize(model, A8W8Dynamic())
     assert all(r.changed for r in report)

@@ -78,7 +78,7 @@ def test_products_with_one_reason_are_one_line() -> None:
 
 
 @pytest.mark.parametrize("argument", ["int8", 8, (8, (1, 2))])
-def test_refuses_what_is_no_tensor(argument) -> None:
+def test_refuses_values_that_are_not_tensors(argument) -> None:
     with pytest.raises(lq_graph.LinearQuantTypeError, match=r"check: x1 is .* a torch\.dtype"):
         check(argument)
 
@@ -135,5 +135,5 @@ def test_command_needs_no_cann(tmp_path) -> None:
     assert "output_dtype is float32" in done.stdout
 
 
-def test_asks_without_touching_data() -> None:
+def test_check_takes_meta_tensors() -> None:
     assert check(torch.empty(4, 64, dtype=I8, device="meta"), bias=I32, scale=I64)

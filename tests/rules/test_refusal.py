@@ -117,7 +117,7 @@ TOLERANCE = {F16: 2**-9, BF16: 2**-7, F32: 2**-20, F64: 2**-20}
 
 
 @pytest.mark.parametrize("product", ["310P", "A2"])
-def test_what_is_said_to_keep_the_numbers_keeps_them(product: str, set_product, tally) -> None:
+def test_advice_that_keeps_the_numbers_keeps_them(product: str, set_product, tally) -> None:
     set_product(product)
     g = torch.Generator().manual_seed(0)
     seen = set()

@@ -212,7 +212,7 @@ def refusals(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 def differing(mesh: DeviceMesh, folder: Path) -> Check:
-    """One rank holds another layer: everybody is told, nobody is left waiting."""
+    """One rank holds another layer: every rank gets an error, and none keeps waiting."""
     del folder
     last = mesh.get_local_rank() == mesh.size() - 1
     layer = LinearQuant(K * 2 if last else K, N, output_dtype=F16)
