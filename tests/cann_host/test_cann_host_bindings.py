@@ -1,4 +1,4 @@
-"""The native library as Python sees it: the signatures and structs of bindings.py beside those of
+"""The native library in Python: the signatures and structs of bindings.py compared with those of
 csrc/bindings.h, and libraries that were built from other sources; and the one object that holds
 what a process has."""
 

@@ -52,7 +52,7 @@ def internal_formats() -> Any:
     torch.npu.config.allow_internal_format = False  # its default on this product; not readable
 
 
-# ---- what it says it is ----
+# ---- its description ----
 
 
 def test_info_has_the_options() -> None:

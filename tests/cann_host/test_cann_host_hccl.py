@@ -1,5 +1,5 @@
 """cann_host's HCCL under the real torch_npu: every collective against numpy, in the streams' order,
-and what all ranks are told when one goes wrong. The ranks run hccl_ranks.py."""
+and the errors of all ranks if one fails. The ranks run hccl_ranks.py."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_rank_that_never_comes(hccl, monkeypatch) -> None:
     assert hccl.HcclGetRootInfo(root) == OK
     assert hccl.HcclCommInitRootInfo(3, root, 0, ctypes.byref(handle)) == CONNECT
     assert "[EI0006] HcclCommInitRootInfo: ranks 1, 2 did not connect in time" in said(hccl)
-    # nobody is there any more
+    # no other process is left
     assert hccl.HcclCommInitRootInfo(3, root, 1, ctypes.byref(handle)) == CONNECT
     assert "rank 0 cannot be reached" in said(hccl)
     assert hccl.HcclCommInitRootInfo(3, root, 0, ctypes.byref(handle)) == PARAMETER

@@ -1,4 +1,4 @@
-"""`python -m cann_host`, in processes of its own."""
+"""`python -m cann_host`, in separate processes."""
 
 from __future__ import annotations
 

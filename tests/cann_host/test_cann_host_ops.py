@@ -1,5 +1,5 @@
-"""Every GE operator of cann_host by itself: what it computes, beside plain numpy; that it infers
-the same shapes and dtypes on meta tensors; what it refuses."""
+"""Every GE operator of cann_host alone: its values compared with plain numpy, the same shapes and
+dtypes on meta tensors, its refusals."""
 
 from __future__ import annotations
 

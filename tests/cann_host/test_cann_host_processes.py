@@ -1,4 +1,4 @@
-"""Signals, forks, the end of a process, and what it leaves alone."""
+"""Signals, forks, the end of a process, and what cann_host does not change."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_the_last_line_is_the_error_of_torch_npu(tmp_path) -> None:
     assert "atexit" not in done.stderr
 
 
-# ---- what it leaves alone ----
+# ---- what it does not change ----
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What cann_host refuses, row by row, and that it says why with CANN's error code."""
+"""The refusals of cann_host, row by row, with reason and CANN's error code."""
 
 from __future__ import annotations
 
@@ -557,7 +557,7 @@ SMOOTH = [
     (A2, ("float16", (3, 64)), ("float32", (3,)), PARAMETER, TILED),
     (A2, ("float16", (3, 64)), ("int32", (1, 3)), PARAMETER, TAKEN),
     (A2, ("float16", (1025, 64)), ("int32", (1025,)), TILED, TILED),
-    # without smooth_scales nobody looks at it
+    # without smooth_scales it is not checked
     (A2, None, ("int32", (3,)), TAKEN, TAKEN),
     (A2, None, ("int64", (3,)), NO_KERNEL, NO_KERNEL),
     # on 310P the kernel reads neither

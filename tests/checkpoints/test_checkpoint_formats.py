@@ -1,4 +1,4 @@
-"""Each format of checkpoints is complete: what it writes is what it declares, and reads back."""
+"""Each format of checkpoints is complete: it writes the tensors that it declares and reads them."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def test_a_path_in_the_home_folder(tmp_path, monkeypatch) -> None:
 
 
 class Strict(Model):
-    """A model that lets nobody set its modules."""
+    """A model whose modules cannot be set."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in vars(self).get("_modules", {}):

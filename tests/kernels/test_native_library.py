@@ -1,4 +1,4 @@
-"""When the kernel's library is used: switches, other sources, threads and processes of its own."""
+"""When the kernel's library is used: switches, other sources, threads and processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16
 
 @pytest.fixture
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The kernel is looked for anew, and once more afterwards."""
+    """Look for the kernel again, and once more afterwards."""
     native._kernel.cache_clear()
     yield monkeypatch
     monkeypatch.undo()

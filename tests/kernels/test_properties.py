@@ -65,7 +65,7 @@ def refusal(call: Callable[..., object], *args: object, **kwargs: object) -> str
 
 def check_sentence(text: str) -> None:
     assert "\n" not in text and "What to do: " in text
-    assert "{" not in text and "None" not in text  # a placeholder or a value nobody formatted
+    assert "{" not in text and "None" not in text  # a placeholder or a value without a format
     assert text.startswith("linear_quant: ") and text.endswith(WHAT_ACLNN_DOES)
 
 

@@ -167,7 +167,7 @@ def vendor(inputs: cases.Inputs) -> torch.Tensor:
 class Reason(NamedTuple):
     """Why we refuse what the vendor's meta kernel lets through.
 
-    text: our sentence. source: who says so. true_of: what the sentence says holds of the call, for
+    text: our sentence. source: where it is documented. true_of: a check that it is true, for
     a reason in shapes. cann: CANN's own checks refuse it too; else it is the module's page.
     """
 

@@ -1,4 +1,4 @@
-"""The records of ops.py: each is complete, and what it names is what runs."""
+"""The records of ops.py: each is complete, and the functions that it names run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The products the other tests do not run on, each in a process of its own."""
+"""The products on which the other tests do not run, each in a separate process."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_explain_without_a_device_is_a_sentence() -> None:
 @pytest.mark.slow
 @on_stand_in
 def test_the_command_line_leaves_the_environment() -> None:
-    """Autoload is off for the command itself, not for what it starts."""
+    """Autoload is off for the command itself, not for the processes that it starts."""
     for before in (None, "1"):
         env = {} if before is None else {"TORCH_DEVICE_BACKEND_AUTOLOAD": before}
         done = python(*script("imports.py command_line"), without=REAL, **env)

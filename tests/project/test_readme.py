@@ -1,4 +1,4 @@
-"""README is short and says the status first; messages tell to install what an index has."""
+"""README is short and has the status first; messages name packages that an index has."""
 
 from __future__ import annotations
 

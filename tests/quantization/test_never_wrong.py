@@ -280,7 +280,7 @@ USES: dict[str, Callable[[random.Random], nn.Module]] = {
 
 
 class Model(nn.Module):
-    """Uses one after another, each scaled such that what it gives has a norm of about 1."""
+    """Calls one after another, each scaled so that its output has a norm of about 1."""
 
     def __init__(self, uses: list[nn.Module]) -> None:
         super().__init__()

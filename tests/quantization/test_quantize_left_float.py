@@ -1,4 +1,4 @@
-"""quantize(): what is left alone, and says why."""
+"""quantize(): the layers that stay float, with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.float_models import CONFIGS, data, make, run
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
-# ---- what is left alone ----
+# ---- layers that stay float ----
 
 
 class Odd(nn.Module):
@@ -117,7 +117,7 @@ def test_shared_layers_and_weights_stay_shared(config: Any) -> None:
 
 
 class Reads(nn.Module):
-    """Layers of which something is read beside, or in place of, a call."""
+    """Layers whose tensors are read in addition to a call, or instead of one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The advice of a refusal keeps the numbers where it says so, and leads to a call that is taken."""
+"""The advice of a refusal keeps the numbers if it says so, and leads to a legal call."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_activations(product: str, set_product) -> None:
     assert refused > 20
 
 
-# ---- who is told ----
+# ---- operator, function and layer in an error ----
 
 
 def test_a_model_names_the_layer() -> None:
