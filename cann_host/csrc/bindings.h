@@ -17,7 +17,7 @@ struct cann_host_ge_tensor {
   int32_t dtype;
   int32_t format;
   int32_t dim_count;         // storage shape: of the format
-  int32_t origin_dim_count;  // the shape torch sees; 0 with `has_origin` 0 if nobody set it
+  int32_t origin_dim_count;  // the shape torch sees; 0 with `has_origin` 0 if it was not set
   int32_t has_origin;
   int32_t placement;
   const int64_t* dims;

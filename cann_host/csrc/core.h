@@ -44,7 +44,7 @@ int Fail(int code, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
 int Unimplemented(const char* symbol);
 
 // The text for aclGetRecentErrMsg and GEGetErrorMsg; empty if nothing failed yet.
-// The pointer stays valid until this thread asks again.
+// The pointer stays valid until the next call in this thread.
 const char* RecentError();
 
 // The code with which this call of a symbol must fail (see cann_host_add_fault); 0 if it must not.

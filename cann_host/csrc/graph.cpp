@@ -173,7 +173,7 @@ graphStatus Tensor::SetPlacement(const Placement& placement) {
 }
 Placement Tensor::GetPlacement() const { return impl->desc.placement; }
 
-// ---- Operators: what torchair asks before it emits an optional input or attribute ----
+// ---- Operators: torchair's checks before it emits an optional input or attribute ----
 
 class OperatorImpl {
  public:

@@ -48,7 +48,7 @@ class GraphEngine:
         return len(self._graphs)
 
     def announce(self, op: Op) -> None:
-        """Tell the library of an operator: torchair asks it which inputs and attributes exist."""
+        """Pass an operator to the library, which tells torchair its inputs and attributes."""
         names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
         self._library.cann_host_ge_register_op(*(name.encode() for name in names))
 

@@ -109,14 +109,14 @@ class Format(ABC):
         name: as `save_checkpoint` takes it.
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
         parts: the tensors of a layer, by whether it is dynamic.
-        output_told_by: parts whose dtype decides the float dtype that a layer takes and returns.
+        output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
     """
 
     name: ClassVar[str]
     weights_file: ClassVar[str]
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[bool, tuple[Part, ...]]]
-    output_told_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
 
     # ---- reading ----
 

@@ -81,21 +81,21 @@ def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
             f"{dtype_name(wanted)}, the dtype of the model's layer",
             "pass dtype=torch.bfloat16 or torch.float16",
         )
-    for part, outputs in layer.format.output_told_by.items():
+    for part, outputs in layer.format.output_decided_by.items():
         if part not in layer:
             continue
         given = layer.dtype(part)
         assert given is not None
-        told = outputs[given]
-        if told != wanted:
+        stated = outputs[given]
+        if stated != wanted:
             right = next(scale for scale, output in outputs.items() if output == wanted)
             layer.refuse_part(
                 part,
                 f"{dtype_name(right)}, of a layer in {dtype_name(wanted)}",
-                f"{dtype_name(given)}, of a layer in {dtype_name(told)}",
-                f"call model.to(torch.{dtype_name(told)}) first"
+                f"{dtype_name(given)}, of a layer in {dtype_name(stated)}",
+                f"call model.to(torch.{dtype_name(stated)}) first"
                 if dtype is None
-                else f"leave dtype= out, or pass torch.{dtype_name(told)}",
+                else f"leave dtype= out, or pass torch.{dtype_name(stated)}",
             )
     if not layer.dynamic and own in (_F16, _BF16) and own != wanted:
         layer.refuse(

@@ -65,7 +65,7 @@ class Msmodelslim(Format):
         ),
         True: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
     }
-    output_told_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
+    output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
         "deq_scale": {_I64: _F16, _F32: _BF16}
     }
 

@@ -70,19 +70,19 @@ class TensorParallel:
             yield found
         except BaseException as error:  # any error: the others must not wait for this rank
             mine = error
-        told: list[Any] = [None] * self.ranks
+        answers: list[Any] = [None] * self.ranks
         answer = (None if mine is None else str(mine) or type(mine).__name__, found)
-        dist.all_gather_object(told, answer, group=self.mesh.get_group())
+        dist.all_gather_object(answers, answer, group=self.mesh.get_group())
         if mine is not None:
             raise mine
-        for rank, (text, _) in enumerate(told):
+        for rank, (text, _) in enumerate(answers):
             if text is not None:
                 raise CheckpointError(f"rank {rank} of {self.ranks} could not load: {text}")
-        for rank, (_, theirs) in enumerate(told):
-            if theirs != told[0][1]:
+        for rank, (_, theirs) in enumerate(answers):
+            if theirs != answers[0][1]:
                 here, there = (
                     next(iter(sorted(set(a) - set(b))), "nothing more")
-                    for a, b in ((told[0][1], theirs), (theirs, told[0][1]))
+                    for a, b in ((answers[0][1], theirs), (theirs, answers[0][1]))
                 )
                 raise CheckpointError(
                     f"the ranks' checkpoints differ: rank 0 has {here}, rank {rank} has "

@@ -105,9 +105,9 @@ def _quantize(
     todo = not_refused(layers)
     if layers and not todo:
         reasons = Counter(layer.refusal for layer in layers)
-        told = "; ".join(f"{count} x {why}" for why, count in reasons.most_common())
+        listed = "; ".join(f"{count} x {why}" for why, count in reasons.most_common())
         raise LinearQuantValueError(
-            f"quantize: none of the {len(layers)} nn.Linear layers can be quantized: {told}."
+            f"quantize: none of the {len(layers)} nn.Linear layers can be quantized: {listed}."
         )
     for layer in todo:
         layer.tied_with = [other for other in todo if other.source.weight is layer.source.weight]

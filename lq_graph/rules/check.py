@@ -44,12 +44,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Check:
-    """The answer of `check`; true if at least one of the products asked takes the call.
+    """The answer of `check`; true if at least one checked product takes the call.
 
     Attributes:
         arguments: dtype and shape of each tensor, given or assumed; None for an absent one.
         output_dtype: of the result.
-        verdicts: one for each product asked, in the order of the tables.
+        verdicts: one for each checked product, in the order of the tables.
     """
 
     arguments: dict[str, Spec | None]
@@ -92,7 +92,7 @@ class Check:
         return "\n".join(lines)
 
     def nearest(self, count: int = 3) -> list[Row]:
-        """The rows with the fewest columns to change, over all products asked."""
+        """The rows with the fewest columns to change, over all checked products."""
         x1 = self.arguments["x1"]
         assert x1 is not None
         storages = [x1.dtype] if x1.dtype in STORAGE_DTYPES else list(STORAGE_DTYPES)
