@@ -70,14 +70,14 @@ def page(explanation: Explanation) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>LinearQuant on {escape(e.device)}</title><style>{_CSS}</style><main>",
-        "<h1>What the model becomes</h1>",
+        "<h1>GE nodes of the model</h1>",
         f"<p class=quiet>{escape(e.device)}, {escape(str(e.product))}</p>",
         "<div class='card facts'>",
         *(f"<div><div class=big>{a}</div><div class=quiet>{b}</div></div>" for a, b in facts),
         "</div><h2>Layers</h2><div class=card>",
         _table(e.rows()),
         "</div><p class=quiet>us at peak: the larger of operations and bytes, each over the peak "
-        f"of {escape(str(e.peak))}. An estimate from below: no kernel reaches its peak.</p>",
+        f"of {escape(str(e.peak))}. A lower bound: no kernel reaches its peak.</p>",
     ]
     for names in shown.values():
         layer = by_name[names[0]]

@@ -154,7 +154,7 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     for _, layer in layers:
         if isinstance(layer, LinearQuant):
             holders.setdefault(layer.scale, []).append(layer)
-    # None: no bar where the output is no terminal
+    # None: no progress bar if the output is not a terminal
     bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
     with all_or_nothing() as undo:
         for _, layer in layers:  # undone last, because layers may share a weight

@@ -197,11 +197,11 @@ class ColwiseLinearQuant(LinearQuantStyle):
         output_layouts: placement of the output (..., n); default Shard(-1).
         use_local_output: return a plain tensor, this device's part, instead of a DTensor.
 
-    Raises, on every rank, when it is applied:
-        LinearQuantTypeError: the module is of another class.
-        LinearQuantValueError: n cannot be split into equal parts (int4: multiples of 8), the weight
-            has batch dims or is FRACTAL_NZ, the layer is already split, the mesh has several dims,
-            or the ranks hold different layers.
+    Raises:
+        LinearQuantTypeError: on every rank, when it is applied: the module is of another class.
+        LinearQuantValueError: on every rank, when it is applied: n cannot be split into equal parts
+            (int4: multiples of 8), the weight has batch dims or is FRACTAL_NZ, the layer is already
+            split, the mesh has several dims, or the ranks hold different layers.
 
     Source: torch.distributed.tensor.parallel.ColwiseParallel.
     """
@@ -247,12 +247,12 @@ class RowwiseLinearQuant(LinearQuantStyle):
             output instead of 2, and the scaling is a separate pass. int8 weights only: no row of
             the support table returns the accumulators of int4.
 
-    Raises, on every rank, when it is applied:
-        LinearQuantTypeError: the module is of another class; or exact=True with int4, or on a
-            product without int32 output.
-        LinearQuantValueError: int8 output without exact=True; k cannot be split into equal parts;
-            the weight has batch dims or is FRACTAL_NZ; the layer is already split; the mesh has
-            several dims; or the ranks hold different layers.
+    Raises:
+        LinearQuantTypeError: on every rank, when it is applied: the module is of another class; or
+            exact=True with int4, or on a product without int32 output.
+        LinearQuantValueError: on every rank, when it is applied: int8 output without exact=True; k
+            cannot be split into equal parts; the weight has batch dims or is FRACTAL_NZ; the layer
+            is already split; the mesh has several dims; or the ranks hold different layers.
 
     Source: torch.distributed.tensor.parallel.RowwiseParallel.
     """

@@ -134,7 +134,7 @@ def observe(
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_Reads(seen, running))
-        # None: no bar where the output is no terminal
+        # None: no progress bar if the output is not a terminal
         for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
             call(model, inputs)
             count += 1

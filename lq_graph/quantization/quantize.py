@@ -112,7 +112,7 @@ def _quantize(
     for layer in todo:
         layer.tied_with = [other for other in todo if other.source.weight is layer.source.weight]
 
-    # None: no bar where the output is no terminal
+    # None: no progress bar if the output is not a terminal
     for layer in tqdm(todo, "checking layers", disable=None):
         try:
             _check_range(layer, layer.build({}))

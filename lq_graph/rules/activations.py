@@ -55,7 +55,7 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
     """Check a dynamic_quant call, and return its plan.
 
     Args:
-        x: float16, bfloat16 where the product has it; (..., m, k), 2 to 8 dims.
+        x: float16, bfloat16 if the product has it; (..., m, k), 2 to 8 dims.
         dtype: torch.int8 (also None), or torch.int32 for int4.
 
     Raises:
@@ -89,7 +89,7 @@ def plan_static_quant(
     """Check a static_quant call, and return its plan.
 
     Args:
-        x: float16, float32, bfloat16 where the product has it; (..., k), 1 to 8 dims.
+        x: float16, float32, bfloat16 if the product has it; (..., k), 1 to 8 dims.
         scale_reciprocal: the dtype of x; (1,) or (k,).
         offset: the dtype and shape of scale_reciprocal.
 
