@@ -457,7 +457,7 @@ def narrower(model: nn.Sequential) -> nn.Sequential:
         (
             lambda m, o: compare(m, narrower(m), batches()),
             LinearQuantValueError,
-            r"2 gives \(4, 16\) in model_a and \(4, 8\) in model_b",
+            r"2 returns \(4, 16\) in model_a and \(4, 8\) in model_b",
         ),
         (
             lambda m, o: compare(m, Wrapped(o), batches()),
@@ -498,7 +498,7 @@ def narrower(model: nn.Sequential) -> nn.Sequential:
         (
             lambda m, o: compare(First(Dict), First(Dict), batches(), layers=["part"]),
             LinearQuantTypeError,
-            "part gives Dict",
+            "part returns Dict",
         ),
     ],
 )
