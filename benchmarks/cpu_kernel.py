@@ -1,15 +1,15 @@
 """The CPU kernel beside its peers and the machine's limit: `python benchmarks/cpu_kernel.py`.
 
-`... --write` also rewrites benchmarks/cpu_kernel.txt, which holds the last results. onnxruntime and
-torchao are shown where they are installed (`pip install onnx onnxruntime torchao`).
+`... --write` also rewrites benchmarks/cpu_kernel.txt, which has the last results. onnxruntime and
+torchao are shown if they are installed (`pip install onnx onnxruntime torchao`).
 
-All calls of one size take turns in one process, in another order each round; shown are medians.
-Each is measured in two ways: `layers`, one layer after another as in a model, so that each call's
-weight comes from memory; and `again`, one layer over and over, so that a weight the last cache has
-room for stays there. Two calls measure the floor, in the same rounds and ways: as many int8
-products as the matmul has, from registers, and reading its weight. The floor is the longer of the
-two. A sentinel, a known piece of work, runs between the rounds: rounds in which it is slower than
-usual are dropped, and their number is told.
+All calls of one size run in one process, interleaved, in another order in each round; the results
+are medians. Each call is measured in two ways: `layers`, one layer after another as in a model, so
+that each call's weight comes from memory; and `again`, one layer repeatedly, so that its weight
+stays in the last cache if it fits. Two calls measure the floor, in the same rounds and ways: the
+int8 products of the matmul, from registers, and the reading of its weight. The floor is the longer
+of the two. A sentinel, a fixed piece of work, runs between the rounds: rounds in which it is slower
+than usual are dropped, and their number is printed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SIZES = [
     (1, 512, 128),
 ]
 ROUNDS = 31
-TURN = 4e-3  # seconds of calls in a turn, if one call takes less
-CACHE = 96 << 20  # bytes that no cache holds
-DISTURBED = 1.15  # a sentinel so many times its best marks the round
+SLOT = 4e-3  # seconds of calls in a slot, if one call takes less
+CACHE = 96 << 20  # bytes; more than any cache holds
+DISTURBED = 1.15  # a round is disturbed if its sentinel takes this many times its best time
 
 
 Call = Callable[[], object]
@@ -73,13 +73,13 @@ class Floor:
         self.best = min(self.work() for _ in range(20))
 
     def work(self) -> float:
-        """Seconds a known piece of work takes now."""
+        """Seconds of a fixed piece of work."""
         start = time.perf_counter()
         self.lib.int8_products(1 << 30, self.threads)
         return time.perf_counter() - start
 
     def sentinel(self) -> float:
-        """The same, as times its best."""
+        """The time of the same work, divided by its best time."""
         now = self.work()
         self.best = min(self.best, now)
         return now / self.best
@@ -99,7 +99,7 @@ OURS = "ours to bfloat16, pertoken"
 
 
 def without_native(call: Call) -> Call:
-    """The same call on torch alone."""
+    """The same call with torch alone, without the compiled kernel."""
 
     def run() -> object:
         kernel, native.matmul = native.matmul, lambda *_: None  # type: ignore[assignment]
@@ -118,7 +118,7 @@ def inductor(x: Tensor, weight: Tensor, scale: Tensor, pertoken: Tensor) -> Tens
 
 
 def calls_for(m: int, k: int, n: int, seed: int) -> tuple[dict[str, Call], Tensor]:
-    """What is compared at one size, for one layer, and its weight."""
+    """The calls to compare at one size, for one layer; and its weight."""
     generator = torch.Generator().manual_seed(seed)
 
     def ints(*shape: int) -> Tensor:
@@ -157,7 +157,7 @@ def calls_for(m: int, k: int, n: int, seed: int) -> tuple[dict[str, Call], Tenso
 
 
 def _onednn(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Call]]:
-    """qlinear with unsigned activations, the form of oneDNN that is fast: 128 stands for 0."""
+    """qlinear with unsigned activations, which oneDNN computes fast: 128 stands for 0."""
     unsigned = (x.to(torch.int16) + 128).to(torch.uint8)
     ops = torch.ops.onednn
     ready = ops.qlinear_prepack(weight, list(x.shape))
@@ -182,7 +182,7 @@ def _onnxruntime(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str
     n = weight.shape[0]
     constants = {
         "x_scale": np.float32(0.01),
-        "x_zero": np.uint8(128),  # unsigned is its fast form
+        "x_zero": np.uint8(128),  # it computes unsigned activations fast
         "w": weight.t().contiguous().numpy(),
         "w_scale": scale.numpy(),
         "w_zero": np.zeros(n, np.int8),
@@ -201,7 +201,7 @@ def _onnxruntime(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would spin on while the others are measured
+    # otherwise its threads would spin while other calls are measured
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -211,7 +211,7 @@ def _onnxruntime(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str
 
 
 def _torchao(x: Tensor, k: int, n: int) -> Iterator[tuple[str, Call]]:
-    """Its activations are quantized in the call, so it does more."""
+    """torchao quantizes the activations in the call, so it does more work."""
     if not importlib.util.find_spec("torchao"):
         return
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -221,8 +221,8 @@ def _torchao(x: Tensor, k: int, n: int) -> Iterator[tuple[str, Call]]:
     yield "torchao int8 dynamic", lambda: model(x)
 
 
-class Turn:
-    """One call's turns: its layers, and how many calls a turn has."""
+class Slots:
+    """The slots of one call: its layers, and the number of calls in a slot."""
 
     def __init__(self, layers: list[Call]) -> None:
         self.layers = layers
@@ -230,17 +230,17 @@ class Turn:
         for call in layers * 2:
             call()
         self.count = 1
-        self.count = max(1, min(200, int(TURN / self.seconds(self.next))))
+        self.count = max(1, min(200, int(SLOT / self.seconds(self.next))))
 
     def seconds(self, calls: Iterator[Call]) -> float:
-        """Of one call."""
+        """Seconds of one call."""
         start = time.perf_counter()
         for call in itertools.islice(calls, self.count):
             call()
         return (time.perf_counter() - start) / self.count
 
     def both(self) -> tuple[float, float]:
-        """One layer after another, and one over and over."""
+        """Seconds of a call with one layer after another, and with one layer repeatedly."""
         layers = self.seconds(self.next)
         self.layers[0]()
         return layers, self.seconds(itertools.repeat(self.layers[0]))
@@ -249,14 +249,14 @@ class Turn:
 def measure(calls: dict[str, list[Call]], floor: Floor) -> tuple[list[dict[str, float]], int]:
     """Median seconds of each call over the undisturbed rounds, in both ways, and how many rounds
     were disturbed."""
-    turns = [(name, Turn(layers)) for name, layers in calls.items()]
+    slots = [(name, Slots(layers)) for name, layers in calls.items()]
     rounds: list[dict[str, tuple[float, float]]] = []
     disturbed = 0
     while len(rounds) < ROUNDS and disturbed < 6 * ROUNDS:
         before = floor.sentinel()
-        # in another order each round: who comes after whom finds other things in the caches
-        order = random.Random(len(rounds) + disturbed).sample(turns, len(turns))
-        seconds = {name: turn.both() for name, turn in order}
+        # in another order each round, because the contents of the caches depend on the call before
+        order = random.Random(len(rounds) + disturbed).sample(slots, len(slots))
+        seconds = {name: calls_of.both() for name, calls_of in order}
         if max(before, floor.sentinel()) > DISTURBED:
             disturbed += 1
         else:
@@ -268,7 +268,7 @@ def measure(calls: dict[str, list[Call]], floor: Floor) -> tuple[list[dict[str, 
 
 
 def report(out: io.StringIO) -> None:
-    """Every size, to the terminal and to `out`."""
+    """Print the results of every size to the terminal and to `out`."""
 
     def say(text: str = "") -> None:
         print(text, flush=True)

@@ -2,9 +2,9 @@
 
 `... benchmarks/graph.py --write` also rewrites benchmarks/graph.txt, which holds the last results.
 
-Both run in this process, in turns; what is printed are medians and their ratios. Under cann_host
-the times are the wheels' Python and C++ plus the stand-in's arithmetic, never a chip's: read the
-ratios.
+Both run in this process, interleaved; the results are medians and their ratios. Under cann_host the
+times are those of the wheels' Python and C++ and of the stand-in's arithmetic, not of a chip: read
+the ratios.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ torch.npu.config.allow_internal_format = True
 
 
 def chain(kind: type[nn.Module], layers: int) -> nn.Module:
-    """A8W8 layers in a row, prepared as each side prepares them."""
+    """A chain of A8W8 layers, prepared by the function of lq_graph or of the vendor."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential()
     for _ in range(layers):
@@ -69,7 +69,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns."""
+    """Median seconds of each call; the calls are interleaved."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -85,7 +85,7 @@ def compile_times(sizes: list[int], rounds: int) -> None:
     first: dict[str, dict[int, float]] = {name: {} for name in kinds}
     for layers in sizes:
         models = {name: chain(kind, layers) for name, kind in kinds.items()}
-        for model in models.values():  # once before, so that imports and caches are paid
+        for model in models.values():  # once before, so that imports and caches are not measured
             compiled(model)(x)
         times: dict[str, list[float]] = {name: [] for name in kinds}
         runs = {}
@@ -94,7 +94,7 @@ def compile_times(sizes: list[int], rounds: int) -> None:
                 function = compiled(model)
                 times[name].append(seconds(lambda f=function: f(x)))
                 runs[name] = function
-        # dynamo was reset between the two, so each is traced once more before its later calls
+        # dynamo was reset between the two, so each is traced again before its later calls
         later = in_turns({name: lambda f=f: f(x) for name, f in runs.items()}, 2)
         later = in_turns({name: lambda f=f: f(x) for name, f in runs.items()}, 15)
         for name in kinds:

@@ -21,7 +21,7 @@ ROUNDS = 9
 
 
 def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns."""
+    """Median seconds of each call; the calls are interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():

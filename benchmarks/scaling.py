@@ -1,11 +1,11 @@
-"""What tensor parallelism can give, on paper: bytes and time of an MLP for 1 to 8 devices.
+"""An estimate of tensor parallelism: bytes and time of an MLP for 1 to 8 devices.
 
     python benchmarks/scaling.py [--hidden 8192] [--inner 28672] [--product A2]
 
 Nothing here is measured. A layer pair (column-wise up, row-wise down, A8W8) takes at least the
 larger of reading its weights and multiplying, on one device's part, and then one all-reduce of the
-output. Peaks are the published ones that `lq_graph.explain` uses; the interconnect's are below,
-with their sources. No kernel and no collective reaches its peak; the ratios are what to read.
+output. Peaks are the published figures that `lq_graph.explain` uses; those of the interconnect are
+below, with their sources. No kernel and no collective reaches its peak: read the ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lq_graph.rules.tables import PEAKS, Peak
 
 @dataclass(frozen=True)
 class Link:
-    """What a device sends to the others of its node, published."""
+    """The published bandwidth from a device to the others of its node."""
 
     bytes_per_second: float  # one direction
     source: str
@@ -28,14 +28,14 @@ LINKS = {
     "A2": Link(196e9, "HCCS of Atlas 800 A2: 392 GB/s both ways over 7 links, commonly published"),
     "A3": Link(196e9, "unified bus of CloudMatrix384: 392 GB/s one way a 910C, half for each die"),
 }
-LATENCY = 10e-6  # an assumption: what one small all-reduce costs, whatever its size
+LATENCY = 10e-6  # seconds; an assumption: the cost of one small all-reduce of any size
 ROWS = (1, 16, 256, 4096)
 DEVICES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One MLP of `m` rows on `devices`."""
+    """One MLP with `m` rows on `devices`."""
 
     weights: float  # bytes a device
     sent: float  # bytes a device sends for one all-reduce
@@ -51,12 +51,12 @@ class Estimate:
 def estimate(
     m: int, hidden: int, inner: int, devices: int, width: int, peak: Peak, link: Link
 ) -> Estimate:
-    """Of an up and a down layer.
+    """Estimate an up and a down layer.
 
     Args:
         m: rows.
         hidden, inner: k and n of the layer up, n and k of the layer down.
-        devices: how many share it.
+        devices: number of devices that share it.
         width: bytes of an element that is summed: 2 for a float output, 4 for int32 accumulators.
         peak, link: of the product.
     """
@@ -65,7 +65,7 @@ def estimate(
     compute = max(weights / peak.bytes_per_second, multiply)
     if devices == 1:
         return Estimate(weights, 0.0, compute, 0.0)
-    # reduce-scatter and all-gather, each of all parts but one's own
+    # reduce-scatter and all-gather, each of all parts except the device's own
     sent = 2 * (devices - 1) / devices * m * hidden * width
     return Estimate(weights, sent, compute, LATENCY + sent / link.bytes_per_second)
 

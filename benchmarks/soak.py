@@ -1,9 +1,9 @@
-"""Whether memory stays flat: `python -m cann_host benchmarks/soak.py [--calls N] [--runs N]`.
+"""Checks that memory stays flat: `python -m cann_host benchmarks/soak.py [--calls N] [--runs N]`.
 
-Eager calls of a prepared layer and of the vendor's operator, and runs of a static and a dynamic
-graph, in turns. Printed is the resident memory of the process every tenth of the way; the exit
-status is 1 if it has grown by more than --bound since the warm-up. A leak of one descriptor a call,
-some 150 bytes, is 15 MiB after 100,000 calls.
+Runs eager calls of a prepared layer and of the vendor's operator, and a static and a dynamic graph,
+interleaved. Prints the resident memory of the process ten times; the exit status is 1 if it has
+grown by more than --bound since the warm-up. A leak of one descriptor in each call, about 150
+bytes, is 15 MiB after 100,000 calls.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import torchair
 import lq_graph
 import lq_graph.converters
 
-WARM_UP = 10  # one part in so many
+WARM_UP = 10  # the warm-up is one tenth
 
 
 def resident() -> float:
-    """MiB of memory the process has."""
+    """Resident memory of the process, in MiB."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / (1 << 20)
 
 
 def eager() -> Callable[[int], object]:
-    """One call of what is called eagerly, by its number."""
+    """A function that makes one eager call, chosen by its number."""
     x, weight = (torch.ones(size, 64, dtype=torch.int8, device="npu") for size in (4, 32))
     layer = lq_graph.LinearQuant(64, 32, bias=False, output_dtype=torch.float16).npu()
     lq_graph.use_internal_format_weight(layer)
@@ -48,7 +48,7 @@ def eager() -> Callable[[int], object]:
 
 
 def graphs() -> Callable[[int], object]:
-    """One run of a compiled graph, by its number."""
+    """A function that runs one compiled graph, chosen by its number."""
     layer = lq_graph.LinearQuant(64, 32, bias=False, output_dtype=torch.bfloat16).npu()
     static, dynamic = (
         torch.compile(layer, backend=torchair.get_npu_backend(), dynamic=dynamic)
@@ -65,7 +65,7 @@ def graphs() -> Callable[[int], object]:
 
 
 def soak(what: str, step: Callable[[int], object], times: int) -> float:
-    """Do it `times` times after a warm-up; MiB grown."""
+    """Call `step` `times` times after a warm-up. Returns the growth in MiB."""
     for number in range(max(times // WARM_UP, 100)):
         step(number)
     torch.npu.synchronize()

@@ -1,9 +1,9 @@
-"""What the stand-in adds to a quantized matmul: `python -m cann_host benchmarks/stand_in.py`.
+"""The time the stand-in adds to a quantized matmul: `python -m cann_host benchmarks/stand_in.py`.
 
 One layer, prepared or not, eagerly and as a torchair graph, beside the CPU kernel alone on the same
-tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a transposed weight, which brings
-Transpose nodes into its graph. All calls of a size take turns in this process; shown are medians
-and their ratios to the kernel. Times are of this machine's CPU, never a chip's.
+tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a transposed weight, which adds
+Transpose nodes to its graph. All calls of a size run interleaved in this process; the results are
+medians and their ratios to the kernel. Times are those of this machine's CPU, not of a chip.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The vendor's own public tests on cann_host, from checkouts of your own.
+"""Runs the vendor's own public tests on cann_host, from your own checkouts.
 
     python benchmarks/vendor_tests.py --op-plugin DIR --pytorch DIR --torchair DIR
 
-Each test file runs in a process of its own, in an empty folder, with a time limit. What is printed
-is what passed, failed and was skipped, how many failures say that the stand-in, or the torch_npu
-that is installed, does not have something ("not here"), and the reasons. The exit status is 1 if
-the interpreter crashed or a file ran out of time; with --strict also if a test failed.
+Each test file runs in its own process, in an empty folder, with a time limit. It prints how many
+tests passed, failed and were skipped, how many failures say that the stand-in or the installed
+torch_npu does not have something ("not here"), and the reasons. The exit status is 1 if the
+interpreter crashed or a file ran out of time; with --strict also if a test failed.
 
-The tests want `pip install expecttest pyyaml`; pytest is there with the extra `test`.
+The tests need `pip install expecttest pyyaml`; the extra `test` installs pytest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# What is about quantized matmuls, their parameters, formats and graphs.
+# The tests of quantized matmuls, their parameters, formats and graphs.
 FILES = {
     "op-plugin": (
         "test/**/test_npu_quant_matmul.py",
@@ -53,8 +53,8 @@ FILES = {
         "tests/smoke/ge_optimize_and_convert_test.py",
     ),
 }
-# torchair's test of its converters is one test that never fails: it prints what became of each case
-# the converters declare. Those with such a prefix are run.
+# torchair's test of its converters is one test that never fails: it prints the result of each case
+# that the converters declare. The cases with such a prefix are run.
 CONVERTERS = "converter_test.py"
 PREFIXES = (
     "npu.npu_quant_matmul",
@@ -69,7 +69,7 @@ PREFIXES = (
     "aten._to_copy",
     "aten.view",
 )
-# How a failure says that something is not here.
+# Texts of a failure because cann_host or torch_npu does not have something.
 NOT_HERE = re.compile(
     r"cann_host: |cann_host does not|not in libopapi|[Ff]ailed to (find function|load Get)|"
     r"find optype \w+ failed|has no attribute|cannot import name|AclopStartDumpArgs"
@@ -78,7 +78,7 @@ NOT_HERE = re.compile(
 
 @dataclass
 class Outcome:
-    """What one file came to."""
+    """The result of one file."""
 
     passed: int = 0
     failed: int = 0
@@ -113,7 +113,7 @@ def run(file: Path, options: list[str], limit: float) -> Outcome:
 
 
 def _start(command: list[str], folder: str, limit: float, outcome: Outcome) -> str:
-    """The output of a program; how it ended, if not well, goes to the outcome."""
+    """The output of a program; if it failed, the outcome gets the reason."""
     with (Path(folder) / "output.txt").open("w+", errors="replace") as output:
         try:
             code = subprocess.run(
@@ -129,7 +129,7 @@ def _start(command: list[str], folder: str, limit: float, outcome: Outcome) -> s
 
 
 def _count_lines(output: str, outcome: Outcome) -> None:
-    """Of torchair's test of its converters."""
+    """Count the cases of torchair's test of its converters."""
     outcome.passed += len(re.findall(r"^\[PASS\] ", output, re.MULTILINE))
     failure = re.compile(r"^FAILED \[.*?^Error: (.*?)(?=^-{20}$|^Test result)", re.M | re.S)
     failures = failure.findall(output)
@@ -155,7 +155,7 @@ def _count(results: Path, outcome: Outcome) -> None:
 
 
 def _reason(text: str) -> str:
-    """The line that says most: what is not here, else the first error that is no wrapper of one."""
+    """The most useful line: what is missing, else the first error that does not wrap another."""
     lines = [line.removeprefix("E ").strip() for line in text.splitlines() if line.strip()]
     lines = [re.sub(r"0x[0-9a-f]+", "0x..", line) for line in lines]
     wrapper = re.compile(r"BackendCompilerFailed|collection failure")
@@ -163,7 +163,7 @@ def _reason(text: str) -> str:
     found = [line for line in lines if re.match(r"op type \w+, node", line)]
     found += [line for line in lines if NOT_HERE.search(line)]
     found += [line for line in errors if not wrapper.search(line)] + lines + ["no reason"]
-    # of this machine the folders are not told
+    # without the folders of this machine
     return re.sub(r"/\S+/", ".../", found[0])[:150]
 
 
@@ -172,7 +172,7 @@ def _files(checkout: Path, name: str, only: str | None) -> Iterator[Path]:
     seen: set[Path] = set()
     for pattern in patterns:
         seen |= {path for path in checkout.glob(pattern) if path.is_file()}
-    # of tests for many torch versions, each of the same name once: the last in order of folders
+    # a test that exists for several torch versions runs once: the last in order of folders
     yield from sorted({path.name: path for path in sorted(seen)}.values())
 
 

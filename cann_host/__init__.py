@@ -8,11 +8,11 @@ or, before anything imports torch:
     import cann_host
     cann_host.activate()
 
-It shows that the wheels' Python and C++ accept a program and that its graphs mean what CANN's
+It shows that the wheels' Python and C++ accept a program and that its graphs compute what CANN's
 documents say. It does not show what a chip does.
 
-    runtime         activation, and the one object that holds what this process has
-    bindings        the native library's functions, as ctypes sees them
+    runtime         activation, and the one object with the state of this process
+    bindings        the native library's functions, declared for ctypes
     graph           GE graphs: compiled, run, and their operators (graph/ops)
     aclnn           the operators of eager calls
     aten            ordinary PyTorch operators on npu tensors

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _why_no_script(path: Path) -> str:
-    """What keeps Python from running a file or a folder; empty if nothing does."""
+    """Why Python cannot run a file or a folder; empty if it can."""
     if not path.exists():
         return f"no such script: {path}"
     if path.is_dir():
@@ -54,7 +54,7 @@ def _why_no_script(path: Path) -> str:
 
 
 def _why_no_module(name: str, active: bool) -> str:
-    """What keeps `-m name` from being found; empty if nothing does, or if it cannot be told before
+    """Why Python cannot find `-m name`; empty if it can. Empty too if this is unknown before
     activation, because Python imports the packages around a module to find it."""
     if name.endswith(".py") and Path(name).exists():
         return f"-m takes the name of a module; for the file, leave -m out: {name}"
@@ -71,7 +71,7 @@ def _why_no_module(name: str, active: bool) -> str:
             found = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the packages around it were found, and need something that is not there
+            raise  # the packages around it were found, but they import a missing module
         found = None
     except ValueError:  # a module without a spec, such as __main__
         found = None

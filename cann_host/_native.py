@@ -40,15 +40,15 @@ def library_directory() -> Path | None:
 
 
 def sources() -> str | None:
-    """What the C++ sources beside this package are, in one word, as CMakeLists.txt computes it.
-    None in a wheel, which has none."""
+    """The digest of the C++ sources beside this package, as CMakeLists.txt computes it; None in a
+    wheel, which has no sources."""
     import cann_host
 
     return digest_of(*(Path(folder, "csrc") for folder in cann_host.__path__))
 
 
 def digest_of(*folders: Path) -> str | None:
-    """The sources in folders in one word; None if there are none."""
+    """The digest of the sources in folders; None if there are none."""
     files = sorted(
         (file.as_posix(), file)
         for folder in folders
@@ -60,7 +60,8 @@ def digest_of(*folders: Path) -> str | None:
 
 
 def built_from(directory: Path) -> str:
-    """The same of a library; "" for one that does not say, being older. Loads it."""
+    """The digest of the sources that a library was built from; "" if it is too old to have one.
+    Loads it."""
     library = ctypes.CDLL(str(directory / NAMES[0]))
     try:
         library.cann_host_sources.restype = ctypes.c_char_p
@@ -81,13 +82,14 @@ def loaded_libraries(name: str) -> list[Path]:
 
 
 def load(directory: Path) -> ctypes.CDLL:
-    """Load every library by its absolute path; the one with the code, as `bindings` declares it.
+    """Load every library by its absolute path. Returns the library with the code, with the
+    signatures of `bindings`.
 
-    Once a library with a SONAME is in the process, the loader gives that one to everybody who asks
-    for the name, so no LD_LIBRARY_PATH is needed.
+    If a library with a SONAME is in the process, the loader returns it for every request of that
+    name, so no LD_LIBRARY_PATH is needed.
 
     Raises:
-        CannHostError: its functions or structs are others than those of `bindings`.
+        CannHostError: its functions or structs differ from those of `bindings`.
     """
     libraries = [ctypes.CDLL(str(directory / name)) for name in NAMES]
     return bindings.declare(libraries[0])

@@ -1,9 +1,9 @@
 """Lets torch_npu be imported beside a CUDA build of torch.
 
-From 2.10 on, the CUDA half of torch and torch_npu register settings of the same names with c10's
-allocator configuration (c10/core/AllocatorConfig.h), and a name registered twice ends the process
-at `import torch_npu`. The stand-in takes the names out of c10's set while torch_npu is imported,
-and puts them back.
+From 2.10 on, the CUDA half of torch and torch_npu register settings with the same names in c10's
+allocator configuration (c10/core/AllocatorConfig.h). A name that is registered twice ends the
+process at `import torch_npu`. The stand-in removes the names from c10's set while torch_npu is
+imported, and puts them back afterwards.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["set_aside"]
 # c10::CachingAllocator::AcceleratorAllocatorConfig::getMutableKeys(), which returns the set
 _CLASS = "N3c1016CachingAllocator26AcceleratorAllocatorConfig"
 _GETTER = f"_Z{_CLASS}14getMutableKeysB5cxx11Ev"
-# Where that function is inline, in torch 2.10 to 2.12: the set inside it, and the byte that tells
-# whether anybody has asked for it
+# If that function is inline, in torch 2.10 to 2.12: the set inside it, and the byte that says
+# whether it was initialized
 _SET = f"_ZZ{_CLASS}14getMutableKeysB5cxx11EvE4keys"
 _MADE = f"_ZGVZ{_CLASS}14getMutableKeysB5cxx11EvE4keys"
 
 
 def _find() -> int | None:
-    """The address of c10's set of keys; None before torch is loaded, and where torch has none."""
+    """The address of c10's set of keys; None before torch is loaded, and if torch has none."""
     try:
         c10 = ctypes.CDLL("libc10.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:
@@ -45,8 +45,8 @@ def _find() -> int | None:
 
 
 class _Before(MetaPathFinder):
-    """Finds no module, but sets the keys aside when torch_npu is about to be imported, which
-    `import torch` does at its end."""
+    """Finds no module. It sets the keys aside before torch_npu is imported, which `import torch`
+    does at its end."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library

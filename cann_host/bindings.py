@@ -1,15 +1,15 @@
-"""Everything that crosses between Python and the native library: its functions' signatures, the
-structs that both read, and the Python functions it calls.
+"""Everything that Python and the native library share: the signatures of its functions, the structs
+that both read, and the Python functions that it calls.
 
 csrc/bindings.h declares the same for the compiler, and a test compares the two files. `declare`
 checks a loaded library: one with structs of other sizes is refused before anything reads them.
 
-The library calls Python functions as Python's own C code would (csrc/python.h), not through ctypes:
-a ctypes callback that ends in an exception returns 0, which is success, and drops the exception. A
-function returns a code, 0 for success. An exception that it does not catch, a Ctrl-C's
-KeyboardInterrupt for example, makes the call fail, and is raised again in the same thread as soon
-as that is back in Python. So a function catches an Exception, for which it returns a code and
-leaves a text, and no other BaseException.
+The library calls Python functions as Python's own C code does (csrc/python.h), not through ctypes:
+a ctypes callback that raises an exception returns 0, which is success, and drops the exception. A
+function returns a code, 0 for success. If it does not catch an exception, for example Ctrl-C's
+KeyboardInterrupt, the call fails, and the exception is raised again in the same thread when it is
+back in Python. So a function catches Exception, stores a text and returns a code; it does not catch
+any other BaseException.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class GeTensor(ctypes.Structure):
-    """A tensor that a compiled graph is run with."""
+    """A tensor that is an input of a compiled graph."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -67,21 +67,21 @@ class GeTensor(ctypes.Structure):
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {"cann_host_ge_tensor": GeTensor}
 
-# The Python functions. Pointers come as numbers; each returns a code.
+# The Python functions. Pointers are passed as numbers; each function returns a code.
 AclnnExecutor: TypeAlias = Callable[[str, int, int, int], int]  # operator, phase, words, how many
 GeCompile: TypeAlias = Callable[[int, int, int, int], int]  # model, its size, summary, number
 GeRun: TypeAlias = Callable[[int, int, int, int], int]  # number, GeTensors, how many, outputs
 GeRelease: TypeAlias = Callable[[int], int]  # number
 Replay: TypeAlias = Callable[[int], int]  # number of the work
 
-# setter: the functions it takes, in order
+# name of a setter: the functions it takes, in order
 CALLBACKS: dict[str, tuple[Any, ...]] = {
     "cann_host_set_aclnn_executor": (AclnnExecutor,),
     "cann_host_set_ge_executor": (GeCompile, GeRun, GeRelease),
     "cann_host_set_replay": (Replay,),
 }
 
-# name: what it returns, and its arguments
+# name: its return type and its arguments
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_sources": (c_char_p, ()),
     "cann_host_struct_sizes": (c_char_p, ()),
@@ -122,7 +122,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Give the library's functions their signatures, and check that it has these structs.
+    """Declare the signatures of the library's functions, and check its structs.
 
     Returns:
         the same library.
@@ -155,11 +155,11 @@ _held: list[Callable[..., int]] = []  # the library keeps their addresses
 
 
 def give(setter: Callable[..., None], *functions: Callable[..., int] | None) -> None:
-    """Hand Python functions to the library.
+    """Pass Python functions to the library.
 
     Args:
         setter: the library's function that takes them, one of `CALLBACKS`.
-        functions: what it then calls; None takes one away.
+        functions: the functions that it then calls; None removes one.
     """
     _held.extend(function for function in functions if function is not None)
     setter(*(None if function is None else id(function) for function in functions))

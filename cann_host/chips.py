@@ -1,4 +1,4 @@
-"""What the chip that is stood in for computes, where chips differ."""
+"""What the reported chip computes, if chips differ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CUTS_SCALE = (A950,)
 def dynamic_arithmetic(
     soc: str, k: int, *, smooth: bool = False, groups: bool = False
 ) -> Arithmetic:
-    """The arithmetic of the DynamicQuant kernel that a chip chooses for rows of k.
+    """The arithmetic of the DynamicQuant kernel that a chip chooses for rows of k values.
 
     Args:
         soc: name of the chip, of one of the families of `rules`.
@@ -40,7 +40,7 @@ def scale_as_read(
     bias: Tensor | None,
     output_dtype: torch.dtype,
 ) -> Tensor:
-    """The scale of a quantized matmul as a chip's kernel multiplies by it.
+    """The scale of a quantized matmul by which a chip's kernel multiplies.
 
     Args:
         soc: name of the chip.

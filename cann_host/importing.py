@@ -1,5 +1,5 @@
-"""Importing torch and torch_npu on the stand-in: whether it can be done, and without what torch_npu
-prints because no CANN is installed."""
+"""Imports torch and torch_npu on the stand-in: checks that it is possible, and drops the warning
+that torch_npu prints if no CANN is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cann_host.options import CannHostError
 
 __all__ = ["NEEDED", "check_possible", "import_torch_npu"]
 
-# What torch_npu and torchair are here, in pip's words; the extra npu of lq-graph.
+# The packages of torch_npu and torchair, as pip names them; the extra npu of lq-graph.
 NEEDED = ("torch==2.13.0", "torch_npu==2.13.0", "packaging", "protobuf")
 
 
@@ -24,7 +24,7 @@ def check_possible() -> None:
     """Check that the stand-in can take CANN's place in this process.
 
     Raises:
-        CannHostError: another platform, torch is imported already, a CANN is loaded, or there is
+        CannHostError: another platform, torch is already imported, a CANN is loaded, or there is
             no torch_npu.
     """
     if not sys.platform.startswith("linux"):
@@ -51,7 +51,7 @@ def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
 
     Args:
         library: the native library, loaded.
-        quiet: say nothing of allocator settings; the process that started this one has.
+        quiet: print nothing about allocator settings; the process that started this one did.
 
     Raises:
         CannHostError: one of them cannot be imported.
@@ -85,7 +85,7 @@ class _WithoutLine:
     def write(self, text: str) -> int:
         if text == self._line:
             self._dropped = True
-        elif self._dropped and text == "\n":  # print() writes its line end apart
+        elif self._dropped and text == "\n":  # print() writes the end of the line separately
             self._dropped = False
         else:
             self._stream.write(text)
@@ -97,7 +97,7 @@ class _WithoutLine:
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """torch_npu warns on stdout that no CANN is installed, which is the point of this package."""
+    """A block without torch_npu's warning on stdout that no CANN is installed."""
     stdout = sys.stdout
     line = "Warning: ASCEND_HOME_PATH environment variable is not set."
     sys.stdout = _WithoutLine(stdout, line)
@@ -108,7 +108,8 @@ def _without_warning() -> Iterator[None]:
 
 
 def _why_not_imported(error: BaseException) -> str:
-    """What stopped the import of torch or torch_npu; torch's autoload wraps it in its own error."""
+    """The cause of a failed import of torch or torch_npu; torch's autoload wraps it in its own
+    error."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = f"{type(error).__name__}: {error}"

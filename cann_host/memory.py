@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["FRACTAL_NZ", "over_memory"]
 
-FRACTAL_NZ = 29  # the number aclFormat and GE's Format give it
+FRACTAL_NZ = 29  # its number in aclFormat and in GE's Format
 
 _memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object

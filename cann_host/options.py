@@ -1,4 +1,4 @@
-"""What the stand-in pretends to be: options of `activate`, of the launcher, and their variables."""
+"""Options of the stand-in, for `activate` and the launcher, and their variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CannHostError(RuntimeError):
     __module__ = "cann_host"  # where it is public
 
 
-# option: (variable, what it takes, what it is)
+# option: (variable, form of its value, help)
 VARIABLES = {
     "soc": ("CANN_HOST_SOC", "NAME", "the chip to report, as CANN names it"),
     "cann_version": ("CANN_HOST_CANN_VERSION", "VERSION", "the CANN version to report"),
@@ -31,8 +31,8 @@ VARIABLES = {
     "streams": (
         "CANN_HOST_STREAMS",
         "now|late",
-        "when work on a stream is done: before the launch returns, or only when somebody waits "
-        "for it, which shows a wait that was forgotten",
+        "when work on a stream is done: before the launch returns, or only when the program "
+        "waits for it, which shows a forgotten wait",
     ),
     "fail": (
         "CANN_HOST_FAIL",
@@ -42,7 +42,7 @@ VARIABLES = {
     "overruns": (
         "CANN_HOST_OVERRUNS",
         "warn|refuse",
-        "where CANN's kernel writes past its result and says nothing: compute what is read "
+        "if CANN's kernel writes past its result without an error: compute what the device reads "
         "afterwards, with a RuntimeWarning, or refuse",
     ),
 }
@@ -54,12 +54,12 @@ MOST_MEMORY = (1 << 63) - 1  # torch keeps sizes as int64
 
 @dataclass(frozen=True)
 class Options:
-    """What the stand-in pretends to be.
+    """Options of the stand-in.
 
     Attributes:
-        soc: chip, as CANN names it.
-        cann_version: of CANN.
-        devices: how many.
+        soc: the chip to report, as CANN names it.
+        cann_version: the CANN version to report.
+        devices: number of devices.
         memory: bytes of each; 0 shares the host's memory among them.
         streams: "now" or "late", see `VARIABLES`.
         fail: calls that fail, see `parse_faults`.
@@ -76,10 +76,10 @@ class Options:
 
     @classmethod
     def of(cls, **given: Any) -> Options:
-        """Options from what is given, else from the variables, else the defaults.
+        """Options from the arguments, else from the variables, else the defaults.
 
         Raises:
-            CannHostError: a value is not one of those allowed.
+            CannHostError: a value is not allowed.
         """
         values: dict[str, Any] = {}
         for name, (variable, _, _) in VARIABLES.items():
@@ -91,7 +91,7 @@ class Options:
         return cls(**values)
 
     def variables(self) -> dict[str, str]:
-        """The variables that make a process of its own take the same options."""
+        """The variables with which another process gets the same options."""
         default = Options()
         return {
             VARIABLES[field.name][0]: str(asdict(self)[field.name])
@@ -111,8 +111,8 @@ def _soc(text: str, source: str) -> str:
     if not _SOC.fullmatch(text):
         raise CannHostError(
             f"{source} is {text!r}; a chip is Ascend910B1 to B4, B2C or B4-1, Ascend910_9362, "
-            "9363, 9372, 9381, 9382, 9391 or 9392, Ascend310P1 to P5 or P7, or Ascend950 and what "
-            "follows"
+            "9363, 9372, 9381, 9382, 9391 or 9392, Ascend310P1 to P5 or P7, or Ascend950 with any "
+            "ending"
         )
     return text
 
@@ -170,12 +170,13 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A call that is to fail.
+    """A call that will fail.
 
     Attributes:
-        symbol: function of CANN's, or ge.load, ge.add, ge.compile, ge.run.
-        code: what it returns, and its text begins with: a number, or EZ9999 and the like for ge.
-        call: which call of it, from 1; 0 for every one.
+        symbol: a function of CANN, or ge.load, ge.add, ge.compile, ge.run.
+        code: the code that it returns and with which its text begins: a number, or for ge a text
+            such as EZ9999.
+        call: the number of the call, from 1; 0 for every call.
     """
 
     symbol: str
@@ -184,7 +185,7 @@ class Fault:
 
     @property
     def number(self) -> int:
-        """The code as a function of CANN's returns it; the graph engine only knows failure."""
+        """The code as a function of CANN returns it; the graph engine has one code for failure."""
         return int(self.code) if self.code.isdecimal() else 1
 
 
@@ -192,7 +193,7 @@ def parse_faults(text: str, source: str = "fail") -> list[Fault]:
     """Read `symbol:code@n,...`; without @n every call fails.
 
     Raises:
-        CannHostError: it is not of that form.
+        CannHostError: the text does not have that form.
     """
     faults = []
     for part in filter(None, (part.strip() for part in text.split(","))):

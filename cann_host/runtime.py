@@ -1,5 +1,5 @@
-"""What this process has of the stand-in, in one object: `activate` makes the `Runtime`, and the
-other modules ask `current` for it. Nothing here imports torch before `activate` does."""
+"""The state of the stand-in in this process, in one object: `activate` makes the `Runtime`, and
+other modules get it from `current`. Nothing here imports torch before `activate` does."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ __all__ = [
 
 
 class Faults:
-    """The calls of CANN's functions that are to fail, as the library knows them."""
+    """The calls of CANN's functions that will fail, as the library has them."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._count = 0
 
     def read(self, text: str, source: str) -> list[Fault]:
-        """The faults that a text asks for.
+        """Read faults from a text.
 
         Raises:
-            CannHostError: it is not of that form, or names a symbol that cannot fail.
+            CannHostError: it does not have the form of faults, or names a symbol that cannot fail.
         """
         wanted = parse_faults(text, source)
         possible = {symbol for _, symbol, kind in _entries(self._library) if kind == "does"}
@@ -62,7 +62,7 @@ class Faults:
         return wanted
 
     def add(self, wanted: list[Fault]) -> None:
-        """From now on these calls fail, counted from here."""
+        """Let these calls fail; calls are counted from now on."""
         for fault in wanted:
             self._library.cann_host_add_fault(
                 fault.symbol.encode(), fault.number, fault.code.encode(), fault.call
@@ -71,7 +71,7 @@ class Faults:
 
     @contextmanager
     def during(self, wanted: list[Fault]) -> Iterator[None]:
-        """These calls fail while the block runs."""
+        """Let these calls fail while the block runs."""
         before = self._count
         self.add(wanted)
         try:
@@ -86,14 +86,14 @@ class Runtime:
     """The stand-in in this process.
 
     Attributes:
-        options: what it pretends to be.
+        options: its options.
         library: libcann_host.so, with the signatures of `bindings`.
-        faults: the calls that are to fail.
+        faults: the calls that will fail.
         operators: the operators of eager calls.
-        graphs: the graph engine's half in Python.
+        graphs: the Python half of the graph engine.
         captures: PyTorch's work in captured graphs.
         watch: the memory that a capture uses.
-        aten: PyTorch's operators in the place of torch_npu's kernels.
+        aten: PyTorch's operators, which replace torch_npu's kernels.
     """
 
     options: Options
@@ -126,12 +126,12 @@ def current() -> Runtime:
 
 
 def options() -> Options:
-    """What the stand-in pretends to be; the defaults where it is not active."""
+    """The options of the stand-in; the defaults if it is not active."""
     return Options() if _current is None else _current.options
 
 
 def info() -> dict[str, Any]:
-    """What the stand-in is in this process: its options, libraries; `active` says whether."""
+    """The options and libraries of the stand-in in this process; `active` says whether it runs."""
     directory = _native.library_directory()
     return {
         "active": is_active(),
@@ -151,26 +151,26 @@ def activate(
     fail: str | None = None,
     overruns: str | None = None,
 ) -> None:
-    """Put the stand-in in the place of CANN in this process, and import torch and torch_npu.
+    """Activate the stand-in in this process instead of CANN, and import torch and torch_npu.
 
-    Call it before anything imports torch. Worker processes that multiprocessing starts become
-    active by themselves. A second call does nothing.
+    Call it before anything imports torch. In worker processes that multiprocessing starts, the
+    stand-in is activated automatically. A second call does nothing.
 
     Args:
-        soc: the product to report, as CANN names it; default the variable CANN_HOST_SOC, else
+        soc: the chip to report, as CANN names it; default the variable CANN_HOST_SOC, else
             Ascend910B2.
         cann_version: the CANN version to report; CANN_HOST_CANN_VERSION, else 9.1.0.
-        devices: how many there are; CANN_HOST_DEVICES, else 1.
-        memory: bytes of each, a number or a text such as "8GiB"; CANN_HOST_MEMORY, else the
-            devices share the host's. An allocation beyond it is out of memory.
-        streams: "now": a launch is done when it returns. "late": only when somebody waits for it,
-            which shows a wait that was forgotten. CANN_HOST_STREAMS, else "now".
+        devices: number of devices; CANN_HOST_DEVICES, else 1.
+        memory: bytes of each device, a number or a text such as "8GiB"; CANN_HOST_MEMORY, else the
+            devices share the host's memory. A larger allocation is out of memory.
+        streams: "now": the work of a launch is done when the launch returns. "late": only when the
+            program waits for it, which shows a forgotten wait. CANN_HOST_STREAMS, else "now".
         fail: calls that fail, such as "aclnnQuantMatmulV5:161002@3"; CANN_HOST_FAIL. See `faults`.
-        overruns: "warn" or "refuse" where CANN's kernel writes past its result and says nothing;
+        overruns: "warn" or "refuse", if CANN's kernel writes past its result without an error;
             CANN_HOST_OVERRUNS, else "warn".
 
     Raises:
-        CannHostError: it cannot be done here; the text says why and what to do.
+        CannHostError: the stand-in cannot be activated; the text says why and what to do.
     """
     given = dict(
         soc=soc,
@@ -186,7 +186,7 @@ def activate(
 
 
 def _activate(wanted: Options, named: list[str], *, is_worker: bool = False) -> None:
-    """Activate, or check that an active stand-in is what the named options say."""
+    """Activate, or check that an active stand-in has the values of the named options."""
     global _current
     if _current is not None:
         for name in named:
@@ -208,8 +208,8 @@ def _activate(wanted: Options, named: list[str], *, is_worker: bool = False) -> 
         wanted.memory,
         wanted.streams == "late",
     )
-    # With its task queue on, torch_npu reports a failed launch late, at another one. Without, each
-    # launch fails where it is.
+    # With its task queue on, torch_npu reports a failed launch late, at another launch. With the
+    # queue off, each launch raises its own error.
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     # Exit handlers run in reverse: _drain, torch_npu's own, _leave.
     atexit.register(_leave)
@@ -231,10 +231,10 @@ def _activate(wanted: Options, named: list[str], *, is_worker: bool = False) -> 
 
 
 def open_library() -> ctypes.CDLL:
-    """Load the native libraries; the one with the code.
+    """Load the native libraries. Returns the library with the code.
 
     Raises:
-        CannHostError: they were not built, or from other sources than the Python here.
+        CannHostError: they were not built, or were built from other sources than the Python here.
     """
     directory = _native.library_directory()
     if directory is None:
@@ -252,7 +252,7 @@ def open_library() -> ctypes.CDLL:
 
 
 def _connect(wanted: Options, library: ctypes.CDLL, faults: Faults) -> Runtime:
-    """Give the library its Python halves, and torch_npu the operators of PyTorch."""
+    """Pass the Python functions to the library, and replace torch_npu's kernels by PyTorch's."""
     from cann_host.aclnn import Runner
     from cann_host.aten.captured import CapturedWork
     from cann_host.aten.kernels import AtenKernels
@@ -280,14 +280,14 @@ def faults(fail: str) -> Iterator[None]:
             ...  # the third launch of that operator returns 161002
 
     Args:
-        fail: `symbol:code@n`, more of them after commas; the nth call from now on of that symbol
-            returns that code. Without `@n` every call does. Symbols are CANN's own names, as
-            `entries` lists them; ge.load, ge.add, ge.compile and ge.run are the graph engine's,
-            whose codes are texts such as EZ9999.
+        fail: `symbol:code@n`, or several of them with commas between; from now on, the nth call of
+            that symbol returns that code. Without `@n` every call does. Symbols are CANN's own
+            names, as `entries` lists them; ge.load, ge.add, ge.compile and ge.run belong to the
+            graph engine, whose codes are texts such as EZ9999.
 
     Raises:
-        CannHostError: cann_host is not active, the text is not of that form, or there is no such
-            symbol.
+        CannHostError: cann_host is not active, the text does not have that form, or there is no
+            such symbol.
     """
     mine = current().faults
     with mine.during(mine.read(fail, "fail")):
@@ -295,8 +295,8 @@ def faults(fail: str) -> Iterator[None]:
 
 
 def entries() -> list[tuple[str, str, str]]:
-    """What of CANN is here: (group, symbol, kind), where kind is "does", "fails" by its name, or
-    "makes" for a function that returns no code.
+    """The functions of CANN that cann_host has, as (group, symbol, kind). kind is "does"; "fails"
+    for a function that fails by name; or "makes" for a function that returns no code.
 
     Raises:
         CannHostError: the native libraries were not built.
@@ -313,7 +313,8 @@ def _entries(library: ctypes.CDLL) -> list[tuple[str, str, str]]:
 
 
 class _Worker:
-    """Pickled with what multiprocessing tells a new worker; unpickling it there activates."""
+    """Pickled with the data that multiprocessing sends to a new worker; unpickling it there
+    activates the stand-in."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _activate_worker, (asdict(options()),)
@@ -325,7 +326,7 @@ def _activate_worker(given: dict[str, Any]) -> None:
 
 
 def _activate_workers() -> None:
-    """Let processes that start anew (spawn, forkserver) do so on the stand-in."""
+    """Let new processes (spawn, forkserver) start on the stand-in."""
     prepare = multiprocessing.spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict[str, Any]:
@@ -335,13 +336,14 @@ def _activate_workers() -> None:
 
 
 def _before_fork() -> None:
-    """Let the child find torch_npu's task queue empty."""
+    """Empty torch_npu's task queue, so that it is empty in the child."""
     if current().library.cann_host_has_task_queue():
         _drain()
 
 
 def _after_fork() -> None:
-    """The child has no thread for torch_npu's task queue: what it launches must not wait for it."""
+    """Let the child launch without torch_npu's task queue: the queue's thread does not exist there,
+    and launches would wait for it."""
     if current().library.cann_host_has_task_queue():
         import torch_npu
 
@@ -364,7 +366,7 @@ def _drain() -> None:
 
 
 def _leave() -> None:
-    """Late work then fails by name instead of entering a dying interpreter."""
+    """Late work then fails by name instead of calling an interpreter that ends."""
     if _current is None:  # importing torch_npu failed
         return
     _current.captures.uninstall()

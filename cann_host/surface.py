@@ -1,7 +1,7 @@
-"""Which part of CANN the stand-in has, as a table: `python -m cann_host -m cann_host.surface`.
+"""Tables of the part of CANN that the stand-in has: `python -m cann_host -m cann_host.surface`.
 
-Read from the native library itself, the table of GE operators and the names that torch_npu's
-libraries ask for.
+They are made from the native library itself, the table of GE operators, and the names that
+torch_npu's libraries look for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import cann_host
 
 __all__ = ["asked_for", "table"]
 
-# what a name begins with: what such names are for
+# prefix of names: what these names are for
 _FAMILIES = {
     "aclnn": "operators, two names each",
     "aclrt": "devices, memory, streams, events",
@@ -37,7 +37,7 @@ def _family(symbol: str) -> str:
 
 
 def asked_for() -> set[str]:
-    """The names of CANN's functions that the installed torch_npu's libraries hold."""
+    """The names of CANN's functions in the libraries of the installed torch_npu."""
     spec = importlib.util.find_spec("torch_npu")
     if spec is None or not spec.submodule_search_locations:
         raise cann_host.CannHostError("torch_npu is not installed")
@@ -59,7 +59,7 @@ def _rows() -> Iterator[tuple[str, ...]]:
 
 
 def _operators(symbols: list[str]) -> list[str]:
-    """Without the first phases: an operator has both or none."""
+    """The symbols without the first phases: an operator has both phases or none."""
     return [s for s in symbols if not (s.startswith("aclnn") and s.endswith("GetWorkspaceSize"))]
 
 
@@ -68,7 +68,8 @@ def _list(symbols: list[str]) -> str:
 
 
 def table() -> str:
-    """Three Markdown tables: what is here, what the wheel asks for, the GE operators."""
+    """Two Markdown tables and a list: the functions that cann_host has, the names that the wheel
+    looks for, the GE operators."""
     from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
 
     lines = ["| group | works | fails by its name |", "|---|---|---|"]
@@ -77,7 +78,7 @@ def table() -> str:
     wanted = asked_for()
     lines += [
         "",
-        "Of the names torch_npu asks for, the absent ones fail in its own words "
+        "The names that torch_npu looks for at run time. It reports an absent one itself "
         '("Failed to find function ..."):',
         "",
         "| names | what for | asked for | work | fail by their name | absent |",

@@ -1,8 +1,8 @@
-"""Weights that were replaced after a graph was made. A graph goes on using the format that a weight
-had, and the memory of parameters that were captured or made constants.
+"""Weights that were replaced after a graph was made. A graph keeps the format that a weight had,
+and the memory of parameters that were captured or became constants.
 
-CANN checks neither at a run: it computes with the bytes that are there. So these refusals are the
-stand-in's own, and say so.
+CANN checks neither of them at a run: it computes with the bytes that are there. So these refusals
+are cann_host's own, and say so.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 ]
 
 _OWN = (
-    "CANN does not look again, so a device would compute garbage, or with old weights; this "
+    "CANN does not check this, so a device would compute garbage, or with old weights; this "
     "refusal is cann_host's own."
 )
 
 
 class ReplacedError(RuntimeError):
-    """A graph would compute with other bytes than those it was made for."""
+    """A graph would compute with other bytes than the ones it was made for."""
 
 
 def _format_name(form: int) -> str:
@@ -64,7 +64,7 @@ class Watched:
     Attributes:
         parameter: a weak reference to it.
         address: of its storage, when the graph was made.
-        form: its format then.
+        form: its format when the graph was made.
         what: dtype and shape, for messages.
     """
 
@@ -80,10 +80,10 @@ class Watched:
         return Watched(reference, _storage_of(parameter), _format_of(parameter), what)
 
     def changed(self) -> str:
-        """What happened to the parameter since; empty if nothing did."""
+        """How the parameter changed since; empty if it did not."""
         parameter = self.parameter()
         if parameter is None:
-            # the same memory may be another Parameter by now: nn.Parameter(old.data)
+            # another Parameter may have the same memory now: nn.Parameter(old.data)
             found = _parameters().get(self.address)
             if found is None:
                 return "is gone"
@@ -97,7 +97,7 @@ class Watched:
 
 def _parameters() -> dict[int, Parameter]:
     """Every parameter on a device, by the address of its storage."""
-    # not isinstance: it would ask lazy proxies for their class
+    # not isinstance, which would resolve lazy proxies
     alive = [o for o in gc.get_objects() if type(o) is Parameter and o.device.type == "npu"]
     return {_storage_of(parameter): parameter for parameter in alive}
 
@@ -111,10 +111,10 @@ def watch(addresses: Iterable[int]) -> list[Watched]:
 
 
 def check(what: str, parameters: Iterable[Watched], todo: str) -> None:
-    """Refuse if one of them was replaced.
+    """Refuse a run if one of the parameters was replaced.
 
     Raises:
-        ReplacedError: says which.
+        ReplacedError: names the parameter.
     """
     for parameter in parameters:
         if change := parameter.changed():
@@ -128,7 +128,7 @@ def check_format(what: str, compiled: int, tensor: Tensor) -> None:
     """Refuse an input in another format than its graph was compiled for.
 
     Raises:
-        ReplacedError: names both.
+        ReplacedError: names both formats.
     """
     if (form := _format_of(tensor)) != compiled and FRACTAL_NZ in (form, compiled):
         raise ReplacedError(
@@ -141,7 +141,7 @@ def check_format(what: str, compiled: int, tensor: Tensor) -> None:
 
 
 def refuse_frozen(what: str, todo: str) -> None:
-    """Refuse an input that moved: with frozen_parameter, torchair reads it where it was at the
+    """Refuse an input that moved: with frozen_parameter, torchair reads it at the address of the
     first run.
 
     Raises:
@@ -157,10 +157,10 @@ def refuse_frozen(what: str, todo: str) -> None:
 
 
 class CaptureWatch:
-    """The memory that the capture under way uses.
+    """The memory that the current capture uses.
 
-    Making one has torch_npu's captured graphs remember the parameters in that memory, and check
-    them before a replay.
+    The constructor changes torch_npu's captured graphs: they remember the parameters in that
+    memory, and check them before a replay.
     """
 
     def __init__(self) -> None:
@@ -192,13 +192,13 @@ class CaptureWatch:
         NPUGraph.replay = checked_replay
 
     def note(self, addresses: Iterable[int]) -> None:
-        """Storages that a launch uses; kept if a graph is being captured."""
+        """Record the storages that a launch uses, if a graph is being captured."""
         if self._used is not None:
             self._used.update(addresses)
 
 
 def note(addresses: Iterable[int]) -> None:
-    """Storages that a launch uses; kept if this process is capturing a graph."""
+    """Record the storages that a launch uses, if this process is capturing a graph."""
     runtime.current().watch.note(addresses)
 
 
@@ -208,13 +208,13 @@ _running = threading.local()
 
 
 def given_inputs() -> Sequence[Tensor] | None:
-    """The tensors of the graph that this thread runs; None if it was not torchair that called."""
+    """The tensors of the graph that this thread runs; None if the caller is not torchair."""
     return getattr(_running, "inputs", None)
 
 
 def watch_torchair(kind: Any) -> None:
-    """Keep the tensors that a graph of torchair is called with: torchair tells CANN their formats
-    at the first run only, and then only addresses.
+    """Keep the tensors that a graph of torchair is called with: torchair passes their formats to
+    CANN at the first run only, and then only addresses.
 
     Args:
         kind: torchair's TorchNpuGraph.

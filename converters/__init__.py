@@ -1,8 +1,8 @@
 """torchair converters of lq_graph's operators.
 
 The folder is installed as `lq_graph.converters` (in the checkout, the link lq_graph/converters
-points here). Importing it registers them. That is rarely needed: after `import lq_graph`, torchair
-finds them by itself when it lowers the first graph.
+points here). Importing it registers the converters. You rarely need this: after `import lq_graph`,
+torchair finds them itself when it lowers the first graph.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ __all__ = [
 
 @contextmanager
 def dump_to(config: Any, folder: str) -> Iterator[None]:
-    """Let torchair write every graph it lowers as text into a folder. The options' setters do not
-    take back None, hence the private fields."""
+    """Let torchair write every graph that it lowers as text into a folder. The setters of the
+    options do not accept None to reset them, so this writes the private fields."""
     dump = config.debug.graph_dump
     before = dump.type._value, dump._path._value
     dump.type, dump.path = "txt", folder

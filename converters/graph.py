@@ -24,17 +24,22 @@ from ._torchair import GraphDef, ProtoDataType, dump_to
 
 __all__ = ["Edge", "Graph", "Node", "capture", "read"]
 
-# nodes that hold or hand over tensors and compute nothing
+# nodes that hold or pass on tensors and compute nothing
 PASSIVE = frozenset({"Const", "ConstPlaceHolder", "Data", "FileConstant", "NetOutput", "RefData"})
 _FORMATS = {2: "ND", 29: "FRACTAL_NZ"}
-# GE's names where torch has others
+# GE's dtype names that differ from torch's
 _DTYPES = {"float": "float32", "bf16": "bfloat16", "double": "float64"}
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A tensor between two nodes. shape: None where the graph does not say; -1 or a symbol for
-    a size known only at run time. source: name of the node it comes from, for an input."""
+    """A tensor between two nodes.
+
+    Attributes:
+        shape: None if the graph does not have it; -1 or a symbol for a size that only run time
+            knows.
+        source: for an input, the name of the node that it comes from.
+    """
 
     name: str
     dtype: str
@@ -50,7 +55,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Node:
-    """One GE node. An optional input that is absent is not listed."""
+    """One GE node. `inputs` does not list an optional input that is absent."""
 
     op: str
     name: str
@@ -92,7 +97,7 @@ def read(path: str | Path) -> Graph:
         path: a file torchair wrote with `config.debug.graph_dump.type = "txt"`.
 
     Raises:
-        google.protobuf.text_format.ParseError: not such a dump.
+        google.protobuf.text_format.ParseError: the file is not such a dump.
     """
     proto = GraphDef()
     text_format.Parse(Path(path).read_text(), proto)
@@ -105,7 +110,7 @@ def read(path: str | Path) -> Graph:
         if op.name not in needed:
             continue
         inputs = []
-        # edges that only order nodes, without a descriptor, come first
+        # control edges, which have no descriptor, come first
         sources = [source for source in op.input if not source.endswith(":-1")]
         for source, desc in zip(sources, op.input_desc, strict=False):
             if not source:  # an optional input left out
@@ -120,7 +125,7 @@ def read(path: str | Path) -> Graph:
 
 
 def _needed(proto: GraphDef) -> set[str]:
-    """Names of the nodes some result depends on; GE removes the others (deadCodeElimination)."""
+    """Names of the nodes that some result needs; GE removes the others (deadCodeElimination)."""
     needed = {op.name for op in proto.op if op.type in ("NetOutput", "Data", "RefData")}
     for op in reversed(proto.op):  # producers come before what reads them
         if op.name in needed:
@@ -130,11 +135,11 @@ def _needed(proto: GraphDef) -> set[str]:
 
 @contextmanager
 def capture(config: Any) -> Iterator[list[Graph]]:
-    """Collect the graphs torchair lowers inside the block, in order.
+    """Collect the graphs that torchair lowers inside the block, in order.
 
     Args:
-        config: the torchair.CompilerConfig given to get_npu_backend. Its graph_dump settings
-            are put back at the end.
+        config: the torchair.CompilerConfig that get_npu_backend got. Its graph_dump settings are
+            restored at the end.
 
     Yields:
         A list, filled when the block ends.
@@ -150,8 +155,8 @@ def capture(config: Any) -> Iterator[list[Graph]]:
 
 
 def _edge(desc: Any) -> Edge:
-    """dtype, shape and format of a tensor descriptor. torchair notes the fake tensor it lowered
-    from in `_meta`, which knows the shape before GE has inferred any."""
+    """dtype, shape and format of a tensor descriptor. torchair stores the fake tensor that it
+    lowered from in `_meta`, which has the shape before GE infers it."""
     number = desc.attr["format_for_int"].i if "format_for_int" in desc.attr else 2
     layout = _FORMATS.get(number, str(number))
     dtype = ProtoDataType.Name(desc.dtype).removeprefix("DT_").lower()
@@ -166,6 +171,6 @@ def _edge(desc: Any) -> Edge:
 
 
 def _attr(value: Any) -> Any:
-    """The one field an attribute holds."""
+    """The one field that an attribute holds."""
     kind = value.WhichOneof("value")
     return None if kind is None else getattr(value, kind)

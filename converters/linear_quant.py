@@ -42,8 +42,8 @@ def linear_quant(
     Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) -> Tensor
 
     One QuantBatchMatmulV3 (V4 on Ascend 950) with transpose_x2; the weight stays (n, k). Before it,
-    only where needed: TransQuantParamV2 for a float32 scale that must be folded, Bitcast and
-    Reshape for int4 (a dtype in GE, carried in int32 by torch).
+    only if needed: TransQuantParamV2 for a float32 scale that must be folded; Bitcast and Reshape
+    for int4, which is a dtype in GE and packed in int32 in torch.
     """
     p = plan(
         x1.meta,
@@ -70,8 +70,8 @@ def trans_quant_param(
     """NB: lq_graph::trans_quant_param(Tensor scale, Tensor? offset=None, int round_mode=0)
     -> Tensor
 
-    One TransQuantParamV2. Its InferShape takes the scale's shape for the result, so a scale of
-    one value beside n offsets is expanded first.
+    One TransQuantParamV2. Its InferShape returns the shape of the scale, so if there is one scale
+    and n offsets, the scale is expanded first.
     """
     shape = plan_trans_quant_param(scale.meta, _meta(offset), round_mode)
     if tuple(scale.meta.shape) != shape:
@@ -88,8 +88,8 @@ def dynamic_quant(
 ) -> tuple[Tensor, Tensor]:
     """NB: lq_graph::dynamic_quant(Tensor x, *, ScalarType? dtype=None) -> (Tensor, Tensor)
 
-    One DynamicQuant. Its int4 output is made the int32 that torch sees by Reshape and Bitcast. A
-    linear_quant that reads it takes the int4 itself, so GE removes these two as dead.
+    One DynamicQuant. Reshape and Bitcast turn its int4 output into the int32 that torch sees. A
+    linear_quant that reads it takes the int4 output directly, so GE removes these two nodes.
     """
     p = plan_dynamic_quant(x.meta, dtype)
     ge_dtype = DataType.DT_INT4 if p.int4 else DataType.DT_INT8
@@ -123,7 +123,7 @@ def static_quant(
 
 
 def _meta(tensor: Tensor | None) -> torch.Tensor | None:
-    """The fake tensor that torchair keeps beside a GE tensor; plan() reads it."""
+    """The fake tensor of a GE tensor, which torchair keeps; plan() reads it."""
     return None if tensor is None else tensor.meta
 
 
@@ -135,12 +135,12 @@ def _declare(tensor: Tensor, dtype: int, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
-# attribute of a packed tensor: the int4 tensor it was made of
+# attribute of a packed tensor: the int4 tensor that it was made from
 _INT4 = "_lq_graph_int4"
 
 
 def _as_int32(int4: Tensor, shape: Sequence[int]) -> Tensor:
-    """GE int4 (..., k) as int32 (..., k/8). Bitcast to a larger dtype takes away a dim of 8."""
+    """GE int4 (..., k) as int32 (..., k/8). Bitcast to a larger dtype removes a last dim of 8."""
 
     def in_eights() -> Tensor:
         eighth = Const([1] * (len(shape) - 1) + [INT4_PER_INT32], dtype=DataType.DT_INT32)
@@ -154,7 +154,7 @@ def _as_int32(int4: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _as_int4(packed: Tensor) -> Tensor:
-    """int32 (..., k/8) as GE int4 (..., k). Bitcast to a smaller dtype appends a dim of 8."""
+    """int32 (..., k/8) as GE int4 (..., k). Bitcast to a smaller dtype adds a last dim of 8."""
     if (int4 := getattr(packed, _INT4, None)) is not None:
         return int4
     *rows, words = packed.meta.shape
@@ -169,8 +169,8 @@ def _as_int4(packed: Tensor) -> Tensor:
 
 
 def _reshape(x: Tensor, shape: Sequence[int], dynamic: Callable[[], Tensor]) -> Tensor:
-    """Reshape of int4. -1 stands for one symbolic size, usually m; with several, the graph has to
-    compute the target shape."""
+    """Reshape of int4. -1 stands for one symbolic size, usually m; with several symbolic sizes, the
+    graph must compute the target shape."""
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) <= 1:
         target = Const([-1 if i in unknown else size for i, size in enumerate(shape)])

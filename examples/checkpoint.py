@@ -1,4 +1,4 @@
-"""A W8A8 checkpoint on disk, to a compiled model.
+"""From a W8A8 checkpoint on disk to a compiled model.
 
 With an NPU and CANN:   python examples/checkpoint.py [FOLDER]
 Anywhere else:          python -m cann_host examples/checkpoint.py
@@ -8,7 +8,7 @@ FOLDER is a checkpoint of the model below; without one, a small one is made.
 
 from __future__ import annotations
 
-import lq_graph  # first: where CANN is missing, it says so in one sentence
+import lq_graph  # first: if CANN is missing, its error says what to do
 
 # isort: split
 import sys
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 def make_checkpoint(folder: Path) -> Block:
-    """A checkpoint as msmodelslim would leave it, and the float model it was made of."""
+    """Write a checkpoint as msmodelslim does; returns the float model that was quantized."""
     torch.manual_seed(0)
     model, source = Block(), Block()
     source.load_state_dict(model.state_dict())

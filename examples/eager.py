@@ -1,4 +1,4 @@
-"""LinearQuant eagerly: on the CPU, and on the NPU where there is one (or cann_host).
+"""LinearQuant eagerly: on the CPU, and on the NPU if there is one (or cann_host).
 
 Plain CPU, no torch_npu needed:   python examples/eager.py
 With an NPU and CANN:             python examples/eager.py
@@ -7,7 +7,7 @@ Without, on the real torch_npu:   python -m cann_host examples/eager.py
 
 from __future__ import annotations
 
-import lq_graph  # first: where CANN is missing, it says so in one sentence
+import lq_graph  # first: if CANN is missing, its error says what to do
 
 # isort: split
 import torch

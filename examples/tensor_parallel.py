@@ -1,4 +1,4 @@
-"""A quantized MLP split over the devices torchrun starts, compared with one device.
+"""A quantized MLP split over the processes that torchrun starts, compared with one device.
 
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
@@ -11,7 +11,7 @@ cann_host, with its HCCL:
 
 from __future__ import annotations
 
-import lq_graph  # first: where CANN is missing, it says so in one sentence
+import lq_graph  # first: if CANN is missing, its error says what to do
 
 # isort: split
 import os
@@ -49,14 +49,14 @@ def quantized() -> MLP:
 
 
 def connect() -> DeviceMesh:
-    """A mesh of all the processes torchrun started: NPUs, or CPUs."""
+    """A mesh of all processes that torchrun started: NPUs, or CPUs."""
     if "RANK" not in os.environ:
         raise SystemExit(f"tensor_parallel.py is started by torchrun:\n{__doc__}")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_npu = hasattr(torch, "npu") and torch.npu.is_available()
     if on_npu:
         torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
-    # what a rank that dies costs the others, at most
+    # the longest time that the others wait for a rank that died
     dist.init_process_group("hccl" if on_npu else "gloo", timeout=timedelta(seconds=60))
     assert rank == dist.get_rank()
     return init_device_mesh("npu" if on_npu else "cpu", (ranks,))
@@ -65,7 +65,7 @@ def connect() -> DeviceMesh:
 def from_checkpoint(
     mesh: DeviceMesh, x: Tensor, want: Tensor, plan: dict[str, ParallelStyle], own: str
 ) -> bool:
-    """Load a checkpoint, each process its parts; whether the result is one device's."""
+    """Load a checkpoint, each process its parts. Returns whether the result equals one device's."""
     folder = [own if mesh.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     path = Path(str(folder[0])) / "model"

@@ -3,9 +3,9 @@
     import lq_graph
     layer = lq_graph.LinearQuant(512, 128, output_dtype=torch.float16)
 
-The op runs eagerly on CPU and NPU, under fake tensors, in torch.compile and through torchair.
+The operators run eagerly on CPU and NPU, under fake tensors, in torch.compile and through torchair.
 
-`import lq_graph` registers the operators and loads torch, lq_graph.ops and nothing else: a public
+`import lq_graph` registers the operators. It loads torch, lq_graph.ops and nothing else: a public
 name is imported when it is first read (PEP 562).
 """
 
@@ -90,7 +90,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-if not TYPE_CHECKING:  # mypy would take any name to exist
+if not TYPE_CHECKING:  # with __getattr__, mypy would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME_OF:

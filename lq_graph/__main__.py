@@ -1,4 +1,4 @@
-"""`python -m lq_graph check ...` asks about a configuration, `... explain ...` about a model."""
+"""`python -m lq_graph check ...` checks a configuration, `... explain ...` explains a model."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _dtype(text: str) -> torch.dtype:
         return _DTYPES[text]
     except KeyError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no dtype; write int8, int4, float32, bfloat16, ..."
+            f"{text!r} is not a dtype; write int8, int4, float32, bfloat16, ..."
         ) from None
 
 
 def _tensor(text: str) -> torch.dtype | Spec:
-    """int8, int8[16,512] or, for eight int4 in each int32, int4[16,512]."""
+    """Parse int8, int8[16,512], or int4[16,512] for int32 that holds eight int4 values."""
     found = re.fullmatch(r"(\w+)(?:\[([\d,\s]*)\])?", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form int8 or int8[16,512]")
@@ -56,7 +56,7 @@ def _tensor(text: str) -> torch.dtype | Spec:
         pack = STORAGE_DTYPES[torch.int32]
         if shape[-1] % pack:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: k of int4 is a multiple of {pack}, because int32 carries it"
+                f"{text!r}: k of int4 must be a multiple of {pack}, the values in an int32"
             )
         shape[-1] = storage_k(shape[-1], torch.int32)
     return Spec(dtype, tuple(shape))
@@ -67,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     asking = commands.add_parser(
         "check",
-        help="is a configuration legal, on which products, and why not",
-        description="Ask whether linear_quant takes a configuration. Nothing runs. A tensor is "
-        "written as a dtype, int8, or as a dtype and a shape, int8[16,512]; int4 is int32 "
-        "carrying eight int4. What is left out is absent.",
+        help="whether a configuration is legal, on which products, and if not, why",
+        description="Check whether linear_quant takes a configuration. Nothing runs. Write a "
+        "tensor as a dtype, int8, or as a dtype and a shape, int8[16,512]; int4 stands for int32 "
+        "that holds eight int4 values. An argument that you leave out is absent.",
         epilog="Exit status: 0 if a product takes it, 1 if none does, 2 for a mistake in the "
         "command.",
     )
@@ -86,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
     explaining = commands.add_parser(
         "explain",
-        help="what a model becomes on the device, beside the vendor's lowering",
-        description="Lower a model and tell what each LinearQuant layer becomes. Without an NPU: "
-        "python -m cann_host -m lq_graph explain ...",
+        help="the GE nodes of a model, beside the vendor's lowering",
+        description="Lower a model and show the GE nodes of each LinearQuant layer. Without an "
+        "NPU: python -m cann_host -m lq_graph explain ...",
     )
     explaining.add_argument(
         "model",
@@ -111,7 +111,7 @@ def _load(where: str) -> tuple[nn.Module, Sequence[torch.Tensor]]:
         raise LinearQuantValueError(f"explain: {file} has no function {name}")
     try:
         inspect.signature(found[name]).bind()
-    except ValueError:  # a builtin that tells no signature
+    except ValueError:  # a builtin without a signature
         pass
     except TypeError as error:
         raise LinearQuantValueError(
@@ -149,7 +149,7 @@ def _names_in(file: str) -> dict[str, Any]:
 
 
 def _find_npu() -> None:
-    """Import torch_npu, which torch does by itself except for `python -m lq_graph`.
+    """Import torch_npu. torch imports it by itself, except under `python -m lq_graph`.
 
     Raises:
         LinearQuantValueError: there is no device.

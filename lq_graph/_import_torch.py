@@ -1,5 +1,5 @@
-"""Imports torch, before any other module of this package. torch loads torch_npu by itself, which
-fails on a machine without CANN with an error that says little: here it says what to do."""
+"""Imports torch, before any other module of this package. torch loads torch_npu, which fails on a
+machine without CANN. Its error does not say what to do; the error raised here does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def _for_the_command_line() -> bool:
-    """Whether this is `python -m lq_graph`, which must answer without a device. Its commands that
-    need one import torch_npu themselves. While -m imports a package, sys.argv is -m and the
+    """Whether this is `python -m lq_graph`, which must work without a device. A command that needs
+    a device imports torch_npu itself. While -m imports a package, sys.argv is -m and the
     arguments."""
     called = sys.orig_argv[-len(sys.argv) :][:1]
     return sys.argv[:1] == ["-m"] and called in (["lq_graph"], ["-mlq_graph"])

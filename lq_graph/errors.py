@@ -15,18 +15,18 @@ __all__ = ["LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"]
 
 
 class LinearQuantError(Exception):
-    """Anything lq_graph refuses. The text names the argument, what was given, what is allowed on
-    the product, what to do, and the aclnn error code the caller is spared.
+    """Anything that lq_graph refuses. The text names the argument, what was given, what is allowed
+    on the product, what to do, and the error code that aclnn would report.
 
     Attributes:
         refusal: the record behind the text; None for an error that is only a text.
     """
 
-    # no __init__: where torch.compile traces a raise, it would fail on that instead
+    # No __init__: when torch.compile traces a raise, it would fail on the __init__ instead.
     refusal: Refusal | None = None
 
     def in_layer(self, caller: str, layer: str) -> Self:
-        """The same error, whose text begins with where in a model it was met.
+        """The same error; its text begins with the place in the model.
 
         Args:
             caller: the function that was called: "quantize".
@@ -46,8 +46,9 @@ class LinearQuantValueError(LinearQuantError, ValueError):
 
 
 class _OurTypeErrors(logging.Filter):
-    """torch logs a whole traceback for every TypeError under fake tensors, then raises it anyway.
-    Ours are sentences for the user: raised once is enough."""
+    """Drops our errors from torch's log. Under fake tensors torch logs a whole traceback for every
+    TypeError and then raises it anyway; our errors are sentences for the user, who needs them once.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], LinearQuantError))

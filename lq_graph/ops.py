@@ -1,9 +1,9 @@
-"""The operators, a record for each, and the functions that call them.
+"""The operators, one record for each, and the functions that call them.
 
     lq_graph::linear_quant        quantized linear layer, A8W8 or A4W4 (int4 in int32)
     lq_graph::trans_quant_param   scale and offset folded into the packed int64 scale
     lq_graph::dynamic_quant       float activations to int8 or int4, a scale for each token
-    lq_graph::static_quant        float activations to int8, by a scale that is known
+    lq_graph::static_quant        float activations to int8, with a scale from calibration
 
 To add an operator, add a record to OPERATORS and write the functions it names. A record names
 functions as "module:function", because `import lq_graph` registers the operators and must stay
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class NotNeeded:
-    """In a record, in place of a function: the operator needs none."""
+    """In a record, instead of a function: the operator does not need one."""
 
     reason: str
 
@@ -53,14 +53,14 @@ class Operator:
     """All that lq_graph has for one operator. Functions are named "module:function".
 
     Attributes:
-        schema: what follows the operator's name.
-        plan: decides whether a call is legal; fake, cpu, npu and converter all ask it.
-        fake: gives shape and dtype under fake tensors, on meta and in graphs.
+        schema: the schema after the operator's name.
+        plan: decides whether a call is legal; fake, cpu, npu and converter all call it.
+        fake: returns shape and dtype under fake tensors, on meta and in graphs.
         cpu, npu: the kernels.
-        autocast: what autocast does, for the operators that take float activations.
+        autocast: the cast under autocast, for the operators that take float activations.
         converter: lowers a call to GE nodes, for torchair.
         sharding: how DTensor may split a call.
-        torch_func: what torch.func's transforms do.
+        torch_func: the kernel inside torch.func's transforms.
     """
 
     name: str
@@ -134,7 +134,7 @@ OPERATORS = (
 
 
 def load(where: str) -> Callable[..., Any]:
-    """The function a record names, its module imported."""
+    """Import the module of a function that a record names, and return the function."""
     module, _, name = where.partition(":")
     function: Callable[..., Any] | None
     function = getattr(import_module(f"{__package__}.{module}"), name, None)
@@ -144,10 +144,10 @@ def load(where: str) -> Callable[..., Any]:
 
 
 def _lazy(where: str, *bound: Any) -> Callable[..., Any]:
-    """The function a record names, with `bound` as its first arguments; its module is imported at
-    the first call.
+    """The function that a record names, with `bound` as its first arguments; its module is imported
+    at the first call.
 
-    The first call sets the function of the partial, as unpickling one does. Each later call costs
+    The first call sets the function of the partial, as unpickling does. Each later call costs
     0.03 us more than the function itself; a wrapper written in Python costs 0.2 us.
     """
 
@@ -161,11 +161,11 @@ def _lazy(where: str, *bound: Any) -> Callable[..., Any]:
 
 
 class _LazyConverter:
-    """Makes an operator known to torchair without importing it.
+    """Registers an operator with torchair without importing torchair.
 
-    torchair finds a converter as the attribute `_ge_converter` of the operator when it lowers a
-    graph (6.0.rc3 to torch_npu 2.13's). This one imports lq_graph.converters, whose registration
-    replaces it, and hands the call on. So `import lq_graph` works before or after torchair, or
+    When torchair lowers a graph, it finds the converter in the attribute `_ge_converter` of the
+    operator (6.0.rc3 to torch_npu 2.13's). This converter imports lq_graph.converters, which
+    replaces it, and calls the new one. So `import lq_graph` works before or after torchair, or
     without it.
     """
 
@@ -189,8 +189,9 @@ def _register(lib: torch.library.Library, operator: Operator) -> None:
     torch.library.register_fake(f"lq_graph::{name}", _lazy(operator.fake), lib=lib)
     lib.impl(name, _lazy(operator.cpu), "CPU")
     lib.impl(name, _lazy(operator.npu), "PrivateUse1")
-    # What comes out requires no grad. torch's own fallback would give it one that is undefined, of
-    # which the backward of what comes after dies, traced by torch.compile even if nobody calls it.
+    # The output requires no grad. torch's own fallback would give it an undefined gradient. The
+    # backward of the operators after it would then fail: torch.compile traces it even if nobody
+    # calls it.
     lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     op = operator.overload
     lib.impl(name, _lazy(operator.torch_func, op), "FuncTorchDynamicLayerFrontMode")
@@ -231,18 +232,18 @@ def linear_quant(
             exactly (n, k/8).
         scale: float32, bfloat16, or int64 packed by `trans_quant_param`; (1,) per-tensor or
             (n,) per-channel.
-        offset: float32, (1,) or (n,); int8 output only. Ignored where scale is packed: the
-            packed word carries its own.
+        offset: float32, (1,) or (n,); int8 output only. Ignored if scale is packed: the packed
+            scale contains the offset.
         pertoken_scale: float32, (m,); float16 and bfloat16 outputs only.
-        bias: int32 (added before the scale), or a float dtype where the table has it (added
-            last); (n,) or (batch, 1, n).
+        bias: int32 (added before the scale), or a float dtype if the row of the support table has
+            it (added last); (n,) or (batch, 1, n).
         output_dtype: torch.int8 (default), float16, bfloat16 or int32.
 
     Returns:
         (..., m, n) of output_dtype.
 
     Raises:
-        LinearQuantTypeError: a dtype, or a combination of dtypes, the product has no row for.
+        LinearQuantTypeError: a dtype, or a combination of dtypes, that the product has no row for.
         LinearQuantValueError: a shape outside the specification, or tensors on several devices.
 
     Source: torch_npu.contrib.module.LinearQuant; aclnnQuantMatmulV4.md (hicann/ops-nn).
@@ -254,7 +255,7 @@ def linear_quant(
 
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
-    """Fold scale and offset into the packed int64 scale the kernel reads.
+    """Fold scale and offset into the packed int64 scale that the kernel reads.
 
     Args:
         scale: float32, (1,), (n,) or (1, n); finite.
@@ -283,23 +284,23 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     Args:
         x: float16 or bfloat16 (Atlas inference: float16, and k a multiple of 32), (..., m, k), 2 to
             8 dims.
-        dtype: torch.int8 (default), or torch.int32 for int4, eight to an int32; then k is a
+        dtype: torch.int8 (default), or torch.int32 for int4, eight values in an int32; then k is a
             multiple of 8.
 
     Returns:
         The quantized tensor, int8 (..., m, k) or int32 (..., m, k/8), and the scales, float32
         (..., m): peak / 127, or peak / 7 for int4. A row of zeros has scale 0; infinity or NaN in
-        a row makes its scale infinite or NaN. The chips differ in the last bit: each is computed
-        as its own kernel does (`lq_graph.kernels.Arithmetic`).
+        a row makes its scale infinite or NaN. The chips differ in the last bit: the result is that
+        of the product's own kernel (`lq_graph.kernels.Arithmetic`).
 
-    Under autocast a float x is cast to autocast's dtype, as nn.Linear's.
+    Autocast casts a float x to its dtype, as for nn.Linear.
 
     Warns:
         UserWarning: x requires grad; no gradient passes (derivatives.py).
 
     Raises:
-        LinearQuantTypeError: a dtype the product has no row for, or torch.func or forward mode asks
-            for a derivative.
+        LinearQuantTypeError: a dtype that the product has no row for, or a derivative by torch.func
+            or in forward mode.
         LinearQuantValueError: a shape outside the specification.
 
     Source: torch_npu.npu_dynamic_quant; aclnnDynamicQuant.md (hicann/ops-nn).
@@ -309,26 +310,26 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 
 def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Quantize activations by a scale that calibration has found.
+    """Quantize activations with a scale from calibration.
 
     Args:
         x: float16, float32 or bfloat16 (not on Atlas inference), (..., k), 1 to 8 dims.
-        scale_reciprocal: 1 / scale, in the dtype of x, (1,) or (k,). It is what the chip multiplies
-            by, so its rounding is part of the numbers.
-        offset: the integer that stands for 0, as scale_reciprocal; None for 0.
+        scale_reciprocal: 1 / scale, in the dtype of x, (1,) or (k,). The chip multiplies by it, so
+            its rounding changes the numbers.
+        offset: the zero point, with the dtype and shape of scale_reciprocal; None for 0.
 
     Returns:
         int8, x's shape: x * scale_reciprocal + offset in float32, rounded half to even, clamped to
         [-128, 127].
 
-    Under autocast a float x is cast to scale_reciprocal's dtype.
+    Autocast casts a float x to the dtype of scale_reciprocal.
 
     Warns:
         UserWarning: x requires grad; no gradient passes (derivatives.py).
 
     Raises:
-        LinearQuantTypeError: a dtype the product has no row for, or another than x's; or torch.func
-            or forward mode asks for a derivative.
+        LinearQuantTypeError: a dtype that the product has no row for, or different dtypes; or a
+            derivative by torch.func or in forward mode.
         LinearQuantValueError: a shape outside the specification, or tensors on several devices.
 
     Source: torch_npu.npu_quantize with div_mode=False; aclnnAscendQuantV3.md (hicann/ops-nn).

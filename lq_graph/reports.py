@@ -8,8 +8,8 @@ __all__ = ["table"]
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "") -> list[str]:
-    """Rows as lines with aligned columns; a column of numbers to the right, with thousands set
-    apart. The first row is the head."""
+    """Rows as lines with aligned columns. Numbers are right-aligned, with a comma between
+    thousands. The first row is the head."""
     numbers = [
         all(isinstance(cell, int) for cell in column[1:]) for column in zip(*rows, strict=True)
     ]

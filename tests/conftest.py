@@ -1,6 +1,6 @@
-"""Runs the suite on the real torch_npu and torchair, over cann_host in place of CANN.
+"""Runs the suite on the real torch_npu and torchair, on cann_host instead of CANN.
 
-LQ_GRAPH_TEST_NPU=1 runs it on the machine's own NPU and CANN instead.
+LQ_GRAPH_TEST_NPU=1 runs it on the machine's own NPU and CANN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _counts: Counter[str] = Counter()
 
 @pytest.fixture
 def tally() -> Callable[..., None]:
-    """Count what a test went through; the totals end the run's output."""
+    """Count the cases of a test; the totals are at the end of the output."""
 
     def count(what: str, times: int = 1) -> None:
         _counts[what] += times

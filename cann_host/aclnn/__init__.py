@@ -1,13 +1,13 @@
 """The operators of libopapi, computed by torch on CPU tensors over the same memory.
 
-`csrc/aclnn.cpp` calls the runner twice for each operator: to check, on the thread that asked, and
-to compute, on torch_npu's queue thread. An operator that is not in `OPERATORS` is not in libopapi
+`csrc/aclnn.cpp` calls the runner twice for each operator: to check, on the caller's thread, and to
+compute, on torch_npu's queue thread. An operator that is not in `OPERATORS` is not in libopapi
 either.
 
-    operator      Operator, the record of one
+    operator      Operator, the record of one operator
     tensors       AclTensor; the words that csrc/aclnn.cpp sends as arguments
     refusal       RefusedError
-    checks        what several operators check alike
+    checks        checks that several operators share
     quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
     activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
     norms         aclnnRmsNorm, aclnnAddRmsNorm

@@ -32,7 +32,7 @@ __all__ = ["OPERATORS", "ROUND_MODES"]
 
 
 def _need_quantized_shape(x: AclTensor, y: AclTensor) -> None:
-    """y has x's shape; int32 ones hold eight int4 of the last dim each."""
+    """y has x's shape; an int32 y holds eight int4 values of the last dim in each element."""
     if (*y.shape[:-1], kernels.logical_k(y.shape[-1], y.dtype)) != x.shape:
         raise RefusedError(f"y has shape {y.shape} and x {x.shape}")
 
@@ -90,7 +90,7 @@ def _check_dynamic_quant(call: DynamicQuantV4Arguments, soc: str) -> None:
             is_symmetric=bool(call.is_symmetrical),
         )
     )
-    # what the tiling refuses comes after the checks of the other tensors
+    # the tiling comes after the checks of the other tensors
     by_tiling = refusal is not None and refusal.code not in (None, INVALID)
     if not by_tiling:
         raise_refusal(refusal)
@@ -225,9 +225,9 @@ def _check_quantize(call: QuantizeArguments, soc: str) -> None:
 def _quantize(call: QuantizeArguments, _soc: str) -> None:
     x, scales, out = call.x, call.scales, call.out
     if 0 in x.shape or 0 in scales.shape:
-        return  # CANN returns at once
+        return  # CANN returns immediately
     along = [1] * len(x.shape)
-    if scales.shape != (1,):  # one value goes with any axis
+    if scales.shape != (1,):  # one value is valid for any axis
         along[call.axis] = -1
     value = x.view().to(torch.float32) / scales.view().to(torch.float32).reshape(along)
     if call.zero_points is not None:

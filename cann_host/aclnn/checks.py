@@ -11,7 +11,7 @@ __all__ = ["compute_base_format_only", "need", "need_base_format"]
 
 
 def need(**tensors: AclTensor | None) -> None:
-    """Refuse a null pointer, by the name of its argument."""
+    """Refuse a null pointer, and name its argument."""
     for name, tensor in tensors.items():
         if tensor is None:
             raise RefusedError(f"{name} is null", NULL_POINTER)
@@ -25,7 +25,7 @@ def need_base_format(**tensors: AclTensor | None) -> None:
 
 
 def compute_base_format_only(**tensors: AclTensor | None) -> None:
-    """For an operator whose checks in CANN do not look; cann_host does not model what it does."""
+    """For an operator whose checks in CANN do not check this; cann_host does not compute it."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.format not in BASE_FORMATS:
             raise RefusedError(

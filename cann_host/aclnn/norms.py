@@ -1,4 +1,4 @@
-"""Norms, which models have around their quantized layers."""
+"""Norms, which models call before and after their quantized layers."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ class Operator(Generic[Arguments]):
         arguments: a NamedTuple of its arguments, in the order of CANN's own header.
         check: refuses a call, with RefusedError or GraphError; takes the arguments and the name of
             the chip.
-        compute: computes a call that was checked; takes the same. The memory of each tensor was
-            checked too: `AclTensor.view` lies inside its allocation.
+        compute: computes a call that was checked; takes the same arguments. The memory of each
+            tensor was checked too: `AclTensor.view` lies inside its allocation.
     """
 
     name: str

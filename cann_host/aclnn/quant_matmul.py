@@ -134,12 +134,12 @@ def _check_unused_arguments(call: QuantMatmulArguments, entry: Entry) -> None:
 
 
 def _matrix_dtype(tensor: AclTensor) -> str:
-    """int32 carries eight int4."""
+    """The dtype as the rules take it; int32 is int4."""
     return "int4" if tensor.dtype == torch.int32 else tensor.dtype_name
 
 
 def _describe_matrix(tensor: AclTensor) -> TensorDesc:
-    """x1 or x2 as the rules take it: in the order of the memory, an int32 as eight int4."""
+    """x1 or x2 as the rules take it: in the order of the memory, an int32 as eight int4 values."""
     dtype, shape, format_, storage = _matrix_dtype(tensor), tensor.stored_shape, ND, None
     if tensor.format == FRACTAL_NZ:
         format_ = NZ
@@ -150,7 +150,7 @@ def _describe_matrix(tensor: AclTensor) -> TensorDesc:
 
 
 def _untransposed_weight(x2: AclTensor) -> Tensor | kernels.NzWeight:
-    """x2 as (..., n, k) or (n, k/8) in the dtype it has; int4 packed along n as int8."""
+    """x2 as (..., n, k) or (n, k/8) in its own dtype; int4 that is packed along n as int8."""
     rows, columns = x2.stored_shape[-2:]
     if x2.is_transposed and x2.format == FRACTAL_NZ and len(x2.shape) == 2:
         return kernels.NzWeight(x2.nz_view(), rows, columns)
@@ -172,7 +172,7 @@ def _quant_matmul(call: QuantMatmulArguments, soc: str) -> None:
     """The chip reads only the offset bits packed in the scale, not x2_offset."""
     out = call.out
     if 0 in out.shape:
-        return  # Ascend 950 gives an empty output for an empty input
+        return  # Ascend 950 returns an empty output for an empty input
     x, weight = call.x1.view(), _untransposed_weight(call.x2)
     if call.x1.dtype == torch.int32 and isinstance(weight, Tensor) and weight.dtype == torch.int8:
         x = kernels.unpack_int4(x)

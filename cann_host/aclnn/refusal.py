@@ -17,8 +17,8 @@ class RefusedError(Exception):
     def __init__(self, refusal: Refusal | str, code: int | None = INVALID) -> None:
         """
         Args:
-            refusal: as a rule gives it; or its reason, which names the argument, what was given and
-                what is allowed.
+            refusal: as a rule returns it; or its reason, which names the argument, what was given
+                and what is allowed.
             code: CANN's error code for a reason; None if only cann_host refuses.
         """
         self.refusal = Refusal(refusal, code) if isinstance(refusal, str) else refusal
@@ -26,15 +26,16 @@ class RefusedError(Exception):
 
     @property
     def code(self) -> int:
-        """What the aclnn function returns; a refusal of cann_host's own is an invalid parameter."""
+        """The code that the aclnn function returns; for a refusal of cann_host's own it is that of
+        an invalid parameter."""
         return self.refusal.code or INVALID
 
 
 def raise_refusal(refusal: Refusal | None) -> None:
-    """Raise what a rule answers.
+    """Raise the refusal that a rule returned.
 
     Raises:
-        RefusedError: it refuses.
+        RefusedError: the rule refuses.
     """
     if refusal is not None:
         raise RefusedError(refusal)

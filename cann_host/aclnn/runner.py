@@ -1,4 +1,4 @@
-"""The table of operators, and what the library calls for one."""
+"""The table of operators, and the function that the library calls to run one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ OPERATORS: dict[str, Operator[Any]] = {
 
 
 class Runner:
-    """Runs the operators that a library asks for, until `close`.
+    """Runs operators for a library, until `close`.
 
     Attributes:
         library: the stand-in's.
-        soc: name of the chip that is stood in for.
+        soc: name of the chip that the stand-in reports.
     """
 
     def __init__(self, library: ctypes.CDLL, soc: str) -> None:
@@ -45,14 +45,14 @@ class Runner:
             CANN's code, 0 for success. The message goes to the library.
         """
         try:
-            # A default device or a function mode of the caller must not reach these tensors.
+            # A default device or a function mode of the caller must not affect these tensors.
             with torch._C.DisableTorchFunction():
                 operator, values = OPERATORS[name], read_arguments(int64s(words, count))
                 function = operator.compute if phase else operator.check
                 function(operator.arguments(*values), self.soc)
                 if phase == 0:
                     watched.note(v.address for v in values if isinstance(v, AclTensor))
-        except GraphError as error:  # what the GE operator of the same meaning refuses
+        except GraphError as error:  # a refusal of the same GE operator
             return self._fail(f"{name}: {error}", INVALID)
         except RefusedError as error:
             return self._fail(f"{name}: {error}", error.code)
@@ -65,7 +65,7 @@ class Runner:
         return code
 
     def close(self) -> None:
-        """Take the operators away: a late launch then fails by name instead of entering an
-        interpreter that ends."""
+        """Remove the operators: a late launch then fails by name instead of calling an interpreter
+        that ends."""
         give(self.library.cann_host_set_aclnn_executor, None)
         self.library.cann_host_leave()

@@ -67,7 +67,7 @@ class AclTensor(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        """As the rules spell it: without the prefix."""
+        """The dtype's name as the rules spell it: without the prefix."""
         return _of_dtype(_DTYPE_NAMES, self.dtype_code)
 
     @property
@@ -85,7 +85,7 @@ class AclTensor(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape with the last two dims in the order the memory has."""
+        """The shape with the last two dims in the order of the memory."""
         if self.is_transposed:
             return (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return self.shape
@@ -99,7 +99,7 @@ class AclTensor(NamedTuple):
         return over_memory(self.address, self.dtype, self.storage)
 
 
-# What an argument's first word says of it
+# The kinds of arguments, the first word of each
 _ABSENT, _NUMBER, _REAL, _INTEGERS = 0, 2, 3, 4  # and 1, a tensor
 
 # An argument of an operator: a tensor, None for an absent one, a number, or integers.
@@ -107,7 +107,7 @@ Argument = AclTensor | int | float | tuple[int, ...] | None
 
 
 def read_arguments(words: list[int]) -> list[Argument]:
-    """The arguments in words that csrc/aclnn.cpp describes."""
+    """Read the arguments from words; csrc/aclnn.h describes the words."""
     arguments: list[Argument] = []
     at = 0
     while at < len(words):

@@ -1,2 +1,2 @@
-"""Ordinary aten operators on npu tensors: `kernels` computes them on the CPU, `captured` keeps them
-for the replays of a captured graph."""
+"""Ordinary aten operators on npu tensors: `kernels` computes them on the CPU, `captured` records
+them for the replays of a captured graph."""

@@ -33,7 +33,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def on_meta(value: Any) -> Any:
-    """Arguments without their data. Tensors of the CPU, which are scalars, stay as they are."""
+    """Arguments without their data. CPU tensors, which are scalars, are not changed."""
     if isinstance(value, Tensor) and value.device.type == "npu":
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return _map(on_meta, "meta", value)
@@ -56,17 +56,17 @@ def _map(change: Callable[[Any], Any], device: str, value: Any) -> Any:
 
 
 class CapturedWork:
-    """The work of PyTorch's operators in captured graphs: the library asks for it by number."""
+    """The work of PyTorch's operators in captured graphs, which the library calls by number."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._is_capturing: Callable[[], int] = library.cann_host_is_capturing
         self._numbers = count()
-        self.works: dict[int, Callable[[], None]] = {}  # of the graphs that there are
+        self.works: dict[int, Callable[[], None]] = {}  # of the graphs that exist
         give(library.cann_host_set_replay, self._replay)
 
     def is_capturing(self, device: Callable[[], torch.device]) -> bool:
-        """Whether work launched now is captured: whether the current stream of the device is."""
+        """Whether the current stream of the device captures work that is launched now."""
         return bool(self._is_capturing()) and bool(
             self._library.cann_host_captures(_stream(device()))
         )
@@ -96,7 +96,7 @@ class CapturedWork:
         watched.note(address for address, *_ in memory)
 
         def checked() -> None:
-            # the graph's own pool stays, but what was allocated before it may have gone
+            # the graph's own pool stays, but memory that was allocated before it may be freed
             for address, size, block in memory:
                 if block_of(address, size) != block:
                     raise RuntimeError(
@@ -125,5 +125,5 @@ class CapturedWork:
         return 0
 
     def uninstall(self) -> None:
-        """A replay then fails instead of entering a dying interpreter."""
+        """A replay then fails instead of calling an interpreter that ends."""
         give(self._library.cann_host_set_replay, None)

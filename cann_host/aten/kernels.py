@@ -1,10 +1,10 @@
 """Ordinary aten operators on npu tensors: copy to the CPU, compute, copy back. While a graph is
-captured, the call is kept for its replays instead (captured.py).
+captured, the call is recorded for its replays instead (captured.py).
 
-torch_npu registers its own kernels for some 900 aten operators; each ends in an aclnn kernel that
-this stand-in does not have. They are replaced here. Operators that only allocate, copy or make
-views work as they are and stay; an operator that PyTorch itself decomposes is decomposed, so its
-gradient comes from PyTorch.
+torch_npu registers its own kernels for some 900 aten operators; each calls an aclnn kernel that
+this stand-in does not have. This module replaces them. Operators that only allocate, copy or make
+views work unchanged; an operator that PyTorch itself decomposes is decomposed, so its gradient
+comes from PyTorch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _to_cpu(value: Any) -> Any:
 
 
 def _next_seed(generator: torch.Generator) -> int:
-    """A seed for one call: the same seed and offset give the same numbers."""
+    """A seed for one call: equal seeds and offsets give equal numbers."""
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # the offset moves in fours
     return (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % (1 << 63)
@@ -94,7 +94,7 @@ def _seeded(device: torch.device) -> Iterator[None]:
 
 
 def _on_cpu(values: Any) -> bool:
-    """Whether a tensor with dims is on the CPU; one without is taken as a number."""
+    """Whether a tensor with dims is on the CPU; a tensor without dims counts as a number."""
     if isinstance(values, Tensor):
         return values.dim() > 0 and values.device.type == "cpu"
     return isinstance(values, (list, tuple)) and any(map(_on_cpu, values))
@@ -116,7 +116,7 @@ def _find_device(values: list[Any]) -> torch.device | None:
 
 
 def _device_of(values: list[Any]) -> torch.device:
-    """The device a call is for: that of the first argument that has one, else the current one."""
+    """The device of a call: that of the first argument that has one, else the current device."""
     device = _find_device(values)
     if device is None or device.index is None:
         return torch.device("npu", _npu().current_device())
@@ -128,7 +128,7 @@ def _has_generator(values: list[Any]) -> bool:
 
 
 def _write_back(target: Any, result: Any) -> None:
-    """Bring an argument the operator wrote to from the CPU copy to the npu tensor."""
+    """Copy an argument that the operator wrote to from the CPU back to the npu tensor."""
     if isinstance(target, (list, tuple)):
         for one_target, one_result in zip(target, result, strict=True):
             _write_back(one_target, one_result)
@@ -140,7 +140,7 @@ def _write_back(target: Any, result: Any) -> None:
 
 def _to_npu(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.contiguous().to(device)  # the vendor's kernels give contiguous results too
+        return value.contiguous().to(device)  # the vendor's kernels return contiguous results too
     if isinstance(value, (list, tuple)):
         return type(value)(_to_npu(item, device) for item in value)
     return value
@@ -162,7 +162,7 @@ class _CpuKernel:
             for argument in schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
         }
-        # For each result, the written argument it is, if it is one.
+        # For each result: the name of the written argument that it is, if it is one.
         self.returned: list[str | None] = []
         for result in schema.returns:
             result_set = frozenset(result.alias_info.before_set if result.alias_info else ())
@@ -198,7 +198,7 @@ class _CpuKernel:
         )
 
     def _check_devices(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Refuse a CPU tensor beside npu ones, in torch_npu's words, and say which."""
+        """Refuse a CPU tensor beside npu tensors, with torch_npu's message, and name it."""
         for name, value in [*zip(self.names, args, strict=False), *kwargs.items()]:
             if _on_cpu(value):
                 raise RuntimeError(
@@ -212,7 +212,7 @@ class _CpuKernel:
         return {name: args[i] if i < len(args) else kwargs.get(name) for i, name in self.written}
 
     def _results(self, result: Any, written: dict[str, Any], give: Callable[[Any], Any]) -> Any:
-        """What the caller gets: arguments that were written to, and `give` of the other results."""
+        """The caller's results: arguments that were written to, and `give` of the other results."""
         if not self.returned:
             return None
         results = result if len(self.returned) > 1 else (result,)
@@ -223,7 +223,7 @@ class _CpuKernel:
         return tuple(out) if len(out) > 1 else out[0]
 
     def _record(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Keep the call for the graph that is being captured; only its shapes are computed now."""
+        """Record the call for the graph that is being captured; compute only its shapes now."""
         if self.draws:
             raise RuntimeError(f"cann_host: {self.op} draws random numbers, which is not captured.")
         device = _device_of([*args, *kwargs.values()])
@@ -287,8 +287,8 @@ def _prefer(
 ) -> Any:
     """PyTorch's own kernel in eager mode.
 
-    While a graph is traced the vendor's kernel decides, so that the graph is the one a real
-    device would get.
+    While a graph is traced, the vendor's kernel is used, so that the graph is the same as on a real
+    device.
     """
     if all(_is_plain(value) for value in (*args, *kwargs.values())):
         return stock(keyset, *args, **kwargs)
@@ -302,7 +302,7 @@ def _decompose(op: torch._ops.OpOverload, keyset: Any, *args: Any, **kwargs: Any
 
 
 def _overloads() -> list[tuple[str, torch._ops.OpOverload]]:
-    """The aten overloads torch_npu has a kernel for, by full name."""
+    """The aten overloads for which torch_npu has a kernel, by full name."""
     found = []
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
         if not name.startswith("aten::"):
@@ -323,7 +323,7 @@ def _makes_view(op: torch._ops.OpOverload) -> bool:
 
 
 class AtenKernels:
-    """PyTorch's operators in the place of torch_npu's kernels, as long as this object lives.
+    """Replaces torch_npu's kernels by PyTorch's operators, as long as this object lives.
 
     Attributes:
         count: of the operators replaced.
@@ -339,7 +339,7 @@ class AtenKernels:
             self.count += self._replace(name, op)
 
     def _replace(self, name: str, op: torch._ops.OpOverload) -> bool:
-        """Replace one overload's kernels; whether PyTorch has one to put there."""
+        """Replace one overload's kernels. Returns whether PyTorch has a kernel for it."""
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         stock: Callable[..., Any]
         if has_kernel(name, "CompositeImplicitAutograd"):

@@ -1,4 +1,4 @@
-// libopapi: the operators, two functions each. What they refuse and compute is in cann_host/aclnn.
+// libopapi: the operators, two functions each. cann_host/aclnn has their checks and computes them.
 #include "aclnn.h"
 
 #include <algorithm>
@@ -75,7 +75,7 @@ int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                  dst_type, y, scale, offset);
 }
 
-// A text crosses to Python as its index in a list, -1 if it is not in the list: QUANT_MODES of the
+// A text is passed to Python as its index in a list, -1 if it is not in the list: QUANT_MODES of the
 // rules for quant_mode, ROUND_MODES of aclnn for round_mode.
 static int64_t PlaceOf(const char* text, std::initializer_list<const char*> texts) {
   int64_t place = 0;

@@ -2,7 +2,7 @@
 // because torch_npu destroys its own before the launch runs on another thread; the launch computes and
 // frees the copy. Both phases end in one Python function (cann_host/aclnn).
 //
-// A call crosses to Python as a flat list of 64-bit words, one group an argument:
+// A call is passed to Python as a flat list of 64-bit words, one group for each argument:
 //   absent tensor  0
 //   tensor         1, address, dtype, format, offset, rank, dims..., strides...,
 //                  storage rank, storage dims...
@@ -69,7 +69,7 @@ int Call(const char* op, Phase phase, const std::vector<int64_t>& words);
 // Fails with a text: there is no such object.
 int NoHandle(const char* op, const void* handle);
 
-// A tensor must lie in memory that was allocated here: reading past it would be garbage or a crash.
+// A tensor must lie in memory that was allocated here: a read past it would be garbage or a crash.
 int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor);
 inline int Check(const char*, std::vector<Reach>&, int64_t) { return kSuccess; }
 inline int Check(const char*, std::vector<Reach>&, double) { return kSuccess; }
@@ -87,7 +87,7 @@ void Pack(std::vector<int64_t>& words, double number);
 void Pack(std::vector<int64_t>& words, const aclIntArray* array);
 void Pack(std::vector<int64_t>& words, const aclScalar* scalar);
 
-// What to call for an argument once its call has failed: see Handles::Abandon.
+// The function to call for an argument after its call has failed: see Handles::Abandon.
 inline std::function<void()> Abandoning(int64_t) { return [] {}; }
 inline std::function<void()> Abandoning(double) { return [] {}; }
 template <typename T>

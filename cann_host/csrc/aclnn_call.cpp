@@ -41,7 +41,7 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
   if (width == 0) {
     return Fail(kInvalid, "%s: cann_host does not know aclDataType %d", op, tensor->dtype);
   }
-  // Checked is what is read: the storage of FRACTAL_NZ, the dims of any other format.
+  // This checks the bytes that are read: the storage of FRACTAL_NZ, the dims of any other format.
   const auto& sizes = tensor->format == kFormatNz ? tensor->storage : tensor->dims;
   const bool is_empty = std::count(sizes.begin(), sizes.end(), 0) != 0;
   bool fits = tensor->offset >= 0 && reinterpret_cast<uintptr_t>(tensor->data) % width == 0;
@@ -62,8 +62,8 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
   }
   fits = fits && !__builtin_mul_overflow(bytes, width, &bytes);
   if (fits && is_empty) return kSuccess;
-  // With a stride of 0 little memory is a large tensor. One that no device could hold is refused: it
-  // would be computed for ever.
+  // With a stride of 0, a large tensor needs little memory. A tensor that no device could hold is
+  // refused: to compute it would never end.
   int64_t whole = width;
   for (const int64_t size : tensor->dims) {
     fits = fits && !__builtin_mul_overflow(whole, size, &whole);
@@ -75,7 +75,7 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
   }
   return Fail(kInvalid,
               "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
-              "a multiple of its element's bytes (CANN error %d)",
+              "a multiple of the element size (CANN error %d)",
               op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
@@ -117,11 +117,11 @@ void Pack(std::vector<int64_t>& words, const aclScalar* scalar) {
 }
 
 int Launch(const char* op, aclOpExecutor* executor, void* stream) {
-  // taken first: a launch that fails, on demand too, has used up its executor
+  // taken first: a launch that fails, on demand too, consumes its executor
   const std::shared_ptr<const aclOpExecutor> call = HandlesOf<aclOpExecutor>().Take(executor);
   int code = Fault(op);
   if (code == kSuccess && (call == nullptr || std::strcmp(call->op, op) != 0)) {
-    return Fail(kNullPointer, "%s was launched without an executor of its own", op);
+    return Fail(kNullPointer, "%s was launched without its own executor", op);
   }
   if (code == kSuccess) {
     code = OnStream(op, stream, [call] {

@@ -1,6 +1,7 @@
-// libacl_op_compiler: the descriptors of the single-operator interface, and its one verb. It knows
-// Identity, by which torch_npu casts formats where it does not use aclnn (Atlas inference products),
-// and refuses every other operator by name. Attributes are accepted and dropped: Identity has none.
+// libacl_op_compiler: the descriptors of the single-operator interface, and the function that runs an
+// operator. It has Identity, with which torch_npu casts formats if it does not use aclnn (Atlas
+// inference products), and refuses every other operator by name. Attributes are accepted and dropped:
+// Identity has none.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -39,7 +40,7 @@ constexpr int kFormatNz = 29;
 constexpr int64_t kNzRows = 16;
 
 int NoHandle(const char* symbol, const void* handle) {
-  return Fail(kInvalidParam, "%s: %p is nothing that was created here", symbol, handle);
+  return Fail(kInvalidParam, "%s: cann_host did not create %p", symbol, handle);
 }
 
 int64_t Count(const std::vector<int64_t>& dims) {
@@ -50,7 +51,7 @@ int64_t Count(const std::vector<int64_t>& dims) {
   return count;
 }
 
-// How many parts of a size hold a count that is not negative.
+// The number of parts of a size that hold a count, which is not negative.
 int64_t Parts(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
 bool Holds(const aclDataBuffer& buffer, int64_t count, int64_t width) {
@@ -68,7 +69,7 @@ int CastFormat(const aclTensorDesc& nd, const aclTensorDesc& nz, char* nd_data, 
   }
   const int64_t rows = nd.dims[rank - 2], cols = nd.dims[rank - 1];
   if (cols < 0 || rows < 0 || Count(nd.dims) < 0) {
-    return Fail(kInvalidParam, "Identity: the shape is no shape");
+    return Fail(kInvalidParam, "Identity: the shape is not valid");
   }
   const int64_t c1 = nz.storage[rank - 2], r1 = nz.storage[rank - 1], c0 = nz.storage[rank + 1];
   const int64_t batch = rows && cols ? Count(nd.dims) / rows / cols : 0;

@@ -1,4 +1,4 @@
-// Lets torch_npu be imported beside a torch whose CUDA half registers keys of the same names.
+// Lets torch_npu be imported beside a torch whose CUDA half registers keys with the same names.
 //
 // c10 keeps the names of the allocator settings that backends register in one set. Registering a name
 // twice throws from a static initializer, which ends the process. Python gives the address of the set
@@ -26,8 +26,8 @@ extern "C" {
 // Takes every key out of the set, until cann_host_put_keys_back.
 void cann_host_set_keys_aside(void* keys) { Aside().merge(*static_cast<Keys*>(keys)); }
 
-// Puts the keys back beside those that came meanwhile. Returns the keys that are in both, sorted and
-// joined by ", ": at these the process would have ended.
+// Puts the keys back beside the keys that were added meanwhile. Returns the keys that are in both,
+// sorted and joined by ", ": with any of them, the process would have ended.
 const char* cann_host_put_keys_back(void* keys) {
   static std::string* text = new std::string;
   text->clear();

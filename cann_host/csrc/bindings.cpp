@@ -1,10 +1,10 @@
-// What Python asks a library before it uses it: which sources it was built from, and how large the
-// structs are that both read.
+// What Python checks before it uses a library: the digest of the sources that it was built from, and
+// the sizes of the structs that both read.
 #include "bindings.h"
 
 #include <string>
 
-// The digest of the sources, as CMakeLists.txt computes it: _native.py takes no library of others.
+// The digest of the sources, as CMakeLists.txt computes it: _native.py refuses a library of others.
 const char* cann_host_sources() { return CANN_HOST_SOURCES; }
 
 // For a library without its sources beside it, in a wheel: bindings.py compares the sizes.

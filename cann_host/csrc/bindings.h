@@ -10,21 +10,21 @@ extern "C" {
 
 // ---- structs, whose sizes Python compares when it loads the library ----
 
-// A tensor that a compiled graph is run with.
+// A tensor that is an input of a compiled graph.
 struct cann_host_ge_tensor {
   void* data;
   size_t size;  // bytes that may be read at data
   int32_t dtype;
   int32_t format;
   int32_t dim_count;         // storage shape: of the format
-  int32_t origin_dim_count;  // the shape torch sees; 0 with `has_origin` 0 if nobody set it
+  int32_t origin_dim_count;  // the shape torch sees; 0 with `has_origin` 0 if it was not set
   int32_t has_origin;
   int32_t placement;
   const int64_t* dims;
   const int64_t* origin_dims;
 };
 
-// Python only hands these two back.
+// Python only passes these two back.
 struct cann_host_ge_summary;
 struct cann_host_ge_outputs;
 
@@ -75,7 +75,7 @@ uint32_t cann_host_hccl_ranks(const char* name);
 void cann_host_set_keys_aside(void* keys);
 const char* cann_host_put_keys_back(void* keys);
 
-// ---- Python functions, each given by the address of its object; null takes it away ----
+// ---- Python functions, each passed as the address of its object; null removes it ----
 
 void cann_host_set_aclnn_executor(void* run);                               // aclnn_call.cpp
 void cann_host_set_replay(void* replay);                                    // capture.cpp

@@ -1,5 +1,5 @@
-// libascendcl: captured graphs (aclgraph). Work that is launched on a captured stream is kept, and done
-// at each replay.
+// libascendcl: captured graphs (aclgraph). Work that is launched on a captured stream is recorded, and
+// done at each replay.
 #include <utility>
 
 #include "bindings.h"
@@ -12,8 +12,9 @@ std::atomic<bool> is_capturing{false};
 
 namespace {
 
-// Python's work in a captured graph has a number. When the graph ends, the number is noted here, and
-// Python asks for it later: who destroys a graph may hold locks that Python's threads wait for.
+// Python's work in a captured graph has a number. When the graph is destroyed, the number is stored
+// here, and Python reads it later: the thread that destroys a graph may hold locks that Python's
+// threads wait for.
 PythonFunction replay_in_python;
 struct Ended {
   Mutex mutex;
@@ -94,7 +95,7 @@ int aclmdlRIExecuteAsync(void* model, void* stream) {
     const Lock lock(GetStreams().mutex);
     const auto found = GetStreams().graphs.find(model);
     if (found == GetStreams().graphs.end()) {
-      return Fail(kInvalidParam, "aclmdlRIExecuteAsync: %p is no captured graph", model);
+      return Fail(kInvalidParam, "aclmdlRIExecuteAsync: %p is not a captured graph", model);
     }
     graph = found->second;
   }
@@ -110,7 +111,7 @@ int aclmdlRIDestroy(void* model) {
   CANN_HOST_CALL(aclmdlRIDestroy);
   const Lock lock(GetStreams().mutex);
   if (GetStreams().graphs.erase(model)) return kSuccess;
-  return Fail(kInvalidParam, "aclmdlRIDestroy: %p is no captured graph", model);
+  return Fail(kInvalidParam, "aclmdlRIDestroy: %p is not a captured graph", model);
 }
 
 // A hint to keep operator descriptions for later updates. There are no updates here.

@@ -105,9 +105,9 @@ int QueueFailure(const char* symbol) {
     reason = state.queue_failure;
   }
   return Fail(kFailure,
-              "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops what "
-              "is launched after it: results are not to be trusted. Start the process again; with "
-              "TASK_QUEUE_ENABLE=0 the call that fails is told. The failure: %s",
+              "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops all "
+              "later launches: do not trust any results. Start the process again; with "
+              "TASK_QUEUE_ENABLE=0 the call that fails raises the error. The failure: %s",
               symbol, reason.c_str());
 }
 
@@ -178,7 +178,7 @@ extern "C" const cann_host::Entry* const __stop_cann_host_entries[];
 
 extern "C" {
 
-// Called once by Python, before anything asks.
+// Called once by Python, before anything reads the options.
 void cann_host_configure(const char* soc, const char* cann_version, int devices, uint64_t memory,
                          int late_streams) {
   GetState().options = {soc, cann_version, devices, static_cast<size_t>(memory), late_streams != 0};
@@ -200,7 +200,7 @@ void cann_host_drop_faults(size_t keep) {
   cann_host::has_faults = !state.faults.empty();
 }
 
-// "group\tsymbol\tkind\n" for each function of CANN's that is here.
+// "group\tsymbol\tkind\n" for each function of CANN that this library has.
 const char* cann_host_entries() {
   static const std::string* list = [] {
     auto* text = new std::string;

@@ -1,5 +1,5 @@
-// What every file of the stand-in needs: what it pretends to be, error texts, faults on demand, and
-// the list of what is here. README.md says which file stands in for which library of CANN.
+// What every file of the stand-in needs: its options, error texts, faults on demand, and the list of
+// its functions. README.md says which file stands in for which library of CANN.
 #pragma once
 
 #include <cstddef>
@@ -27,64 +27,66 @@ enum : int {
   kFailure = 500001,
 };
 
-// What this process pretends to run on. Set once, before torch_npu asks.
+// The options: the chip and version that this process reports. Set once, before torch_npu reads them.
 struct Options {
   std::string soc = "Ascend910B2";
   std::string cann_version = "9.1.0";
   int devices = 1;
   size_t memory = 0;          // bytes of each device; 0 shares the host's memory among them
-  bool late_streams = false;  // work on a stream waits until somebody waits for it
+  bool late_streams = false;  // work on a stream is done when the program waits for it
 };
 const Options& GetOptions();
 
-// Keeps the text as the recent error and returns the code.
+// Stores the text as the recent error and returns the code.
 int Fail(int code, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
 
-// Fails with a text that names the symbol: a call nobody implemented must never look like success.
+// Fails with a text that names the symbol: a call that is not implemented must not look like success.
 int Unimplemented(const char* symbol);
 
 // The text for aclGetRecentErrMsg and GEGetErrorMsg; empty if nothing failed yet.
-// The pointer stays valid until this thread asks again.
+// The pointer stays valid until the next call in this thread.
 const char* RecentError();
 
-// The code that this call of a symbol is asked to fail with (see cann_host_add_fault); 0 if it is not.
+// The code with which this call of a symbol must fail (see cann_host_add_fault); 0 if it must not.
 int Fault(const char* symbol);
 
 // torch_npu's task queue, if it is on (TASK_QUEUE_ENABLE): a thread that launches what other threads
 // queue. After a call that failed in that thread, torch_npu reports it once and drops all later
 // launches. A launching function returns its code through ReportLaunch; from the first failure on,
-// QueueFailure fails for everybody who waits.
+// QueueFailure fails for every wait.
 int ReportLaunch(int code);
 int QueueFailure(const char* symbol);
 
-// Work on a stream, null for the device's default one: done now, or later in the stream's order, or
-// kept while a graph is captured. Returns the work's own code if it was done.
+// Work on a stream, null for the device's default stream: done now, or later in the stream's order, or
+// recorded while a graph is captured. Returns the work's own code if it was done.
 using Task = std::function<int()>;
 int OnStream(const char* symbol, void* stream, Task task);
-// The same for collectives, which meet other processes: done after all collectives that were launched
-// before, on any stream. So processes that launch in the same order also meet in the same order.
+// The same for collectives, which communicate with other processes: done after all collectives that
+// were launched before, on any stream. So processes that launch in the same order also communicate in
+// the same order.
 int OnStreamInTurn(const char* symbol, void* stream, Task task);
 // Waits for a stream and returns the code of its work.
 int FinishStream(const char* symbol, void* stream);
-// Does all the work that is left on any stream. Its code goes to who waits for the stream.
+// Does all the work that is left on any stream. The next wait for a stream returns its work's code.
 void DoAllWork();
 // Whether a launch may not be done when it returns.
 bool IsDeferring();
-// Whether work waits until somebody waits for it: with late streams, or once a thread that Python does
-// not know has launched (torch_npu's task queue). Who waits for the queue holds Python's lock.
+// Whether work is done only when the program waits for it: with late streams, or after a thread that
+// Python does not know has launched (torch_npu's task queue). The thread that waits for the queue holds
+// Python's lock.
 bool IsLate();
 
-// The device this thread has chosen, the first one if none.
+// The device that this thread has set; the first device if it has set none.
 int CurrentDevice();
 
-// Device memory; null, with the reason kept, if there is not enough.
+// Device memory; null, with the reason stored, if there is not enough.
 void* AllocateDevice(size_t bytes);
 void FreeDevice(void* memory);
 
 // Bytes of each device.
 size_t DeviceBytes();
 
-// The bytes from an address to the end of the memory it is in; 0 if it was not allocated here.
+// The bytes from an address to the end of its memory; 0 if that was not allocated here.
 size_t BytesAt(const void* address);
 
 // Whether these bytes lie inside one piece of memory that was allocated here.
@@ -103,8 +105,8 @@ Reach ReachOf(const void* data, size_t bytes);
 // Whether it is still the same allocation; true for memory that was not allocated here.
 bool IsThere(const Reach& reach);
 
-// The objects of one kind that were given to a caller as handles. A handle is looked up here before it
-// is followed: it may be of something else, or destroyed.
+// The objects of one kind that callers have as handles. A handle is looked up here before it is used:
+// it may be the handle of something else, or destroyed.
 template <typename T>
 class Handles {
  public:
@@ -114,7 +116,7 @@ class Handles {
     given_[owned.get()] = next_++;
     return owned.release();
   }
-  // A number that no other object has had; 0 if the handle was never given, or is taken already.
+  // A number that no other object has had; 0 if the handle was never given, or is already taken.
   uint64_t Number(const T* handle) {
     const Lock lock(mutex_);
     const auto found = given_.find(handle);
@@ -159,9 +161,9 @@ Handles<T>& HandlesOf() {
 // Bytes of an element of an aclDataType, 0 for one that is not known here or shorter than a byte.
 int64_t DtypeBytes(int dtype);
 
-// ---- the list of what is here ----
-// Every function of CANN's that this library has puts itself in a section of its own, from which
-// the documentation is made and by which the names in CANN_HOST_FAIL are checked.
+// ---- the list of the functions ----
+// Every function of CANN that this library has puts an entry in a linker section. The documentation is
+// made from these entries, and the names in CANN_HOST_FAIL are checked with them.
 struct Entry {
   const char* group;
   const char* symbol;
@@ -170,7 +172,7 @@ struct Entry {
 
 }  // namespace cann_host
 
-// For a file or a part of it: #define GROUP "what the functions below are about".
+// For a file or a part of it: #define GROUP "the topic of the functions below".
 #define CANN_HOST_NAMED_ENTRY(id, symbol, kind)                                       \
   static const cann_host::Entry cann_host_entry_##id{GROUP, symbol, kind};            \
   __attribute__((section("cann_host_entries"), used)) static const cann_host::Entry*  \
@@ -182,7 +184,7 @@ struct Entry {
   CANN_HOST_ENTRY(symbol, "does")    \
   if (const int cann_host_code = cann_host::Fault(#symbol)) return cann_host_code
 
-// Follows it where an answer goes to, or text comes from, an address.
+// Follows it if the function writes a result to an address, or reads text from one.
 #define CANN_HOST_NEEDS(symbol, argument)                                                       \
   if ((argument) == nullptr) {                                                                  \
     return cann_host::Fail(cann_host::kInvalidParam, "%s: %s is null", #symbol, #argument);     \

@@ -94,7 +94,7 @@ int aclsysGetCANNVersion(int, aclCANNPackageVersion* version) {
   return kSuccess;
 }
 
-// The place has 128 bytes; the Python side keeps the version shorter.
+// The buffer has 128 bytes; Python refuses a longer version.
 int aclsysGetVersionStr(char*, char* version) {
   CANN_HOST_CALL(aclsysGetVersionStr);
   CANN_HOST_NEEDS(aclsysGetVersionStr, version);
@@ -158,7 +158,7 @@ int aclrtSetCurrentContext(void* context) {
   return Fail(kInvalidParam, "aclrtSetCurrentContext: unknown context %p", context);
 }
 
-// Plausible sizes of such a chip. torch_npu only hands them on; nothing here depends on them.
+// Plausible sizes of such a chip. torch_npu only passes them on; nothing here depends on them.
 int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
   CANN_HOST_CALL(aclGetDeviceCapability);
   CANN_HOST_NEEDS(aclGetDeviceCapability, value);
@@ -261,7 +261,7 @@ int aclGetCompileopt(int option, char* value, size_t length) {
   return kSuccess;
 }
 
-// In the manner of CANN: ASCEND_SLOG_PRINT_TO_STDOUT=1, ASCEND_GLOBAL_LOG_LEVEL=0..3.
+// The same variables as in CANN: ASCEND_SLOG_PRINT_TO_STDOUT=1, ASCEND_GLOBAL_LOG_LEVEL=0..3.
 CANN_HOST_ENTRY(aclAppLog, "makes")
 void aclAppLog(int level, const char* function, const char* file, uint32_t line, const char* fmt,
                ...) {

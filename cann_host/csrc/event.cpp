@@ -9,7 +9,7 @@ std::shared_ptr<EventState> FindEvent(void* handle) {
 }
 
 int NoEvent(const char* symbol, void* handle) {
-  return Fail(kInvalidParam, "%s: %p is no event", symbol, handle);
+  return Fail(kInvalidParam, "%s: %p is not an event", symbol, handle);
 }
 
 namespace {
@@ -24,7 +24,7 @@ int NewEvent(const char* symbol, void** out) {
   return kSuccess;
 }
 
-// Does the work before the last record of an event. Null, with the reason kept, if there is no such
+// Does the work before the last record of an event. Null, with the reason stored, if there is no such
 // event, or torch_npu's task queue has failed.
 std::shared_ptr<EventState> FinishEvent(const char* symbol, void* handle, bool* was_done) {
   if (QueueFailure(symbol)) return nullptr;
@@ -103,7 +103,8 @@ int aclrtResetEvent(void* handle, void*) {
   return kSuccess;
 }
 
-// An event that was never recorded is complete, as in CANN. A query does the work, as aclrtStreamQuery.
+// An event that was never recorded is complete, as in CANN. A query does the work, like
+// aclrtStreamQuery.
 int aclrtQueryEventStatus(void* event, int* status) {
   CANN_HOST_CALL(aclrtQueryEventStatus);
   CANN_HOST_NEEDS(aclrtQueryEventStatus, status);

@@ -1,5 +1,5 @@
-// libge_runner: sessions, which compile and run graphs. Both are done in Python
-// (cann_host/graph/engine.py), reached through the functions of cann_host_set_ge_executor.
+// libge_runner: sessions, which compile and run graphs. Python does both (cann_host/graph/engine.py),
+// with the functions of cann_host_set_ge_executor.
 #include <cstdlib>
 #include <utility>
 
@@ -17,8 +17,8 @@ CANN_HOST_NAMED_ENTRY(ge_add, "ge.add", "does")
 CANN_HOST_NAMED_ENTRY(ge_compile, "ge.compile", "does")
 CANN_HOST_NAMED_ENTRY(ge_run, "ge.run", "does")
 
-// Python functions; pointers go as numbers. Each returns 0 for success. One that fails has called
-// cann_host_ge_fail before.
+// Python functions; pointers are passed as numbers. Each returns 0 for success. A function that fails
+// has called cann_host_ge_fail before.
 struct Executor {
   cann_host::PythonFunction compile;  // of the model, its size, a cann_host_ge_summary, and a uint64
                                       // for the compiled graph's number
@@ -62,8 +62,8 @@ class CompiledGraphSummary::SummaryData {
 };
 
 namespace {
-// torchair allocates these areas for GE and hands them back through the memory-base setters.
-// Nothing is kept in them here, but torchair takes an empty one for a failed allocation.
+// torchair allocates these areas for GE and passes them to the memory-base setters. This library stores
+// nothing in them, but torchair treats an empty area as a failed allocation.
 constexpr size_t kMemorySize = 512;
 }  // namespace
 
@@ -99,8 +99,8 @@ Status CompiledGraphSummary::GetOutputDtypes(std::vector<DataType>& dtypes) cons
 
 namespace {
 
-// A graph of a session. The compiled graph belongs to Python and goes when its last user lets go of
-// it: a graph that is removed while another thread runs it stays whole until then.
+// A graph of a session. The compiled graph belongs to Python and is destroyed with its last user: a
+// graph that is removed while another thread runs it exists until the end of the run.
 struct SessionGraph {
   explicit SessionGraph(const Graph& source) : graph(source) {}
   ~SessionGraph() {
@@ -164,8 +164,8 @@ void cann_host_ge_add_output(cann_host_ge_summary* summary, int32_t dtype, const
   summary->data.shapes.emplace_back(dims, dims + dim_count);
 }
 
-// Where a result is written: to the caller's memory, or to memory allocated here if the caller gave
-// none. Null, with the reason kept, if the caller's memory is of another size.
+// The memory of a result: the caller's, or memory allocated here if the caller gave none. Null, with
+// the reason stored, if the caller's memory has another size.
 void* cann_host_ge_output(cann_host_ge_outputs* outputs, size_t index, int32_t dtype,
                           const int64_t* dims, size_t dim_count, size_t size) {
   if (outputs->tensors.size() <= index) outputs->tensors.resize(index + 1);
@@ -232,7 +232,7 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   for (const Tensor& input : inputs) {
     const TensorImpl& tensor = input.Impl();
     const TensorDescImpl& desc = tensor.desc;
-    // torchair gives the bytes of the shape that torch sees; a FRACTAL_NZ storage has more.
+    // torchair passes the bytes of the shape that torch sees; a FRACTAL_NZ storage has more.
     const size_t size =
         desc.placement == kPlacementDevice ? cann_host::BytesAt(tensor.data) : tensor.size;
     views.push_back({tensor.data, size, desc.dtype, desc.format,
@@ -294,15 +294,15 @@ Status Session::RunGraph(uint32_t id, const std::vector<Tensor>& inputs,
 Status Session::RunGraphWithStreamAsync(uint32_t id, void* stream,
                                         const std::vector<Tensor>& inputs,
                                         std::vector<Tensor>& outputs) {
-  // A graph runs at once, after the work before it on its stream.
+  // A graph runs immediately, after the work before it on its stream.
   if (cann_host::FinishStream("RunGraphWithStreamAsync", stream) != cann_host::kSuccess) {
     return kFailed;
   }
   return Run(sessionId_, id, inputs, outputs, kPlacementDevice);
 }
 
-// The executor keeps constants and intermediate results in torch's own memory, so the areas
-// torchair provides stay unused; accepting them is all there is to do.
+// The executor keeps constants and intermediate results in torch's own memory, so the areas that
+// torchair provides stay unused; these functions only accept them.
 Status Session::SetGraphConstMemoryBase(uint32_t id, const void* const, size_t) {
   return Exists(sessionId_, id);
 }

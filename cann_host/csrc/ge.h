@@ -6,7 +6,7 @@
 
 namespace ge {
 
-// GE reports success and failure; the code it fails with carries no meaning to torchair.
+// GE reports success and failure; torchair does not interpret the code of a failure.
 constexpr Status kFailed = GRAPH_FAILED;
 
 template <typename... Args>

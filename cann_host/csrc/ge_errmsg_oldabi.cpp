@@ -1,5 +1,5 @@
-// GE still returns this one std::string by the C++ ABI from before GCC 5, so it has a file, and a
-// macro, of its own.
+// GE still returns this one std::string with the C++ ABI from before GCC 5, so it has its own file and
+// macro.
 #define _GLIBCXX_USE_CXX11_ABI 0
 #include <string>
 

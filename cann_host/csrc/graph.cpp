@@ -1,5 +1,5 @@
-// libgraph: tensors, definitions of operators, and serialized graphs. What a graph means is decided in
-// Python (cann_host/graph).
+// libgraph: tensors, definitions of operators, and serialized graphs. Python interprets the graphs
+// (cann_host/graph).
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -173,7 +173,7 @@ graphStatus Tensor::SetPlacement(const Placement& placement) {
 }
 Placement Tensor::GetPlacement() const { return impl->desc.placement; }
 
-// ---- Operators: what torchair asks before it emits an optional input or attribute ----
+// ---- Operators: torchair's checks before it emits an optional input or attribute ----
 
 class OperatorImpl {
  public:
@@ -227,7 +227,7 @@ class NodeImpl {
 namespace {
 
 // Calls `each` with the bytes of every field `number` of a serialized protobuf message that is
-// itself a string or message. False if the bytes are no such message.
+// itself a string or message. False if the bytes are not such a message.
 template <typename F>
 bool ForEachField(std::string_view message, uint64_t number, F each) {
   auto varint = [&message](uint64_t& value) {
@@ -284,7 +284,7 @@ graphStatus Graph::LoadFromSerializedModelArray(const void* model, size_t size) 
   auto loaded = std::make_shared<GraphImpl>();
   loaded->model.assign(static_cast<const char*>(model), size);
   if (!ForEachField(loaded->model, kModelGraph, [](std::string_view) {})) {
-    return Failed("the serialized graph is no ModelDef");
+    return Failed("the serialized graph is not a ModelDef");
   }
   impl_ = std::move(loaded);
   return GRAPH_SUCCESS;

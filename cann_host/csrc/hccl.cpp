@@ -1,6 +1,6 @@
-// libhccl: collectives between the devices of one machine, one process for each. What they do is in
-// hccl_group.cpp; here is what CANN's functions take and refuse. A collective is work on its stream
-// like any other.
+// libhccl: collectives between the devices of one machine, one process for each device. This file has
+// CANN's functions and their checks; hccl_group.cpp does the collectives. A collective is work on its
+// stream like any other.
 #include "hccl.h"
 
 #include <cstdlib>
@@ -30,7 +30,7 @@ struct Config {
 };
 constexpr uint32_t kConfigMagic = 0xf0f0f0f0;
 constexpr int32_t kNotSet = -1;
-// Seconds: CANN's defaults. CANN takes no connect timeout below 120; a test wants to.
+// Seconds: CANN's defaults. CANN takes no connect timeout below 120; tests need a shorter one.
 constexpr int kExecTimeout = 1836, kConnectTimeout = 120;
 
 // A number of seconds from a variable.
@@ -76,14 +76,14 @@ std::shared_ptr<Group> Find(const std::string& name) {
 
 int NoGroup(const char* symbol, void* handle) {
   if (handle == nullptr) return Fail(kNullPointer, "%s: the communicator is null", symbol);
-  return Fail(kParameter, "%s: %p is no communicator", symbol, handle);
+  return Fail(kParameter, "%s: %p is not a communicator", symbol, handle);
 }
 
 int NoPlace(const char* symbol) {
   return Fail(kNullPointer, "%s: no place for the answer", symbol);
 }
 
-// `timeout`: of collectives; kNotSet takes the variable.
+// `timeout`: of collectives; with kNotSet, the value of the variable.
 int Connect(const char* symbol, uint32_t ranks, const Root* root, uint32_t rank, std::string name,
             int timeout, void** out) {
   if (root == nullptr || out == nullptr) {
@@ -108,7 +108,7 @@ int Connect(const char* symbol, uint32_t ranks, const Root* root, uint32_t rank,
   return kOk;
 }
 
-// One buffer of a collective: where, and how many elements.
+// One buffer of a collective: its address and its number of elements.
 struct Buffer {
   const char* name;
   const void* data;
@@ -332,8 +332,8 @@ int HcclGetRankId(void* comm, uint32_t* rank) {
   return kOk;
 }
 
-// HCCL reports faults of the network here, and torch_npu ends the process at any. There is no network
-// here: the call that failed, or who waited for its stream, has the error.
+// HCCL reports faults of the network here, and torch_npu ends the process at any fault. There is no
+// network here: the call that failed, or the wait for its stream, returns the error.
 int HcclGetCommAsyncError(void* comm, int* error) {
   CANN_HOST_CALL(HcclGetCommAsyncError);
   if (!Find(comm)) return NoGroup("HcclGetCommAsyncError", comm);
@@ -422,10 +422,10 @@ int HcclBarrier(void* comm, void* stream) {
   return Launch("HcclBarrier", comm, {Kind::kBarrier, kInt8, kSum, 0, 0, {}, {}}, {}, {}, stream);
 }
 
-// A collective inside a graph, on memory of the graph engine's own. `kind` is hccl::Kind.
+// A collective inside a graph, on memory of the graph engine. `kind` is hccl::Kind.
 int cann_host_hccl_run(const char* name, int kind, int dtype, int op, uint32_t root, uint64_t count,
                        const void* send, void* receive) {
-  cann_host::DoAllWork();  // what was launched before goes first, on every rank
+  cann_host::DoAllWork();  // earlier launches come first, on every rank
   if (name == nullptr) return Fail(kNullPointer, "a communicator without a name");
   const auto group = Find(std::string(name));
   if (!group) return Fail(kParameter, "there is no communicator %s in this process", name);

@@ -1,6 +1,6 @@
-// What the files of libhccl share. hccl.cpp: CANN's functions and what they refuse; hccl_call.cpp: what
-// a collective is; hccl_group.cpp: the processes of a communicator and what goes between them;
-// hccl_reduce.cpp: the arithmetic.
+// What the files of libhccl share. hccl.cpp: CANN's functions and their checks; hccl_call.cpp: the call
+// of a collective; hccl_group.cpp: the processes of a communicator and their messages; hccl_reduce.cpp:
+// the arithmetic.
 #pragma once
 
 #include <poll.h>
@@ -58,7 +58,7 @@ const char* Name(int32_t dtype);
 const char* OpName(int32_t op);
 
 // Whether the chip reduces this dtype by this op. Source: HcclAllReduce, HcclReduceScatter and
-// HcclReduce of the HCCL documents, which say the same.
+// HcclReduce in the HCCL documents, which agree.
 bool CanReduce(const std::string& soc, int32_t dtype, int32_t op);
 
 // total = total op more, `count` elements of one of the dtypes above. Each step is rounded to the
@@ -79,7 +79,7 @@ enum class Kind : int32_t {
   kBarrier,
 };
 
-// What one rank calls. All but the arrays must be the same on all ranks.
+// The call of one rank. All fields except the arrays must be the same on all ranks.
 struct Call {
   Kind kind;
   int32_t dtype = kInt8;
@@ -93,33 +93,33 @@ std::string Text(const Call& call);
 
 // Whether the ranks' data is reduced.
 bool IsReduction(const Call& call);
-// Elements a rank gives to a collective, and gets from it.
+// Elements that a rank sends to a collective, and receives from it.
 uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks);
 uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks);
-// Where a rank's part lies among the data of all: (first element, elements) of each piece.
+// The place of a rank's part in the data of all ranks: (first element, elements) of each piece.
 std::vector<std::pair<uint64_t, uint64_t>> Pieces(const std::vector<Call>& calls, uint32_t rank);
 // How the ranks' calls differ; empty if they fit together.
 std::string Difference(const std::vector<Call>& calls);
 
-// The most elements of a call, so that the bytes of all ranks' parts are a number.
+// The most elements of a call, so that the bytes of all ranks' parts do not overflow.
 constexpr uint64_t kMostElements = UINT64_MAX / 8 / kMostRanks;
 
-// Where the ranks meet: rank 0 listens there, all the others connect to it. 0 is a success. It takes
-// nothing of the system before it is used.
+// The address of a communicator: rank 0 listens there, and all other ranks connect to it. 0 is a
+// success. It uses no resources of the system before it is used.
 struct Root {
   char magic[16];
   char address[32];  // of a socket in Linux's abstract namespace: no file, no network
-  char token[16];    // what only those who were told the root know
+  char token[16];    // a secret that only processes with the root info have
 };
 int NewRoot(Root* root);
 
-// What a rank says first.
+// The first message of a rank.
 struct Hello {
   char token[16];
   uint32_t ranks, rank;
 };
 
-// Somebody who connected and has not said yet who it is.
+// A process that connected and has not yet sent its hello.
 struct Guest {
   int socket;
   Hello hello;
@@ -128,21 +128,22 @@ struct Guest {
 };
 
 // One rank's side of a communicator. The ranks are processes of one user on one machine; rank 0
-// takes everybody's data, computes, and gives everybody their part. A rank that is gone, late, or
-// calls something else is an error on all of them, and the communicator's end. A child that a rank
-// forks has no part in it: it keeps no socket, which the others would take for a rank that lives.
+// collects the data of all ranks, computes, and sends each rank its part. If a rank is gone, is late,
+// or makes another call, all ranks get an error and the communicator ends. A child that a rank forks is
+// not a member: it keeps no socket, because the other ranks would treat it as a rank that lives.
 class Group {
  public:
-  // Waits until everybody is there; seconds each. Null, with the reason kept and the code in `code`.
+  // Waits until all ranks are there; times are in seconds. On failure null, with the reason stored and
+  // the code in `code`.
   static std::shared_ptr<Group> Connect(const Root& root, uint32_t ranks, uint32_t rank,
                                         std::string name, int connect_timeout,
                                         int exec_timeout, int* code);
   ~Group();
   Group(const Group&) = delete;
 
-  // Takes part in a collective. The buffers are checked already; AllToAll's are without gaps.
+  // Takes part in a collective. The buffers are already checked; AllToAll's have no gaps.
   int Run(const Call& call, const void* send, void* receive);
-  // Has the other ranks find this one gone.
+  // Closes the sockets, so that the other ranks see that this rank is gone.
   void Leave();
 
   const std::string& name() const { return name_; }
@@ -160,14 +161,14 @@ class Group {
   int Welcome(const Hello& hello, const Root& root, int& socket);
   int Lead(const Call& call, const void* send, void* receive, Time deadline);
   int Follow(const Call& call, const void* send, void* receive, Time deadline);
-  // Ends the communicator: tells the ranks that rank 0 still reaches, and keeps the reason.
+  // Ends the communicator: sends the reason to the ranks that rank 0 still reaches, and stores it.
   int End(int code, const std::string& text);
 
   // Every socket of the group is opened and closed through these; -1 is none.
   template <typename Make>
   int Open(Make make);
   void Close(int& socket);
-  void CloseUnknown();  // all but the ranks'
+  void CloseUnknown();  // all sockets except those of ranks
   void CloseAll();
   friend struct Groups;
 

@@ -1,4 +1,4 @@
-// What a collective is: what each rank gives and gets, whether the ranks' calls fit together.
+// The call of a collective: what each rank sends and receives, and whether the ranks' calls match.
 #include <algorithm>
 #include <numeric>
 
@@ -93,7 +93,7 @@ std::vector<std::pair<uint64_t, uint64_t>> Pieces(const std::vector<Call>& calls
 
 std::string Difference(const std::vector<Call>& calls) {
   for (size_t rank = 1; rank < calls.size(); ++rank) {
-    if (IsTooLarge(calls[rank])) return "rank " + std::to_string(rank) + " has counts that are none";
+    if (IsTooLarge(calls[rank])) return "rank " + std::to_string(rank) + " has counts that are not valid";
     if (!IsSame(calls[0], calls[rank])) {
       return "rank 0 calls " + Text(calls[0]) + ", rank " + std::to_string(rank) + " " +
              Text(calls[rank]);

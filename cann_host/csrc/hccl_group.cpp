@@ -1,6 +1,6 @@
-// The processes of a communicator, and what goes between them: a star of Unix sockets with rank 0 in
-// the middle. The addresses are abstract (no file, no network), every end must belong to the same
-// user, and the kernel closes the sockets of a process that dies, which its peers see at once.
+// The processes of a communicator, and their messages: a star of Unix sockets with rank 0 in the
+// middle. The addresses are abstract (no file, no network), every end must belong to the same user, and
+// the kernel closes the sockets of a process that dies, which its peers see immediately.
 #include <pthread.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -27,7 +27,7 @@ namespace {
 
 constexpr char kMagic[16] = "cann_host hccl1";
 
-// Rank 0's answer. After code 0 comes data, after another one the reason.
+// Rank 0's answer. Data follows code 0; the reason follows any other code.
 struct Answer {
   int32_t code = kOk;
   uint32_t length = 0;
@@ -51,7 +51,7 @@ bool IsMine(int socket) {
 
 std::string TokenOf(const Root& root) { return {root.token, sizeof(root.token)}; }
 
-// Tokens of the newest roots that this process gave and nobody used. Leaked: see core.cpp.
+// Tokens of the newest roots that this process made and nobody used. Leaked: see core.cpp.
 struct Given {
   static constexpr size_t kMost = 1024;
   Mutex mutex;
@@ -59,7 +59,7 @@ struct Given {
 };
 Given& given = *new Given;
 
-// Whether no socket can be made, this one or the next.
+// Whether the error means that no more sockets can be made.
 bool IsExhausted(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
@@ -69,7 +69,7 @@ std::string NoSocket(int error) {
          (IsExhausted(error) ? " (ulimit -n, RLIMIT_NOFILE)" : "");
 }
 
-// Strangers may hold this many connections open without keeping a rank out.
+// Other processes may hold this many connections open without blocking a rank.
 constexpr size_t kMostGuests = 2 * kMostRanks;
 
 // "rank 1" or "ranks 1, 3"
@@ -183,14 +183,15 @@ std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t
   return *code == kOk ? group : nullptr;
 }
 
-// Rank 0: waits for the others. Anybody may connect and say nothing, so all are listened to at a time.
+// Rank 0: waits for the others. Any process may connect and send nothing, so rank 0 listens to all
+// connections at the same time.
 int Group::Host(const Root& root, Time deadline) {
   {
     const Lock lock(given.mutex);
     const auto found = std::find(given.tokens.begin(), given.tokens.end(), TokenOf(root));
     if (found == given.tokens.end()) {
-      return Fail(kParameter, "HcclCommInitRootInfo: rank 0 is to be the process that called "
-                              "HcclGetRootInfo, and to use its answer once");
+      return Fail(kParameter, "HcclCommInitRootInfo: rank 0 must be the process that called "
+                              "HcclGetRootInfo, and must use its root info once");
     }
     given.tokens.erase(found);
   }
@@ -250,7 +251,7 @@ int Group::Host(const Root& root, Time deadline) {
   return kOk;
 }
 
-// Reads what guests have sent so far, and admits those who are ranks. sockets[i + 1] is guest i's.
+// Reads the bytes that guests have sent so far, and admits the ranks. sockets[i + 1] is guest i's.
 int Group::Hear(std::vector<Guest>& guests, const std::vector<pollfd>& sockets, bool is_ready,
                 const Root& root) {
   std::vector<Guest> still;
@@ -275,8 +276,8 @@ int Group::Hear(std::vector<Guest>& guests, const std::vector<pollfd>& sockets, 
   return kOk;
 }
 
-// Admits a guest that has said which rank it is. Not 0, with the reason kept, if there can be no
-// communicator with it.
+// Admits a guest that has sent its hello. Not 0, with the reason stored, if there can be no communicator
+// with it.
 int Group::Welcome(const Hello& hello, const Root& root, int& socket) {
   if (std::memcmp(hello.token, root.token, sizeof(hello.token)) != 0) {
     Close(socket);
@@ -286,7 +287,7 @@ int Group::Welcome(const Hello& hello, const Root& root, int& socket) {
     peers_[hello.rank] = socket;
     return kOk;
   }
-  const std::string text = "[EI0004] HcclCommInitRootInfo: somebody comes as rank " +
+  const std::string text = "[EI0004] HcclCommInitRootInfo: a process connects as rank " +
                            std::to_string(hello.rank) + " of " + std::to_string(hello.ranks) +
                            "; there are " + std::to_string(ranks_) + ", one of each";
   const Answer answer{kParameter, static_cast<uint32_t>(text.size())};
@@ -321,7 +322,7 @@ int Group::Join(const Root& root, Time deadline, int seconds) {
   if (Send(peer, &hello, sizeof(hello), deadline) == Io::kGone) {
     return End(kConnect, "[EI0006] HcclCommInitRootInfo: " + Gone("rank 0"));
   }
-  // rank 0 says who is missing when its time is over; it did not begin to wait at the same moment
+  // rank 0 reports the missing ranks when its time is over; it did not begin to wait at the same time
   const Time later = deadline + std::chrono::seconds(std::clamp(seconds / 4, 1, 20));
   const Io io = Receive(peer, &answer, sizeof(answer), later);
   if (io != Io::kDone) {
@@ -401,7 +402,7 @@ int Group::Lead(const Call& call, const void* send, void* receive, Time deadline
     return End(kParameter, "[EI0005] the ranks' calls differ: " + text);
   }
 
-  // The ranks' data one after the other, or reduced: in the order of the ranks, whoever comes first.
+  // The ranks' data one after the other, or reduced: in the order of the ranks, not of arrival.
   const size_t width = Width(call.dtype);
   std::vector<char> all, more;
   for (uint32_t rank = 0; rank < ranks_; ++rank) {

@@ -85,7 +85,7 @@ int Release(const char* symbol, void* bytes, Where where) {
   return kSuccess;
 }
 
-// The block that an address is in, with its begin; null if in none. The caller holds the lock.
+// The block that contains an address, with its begin; null if there is none. The caller holds the lock.
 const std::pair<const uintptr_t, Block>* Find(const void* address) {
   const auto& blocks = GetMemory().blocks;
   const auto at = reinterpret_cast<uintptr_t>(address);
@@ -102,7 +102,7 @@ constexpr int kInOneDevice = 6, kBetweenDevices = 7;
 int CheckCopy(const char* symbol, const void* dst, size_t dst_size, const void* src, size_t count,
               int kind) {
   if (kind < kHostToHost || kind > kBetweenDevices) {
-    return Fail(kInvalidParam, "%s: %d is no kind of copy", symbol, kind);
+    return Fail(kInvalidParam, "%s: %d is not a kind of copy", symbol, kind);
   }
   const bool in_device = kind == kInDevice || kind == kInOneDevice || kind == kBetweenDevices;
   // by default the addresses decide; what begins in device memory must end there
@@ -159,7 +159,7 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
     std::memmove(dst, src, count);
     return +kSuccess;
   });
-  // A task queue's thread does not wait: who queued the copy does.
+  // A task queue's thread does not wait: the thread that queued the copy does.
   if (code == kSuccess && cann_host::IsDeferring() && kind == kToHost && to.block == 0 &&
       cann_host::IsPythonThread()) {
     return cann_host::FinishStream(symbol, stream);
@@ -306,7 +306,7 @@ uint64_t cann_host_block_of(const void* address, uint64_t bytes) {
   return cann_host::ReachOf(address, bytes).block;
 }
 
-// All memory is the host's, so every device reaches every other's.
+// All memory is the host's, so every device can access the memory of every other device.
 int aclrtDeviceCanAccessPeer(int32_t* can_access, int32_t, int32_t) {
   CANN_HOST_CALL(aclrtDeviceCanAccessPeer);
   CANN_HOST_NEEDS(aclrtDeviceCanAccessPeer, can_access);

@@ -12,8 +12,8 @@ struct Mutexes {
   std::mutex mutex;
   std::set<Mutex*> all;
 
-  // Takes every lock that is held for moments only. It waits for none while it holds others, so the
-  // order in which threads nest them does not matter.
+  // Takes every lock that is held for moments only. It never waits for a lock while it holds others, so
+  // the order in which threads nest them does not matter.
   void LockAll() {
     for (;;) {
       mutex.lock();

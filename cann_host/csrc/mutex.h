@@ -1,5 +1,5 @@
-// Locks that a fork finds in order. A child has only the thread that forked: a lock that another
-// thread held would never be given back, and what it guards would be half changed.
+// Locks that are in a valid state after a fork. A child has only the thread that forked: a lock that
+// another thread held would never be released, and the data that it guards would be half changed.
 #pragma once
 
 #include <mutex>
@@ -11,8 +11,8 @@ enum class Holding {
   kLong,     // while Python computes or other processes are waited for: free again in the child
 };
 
-// std::mutex otherwise. For one that lives as long as the process, or that is destroyed with its
-// owner.
+// Otherwise like std::mutex. For a lock that lives as long as the process, or that is destroyed with
+// its owner.
 class Mutex {
  public:
   explicit Mutex(Holding holding = Holding::kMoments);

@@ -1,7 +1,6 @@
 // Put before every source of cann_host (CMakeLists.txt): functions that glibc 2.34 moved into libc
 // are asked for under the version they had before, so that a library built on a new system loads on
-// an old one. They do the same under both. tests/project/test_wheel.py tells when
-// one is missing here.
+// an old one. Both versions do the same. tests/project/test_wheel.py fails if one is missing here.
 #pragma once
 
 #include <features.h>

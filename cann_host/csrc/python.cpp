@@ -57,7 +57,7 @@ const Api* GetApi() {
   return api->is_whole && api->is_initialized() ? api : nullptr;
 }
 
-// Done by the main thread when it is back in Python.
+// The main thread does this when it is back in Python.
 int RaiseNow(void* exception) {
   const Api* api = GetApi();
   void* type = api->type_of(exception);
@@ -89,8 +89,8 @@ void* TakeException(const Api& api) {
   return exception;
 }
 
-// Takes the exception. In the main thread, where signals are handled, it is raised as it is; in another
-// thread, a new one of its class.
+// Takes the exception. In the main thread, where signals are handled, this exception is raised; in
+// another thread, a new exception of its class.
 void RaiseLater(const Api& api, void* exception) {
   if (IsMainThread()) {
     if (api.add_pending(RaiseNow, exception) == 0) return;
@@ -124,7 +124,7 @@ void GiveBack() {
   }
 }
 
-// The main thread of a child is the thread that forked, which may be in no Python function.
+// The main thread of a child is the thread that forked; it may not be in a Python function.
 struct HeldAtFork {
   HeldAtFork() {
     pthread_atfork([] { is_main = IsMainThread(); }, nullptr, [] {
@@ -153,7 +153,7 @@ HeldSignals::HeldSignals() : holds_(IsMainThread() && depth++ == 0) {
     now.sa_handler = Hold;
     if (held.is_held) sigaction(held.signal, &now, nullptr);
   }
-  // a signal that came just before is handled now; what it raises waits too
+  // a signal that came just before is handled now; its exception waits too
   const Api& api = *GetApi();
   if (api.make_pending() != 0) exception_ = TakeException(api);
 }

@@ -6,7 +6,7 @@
 
 namespace cann_host {
 
-// What is used of Python's C interface.
+// The functions of Python's C interface that this library uses.
 struct Python {
   int (*ensure)();
   void (*release)(int);
@@ -16,7 +16,7 @@ struct Python {
 // Null if there is no Python in this process, or it has ended.
 const Python* GetPython();
 
-// Whether Python knows this thread. torch_npu's threads it does not.
+// Whether Python knows this thread. It does not know torch_npu's threads.
 bool IsPythonThread();
 
 // While one of these lives in the main thread, signals that Python handles wait. The caller holds
@@ -36,17 +36,17 @@ class HeldSignals {
 //
 // A Ctrl-C raises KeyboardInterrupt in the Python function that the main thread runs, and the C++
 // between that function and its caller cannot pass it on. So the first signal waits until the function
-// has returned; a second one does not. If an exception comes out of the function all the same, the call
-// fails with a text, and the exception is raised again in this thread as soon as that is back in
-// Python. (A ctypes callback would drop an exception, and return success.)
+// has returned; a second one does not. If the function raises an exception nevertheless, the call fails
+// with a text, and the exception is raised again in this thread when the thread is back in Python. (A
+// ctypes callback would drop an exception, and return success.)
 class PythonFunction {
  public:
-  // The object must live as long as the process; null takes it away.
+  // The object must live as long as the process; null removes it.
   void Set(void* function) { function_ = function; }
   explicit operator bool() const { return function_ != nullptr; }
 
   // `format` and arguments are those of PyObject_CallFunction, parentheses included. Returns
-  // `failure`, with the reason kept under the name, if it could not be called or did not return.
+  // `failure`, with the reason stored under the name, if it could not be called or did not return.
   template <typename... Arguments>
   int Call(const char* name, int failure, const char* format, Arguments... arguments) const {
     void* function = function_;

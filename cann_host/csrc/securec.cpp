@@ -20,7 +20,7 @@ int vsnprintf_s(char* dst, size_t size, size_t count, const char* fmt, va_list a
     dst[0] = '\0';
     return -1;
   }
-  // Cut at count characters: the text stays, the caller learns of the cut.
+  // Cut at count characters: the text stays, and the return value reports the cut.
   return static_cast<size_t>(length) > count ? -1 : length;
 }
 

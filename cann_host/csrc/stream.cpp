@@ -1,10 +1,10 @@
-// libascendcl: streams, and who does the work that is launched on them. Events are in event.cpp,
-// captured graphs in capture.cpp.
+// libascendcl: streams, and the work that is launched on them. Events are in event.cpp, captured graphs
+// in capture.cpp.
 //
-// The thread that launches work does it, before the launch returns: every order that a program asks for
-// is kept, and a failure shows where it is made. With late streams (CANN_HOST_STREAMS=late) a launch
-// only joins its stream's queue, and the thread that waits for the stream, an event or the device does
-// the work: a program that forgot to wait then reads the old values, as it can on a device.
+// The thread that launches work does it before the launch returns: the order of the program is kept, and
+// the launch returns the error. With late streams (CANN_HOST_STREAMS=late) a launch is only added to its
+// stream's queue, and the thread that waits for the stream, an event or the device does the work: a
+// program that forgot to wait then reads the old values, as it can on a device.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -47,8 +47,8 @@ namespace {
 
 // A thread that Python does not know has launched work; from then on all work waits.
 std::atomic<bool> has_task_queue{false};
-// The interpreter is about to end, and with it threads that may hold the work's lock: no work is done
-// any more, and nobody waits.
+// The interpreter is about to end, and with it threads that may hold the work's lock: from now on no
+// work is done, and no thread waits.
 std::atomic<bool> is_leaving{false};
 
 // Locks the work. While it waits, other threads may have the interpreter: the thread that does the work
@@ -79,8 +79,8 @@ class WorkLock {
   const bool locked_;
 };
 
-// Does the work that the stream has now, up to a record of an event if one is given, and not what other
-// threads add meanwhile.
+// Does the work that the stream has now, up to a record of an event if one is given. It does not do work
+// that other threads add meanwhile.
 void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
   StreamsState& state = GetStreams();
   size_t left = SIZE_MAX;
@@ -148,7 +148,7 @@ int FinishDevice(const char* symbol, int device) {
   return first;
 }
 
-// Waiting for a captured stream would never end.
+// A wait for a captured stream would never end.
 int Captures(const char* symbol) {
   return Fail(kFailure,
               "%s: the stream is being captured; nothing can wait for it before the capture ends",
@@ -298,8 +298,8 @@ int aclrtSynchronizeDeviceWithTimeout(int32_t) {
   return FinishDevice("aclrtSynchronizeDeviceWithTimeout", CurrentDevice());
 }
 
-// A stream with work left answers that it has, and does the work: a program that asks until it is done
-// ends.
+// If a stream has work left, a query reports this and does the work: so a program that queries until the
+// work is done ends.
 int aclrtStreamQuery(void* handle, int* status) {
   CANN_HOST_CALL(aclrtStreamQuery);
   CANN_HOST_NEEDS(aclrtStreamQuery, status);

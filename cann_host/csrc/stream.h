@@ -1,5 +1,5 @@
-// What the files of libascendcl's streams share: stream.cpp (streams, and who does their work),
-// event.cpp (events) and capture.cpp (captured graphs).
+// What the files of libascendcl's streams share: stream.cpp (streams and their work), event.cpp (events)
+// and capture.cpp (captured graphs).
 #pragma once
 
 #include <atomic>
@@ -21,8 +21,8 @@ struct StreamState;
 
 struct EventState {
   Clock::time_point time;
-  uint64_t recorded = 0;  // how often a record was asked for
-  uint64_t done = 0;      // the last of them that was carried out
+  uint64_t recorded = 0;  // how often the event was recorded
+  uint64_t done = 0;      // the last of these records that was done
   bool captured = false;  // the last record is part of the graph that is being captured
   std::weak_ptr<StreamState> stream;  // where it was recorded
 };
@@ -35,14 +35,14 @@ struct Item {
   bool waits = false;
 };
 
-constexpr int kLostInFork = -1;  // no code of CANN's
+constexpr int kLostInFork = -1;  // not a code of CANN
 
 struct StreamState {
   int32_t id = 0;
   int device = 0;
   uint32_t overflow_switch = 0;
   std::deque<Item> queue;
-  // The first failure since somebody last waited. Later tasks are dropped, as on a device.
+  // The first failure since the last wait. Later tasks are dropped, as on a device.
   std::atomic<int> failure{0};
 };
 
@@ -52,7 +52,7 @@ struct Captured {
 
 // Leaked: see core.cpp.
 struct StreamsState {
-  std::recursive_mutex work;  // whoever does late work holds it
+  std::recursive_mutex work;  // held by the thread that does late work
   Mutex mutex;                // of everything below, for moments only
   std::map<void*, std::shared_ptr<StreamState>> streams;
   std::map<int, std::shared_ptr<StreamState>> defaults;   // by device: the stream that null means
@@ -78,8 +78,8 @@ std::shared_ptr<EventState> FindEvent(void* handle);
 int NoStream(const char* symbol, void* handle);
 int NoEvent(const char* symbol, void* handle);
 
-// Does the work that the stream has now, up to a record of an event if one is given, and not what other
-// threads add meanwhile. Takes the work's lock.
+// Does the work that the stream has now, up to a record of an event if one is given. It does not do work
+// that other threads add meanwhile. Takes the work's lock.
 void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number);
 
 }  // namespace cann_host

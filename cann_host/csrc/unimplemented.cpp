@@ -14,7 +14,7 @@
     return nullptr;                     \
   }
 
-// For those that return what they read, not a code.
+// For functions that return the value that they read, not a code.
 #define CANN_HOST_READS(type, symbol, nothing) \
   CANN_HOST_ENTRY(symbol, "fails")             \
   extern "C" type symbol() {                   \

@@ -1,2 +1,2 @@
-"""GE graphs: `compiler` reads a serialized graph, `executor` says what an operator is, `ops` holds
+"""GE graphs: `compiler` reads a serialized graph, `executor` defines what an operator is, `ops` has
 the operators, a file for each family."""

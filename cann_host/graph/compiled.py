@@ -1,4 +1,4 @@
-"""A compiled graph: the steps that are left to compute on every run."""
+"""A compiled graph: the steps that every run computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CompiledGraph", "Slot", "Step", "TensorInfo", "output_tensor"]
 
 
 class Slot(NamedTuple):
-    """Where a value of a graph lives: output number `port` of a node."""
+    """The name of a value in a graph: output number `port` of a node."""
 
     node: str
     port: int
@@ -32,7 +32,7 @@ class Step:
         node: name of the node, for messages.
         inputs: slot, or list of slots of a dynamic input, by input name.
         attrs: attributes by name.
-        last_use: slots nobody reads after this step.
+        last_use: slots that no step reads after this one.
     """
 
     op: Op
@@ -59,7 +59,7 @@ class Step:
 
 
 class TensorInfo(NamedTuple):
-    """GE dtype and shape of a graph's input or output; -1 is a dim known only at run time."""
+    """GE dtype and shape of a graph's input or output; -1 is a dim that only run time knows."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -77,13 +77,13 @@ class CompiledGraph:
         name: of the graph.
         inputs: slot of each graph input, in the order of the caller's inputs.
         constants: values known at compile time.
-        steps: what is left to compute on every run.
+        steps: the steps that every run computes.
         outputs: slots of the results.
-        output_infos: what the summary says about them.
+        output_infos: dtypes and shapes of the outputs, for the summary.
         is_static: whether every shape is known.
         borrowed: (name, address, bytes) of constants in the caller's memory.
-        formats: of each graph input, as it was compiled.
-        parameters: those whose memory `borrowed` is.
+        formats: of each graph input, for which the graph was compiled.
+        parameters: the parameters whose memory is in `borrowed`.
     """
 
     name: str
@@ -121,12 +121,12 @@ class CompiledGraph:
         return [output_tensor(values[slot], i) for i, slot in enumerate(self.outputs)]
 
     def check_unchanged(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
-        """Refuse changes that a device would not notice: torchair tells the formats of the inputs
-        once, then only addresses; of constants and frozen parameters it tells nothing more.
+        """Refuse changes that a device would not notice: torchair passes the formats of the inputs
+        once, then only addresses; for constants and frozen parameters it passes nothing more.
 
         Args:
-            given: the tensors torchair was called with.
-            addresses: that reached the graph.
+            given: the tensors that torchair was called with.
+            addresses: the addresses that the graph got.
 
         Raises:
             RuntimeError: one of them is not what the graph was compiled for.

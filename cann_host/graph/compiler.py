@@ -27,7 +27,7 @@ from cann_host.memory import FRACTAL_NZ
 
 __all__ = ["compile_graph", "ge_dtype"]
 
-# torchair's notes on the layouts of a node's tensors; an operator's data_format says the same
+# attributes in which torchair stores the layouts of a node's tensors; data_format has the same
 _LAYOUTS = frozenset({"input_layout_info", "output_layout_info"})
 # nodes that hold or pass on tensors
 _PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutput", "RefData"})
@@ -36,7 +36,7 @@ _PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutpu
 def _attributes(op: Op, node: Any) -> dict[str, Any]:
     attrs: dict[str, Any] = {}
     for name, attr in node.attr.items():
-        if name.startswith("_") or name in _LAYOUTS:  # notes of torchair and GE
+        if name.startswith("_") or name in _LAYOUTS:  # attributes for torchair and GE only
             continue
         if name not in op.attrs:
             raise GraphError(
@@ -90,7 +90,7 @@ def _data_info(node: Any) -> TensorInfo:
 
 
 def _proto_dtype(number: int) -> int:
-    """GE dtype of a dtype of the serialized form, which counts differently."""
+    """GE dtype of a dtype of the serialized form, which has other numbers."""
     from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
     from torchair.ge._ge_graph import DataType as GeDataType
 
@@ -112,7 +112,7 @@ def _constant(node: Any) -> Tensor:
 
 
 def compile_graph(model: bytes) -> CompiledGraph:
-    """Check a serialized ModelDef and make a compiled graph of it.
+    """Check a serialized ModelDef and compile it.
 
     Raises:
         GraphError: an operator is unknown or refuses its inputs.
@@ -192,7 +192,7 @@ def _placeholder(node: Any) -> tuple[Value, int, int]:
 
 
 def _needed(nodes: Sequence[Any]) -> list[Any]:
-    """Inputs, outputs and what some output depends on, in order. GE removes the rest too
+    """Inputs, outputs and the nodes that some output needs, in order. GE removes the others too
     (ge.oo.deadCodeElimination)."""
     by_name = {node.name: node for node in nodes}
     needed = {node.name for node in nodes if node.type in ("NetOutput", "Data", "RefData")}
@@ -207,8 +207,8 @@ def _needed(nodes: Sequence[Any]) -> list[Any]:
 
 
 def _check_known(graph: Any, nodes: Sequence[Any]) -> None:
-    """Refuse a graph with operators that are not here, all of them at once, each with the torch
-    call it came from."""
+    """Refuse a graph with operators that cann_host does not have. Names all of them, each with the
+    torch call it came from."""
     missing = [
         node for node in nodes if node.type not in executor.OPS and node.type not in _PASSIVE
     ]
@@ -218,7 +218,7 @@ def _check_known(graph: Any, nodes: Sequence[Any]) -> None:
     lines = []
     for type_ in dict.fromkeys(node.type for node in missing):
         names = [node.name for node in missing if node.type == type_]
-        origin = origins.get(names[0], "a call that torchair keeps no record of")
+        origin = origins.get(names[0], "a call that torchair does not record")
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"\n    op type {type_}, node {names[0]}{more}, from {origin}")
     raise GraphError(
@@ -264,11 +264,11 @@ def _predict(
 ) -> list[Step]:
     """Run a static graph on meta tensors: every operator checks its inputs, as GE does.
 
-    Values that turn out constant join `constants` and their steps go; `declared` takes the shapes
-    and dtypes the operators really give, which torchair compares with what torch expects.
+    Constant values are added to `constants` and their steps are removed; `declared` gets the shapes
+    and dtypes that the operators really return, which torchair compares with torch's.
 
     Returns:
-        The steps left to run.
+        The steps that every run computes.
     """
     values: dict[Slot, Any] = dict(constants)
     for slot, info in infos.items():
@@ -280,7 +280,7 @@ def _predict(
         try:
             results = step.run(values, compiling=True)
         except ShapeUnknownError:
-            return steps  # shapes that depend on values: GE makes such a graph a dynamic one
+            return steps  # shapes that depend on values: in GE such a graph is dynamic
         slots = [Slot(step.node, index) for index in range(len(results))]
         values.update(zip(slots, results, strict=True))
         if any(executor.is_meta(result) for result in results):
@@ -296,7 +296,7 @@ def _predict(
 
 
 def ge_dtype(result: Tensor, declared: int, index: int) -> int:
-    """GE dtype of a result; the declared one decides between two with the same bits."""
+    """GE dtype of a result; the declared dtype decides between two dtypes with the same bits."""
     if DTYPES.get(declared) == result.dtype:
         return declared
     for code, dtype in DTYPES.items():

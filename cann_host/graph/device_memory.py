@@ -31,7 +31,7 @@ def _over(address: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -
             f"a tensor of shape {shape} takes {needed} bytes, and its memory has {size}"
         )
     if needed and address % dtype.itemsize:
-        raise GraphError(f"a {dtype} tensor at {address:#x}, no multiple of its element's bytes")
+        raise GraphError(f"a {dtype} tensor at {address:#x}, not a multiple of the element size")
     return over_memory(address, dtype, shape)
 
 

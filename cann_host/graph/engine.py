@@ -1,7 +1,7 @@
 """The graph engine's Python half: compiles serialized graphs and runs them.
 
-`libcann_host.so` (csrc/ge.cpp) calls in here: once to compile a graph, then once per run with the
-addresses of inputs and outputs. What the operators compute is in `ops`.
+`libcann_host.so` (csrc/ge.cpp) calls these functions: once to compile a graph, then once per run
+with the addresses of inputs and outputs. The operators are in `ops`.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class GraphEngine:
         for op in executor.OPS.values():
             self.announce(op)
         give(library.cann_host_set_ge_executor, self._compile, self._run, self._release)
-        # Past this point the interpreter is gone but torchair's statics still remove their graphs.
+        # After this the interpreter is gone, but torchair's statics still remove their graphs.
         atexit.register(give, library.cann_host_set_ge_executor, None, None, None)
 
     @property
     def live_graphs(self) -> int:
-        """How many compiled graphs are alive."""
+        """The number of compiled graphs that exist."""
         return len(self._graphs)
 
     def announce(self, op: Op) -> None:
-        """Tell the library of an operator: torchair asks it which inputs and attributes exist."""
+        """Pass an operator to the library, which tells torchair its inputs and attributes."""
         names = (op.type, ",".join(op.inputs), ",".join(sorted(op.attrs)))
         self._library.cann_host_ge_register_op(*(name.encode() for name in names))
 
@@ -85,7 +85,7 @@ class GraphEngine:
         try:
             graph = self._graphs[number]
             given = (GeTensor * count).from_address(inputs) if count else ()
-            # The caller may be inside `with torch.device("npu")` or a mode of its own.
+            # The caller may be inside `with torch.device("npu")` or its own mode.
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 if (tensors := watched.given_inputs()) is not None:
                     graph.check_unchanged(tensors, [info.data or 0 for info in given])

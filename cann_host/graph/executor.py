@@ -1,16 +1,16 @@
-"""What GE operators mean: `{op type: function}`, one short function per operator.
+"""What GE operators compute: `{op type: function}`, one short function per operator.
 
-The functions are in the package `ops`, a file for each family; what they share is here. A
+The functions are in the package `ops`, a file for each family; this module has what they share. A
 function's signature is the operator's GE definition: positional parameters are its inputs,
-keyword-only ones its attributes with GE's defaults. `run_op` calls it by those names, and `OPS`
-tells torchair's own checks what exists. Tensors are plain CPU tensors, except
+keyword-only parameters are its attributes with GE's defaults. `run_op` calls it by those names, and
+torchair's own checks read `OPS`. Tensors are plain CPU tensors, except
 
     Int4        int4 values
     FractalNZ   a tensor whose storage has the internal format FRACTAL_NZ
 
-uint64 tensors (packed quantization parameters) are torch.int64 with the same bits. While a graph is
-compiled the same functions run on meta tensors, so every shape and refusal of a static graph is
-known before it runs.
+uint64 tensors (packed scales) are torch.int64 with the same bits. While a graph is compiled, the
+same functions run on meta tensors, so every shape and refusal of a static graph is known before it
+runs.
 
 Sources: the operator documents of CANN (hicann/ops-nn, hicann/ops-math) and the prototypes in
 torchair's `_ge_concrete_graph/auto_generated_ge_raw_ops.py`.
@@ -67,9 +67,11 @@ class ShapeUnknownError(Exception):
 class Int4:
     """int4 values.
 
-    held: int8, a value each; or int32, eight of the last dim each, which a matmul takes as it is.
-    swapped: whether what is held has the last two dims the other way round, so that a weight that
-        passes a Transpose stays packed.
+    Attributes:
+        held: int8, one value in each; or int32, eight values of the last dim in each, which a
+            matmul takes directly.
+        swapped: whether `held` has the last two dims in the other order, so that a weight stays
+            packed when it passes a Transpose.
     """
 
     held: Tensor
@@ -90,7 +92,7 @@ class Int4:
 
     @property
     def values(self) -> Tensor:
-        """As int8, a value each."""
+        """As int8, one value in each."""
         if self.held.is_meta:
             return torch.empty(self.shape, dtype=torch.int8, device="meta")
         values = unpack_int4(self.held) if self.is_packed else self.held
@@ -98,21 +100,21 @@ class Int4:
 
     @property
     def packed(self) -> Tensor:
-        """As int32, eight of the last dim each."""
+        """As int32, eight values of the last dim in each."""
         if self.is_packed and not self.swapped:
             return self.held
         return pack_int4(self.values.contiguous())
 
 
 class FractalNZ:
-    """A tensor stored as FRACTAL_NZ; int4 ones hold `Int4`.
+    """A tensor stored as FRACTAL_NZ; an int4 tensor holds `Int4`.
 
-    Bringing it to ND moves every byte, so it is done only when an operator asks for `nd`.
+    The conversion to ND moves every byte, so it happens only when an operator reads `nd`.
 
     Attributes:
-        like: what `nd` will be, on meta.
-        storage_shape: None where only the compiler knows it.
-        weight: the storage as a matmul takes it, where its rows are still those of `like`; or its
+        like: `nd` on meta.
+        storage_shape: None if only the compiler knows it.
+        weight: the storage as a matmul takes it, if its rows are still the rows of `like`; or the
             columns, if `swapped`.
     """
 
@@ -147,7 +149,7 @@ class FractalNZ:
         *,
         swaps: bool = False,
     ) -> FractalNZ:
-        """`function` of it, which leaves the order of its values or swaps its two dims."""
+        """Apply `function`, which keeps the order of the values or swaps the two dims."""
         like, nd = function(self.like), self._nd
         swapped = self.swapped != swaps
         weight = self.weight
@@ -162,7 +164,7 @@ Value: TypeAlias = "Tensor | Int4 | FractalNZ | None"
 
 # An input whose values, not only its shape, determine the shape of the result.
 Host: TypeAlias = Tensor
-# An input that stands for any number of tensors, named x0, x1, ... in the graph.
+# A dynamic input: any number of tensors, named x0, x1, ... in the graph.
 Dynamic: TypeAlias = list[Tensor]
 
 # GE dtype -> the torch dtype that represents it here
@@ -209,11 +211,12 @@ class Op:
         type: GE op type.
         function: the implementation.
         inputs: names of the inputs, in order.
-        host: those whose values decide the shape of the result.
-        dynamic: the input that stands for many, if any.
+        host: the inputs whose values decide the shape of the result.
+        dynamic: the dynamic input, if there is one.
         attrs: names of the attributes.
-        accepts_internal_formats: whether the function takes Int4 and FractalNZ as they are.
-        is_collective: whether it reaches other processes: never computed while a graph is compiled.
+        accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
+        is_collective: whether it communicates with other processes; then it is never computed while
+            a graph is compiled.
     """
 
     type: str
@@ -287,7 +290,7 @@ def run_op(
         op: what to compute.
         inputs: values by input name; the dynamic input is a list. Absent ones are left out.
         attrs: attributes by name.
-        compiling: whether only shapes are wanted, and values where they are known.
+        compiling: whether to compute only shapes, and the values that are already known.
 
     Returns:
         The outputs, in order.
@@ -316,7 +319,7 @@ def run_op(
 
 
 def _plain(op: Op, value: Any) -> Any:
-    """A value as ND: GE converts it before operators that take ND. It converts no int4."""
+    """A value as ND: GE converts it before operators that take ND. It does not convert int4."""
     if type(value) is list:
         return [_plain(op, v) for v in value]
     if isinstance(value, FractalNZ):
@@ -337,7 +340,12 @@ def _to_meta(value: Any) -> Any:
 
 
 def torch_dtype(code: int, what: str = "an attribute") -> torch.dtype:
-    """The torch dtype that stands for a GE dtype; what: has it, for the message."""
+    """The torch dtype for a GE dtype.
+
+    Args:
+        code: GE's number of the dtype.
+        what: what has this dtype, for the message.
+    """
     if code not in DTYPES:
         raise GraphError(f"{what} has GE dtype {code}, which is not implemented by cann_host")
     return DTYPES[code]
@@ -353,7 +361,7 @@ def soc_name() -> str:
 
 
 def refuses_overruns() -> bool:
-    """Whether a call is refused whose kernel writes past its result: the option `overruns`."""
+    """Whether to refuse a call whose kernel writes past its result: the option `overruns`."""
     return runtime.options().overruns == "refuse"
 
 
@@ -369,14 +377,15 @@ def overrun(text: str) -> None:
 
 
 def caution(text: str) -> None:
-    """Warn of what the device does without a word; the warning says that it is cann_host's."""
+    """Warn about something that the device does without an error. The warning says that it is
+    cann_host's own."""
     if "cann_host" not in text:
-        text = f"{text} (cann_host's caution; CANN says nothing)"
+        text = f"{text} (cann_host's caution; CANN reports nothing)"
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors in the dtype torch would compute with."""
+    """Tensors in the dtype in which torch would compute."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -1,8 +1,8 @@
 """Which torch call a GE node came from.
 
-A serialized graph does not say. torchair's own graph object, alive while the graph is compiled,
-keeps the text of its "py" dump: a comment with the torch call, then the lines that make its nodes.
-That text is read only for the message of a refusal.
+A serialized graph does not say this. torchair's own graph object exists while the graph is compiled
+and has the text of its "py" dump: a comment with the torch call, then the lines that make the
+nodes. That text is read only for the message of a refusal.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _MANY = re.compile(r"\[(\w+)_0\b.*\] = ge\.")  # a list of outputs comes without
 
 
 def origins_of(graph: str) -> dict[str, str]:
-    """The torch operator behind each node of a graph that torchair is compiling, by node name;
-    empty if the graph is not torchair's."""
+    """The torch operator from which each node comes, by node name, for a graph that torchair is
+    compiling; empty if the graph is not torchair's."""
     origins: dict[str, str] = {}
     for code in _texts(graph):
         call = None

@@ -1,13 +1,12 @@
 """What CANN refuses in a quantized matmul and the operators around it, as tables and checks.
 
-The stand-in must refuse what a device refuses, else a green run here would lie. Both ways into an
-operator use these rules: compiled graphs (`cann_host.graph.executor`) and eager calls
-(`cann_host.aclnn`).
+The stand-in must refuse what a device refuses; otherwise a pass on it would be worth nothing. Both
+compiled graphs (`cann_host.graph`) and eager calls (`cann_host.aclnn`) use these rules.
 
-The rules are written from CANN's public operator sources. They deliberately share nothing with
-`lq_graph.rules`, so each checks the other: do not import one from the other.
+The rules are written from CANN's public operator sources. They share nothing with `lq_graph.rules`,
+on purpose, so each checks the other: do not import one from the other.
 
-    descriptors        TensorDesc, what a rule knows of a tensor
+    descriptors        TensorDesc, what a rule reads of a tensor
     products           SoC name -> family of products
     refusal            Refusal: the reason and CANN's error code
     quant_matmul       QuantBatchMatmulV3, aclnnQuantMatmul*, and their support table
@@ -18,9 +17,9 @@ The rules are written from CANN's public operator sources. They deliberately sha
     norms              RmsNorm, AddRmsNorm, LayerNormV4
     definitions        dtypes of activations and other graph operators
 
-A check takes one record of the call and returns None or a `Refusal`. What CANN refuses has CANN's
-code. A call that CANN takes, but whose kernel then reads beside its inputs, or which the stand-in
-does not compute, is refused in cann_host's own name, without a code.
+A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
+code. If CANN takes a call, but its kernel then reads outside its inputs, or the stand-in does not
+compute it, the refusal is cann_host's own and has no code.
 
 Sources: the public repository hicann/ops-nn, for each operator its definition, tiling, InferShape
 and the checks of its aclnn functions; each module names its files. tests/support/cann_tables.py

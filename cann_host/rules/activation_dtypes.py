@@ -14,11 +14,11 @@ _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "hifloat8")  # Ascend 950 quantizes t
 
 
 class Dtypes(NamedTuple):
-    """Dtypes a family of products has.
+    """The dtypes that a family of products has.
 
     Attributes:
         x: of the input.
-        y: of the quantized result. Graphs know int4; aclnn also int32, which carries eight of them.
+        y: of the quantized result. Graphs have int4; aclnn also int32 that holds eight int4 values.
     """
 
     x: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Dtypes of other graph operators, by their definitions.
 
 Source: hicann/ops-nn, op_host/<operator>_def.cpp under activation and norm. A family that is not in
-a row has no public definition, so its dtypes are not known here.
+a row has no public definition, so cann_host does not know its dtypes.
 """
 
 from __future__ import annotations

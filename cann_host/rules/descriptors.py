@@ -1,4 +1,4 @@
-"""What a rule knows of a tensor."""
+"""What a rule reads of a tensor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ NZ = "FRACTAL_NZ"
 
 
 class TensorDesc(NamedTuple):
-    """A tensor without its data. Hashable: rules are cached by their calls.
+    """A tensor without its data. Hashable, because the results of rules are cached by call.
 
     Attributes:
-        dtype: name as in torch without the prefix: "int8", "uint64", "bfloat16"; "int4" for int4
-            values, also where an int32 tensor carries eight of them.
-        shape: logical (origin) shape in the order of the memory. An int32 tensor that carries int4
-            has eight times the last dim here.
+        dtype: torch's name without the prefix: "int8", "uint64", "bfloat16"; "int4" for int4
+            values, also if they are packed in an int32 tensor.
+        shape: logical (origin) shape in the order of the memory. The last dim counts int4 values,
+            also if they are packed in an int32 tensor.
         format: "ND" or "FRACTAL_NZ".
-        is_transposed: whether a matmul reads the last two dims the other way round: an x2 of shape
+        is_transposed: whether a matmul reads the last two dims in the other order: an x2 of shape
             (n, k) for example.
         storage_shape: storage shape of a FRACTAL_NZ tensor, if it is known.
     """

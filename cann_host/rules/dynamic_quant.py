@@ -40,9 +40,9 @@ class DynamicQuantCall(NamedTuple):
     Attributes:
         soc: name of the chip.
         x: input, (..., m, k).
-        y_dtype: dtype of the quantized result; "int32" for eight int4 each.
-        smooth_scales: (k,), a factor for each column; with group_index (groups, k), a row of them
-            for each group; for "perchannel" (m,).
+        y_dtype: dtype of the quantized result; "int32" for packed int4.
+        smooth_scales: (k,), a factor for each column; with group_index (groups, k), a row of
+            factors for each group; for "perchannel" (m,).
         group_index: (groups,).
         mode: quant_mode.
         dst_type_max: attribute of that name.
@@ -66,7 +66,7 @@ class DynamicQuantCall(NamedTuple):
 
     @property
     def first_code(self) -> int:
-        """CANN's code for what aclnn checks before its tiling does."""
+        """CANN's code for the checks of aclnn that come before the tiling."""
         return TILING if self.is_graph else INVALID
 
 
@@ -78,7 +78,7 @@ def dynamic_quant_scale_shape(x_shape: Sequence[int], mode: str) -> tuple[int, .
 
 
 def dynamic_quant_ignores(soc: str, smooth: bool, groups: bool) -> str | None:
-    """Which input of an accepted DynamicQuant has no effect, if one has none.
+    """Which input of an accepted DynamicQuant has no effect, if there is one.
 
     Args:
         soc: name of the chip.
@@ -95,8 +95,8 @@ def dynamic_quant_ignores(soc: str, smooth: bool, groups: bool) -> str | None:
 def check_dynamic_quant(call: DynamicQuantCall) -> Refusal | None:
     """Why a DynamicQuant is refused; None if it is accepted.
 
-    What aclnn does not look at still comes to tiling, which refuses with its own code.
-    smooth_scales on 310P, and group_index there or without smooth_scales, have no effect: see
+    The tiling refuses, with its own code, what aclnn does not check. smooth_scales have no effect
+    on 310P; group_index has no effect on 310P or without smooth_scales: see
     `dynamic_quant_ignores`.
     """
     refusal = check_dtypes(
@@ -104,7 +104,7 @@ def check_dynamic_quant(call: DynamicQuantCall) -> Refusal | None:
     ) or _check_mode_and_dims(call)
     if refusal is not None:
         return refusal
-    if 0 in call.x.shape and not call.is_graph:  # aclnn returns before its kernel is asked
+    if 0 in call.x.shape and not call.is_graph:  # aclnn returns before it calls the kernel
         refusal = _check_smooth(call)
         return refusal if refusal is not None and refusal.code == INVALID else None
     return _check_tiling(call) or _check_smooth(call)
@@ -127,11 +127,11 @@ def _check_mode_and_dims(call: DynamicQuantCall) -> Refusal | None:
 
 
 def _check_tiling(call: DynamicQuantCall) -> Refusal | None:
-    """What the tiling refuses, also of an eager call."""
+    """The refusals of the tiling, also for an eager call."""
     soc, family, shape = call.soc, call.family, call.x.shape
     k = shape[-1]
     if family == P310 and k % 32:  # CorrectNumCopyRow of dynamic_quant_tiling_310P.cpp
-        return Refusal(f"x has last dim {k}; {soc} wants a multiple of 32", TILING)
+        return Refusal(f"x has last dim {k}; {soc} takes a multiple of 32", TILING)
     if family == P310 and not call.is_symmetric and k > MAX_OFFSET_K_310P:
         return Refusal(
             f"an offset for rows of {k} on {soc}: its kernel for more than {MAX_OFFSET_K_310P} "
@@ -155,9 +155,9 @@ def _check_tiling(call: DynamicQuantCall) -> Refusal | None:
 
 
 def _check_smooth(call: DynamicQuantCall) -> Refusal | None:
-    """What DynamicQuant refuses of smooth_scales and group_index."""
+    """DynamicQuant's refusals for smooth_scales and group_index."""
     smooth, groups, first = call.smooth_scales, call.group_index, call.first_code
-    if smooth is None or (call.family == P310 and call.is_graph):  # tiling does not look there
+    if smooth is None or (call.family == P310 and call.is_graph):  # not checked by the tiling
         if groups is not None and groups.dtype != "int32":
             return Refusal(f"group_index is {groups.dtype}; it must be int32", NO_KERNEL)
         return None
@@ -177,7 +177,7 @@ def _check_smooth(call: DynamicQuantCall) -> Refusal | None:
 
 
 def _check_groups(call: DynamicQuantCall, smooth: TensorDesc, groups: TensorDesc) -> Refusal | None:
-    """What DynamicQuant refuses of smooth_scales with a group_index."""
+    """DynamicQuant's refusals for smooth_scales with a group_index."""
     count = groups.shape[-1] if groups.shape else 0
     is_vector = len(groups.shape) == 1 and groups.dtype in ("int32", "int64")
     # only aclnn counts its dims

@@ -37,9 +37,9 @@ class RmsNormCall(NamedTuple):
         x: input, or x1.
         gamma: its dims are the last ones of x.
         epsilon: not negative.
-        x2: what AddRmsNorm adds.
-        is_graph: whether it is the graph's operator: a dtype its definition does not have is then a
-            kernel that is not found, and an empty x is refused too.
+        x2: the tensor that AddRmsNorm adds.
+        is_graph: whether it is the graph's operator: then no kernel is found for a dtype that its
+            definition does not have, and an empty x is refused too.
     """
 
     soc: str
@@ -65,7 +65,7 @@ def check_rms_norm(call: RmsNormCall) -> Refusal | None:
                 f"x1 has {dims[0]} dims and gamma {dims[1]}; 1 to 8 are allowed", INVALID
             )
         if 0 in call.x.shape or 0 in call.gamma.shape:
-            return None  # aclnn returns before its kernel is asked
+            return None  # aclnn returns before it calls the kernel
     return _check_tiling(call)
 
 
@@ -111,9 +111,9 @@ def check_layer_norm(
 
     Args:
         x: dtype of x.
-        parameters: dtypes of gamma and beta, those that are given.
+        parameters: dtypes of gamma and beta, if they are given.
         dims: number of dims of x.
-        normalized: how many of the last ones are normalized.
+        normalized: how many of the last dims are normalized.
     """
     if len(set(parameters)) > 1 or not set(parameters) <= {x, "float32"}:
         return Refusal(

@@ -1,4 +1,4 @@
-"""Families of products: one set of rules holds for each."""
+"""Families of products: each has one set of rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ A2 = "Atlas A2/A3"
 P310 = "Atlas inference (310P)"
 A950 = "Ascend 950"
 
-# what a SoC name begins with, and its family
+# prefix of a SoC name: its family
 SOC_PREFIXES = (
     ("Ascend910_93", A2),
     ("Ascend910B", A2),

@@ -29,7 +29,7 @@ class Refusal:
         reason: names the argument, what was given and what is allowed. A refusal of cann_host's own
             names cann_host.
         code: CANN's error code; None if CANN takes the call and cann_host does not.
-        soc: name of the chip, where the message ends with it.
+        soc: name of the chip, if the message ends with it.
     """
 
     reason: str
@@ -44,5 +44,5 @@ class Refusal:
 
 
 def one_of(allowed: Iterable[str]) -> str:
-    """What is allowed, as a message says it."""
+    """The allowed values as a message lists them."""
     return " or ".join(allowed)

@@ -41,7 +41,7 @@ class AscendQuantCall(NamedTuple):
         offset: like scale, or None.
         y_dtype: dtype of the quantized result.
         axis: the dim of x that scale is along.
-        is_graph: whether it is the graph's operator, whose definition wants one dtype for all.
+        is_graph: whether it is the graph's operator, whose definition has one dtype for all.
     """
 
     soc: str
@@ -57,7 +57,7 @@ class AscendQuantCall(NamedTuple):
         return TILING if self.is_graph else INVALID
 
     def without_scalars(self) -> AscendQuantCall:
-        """The call as the tiling reads it: a scalar is a vector of one (EnsureNotScalar)."""
+        """The call as the tiling reads it: a scalar is a vector of one value (EnsureNotScalar)."""
         x, scale = _vector(self.x), _vector(self.scale)
         return self._replace(x=x, scale=scale, offset=self.offset and _vector(self.offset))
 
@@ -133,7 +133,7 @@ class _QuantizeDtypes(NamedTuple):
     out: tuple[str, ...]
 
 
-# aclnn_quantize.cpp, GetSocSupportDtypeMap; HiFloat8 is no dtype of torch
+# aclnn_quantize.cpp, GetSocSupportDtypeMap; torch has no HiFloat8
 _HALVES = ("float32", "float16")
 _WHOLE = ("int8", "uint8", "int32")
 _QUANTIZE = {

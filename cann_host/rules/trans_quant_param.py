@@ -1,4 +1,4 @@
-"""TransQuantParamV2 and the aclnn functions on it.
+"""TransQuantParamV2 and its aclnn functions.
 
 Source: hicann/ops-nn quant/trans_quant_param_v2: for a graph op_host, its tiling and InferShape;
 for an eager call op_host/op_api/aclnn_trans_quant_param_v2.cpp; op_kernel/trans_quant_param_v2.h.
@@ -45,7 +45,7 @@ class TransQuantParamCall(NamedTuple):
 def check_trans_quant_param(call: TransQuantParamCall) -> Refusal | None:
     """Why a TransQuantParamV2 is refused; None if it is accepted.
 
-    The tiling of a graph never looks at offset's shape. Only aclnn compares the two lengths, and
+    The tiling of a graph does not check offset's shape. Only aclnn compares the two lengths, and
     only if offset has one dim: see `packed_words`.
     """
     code = TILING if call.is_graph else INVALID
@@ -86,9 +86,9 @@ def _has_shape_of(call: TransQuantParamCall, name: str, shape: tuple[int, ...]) 
 def trans_quant_param_shape(
     soc: str, scale: Sequence[int], offset: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """The shape InferShape declares for TransQuantParamV2's result.
+    """The shape that InferShape declares for TransQuantParamV2's result.
 
-    It is scale's, or that of an offset of more dims; on Ascend 950 also that of a longer offset,
+    It is the shape of scale, or of an offset with more dims; on Ascend 950 also of a longer offset,
     if both have one dim.
     """
     if offset is None:
@@ -101,12 +101,12 @@ def trans_quant_param_shape(
 
 @dataclass(frozen=True)
 class PackedWords:
-    """What TransQuantParamV2's kernel does with the room for its result.
+    """How TransQuantParamV2's kernel uses the memory of its result.
 
     Attributes:
-        refusal: why cann_host does not compute it, though CANN takes it: a word would come from
-            beside scale or offset, or from nowhere.
-        overrun: a message if words are written past the result.
+        refusal: why cann_host does not compute the call, though CANN takes it: the kernel would
+            read outside scale or offset, or leave words unwritten.
+        overrun: a message if the kernel writes words past the result.
     """
 
     refusal: Refusal | None = None
@@ -116,20 +116,20 @@ class PackedWords:
 def packed_words(
     scale: Sequence[int], offset: Sequence[int] | None, room: Sequence[int]
 ) -> PackedWords:
-    """Compare what TransQuantParamV2 reads and writes with the room for it.
+    """Compare the values that TransQuantParamV2 reads and writes with the shapes of its tensors.
 
-    The kernel writes as many words as the longer of scale and offset has values, whatever the shape
-    of its result, and repeats an operand of one value.
+    The kernel writes as many words as the longer of scale and offset has values, independent of the
+    shape of its result. It repeats an operand of one value.
 
     Args:
         scale: shape of scale.
         offset: shape of offset, or None.
-        room: shape of the result, as InferShape declares it or the caller of aclnn made it.
+        room: shape of the result, from InferShape or from the caller of aclnn.
     """
     lengths = {"scale": math.prod(scale), "offset": 0 if offset is None else math.prod(offset)}
     words, places = max(lengths.values()), math.prod(room)
     given = f"scale {tuple(scale)} and offset {None if offset is None else tuple(offset)}"
-    no_values = "CANN does not look, and cann_host has no values for the rest"
+    no_values = "CANN does not check this, and cann_host has no values for the rest"
     for name, length in lengths.items():
         if length < min(words, places) and length != 1 and (name == "scale" or length):
             reason = f"{given}: {name} has {length} values and {words} are read; {no_values}"
@@ -143,5 +143,5 @@ def packed_words(
     return PackedWords(
         overrun=f"TransQuantParamV2 with {given}: its result has shape {tuple(room)}, and the "
         f"kernel writes {words} words: {words - places} overwrite other memory{reads}. Expand "
-        "scale to offset's length, as lq_graph does. (cann_host's caution; CANN says nothing.)"
+        "scale to offset's length, as lq_graph does. (cann_host's caution; CANN reports nothing.)"
     )

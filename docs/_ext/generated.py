@@ -1,8 +1,8 @@
-"""What the pages show that they do not hold themselves: pages from outside docs/, fresh tables, and
-docstrings as reStructuredText.
+"""Parts of the pages that are generated: pages from outside docs/, tables, and docstrings as
+reStructuredText.
 
-The pages are written to be read as plain Markdown too. So links lead to files, and tables are in
-the pages, where a test compares them with what `tables.py` makes; the build puts in the fresh ones.
+The pages can also be read as plain Markdown. So links point to files, and the pages contain the
+tables; a test compares them with the output of `tables.py`, and the build replaces them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tables import TABLES, put_in
 
 ROOT = Path(__file__).parents[2]
 
-# files outside docs/ that are pages: where they are built
+# files outside docs/ that are pages: the page that is built
 PAGES = {
     "README.md": "docs/index.md",
     "CHANGELOG.md": "docs/changelog.md",

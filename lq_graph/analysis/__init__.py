@@ -1,2 +1,1 @@
-"""What a quantized model computes beside the float one (compare), and what it becomes on the
-device (explain)."""
+"""The errors of a quantized model (compare), and its GE nodes on the device (explain)."""

@@ -36,16 +36,16 @@ def compare(
     model_a's final outputs are kept too. The models are unchanged afterwards. Each model gets a
     copy of the inputs, so it may change them in place.
 
-    Where `quantize` replaced a ReLU by the int8 range of the layer before it, that layer is
-    compared with the output of the reference's ReLU.
+    If `quantize` fused a ReLU into the int8 range of the layer before it, that layer is compared
+    with the output of the reference's ReLU.
 
     Args:
         model_a: the reference; any device and dtype.
         model_b: with modules of the same names; any device and dtype.
         inputs: an iterable of what the models are called with, one batch each: a tensor, a tuple of
             positional arguments or a mapping of keyword arguments. It is read once. Tensors are
-            moved to each model's device, float ones cast to its dtype.
-        layers: names of layers, or a function of a module of model_a and its name that tells
+            moved to each model's device, and float tensors are cast to its dtype.
+        layers: names of layers, or a function of a module of model_a and its name that returns
             whether to compare it; default: the modules whose class differs between the models.
         output: a function that picks the tensor to compare from what a model returns; default: the
             first float tensor.
@@ -60,7 +60,7 @@ def compare(
             of calls that differ.
         LinearQuantTypeError: inputs or layers of another type, or an output without a float tensor.
 
-    Source: `ErrorMetrics` has the formulas.
+    Source: the formulas are in `ErrorMetrics`.
     """
     if model_a is model_b:
         raise LinearQuantValueError(
@@ -114,7 +114,7 @@ class _Run:
             reference = as_float(a, tensor_of(name, out_a))
             if b in self._with_relu:
                 reference = torch.relu(reference)
-            # a copy: what follows may change the output in place
+            # a copy: later modules may change the output in place
             outputs[name].append(reference.to("cpu", copy=True))
             self._own[name].add(name, outputs[name][-1], as_float(b, tensor_of(name, out_b)))
 
@@ -135,8 +135,8 @@ class _Run:
     def sensitivities(
         self, batches: list[Any], references: list[Tensor]
     ) -> dict[str, ErrorMetrics]:
-        """The error of model_a's final output with one layer replaced, for each layer in turn that
-        was called."""
+        """For each layer that was called: the error of model_a's final output if only this layer is
+        replaced."""
 
         def replace(name: str, out_a: Any, out_b: Any) -> Any:
             reference = tensor_of(name, out_a)
@@ -179,7 +179,7 @@ class _Run:
         )
 
     def _pick(self, out: Any) -> Tensor:
-        """The tensor to compare in what a model returned."""
+        """The tensor to compare in the return value of a model."""
         return check_picked(self._output(out)) if self._output else first_float(out)
 
 
@@ -187,10 +187,10 @@ class _Run:
 def _beside(
     pairs: dict[str, tuple[nn.Module, nn.Module]], seen: Callable[[str, Any, Any], Any]
 ) -> Iterator[None]:
-    """While model_a runs, call model_b's layer beside each of its layers, with the same arguments,
+    """While model_a runs, call for each of its layers the layer of model_b with the same arguments,
     and then seen(name, output of a, output of b).
 
-    If `seen` returns something, it replaces the output of model_a's layer.
+    If `seen` returns a value, it replaces the output of model_a's layer.
     """
     running = False  # a layer of model_b, which may itself hold and call the layer of model_a
 

@@ -57,7 +57,7 @@ def _differing(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module]) -> list
         and not isinstance(all_b[name], nn.Identity)  # a ReLU that an int8 range replaces
         and (name or len(all_a) == 1)  # not the whole model, unless it is one layer
     ]
-    # a replacement need not have the modules inside the layer that it replaces
+    # a replacement may lack the modules inside the layer that it replaces
     inside = tuple(f"{name}." for name in names)
     if missing := [n for n in all_a if n not in all_b and not n.startswith(inside)]:
         raise LinearQuantValueError(

@@ -91,7 +91,7 @@ def _errors(comparison: Comparison, name: str) -> list[ErrorMetrics | None]:
 
 
 def _top(comparison: Comparison) -> float:
-    """Where an infinite SQNR is drawn: beyond the largest finite one."""
+    """The position of an infinite SQNR in the picture: beyond the largest finite one."""
     finite = [
         error.sqnr
         for name in _SERIES
@@ -102,7 +102,7 @@ def _top(comparison: Comparison) -> float:
 
 
 def _values(comparison: Comparison, name: str, top: float) -> list[float]:
-    """SQNR of each layer; NaN, which is not drawn, where there is none."""
+    """SQNR of each layer; NaN, which is not drawn, if there is none."""
     values = []
     for error in _errors(comparison, name):
         value = math.nan if error is None else error.sqnr

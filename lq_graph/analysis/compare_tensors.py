@@ -1,4 +1,4 @@
-"""Inputs for a model, and the tensors to compare in what it returns."""
+"""Inputs for a model, and the tensors to compare in its return value."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def tensor_of(name: str, out: Any) -> Tensor:
     first = out[0] if isinstance(out, tuple | list) and out else out
     if not isinstance(first, Tensor):
         raise LinearQuantTypeError(
-            f"compare: {name} gives {type(first).__name__}; allowed are a tensor or a tuple that "
+            f"compare: {name} returns {type(first).__name__}; allowed are a tensor or a tuple that "
             "begins with one. What to do: leave the layer out with `layers`."
         )
     return first
 
 
 def first_float(out: Any) -> Tensor:
-    """The first float tensor in what a model returns."""
+    """The first float tensor in the return value of a model."""
     values = out.values() if isinstance(out, Mapping) else out
     for value in values if isinstance(values, Iterable) and not isinstance(out, Tensor) else [out]:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -44,7 +44,7 @@ def first_float(out: Any) -> Tensor:
 
 
 def check_picked(picked: Any) -> Tensor:
-    """What output= returned, which has to be a tensor."""
+    """Check that output= returned a tensor, and return it."""
     if not isinstance(picked, Tensor):
         raise LinearQuantTypeError(
             f"compare: output= returned {type(picked).__name__}; allowed is a tensor. What to do: "
@@ -78,7 +78,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype a module computes in; None where it is unknown."""
+    """The dtype in which a module computes; None if it is unknown."""
     quantized: torch.dtype | None = None
     skip: set[nn.Module] = set()
     for part in module.modules():

@@ -41,7 +41,7 @@ class LayerComparison:
 
     @property
     def severity(self) -> float:
-        """A number to sort by, larger is worse; of `sensitivity` if measured, else of `own`."""
+        """A number to sort by, larger is worse: of `sensitivity` if measured, else of `own`."""
         error = self.sensitivity or self.own
         return -math.inf if error is None else error.severity
 
@@ -104,7 +104,7 @@ class Comparison(list[LayerComparison]):
         """Save the errors as a picture.
 
         Args:
-            path: of the file; its suffix, .png or .svg for example, tells the format.
+            path: of the file; its suffix, .png or .svg for example, selects the format.
 
         Raises:
             LinearQuantValueError: matplotlib is not installed.

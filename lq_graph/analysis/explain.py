@@ -56,7 +56,7 @@ class LayerExplanation:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the device reads and writes if it does so once for every tensor."""
+        """Bytes that the device reads and writes, each tensor once."""
         out = Spec(self.plan.output_dtype, self.plan.output_shape)
         return sum(_bytes(spec) for spec in (*self.tensors.values(), out))
 
@@ -95,7 +95,7 @@ class Explanation:
         product: whose support table was read.
         layers: one for each LinearQuant that was called, in order of the calls.
         graphs: the GE graphs of the whole model.
-        peak: the figures the bounds are estimated from.
+        peak: the figures from which the bounds are estimated.
     """
 
     device: str
@@ -171,11 +171,11 @@ class Explanation:
 
 
 def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = None) -> Explanation:
-    """Lower a model as for deployment, and tell what each quantized layer becomes.
+    """Lower a model as for deployment, and show the GE nodes of each quantized layer.
 
     Works on a copy of the model. The copy is prepared (`use_internal_format_weight`), run once for
-    the shapes, and lowered as a whole. Then each different LinearQuant is lowered alone, and beside
-    it the vendor's module, prepared by torchair's own function. Sets
+    the shapes, and lowered as a whole. Then each different LinearQuant is lowered alone, and so is
+    the vendor's module, prepared by torchair's own function. Sets
     torch.npu.config.allow_internal_format to True, as a deployment does.
 
     Args:
@@ -229,10 +229,10 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
 
 
 def require_npu() -> Any:
-    """torch.npu, where there is a device or cann_host.
+    """torch.npu, if there is a device or cann_host.
 
     Raises:
-        LinearQuantValueError: there is neither.
+        LinearQuantValueError: there is neither of them.
     """
     npu: Any = getattr(torch, "npu", None)
     if npu is None or not npu.is_available():

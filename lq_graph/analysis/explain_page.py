@@ -36,12 +36,12 @@ tr:last-child td { border-bottom: 0; }
 """
 
 _MATMUL, _OTHER, _FILL, _ARROW = "#1769aa", "#c2571a", "#eef1f5", "#9aa5b4"
-# inches: a node's width, between two beside each other, above each other, its head, a line of it
+# inches: width of a node, gaps to the right of it and below it, height of its head and of a line
 _WIDTH, _GAP, _STEP, _HEAD, _LINE_HEIGHT = 2.5, 0.15, 0.35, 0.36, 0.155
 
 
 def page(explanation: Explanation) -> str:
-    """The whole page, nothing to fetch.
+    """The whole page, self-contained.
 
     Args:
         explanation: what to show.
@@ -70,14 +70,14 @@ def page(explanation: Explanation) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>LinearQuant on {escape(e.device)}</title><style>{_CSS}</style><main>",
-        "<h1>What the model becomes</h1>",
+        "<h1>GE nodes of the model</h1>",
         f"<p class=quiet>{escape(e.device)}, {escape(str(e.product))}</p>",
         "<div class='card facts'>",
         *(f"<div><div class=big>{a}</div><div class=quiet>{b}</div></div>" for a, b in facts),
         "</div><h2>Layers</h2><div class=card>",
         _table(e.rows()),
         "</div><p class=quiet>us at peak: the larger of operations and bytes, each over the peak "
-        f"of {escape(str(e.peak))}. An estimate from below: no kernel reaches its peak.</p>",
+        f"of {escape(str(e.peak))}. A lower bound: no kernel reaches its peak.</p>",
     ]
     for names in shown.values():
         layer = by_name[names[0]]
@@ -113,7 +113,7 @@ def _nodes(graph: Any) -> str:
 
 
 def _draw(graph: Any) -> str:
-    """The compute nodes of a graph, each below what feeds it, with what it reads and gives."""
+    """The compute nodes of a graph, each below its producers, with its inputs and outputs."""
     try:
         import matplotlib
     except ImportError:
@@ -134,7 +134,7 @@ def _draw(graph: Any) -> str:
         for edge in node.inputs
         if edge.source in nodes
     )
-    # from the end, so that a node stands just above the first that reads it
+    # from the end, so that a node is just above the first node that reads it
     rows = [list(row) for row in networkx.topological_generations(flow.reverse())][::-1]
     heights = [_HEAD + _LINE_HEIGHT * max(len(nodes[n].inputs) + 1 for n in row) for row in rows]
     width = max(map(len, rows)) * (_WIDTH + _GAP) + _GAP
@@ -192,7 +192,7 @@ def _draw(graph: Any) -> str:
 
 
 def _size(edge: Any) -> str:
-    if edge.shape is None:  # torchair notes nothing of what its converters make inside
+    if edge.shape is None:  # torchair records no shape for nodes that its converters add
         return "?"
     shape = ", ".join(map(str, edge.shape))
     nz = " NZ" if edge.format == "FRACTAL_NZ" else ""

@@ -18,7 +18,7 @@ class ErrorMetrics:
 
     Attributes:
         sqnr: signal to quantization noise in dB, 10 log10(sum a^2 / sum (a - b)^2); infinite for
-            equal tensors, NaN where one of them holds NaN or infinity.
+            equal tensors, NaN if one of them holds NaN or infinity.
         max_abs: the largest absolute difference, in the unit of the tensors.
         cosine: of the flattened tensors, -1 to 1.
     """
@@ -48,7 +48,7 @@ class MetricSums:
         """Add a tensor and its reference.
 
         Args:
-            name: of what they are, for the message.
+            name: for the message.
             a: the reference.
             b: of the same shape.
 
@@ -58,7 +58,7 @@ class MetricSums:
         a, b = a.detach().cpu().double(), b.detach().cpu().double()
         if a.shape != b.shape:
             raise LinearQuantValueError(
-                f"compare: {name} gives {tuple(a.shape)} in model_a and {tuple(b.shape)} in "
+                f"compare: {name} returns {tuple(a.shape)} in model_a and {tuple(b.shape)} in "
                 "model_b. What to do: compare models of one architecture."
             )
         self.calls += 1
@@ -73,7 +73,7 @@ class MetricSums:
         self.largest = max(self.largest, largest) if largest == largest else largest
 
     def metrics(self) -> ErrorMetrics:
-        """Those of everything that was added."""
+        """The metrics of all tensors that were added."""
         if not math.isfinite(self.noise):
             return ErrorMetrics(math.nan, self.largest, math.nan)
         if not self.noise:

@@ -1,7 +1,7 @@
-"""What autocast does to the operators that take float activations: a cast, as nn.Linear's.
+"""Autocast for the operators that take float activations: it casts the input, as for nn.Linear.
 
-Args of each kernel, before the operator's own: the dispatch key it is registered for, and the
-device as torch.get_autocast_dtype names it.
+The first two arguments of each kernel, before those of the operator: the dispatch key that it is
+registered for, and the device as torch.get_autocast_dtype names it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ def static_quant(
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: floats, but not float64."""
+    """Cast as autocast does: floats, but not float64."""
     casts = x.is_floating_point() and x.dtype not in (dtype, torch.float64)
     return x.to(dtype) if casts else x

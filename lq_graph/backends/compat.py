@@ -1,8 +1,8 @@
 """Every private name of torch that the backends use, in one place.
 
-Known to work with torch 2.9 to 2.13. Where versions differ, ask here what exists, never for the
-version's number. torchair's private names are in converters/_torchair.py; of torch_npu only public
-ones are used.
+Known to work with torch 2.9 to 2.13. If versions differ, test here which name exists; never test
+the version number. torchair's private names are in converters/_torchair.py; of torch_npu only
+public names are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def excluded(key: str) -> AbstractContextManager[None]:
-    """Inside, the dispatcher passes over the kernels of a dispatch key."""
+    """A block in which the dispatcher skips the kernels of a dispatch key."""
     guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     )

@@ -1,11 +1,11 @@
-"""The operators have no derivative, because rounding has none. Who asks for one is told so.
+"""The operators have no derivative, because rounding has none. A caller who asks for one gets:
 
     backward             an input that requires grad: a warning; the output does not require grad
     forward mode (jvp)   an error
     torch.func           grad, vjp, jvp by an operator's input: an error; vmap: computed
 
-The kernels check this themselves, which costs a call under no_grad 0.1 us; an Autograd kernel in
-Python would cost every call 2 us. torch.func's kernels have a dispatch key of their own, which is
+The kernels check this themselves, which costs 0.1 us in a call under no_grad. An Autograd kernel in
+Python would cost 2 us in every call. torch.func's kernels have their own dispatch key, which is
 active only inside its transforms.
 """
 
@@ -36,8 +36,8 @@ def check_gradients(op: str, *inputs: Tensor | None) -> bool:
     """Warn or refuse if a derivative by one of the float inputs is asked for.
 
     Returns:
-        True if an input requires grad and gradients are recorded. The kernel then has to compute
-        under no_grad; otherwise a part of the gradient would pass, through the scales.
+        True if an input requires grad and gradients are recorded. The kernel must then compute
+        under no_grad; otherwise a part of the gradient would pass through the scales.
 
     Warns:
         UserWarning: an input requires grad, and gradients are recorded.
@@ -58,9 +58,8 @@ def check_gradients(op: str, *inputs: Tensor | None) -> bool:
         if grad_enabled and tensor.requires_grad:
             warnings.warn(
                 f"{op}: an input requires grad, and no gradient passes through a quantized layer: "
-                "what comes before it gets none from here. What to do: for inference, call the "
-                "model under torch.no_grad() or torch.inference_mode(); to train, use the float "
-                "model.",
+                "the layers before it get no gradient. What to do: for inference, call the model "
+                "under torch.no_grad() or torch.inference_mode(); to train, use the float model.",
                 stacklevel=3,
             )
             return True
@@ -74,7 +73,7 @@ def _has_tangent(x: Tensor) -> bool:
 def _no_derivative(op: str, what: str) -> str:
     return (
         f"{op}: {what}; quantization has no derivative, and 0 would be wrong. What to do: "
-        "differentiate the float model, or detach what goes in."
+        "differentiate the float model, or detach the input."
     )
 
 
@@ -99,7 +98,7 @@ def under_torch_func(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 def _unwrapped(values: Any, interpreter: FuncTorchInterpreter) -> Any:
-    """Unwrapped at this level: nothing here is differentiated."""
+    """The values without the wrapper of this level: nothing here is differentiated."""
     level = interpreter.level()
     return pytree.tree_map_only(Tensor, lambda t: functorch._unwrap_for_grad(t, level), values)
 

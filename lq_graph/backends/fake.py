@@ -1,4 +1,5 @@
-"""Fake kernels: what a call gives under fake tensors, on meta and in graphs. Each is plan()."""
+"""Fake kernels: the output's shape and dtype under fake tensors, on meta and in graphs, from
+plan()."""
 
 from __future__ import annotations
 

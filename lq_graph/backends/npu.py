@@ -1,4 +1,4 @@
-"""All that calls torch_npu: the NPU (PrivateUse1) kernels and the storage formats of npu tensors.
+"""All calls of torch_npu: the NPU (PrivateUse1) kernels and the storage formats of npu tensors.
 
 A kernel validates with plan() and makes one aclnn call. torch_npu is imported at the first call: an
 npu tensor cannot exist without it.
@@ -43,7 +43,7 @@ def _row_major(x: Tensor) -> Tensor:
 
 @cache
 def _quant_matmul() -> Any:
-    """The overload itself: torch_npu.npu_quant_matmul looks for it on every call."""
+    """The overload. torch_npu.npu_quant_matmul would look it up on every call."""
     import torch_npu
 
     return torch_npu.npu_quant_matmul.default
@@ -71,7 +71,7 @@ def linear_quant(
     if p.int4:
         x1, weight = _row_major(x1), _row_major(weight)
     elif p.m > LAST_DIM_MAX and not x1.is_contiguous():
-        x1 = x1.contiguous()  # transposed, m would be the last dim, which CANN limits
+        x1 = x1.contiguous()  # in a transposed x1, m would be the last dim, which CANN limits
     if p.n > LAST_DIM_MAX and not weight.is_contiguous():
         weight = weight.contiguous()
     # Absent arguments are left out and the dtype is passed as torch numbers it: each None and each
@@ -140,7 +140,7 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
 
 
 def format_of(tensor: Tensor) -> int:
-    """The storage format of a tensor, as aclFormat numbers it; ND for one not on the NPU."""
+    """The storage format of a tensor, as aclFormat numbers it; ND for a tensor not on the NPU."""
     if tensor.device.type != "npu":
         return ND
     import torch_npu
@@ -149,9 +149,9 @@ def format_of(tensor: Tensor) -> int:
 
 
 def cast_format(tensor: Tensor, acl_format: int) -> Tensor:
-    """An npu tensor in another storage format; itself if it has it already.
+    """Cast an npu tensor to a storage format; return it unchanged if it already has this format.
 
-    An int32 tensor is taken to carry int4: its FRACTAL_NZ blocks have rows of 8 words, 64 int4, and
+    An int32 tensor is treated as int4: its FRACTAL_NZ blocks have rows of 8 words (64 int4 values),
     not the 16 words of a plain cast (torch_npu-npu_format_cast.md, customize_dtype).
     """
     import torch_npu

@@ -1,7 +1,7 @@
-"""What a format of W8A8 checkpoints is: its files, its tensors, and how a layer is made of them.
+"""The interface of a format of W8A8 checkpoints: its files, its tensors, and how they make a layer.
 
-Each published format is one file beside this one: msmodelslim.py, compressed_tensors.py. formats.py
-lists them.
+Each published format has its own file: msmodelslim.py, compressed_tensors.py. formats.py lists
+them.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ INPUT_SCALE = Part("input_scale", FLOATS, ((1,), ()), positive=True)
 
 
 class StaticTensors(NamedTuple):
-    """What a static layer is made of, beside its weight.
+    """The tensors of a static layer, except its weight.
 
     Attributes:
         scale: of the LinearQuant: input_scale * weight_scale, float32 or packed int64, (n,).
         bias: of the LinearQuant, int32 or a float, (n,).
-        float_bias: the bias before it was rounded to int32, where the file has it.
+        float_bias: the bias before it was rounded to int32, if the file has it.
     """
 
     scale: Tensor
@@ -93,8 +93,8 @@ class Written(NamedTuple):
 
     Attributes:
         tensors: by the names of their parts.
-        inexact: why they do not give the layer back bit for bit; empty if they do.
-        lost: what they lose that the layer does not compute with; empty if nothing.
+        inexact: why the loaded layer would not be equal bit for bit; empty if it would be.
+        lost: the data that they lose and that the layer does not compute with; empty if nothing.
     """
 
     tensors: dict[str, Tensor]
@@ -109,24 +109,24 @@ class Format(ABC):
         name: as `save_checkpoint` takes it.
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
         parts: the tensors of a layer, by whether it is dynamic.
-        output_told_by: parts whose dtype tells the float dtype that a layer takes and gives.
+        output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
     """
 
     name: ClassVar[str]
     weights_file: ClassVar[str]
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[bool, tuple[Part, ...]]]
-    output_told_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
 
     # ---- reading ----
 
     @abstractmethod
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
-        """What a static layer is made of.
+        """The tensors of a static layer.
 
         Args:
-            read: gives the tensors of the file; scales and biases as `parts` has them.
-            output: the float dtype that the layer takes and gives.
+            read: returns the tensors of the file; scales and biases as `parts` has them.
+            output: the float dtype that the layer takes and returns.
         """
 
     def bias_dtype(
@@ -135,16 +135,16 @@ class Format(ABC):
         output: torch.dtype,
         given: torch.dtype | None,
     ) -> torch.dtype:
-        """The dtype of the built layer's bias, where the file has a float one."""
+        """The dtype of the built layer's bias, if the file has a float bias."""
         return output if given == output else _F32
 
     def build(self, dynamic: bool, output: torch.dtype, read: Read) -> QuantizedLinear:
-        """The layer that a file's tensors stand for.
+        """Make a layer from the tensors of a file.
 
         Args:
             dynamic: whether the layer quantizes its input per token.
-            output: the float dtype that it takes and gives.
-            read: gives a tensor by the name of its part, or None.
+            output: the float dtype that it takes and returns.
+            read: returns a tensor by the name of its part, or None.
         """
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         assert weight is not None
@@ -179,30 +179,30 @@ class Format(ABC):
 
     @abstractmethod
     def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
-        """A static layer's tensors, and what they do not keep."""
+        """A static layer's tensors, and what they lose."""
 
     @abstractmethod
     def json(
         self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
     ) -> dict[str, Any]:
-        """What the JSON file says.
+        """The contents of the JSON file.
 
         Args:
             keys: names of the tensors in the file of weights.
             layers: the quantized layers by name.
-            old: the JSON that is in the folder, of `json_to_keep`.
+            old: the JSON that is in the folder, from `json_to_keep`.
         """
 
     @abstractmethod
     def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        """The JSON that is in a folder, as far as it stays; {} for none.
+        """The part of a folder's JSON that stays; {} for none.
 
         Args:
-            folder: that is saved into.
+            folder: the folder of the new checkpoint.
             names: of the files in it.
 
         Raises:
-            CheckpointError: what is there contradicts this format.
+            CheckpointError: the JSON contradicts this format.
         """
 
     def describes_weights(self, name: str) -> bool:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""Checks of one quantized layer's tensors, made before anything is changed."""
+"""Checks of one quantized layer's tensors, before anything is changed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _I32, _F32, _F16, _BF16 = torch.int32, torch.float32, torch.float16, torch.bfloa
 
 
 def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
-    """Refuse a layer with a tensor that is missing or has a wrong dtype, shape or value, and one
-    that the model or the product cannot run. Sets `layer.output`.
+    """Refuse a layer with a tensor that is missing or has a wrong dtype, shape or value, and a
+    layer that the model or the product cannot run. Sets `layer.output`.
 
     Args:
-        layer: that is checked.
-        dtype: float16 or bfloat16, as the caller of load_checkpoint asks; None for the model's.
+        layer: the layer to check.
+        dtype: float16 or bfloat16, from the caller of load_checkpoint; None for the model's.
     """
     for part in layer.format.parts[layer.dynamic]:
         if part.name in layer:
@@ -55,8 +55,8 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
 
 
 def _check_values(layer: LayerToLoad, part: Part) -> None:
-    """Scales are finite and positive, an input's zero point is in -128 to 127, and a weight's is 0,
-    because LinearQuant has none."""
+    """Scales are finite and positive. The zero point of an input is in -128 to 127. The zero point
+    of a weight is 0, because LinearQuant has none."""
     if part.name == "weight_offset" and bool(layer.read(part.name).any()):
         layer.refuse_part(part.name, "zeros (symmetric weights)", "other values")
     if part.name == "input_offset":
@@ -71,7 +71,7 @@ def _check_values(layer: LayerToLoad, part: Part) -> None:
 
 
 def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
-    """The float dtype a layer takes and gives."""
+    """The float dtype that a layer takes and returns."""
     module = layer.module
     own = module.input_dtype if isinstance(module, QuantizedLinear) else weight_of(module).dtype
     wanted = dtype or own
@@ -81,25 +81,25 @@ def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
             f"{dtype_name(wanted)}, the dtype of the model's layer",
             "pass dtype=torch.bfloat16 or torch.float16",
         )
-    for part, outputs in layer.format.output_told_by.items():
+    for part, outputs in layer.format.output_decided_by.items():
         if part not in layer:
             continue
         given = layer.dtype(part)
         assert given is not None
-        told = outputs[given]
-        if told != wanted:
+        stated = outputs[given]
+        if stated != wanted:
             right = next(scale for scale, output in outputs.items() if output == wanted)
             layer.refuse_part(
                 part,
                 f"{dtype_name(right)}, of a layer in {dtype_name(wanted)}",
-                f"{dtype_name(given)}, of one in {dtype_name(told)}",
-                f"call model.to(torch.{dtype_name(told)}) first"
+                f"{dtype_name(given)}, of a layer in {dtype_name(stated)}",
+                f"call model.to(torch.{dtype_name(stated)}) first"
                 if dtype is None
-                else f"leave dtype= out, or pass torch.{dtype_name(told)}",
+                else f"leave dtype= out, or pass torch.{dtype_name(stated)}",
             )
     if not layer.dynamic and own in (_F16, _BF16) and own != wanted:
         layer.refuse(
-            f"a layer in {dtype_name(wanted)}, as dtype= says",
+            f"a layer in {dtype_name(wanted)}, the dtype of dtype=",
             f"{dtype_name(own)} in the model, and a static layer takes one dtype",
             f"call model.to(torch.{dtype_name(wanted)}) first, or leave dtype= out",
         )
@@ -125,7 +125,7 @@ def _check_input_scale(layer: LayerToLoad) -> None:
         layer.refuse_part("weight_scale", expected, "zero or infinity")
     if "bias" in layer and layer.output == _F16:
         steps = layer.read("bias").double() / product.double()
-        most = 2**31 - 1 - layer.k * 128 * 127  # leaves the product its room
+        most = 2**31 - 1 - layer.k * 128 * 127  # the product needs the rest of the int32 range
         if not bool((steps.abs() <= most).all()):
             found = f"{float(steps.abs().nan_to_num(torch.inf).max()):.3g}"
             layer.refuse_part(
@@ -138,7 +138,7 @@ def _check_input_scale(layer: LayerToLoad) -> None:
 
 
 def _check_range(layer: LayerToLoad) -> None:
-    """No weight and no bias that the files stand for is beyond the dtype of the layer's output."""
+    """The dtype of the layer's output can hold every weight and bias of the files as a float."""
     dtype = dtype_name(layer.output)
     todo = "load in bfloat16, or quantize again" if layer.output == _F16 else "quantize again"
     if "bias" in layer and not fits(layer.read("bias"), layer.output):
@@ -155,7 +155,7 @@ def _check_range(layer: LayerToLoad) -> None:
             expected = f"weights that {dtype} holds, the layer's dtype"
             layer.refuse_part(part, expected, f"127 * {float(scale.max()):.6g}", todo)
     if "quant_bias" in layer:
-        # the zero point's share of it is no bias: it is at most this
+        # the part of it that the zero point adds is not a bias: it is at most this
         zero_point = layer.read("input_offset").double().abs() * layer.k * 128
         least = (layer.read("quant_bias").double().abs() - zero_point).clamp(min=0)
         bias = least * layer.scales("deq_scale").double()

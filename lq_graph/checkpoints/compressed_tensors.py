@@ -1,6 +1,6 @@
 """The format of compressed-tensors: quantization_config in config.json.
 
-It says in groups which modules are int8, and how their inputs are quantized.
+Its groups say which modules are int8, and how their inputs are quantized.
 
 Source: vllm-project/compressed-tensors (src/compressed_tensors/quantization).
 """
@@ -68,7 +68,7 @@ class CompressedTensors(Format):
             keys: names of the tensors in the files.
 
         Raises:
-            CheckpointError: the config asks for something else than W8A8 with symmetric weights.
+            CheckpointError: the config is not W8A8 with symmetric weights.
         """
         groups = config.get("config_groups") if isinstance(config, dict) else None
         if not isinstance(groups, dict) or not self.is_method_of(config):
@@ -100,7 +100,7 @@ class CompressedTensors(Format):
         self, dynamic: bool, output: torch.dtype, given: torch.dtype | None
     ) -> torch.dtype:
         if not dynamic and output == _F16:
-            return _I32  # the row of float16 output without pertoken_scale takes no other
+            return _I32  # the row of float16 output without pertoken_scale takes only int32
         return super().bias_dtype(dynamic, output, given)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
@@ -170,7 +170,7 @@ def _is_dynamic(file: Path, name: str, group: dict[str, Any]) -> bool:
     """Whether a config group quantizes its input dynamically.
 
     Raises:
-        CheckpointError: the group is not one that LinearQuant can run.
+        CheckpointError: LinearQuant cannot run the group.
     """
     weights, inputs = _dict(group.get("weights")), _dict(group.get("input_activations"))
     for part, given, strategies in (
@@ -200,12 +200,12 @@ def _is_dynamic(file: Path, name: str, group: dict[str, Any]) -> bool:
 
 
 def _dict(value: object) -> dict[str, Any]:
-    """A JSON object; {} for anything else, which the checks refuse afterwards."""
+    """A JSON object; {} for any other value, which the checks refuse afterwards."""
     return value if isinstance(value, dict) else {}
 
 
 def _target(name: str) -> str:
-    """The target that means one layer: its name, or a pattern where the name would mean more."""
+    """The target that selects one layer: its name, or a pattern if the name would select more."""
     return f"re:{re.escape(name)}$" if name == "Linear" or name.startswith("re:") else name
 
 
@@ -237,5 +237,5 @@ class _Targets:
                     return True
             except PatternError as error:
                 found = f"'re:{pattern.text[:80]}': {error}"
-                refuse(self._file, self._key, "patterns that are soon matched", found)
+                refuse(self._file, self._key, "patterns that match in bounded time", found)
         return False

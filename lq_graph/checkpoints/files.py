@@ -1,8 +1,8 @@
 """One file of a checkpoint, read or written: JSON, or safetensors.
 
-Only regular files are read, and JSON only up to a size and a depth. Reading and writing are plain
+Only regular files are read, and JSON only up to a size and a depth. Reading and writing use plain
 system calls and not mapped memory: an error of the disk is an exception and not a signal, and each
-tensor has memory of its own. Everything that is wrong with a file is a CheckpointError.
+tensor has its own memory. Every problem with a file is a CheckpointError.
 
 Source: safetensors' README (huggingface/safetensors), section Format: eight bytes of length, a
 JSON header of at most 100 MB, and the tensors end to end.
@@ -81,7 +81,7 @@ def expanded(path: str | Path) -> Path:
     path = Path(path)
     try:
         return path.expanduser()
-    except RuntimeError:  # no user of that name: ~ is part of the file's name
+    except RuntimeError:  # there is no user of that name: ~ is part of the file's name
         return path
 
 
@@ -101,7 +101,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def check_model(function: str, model: object) -> None:
-    """Refuse what is no module."""
+    """Refuse a model that is not a module."""
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
 
@@ -110,12 +110,12 @@ def check_model(function: str, model: object) -> None:
 
 
 def _nonblocking(path: str, flags: int) -> int:
-    # else opening a FIFO would wait for a writer
+    # otherwise opening a FIFO would wait for a writer
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
-    """Open a regular file; also its size and the time it was written."""
+    """Open a regular file. Returns it, with its size and its time of modification."""
     try:
         stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
         status = os.fstat(stream.fileno())
@@ -130,7 +130,7 @@ def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
 
 
 def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
-    """Fill a buffer from a file; refuse a file that ends before."""
+    """Fill a buffer from a file; refuse a file that is too short."""
     view = memoryview(buffer).cast("B")
     while view:
         try:
@@ -138,7 +138,7 @@ def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
         except OSError as error:
             refuse(file, None, "a file that can be read", error.strerror or str(error))
         if not count:
-            refuse(file, None, "a whole file", "its end, it was shortened meanwhile")
+            refuse(file, None, "a whole file", "its end: something shortened it during the read")
         view, offset = view[count:], offset + count
 
 
@@ -146,8 +146,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: no regular file with one object; more than 100 MB or 50 levels; a key that
-            comes twice.
+        CheckpointError: not a regular file with one object; more than 100 MB or 50 levels; a
+            repeated key.
     """
     stream, (size, _) = _open(file, "a JSON object")
     with stream:
@@ -188,7 +188,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _int(digits: str) -> int:
-    if len(digits) > 20:  # more than 64 bits hold; long ones take quadratic time
+    if len(digits) > 20:  # more than 64 bits can hold; long numbers take quadratic time
         raise ValueError(f"the number {shown(digits, 20)}")
     return int(digits)
 
@@ -198,7 +198,7 @@ class Entry:
     """One tensor of a file.
 
     Attributes:
-        dtype: None for one that torch does not have.
+        dtype: None for a dtype that torch does not have.
         shape: of the tensor.
         begin, end: of its bytes in the file.
     """
@@ -214,15 +214,15 @@ class TensorFile:
 
     Args:
         file: its path.
-        mapped: whether tensors are the mapped file, privately: writing to a tensor does not change
-            the file. Else they have memory of their own.
+        mapped: whether tensors use a private mapping of the file: writing to a tensor does not
+            change the file. Otherwise they have their own memory.
 
     Attributes:
         entries: the tensors that the header lists, by name.
         bytes_read: bytes of tensors that were read so far.
 
     Raises:
-        CheckpointError: it is no safetensors file, or is cut off.
+        CheckpointError: it is not a safetensors file, or is cut off.
     """
 
     def __init__(self, file: Path, *, mapped: bool = False) -> None:
@@ -241,7 +241,7 @@ class TensorFile:
         self._stream.close()
 
     def check_unchanged(self) -> None:
-        """Refuse a file that was written to since it was opened."""
+        """Refuse a file that was changed since it was opened."""
         try:
             status = os.fstat(self._stream.fileno())
         except OSError as error:
@@ -267,12 +267,12 @@ class TensorFile:
         try:
             header = _parse(self.file, text)
         except CheckpointError as error:
-            broken(f"a header that is not one: {str(error).rpartition('expected ')[2]}")
+            broken(f"a header that is not valid: expected {str(error).rpartition('expected ')[2]}")
         about = header.pop("__metadata__", None)
         if about is not None and not (
             isinstance(about, dict) and all(isinstance(v, str) for v in about.values())
         ):
-            broken("__metadata__ that is no object of strings")
+            broken("__metadata__ that is not an object of strings")
         entries = {}
         for key, given in header.items():
             entry = _entry(given, end)
@@ -324,7 +324,7 @@ class TensorFile:
 
 
 def _entry(given: object, offset: int) -> Entry | None:
-    """What the header says of a tensor; None if it is invalid."""
+    """The header's entry for a tensor; None if it is invalid."""
     if not isinstance(given, dict):
         return None
     name, shape, place = given.get("dtype"), given.get("shape"), given.get("data_offsets")

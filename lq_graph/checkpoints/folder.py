@@ -32,13 +32,13 @@ def temporary_name(name: str) -> str:
 
 
 def backup_name(name: str) -> str:
-    """The name of a copy of a file that is replaced, until the save is done."""
+    """The name of the backup of a file that is replaced, until the save is done."""
     return f".{name}.before"
 
 
 def pending_weights(folder: Path) -> Path | None:
-    """Weights that are complete under their temporary name while the JSON that describes them is in
-    place: a save is between its last two steps, or was killed there."""
+    """Weights that are complete under their temporary name, if the JSON that describes them is
+    already in place: a save is between its last two steps, or was killed there."""
     for format in FORMATS.values():
         about = format.json_file
         found = folder / temporary_name(format.weights_file)
@@ -56,14 +56,14 @@ class CheckpointFiles:
     Args:
         path: a folder, or one file.
         stack: closes the files.
-        pending: a file of weights that stands for those in the folder; see `pending_weights`.
-        mapped: whether tensors are the mapped files, see `TensorFile`.
+        pending: a file of weights to use instead of those in the folder; see `pending_weights`.
+        mapped: whether tensors use a mapping of the files, see `TensorFile`.
 
     Attributes:
         path: as given.
 
     Raises:
-        CheckpointError: no files, files that are broken, or an index that is not of these files.
+        CheckpointError: no files, broken files, or an index of other files.
     """
 
     def __init__(self, path: Path, stack: ExitStack, pending: Path | None, *, mapped: bool) -> None:
@@ -83,7 +83,7 @@ class CheckpointFiles:
             self._check_index(*index)
 
     def _check_index(self, index: Path, names: dict[str, str]) -> None:
-        """Refuse an index of other files, which were in the folder before these."""
+        """Refuse an index of other files, which were in the folder earlier."""
         for key, name in names.items():
             if key not in self._of or self._of[key].file.name != name:
                 refuse(index, key, f"a tensor in {name}", "no such tensor")
@@ -93,7 +93,7 @@ class CheckpointFiles:
         others = {name for name in list_folder(index.parent) if name.endswith(".safetensors")}
         for name in sorted(others - {opened.file.name for opened in self._files}):
             both = [key for key in _names_in(index.parent / name) if key in names]
-            if both:  # files of other tensors, as consolidated.safetensors, are not read
+            if both:  # files of other tensors, such as consolidated.safetensors, are not read
                 refuse(
                     index,
                     None,
@@ -131,13 +131,13 @@ class CheckpointFiles:
         return self._of[key].read_part(key, dim, part, parts)
 
     def check_unchanged(self) -> None:
-        """Refuse files that were written to since they were opened."""
+        """Refuse files that were changed since they were opened."""
         for file in self._files:
             file.check_unchanged()
 
 
 def _names_in(file: Path) -> list[str]:
-    """Names of the tensors in a file; none if it is no safetensors file."""
+    """Names of the tensors in a file; none if it is not a safetensors file."""
     try:
         opened = TensorFile(file)
     except CheckpointError:
@@ -147,7 +147,7 @@ def _names_in(file: Path) -> list[str]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is that of a file, and not of a folder; refuses one that does not exist."""
+    """Whether a path is a file and not a folder; refuses a path that does not exist."""
     try:
         os.listdir(path)
     except NotADirectoryError:
@@ -161,7 +161,7 @@ def is_file(path: Path) -> bool:
 
 
 def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path]]:
-    """The index and what it says, or None, and the safetensors files."""
+    """The index and its contents, or None; and the safetensors files."""
     if is_file(path):
         return None, [path]
     names = list_folder(path)
@@ -194,8 +194,8 @@ def old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
 
     save_checkpoint puts the JSON in place first and the weights second; between the two steps the
     weights are complete under their temporary name. A load that reads one file of the old
-    checkpoint and one of the new fails. So after an error the load is tried again if a file of the
-    folder has changed since.
+    checkpoint and one of the new fails. So after an error, if a file of the folder has changed
+    meanwhile, the load is tried again.
     """
     tries = 0
     while True:
@@ -217,7 +217,7 @@ def _pending_for(path: Path) -> Path | None:
 
 
 def _stamp(path: Path) -> list[tuple[object, ...]]:
-    """Something that differs after a file of a checkpoint has changed."""
+    """A value that differs after a file of a checkpoint has changed."""
     found: list[tuple[object, ...]] = []
     with suppress(OSError, ValueError):
         folder = path if os.path.isdir(path) else path.parent

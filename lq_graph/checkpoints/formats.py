@@ -1,4 +1,4 @@
-"""The formats of W8A8 checkpoints, and which of them a folder has."""
+"""The formats of W8A8 checkpoints, and the format of a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def format_and_schemes(folder: Path, keys: Iterable[str]) -> tuple[Format, dict[
         keys: names of the tensors in its files.
 
     Raises:
-        CheckpointError: neither format's JSON, both, or one that asks for something else than W8A8.
+        CheckpointError: the JSON of no format or of both, or of a scheme that is not W8A8.
     """
     names = list_folder(folder)
     config = folder / CONFIG

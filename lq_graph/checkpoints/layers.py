@@ -28,7 +28,7 @@ __all__ = ["LayerToLoad", "layers_to_load", "new_layer", "weight_of"]
 
 _I8, _I64 = torch.int8, torch.int64
 _F32, _F16 = torch.float32, torch.float16
-# the parameter of LinearQuant that a part becomes, if it is not a scale; it tells how it is split
+# the parameter of LinearQuant that a part becomes, if it is not a scale; it decides the split
 _PARAMETER = {"weight": "weight", "quant_bias": "bias", "bias": "bias"}
 
 
@@ -43,11 +43,11 @@ class LayerToLoad:
         format: that of the files.
         dynamic: whether its input is quantized per token.
         n, k: its sizes.
-        output: the float dtype that it takes and gives.
+        output: the float dtype that it takes and returns.
         style: how it is split over devices; None if it is not.
         parts: the tensors it has in the files, by the names of their parts.
-        keys: their names in the files, likewise. A weight that is tied to another layer's may have
-            that layer's name.
+        keys: the names of these tensors in the files, by the names of their parts. A weight that is
+            tied to another layer's weight may have that layer's name.
     """
 
     name: str
@@ -66,19 +66,19 @@ class LayerToLoad:
         return part in self.keys
 
     def dtype(self, part: str) -> torch.dtype | None:
-        """Of a tensor it has; None for a dtype that torch does not have."""
+        """The dtype of one of its tensors; None for a dtype that torch does not have."""
         return self.files.header(self.keys[part])[0]
 
     def shape(self, part: str) -> tuple[int, ...]:
-        """Of a tensor it has."""
+        """The shape of one of its tensors."""
         return self.files.header(self.keys[part])[1]
 
     def read(self, part: str) -> Tensor:
-        """A tensor it has."""
+        """Read one of its tensors."""
         return self.files.read(self.keys[part])
 
     def scales(self, part: str) -> Tensor:
-        """The scales in a tensor it has, of which int64 ones hold the bits of a float32."""
+        """Read the scales in one of its tensors; an int64 scale holds the bits of a float32."""
         values = self.read(part)
         return (values & 0xFFFFFFFF).to(torch.uint32).view(_F32) if values.dtype == _I64 else values
 
@@ -87,7 +87,7 @@ class LayerToLoad:
         refuse(self.files.path, self.name, expected, found, todo)
 
     def refuse_part(self, part: str, expected: str, found: str, todo: str = "") -> NoReturn:
-        """Raise a CheckpointError that names a tensor it has."""
+        """Raise a CheckpointError that names one of its tensors."""
         key = self.keys[part]
         refuse(self.files.file_of(key), key, expected, found, todo)
 
@@ -95,16 +95,16 @@ class LayerToLoad:
 def layers_to_load(
     model: nn.Module, files: CheckpointFiles, format: Format, schemes: Mapping[str, bool]
 ) -> list[LayerToLoad]:
-    """The quantized layers of the files, each with the module it replaces and the keys it has.
+    """The quantized layers of the files, each with the module it replaces and its keys.
 
     Args:
-        model: that is loaded into.
+        model: the model to load into.
         files, format: of the checkpoint.
         schemes: for each layer's name, whether it is dynamic.
 
     Raises:
-        CheckpointError: a module that is absent or cannot be replaced; one module under two names
-            with different tensors.
+        CheckpointError: a module is absent or cannot be replaced; or one module has two names, with
+            different tensors.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     places, elsewhere = places_of(model), held_elsewhere(model)
@@ -154,7 +154,7 @@ def _check_replaceable(
     ):
         layer.refuse(
             "a layer with float input and output",
-            "one that takes or gives int8, and the ReLU beside it may be gone",
+            "a layer that takes or returns int8; the ReLU beside it may be fused into it",
             "load into the float model",
         )
     why = why_not_replaceable(module, QuantizedLinear if quantized else nn.Linear, places)
@@ -169,14 +169,14 @@ def _check_replaceable(
 
 
 def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
-    """One module under two names has one set of tensors."""
+    """Check that a module with two names has the same tensors under both."""
     for part in other.keys:
         if part not in one or not bit_equal(other.read(part), one.read(part)):
             other.refuse_part(part, f"the tensor of {one.name}, which is the same layer", "another")
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of an nn.Linear, or the quantized one of a QuantizedLinear."""
+    """The weight of an nn.Linear, or the quantized weight of a QuantizedLinear."""
     found = module.linear.weight if isinstance(module, QuantizedLinear) else module.weight
     return cast(Tensor, found)
 
@@ -187,9 +187,10 @@ def new_layer(
     """The layer that replaces the module, on its device.
 
     Args:
-        layer: checked.
-        parallel: which part of it is this process's; None for the whole.
-        weights: those of the layers before, by key; one weight that several layers have stays one.
+        layer: a layer that was checked.
+        parallel: selects this process's part of it; None for the whole.
+        weights: the weights of earlier layers, by key; a weight that several layers share stays
+            shared.
     """
     new = layer.format.build(layer.dynamic, layer.output, partial(_read, layer, parallel))
     device = weight_of(layer.module).device

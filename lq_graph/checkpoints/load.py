@@ -1,7 +1,7 @@
-"""load_checkpoint: a W8A8 checkpoint into a model.
+"""load_checkpoint: loads a W8A8 checkpoint into a model.
 
-In this order: the files' headers, the scales' values and the model are checked; everything is read;
-the model is changed, all or nothing.
+In this order: check the headers of the files, the values of the scales and the model; read
+everything; change the model, atomically.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Loaded:
         name: qualified name.
         scheme: "dynamic" or "static".
         n, k: its sizes.
-        output_dtype: the float dtype that it takes and gives.
+        output_dtype: the float dtype that it takes and returns.
     """
 
     name: str
@@ -90,36 +90,36 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
 
-    For each quantized layer of the files the model needs an nn.Linear of that name, which a
-    `QuantizedLinear` replaces, or a QuantizedLinear. The nn.Linear must be one that `quantize`
-    would quantize. Every other tensor is loaded by name, into the memory it has. Tied weights stay
-    tied.
+    For each quantized layer of the files the model needs an nn.Linear of that name, or a
+    QuantizedLinear. A `QuantizedLinear` replaces the nn.Linear, which must be one that `quantize`
+    would quantize. Every other tensor is loaded by name, into the memory that it has. Tied weights
+    stay tied.
 
     Atomic: if a step fails, the model is unchanged. Files and model are checked first, everything
-    is read second, and the model is changed last; Ctrl-C waits for that step. Another process may
-    save into the folder meanwhile: the old checkpoint or the new one is loaded. Threads load one
+    is read second, and the model is changed last; Ctrl-C waits for that step. If another process
+    saves into the folder meanwhile, the old checkpoint or the new one is loaded. Threads load one
     after another.
 
-    The old tensors stay in memory until everything is read. To avoid that, make the model under
+    The old tensors stay in memory until everything is read. To avoid this, make the model under
     torch.device("meta"). Files do not hold non-persistent buffers (the inv_freq of rotary
-    embeddings, for example), so make the modules that have them again outside torch.device("meta")
-    before loading.
+    embeddings, for example), so before loading, make the modules that have such buffers again,
+    outside torch.device("meta").
 
     Args:
-        model: the float model that the checkpoint was made of.
+        model: the float model that was quantized.
         path: a folder, or one safetensors file with its JSON beside it; ~ is the home folder.
         dtype: torch.float16 or torch.bfloat16, the dtype of the quantized layers' input and output;
-            default the dtype of each layer's own weight. A static layer of msmodelslim states its
-            own, which has to agree: float16 for an int64 deq_scale, bfloat16 for a float32 one.
+            default the dtype of each layer's own weight. A static layer of msmodelslim has its own
+            dtype, which must agree: float16 for an int64 deq_scale, bfloat16 for a float32 one.
         mesh: a mesh of one dim, to split layers over devices; with `plan` only.
-        plan: how layers are split: from a name (`*` stands for any part between two dots) to a
-            ColwiseLinearQuant or RowwiseLinearQuant of `lq_graph.parallel`. Each process keeps its
-            part of those layers' tensors and reads no more of the weights; scales and biases are
-            read whole, to be checked. Leave these layers out of parallelize_module.
+        plan: how to split layers: a mapping from a name (`*` stands for any part between two dots)
+            to a ColwiseLinearQuant or RowwiseLinearQuant of `lq_graph.parallel`. Each process reads
+            and keeps only its part of the weights; scales and biases are read whole, to check them.
+            Leave these layers out of parallelize_module.
         mmap: map the files instead of reading them; tensors on the CPU are then read when they are
-            used. As long as the model exists, nobody may write to the files or shorten them: its
-            values would change, or the process end with SIGBUS. Replacing the files, as
-            save_checkpoint does, is safe.
+            used. As long as the model exists, do not write to the files or shorten them: the
+            model's values would change, or the process would end with SIGBUS. To replace the files,
+            as save_checkpoint does, is safe.
 
     Returns:
         A LoadReport: a list with one `Loaded` for each quantized layer.
@@ -128,7 +128,7 @@ def load_checkpoint(
         CheckpointError: a file or tensor that is missing, cut off, or of another dtype or shape; a
             scale that is not finite and above 0; a value that the model's dtype cannot hold; a
             layer that cannot be replaced or that the product in force cannot run; a tensor that
-            would stay on meta. With a mesh an error of one rank is raised on all ranks.
+            would stay on meta. With a mesh, an error of one rank is raised on all ranks.
         LinearQuantError: a layer that the plan cannot split.
 
     Source: vllm-project/vllm-ascend for msmodelslim's format, vllm-project/compressed-tensors for
@@ -149,7 +149,7 @@ def load_checkpoint(
                 report, swap = old_or_new(path, load)
                 swap()
             return report
-        with parallel.agreeing() as found:  # no rank changes its model unless all can
+        with parallel.agreeing() as found:  # a rank changes its model only if all ranks can
             report, swap = old_or_new(path, load)
             found += [str(layer.row()) for layer in report]
         swap()

@@ -65,14 +65,14 @@ class Msmodelslim(Format):
         ),
         True: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
     }
-    output_told_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
+    output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
         "deq_scale": {_I64: _F16, _F32: _BF16}
     }
 
     # ---- reading ----
 
     def description(self, folder: Path, names: Iterable[str]) -> tuple[Path, dict[str, Any]] | None:
-        """The description in a folder and what it says; None if there is none.
+        """The description in a folder and its contents; None if there is none.
 
         Raises:
             CheckpointError: several descriptions that differ.
@@ -110,7 +110,7 @@ class Msmodelslim(Format):
         del output
         scale = read("deq_scale")
         assert scale is not None
-        # quant_bias holds the float bias and the zero point of the input already
+        # quant_bias already contains the float bias and the zero point of the input
         return StaticTensors(scale, read("quant_bias"), read("bias"))
 
     # ---- writing ----
@@ -135,7 +135,7 @@ class Msmodelslim(Format):
     ) -> dict[str, Any]:
         del old
         said = dict.fromkeys(keys, "FLOAT")
-        # the weight of a layer that is tied to another's is not in the file
+        # a weight that is tied to another layer's weight is not in the file
         for key in [*said, *(f"{name}.weight" for name in layers)]:
             layer = layers.get(key.rpartition(".")[0])
             if layer is not None:

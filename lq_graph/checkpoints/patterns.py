@@ -1,9 +1,9 @@
 """Regular expressions from files, matched in bounded time.
 
 Python's engine tries one path through a pattern after another, and a pattern such as `(a+)+$` has
-exponentially many. Here all paths are followed at once: the positions of a text that a pattern may
-have reached are the bits of an integer. The answers are those of `re.match`. Patterns that are not
-regular (back references, flags) are refused.
+exponentially many. This module follows all paths at once: the bits of an integer are the positions
+of the text that the pattern can have reached. The results are those of `re.match`. Patterns that
+are not regular (back references, flags) are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ else:
 
 __all__ = ["Pattern", "PatternError", "Text", "Work"]
 
-_STEPS = 200_000  # of one match; those of real files take some ten
+_STEPS = 200_000  # of one match; a match of a real file takes some ten
 _STEPS_OF_BEGINNING = 10
 _STEPS_OF_READING = 20  # a character of a pattern
 _ALL_STEPS = 10_000_000  # of all matches of a load
@@ -49,14 +49,14 @@ class PatternError(ValueError):
 
 
 class Work:
-    """Counts the steps that are left: for all matches together, and for the one that runs."""
+    """Counts the steps that are left: for all matches together, and for the current match."""
 
     def __init__(self) -> None:
         self._all = _ALL_STEPS
         self._left = 0
 
     def read(self, text: str) -> None:
-        """Count reading a pattern; there may be many."""
+        """Count the reading of a pattern, because a file may have many."""
         self._left = self._all
         self.step(_STEPS_OF_READING * len(text))
 
@@ -69,7 +69,7 @@ class Work:
         """Count steps.
 
         Raises:
-            PatternError: none are left.
+            PatternError: no steps are left.
         """
         self._left -= steps
         self._all -= steps
@@ -110,12 +110,12 @@ class Pattern:
             raise PatternError("it is nested too deeply") from None
 
 
-# what to do, and with what: see Text._after_one
+# an operation and its operand: see Text._after_one
 _Node = tuple[str, Any]
 
 
 def _nodes(parsed: Iterable[Any]) -> list[_Node]:
-    """A parsed pattern in a form that Text can match fast; refuses what is not regular."""
+    """A parsed pattern in a form that Text can match fast; refuses one that is not regular."""
     found: list[_Node] = []
     for op, value in parsed:
         name = str(op)
@@ -142,8 +142,8 @@ def _nodes(parsed: Iterable[Any]) -> list[_Node]:
 
 
 class Text:
-    """A text to be matched, and the positions of characters and of empty matches in it. Bit i
-    stands for the position before character i."""
+    """A text to match, with the positions of characters and of empty matches in it. Bit i stands
+    for the position before character i."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -153,7 +153,7 @@ class Text:
         self._found: dict[Callable[[str], bool], int] = {}
 
     def after(self, nodes: list[_Node], start: int, work: Work) -> int:
-        """The positions where a sequence can end that begins at one of `start`."""
+        """The positions where a sequence can end if it begins at one of `start`."""
         for op, value in nodes:
             if not start:
                 return 0
@@ -182,13 +182,13 @@ class Text:
         return 0  # FAILURE
 
     def _repeated(self, low: int, high: int, nodes: list[_Node], start: int, work: Work) -> int:
-        # one turn more than there are characters contains an empty match and changes nothing
+        # a loop with more rounds than characters contains an empty match and changes nothing
         for _ in range(min(low, len(self.text) + 1)):
             before, start = start, self.after(nodes, start, work)
             if start == before:
                 break
         if len(nodes) == 1 and nodes[0][0] == "CHARACTER" and high - low >= len(self.text):
-            # the carries of a sum move each position to the end of its run of characters
+            # the carries of the addition move each position to the end of its run of characters
             where = self._where(nodes[0][1])
             return start | (((start & where) + where) ^ where)
         ends = new = start
@@ -228,7 +228,7 @@ class Text:
 
 
 def _test(op: str, value: Any) -> Callable[[str], bool]:
-    """Whether a character is one a node takes."""
+    """A function that says whether a node matches a character."""
     if op == "ANY":
         return lambda char: char != "\n"
     if op == "NOT_LITERAL":

@@ -1,4 +1,4 @@
-"""save_checkpoint: a model with QuantizedLinear layers as a W8A8 checkpoint."""
+"""save_checkpoint: writes a model with QuantizedLinear layers as a W8A8 checkpoint."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["save_checkpoint"]
 def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodelslim") -> None:
     """Write a model with QuantizedLinear layers as a checkpoint that `load_checkpoint` reads.
 
-    Dynamic layers go into either format. A static layer goes into msmodelslim if its bias is int32,
-    as `quantize` makes it, and into compressed-tensors if its weight_scale and its float bias give
-    the layer back bit for bit. Tensors that share memory are written once; a model that ties them
-    loads them as one.
+    Both formats can hold dynamic layers. msmodelslim can hold a static layer if its bias is int32,
+    as `quantize` makes it. compressed-tensors can hold it if its weight_scale and its float bias
+    restore the layer bit for bit. Tensors that share memory are written once; a model that ties
+    them loads them as one.
 
     Atomic: if a step fails, or on Ctrl-C, the folder is unchanged. The files are complete under
     temporary names before the first one is put in place. A load_checkpoint in another process gets
@@ -48,8 +48,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         UserWarning: the model has no QuantizedLinear.
 
     Raises:
-        CheckpointError: another format; a layer that the format cannot hold: a static one whose
-            tensors would not give it back, int4, int8 output, split over devices; a tensor on meta
+        CheckpointError: another format; a layer that the format cannot hold (a static layer whose
+            tensors would not restore it, int4, int8 output, split over devices); a tensor on meta
             or of a kind that safetensors cannot hold; a folder with other weights, or into which
             another process saves; an error of the file system.
 
@@ -129,7 +129,7 @@ def _once(tensors: dict[str, Tensor], *groups: Iterable[str]) -> dict[str, Tenso
 
 
 def _check_tensor(key: object, value: object) -> None:
-    """Refuse what safetensors cannot hold."""
+    """Refuse a tensor that safetensors cannot hold."""
     if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_NAME:
         what, todo = "has a name that files cannot hold", "rename it"
     elif key == "__metadata__":
@@ -153,8 +153,8 @@ def _check_tensor(key: object, value: object) -> None:
 
 
 def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
-    """Refuse a layer that the formats cannot hold: they have whole layers, int8 weights and float
-    outputs."""
+    """Refuse a layer that the formats cannot hold. They hold whole layers with int8 weights and
+    float outputs."""
     if SPLIT in vars(layer.linear):
         raise CheckpointError(
             f"save_checkpoint: {name} is split over devices, and this process has a part of it. "
@@ -213,14 +213,14 @@ def _parts(
     """The tensors of each layer as a format publishes them.
 
     Raises:
-        CheckpointError: a static layer that the format cannot hold, or holds less exactly than
-            another one.
+        CheckpointError: the format cannot hold a static layer, or another format holds it more
+            exactly.
     """
 
     @cache
     def exact_elsewhere() -> str:
-        """The name of another format that gives every static layer back bit for bit; empty if none
-        does."""
+        """The name of another format that restores every static layer bit for bit; empty if there
+        is none."""
         static = [name for name, layer in layers.items() if not layer.dynamic]
         for other in FORMATS.values():
             if other is not format:
@@ -235,7 +235,7 @@ def _parts(
             found[name] = format.dynamic_parts(states[name])
             continue
         found[name], inexact, lost = format.static_parts(layer, states[name])
-        # the kernel does not read what is lost: that is enough where no format has all
+        # the kernel does not read the lost data, so this is enough if no format holds everything
         if inexact or (lost and exact_elsewhere()):
             other = exact_elsewhere()
             todo = f"save it as {other}" if other else "save model.state_dict()"

@@ -1,4 +1,5 @@
-"""Everything in the files beside the quantized layers: checked, then put in, all or nothing."""
+"""Loads the tensors of the files outside the quantized layers: checks them, then sets them,
+atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ _EXTRA = "_extra_state"  # how the name of an extra state ends in a state dict
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module of the model has a tensor, or an extra state (nn.Module.get_extra_state)."""
+    """The place of a tensor, or of an extra state (nn.Module.get_extra_state), in the model."""
 
     module: nn.Module
     name: str
@@ -33,7 +34,7 @@ class _Place:
 
     @property
     def is_extra(self) -> bool:
-        """Whether it is no parameter or buffer."""
+        """Whether it is an extra state, not a parameter or buffer."""
         return self.name == _EXTRA
 
 
@@ -41,11 +42,11 @@ class RestOfModel:
     """The tensors and extra states of a model outside the layers that are replaced.
 
     Args:
-        model: that is loaded into.
+        model: the model to load into.
         replaced: the layers that are replaced.
 
     Attributes:
-        places: those that a state dict has, by name; one tensor may have several names.
+        places: the places that a state dict has, by name; one tensor may have several names.
         others: names of tensors on meta that a state dict does not have.
 
     Raises:
@@ -89,15 +90,15 @@ def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Ite
     """The keys of the files that are loaded by name.
 
     Args:
-        held: what the model has for them.
+        held: the model's places.
         files: of the checkpoint.
         used: keys of the quantized layers.
 
     Raises:
         CheckpointError: a key that the model does not have, or has with another shape or kind of
-            dtype; a tensor of the model that the files do not have; one that would stay on meta.
+            dtype; a tensor of the model that the files do not have, or that would stay on meta.
     """
-    rest = {key: None for key in files if key not in used}  # in their order
+    rest = {key: None for key in files if key not in used}  # in the order of the files
     for key in rest:
         dtype, shape = files.header(key)
         if (place := held.places.get(key)) is None:
@@ -134,12 +135,12 @@ def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Ite
 
 
 def _why_not_loadable(place: _Place) -> str:
-    """Why a tensor of the model cannot take one of the files; empty if it can."""
+    """Why a tensor of the model cannot be loaded from the files; empty if it can."""
     tensor = place.tensor
     if not isinstance(tensor, Tensor):
         return f"a {type(tensor).__name__}"
     if is_lazy(tensor):
-        return "one without a size: run the model once, or make it with sizes"
+        return "a lazy tensor, without a size: run the model once, or make it with sizes"
     plain = type(tensor) in (Tensor, nn.Parameter) or (
         isinstance(tensor, nn.Parameter) and type(tensor.data) is Tensor and not tensor.is_meta
     )
@@ -163,9 +164,9 @@ def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
         if dtype.is_floating_point or dtype.is_complex:
             back = new.float() if dtype.itemsize == 1 else new
             lost = tensor.isfinite() & ~back.isfinite()
-            if not bool(back.any()):  # all of it became 0
+            if not bool(back.any()):  # all values became 0
                 lost = lost | (tensor != 0)
-        else:  # an integer is lost if the way back gives another
+        else:  # an integer is lost if the conversion back gives another one
             lost = new.to(tensor.dtype) != tensor
         if bool(lost.any()):
             value = tensor[lost].reshape(-1)[0].item()
@@ -186,12 +187,12 @@ def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
 class StateChanges:
     """New values of parameters, buffers and extra states, with how to undo each change.
 
-    A tensor keeps its memory, which others may hold too, as with load_state_dict.
+    A tensor keeps its memory, which other tensors may share, as with load_state_dict.
 
     Args:
-        held: what the model has.
-        files: to read from.
-        keys: what to read, see `check_rest`.
+        held: the model's places.
+        files: of the checkpoint.
+        keys: the keys to read, see `check_rest`.
     """
 
     def __init__(self, held: RestOfModel, files: CheckpointFiles, keys: Iterable[str]) -> None:
@@ -252,7 +253,7 @@ class StateChanges:
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
-    """A new tensor that takes the place of one on meta."""
+    """A new tensor that replaces a tensor on meta."""
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
     vars(new).update(vars(tensor))
@@ -269,7 +270,7 @@ def _set(tensor: Tensor, data: Tensor) -> None:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor have one place in memory, as in an expanded tensor."""
+    """Whether two elements of a tensor share one place in memory, as in an expanded tensor."""
     sizes = sorted(
         (stride, size)
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

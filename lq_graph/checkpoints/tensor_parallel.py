@@ -22,10 +22,10 @@ class TensorParallel:
 
     Args:
         mesh: of one dim.
-        plan: by name of layers (`*` for any part between two dots), how they are split.
+        plan: how layers are split, by name (`*` for any part between two dots).
 
     Attributes:
-        rank, ranks: of this process, and how many there are.
+        rank, ranks: the rank of this process, and the number of ranks.
 
     Raises:
         CheckpointError: a style of another kind.
@@ -57,10 +57,10 @@ class TensorParallel:
 
     @contextmanager
     def agreeing(self) -> Iterator[list[str]]:
-        """A block after which all ranks go on or none does.
+        """A block after which either all ranks continue or none does.
 
-        An error of one rank is raised on all of them, and so is a difference between what they put
-        into the list that the block gets.
+        An error of one rank is raised on all ranks. The block gets a list; if the ranks put
+        different items into it, that is an error on all ranks too.
         """
         import torch.distributed as dist
 
@@ -68,21 +68,21 @@ class TensorParallel:
         found: list[str] = []
         try:
             yield found
-        except BaseException as error:  # whatever it is, the others must not wait for this rank
+        except BaseException as error:  # any error: the others must not wait for this rank
             mine = error
-        told: list[Any] = [None] * self.ranks
+        answers: list[Any] = [None] * self.ranks
         answer = (None if mine is None else str(mine) or type(mine).__name__, found)
-        dist.all_gather_object(told, answer, group=self.mesh.get_group())
+        dist.all_gather_object(answers, answer, group=self.mesh.get_group())
         if mine is not None:
             raise mine
-        for rank, (text, _) in enumerate(told):
+        for rank, (text, _) in enumerate(answers):
             if text is not None:
                 raise CheckpointError(f"rank {rank} of {self.ranks} could not load: {text}")
-        for rank, (_, theirs) in enumerate(told):
-            if theirs != told[0][1]:
+        for rank, (_, theirs) in enumerate(answers):
+            if theirs != answers[0][1]:
                 here, there = (
                     next(iter(sorted(set(a) - set(b))), "nothing more")
-                    for a, b in ((told[0][1], theirs), (theirs, told[0][1]))
+                    for a, b in ((answers[0][1], theirs), (theirs, answers[0][1]))
                 )
                 raise CheckpointError(
                     f"the ranks' checkpoints differ: rank 0 has {here}, rank {rank} has "

@@ -1,4 +1,4 @@
-"""Do two tensors share memory, are they bit-equal, do values fit a dtype."""
+"""Whether two tensors share memory or are bit-equal, and whether values fit a dtype."""
 
 from __future__ import annotations
 

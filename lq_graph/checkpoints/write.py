@@ -33,8 +33,8 @@ def write_checkpoint(
     Args:
         folder: created if it does not exist.
         format: of the checkpoint.
-        tensors, layers: what it holds.
-        pause: is called where Ctrl-C may come.
+        tensors, layers: the contents.
+        pause: is called where Ctrl-C may be raised.
     """
     weights, about = folder / format.weights_file, folder / format.json_file
     with ExitStack() as undo:
@@ -55,7 +55,7 @@ def write_checkpoint(
                 pause()
                 _put_in_place(weights, about, files, changes_json=new != old)
             undo.pop_all()
-            with suppress(OSError):  # it is done; some file systems cannot sync a folder
+            with suppress(OSError):  # some file systems cannot sync a folder; the files are done
                 os.fsync(descriptor)
 
 
@@ -68,10 +68,10 @@ def _backup(place: Path) -> Path:
 
 
 def _put_in_place(weights: Path, about: Path, files: ExitStack, *, changes_json: bool) -> None:
-    """Give the complete files their names; Ctrl-C waits.
+    """Give the complete files their final names; Ctrl-C waits.
 
-    The JSON comes first, and load_checkpoint finds the weights under their temporary name too, so
-    the checkpoint is the new one from the first step on.
+    The JSON comes first. load_checkpoint also finds the weights under their temporary name, so the
+    new checkpoint is valid after the first step.
     """
     was_there = about.exists()
     if changes_json:
@@ -91,14 +91,14 @@ def _put_in_place(weights: Path, about: Path, files: ExitStack, *, changes_json:
             raise CheckpointError(
                 f"save_checkpoint: {shown(weights, 4096)}: {error.strerror}, and {about.name} "
                 f"could not be restored. The new weights are in {_temporary(weights).name}, "
-                "where load_checkpoint finds them. What to do: save again when the disk is well."
+                "where load_checkpoint finds them. What to do: save again when the disk works."
             ) from error
         raise
 
 
 def _finish(folder: Path) -> None:
-    """Complete a save of a process that was killed, if its JSON is in place; else only remove its
-    temporary files."""
+    """Complete the save of a process that was killed, if its JSON is in place; otherwise only
+    remove its temporary files."""
     if (pending := pending_weights(folder)) is not None:
         files = (format.weights_file for format in FORMATS.values())
         name = next(name for name in files if temporary_name(name) == pending.name)
@@ -111,7 +111,7 @@ def _finish(folder: Path) -> None:
 
 
 def _make(folder: Path, undo: ExitStack) -> None:
-    """Create a folder and those above it; the stack removes them."""
+    """Create a folder and its parents; the stack removes them."""
     absent = []
     while not folder.exists():
         absent.append(folder)
@@ -134,15 +134,15 @@ def _locked(folder: Path) -> Iterator[int]:
                 "the folder. What to do: wait for it, or save elsewhere."
             ) from None
         except OSError:
-            pass  # file systems without locks
+            pass  # a file system without locks
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def _check_folder(folder: Path, format: Format) -> dict[str, Any]:
-    """Refuse a folder with other files that load_checkpoint would read with, or instead of, the new
-    ones. Returns the JSON that is there, as far as it stays."""
+    """Refuse a folder with other files that load_checkpoint would read with the new files, or
+    instead of them. Returns the part of the folder's JSON that stays."""
     names = sorted(os.listdir(folder))
     own = (format.weights_file, format.json_file)
     for name in names:
@@ -175,7 +175,7 @@ def _write(
         contents: in their order.
         place: of the file that it will replace, whose permissions it gets.
         files: the stack.
-        pause: is called where Ctrl-C may come.
+        pause: is called where Ctrl-C may be raised.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     files.callback(_quietly, os.unlink, path)

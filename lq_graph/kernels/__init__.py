@@ -1,14 +1,14 @@
 """The arithmetic of LinearQuant, written once. It imports torch, and nothing else of lq_graph.
 
-lq_graph's CPU backend and cann_host's operators both call these functions, so what runs eagerly on
-a laptop and what a compiled graph computes in the stand-in cannot differ. Nothing here says what is
-legal: lq_graph.rules does that, and cann_host.rules does it again for CANN, on purpose by another
-hand. What a kernel cannot read at all is an OperandError.
+lq_graph's CPU backend and cann_host's operators both call these functions, so an eager call on the
+CPU and a compiled graph on the stand-in compute the same numbers. Nothing here decides what is
+legal: lq_graph.rules does this, and cann_host.rules does it a second time for CANN, independently
+and on purpose. A kernel raises OperandError for an operand that it cannot read.
 
 The names below are what the rest of lq_graph and cann_host may use:
 
-- `quant_matmul`, its parts `matmul_int32` and `epilogue`, and `is_cut`; the compiled kernel is in
-  `native`;
+- `quant_matmul`, its parts `matmul_int32` and `epilogue`, and `is_cut`; `native` has the compiled
+  kernel;
 - int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
 - the 64-bit scale: `pack_scale`, `unpack_scale`, `unpack_finite_scale`, `s19`, `s19_at_least`;
 - FRACTAL_NZ: `nd_to_nz`, `nz_to_nd`, `nz_shape`, `NzWeight`;

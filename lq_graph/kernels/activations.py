@@ -26,7 +26,7 @@ _EPSILON = 1e-12  # DYNAMIC_QUANT_EPSINON of the DynamicQuant kernels
 
 
 class Arithmetic(Enum):
-    """How a DynamicQuant kernel gets from a row's largest magnitude, its peak, to values and scale.
+    """How a DynamicQuant kernel computes values and scale from a row's peak, its largest magnitude.
 
     top is 127, or 7 for int4. lq_graph.rules and cann_host.chips each say which kernel a chip runs.
 
@@ -75,7 +75,7 @@ def for_rows(
 def _clamped(whole: Tensor, bits: int) -> Tensor:
     """Whole float32 numbers to int8 values, clamped; NaN becomes 0, as on the chip."""
     low, high = _LIMITS[bits]
-    # all three values given: torchair's converter takes no None
+    # All three values are given, because torchair's converter does not take None.
     return whole.nan_to_num_(0.0, high, low).clamp_(low, high).to(torch.int8)
 
 
@@ -98,11 +98,11 @@ def _ratio(top: float, divisor: Tensor) -> Tensor:
 def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Quantize each row of the last dim by its largest magnitude, symmetric.
 
-    A row of zeros gives zeros and a scale of 0; one that holds infinity or NaN gives zeros and a
-    scale that is infinite or NaN.
+    For a row of zeros the result is zeros and a scale of 0. For a row that holds infinity or NaN it
+    is zeros and a scale that is infinite or NaN.
 
     Args:
-        x: float16 or bfloat16, or float32 once smooth scales are in it; (..., k).
+        x: float16 or bfloat16, or float32 after it was multiplied by smooth scales; (..., k).
         bits: 8, or 4 with 7 in place of 127.
         arithmetic: which kernel to compute as.
 
@@ -115,7 +115,7 @@ def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor,
 def quantize_rows(
     x: Tensor, peak: Tensor, bits: int, arithmetic: Arithmetic
 ) -> tuple[Tensor, Tensor]:
-    """`dynamic_quant` of rows, or of a part of their k, whose largest magnitudes are known."""
+    """`dynamic_quant` of rows whose largest magnitudes are known, or of a part of their k."""
     top = _LIMITS[bits][1]
     scale = peak * (1 / top)
     if arithmetic is Arithmetic.DIVIDE:
@@ -134,7 +134,7 @@ def dynamic_quant_with_offset(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize each row of the last dim by its least and largest value, asymmetric.
 
-    What DynamicQuantV2 computes with an offset (aclnnDynamicQuantV2 to V4): x is about
+    DynamicQuantV2 computes this with an offset (aclnnDynamicQuantV2 to V4): x is about
     (value - offset) * scale. With top 127 and span 255 (7 and 15 for int4), in float32:
 
     - MULTIPLY and RECIPROCAL: scale max((high - low) / span, 1e-12), offset top - high / scale,
@@ -170,7 +170,7 @@ def dynamic_quant_with_offset(
         offset = -(high / scale) + top
     else:
         scale = spread / torch.full_like(spread, span)
-        # the kernel's maximum gives the second for NaN
+        # the kernel's maximum returns its second operand for NaN
         scale = torch.where(scale > _EPSILON, scale, torch.full_like(scale, _EPSILON))
         steps = value * _ratio(1.0, scale).unsqueeze(-1)
         offset = top - high / scale

@@ -1,5 +1,5 @@
-"""What the kernels refuse. Users of lq_graph get a LinearQuantValueError with the same text and the
-operator's name in front of it; the kernels know no operator."""
+"""Errors of the kernels. Users of lq_graph get a LinearQuantValueError with the operator's name and
+the same text; a kernel does not know the operator's name."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class NotFiniteError(OperandError):
 
 
 class ShortStorageError(OperandError):
-    """A tensor's storage ends before the tensor does. Such tensors are left by
-    untyped_storage().resize_, with which FSDP frees parameters.
+    """A tensor's storage is shorter than the tensor. untyped_storage().resize_ makes such tensors;
+    FSDP frees parameters with it.
 
     Attributes:
         shape: of the tensor.

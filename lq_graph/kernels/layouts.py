@@ -69,7 +69,7 @@ class NzWeight:
 
     @staticmethod
     def fits(blocks: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether blocks hold a weight of this ND shape, which is how far a kernel reads."""
+        """Whether blocks hold all values of this ND shape, which a kernel will read."""
         if len(shape) != 2:
             return False
         wanted = nz_shape(*shape, NZ_ROW_BYTES // blocks.element_size())

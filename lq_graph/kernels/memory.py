@@ -1,5 +1,5 @@
-"""How tensors lie in memory: whether their storage holds them, and copies that have the strides a
-kernel needs."""
+"""Tensors in memory: whether their storage holds them, and copies with the strides that a kernel
+needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_held(argument: str, tensor: Tensor) -> None:
     """Refuse a tensor whose storage is shorter than its shape: it would be read beyond its end.
 
     Raises:
-        ShortStorageError: it is such a tensor; `argument` is its name.
+        ShortStorageError: its storage is shorter; `argument` is its name.
     """
     if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
         return  # a subclass may have no memory of its own

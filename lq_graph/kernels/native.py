@@ -1,9 +1,9 @@
-"""The compiled CPU kernel (csrc/qgemm.cpp), where there is one.
+"""The compiled CPU kernel (csrc/qgemm.cpp), if the install step built it.
 
-It needs x86-64 with AVX-512 VNNI, and torch's OpenMP runtime, whose threads it uses. Elsewhere, or
+It needs x86-64 with AVX-512 VNNI, and torch's OpenMP runtime, whose threads it uses. Otherwise, or
 with LQ_GRAPH_NATIVE=0 (off, false, no), `matmul` returns None and numerics computes with torch: the
-same numbers, slower. For the same reason a library that was built from other sources than those
-beside the package, before a pull for example, is not used: that is a warning, not an error.
+same numbers, slower. So a library that was built from other sources than those beside the package,
+before a pull for example, is not used, with a warning instead of an error.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _LIBRARY = "liblq_graph_cpu.so"
 # struct LqMatmul of csrc/call.h
 _CALL = struct.Struct("14q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
-# Below so many products a second thread costs more than it saves.
+# With fewer products, a second thread costs more than it saves.
 _ONE_THREAD = 1 << 20
 _OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")
-# what the kernel answers: enum Answer of csrc/call.h
+# what the kernel returns: enum Answer of csrc/call.h
 _DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 
 # A child that was forked has none of its parent's OpenMP threads, and would wait for them.
@@ -54,8 +54,8 @@ def _is_wanted() -> bool:
     value = os.environ.get("LQ_GRAPH_NATIVE", "").strip().lower()
     if value not in _OFF + _ON:
         warnings.warn(
-            f"LQ_GRAPH_NATIVE is {value!r}; allowed are {', '.join(_OFF)} (the compiled CPU kernel "
-            f"is not used) and {', '.join(_ON[1:])} (it is, also without the variable). It is not "
+            f"LQ_GRAPH_NATIVE is {value!r}; allowed are {', '.join(_OFF)} (do not use the compiled "
+            f"CPU kernel) and {', '.join(_ON[1:])} (use it, as without the variable). It is not "
             "used now.",
             RuntimeWarning,
             stacklevel=2,
@@ -77,7 +77,7 @@ def _sources() -> str | None:
 
 
 def _built_from(library: ctypes.CDLL) -> str:
-    """The digest of the sources a library was built from; "" if it is too old to say."""
+    """The digest of the sources that a library was built from; "" if it is too old to have one."""
     try:
         library.lq_matmul_sources.restype = ctypes.c_char_p
     except AttributeError:
@@ -88,7 +88,7 @@ def _built_from(library: ctypes.CDLL) -> str:
 
 @cache
 def _kernel() -> Callable[[bytes, int], int] | None:
-    """The compiled function; None where there is none, or the processor lacks something."""
+    """The compiled function; None if it is not built, or the processor lacks an instruction."""
     if not _is_wanted():
         return None
     # an editable install keeps the library in site-packages; the package's path lists both
@@ -97,7 +97,7 @@ def _kernel() -> Callable[[bytes, int], int] | None:
         if path.is_file():
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:  # torch brought no OpenMP runtime that answers to GOMP's names
+            except OSError:  # torch has no OpenMP runtime with GOMP's names
                 return None
             sources = _sources()
             if sources is not None and sources != _built_from(library):
@@ -131,19 +131,19 @@ def _check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None
 
 
 def _rows_of(x: Tensor, words: int) -> Tensor:
-    """x as (m, words), its rows contiguous each."""
+    """x as (m, words), each row contiguous."""
     check_held("x1", x)
     rows = x.reshape(-1, words)
     return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _refuse(answer: int) -> NoReturn:
-    """Raise what an answer of the kernel other than _DONE means."""
+    """Raise the error for an answer of the kernel other than _DONE."""
     if answer == _NOT_FINITE:
         raise NotFiniteError
     if answer == _NO_MEMORY:
         raise MemoryError("lq_graph: no memory for the CPU kernel's accumulators")
-    raise RuntimeError(f"lq_graph: the CPU kernel answers {answer}; run pip install -e . again")
+    raise RuntimeError(f"lq_graph: the CPU kernel returned {answer}; run pip install -e . again")
 
 
 def matmul(
@@ -155,13 +155,13 @@ def matmul(
     output_dtype: torch.dtype,
     nz_shape: tuple[int, int] | None = None,
 ) -> Tensor | None:
-    """What `numerics.quant_matmul` computes, or None where this kernel does not do it.
+    """`numerics.quant_matmul` with the compiled kernel, or None if the kernel does not compute it.
 
-    The arguments are those of `numerics.quant_matmul`, but for the weight: with batch dims the
-    answer is None, and a FRACTAL_NZ one is given as its contiguous blocks, with its ND shape,
+    The arguments are those of `numerics.quant_matmul`, except the weight. For a weight with batch
+    dims it returns None. A FRACTAL_NZ weight is passed as its contiguous blocks, with its ND shape,
     (n, k) or (n, k/8), as nz_shape.
     """
-    # Few calls into torch: each is a tenth of what a small layer takes.
+    # Few calls into torch: each takes a tenth of the time of a small layer.
     kernel = _kernel()
     shape, weight_shape = x.shape, nz_shape or weight.shape
     if kernel is None or len(weight_shape) != 2:

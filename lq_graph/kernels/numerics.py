@@ -40,7 +40,7 @@ def is_cut(
     per_tensor: bool,
 ) -> bool:
     """Whether Ascend 950 multiplies by a scale of one value on the way out of the matrix unit,
-    which keeps 19 bits of it (`s19`): in the int8 matmul to bfloat16 that nothing follows.
+    which keeps 19 bits of it (`s19`): in the int8 matmul to bfloat16, if no other step follows.
 
     Args:
         scale, pertoken_scale, bias, output_dtype: of the call.
@@ -70,7 +70,7 @@ def matmul_int32(x1: Tensor, weight: Tensor) -> Tensor:
         sizes = (*batch, x1.shape[-2], weight.shape[-2])
         return torch.zeros(sizes, dtype=torch.int32, device=x1.device)
     if x1.shape[-1] == 1:
-        # torch._int_mm (2.13, CPU) gives garbage for k = 1 and n > 1
+        # torch._int_mm (2.13, CPU) returns garbage for k = 1 and n > 1
         return x1.to(torch.int32) * weight.to(torch.int32).transpose(-1, -2)
     if weight.dim() == 2:
         flat = torch._int_mm(
@@ -100,7 +100,7 @@ def quant_matmul(
     """Quantized matmul with LinearQuant's epilogue.
 
     Every case ends in one rounding to the output dtype, half to even. The compiled kernel of
-    `native` computes what it can; the rest is computed here with torch, to the same numbers.
+    `native` computes the cases that it has; torch computes the others here, to the same numbers.
 
     Args:
         x1: int8 (..., m, k), or int32 (..., m, k/8) carrying int4.
@@ -161,7 +161,7 @@ def epilogue(
     pertoken_scale: Tensor | None = None,
     output_dtype: torch.dtype,
 ) -> Tensor:
-    """What follows the matmul: bias, scales, clamp, offset and one rounding to the output dtype.
+    """The steps after the matmul: bias, scales, clamp, offset and one rounding to the output dtype.
 
     Args:
         acc: int32, (..., m, n), the accumulators; may be overwritten.

@@ -44,11 +44,12 @@ _VALID_BIT = 1 << 46
 
 
 def storage_k(k: int, dtype: torch.dtype) -> int:
-    """Elements of the last dim that store k values: k/8 for int32, which carries eight int4 each, k
+    """Elements of the last dim that store k values: k/8 for int32, which holds eight int4 values, k
     for any other dtype. `logical_k` is the inverse.
 
     Args:
-        k: values; may be a symbol. Where only run time can tell, it counts as whole groups.
+        k: number of values; may be a symbol. A symbol whose value only run time knows counts as a
+            multiple of 8.
         dtype: of the storage.
 
     Raises:
@@ -68,7 +69,7 @@ def storage_k(k: int, dtype: torch.dtype) -> int:
 
 
 def logical_k(elements: int, dtype: torch.dtype) -> int:
-    """Values that so many elements of the last dim store; the inverse of `storage_k`."""
+    """The number of values that these elements of the last dim store; inverse of `storage_k`."""
     group = STORAGE_DTYPES.get(dtype, 1)
     return elements if group == 1 else elements * group
 
@@ -98,7 +99,7 @@ def pack_int4(values: Tensor) -> Tensor:
 
 
 def pack_int4_in_graph(values: Tensor) -> Tensor:
-    """`pack_int4` of operators that torchair has converters for; k may be a symbol."""
+    """`pack_int4`, made of operators that torchair has converters for; k may be a symbol."""
     nibbles = values.to(torch.int32).reshape(*values.shape[:-1], -1, INT4_PER_INT32)
     packed = nibbles[..., -1]  # the last one is the highest and holds the sign
     for i in range(INT4_PER_INT32 - 2, -1, -1):
@@ -107,7 +108,7 @@ def pack_int4_in_graph(values: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """Unpack int32 carrying eight int4 each; value i sits in bits 4i..4i+3, two's complement.
+    """Unpack int32 that holds eight int4 values; value i is in bits 4i..4i+3, two's complement.
 
     Args:
         packed: int32, (..., k / 8).
@@ -162,7 +163,7 @@ def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0)
         scale: float32, (1,), (n,) or (1, n).
         offset: float32, broadcastable with scale, or None.
         round_mode: 0 truncates the scale to 19 bits, 1 rounds it half to even and subnormals to
-            zero, but truncates infinity and NaN, which may make infinity of NaN.
+            zero, but truncates infinity and NaN, which can turn NaN into infinity.
 
     Returns:
         int64, the broadcast shape of scale and offset.
@@ -177,7 +178,7 @@ def pack_scale(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0)
         bits = torch.where(exponent == 0, bits & 0x80000000, rounded)
     packed = (bits & _SCALE_MASK) | _VALID_BIT
     if offset is not None:
-        # the chip's cast makes 0 of NaN
+        # the chip's cast turns NaN into 0
         whole = torch.round(offset).nan_to_num(0.0, 255, -256).clamp(-256, 255)
         offset9 = whole.to(torch.int64) & _OFFSET_MASK
         packed = packed | (offset9 << _OFFSET_SHIFT)
@@ -202,7 +203,7 @@ def unpack_scale(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_finite_scale(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """`unpack_scale` of a scale that is multiplied by. Reads the values.
+    """`unpack_scale`, and a check that the scale is finite. Reads the values.
 
     Raises:
         NotFiniteError: it holds infinity or NaN.

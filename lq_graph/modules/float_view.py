@@ -1,4 +1,4 @@
-"""FloatView: a float tensor that is computed from quantized ones when it is read."""
+"""FloatView: a float tensor that is computed from quantized tensors when it is read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["FloatView"]
 class FloatView(Tensor):
     """A tensor whose values are computed for each operator that reads it.
 
-    Its dtype, shape and device are known without that. Models ask a linear layer's weight for its
-    dtype at every call, and some multiply by it themselves. Writing to it, or to a view of it, is
-    refused, because the quantized tensors would not change.
+    Its dtype, shape and device are known without computing. Models read the dtype of a linear
+    layer's weight at every call, and some multiply by the weight themselves. Writing to it, or to a
+    view of it, is refused, because the quantized tensors would not change.
 
     Args:
-        compute: gives the values.
+        compute: returns the values.
         shape, dtype, device, strides: of the values; strides None for a contiguous tensor.
 
     Raises:

@@ -17,7 +17,7 @@ __all__ = ["from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"]
 def pack_int4(values: Tensor) -> Tensor:
     """Pack int4 values, eight to an int32, along the last dim; `unpack_int4` is the inverse.
 
-    Value i of a group of eight sits in bits 4i..4i+3, two's complement.
+    Value i of a group of eight is in bits 4i..4i+3, two's complement.
 
     Args:
         values: an integer dtype, (..., k), k a multiple of 8, each value in -8..7.
@@ -67,7 +67,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """
     if packed.dtype != torch.int32:
         raise LinearQuantTypeError(
-            f"unpack_int4: packed is {dtype_name(packed.dtype)}; allowed is int32, eight int4 each."
+            f"unpack_int4: packed is {dtype_name(packed.dtype)}; allowed is int32 (int4)."
         )
     if packed.dim() == 0:
         raise LinearQuantValueError("unpack_int4: packed has no dims; allowed is (..., k/8).")
@@ -76,9 +76,9 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def to_fractal_nz(weight: Tensor) -> Tensor:
-    """The blocks of FRACTAL_NZ (ACL format 29), laid out on any device; `from_fractal_nz` inverts.
+    """A weight as blocks of FRACTAL_NZ (ACL format 29), on any device; inverse: `from_fractal_nz`.
 
-    The bytes are those `torch_npu.npu_format_cast(weight, 29)` gives, for int32 (int4) with
+    The bytes equal those of `torch_npu.npu_format_cast(weight, 29)`, for int32 (int4) with
     customize_dtype=3.
 
     Args:
@@ -117,7 +117,7 @@ def from_fractal_nz(blocks: Tensor, n: int, k: int) -> Tensor:
 
     Raises:
         LinearQuantTypeError: another dtype.
-        LinearQuantValueError: blocks that n and k do not give.
+        LinearQuantValueError: blocks whose shape does not fit n and k.
     """
     c0 = _c0("from_fractal_nz", blocks)
     todo = "What to do: pass the n and k of the weight before padding."

@@ -26,24 +26,24 @@ PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
 class LinearQuant(nn.Module):
     """Quantized linear layer, drop-in for torch_npu.contrib.module.LinearQuant.
 
-    Takes an int8 input (or int32 carrying eight int4 each) and a weight of the same dtype,
-    multiplies exactly in int32 and scales into the output dtype. Inference only; runs eagerly
-    on CPU and NPU and in graphs.
+    Takes an int8 input (or int32 that holds eight int4 values) and a weight of the same dtype,
+    multiplies exactly in int32 and scales the result to the output dtype. Inference only; runs
+    eagerly on CPU and NPU and in graphs.
 
     All parameters have requires_grad=False.
 
-    A parameter takes the dtype and the shape of the tensor that is assigned to its `.data`, or that
-    a state dict holds for it. `.half()`, `.to(dtype)` and the like move the module but do not
-    change its dtypes, which are part of the quantization.
+    A parameter gets the dtype and the shape of the tensor that is assigned to its `.data`, or that
+    a state dict holds for it. `.half()`, `.to(dtype)` and similar methods move the module but keep
+    its dtypes, which are part of the quantization.
 
     Args:
         in_features: k, the size of each input row (counted in int4 values for int4).
         out_features: n.
-        bias, offset, pertoken_scale: whether that parameter takes part.
+        bias, offset, pertoken_scale: whether the layer has this parameter.
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
         device: where to allocate the parameters.
         dtype: of the weight, torch.int8 (default) or torch.int32 for int4.
-        x1_dtype, x2_dtype: dtypes of input and weight, by the vendor's names: None, torch.int8 or
+        x1_dtype, x2_dtype: dtypes of input and weight, with the vendor's names: None, torch.int8 or
             torch.int32, the same in both. If given, every call checks the tensors against them.
         group_size: None or 0; the support table has no row with per-group scales.
 
@@ -53,18 +53,18 @@ class LinearQuant(nn.Module):
         scale: float32 (out_features,). A float32, bfloat16 or packed int64 tensor, (1,) or
             (out_features,), may be assigned.
         offset: float32 (out_features,), or None.
-        pertoken_scale: float32 (1,), or None. It has one value for each row of the input, so it is
-            assigned, or given to forward.
-        bias: int32 (out_features,), or None. A float tensor may be assigned where the support table
-            has one.
+        pertoken_scale: float32 (1,), or None. It needs one value for each row of the input, so
+            assign it, or pass it to forward.
+        bias: int32 (out_features,), or None. A float tensor may be assigned if the row of the
+            support table has it.
 
     Shape:
         input (..., m, in_features) to output (..., m, out_features).
 
     Raises:
-        LinearQuantTypeError, LinearQuantValueError: by the constructor for its arguments, by
-            forward for what `lq_graph.linear_quant` refuses, and for an int4 weight whose k cannot
-            be in_features.
+        LinearQuantTypeError, LinearQuantValueError: by the constructor for its arguments; by
+            forward for a call that `lq_graph.linear_quant` refuses, and for an int4 weight whose k
+            cannot be in_features.
 
     Source: torch_npu.contrib.module.LinearQuant, its page and torch_npu 2.13's signature.
     """
@@ -125,7 +125,7 @@ class LinearQuant(nn.Module):
         parameter("pertoken_scale", pertoken_scale, (1,), torch.float32, 1)
         parameter("bias", bias, (n,), torch.int32)
         # The float32 scale before fold_scale packed it, for state dicts. Neither parameter nor
-        # buffer, because it is no state of its own.
+        # buffer, because a state dict must not hold it under its own name.
         self._float_scale: Tensor | None = None
 
     def forward(self, x1: Tensor, pertoken_scale: Tensor | None = None) -> Tensor:
@@ -133,13 +133,13 @@ class LinearQuant(nn.Module):
 
         Args:
             x1: int8 (..., m, k) or int32 (..., m, k/8).
-            pertoken_scale: float32 (m,), in place of the parameter of that name.
+            pertoken_scale: float32 (m,), used instead of the parameter of that name.
         """
         if self._weight_format:  # a guard of torch.compile: another format compiles again
             pass
         own: dict[str, Any] = self._parameters
-        # Not by attribute: nn.Module.__getattr__ takes a microsecond for each. Only a parametrized
-        # layer needs it.
+        # Read the dict: nn.Module.__getattr__ takes a microsecond for each attribute. Only a
+        # parametrized layer needs it.
         if len(own) == len(PARAMETERS):
             weight, scale, offset = own["weight"], own["scale"], own["offset"]
             pertoken, bias = own["pertoken_scale"], own["bias"]
@@ -164,11 +164,11 @@ class LinearQuant(nn.Module):
         return out
 
     def note_weight_format(self) -> None:
-        """Note the weight's format in an attribute, so that torch.compile guards on it.
+        """Store the weight's format in an attribute, so that torch.compile guards on it.
 
-        A graph is compiled for one format, but guards look at dtypes, shapes and attributes, not at
-        formats. Everything that moves, casts or replaces the weight calls this, except
-        `weight.data = ...`.
+        A graph is compiled for one format, but guards check dtypes, shapes and attributes, not
+        formats. All code that moves, casts or replaces the weight calls this; only
+        `weight.data = ...` cannot.
         """
         weight = self._parameters.get("weight")
         # a fake or distributed tensor has no format
@@ -181,10 +181,10 @@ class LinearQuant(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.note_weight_format()  # a copy may have another, also one from a file
+        self.note_weight_format()  # a copy, or a layer from a file, may have another format
 
     def fold_scale(self) -> None:
-        """Replace the float32 scale by the packed int64 form, with the offset in it.
+        """Replace the float32 scale by the packed int64 scale, with the offset in it.
 
         State dicts still hold the float32 scale; loading one packs it again.
 
@@ -198,7 +198,8 @@ class LinearQuant(nn.Module):
         self.scale.data = packed
 
     def _scale_before_folding(self) -> Tensor | None:
-        """The float32 scale that the packed one was made of; None if that was replaced since."""
+        """The float32 scale that the packed scale was made from; None if the packed scale was
+        replaced since."""
         kept = self._float_scale
         if kept is None or self.scale.dtype != torch.int64:
             return None
@@ -321,7 +322,7 @@ class LinearQuant(nn.Module):
 
 
 def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What a function of nn.Module._apply does, except a change of dtype (as by `.half()`)."""
+    """A function for nn.Module._apply without its change of dtype (such as that of `.half()`)."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
@@ -344,7 +345,7 @@ def layer_of(
     Args:
         weight: int8 (n, k), or int32 (n, k/8) carrying int4.
         scale, bias, offset: the parameters of those names, None for absent.
-        pertoken: whether each call gives a pertoken_scale.
+        pertoken: whether each call passes a pertoken_scale.
         output_dtype: of the layer's output.
     """
     n, words = weight.shape
@@ -367,8 +368,8 @@ def layer_of(
 
 
 def check_whole_words(what: str, in_features: int, weight: Tensor) -> None:
-    """Refuse an int4 weight for an in_features that whole int32 words cannot hold. An in_features
-    that counts the words, as in some models with the vendor's module, is accepted.
+    """Refuse an int4 weight if in_features is not a multiple of 8. An in_features that counts the
+    int32 words, as in some models with the vendor's module, is accepted.
 
     Args:
         what: the layer, for the message.
@@ -376,7 +377,7 @@ def check_whole_words(what: str, in_features: int, weight: Tensor) -> None:
         weight: int8 (..., n, k), or int32 (..., n, k/8).
 
     Raises:
-        LinearQuantValueError: in_features is neither the words nor a multiple of 8.
+        LinearQuantValueError: in_features is neither the number of words nor a multiple of 8.
     """
     words = weight.shape[-1]
     if words == in_features:
@@ -387,9 +388,9 @@ def check_whole_words(what: str, in_features: int, weight: Tensor) -> None:
         k = logical_k(words, weight.dtype)
         raise LinearQuantValueError(
             f"{what}: in_features is {in_features}, and weight is {dtype_name(weight.dtype)} "
-            f"{tuple(weight.shape)} and holds k = {k} int4 values a row; int4 needs in_features a "
-            f"multiple of {error.group}. What to do: make the layer with in_features={k}, or pad k "
-            "with zeros in x1 and weight alike before packing."
+            f"{tuple(weight.shape)} and holds k = {k} int4 values in a row; with int4, in_features "
+            f"must be a multiple of {error.group}. What to do: make the layer with "
+            f"in_features={k}, or pad k with zeros in x1 and weight alike before packing."
         ) from None
 
 
@@ -421,7 +422,7 @@ def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:
 
 
 def _storage_dtype(**given: torch.dtype | None) -> torch.dtype:
-    """The one dtype the constructor's three dtype arguments agree on; int8 if none is given."""
+    """The dtype on which the constructor's three dtype arguments agree; int8 if none is given."""
     chosen: dict[str, torch.dtype] = {k: v for k, v in given.items() if v is not None}
     for name, dtype in chosen.items():
         if dtype not in STORAGE_DTYPES:

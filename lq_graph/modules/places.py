@@ -1,4 +1,4 @@
-"""Where does a model hold a module or a tensor?"""
+"""Finds where a model holds a module or a tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 _DEPTH = 4  # levels of objects in objects that are searched for modules
-_REACHED = ("_parameters", "_buffers", "_modules")  # attributes that a replacement reaches
+_REACHED = ("_parameters", "_buffers", "_modules")  # attributes in which a replacement is put
 # types that hold no module, or hold modules that are not the model's
 _NO_HOLDERS = (str, bytes, bytearray, memoryview, range, int, float, complex, type, ModuleType)
 Place = tuple[nn.Module, str]  # a parent, and the name of its child
@@ -37,18 +37,18 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[Place]]:
 
 
 def put(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in place. Writes to the dict: a parent's own __setattr__ could refuse it when
-    other modules are replaced already."""
+    """Put a module in place. Writes to the dict, because a parent's own __setattr__ could refuse it
+    when other modules are already replaced."""
     parent._modules[name] = module
 
 
 def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
-    """Submodules, or owners of weights, that an attribute of some module holds too, where a
-    replacement does not reach them; each with the name of that attribute.
+    """Submodules, or owners of weights, that an attribute of some module holds too, so that a
+    replacement would not reach them; each with the name of that attribute.
 
-    Searched are the attributes of modules and of their classes, hooks included, and in them
-    collections, functions with their closures, and plain objects, a few levels deep. Iterators are
-    not consumed.
+    It searches the attributes of modules and of their classes, hooks included, and in them
+    collections, functions with their closures, and plain objects, a few levels deep. It does not
+    consume iterators.
     """
     found: dict[nn.Module, str] = {}
     inside = set(model.modules())
@@ -104,7 +104,7 @@ def _is_torchs(kind: type) -> bool:
 
 
 def _held_in(value: object, depth: int, seen: dict[int, int]) -> Iterator[nn.Module | Tensor]:
-    """Modules and tensors in a value; `seen` notes to which depth each object was searched."""
+    """Modules and tensors in a value; `seen` has the depth to which each object was searched."""
     if isinstance(value, nn.Module | Tensor):
         yield value
         return
@@ -121,7 +121,7 @@ def _parts_of(value: object) -> list[object]:
     if isinstance(value, Mapping):
         parts += [*value.keys(), *value.values()]
     elif isinstance(value, Collection) and not hasattr(value, "__array__"):
-        parts += value  # iterators and data loaders, which can be read once, are no Collections
+        parts += value  # iterators and data loaders, which can be read once, are not Collections
     if isinstance(value, MethodType):
         parts += [value.__self__, value.__func__]
     elif isinstance(value, partial):

@@ -26,7 +26,7 @@ from .vendor import vendor_layers
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
 
-_PROGRESS_FROM = 16  # layers: fewer are done before a bar can be read
+_PROGRESS_FROM = 16  # layers; with fewer, the work is done before a bar can be read
 _FORMATS = {ND: "ND", FRACTAL_NZ: "FRACTAL_NZ"}
 
 
@@ -38,7 +38,7 @@ class Prepared:
         name: the module's qualified name.
         before, after: dtype and format of the weight, and dtype of the scale.
         bytes: size of the weight's storage, padding included.
-        note: what was not done and why; empty if all was.
+        note: what was not done, and why; empty if everything was done.
     """
 
     name: str
@@ -74,8 +74,8 @@ class Report(list[Prepared]):
 def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Report:
     """Prepare every LinearQuant of a model for the NPU.
 
-    Folds a float32 scale, with the offset, into the packed int64 scale where the layer's row of the
-    support table reads that, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and
+    Folds a float32 scale, with the offset, into the packed int64 scale if the layer's row of the
+    support table reads it, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and
     the vendor's LinearQuant and LinearA8W8Quant. Everything else (Linear, Conv2d, ...) goes to
     torchair's function of the same name.
 
@@ -86,14 +86,14 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     Prepare before the first call of a compiled model. A graph is compiled for the format that its
     weights have then, and a device does not check it again. If a weight is prepared, moved
     (`.cpu().npu()`) or replaced (`weight.data = tensor`) afterwards, the graph reads it in the old
-    format and the output is garbage, without an error. lq_graph's layers are compiled again when
-    the format of their weight changes, except by `weight.data = tensor`. For other layers, for
-    cache_compile and for captured graphs after their first run nothing notices the change. On
-    cann_host such a run is refused.
+    format and the output is garbage, without an error. torch.compile compiles lq_graph's layers
+    again when the format of their weight changes, except by `weight.data = tensor`. Nothing notices
+    the change in other layers, in cache_compile, and in captured graphs after their first run.
+    cann_host refuses such a run.
 
-    A layer that gets pertoken_scale as an argument of forward has to be made with
-    pertoken_scale=True. Else a layer with float16 output is taken for one without pertoken_scale,
-    and its scale is packed.
+    If forward gets pertoken_scale as an argument, make the layer with pertoken_scale=True.
+    Otherwise a layer with float16 output counts as a layer without pertoken_scale, and its scale is
+    packed.
 
     Args:
         model: on the NPU.
@@ -125,9 +125,9 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     if others_changed and _has_compiled():
         warnings.warn(
             "use_internal_format_weight: formats of weights changed after torch.compile had made "
-            "graphs in this process. lq_graph's layers are compiled again; for others "
-            f"({others_changed}) torch.compile does not notice, and a graph that was made for ND "
-            "reads FRACTAL_NZ as ND. What to do: prepare before the first call, or call "
+            "graphs in this process. torch.compile compiles lq_graph's layers again. For other "
+            f"layers ({others_changed}) it does not notice the change: a graph that was made for "
+            "ND reads FRACTAL_NZ as ND. What to do: prepare before the first call, or call "
             "torch._dynamo.reset() now.",
             stacklevel=3,
         )
@@ -135,7 +135,8 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
 
 def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
-    """The report, and a module whose new format torch.compile does not notice, or an empty name."""
+    """The report, and the name of a module whose new format torch.compile does not notice; empty if
+    there is none."""
     kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
     # cast: the vendor's modules have the attributes of ours
     layers = [
@@ -149,11 +150,11 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     torchair = _torchair()
     report = Report()
     others_changed = ""
-    holders: dict[Tensor, list[LinearQuant]] = {}  # of each scale, layers of ours
+    holders: dict[Tensor, list[LinearQuant]] = {}  # our layers that hold each scale
     for _, layer in layers:
         if isinstance(layer, LinearQuant):
             holders.setdefault(layer.scale, []).append(layer)
-    # None: no bar where the output is no terminal
+    # None: no progress bar if the output is not a terminal
     bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
     with all_or_nothing() as undo:
         for _, layer in layers:  # undone last, because layers may share a weight
@@ -179,8 +180,8 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
 
 
 def _torchair() -> Any:
-    """torchair, imported. It installs a handler for SIGINT after which Ctrl-C is ignored
-    (torch_npu 2.13, core/_backend.py); who only prepares weights keeps the old handler."""
+    """Import torchair. It installs a handler for SIGINT that ignores Ctrl-C (torch_npu 2.13,
+    core/_backend.py); this restores the old handler."""
     import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -204,8 +205,8 @@ def _has_compiled() -> bool:
 def _scales_read_otherwise(
     layers: list[tuple[str, LinearQuant]], folds: list[bool]
 ) -> dict[Tensor, str]:
-    """Scales that several layers share and read differently, so that folding for one layer would be
-    wrong for another; each with the reason."""
+    """Scales that several layers share and read differently: to fold such a scale for one layer
+    would be wrong for another. Each with the reason."""
     first: dict[Tensor, tuple[str, LinearQuant, bool]] = {}
     kept: dict[Tensor, str] = {}
     for (name, layer), fold in zip(layers, folds, strict=True):
@@ -227,7 +228,7 @@ _OFF = "allow_internal_format is off"
 
 
 def _check(name: str, layer: LinearQuant) -> bool:
-    """Whether a layer's scale is to be folded; refuses a layer that cannot be prepared."""
+    """Whether to fold a layer's scale; refuses a layer that cannot be prepared."""
     if layer.weight.device.type != "npu":
         raise LinearQuantValueError(
             f"use_internal_format_weight: {name} is on {layer.weight.device}; FRACTAL_NZ exists on "
@@ -246,14 +247,14 @@ def folds_scale(layer: LinearQuant) -> bool:
     """Whether a layer's row of the support table reads a packed scale and the scale is float32.
 
     Args:
-        layer: lq_graph's, or one of the vendor's with the same attributes.
+        layer: of lq_graph, or of the vendor, with the same attributes.
 
     Raises:
         LinearQuantTypeError, LinearQuantValueError: the layer has no row.
     """
     weight, pertoken, bias = layer.weight, layer.pertoken_scale, layer.bias
     rows = 1 if pertoken is None else pertoken.shape[0]
-    # a 3-dim bias says that the input has a batch dim
+    # a 3-dim bias means that the input has a batch dim
     batch = bias.shape[:1] if bias is not None and bias.dim() == 3 else ()
     x1 = torch.empty(*batch, rows, weight.shape[-1], dtype=weight.dtype, device="meta")
     return plan(
@@ -270,7 +271,7 @@ def _prepare(
     sharing: list[LinearQuant],
     undo: ExitStack,
 ) -> Prepared:
-    """Fold and cast one layer; `undo` gets how to undo each step before the step."""
+    """Fold and cast one layer; before each step, `undo` gets the function that undoes it."""
     weight = layer.weight
     before = _describe(layer)
     if fold and not why_float:
@@ -289,13 +290,13 @@ def _prepare(
 
 
 def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> None:
-    """Fold a float32 scale, unless it is packed already, for an earlier layer.
+    """Fold a float32 scale, unless an earlier layer that shares it has already folded it.
 
     Args:
         layer: whose scale it is.
-        sharing: the layers of ours that hold the scale. Each keeps the float32 values for state
-            dicts, before the scale is packed, because another thread may be making a state dict.
-        undo: gets how to undo each step.
+        sharing: our layers that hold the scale. Each stores the float32 values for state dicts
+            before the scale is packed, because another thread may be making a state dict.
+        undo: gets the functions that undo the steps.
     """
     scale = layer.scale
     if scale.dtype != torch.float32:
@@ -318,7 +319,7 @@ def _cast(parameter: Tensor, acl_format: int) -> None:
 
 
 def _restore(parameter: Tensor, acl_format: int, scale: Tensor | None) -> None:
-    """Undo a fold or a cast. A cast is undone by casting back, so no second weight is in memory."""
+    """Undo a fold or a cast. Casting back undoes a cast, so no second weight is in memory."""
     if scale is not None and parameter.dtype != scale.dtype:
         parameter.data = scale
     elif format_of(parameter) != acl_format:

@@ -25,9 +25,9 @@ _static_quant = torch.ops.lq_graph.static_quant.default
 class QuantizedLinear(nn.Module):
     """A linear layer that quantizes its float input and runs a LinearQuant.
 
-    It has what nn.Linear has: `in_features`, `out_features`, and `weight` and `bias`, the floats
-    that the quantized tensors of `linear` stand for. Those two are computed when they are read, and
-    cannot be written.
+    It has the attributes of nn.Linear: `in_features`, `out_features`, `weight` and `bias`. `weight`
+    and `bias` are floats that are computed from the quantized tensors of `linear` when they are
+    read. They cannot be written.
 
     Args:
         linear: int8, or int32 carrying int4 (dynamic only). With pertoken_scale=True the layer is
@@ -38,18 +38,20 @@ class QuantizedLinear(nn.Module):
             127; None for 0.
         input_dtype: float16 or bfloat16: the dtype of a static layer's input, and of `weight` and
             `bias`; default the output's dtype.
-        weight_scale: float32 (n,), static only: the weight's own scale, where it is known. The
-            layer does not compute with it; checkpoints hold it.
-        float_bias: (n,), a float dtype: the bias before it was rounded to int32, likewise.
+        weight_scale: float32 (n,), static only: the weight's own scale, if it is known. The layer
+            does not compute with it; checkpoints hold it.
+        float_bias: (n,), a float dtype: the bias before it was rounded to int32, if it is known.
+            The layer does not compute with it; checkpoints hold it.
         output_scale: float32 (1,), for int8 output: the input_scale of the layer that takes it.
-        output_offset: float32 (1,), likewise its input_offset.
-        takes_int8: static only: whether an int8 input is taken as already quantized with
+        output_offset: float32 (1,), for int8 output: the input_offset of that layer.
+        takes_int8: static only: whether the layer takes an int8 input, already quantized with
             input_scale and input_offset. Set it only for a layer whose input is the int8 output of
-            another one.
+            another layer.
 
-    `input_scale` and `input_offset` may be assigned, loaded, or written in place. Two writes go
-    unnoticed: one for which torch counts no version (`input_scale.data.copy_()`), and one in place
-    while the layer runs only compiled. Assign instead.
+    `input_scale` and `input_offset` may be assigned, loaded, or written in place. The layer does
+    not notice two kinds of writes: one for which torch counts no version
+    (`input_scale.data.copy_()`), and one in place while the layer runs only compiled. Assign a new
+    tensor instead.
 
     Shape:
         input (..., in_features) to output (..., out_features); the number of rows may be 0.
@@ -59,7 +61,7 @@ class QuantizedLinear(nn.Module):
             float16 or bfloat16; by forward, an int8 input without takes_int8, or a float input of
             another dtype than the input_dtype of a static layer; by an assignment to `weight` or
             `bias`.
-        LinearQuantError: by forward, what the operators refuse.
+        LinearQuantError: by forward, a call that the operators refuse.
 
     Source: `dynamic_quant`, `static_quant` and `linear_quant` of lq_graph, which it combines.
     """
@@ -121,10 +123,10 @@ class QuantizedLinear(nn.Module):
         self._note()
 
     def _note(self) -> None:
-        """Note the tensors that the derived ones were made of, to see when they change."""
+        """Remember the tensors that the derived tensors were made from, to see when they change."""
         if self.input_scale is not None and self.input_offset is not None:
             self._derived_from = [
-                # held, so that its memory is not used for another tensor
+                # held, so that another tensor cannot get its memory
                 (name, tensor.detach(), tensor.data_ptr(), _version(tensor))
                 for name, tensor in self._buffers.items()
                 if name in ("input_scale", "input_offset") and type(tensor) is Tensor
@@ -142,13 +144,13 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def _plain(cls) -> QuantizedLinear:
-        """One as quantize makes it, for replaceable.py."""
+        """A layer as quantize makes it, for replaceable.py."""
         linear = LinearQuant(8, 8, pertoken_scale=True, output_dtype=torch.float16, device="meta")
         return cls(linear)
 
     @property
     def weight(self) -> Tensor:
-        """The float weight, (n, k) in input_dtype, that the quantized one stands for."""
+        """The float weight, (n, k) in input_dtype, computed from the quantized weight."""
         weight = self.linear.weight
         shape = (*weight.shape[:-1], kernels.logical_k(weight.shape[-1], weight.dtype))
         return self._float_view(self._float_weight, shape)
@@ -157,16 +159,16 @@ class QuantizedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The float bias, (n,) in input_dtype, or None.
 
-        It is `float_bias` where that is known, else what the bias of `linear` stands for, without
-        the zero point of the input. The latter is zeros for a static layer that was made without a
-        bias but has a zero point.
+        It is `float_bias` if that is known. Otherwise it is computed from the bias of `linear`,
+        without the zero point of the input; then it is zeros for a static layer that was made
+        without a bias but has a zero point.
         """
         if self.float_bias is None and self.linear.bias is None:
             return None
         return self._float_view(self._float_bias, (self.linear.out_features,))
 
     def _float_view(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
-        if torch.compiler.is_compiling():  # a graph drops what is not read
+        if torch.compiler.is_compiling():  # a graph drops values that nothing reads
             return compute()
         return FloatView(compute, shape, self.input_dtype, self.linear.weight.device)
 
@@ -239,7 +241,7 @@ class QuantizedLinear(nn.Module):
         rows = input.reshape(-1, input.shape[-1])
         some = rows.shape[0] > 0
         if torch.compiler.is_exporting():
-            # One graph serves all numbers of rows, 0 too, though torch assumes at least 2. Dynamo
+            # One graph works for any number of rows, 0 too, though torch assumes at least 2. Dynamo
             # (strict=True) shows a symbolic number as an int.
             some = isinstance(some, bool) and not torch.compiler.is_dynamo_compiling() and some
         elif torch.compiler.is_compiling():
@@ -261,9 +263,9 @@ class QuantizedLinear(nn.Module):
             raise LinearQuantTypeError(
                 "QuantizedLinear: x is int8, but this layer does not take int8: values that were "
                 "cast to int8 are not quantized. What to do: pass "
-                f"x.to({self.input_dtype}). A model that asks a layer for its dtype finds it at "
-                "layer.weight.dtype, not at next(layer.parameters()).dtype. If the layer before "
-                "gives int8 output, make this one with takes_int8=True."
+                f"x.to({self.input_dtype}). A model that reads the dtype of a layer must read "
+                "layer.weight.dtype, not next(layer.parameters()).dtype. If the layer before "
+                "returns int8, make this layer with takes_int8=True."
             )
         if not torch.compiler.is_compiling():
             self._derive_again()
@@ -290,7 +292,7 @@ class QuantizedLinear(nn.Module):
         return out
 
     def to_float(self, out: Tensor) -> Tensor:
-        """The floats that an output stands for: int8 is dequantized, floats are unchanged."""
+        """An output as floats: int8 is dequantized, floats are unchanged."""
         if self.output_scale is None or self.output_offset is None or out.dtype != torch.int8:
             return out
         return (out.to(torch.float32) - self.output_offset) * self.output_scale
@@ -301,7 +303,7 @@ class QuantizedLinear(nn.Module):
         return f"static, per tensor, input_dtype={dtype_name(self.input_dtype)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # .half() and the like only move: the dtypes of the scales are part of the quantization
+        # .half() and similar methods only move: the dtypes of the scales are part of quantization
         self._derive_again()
         super()._apply(keeping_dtypes(fn), recurse)
         self._note()

@@ -1,4 +1,4 @@
-"""May a module be replaced by one of another class, and what does the replacement take over?"""
+"""Whether a module may be replaced by one of another class, and what the replacement takes over."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def why_not_replaceable(
     `requires_grad` and the training flag.
 
     Args:
-        module: that is to be replaced.
+        module: the module to replace.
         kind: the class that the replacement behaves like, nn.Linear for example.
-        places: where it is held, of `places_of`; some parents do not call what they hold.
+        places: where the model holds it, from `places_of`; some parents do not call their child.
     """
     if type(module) is not kind:
         return f"a {type(module).__name__}, whose forward may differ from {_name(kind)}'s"
@@ -63,7 +63,7 @@ def why_not_replaceable(
 
 
 def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
-    """What a module has that a new one of its class does not have; empty if nothing."""
+    """What a module has that a new module of its class does not have; empty if nothing."""
     own, kind = vars(module), type(plain)
     for attribute, what in _HOOKS.items():
         if own.get(attribute):
@@ -77,14 +77,14 @@ def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
     }
     for name, value in added.items():
         if hasattr(kind, name) and not isinstance(value, Tensor):
-            return f"it has a {name} of its own, which would be lost"
+            return f"it has its own {name}, which would be lost"
     for name, value in added.items():
         if isinstance(value, MethodType) and value.__self__ is module:
-            return f"it has a method of its own, {name}, which would be lost"
+            return f"it has its own method {name}, which would be lost"
     for name, child in module._modules.items():
         usual = plain._modules.get(name)
         if child is not None and usual is None:
-            return f"it holds a module of its own, {name}, which would be lost"
+            return f"it holds an additional module, {name}, which would be lost"
         if child is not None and usual is not None:
             if type(child) is not type(usual):
                 return f"its {name} is a {type(child).__name__}"
@@ -92,13 +92,13 @@ def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
                 return f"its {name}: {why}"
     usual_tensors = {**plain._parameters, **plain._buffers}
     if absent := [name for name in plain._parameters if name not in module._parameters]:
-        return f"its {absent[0]} is no parameter, so something else computes it"
+        return f"its {absent[0]} is not a parameter, so something else computes it"
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             if name not in usual_tensors:
-                return f"it holds a tensor of its own, {name}, which would be lost"
+                return f"it holds an additional tensor, {name}, which would be lost"
             if type(tensor) not in (Tensor, nn.Parameter):
-                return f"its {name} is a {type(tensor).__name__}, with behaviour of its own"
+                return f"its {name} is a {type(tensor).__name__}, which may behave differently"
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 return f"its {name} has gradient hooks, which would be lost"
     return ""
@@ -111,7 +111,7 @@ def _why_not_in(parent: nn.Module) -> str:
         return f"nn.{kind.__name__} reads the weight itself, on its fast path"
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     if dynamo is not None and isinstance(parent, dynamo.OptimizedModule):
-        return "torch.compile was called on it alone: call it afterwards"
+        return "torch.compile was called on this module alone: call it afterwards"
     return ""
 
 
@@ -147,7 +147,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     Call it before the replacement is put in place.
 
     Raises:
-        LinearQuantTypeError: the replacement has something else of that name.
+        LinearQuantTypeError: the replacement has another attribute of that name.
     """
     usual = vars(_plain(type(old)))
     own = {name: value for name, value in vars(old).items() if name not in usual}

@@ -1,7 +1,7 @@
-"""Layers that are split over devices: their mark, and what is known of the ways to split them.
+"""Layers that are split over devices: their mark, and the interface of the styles that split them.
 
-lq_graph.parallel has the ways; here is what others need of them without importing
-torch.distributed.
+lq_graph.parallel has the styles. This module has what other packages need of them, without an
+import of torch.distributed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SplitStyle(ABC):
 
     @abstractmethod
     def placement(self, name: str, shape: tuple[int, ...]) -> Placement:
-        """Where a parameter goes.
+        """How a parameter is split.
 
         Args:
             name: weight, scale, offset, pertoken_scale or bias.
@@ -59,4 +59,4 @@ class SplitStyle(ABC):
 
     @abstractmethod
     def adopt(self, module: QuantizedLinear, mesh: DeviceMesh) -> nn.Module:
-        """Mark a layer as split whose parameters are this device's parts, as `placement` says."""
+        """Mark a layer as split. Its parameters are already this device's parts, by `placement`."""

@@ -1,4 +1,4 @@
-"""Which quantized layers the product in force can run, their quantizing operator included."""
+"""Which quantized layers the product in force can run, with their quantizing operator."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _refusal(
     scale: torch.dtype,
     bias: torch.dtype | None,
 ) -> str:
-    """What the tables refuse, without the advice, which is for one call of an operator."""
+    """Why the tables refuse the layer. Without the advice, which is for one call of an operator."""
     x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
     pack = STORAGE_DTYPES[kind.storage]
     if k % pack or n % pack:
@@ -92,13 +92,13 @@ def _refusal(
         )
     except LinearQuantError as error:
         refusal = error.refusal
-        assert refusal is not None  # whatever a plan refuses has one
+        assert refusal is not None  # an error of plan() has a refusal
         return f"{refusal.operator}: {refusal.reason()}".rstrip(".")
     return ""
 
 
 def _what_runs(k: int, n: int) -> str:
-    """In which ways, and in which dtypes, the product in force runs a layer of these sizes."""
+    """The schemes and dtypes in which the product in force runs a layer of these sizes."""
     found = []
     for kind in (A8W8_DYNAMIC, A8W8_STATIC, A4W4_DYNAMIC):
         bias = torch.int32 if kind.static else None

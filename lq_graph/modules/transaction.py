@@ -25,7 +25,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def keeps_grad_mode(function: _Function) -> _Function:
     """Decorator: restores whether gradients are recorded.
 
-    If Ctrl-C comes while torch.no_grad() ends, gradients would else stay off for the rest of the
+    Without it, if Ctrl-C comes while torch.no_grad() ends, gradients stay off for the rest of the
     process.
     """
 
@@ -52,8 +52,8 @@ def one_at_a_time() -> threading.RLock:
 def uninterrupted() -> Iterator[Callable[[], None]]:
     """A block that Ctrl-C does not interrupt: it waits for the end of the block.
 
-    The block gets a function; where it calls it, Ctrl-C may come. Python delivers Ctrl-C to the
-    main thread only, so in other threads this does nothing.
+    The block gets a function. When the block calls it, a waiting Ctrl-C is raised. Python delivers
+    Ctrl-C to the main thread only, so in other threads this does nothing.
     """
     caught: list[tuple[Any, ...]] = []
     before = signal.getsignal(signal.SIGINT)
@@ -85,7 +85,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
     """A block whose steps are undone, the last one first, when one of them fails.
 
     Before each step, tell the stack how to undo it: `undo.callback(...)`. Ctrl-C waits for the end
-    of the block, so do what takes long before the block.
+    of the block, so do slow work before the block.
     """
     with uninterrupted(), ExitStack() as undo:
         yield undo

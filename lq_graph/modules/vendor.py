@@ -1,4 +1,4 @@
-"""The vendor's LinearQuant modules, and the way from them to ours and back."""
+"""The vendor's LinearQuant modules, and their conversion to ours and back."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TARGETS = ("lq_graph", "torch_npu")
 
 
 def vendor_layers() -> tuple[type[nn.Module], ...]:
-    """torch_npu's LinearQuant and LinearA8W8Quant; empty where torch_npu is not imported, because a
-    model cannot hold any then."""
+    """torch_npu's LinearQuant and LinearA8W8Quant; empty if torch_npu is not imported, because then
+    a model cannot hold them."""
     if sys.modules.get("torch_npu") is None:
         return ()
     from torch_npu.contrib.module import LinearA8W8Quant
@@ -43,7 +43,7 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
 
     Atomic: if a step fails, the model is unchanged; Ctrl-C waits for the end. Subclasses are left
     alone, because their forward may differ, and a warning names them. Plain attributes of a module
-    are copied to the new one; a module with hooks or a forward of its own is refused.
+    are copied to the new module; a module with hooks or its own forward is refused.
 
     Args:
         model: any module. If it is itself such a layer, it is unchanged and the new one is
@@ -51,13 +51,13 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
         to: "lq_graph", or "torch_npu" for the way back.
 
     Returns:
-        The model, or the new layer where the model is one.
+        The model, or the new layer if the model is itself such a layer.
 
     Raises:
         LinearQuantValueError: another `to`.
-        LinearQuantTypeError: a float32 weight that holds other values than int8 ones; a module that
-            does more than its class does; with to="torch_npu" the layer in a dynamic
-            QuantizedLinear, which gives it a pertoken_scale with each call.
+        LinearQuantTypeError: a float32 weight with values that are not int8; a module that does
+            more than its class does; with to="torch_npu", the layer in a dynamic QuantizedLinear,
+            which passes it a pertoken_scale with each call.
 
     Warns:
         UserWarning: a subclass is left alone.
@@ -92,7 +92,7 @@ def _is_convertible(
     places: list[Place],
     kinds: tuple[type[nn.Module], ...],
 ) -> bool:
-    """Whether a module is to be replaced; refuses one that does more than its class does."""
+    """Whether to replace a module; refuses a module that does more than its class does."""
     what = f"convert: {name or 'the model'}"
     if type(old) not in kinds:
         why = why_not_replaceable(old, kinds[0])
@@ -154,13 +154,13 @@ def _share(old: nn.Module, new: nn.Module) -> None:
 
 
 def _as_int8(name: str, weight: Tensor) -> Tensor:
-    """The int8 values a float weight holds."""
+    """The int8 values that a float weight holds."""
     values = weight.to(torch.int8)
     if weight.is_floating_point() and bool((values == weight).all()):
         return values
     raise LinearQuantTypeError(
-        f"convert: {name or 'the model'}: weight is {dtype_name(weight.dtype)} and holds other "
-        "values than int8 ones; allowed is int8, int32 carrying int4, or a float weight into which "
-        "an int8 state dict was loaded. What to do: load the weights first, by "
+        f"convert: {name or 'the model'}: weight is {dtype_name(weight.dtype)} and holds values "
+        "that are not int8; allowed is int8, int32 carrying int4, or a float weight into which "
+        "an int8 state dict was loaded. What to do: load the weights first, with "
         "`layer.weight.data = tensor`."
     )

@@ -1,4 +1,4 @@
-"""Tensor parallelism: quantized layers split over several devices, by torch.distributed.
+"""Tensor parallelism: quantized layers split over several devices, with torch.distributed.
 
 parallelize_module(model, mesh, {"up": ColwiseLinearQuant(), "down": RowwiseLinearQuant()})
 """

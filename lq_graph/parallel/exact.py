@@ -1,4 +1,4 @@
-"""Layers split on k whose result, or quantized input, is one device's, bit for bit."""
+"""Layers split on k whose result, or quantized input, equals one device's bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _I8, _I32 = torch.int8, torch.int32
 
 
 def read_scale(layer: Any, fold: bool) -> None:
-    """Keep the scale and the offset as the kernel reads them; made once, not at every call."""
+    """Store the scale and the offset as the kernel reads them, once and not at every call."""
     scale, offset = layer.scale, layer.offset
     if fold:
         if scale.dtype == torch.float32:
@@ -69,7 +69,7 @@ def exact_forward(
 def quantize_rows_together(
     mesh: DeviceMesh, arithmetic: Arithmetic, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """dynamic_quant of rows whose k is split, with the largest magnitude of all parts."""
+    """dynamic_quant of rows whose k is split, with the largest magnitude over all parts."""
     peak = rows.to(torch.float32).abs().max(-1).values  # torchair has no converter for amax
     if mesh.size() > 1:
         # A backend's maximum may lose NaN. It keeps infinity, with which the row is NaN too.

@@ -26,8 +26,8 @@ def at_front(placement: Placement, tensor: Tensor) -> Placement:
 
 
 def wait_for(x: Any) -> Tensor:
-    """Wait for a collective's result, so that a rank that is gone is an error here and not later.
-    In a graph it is a plain tensor already."""
+    """Wait for a collective's result, so that the error of a rank that is gone is raised here and
+    not later. In a graph the result is already a plain tensor."""
     out: Tensor = x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
     return out
 
@@ -41,14 +41,14 @@ def move(x: Tensor, have: Placement, want: Placement, mesh: DeviceMesh) -> Tenso
         mesh: of one dim.
 
     Raises:
-        LinearQuantValueError: a dim that does not split into equal parts.
+        LinearQuantValueError: a dim that cannot be split into equal parts.
     """
     have, want = at_front(have, x), at_front(want, x)
     if have == want or mesh.size() == 1:
         return x
     if isinstance(want, Shard) and x.shape[want.dim] % mesh.size():
         raise LinearQuantValueError(
-            f"dim {want.dim} of {tuple(x.shape)} is to be split into {mesh.size()} equal parts, "
+            f"dim {want.dim} of {tuple(x.shape)} cannot be split into {mesh.size()} equal parts, "
             "one for each device. What to do: pad it, or use Replicate()."
         )
     group = mesh.get_group()

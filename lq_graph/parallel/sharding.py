@@ -7,7 +7,7 @@ With m, k, n of one call, for each dim of a mesh:
     row-wise      x1, weight on k; each device has a partial sum of the output, rounded there, so
                   the sum is close to one device's, not equal. int32 output is summed exactly.
 
-A split that would be wrong is refused with the reason. Importing this module, or
+A split that would give wrong results is refused with the reason. Importing this module, or
 `lq_graph.parallel`, registers the rules.
 
 Source: torch.distributed.tensor.experimental.register_sharding.
@@ -35,7 +35,7 @@ __all__ = [
 
 _I8 = torch.int8
 
-# For one mesh dim: placements of the outputs and of the inputs (None for what is no tensor).
+# For one mesh dim: placements of the outputs and of the inputs (None if it is not a tensor).
 Sharding = tuple[list[Placement], list["Placement | None"]]
 
 NO_PARTIAL_INT8 = (
@@ -44,9 +44,9 @@ NO_PARTIAL_INT8 = (
     "output, or shard on n (ColwiseLinearQuant)."
 )
 NO_PARTIAL_BIAS = (
-    "the bias would be added on every device, once too often on all but one. What to do: "
-    "distribute it as Partial, whole on one device and zeros on the others, as RowwiseLinearQuant "
-    "does, or add it after the sum."
+    "every device would add the whole bias, and the sum would contain it several times. What to "
+    "do: distribute it as Partial, whole on one device and zeros on the others, as "
+    "RowwiseLinearQuant does, or add it after the sum."
 )
 
 

@@ -35,12 +35,12 @@ __all__ = [
 
 
 def keep_state(undo: ExitStack, *modules: nn.Module) -> None:
-    """Let a stack undo whatever is set on the modules, hooks and buffers included."""
+    """Let a stack undo all later changes to the modules, hooks and buffers included."""
     for module in modules:
         own = vars(module)
         undo.callback(_put_back, own, {**own})
         for held in own.values():
-            # not replaced by a copy, because handles of hooks refer to the dict
+            # the dict itself is kept, because handles of hooks refer to it
             if isinstance(held, dict):
                 undo.callback(_put_back, held, {**held})
 
@@ -70,7 +70,7 @@ def part_of(
         whole: the tensor.
         mesh: of one dim.
         placement: how it is split.
-        source: the rank whose values are taken; None for each rank's own.
+        source: the rank whose values are used; None for each rank's own.
     """
     if not isinstance(placement, Partial):
         placed = distribute_tensor(whole, mesh, [placement], src_data_rank=source)

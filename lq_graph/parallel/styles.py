@@ -1,17 +1,17 @@
-"""Tensor parallelism: LinearQuant over several devices, by torch.distributed.
+"""Tensor parallelism: LinearQuant over several devices, with torch.distributed.
 
     parallelize_module(model, mesh, {"up": ColwiseLinearQuant(), "down": RowwiseLinearQuant()})
 
 Each process keeps its part of a layer's tensors and computes with it as with a whole layer:
 eagerly, in graphs, and prepared by `use_internal_format_weight`. State dicts hold DTensors, which
 load and save as the whole layer. Splitting one layer is atomic: after an error or Ctrl-C the layer
-is unchanged on this rank. `parallelize_module` splits one layer after another, so the layers before
-the one that failed stay split.
+is unchanged on this rank. `parallelize_module` splits one layer after another, so if one fails, the
+layers before it stay split.
 
 The output of a layer split on k is rounded on every device before the sum. So it is close to one
 device's result, not equal, and int8 output cannot be summed at all.
-`RowwiseLinearQuant(exact=True)` sums the int32 accumulators and scales after the sum: its result is
-one device's, bit for bit.
+`RowwiseLinearQuant(exact=True)` sums the int32 accumulators and scales after the sum: its result
+equals one device's bit for bit.
 
 Source: torch.distributed.tensor.parallel.
 """
@@ -59,7 +59,7 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
 
     weight_dim: int  # the dim of (n, k) that is split
     computes_from: Placement  # of the input that a layer's part needs
-    computes_to: Placement  # of the output that it gives
+    computes_to: Placement  # of the output that it returns
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
                 "What to do: parallelize the model first, then call use_internal_format_weight."
             )
         check_whole_words(name, layer.in_features, weight)
-        pack = STORAGE_DTYPES[weight.dtype]  # int4 needs n and k in eights, on each device
+        pack = STORAGE_DTYPES[weight.dtype]  # with int4, n and k of each part are multiples of 8
         what, size = (
             ("out_features (n)", weight.shape[0])
             if self.weight_dim == 0
@@ -156,7 +156,7 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
         vars(layer)[SPLIT] = (mesh, placements)
         n, words = layer.weight.shape
         layer.out_features, layer.in_features = n, logical_k(words, layer.weight.dtype)
-        layer._float_scale = None  # it is of the whole layer; state dicts hold the packed scale
+        layer._float_scale = None  # of the whole layer; state dicts hold the packed scale
         layer.register_state_dict_post_hook(to_dtensors)
         layer.register_load_state_dict_pre_hook(to_parts)
         module.register_forward_pre_hook(partial(self._take, mesh))
@@ -188,20 +188,20 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
 class ColwiseLinearQuant(LinearQuantStyle):
     """Split a LinearQuant or QuantizedLinear on n, its output channels.
 
-    The result is one device's, bit for bit. Weight (n, k), per-channel scale (packed or not),
+    The result equals one device's bit for bit. Weight (n, k), per-channel scale (packed or not),
     offset and bias are split; each device computes its own channels of every row, and nothing is
     summed.
 
     Args:
         input_layouts: placement of the input (..., k); default Replicate().
         output_layouts: placement of the output (..., n); default Shard(-1).
-        use_local_output: give a plain tensor, this device's part, instead of a DTensor.
+        use_local_output: return a plain tensor, this device's part, instead of a DTensor.
 
     Raises:
-        LinearQuantTypeError: when it is applied, on every rank: the module is of another class.
-        LinearQuantValueError: likewise: n does not split into equal parts (int4: multiples of 8),
-            the weight has batch dims or is FRACTAL_NZ, the layer is split already, the mesh has
-            several dims, or the ranks hold different layers.
+        LinearQuantTypeError: on every rank, when it is applied: the module is of another class.
+        LinearQuantValueError: on every rank, when it is applied: n cannot be split into equal parts
+            (int4: multiples of 8), the weight has batch dims or is FRACTAL_NZ, the layer is already
+            split, the mesh has several dims, or the ranks hold different layers.
 
     Source: torch.distributed.tensor.parallel.ColwiseParallel.
     """
@@ -229,30 +229,30 @@ class ColwiseLinearQuant(LinearQuantStyle):
 class RowwiseLinearQuant(LinearQuantStyle):
     """Split a LinearQuant or QuantizedLinear on k, its input channels, and sum the outputs.
 
-    Each device multiplies its part of k. One device keeps the bias and the others zeros, so that it
-    is added once. Scale, offset and pertoken_scale are whole on each device.
+    Each device multiplies its part of k. One device holds the bias and the others hold zeros, so
+    that the bias is added once. Scale, offset and pertoken_scale are whole on each device.
 
-    A dynamic QuantizedLinear takes the largest magnitude of a row over all devices (4 bytes a row
-    are moved), so its quantized input is one device's, bit for bit.
+    A dynamic QuantizedLinear takes the largest magnitude of a row over all devices (this moves 4
+    bytes for each row), so its quantized input equals one device's bit for bit.
 
     Args:
-        input_layouts: placement of the input (..., k); default Shard(-1), which ColwiseLinearQuant
-            gives.
+        input_layouts: placement of the input (..., k); default Shard(-1), the output of
+            ColwiseLinearQuant.
         output_layouts: placement of the output (..., n): Replicate() (all-reduce, the default),
-            Shard(dim) (reduce-scatter), or Partial() to sum it later. With exact an all-reduce
-            comes first in any case.
-        use_local_output: give a plain tensor instead of a DTensor.
-        exact: sum the int32 accumulators and scale after the sum. The result is one device's, bit
-            for bit, int8 output and offset included. It moves 4 bytes for each element of the
-            output instead of 2, and the scaling is a pass of its own. int8 weights only: no row of
-            the support table gives the accumulators of int4.
+            Shard(dim) (reduce-scatter), or Partial() to sum it later. With exact=True an all-reduce
+            always comes first.
+        use_local_output: return a plain tensor instead of a DTensor.
+        exact: sum the int32 accumulators and scale after the sum. The result equals one device's
+            bit for bit, int8 output and offset included. It moves 4 bytes for each element of the
+            output instead of 2, and the scaling is a separate pass. int8 weights only: no row of
+            the support table returns the accumulators of int4.
 
     Raises:
-        LinearQuantTypeError: when it is applied, on every rank: the module is of another class; or
-            exact, with int4 or on a product without int32 output.
-        LinearQuantValueError: likewise: int8 output without exact; k does not split into equal
-            parts; the weight has batch dims or is FRACTAL_NZ; the layer is split already; the mesh
-            has several dims; or the ranks hold different layers.
+        LinearQuantTypeError: on every rank, when it is applied: the module is of another class; or
+            exact=True with int4, or on a product without int32 output.
+        LinearQuantValueError: on every rank, when it is applied: int8 output without exact=True; k
+            cannot be split into equal parts; the weight has batch dims or is FRACTAL_NZ; the layer
+            is already split; the mesh has several dims; or the ranks hold different layers.
 
     Source: torch.distributed.tensor.parallel.RowwiseParallel.
     """
@@ -307,7 +307,7 @@ class RowwiseLinearQuant(LinearQuantStyle):
     ) -> nn.Module:
         super()._finish(module, mesh, placements)
         if isinstance(module, QuantizedLinear) and module.dynamic:
-            # by k of the whole layer, as one device would compute
+            # with k of the whole layer, as one device would compute
             arithmetic = dynamic_arithmetic(get_product(), module.in_features)
             vars(module)["quantize_rows"] = partial(quantize_rows_together, mesh, arithmetic)
         if self.exact:

@@ -1,4 +1,4 @@
-"""Scale and zero point of an activation from the range that calibration saw."""
+"""Scale and zero point of an activation, from its range in calibration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _least_step(dtype: torch.dtype) -> float:
 
 
 def why_no_range(low: float, high: float, dtype: torch.dtype, symmetric: bool) -> str:
-    """Why an activation's range gives no usable scale; empty if it does."""
+    """Why there is no usable scale for an activation's range; empty if there is one."""
     if not (step := _step_of(low, high, symmetric)):
         return "calibration gave it only zeros, so the range of its input is unknown"
     if step < _least_step(dtype):

@@ -59,8 +59,9 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def check_batches(function: str, name: str, batches: object) -> None:
-    """Refuse one input, or something else, in place of an iterable of inputs. A tensor is an
-    iterable of its rows, and a mapping one of its keys, so this would not fail by itself.
+    """Refuse one input, or something else, instead of an iterable of inputs. A tensor is an
+    iterable of its rows, and a mapping is an iterable of its keys, so without this check they would
+    not fail.
 
     Raises:
         LinearQuantTypeError: naming the function and the argument.
@@ -74,7 +75,7 @@ def check_batches(function: str, name: str, batches: object) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's mode is put back."""
+    """Evaluation mode without gradients; each module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -86,7 +87,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Seen:
-    """What runs of a model showed.
+    """What was seen while a model ran.
 
     Attributes:
         ranges: of each layer's inputs.
@@ -107,10 +108,10 @@ def observe(
     layers: Iterable[nn.Module],
     others: Iterable[nn.Module] = (),
 ) -> Seen:
-    """Run a model and note what its layers are given, and who else reads their weights.
+    """Run a model, and record the ranges of its layers' inputs and who else reads their weights.
 
-    Compiled parts run eagerly meanwhile, because graphs that were traced before do not call the
-    watched forwards. Ctrl-C waits for the end of a batch.
+    Compiled parts run eagerly here, because graphs that were traced before do not call the watched
+    forwards. Ctrl-C waits for the end of a batch.
 
     Args:
         model: float; unchanged afterwards, also after an error.
@@ -133,7 +134,7 @@ def observe(
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_Reads(seen, running))
-        # None: no bar where the output is no terminal
+        # None: no progress bar if the output is not a terminal
         for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
             call(model, inputs)
             count += 1
@@ -170,8 +171,8 @@ def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes operators that read the weight of a layer while the layer does not run. Reading its
-    dtype, shape or device is no operator."""
+    """Records operators that read the weight of a layer while the layer does not run. Reading its
+    dtype, shape or device is not an operator."""
 
     def __init__(self, seen: Seen, running: list[nn.Module]) -> None:
         super().__init__()

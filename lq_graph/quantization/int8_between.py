@@ -14,8 +14,8 @@ __all__ = ["connect", "sequentials"]
 
 
 def sequentials(model: nn.Module) -> list[nn.Sequential]:
-    """Every plain nn.Sequential. When it is called, each of its modules gives its output to the
-    next one and to nothing else."""
+    """Every plain nn.Sequential. When it is called, only the next module gets the output of each of
+    its modules."""
     return [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in vars(m)]
 
 
@@ -27,11 +27,11 @@ def connect(
 ) -> None:
     """Set `next`, `takes_int8` and `fused_relu` of layers between which activations can stay int8:
     neighbours in an nn.Sequential that is called as a whole. A model may also call the modules of
-    an nn.Sequential one by one, like those of a list; such neighbours stay apart.
+    an nn.Sequential one by one, like those of a list; such neighbours are not connected.
 
     Args:
-        plain: of `sequentials`.
-        layers: that are quantized.
+        plain: from `sequentials`.
+        layers: the layers that are quantized.
         places: where the model holds each module.
         calls: how often calibration called each module.
     """

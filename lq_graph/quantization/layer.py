@@ -1,4 +1,4 @@
-"""One layer of quantize(): what is known of it, and how its quantized form is built."""
+"""One layer of quantize(): its data, and how its quantized layer is built."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["LayerToQuantize", "SharedWeights", "why_illegal"]
 # Quantized weights that tied layers share, with their scales, by the id of the float weight. The
 # first of those layers makes them, while the float layers still exist.
 SharedWeights = dict[int, tuple[nn.Parameter, Tensor]]
-_BIAS_STEPS = 1 << 24  # of the int32 product that a bias may take: the product needs the rest
+_BIAS_STEPS = 1 << 24  # the part of the int32 range that a bias may use; the product needs the rest
 
 
 class LayerToQuantize:
-    """One nn.Linear that is to be quantized.
+    """One nn.Linear to quantize.
 
     Attributes:
         name: qualified name.
@@ -33,14 +33,14 @@ class LayerToQuantize:
         places: (parent, attribute) wherever the model holds it.
         k, n: its sizes.
         bytes_before: size of the float layer's parameters.
-        input_dtype: dtype of the float layer's weight, which the layer's input has.
+        input_dtype: dtype of the float layer's weight, and so of the layer's input.
         bytes: size of the quantized layer's parameters; None before it is in place.
         refusal: why it stays float; empty if it is quantized.
         tied_with: the layers with the same weight, this one included.
         input_scale, input_offset: static only, see `affine`.
         next: the layer that takes this one's output as int8.
         takes_int8: whether this is the `next` of another layer.
-        fused_relu: place of the ReLU between this layer and `next`, which the int8 range replaces.
+        fused_relu: place of the ReLU between this layer and `next`; the int8 range replaces it.
     """
 
     def __init__(self, name: str, linear: nn.Linear, config: Config, places: list[Place]) -> None:
@@ -78,12 +78,12 @@ class LayerToQuantize:
 
     @property
     def output_dtype(self) -> torch.dtype:
-        """Of the quantized layer's output."""
+        """The dtype of the quantized layer's output."""
         return torch.int8 if self.next else self.config.output_dtype or self.input_dtype
 
     @property
     def bias_dtype(self) -> torch.dtype:
-        """Of the quantized bias. An int32 one is added before the scale, a float one after it."""
+        """The dtype of the quantized bias: int32 is added before the scale, floats after it."""
         if self.static:
             return torch.int32
         same = self.source.bias is not None and self.source.bias.dtype == self.output_dtype
@@ -97,14 +97,14 @@ class LayerToQuantize:
     @property
     def least_scale(self) -> Tensor:
         """The smallest weight scales, float64 (n,), with which the bias fits into int32. They
-        matter for rows whose weights are tiny beside the bias."""
+        matter for rows whose weights are tiny compared with the bias."""
         bias = self.source.bias
         if bias is None or not self.static:
             return torch.zeros(self.n, dtype=torch.float64, device="cpu")
         return bias.detach().double().cpu().abs() / (self.input_scale * _BIAS_STEPS)
 
     def build(self, shared: SharedWeights) -> QuantizedLinear:
-        """Make the quantized layer. The model is unchanged; `shared` takes a tied weight."""
+        """Make the quantized layer. The model is unchanged; `shared` stores a tied weight."""
         new = _build_static(self, shared) if self.static else _build_dynamic(self, shared)
         carry_over(self.source, new)
         return new

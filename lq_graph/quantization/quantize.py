@@ -1,4 +1,4 @@
-"""quantize(): the nn.Linear layers of a float model become quantized ones, in place."""
+"""quantize(): replaces the nn.Linear layers of a float model by quantized layers, in place."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def quantize(
 
     A layer that cannot be quantized stays float, and the report says why: for example, the product
     in force has no row for it, it does more than nn.Linear does (a subclass, hooks, adapters), its
-    weight is shared with something else, or calibration never reached it. The report also lists
-    what else is float and holds most of the bytes. Layers that are quantized already are left
-    alone, so a second call with another config and filter_fn quantizes the others in another way.
+    weight is shared with something else, or calibration never called it. The report also lists the
+    other float tensors that hold most of the bytes. Layers that are already quantized are left
+    alone, so a second call with another config and filter_fn gives other layers another scheme.
 
     A model may read the weight of a layer itself. With example_inputs or calibration such layers
-    are found and stay float. Without, a quantized layer computes a float weight at each read.
+    are found and stay float. Otherwise such a layer is quantized, and computes a float weight at
+    each read.
 
-    Atomic: if a step fails, the model is unchanged. Every layer is built once for a test before the
-    first one is replaced. The largest layer is replaced first, so a lack of memory shows before
+    Atomic: if a step fails, the model is unchanged. Every layer is built once as a test before the
+    first layer is replaced. The largest layer is replaced first, so a lack of memory shows before
     anything has changed. Ctrl-C waits for the end of that step. Beside the model it needs memory
     for one quantized layer. Parts that torch.compile has compiled are compiled again.
 
@@ -59,10 +60,10 @@ def quantize(
         model: float16 or bfloat16, on CPU or NPU.
         config: A8W8Dynamic(), A8W8Static() or A4W4Dynamic().
         calibration: for A8W8Static only: an iterable of inputs of the model, each a tensor, a tuple
-            of positional arguments or a mapping of keyword arguments. A few dozen that are like the
-            real ones.
-        filter_fn: a function of a module and its qualified name that tells whether to quantize it;
-            default: all.
+            of positional arguments or a mapping of keyword arguments. Pass a few dozen that look
+            like the real ones.
+        filter_fn: a function of a module and its qualified name that returns whether to quantize
+            it; default: all.
         example_inputs: an iterable of inputs, as for calibration, for any config. A layer whose
             weight something else reads, or that is never called, stays float.
 
@@ -71,7 +72,7 @@ def quantize(
 
     Raises:
         LinearQuantTypeError: another config; inputs of another type; a layer with an attribute
-            whose name a QuantizedLinear uses itself.
+            whose name QuantizedLinear uses itself.
         LinearQuantValueError: NaN or infinity in a weight or an activation; a value that
             output_dtype cannot hold; calibration that is missing, empty or not needed; no layer
             can be quantized.
@@ -104,14 +105,14 @@ def _quantize(
     todo = not_refused(layers)
     if layers and not todo:
         reasons = Counter(layer.refusal for layer in layers)
-        told = "; ".join(f"{count} x {why}" for why, count in reasons.most_common())
+        listed = "; ".join(f"{count} x {why}" for why, count in reasons.most_common())
         raise LinearQuantValueError(
-            f"quantize: none of the {len(layers)} nn.Linear layers can be quantized: {told}."
+            f"quantize: none of the {len(layers)} nn.Linear layers can be quantized: {listed}."
         )
     for layer in todo:
         layer.tied_with = [other for other in todo if other.source.weight is layer.source.weight]
 
-    # None: no bar where the output is no terminal
+    # None: no progress bar if the output is not a terminal
     for layer in tqdm(todo, "checking layers", disable=None):
         try:
             _check_range(layer, layer.build({}))
@@ -130,8 +131,8 @@ def _layers(
     filter_fn: FilterFn | None,
     example_inputs: Iterable[Any] | None,
 ) -> list[LayerToQuantize]:
-    """Every nn.Linear, with what is known of it. Nothing else holds the float layers afterwards, so
-    their memory is freed as they are replaced."""
+    """Every nn.Linear, with its data. Nothing else holds the float layers afterwards, so their
+    memory is freed when they are replaced."""
     places = places_of(model)
     layers = survey(model, config, filter_fn, places)
     keep_tied(model, layers)
@@ -142,8 +143,8 @@ def _layers(
 
 
 def _put_in_place(todo: list[LayerToQuantize]) -> None:
-    """The last step. It frees the float weights one by one, so it cannot be undone and is completed
-    instead: a layer that fails, for lack of memory perhaps, is tried once more."""
+    """The last step. It frees the float weights one by one, so it cannot be undone. It is completed
+    instead: a layer that fails, for example for lack of memory, is tried again."""
     shared: SharedWeights = {}
     failed: BaseException | None = None
     bar = tqdm(total=len(todo), desc="quantizing", disable=None)
@@ -203,7 +204,7 @@ def _observe(
     calibration: Iterable[Any] | None,
     example_inputs: Iterable[Any] | None,
 ) -> None:
-    """Run the model on the inputs that are given, and note what only a run shows."""
+    """Run the model on the given inputs, and record what only a run shows."""
     if example_inputs is not None and not_refused(layers):
         modules = [layer.source for layer in not_refused(layers)]
         seen = observe(model, "example_inputs", example_inputs, modules)

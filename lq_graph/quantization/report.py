@@ -1,4 +1,4 @@
-"""The report of quantize(): a line for each nn.Linear, and what stays float."""
+"""The report of quantize(): one line for each nn.Linear, and the tensors that stay float."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 5  # of what stays float, in a printed report
 
 @dataclass(frozen=True)
 class Quantized:
-    """What became of one nn.Linear.
+    """The result of quantize for one nn.Linear.
 
     Attributes:
         name: qualified name.
@@ -64,11 +64,11 @@ class StaysFloat:
 
 
 class QuantizeReport(list[Quantized]):
-    """What quantize did, a line for each nn.Linear; prints as a table.
+    """What quantize did, one line for each nn.Linear; prints as a table.
 
     Attributes:
-        stays_float: what is float afterwards: nn.Linear layers and everything else (embeddings,
-            convolutions, experts in one tensor of 3 dims), the largest first.
+        stays_float: the tensors that are float afterwards: nn.Linear layers and everything else
+            (embeddings, convolutions, experts in one tensor of 3 dims), the largest first.
     """
 
     stays_float: tuple[StaysFloat, ...] = ()

@@ -1,4 +1,4 @@
-"""The schemes of quantize(): what a layer's weight and activations become."""
+"""The schemes of quantize(): dtypes and scales of a layer's weight and activations."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class A8W8Static:
         output_dtype: torch.float16 or torch.bfloat16; None for the dtype of each layer's weight.
         symmetric: whether the zero point of the activations is 0.
         int8_between: whether activations stay int8 between quantized layers that follow each other
-            in an nn.Sequential, directly or with a ReLU between, and that calibration sees called
-            as a whole. The first layer then gives int8 output, which a hook on it, for example,
-            gets.
+            in an nn.Sequential, directly or with a ReLU between, if calibration calls this
+            nn.Sequential as a whole. The first layer then returns int8, for example to a hook on
+            it.
 
     Source: aclnnAscendQuantV3.md and aclnnQuantMatmulV4.md (hicann/ops-nn).
     """

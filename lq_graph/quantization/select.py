@@ -1,4 +1,4 @@
-"""Which nn.Linear layers of a model may be quantized, and why not the others."""
+"""Selects the nn.Linear layers of a model to quantize, and says why the others stay float."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Places = dict[nn.Module, list[Place]]  # of `places_of`
 
 
 def not_refused(layers: list[LayerToQuantize]) -> list[LayerToQuantize]:
-    """Those that are to be quantized."""
+    """The layers to quantize."""
     return [layer for layer in layers if not layer.refusal]
 
 
@@ -44,7 +44,7 @@ def quantized_kinds() -> tuple[type[nn.Module], ...]:
 def survey(
     model: nn.Module, config: Config, filter_fn: FilterFn | None, places: Places
 ) -> list[LayerToQuantize]:
-    """Every nn.Linear of a model, in order, with a refusal where it has to stay float."""
+    """Every nn.Linear of a model, in order, with a refusal if it must stay float."""
     elsewhere = held_elsewhere(model)
     layers = [
         LayerToQuantize(name, module, config, places.get(module, []))
@@ -69,18 +69,18 @@ def keep_tied(model: nn.Module, layers: list[LayerToQuantize]) -> None:
                     owners.setdefault(id(parameter), []).append(name)
     for layer in not_refused(layers):
         if others := owners.get(id(layer.source.weight)):
-            layer.refusal = f"its weight is also that of {', '.join(others)}, which stays float"
+            layer.refusal = f"it shares its weight with {', '.join(others)}, which stays float"
 
 
 def _why_not(layer: LayerToQuantize, filter_fn: FilterFn | None) -> str:
-    """Why a layer has to stay float; empty if it need not."""
+    """Why a layer must stay float; empty if it can be quantized."""
     linear = layer.source
     if filter_fn is not None and not filter_fn(linear, layer.name):
         return "filter_fn leaves it"
     if why := why_not_replaceable(linear, nn.Linear, layer.places):
         return why
     if not layer.places:
-        return "the model itself, which cannot be replaced in place: put it in an nn.Sequential"
+        return "it is the model itself and cannot be replaced in place: put it in an nn.Sequential"
     for name, wanted in (("weight", (layer.n, layer.k)), ("bias", (layer.n,))):
         tensor = getattr(linear, name)
         if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.numel()):

@@ -23,7 +23,8 @@ def _rows(weight: Tensor) -> Iterator[slice]:
 def peaks_of(weight: Tensor, top: int) -> Tensor:
     """float64 (n,): for each row the magnitude that the largest integer stands for.
 
-    For int8 it is the largest weight's, for int4 the one with the smallest squared error.
+    For int8 it is the largest magnitude of the row, for int4 the one with the smallest squared
+    error.
 
     Args:
         weight: float (n, k).

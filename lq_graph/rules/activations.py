@@ -29,7 +29,7 @@ __all__ = ["QuantPlan", "dynamic_arithmetic", "plan_dynamic_quant", "plan_static
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """What one call is, once it is known to be legal.
+    """One legal call of dynamic_quant or static_quant.
 
     Attributes:
         row: the matching row of the table.
@@ -47,19 +47,19 @@ class QuantPlan:
 
 
 def dynamic_arithmetic(product: Product, k: int) -> Arithmetic:
-    """What a product's DynamicQuant kernel computes for rows of k."""
+    """The arithmetic of a product's DynamicQuant kernel for rows of k values."""
     return for_rows(product.dynamic_quant, k)
 
 
 def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
-    """Decide what a dynamic_quant call is, or say why it is none.
+    """Check a dynamic_quant call, and return its plan.
 
     Args:
-        x: float16, bfloat16 where the product has it; (..., m, k), 2 to 8 dims.
+        x: float16, bfloat16 if the product has it; (..., m, k), 2 to 8 dims.
         dtype: torch.int8 (also None), or torch.int32 for int4.
 
     Raises:
-        LinearQuantTypeError: a dtype the product has no row for.
+        LinearQuantTypeError: a dtype that the product has no row for.
         LinearQuantValueError: a shape outside the specification.
 
     Source: aclnnDynamicQuant.md (hicann/ops-nn, quant/dynamic_quant/docs).
@@ -86,15 +86,15 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
 def plan_static_quant(
     x: TensorLike, scale_reciprocal: TensorLike, offset: TensorLike | None
 ) -> QuantPlan:
-    """Decide what a static_quant call is, or say why it is none.
+    """Check a static_quant call, and return its plan.
 
     Args:
-        x: float16, float32, bfloat16 where the product has it; (..., k), 1 to 8 dims.
+        x: float16, float32, bfloat16 if the product has it; (..., k), 1 to 8 dims.
         scale_reciprocal: the dtype of x; (1,) or (k,).
-        offset: as scale_reciprocal, of one shape with it.
+        offset: the dtype and shape of scale_reciprocal.
 
     Raises:
-        LinearQuantTypeError: a dtype the product has no row for, or another one than x's.
+        LinearQuantTypeError: a dtype that the product has no row for, or different dtypes.
         LinearQuantValueError: a shape outside the specification.
 
     Source: aclnnAscendQuantV3.md (hicann/ops-nn, quant/ascend_quant_v2/docs) and the operator's
@@ -130,7 +130,7 @@ def plan_static_quant(
             "static_quant",
             "offset",
             f"offset has {offset.shape[0]} values and scale_reciprocal {scale_reciprocal.shape[0]}",
-            "one number of values for both",
+            "as many values as scale_reciprocal has",
             "expand the shorter",
         )
     return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, product)
@@ -202,7 +202,8 @@ def _ask_for(target: torch.dtype, given: torch.dtype) -> Fix:
 def _to_one_dtype(
     row: QuantRow, x: TensorLike, scale_reciprocal: TensorLike, offset: TensorLike | None
 ) -> list[Fix]:
-    """The others in the dtype of x; x in theirs, where the row has it and it holds x's values."""
+    """The advice to pass the others in the dtype of x; or x in their dtype, if the row has it and
+    it holds x's values."""
     others = {"scale_reciprocal": scale_reciprocal.dtype}
     if offset is not None:
         others["offset"] = offset.dtype

@@ -1,6 +1,7 @@
-"""What to do about dtypes that no row of a table has, and what that does to the numbers.
+"""What to do about dtypes that no row of a table has, and how that changes the numbers.
 
-The order among several: what keeps the numbers, then what changes the last bits, then the rest.
+The advice that keeps the numbers comes first, then advice that changes the last bits, then the
+rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = [
     "nearest_rows",
 ]
 
-# the dtypes of a call by argument, None for absent: the COLUMNS
+# the dtypes of a call by argument, one for each of COLUMNS; None for absent
 Given = Mapping[str, "torch.dtype | None"]
 
 _I8, _I32, _I64, _U8 = torch.int8, torch.int32, torch.int64, torch.uint8
@@ -38,11 +39,11 @@ _EXACT: dict[torch.dtype, tuple[torch.dtype, ...]] = {
     _BF16: (_F32, _F64),
     _F32: (_F64,),
 }
-_SAME, _ROUNDED, _CHANGED = range(3)  # the numbers of the result after a step
+_SAME, _ROUNDED, _CHANGED = range(3)  # how a step changes the numbers of the result
 
 
 def is_exact(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether every value of a dtype is one of another."""
+    """Whether target can hold every value of source."""
     return target == source or target in _EXACT.get(source, ())
 
 
@@ -68,13 +69,13 @@ class _Step(NamedTuple):
 def fixes_of_columns(
     product: Product, storage: torch.dtype, given: Given, rows: Sequence[Row]
 ) -> tuple[Fix, ...]:
-    """How a call that matches no row gets to one.
+    """How to change a call that matches no row, so that it matches one.
 
     Args:
         product: whose table is read.
         storage: the dtype of x1 and weight.
         given: the dtypes of the rest.
-        rows: the rows to get to. Those that differ in the same columns give one fix.
+        rows: the rows to match. Rows that differ in the same columns share one fix.
     """
     fixes = _by_row(given, rows)
     if storage == _I32 and _has_row(product, _I8, given):  # the same values, so the same numbers
@@ -152,8 +153,8 @@ def _has_row(product: Product, storage: torch.dtype, given: Given) -> bool:
 
 
 def nearest_rows(product: Product, storage: torch.dtype, given: Given) -> list[Row]:
-    """A product's rows for one storage dtype, those with the fewest wrong columns first; among
-    equals, those that have the output asked for."""
+    """A product's rows for one storage dtype, the rows with the fewest wrong columns first; among
+    equals, first the rows with the given output_dtype."""
     return sorted(
         rows_of(product, storage),
         key=lambda row: (len(row.misses(given)), "output_dtype" in row.misses(given)),
@@ -164,7 +165,7 @@ def nearest_rows(product: Product, storage: torch.dtype, given: Given) -> list[R
 
 
 def _to_choice(column: str, source: torch.dtype, choices: Choice) -> _Step:
-    """To a dtype that holds the values, float32 before others; else to float32."""
+    """The step to a dtype that holds the values, float32 before others; else to float32."""
     present = [dtype for dtype in choices if dtype is not None]
     exact = [dtype for dtype in present if is_exact(source, dtype)]
     target = _F32 if _F32 in (exact or present) else (exact or present)[0]
@@ -192,7 +193,7 @@ def _pertoken_scale(given: Given, row: Row) -> _Step:
     if row.pertoken_scale != (None,):
         return _to_choice("pertoken_scale", dtype, row.pertoken_scale)
     if row.output == _I32:
-        return _Step(None, "drop pertoken_scale, which is not part of the sums int32 output gives")
+        return _Step(None, "drop pertoken_scale, which int32 output (the sums) does not contain")
     if row.output == _I8:
         return _Step(None, "drop pertoken_scale", _CHANGED, "each row lacks its factor")
     numbers = f"the result is rounded to {output} before the product"

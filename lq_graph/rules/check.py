@@ -20,7 +20,7 @@ from .tables import PRODUCTS, STORAGE_DTYPES, Product, Row, dtype_name, storage_
 
 __all__ = ["Check", "Verdict", "check"]
 
-_M, _N, _K = 16, 64, 64  # where the caller gives no shape; any legal sizes would do
+_M, _N, _K = 16, 64, 64  # used if the caller gives no shape; any legal sizes would do
 
 
 # a tensor, a dtype (a shape that fits is assumed), or a dtype with a shape
@@ -29,7 +29,7 @@ Argument = Tensor | torch.dtype | tuple[torch.dtype, Sequence[int]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one product says.
+    """The verdict of one product.
 
     Attributes:
         product: whose table was read.
@@ -44,12 +44,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Check:
-    """The answer of `check`; true if at least one of the products asked takes the call.
+    """The answer of `check`; true if at least one checked product takes the call.
 
     Attributes:
         arguments: dtype and shape of each tensor, given or assumed; None for an absent one.
         output_dtype: of the result.
-        verdicts: one for each product asked, in the order of the tables.
+        verdicts: one for each checked product, in the order of the tables.
     """
 
     arguments: dict[str, Spec | None]
@@ -67,7 +67,7 @@ class Check:
     def __str__(self) -> str:
         given = [f"{name} {spec}" for name, spec in self.arguments.items() if spec]
         lines = [", ".join([*given, f"output {dtype_name(self.output_dtype)}"]), ""]
-        # products that say the same are one line
+        # products with the same verdict share one line
         answers: dict[str, list[str]] = {}
         for verdict in self.verdicts:
             name = str(verdict.product)
@@ -92,7 +92,7 @@ class Check:
         return "\n".join(lines)
 
     def nearest(self, count: int = 3) -> list[Row]:
-        """The rows with the fewest columns to change, over all products asked."""
+        """The rows with the fewest columns to change, over all checked products."""
         x1 = self.arguments["x1"]
         assert x1 is not None
         storages = [x1.dtype] if x1.dtype in STORAGE_DTYPES else list(STORAGE_DTYPES)
@@ -121,7 +121,7 @@ def check(
     output_dtype: torch.dtype | None = None,
     product: Product | str | None = None,
 ) -> Check:
-    """Ask whether `linear_quant` would take a configuration, without running anything.
+    """Check whether `linear_quant` takes a configuration, without running anything.
 
     Takes the arguments of `linear_quant`. Each may be a tensor (of any device, meta included), a
     dtype, for which a shape that fits is assumed, or a dtype and a shape.
@@ -130,14 +130,14 @@ def check(
         x1, weight, scale, offset, pertoken_scale, bias: see `linear_quant`. weight None: of x1's
             dtype. The others None: absent.
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
-        product: whom to ask, as in `set_product`; None asks all products.
+        product: the product to check, as in `set_product`; None for all products.
 
     Returns:
         A Check: true or false, printable, with a verdict for each product.
 
     Raises:
         LinearQuantValueError: no such product.
-        LinearQuantTypeError: an argument that is no tensor, dtype, or dtype and shape.
+        LinearQuantTypeError: an argument that is not a tensor, a dtype, or a dtype and a shape.
     """
     asked = PRODUCTS if product is None else (parse_product(product, "check"),)
     storage = _dtype("x1", x1)
@@ -193,7 +193,7 @@ def _shape(argument: Argument) -> tuple[int, ...] | None:
 
 
 def _n_of(*vectors: Argument | None) -> int:
-    """n from a per-channel tensor, where only that says it."""
+    """n from a per-channel tensor, if nothing else gives it."""
     for vector in vectors:
         shape = None if vector is None else _shape(vector)
         if shape and shape[-1] > 1:

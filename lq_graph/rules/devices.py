@@ -1,4 +1,4 @@
-"""All tensors of a call are on one device."""
+"""Checks that all tensors of a call are on one device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ __all__ = ["check_devices"]
 def check_devices(op: str, **tensors: Tensor | None) -> None:
     """Refuse tensors that are on several devices.
 
-    The fake kernels call it: beside a meta tensor they would answer with uninitialised memory, and
-    in a graph with tensors that are somewhere else at run time. The CPU kernel is not reached with
-    others, and torch_npu looks by itself: there this only tells its error in our words.
+    The fake kernels call it. Without it, a call with one meta tensor would return uninitialised
+    memory, and a graph would expect tensors on another device than they have at run time. The
+    dispatcher does not call the CPU kernel with tensors of other devices. torch_npu checks devices
+    itself: there this check only replaces its error by ours.
 
     Args:
         op: the operator's name, for the message.
-        tensors: by argument, the one that decides first; None for absent.
+        tensors: by argument; the others must be on the device of the first; None for absent.
 
     Raises:
-        LinearQuantValueError: names the first that is elsewhere.
+        LinearQuantValueError: names the first tensor on another device.
     """
     (first, decides), *rest = tensors.items()
     assert decides is not None
@@ -50,7 +51,7 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
 
 
 def _same(one: torch.device, other: torch.device) -> bool:
-    """ "npu" is whichever npu is current, so it is the same as any."""
+    """Whether two devices are the same; "npu" is the current npu, so it equals any of them."""
     if one.type != other.type:
         return False
     return one.index == other.index or one.index is None or other.index is None

@@ -1,4 +1,5 @@
-"""Which row of the table the dtypes of a linear_quant call have, or why none."""
+"""Finds the row of the support table for the dtypes of a linear_quant call, or says why there is
+none."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def row_of_dtypes(
     """The first row of the product's table that has these dtypes (None: absent).
 
     Raises:
-        LinearQuantTypeError: there is none.
+        LinearQuantTypeError: there is no such row.
     """
     others = scale, offset, pertoken_scale, bias, output
     row = _find_row(product, x1, *others) if weight == x1 else None
@@ -73,7 +74,7 @@ def row_of_dtypes(
 
 @lru_cache(maxsize=1024)
 def _find_row(product: Product, storage: torch.dtype, *others: torch.dtype | None) -> Row | None:
-    """Cached: with symbolic sizes a model asks the same few on every call."""
+    """Cached: with symbolic sizes a model looks up the same few rows on every call."""
     given = _given(*others)
     return next((row for row in rows_of(product, storage) if not row.misses(given)), None)
 
@@ -95,7 +96,8 @@ def _given(
 
 
 def _columns_refused(product: Product, storage: torch.dtype, given: Given) -> LinearQuantTypeError:
-    """Blame one column if a change of it alone would do, else those the nearest row misses."""
+    """Name one wrong column if changing it is enough, else the columns that the nearest row does
+    not have."""
     rows = [row for row in rows_of(product, storage) if len(row.misses(given)) == 1]
     rows = rows or nearest_rows(product, storage, given)[:1]
     fixes = fixes_of_columns(product, storage, given, rows)
@@ -125,7 +127,7 @@ def _columns_refused(product: Product, storage: torch.dtype, given: Given) -> Li
 
 
 def _blamed(given: Given, fixes: tuple[Fix, ...]) -> tuple[str, ...]:
-    """The columns of the best fix, but what is given is blamed before what is absent."""
+    """The columns of the best fix; given arguments are blamed before absent ones."""
     of_columns = [
         tuple(column for column, _ in fix.changes)
         for fix in fixes
@@ -139,7 +141,7 @@ def _word(dtype: torch.dtype | None) -> str:
 
 
 def _context(storage: torch.dtype, given: Given, blamed: tuple[str, ...]) -> str:
-    """What the blamed columns are refused beside."""
+    """The other arguments that a refusal of the blamed columns depends on."""
     others = [
         f"{column} {dtype_name(given[column])}"
         for column in ("scale", "offset", "pertoken_scale", "bias")
@@ -152,11 +154,11 @@ def _context(storage: torch.dtype, given: Given, blamed: tuple[str, ...]) -> str
 
 
 def _why(product: Product, storage: torch.dtype, given: Given, column: str, allowed: Choice) -> str:
-    """Which rows of the product take what is refused, and what the dtypes mean."""
+    """Which rows of the product take the refused dtype, and what the dtypes mean."""
     value = given[column]
     if column == "output_dtype" or value is None:
         return ""
-    anything = set(allowed) == {None}  # no dtype would do
+    anything = set(allowed) == {None}  # no dtype is allowed
     takers = [
         row
         for row in rows_of(product, storage)
@@ -186,8 +188,8 @@ def _why(product: Product, storage: torch.dtype, given: Given, column: str, allo
 def _taken_by_aclnn(
     product: Product, storage: torch.dtype, given: Given, blamed: tuple[str, ...]
 ) -> str:
-    """What aclnn does with a call that the table refuses and aclnn does not; empty if it refuses
-    too (quant_matmul_checker.cpp, hicann/ops-nn)."""
+    """What aclnn does with a call that only the table refuses; empty if aclnn refuses it too
+    (quant_matmul_checker.cpp, hicann/ops-nn)."""
     only_offset = blamed == ("offset",) and given["offset"] == torch.float32
     pertoken, output = given["pertoken_scale"], given["output_dtype"]
     if only_offset and (pertoken is not None or torch.int32 in (storage, output)):

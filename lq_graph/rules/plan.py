@@ -1,7 +1,7 @@
 """plan(): the one place where LinearQuant's rules are applied.
 
-The fake kernel, the CPU kernel, the NPU kernel and the GE converter all ask here and hold no
-checks of their own, so all four refuse the same input with the same sentence.
+The fake kernel, the CPU kernel, the NPU kernel and the GE converter all call plan() and have no
+other checks, so all four refuse the same input with the same sentence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Spec(NamedTuple):
-    """A dtype and a shape: all that is decided by."""
+    """A dtype and a shape: all that plan() reads of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one LinearQuant call is, once it is known to be legal.
+    """One legal LinearQuant call.
 
     Attributes:
         product: the product whose table was read.
@@ -81,10 +81,10 @@ def plan(
     output_dtype: torch.dtype | None = None,
     product: Product | None = None,
 ) -> Plan:
-    """Decide what a LinearQuant call is, or say why it is none.
+    """Check a LinearQuant call, and return its Plan.
 
-    Looks only at dtypes, shapes and, for int4, strides, so it answers alike for real, fake and
-    symbolic tensors. An answer for sizes that are numbers is kept.
+    Reads only dtypes, shapes and, for int4, strides, so the Plan is the same for real, fake and
+    symbolic tensors. A Plan for sizes that are numbers is cached.
 
     Args:
         x1: int8 (..., m, k), or int32 (..., m, k/8) carrying int4; 2 to 6 dims.
@@ -92,7 +92,7 @@ def plan(
         scale: float32, bfloat16 or packed int64; (1,) or (n,).
         offset: float32, (1,) or (n,); int8 output only.
         pertoken_scale: float32, (m,); float outputs only.
-        bias: int32, or a float dtype where the row has it; (n,) or (batch, 1, n).
+        bias: int32, or a float dtype if the row has it; (n,) or (batch, 1, n).
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
         product: whose table to read; default `get_product()`.
 
@@ -100,14 +100,14 @@ def plan(
         The Plan.
 
     Raises:
-        LinearQuantTypeError: a dtype, or combination of dtypes, outside the product's table.
+        LinearQuantTypeError: a dtype, or a combination of dtypes, outside the product's table.
         LinearQuantValueError: a shape outside the specification.
 
-    Source: the module's table and aclnnQuantMatmulV4.md (hicann/ops-nn).
+    Source: the table of the vendor's module, and aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
     product = product or get_product()
     output = torch.int8 if output_dtype is None else output_dtype
-    # one flat key of dtypes and shapes: what a look-up costs is what every eager call pays
+    # One flat key of dtypes and shapes: every eager call pays for this look-up.
     key = (
         product,
         output,
@@ -126,7 +126,7 @@ def plan(
     except TypeError as error:
         if isinstance(error, LinearQuantTypeError):
             raise
-        found = _decide(*key)  # symbolic sizes cannot be looked up
+        found = _decide(*key)  # symbolic sizes cannot be a key
     if found.int4:
         check_contiguous("x1", x1)
         check_contiguous("weight", weight)
@@ -134,7 +134,7 @@ def plan(
 
 
 def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
-    """plan(), from dtypes and shapes alone: those of the six tensors in turn, None if absent."""
+    """plan() from dtypes and shapes alone: those of the six tensors in order, None if absent."""
     given = [
         None if dtype is None else Spec(dtype, tuple(shape))
         for dtype, shape in zip(key[::2], key[1::2], strict=True)
@@ -168,18 +168,18 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
     )
 
 
-# A model asks the same few questions on every call. A refusal is not kept.
+# A model makes the same few calls again and again. A refusal is not cached.
 _cached_decision = lru_cache(maxsize=4096)(_decide)
 
 
 def plan_trans_quant_param(
     scale: TensorLike, offset: TensorLike | None, round_mode: int
 ) -> tuple[int, ...]:
-    """Shape of the packed scale trans_quant_param gives.
+    """Shape of the packed scale that trans_quant_param returns.
 
     Args:
         scale: float32, (1,), (n,) or (1, n).
-        offset: float32, as scale; where both have 1 dim, one of length 1 broadcasts.
+        offset: float32, as scale; if both have 1 dim, one of length 1 broadcasts.
         round_mode: 0 or 1.
 
     Raises:
@@ -254,7 +254,7 @@ def _packing_refused(
 
 def check_finite(scale: torch.Tensor, offset: torch.Tensor | None) -> None:
     """Refuse a scale or offset that trans_quant_param cannot pack. Reads the values, so on the
-    NPU it waits for them: for preparation, not for a forward.
+    NPU it waits for them. Use it when a model is prepared, not in a forward.
 
     Raises:
         LinearQuantValueError: NaN or infinity.

@@ -1,4 +1,4 @@
-"""Which Ascend product the rules are read for."""
+"""The product in force: the Ascend product whose rules apply."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_product(name: Product | str, where: str) -> Product:
 
     Args:
         name: what was given.
-        where: who asks, for the message.
+        where: the function or variable that names it, for the message.
 
     Raises:
         LinearQuantValueError: no such product.
@@ -38,17 +38,17 @@ def parse_product(name: Product | str, where: str) -> Product:
             LinearQuantValueError,
             where,
             "product",
-            f"{name!r} is not a product lq_graph knows",
+            f"{name!r} is not a product that lq_graph knows",
             f"one of {known}, or a SoC name such as Ascend910B2",
-            "ask for the product whose table holds for your chip",
+            "name the product whose support table applies to your chip",
             code=None,
         )
     return product
 
 
 def _detect() -> Product | None:
-    """The product of the device torch_npu sees; None if there is none, or, with a warning, if no
-    table is known for it."""
+    """The product of the device that torch_npu finds; None if there is no device, or, with a
+    warning, if lq_graph has no table for it."""
     npu = sys.modules["torch"].npu
     if not npu.is_available():
         return None
@@ -56,8 +56,8 @@ def _detect() -> Product | None:
     product = product_of_soc(name)
     if product is None:
         warnings.warn(
-            f"lq_graph knows no support table for {name}; it reads that of {_DEFAULT}. Set "
-            f"{ENV} or lq_graph.set_product to choose another.",
+            f"lq_graph has no support table for {name} and uses that of {_DEFAULT}. What to do: "
+            f"set {ENV} or call lq_graph.set_product to choose another product.",
             stacklevel=2,
         )
     return product
@@ -65,8 +65,8 @@ def _detect() -> Product | None:
 
 @cache
 def _found(with_npu: bool) -> Product:
-    """What the environment or the device says; asked once, because every call needs it. torch_npu
-    is never imported for this: without it there is no device to ask."""
+    """The product of the environment variable or of the device. Cached, because every call needs
+    it. This does not import torch_npu: if it is not imported, there is no device."""
     if name := os.environ.get(ENV):
         return parse_product(name, ENV)
     return (_detect() if with_npu else None) or _DEFAULT
@@ -75,7 +75,7 @@ def _found(with_npu: bool) -> Product:
 def get_product() -> Product:
     """The product in force: set in code, else LQ_GRAPH_PRODUCT, else the device, else Atlas A2.
 
-    The environment and the device are asked at the first call, and again after `set_product(None)`.
+    The environment and the device are read at the first call, and again after `set_product(None)`.
 
     Raises:
         LinearQuantValueError: LQ_GRAPH_PRODUCT names no known product.

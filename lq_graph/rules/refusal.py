@@ -1,6 +1,6 @@
-"""Why a call is refused, as a record, and the one place that makes a sentence of it.
+"""Why a call is refused, as a record, and the one place that turns the record into a sentence.
 
-A rule that is broken raises a `LinearQuantError` with a `Refusal`; `error.refusal` holds it.
+A broken rule raises a `LinearQuantError` with a `Refusal`; `error.refusal` holds it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Fix:
     """One thing a caller can do about a refusal.
 
     Attributes:
-        text: what to do, as an order: "pass scale.float()".
-        changes: the dtype (None: absent) that each changed argument has afterwards. Empty where the
-            advice is about something else than dtypes.
+        text: what to do, as a command: "pass scale.float()".
+        changes: the dtype (None: absent) that each changed argument has afterwards. Empty if the
+            advice is not about dtypes.
         numbers: how the numbers of the result change; empty if they stay as they are.
     """
 
@@ -51,20 +51,20 @@ class Refusal:
     """Why a call is refused. `str()` gives the sentence.
 
     Attributes:
-        operator: who refuses: an operator ("linear_quant"), a function or a variable.
-        arguments: the names of what is wrong.
-        given: what they are, as a clause: "scale is float16".
-        allowed: what would be right instead: "1 or n = 64 values". Empty if `choices` tells it.
-        choices: for each wrong dtype, the dtypes the product allows with the others as they are
-            given (None: absent). With several arguments: what they may be together.
+        operator: an operator ("linear_quant"), a function or a variable that refuses the call.
+        arguments: the names of the wrong arguments.
+        given: what was given, as a clause: "scale is float16".
+        allowed: what is allowed instead: "1 or n = 64 values". Empty if `choices` has it.
+        choices: for each wrong dtype, the dtypes that the product allows if the other arguments
+            stay (None: absent). With several arguments: the dtypes they may have together.
         context: the arguments that `choices` depends on: "int8 x1 and weight, int8 output".
-        product: whose table was read; None if it is so on every product.
-        why: why it is so, or when it would be allowed.
-        fixes: what to do, what keeps the numbers first.
+        product: whose table was read; None if every product refuses the call.
+        why: the reason, or when it would be allowed.
+        fixes: what to do; the fixes that keep the numbers come first.
         takers: the other products that take the call as it is.
-        code: what aclnn would report; None if it is never asked or does not refuse.
-        aclnn: what aclnn does, where it does something else than report `code`.
-        caller: the function that met the refusal in a model; empty if none.
+        code: the code that aclnn would report; None if aclnn is not called or does not refuse.
+        aclnn: what aclnn does, if it does something else than report `code`.
+        caller: the function that found the refusal in a model; empty if none.
         layer: the qualified name of the layer; empty if it is not known.
     """
 
@@ -147,12 +147,12 @@ def refused(
     code: int | None = PARAM_INVALID,
     aclnn: str = "",
 ) -> E:
-    """The error that tells of one wrong argument, to be raised.
+    """The error for one wrong argument; raise it.
 
     Args:
         error: which kind.
         operator, argument, given, allowed, product, why, code, aclnn: as in `Refusal`.
-        fixes: what to do; a string keeps the numbers.
+        fixes: what to do; a fix that is a string keeps the numbers.
     """
     todo = tuple(Fix(fix) if isinstance(fix, str) else fix for fix in fixes)
     return Refusal(

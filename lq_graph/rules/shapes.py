@@ -1,4 +1,4 @@
-"""Which shapes linear_quant takes."""
+"""The shapes that linear_quant takes."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def check_shapes(
 
 
 def check_contiguous(name: str, tensor: TensorLike) -> None:
-    """int4 is read as packed memory: aclnn counts the elements of an int32 view eight times over
-    without looking at its strides (aclnn_quant_matmul_v4.cpp, hicann/ops-nn).
+    """Refuse int4 tensors that are not contiguous. aclnn reads an int32 tensor as eight times as
+    many int4 values and ignores its strides (aclnn_quant_matmul_v4.cpp, hicann/ops-nn).
 
     Raises:
         LinearQuantValueError: x1 or weight is not contiguous.
@@ -161,7 +161,7 @@ def _check_same_k(x1: TensorLike, weight: TensorLike, storage: torch.dtype) -> N
 
 
 def _check_not_empty(product: Product, name: str, tensor: TensorLike) -> None:
-    """No dim is 0, except m where the product gives an empty output for it."""
+    """No dim is 0, except m if the product returns an empty output for it."""
     for dim, size in enumerate(tensor.shape):
         if known_true(size == 0):
             is_m = name == "x1" and dim == len(tensor.shape) - 2
@@ -186,7 +186,7 @@ def _check_limits(
     scale: TensorLike,
     pertoken_scale: TensorLike | None,
 ) -> None:
-    """k as a last dim, and every dim as a number of 32 bits."""
+    """The limit of k as a last dim, and every dim fits in 32 bits."""
     exempt = row.storage == torch.int8 and not row.folds_scale and pertoken_scale is not None
     if product.limits_k and not exempt and known_true(k > LAST_DIM_MAX):
         pertoken = any(
@@ -223,7 +223,7 @@ def _check_limits(
 
 
 def _split_k(row: Row) -> Fix:
-    """Half of k in one layer, half in another: what becomes of the numbers."""
+    """The advice to split k over two layers, and how that changes the numbers."""
     text = "split k over two layers and add their results"
     if row.output == torch.int32:
         return Fix(text)
@@ -277,7 +277,7 @@ def _check_vector(name: str, tensor: TensorLike, n: int) -> None:
 
 
 def _check_bias(bias: TensorLike, output_shape: tuple[int, ...], row: Row) -> None:
-    """bias: (n,), or (batch, 1, n) where the output has 3 dims."""
+    """bias: (n,), or (batch, 1, n) if the output has 3 dims."""
     n = output_shape[-1]
     if len(bias.shape) == 1:
         if not check_equal_sizes(bias.shape[0], n):
@@ -308,9 +308,9 @@ def _check_bias(bias: TensorLike, output_shape: tuple[int, ...], row: Row) -> No
 
 
 def _bias_after(bias: TensorLike, row: Row) -> list[Fix]:
-    """A bias of another shape, added to the result."""
+    """The advice to add a bias of another shape to the result."""
     if row.output == torch.int8:
-        return []  # whose rounding and offset come after the bias
+        return []  # its rounding and offset come after the bias
     if row.output == torch.int32:
         return [Fix("add it to the result")]
     text = "add bias * scale to the result" if bias.dtype == torch.int32 else "add it to the result"

@@ -1,11 +1,11 @@
 """What LinearQuant supports, as data: products, rows of the support tables, limits.
 
-No control flow beyond look-ups. `rules.dtypes` finds the row of a call, `rules.plan` decides by it;
-docs/support.md is made from this file.
+No control flow except look-ups. `rules.dtypes` finds the row of a call, and `rules.plan` makes the
+Plan from it; docs/support.md is made from this file.
 
-The same law is written three times, on purpose: here, in cann_host's rules (what CANN's own checks
-refuse) and in the tests' table (the vendor's pages, read once more). None of them is made from
-another, so a slip in one shows in a test.
+The same rules are written three times, on purpose: here, in cann_host's rules (what CANN's own
+checks refuse) and in the tests' table (read again from the vendor's pages). None is made from
+another, so a mistake in one shows in a test.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Product:
         key: short name, accepted by LQ_GRAPH_PRODUCT and `set_product`.
         soc_prefixes: how `torch.npu.get_device_name()` begins on it.
         ge_op: the GE operator LinearQuant lowers to.
-        nz_storage: weight dtypes the product has FRACTAL_NZ kernels for in every CANN release
+        nz_storage: weight dtypes for which the product has FRACTAL_NZ kernels in every CANN release
             (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
         limits_k: whether k is limited to LAST_DIM_MAX.
-        empty_m: whether an x1 of no rows gives an output of no rows; elsewhere it is refused.
+        empty_m: whether an x1 without rows is allowed; the output then has no rows either.
         dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
             `kernels.for_rows`.
         dynamic_quant_k: what k must be a multiple of in dynamic_quant.
@@ -126,9 +126,9 @@ class Peak:
 
     Attributes:
         chip: which.
-        int8_ops: dense int8 operations a second, two a multiply-accumulate.
+        int8_ops: dense int8 operations per second; a multiply-accumulate is two.
         bytes_per_second: memory bandwidth.
-        source: where they are published.
+        source: where the figures are published.
     """
 
     chip: str
@@ -152,8 +152,8 @@ PEAKS: dict[str, Peak] = {
 
 Choice = tuple["torch.dtype | None", ...]
 
-# What a row decides besides x1's dtype, in the order a refusal blames them: what is easiest to
-# change comes first.
+# The columns of a row besides x1's dtype, in the order in which a refusal blames them: the column
+# that is easiest to change comes first.
 COLUMNS = ("offset", "pertoken_scale", "bias", "scale", "output_dtype")
 
 
@@ -166,8 +166,8 @@ class Row:
         scale, offset, bias, pertoken_scale: dtypes each tensor may have.
         output_dtype: the one dtype of the result, as a choice like the others.
         products: those that have the row.
-        folds_scale: the kernel reads the packed int64 scale (offset inside), so a float32 scale
-            has to be folded with trans_quant_param before it.
+        folds_scale: the kernel reads the packed int64 scale (with the offset inside), so
+            trans_quant_param must fold a float32 scale first.
         source: the document the row is taken from.
     """
 
@@ -209,19 +209,19 @@ _ACLNN = "hicann/ops-nn matmul/quant_batch_matmul_v3/docs/aclnnQuantMatmulV4.md,
 _ALL = (ATLAS_INFERENCE, A2, A3, ASCEND_950)
 _NEWER = (A2, A3, ASCEND_950)
 
-# Order matters where rows overlap: the first match is taken.
+# The order matters if rows overlap: the first match counts.
 # fmt: off
 ROWS: tuple[Row, ...] = (
     # storage, scale, offset, bias, pertoken_scale, output, products, folds_scale, source
     Row(_I8, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _ALL, True, _MODULE),
     Row(_I8, (_I64, _F32), (_F32, None), _INT_BIAS, _ABSENT, (_I8,), _ALL, True, _MODULE),
     Row(_I8, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32, None), (_BF16,), _NEWER, False, _MODULE),
-    # The module's page lists pertoken as optional here; aclnn requires it (without it, a float32
-    # scale is folded and the first row applies).
+    # The vendor's page lists pertoken_scale as optional here; aclnn requires it (without it, a
+    # float32 scale is folded and the first row applies).
     Row(_I8, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False, _ACLNN + "row 4"),
     Row(_I32, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _NEWER, True, _MODULE),
     Row(_I8, (_F32, _BF16), _ABSENT, _INT_BIAS, _ABSENT, (_I32,), _NEWER, False, _MODULE),
-    # Newer CANN than the module's page.
+    # From a newer CANN than the vendor's page.
     Row(_I32, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32,), (_BF16,), _NEWER, False,
         _ACLNN + "A4W4 with pertokenScaleOptional, bfloat16"),
     Row(_I32, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False,
@@ -296,10 +296,10 @@ def product_of_soc(soc: str) -> Product | None:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """How messages and tables write a dtype: "int8", "-" for absent."""
+    """A dtype as messages and tables write it: "int8", "-" for absent."""
     return "-" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def storage_name(dtype: torch.dtype) -> str:
-    """The dtype of x1 and weight with what it carries: "int8", "int32 (int4)"."""
+    """The dtype of x1 and weight as messages write it: "int8", "int32 (int4)"."""
     return f"{dtype_name(dtype)} (int4)" if dtype == torch.int32 else dtype_name(dtype)

@@ -63,7 +63,7 @@ def outputs(model: nn.Sequential, x: Tensor) -> list[Tensor]:
     return out
 
 
-def test_own_and_accumulated_are_told_apart() -> None:
+def test_own_and_accumulated_errors_differ() -> None:
     model = make()
     other = with_noise(model, {0: 0.05})
     found = compare(model, other, batches())
@@ -457,7 +457,7 @@ def narrower(model: nn.Sequential) -> nn.Sequential:
         (
             lambda m, o: compare(m, narrower(m), batches()),
             LinearQuantValueError,
-            r"2 gives \(4, 16\) in model_a and \(4, 8\) in model_b",
+            r"2 returns \(4, 16\) in model_a and \(4, 8\) in model_b",
         ),
         (
             lambda m, o: compare(m, Wrapped(o), batches()),
@@ -498,7 +498,7 @@ def narrower(model: nn.Sequential) -> nn.Sequential:
         (
             lambda m, o: compare(First(Dict), First(Dict), batches(), layers=["part"]),
             LinearQuantTypeError,
-            "part gives Dict",
+            "part returns Dict",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def story():
     return explain(Model(), inputs(), peak=Peak("a chip", 1e12, 1e9, "made up"))
 
 
-def test_every_call_is_told(story) -> None:
+def test_every_layer_is_explained(story) -> None:
     told = [(s.name, s.plan.m, s.plan.k, s.plan.n, s.weight_format) for s in story.layers]
     assert told == [
         ("up", 4, 64, 64, "FRACTAL_NZ"),

@@ -1,4 +1,4 @@
-"""torch_npu beside a torch that has registered the same allocator keys, as CUDA builds of 2.10 and
+"""torch_npu with a torch that has registered the same allocator keys, like CUDA builds of 2.10 and
 later do. The build here is a CPU one, so a library registers them in the real c10 in its stead, at
 the moment `import torch` loads what a CUDA build would have loaded."""
 

@@ -22,7 +22,7 @@ SENT = {
 }
 
 
-def test_the_library_has_what_the_table_has() -> None:
+def test_the_library_and_the_table_have_the_same_operators() -> None:
     assert set(OPERATORS) == set(SENT)
 
 

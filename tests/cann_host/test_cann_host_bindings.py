@@ -1,4 +1,4 @@
-"""The native library as Python sees it: the signatures and structs of bindings.py beside those of
+"""The native library in Python: the signatures and structs of bindings.py compared with those of
 csrc/bindings.h, and libraries that were built from other sources; and the one object that holds
 what a process has."""
 
@@ -150,7 +150,7 @@ def test_no_function_replaces_a_module_s_variables() -> None:
     assert found == {("runtime.py", "_current")}
 
 
-def test_a_process_that_is_not_active_says_so_and_has_no_torch() -> None:
+def test_an_inactive_process_reports_it_without_torch() -> None:
     program = """
 import sys
 import cann_host, cann_host.runtime as runtime

@@ -105,7 +105,7 @@ def test_pinned_memory() -> None:
 
 
 @pytest.mark.slow
-def test_a_seed_decides_what_is_drawn() -> None:
+def test_equal_seeds_draw_equal_numbers() -> None:
     assert run("devices.py seeds") == "True True True\n"
 
 

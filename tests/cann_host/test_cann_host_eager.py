@@ -52,10 +52,10 @@ def internal_formats() -> Any:
     torch.npu.config.allow_internal_format = False  # its default on this product; not readable
 
 
-# ---- what it says it is ----
+# ---- its description ----
 
 
-def test_says_what_it_is() -> None:
+def test_info_has_the_options() -> None:
     info = cann_host.info()
     assert info["active"]
     assert info["soc"] == "Ascend910B2" == torch.npu.get_device_name()

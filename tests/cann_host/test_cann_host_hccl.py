@@ -1,5 +1,5 @@
 """cann_host's HCCL under the real torch_npu: every collective against numpy, in the streams' order,
-and what all ranks are told when one goes wrong. The ranks run hccl_ranks.py."""
+and the errors of all ranks if one fails. The ranks run hccl_ranks.py."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_killed_rank_is_an_error_on_the_others(ranks, victim, options, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("job", ["late", "fault"])
-def test_nobody_waits_longer_than_allowed(job: str, ranks: int, tmp_path) -> None:
+def test_no_rank_waits_longer_than_allowed(job: str, ranks: int, tmp_path) -> None:
     assert_right(launch("hccl_ranks.py", job, ranks, tmp_path, "npu", HCCL_EXEC_TIMEOUT="2"), 1)
 
 
@@ -114,7 +114,7 @@ REFUSED = [
     ("dtype", dict(dtype=99), NOT_SUPPORTED, "dtype 99 (of an unknown dtype) is not one of"),
     ("uint8", dict(dtype=7), NOT_SUPPORTED, "does not reduce uint8 by sum"),
     ("op", dict(op=9), NOT_SUPPORTED, "does not reduce float32 by an unknown op"),
-    ("comm", dict(comm=ctypes.c_void_p(77)), PARAMETER, "is no communicator"),
+    ("comm", dict(comm=ctypes.c_void_p(77)), PARAMETER, "is not a communicator"),
     ("null comm", dict(comm=ctypes.c_void_p(None)), NULL, "the communicator is null"),
 ]
 
@@ -162,7 +162,7 @@ def test_a_rank_that_never_comes(hccl, monkeypatch) -> None:
     assert hccl.HcclGetRootInfo(root) == OK
     assert hccl.HcclCommInitRootInfo(3, root, 0, ctypes.byref(handle)) == CONNECT
     assert "[EI0006] HcclCommInitRootInfo: ranks 1, 2 did not connect in time" in said(hccl)
-    # nobody is there any more
+    # no other process is left
     assert hccl.HcclCommInitRootInfo(3, root, 1, ctypes.byref(handle)) == CONNECT
     assert "rank 0 cannot be reached" in said(hccl)
     assert hccl.HcclCommInitRootInfo(3, root, 0, ctypes.byref(handle)) == PARAMETER
@@ -340,14 +340,14 @@ def test_a_dead_rank_is_noticed_while_its_child_lives(dies: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_without_descriptors_says_so() -> None:
+def test_a_rank_without_descriptors_gets_hccls_code() -> None:
     for line in run("hccl_pairs.py no_descriptors").splitlines():
         assert line.startswith(f"{SYSTEM} True [EI0006] HcclCommInitRootInfo: no socket: Too many")
         assert "RLIMIT_NOFILE" in line
 
 
 @pytest.mark.slow
-def test_a_collective_without_memory_says_so() -> None:
+def test_a_collective_without_memory_gets_hccls_code() -> None:
     (line,) = run("hccl_pairs.py no_memory").splitlines()
     assert line.startswith(
         f"{OOM} True [EI0007] HcclAllReduce(67108864 float32, sum): rank 0 has no"

@@ -1,4 +1,4 @@
-"""`python -m cann_host`, in processes of its own."""
+"""`python -m cann_host`, in separate processes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_launcher_runs_a_module_and_shows_its_exception() -> None:
     assert done.stderr.rstrip().endswith("ValueError: from the script")
 
 
-def test_launcher_alone_says_what_the_options_make_of_it() -> None:
+def test_launcher_without_a_script_prints_the_options() -> None:
     done = python("-m", "cann_host", "--soc", "Ascend310P3", "--devices", "2")
     assert {"soc: Ascend310P3", "devices: 2", "active: False"} <= set(done.stdout.splitlines())
 
 
-def test_launcher_alone_says_what_it_is() -> None:
+def test_launcher_without_a_script_prints_the_stand_in() -> None:
     done = python("-m", "cann_host")
     assert done.returncode == 0
     assert "usage: python -m cann_host [options] script.py" in done.stdout
@@ -91,7 +91,7 @@ def test_a_tensor_left_on_the_cpu_is_refused(name: str) -> None:
         MIXED[name](torch.ones(3, 3).npu(), torch.ones(3, 3))
 
 
-def test_what_torch_npu_takes_from_the_cpu() -> None:
+def test_cpu_tensors_that_torch_npu_accepts() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     for take in (
         lambda t: t + torch.tensor(2.0),

@@ -153,7 +153,7 @@ def test_one_scale_and_an_offset_each_are_as_many_words(
 
 @pytest.mark.parametrize("soc", [A2, A950, P310])
 def test_words_past_an_eager_result(soc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch_npu gives (1, 1) for a scale of that shape, whatever the offset has."""
+    """torch_npu returns (1, 1) for a scale of that shape, for an offset of any length."""
     pretend(monkeypatch, soc)
     s, o = values(1, 1).abs() / 100, values(7, seed=1) * 10
     with pytest.warns(

@@ -1,5 +1,5 @@
-"""Every GE operator of cann_host by itself: what it computes, beside plain numpy; that it infers
-the same shapes and dtypes on meta tensors; what it refuses."""
+"""Every GE operator of cann_host alone: its values compared with plain numpy, the same shapes and
+dtypes on meta tensors, its refusals."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ def test_computes(case: Case) -> None:
 @pytest.mark.parametrize("through_transpose", [False, True])
 @pytest.mark.parametrize("form", ["ND", "FRACTAL_NZ"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_weight_reaches_the_matmul_as_it_lies(
+def test_a_weight_reaches_the_matmul_without_a_copy(
     bits: int, form: str, through_transpose: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No copy of it in ND, nor unpacked, whether the matmul transposes it or the graph does."""

@@ -1,4 +1,4 @@
-"""Signals, forks, the end of a process, and what it leaves alone."""
+"""Signals, forks, the end of a process, and what cann_host does not change."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_child_forked_while_threads_are_in_the_library_goes_on(
 
 
 @pytest.mark.slow
-def test_a_child_forked_while_work_is_done_is_told_what_it_lacks() -> None:
+def test_a_child_forked_during_late_work_gets_an_error() -> None:
     """Another thread does a stream's late work; in the child it stays undone."""
     found = run("forks.py unfinished", "--streams", "late").splitlines()
     assert "told" in found[0]
@@ -136,7 +136,7 @@ def test_a_clean_end(what: str, streams: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_torch_npu_that_does_not_load_is_the_last_word(tmp_path) -> None:
+def test_the_last_line_is_the_error_of_torch_npu(tmp_path) -> None:
     package = tmp_path / "torch_npu"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('broken on purpose')")
@@ -146,7 +146,7 @@ def test_a_torch_npu_that_does_not_load_is_the_last_word(tmp_path) -> None:
     assert "atexit" not in done.stderr
 
 
-# ---- what it leaves alone ----
+# ---- what it does not change ----
 
 
 @pytest.mark.slow

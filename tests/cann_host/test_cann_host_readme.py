@@ -59,7 +59,7 @@ def test_a_ge_operator_can_be_added_while_it_is_active(monkeypatch) -> None:
     torch.testing.assert_close(run(), torch.cosh(x.cpu()))
 
 
-def test_the_map_of_the_sources_is_whole() -> None:
+def test_the_map_of_the_sources_is_complete() -> None:
     folder = FOLDER / "csrc"
     rows = re.findall(r"^\| (`[^|]*`) \|", (folder / "README.md").read_text(), re.M)
     listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]

@@ -1,4 +1,4 @@
-"""What cann_host refuses, row by row, and that it says why with CANN's error code."""
+"""The refusals of cann_host, row by row, with reason and CANN's error code."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ NOT_HERE = {
 
 
 @pytest.mark.parametrize(("changes", "graph"), NOT_HERE.values(), ids=NOT_HERE)
-def test_what_cann_multiplies_and_the_stand_in_does_not(changes, graph: bool) -> None:
+def test_dtypes_that_only_cann_multiplies(changes, graph: bool) -> None:
     assert_answer(check(**changes), "cann_host")
     assert_answer(check(**changes, entry="graph"), TILED if graph else "cann_host")
 
@@ -495,7 +495,7 @@ def test_rows_of_310p_are_multiples_of_32(graph: bool) -> None:
 
 
 @pytest.mark.parametrize("graph", EITHER)
-def test_what_cann_has_and_the_stand_in_has_not_is_its_own_refusal(graph: bool) -> None:
+def test_a_call_that_only_cann_takes_is_cann_hosts_own_refusal(graph: bool) -> None:
     for refusal in (
         dynamic("Ascend310B1", "float16", (4, 64), "int8", is_graph=graph),
         dynamic(A950, "float16", (4, 64), "float8_e5m2", is_graph=graph),
@@ -557,7 +557,7 @@ SMOOTH = [
     (A2, ("float16", (3, 64)), ("float32", (3,)), PARAMETER, TILED),
     (A2, ("float16", (3, 64)), ("int32", (1, 3)), PARAMETER, TAKEN),
     (A2, ("float16", (1025, 64)), ("int32", (1025,)), TILED, TILED),
-    # without smooth_scales nobody looks at it
+    # without smooth_scales it is not checked
     (A2, None, ("int32", (3,)), TAKEN, TAKEN),
     (A2, None, ("int64", (3,)), NO_KERNEL, NO_KERNEL),
     # on 310P the kernel reads neither

@@ -1,4 +1,4 @@
-"""Streams, events, captured graphs and torch_npu's task queue, in processes of their own."""
+"""Streams, events, captured graphs and torch_npu's task queue, in separate processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_events(streams: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_of_late_work_is_told_to_the_one_who_waits() -> None:
+def test_a_wait_raises_the_failure_of_late_work() -> None:
     said = run("streams.py failure", "--streams", "late")
     assert said.splitlines() == ["launched", "told", "[1.0, 1.0, 1.0, 1.0]"]
 
@@ -66,14 +66,14 @@ NOT_CAPTURED = {
 }
 
 
-def test_what_is_not_captured_says_why() -> None:
+def test_work_that_is_not_captured_gives_the_reason() -> None:
     said = run("captures.py not_captured " + shlex.join(NOT_CAPTURED)).splitlines()
     for line, text in zip(said, NOT_CAPTURED.values(), strict=True):
         assert text in line
 
 
 GONE = {
-    # what the graph does with memory that is given back before its replay: what is told
+    # the graph's work on memory that is freed before its replay: the error
     "y.copy_(big)": "aclnnInplaceCopy: 67108864 bytes at",
     "y.add_(big)": "aten.add_.Tensor: a tensor that the graph uses is no longer allocated",
     "big.zero_()": "no longer allocated",
@@ -119,7 +119,7 @@ def test_launches_in_the_task_queue_need_no_interpreter_lock(queue: str) -> None
 
 
 QUEUE_FAILS = {
-    # what fails: what the program is told at first
+    # the call that fails: the first error of the program
     "aclnnInplaceCopy:507015@3": "operator name is aclnnInplaceCopy",
     "aclnnInplaceCopyGetWorkspaceSize:161002@3": "",  # 1: at the call, 2: later
 }
@@ -128,10 +128,8 @@ QUEUE_FAILS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", QUEUE_FAILS)
 @pytest.mark.parametrize("queue", ["1", "2"])
-def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
-    queue: str, fault: str
-) -> None:
-    """torch_npu drops what is launched after the failure it told."""
+def test_after_a_failure_in_the_task_queue_every_wait_fails(queue: str, fault: str) -> None:
+    """torch_npu drops the launches after the failure that it reported."""
     said = run(f"task_queue.py failure {fault}", TASK_QUEUE_ENABLE=queue).splitlines()
     assert said[0].startswith("True True 30 ")
     if text := QUEUE_FAILS[fault]:
@@ -141,6 +139,6 @@ def test_a_failure_in_the_task_queue_is_told_and_nothing_is_read_after_it(
 
 
 @pytest.mark.slow
-def test_what_an_operator_refuses_in_the_task_queue_is_told_to_who_waits() -> None:
+def test_a_wait_raises_a_refusal_in_the_task_queue() -> None:
     for queue in ("1", "2"):
         assert run("task_queue.py refusal", TASK_QUEUE_ENABLE=queue) == "True\n8.0\n" * 2

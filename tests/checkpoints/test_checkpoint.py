@@ -142,7 +142,7 @@ def test_dynamic_layers_go_from_one_format_to_the_other(tmp_path) -> None:
         ("msmodelslim", "gguf"),
     ],
 )
-def test_what_cannot_be_written_exactly_is_refused(kind, target, tmp_path) -> None:
+def test_a_layer_that_a_format_cannot_hold_is_refused(kind, target, tmp_path) -> None:
     (tmp_path / "a").mkdir()
     model = Model()
     load_checkpoint(model, write(tmp_path / "a", kind, False, F16))

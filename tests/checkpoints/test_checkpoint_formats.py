@@ -1,4 +1,4 @@
-"""Each format of checkpoints is complete: what it writes is what it declares, and reads back."""
+"""Each format of checkpoints is complete: it writes the tensors that it declares and reads them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_is_written_is_what_is_declared(
         shapes = [tuple(sizes.get(str(size), size) for size in shape) for shape in part.shapes]
         assert tensors[name].dtype in part.dtypes, name
         assert tuple(tensors[name].shape) in shapes, name
-    for name, outputs in format.output_told_by.items():
+    for name, outputs in format.output_decided_by.items():
         assert name not in tensors or outputs[tensors[name].dtype] == dtype
     if not inexact:
         again = format.build(dynamic, dtype, tensors.get)

@@ -202,7 +202,7 @@ def test_configs_that_are_not_w8a8_are_refused(content, message, tmp_path) -> No
     assert message in str(caught.value) and type(model.up) is nn.Linear
 
 
-def test_an_output_dtype_that_nothing_says_is_asked_for(tmp_path) -> None:
+def test_an_output_dtype_that_files_do_not_have_must_be_given(tmp_path) -> None:
     write(tmp_path, "compressed-tensors", True, BF16)
     model = Model(F32)
     with pytest.raises(
@@ -262,12 +262,12 @@ IRREPLACEABLE = {
     ),
     "own forward": (
         with_up(lambda m: setattr(m.up, "forward", lambda x: x)),
-        "it has a forward of its own, which would be lost",
+        "it has its own forward, which would be lost",
     ),
     "parametrized": (with_up(parametrized), "a ParametrizedLinear, whose forward may differ"),
     "own buffer": (
         with_up(lambda m: m.up.register_buffer("mask", torch.ones(1))),
-        "it holds a tensor of its own, mask, which would be lost",
+        "it holds an additional tensor, mask, which would be lost",
     ),
     "held twice": (with_up(twin), "parts holds it too and would keep the old one"),
 }

@@ -120,7 +120,7 @@ UNSAVED = {
 
 
 @pytest.mark.parametrize(("change", "message"), UNSAVED.values(), ids=UNSAVED)
-def test_what_files_cannot_hold_is_refused_by_name(change, message, tmp_path) -> None:
+def test_a_tensor_that_files_cannot_hold_is_refused_by_name(change, message, tmp_path) -> None:
     model = Model()
     lq_graph.quantize(model, lq_graph.A8W8Dynamic())
     if change is not None:
@@ -252,7 +252,7 @@ def test_a_path_in_the_home_folder(tmp_path, monkeypatch) -> None:
 
 
 class Strict(Model):
-    """A model that lets nobody set its modules."""
+    """A model whose modules cannot be set."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in vars(self).get("_modules", {}):

@@ -80,7 +80,7 @@ def test_values_beyond_the_models_dtype_are_refused(
     assert model_state(model) == before
 
 
-def test_what_is_not_finite_in_the_files_stays_what_it_is(tmp_path) -> None:
+def test_nan_and_infinity_in_the_files_are_kept(tmp_path) -> None:
     write(tmp_path, "msmodelslim", True, F16)
     values = torch.zeros(N, dtype=BF16)
     values[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
@@ -189,7 +189,7 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(part, value, tmp_path) ->
     ("files", "model", "dtype", "message"),
     [
         (F16, BF16, None, r"up.deq_scale: expected float32, .* do: call model.to\(torch.float16"),
-        (BF16, F16, None, r"up.deq_scale: expected int64, .* found float32, of one in bfloat16"),
+        (BF16, F16, None, r"up.deq_scale: expected int64, .* float32, of a layer in bfloat16"),
         (F16, F16, BF16, r"up.deq_scale: .* What to do: leave dtype= out, or pass torch.float16"),
         (F16, F32, None, r"up: .* found float32, .* pass dtype=torch"),
         (F16, F32, BF16, r"up.deq_scale: expected float32"),
@@ -399,7 +399,7 @@ UNUSUAL = {
     "lazy, given": (
         lambda m: setattr(m, "lazy", nn.LazyLinear(3)),
         {"lazy.weight": torch.ones(3, 3), "lazy.bias": torch.ones(3)},
-        r"lazy.bias: expected a plain tensor in the model, found one without a size",
+        r"lazy.bias: expected a plain tensor in the model, found a lazy tensor, without a size",
     ),
     "sparse": (
         lambda m: m.register_buffer("b", torch.eye(2).to_sparse()),

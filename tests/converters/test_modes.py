@@ -123,7 +123,7 @@ def test_a_graph_captured_by_hand() -> None:
 
 
 @pytest.mark.skipif(not cann_host.is_active(), reason="about the stand-in")
-def test_what_cannot_be_captured_is_named() -> None:
+def test_an_operator_that_cannot_be_captured_is_named() -> None:
     x = torch.ones(4).npu()
     graph = torch.npu.NPUGraph()
     named = pytest.raises(RuntimeError, match=r"aten.nonzero.default is not captured")
@@ -266,7 +266,7 @@ def compiled_in(mode: str, layer: torch.nn.Module) -> Callable[[torch.Tensor], t
 @pytest.mark.skipif(not cann_host.is_active(), reason="a device does not notice")
 @pytest.mark.filterwarnings("ignore:use_internal_format_weight. formats")
 @pytest.mark.parametrize(("kind", "first", "then", "mode", "refused"), EACH_AFTERWARDS)
-def test_what_a_graph_was_made_for_is_what_it_runs_on(
+def test_a_graph_runs_only_on_what_it_was_compiled_for(
     kind: type, first: Change | None, then: Change, mode: str, refused: str
 ) -> None:
     torch._dynamo.reset()

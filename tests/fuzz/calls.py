@@ -4,15 +4,15 @@
         {"dims": [2, 4], "strides": [4, 1], "offset": 0, "storage": [8], "dtype": 0, "format": 2,
          "block": 0, "at": 0}, 2, ...]}
 
-A tensor lies `at` bytes after the begin of a block of device memory, or of block -1 at that
-address. null is an absent tensor, {"handle": n} a tensor nobody made, {"real": x} a double, and a
-plain number an int64. `then` says what follows the first phase of an operator:
+A tensor begins `at` bytes after the begin of a block of device memory; with block -1, `at` is its
+address. null is an absent tensor, {"handle": n} a handle that was never made, {"real": x} a double,
+and a plain number an int64. `then` is the step after the first phase of an operator:
 
     launch, never     the second phase, or nothing
-    twice             the same executor once more, which must be refused
+    twice             the same executor again, which must be refused
     freed             the memory of block 0 is freed before the launch, which must be refused
     other             another operator is launched with the executor
-    handle, stream    the launch gets an executor, or a stream, that nobody made
+    handle, stream    the launch gets an executor, or a stream, that was never made
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _mutate(rng: random.Random, arguments: list[Any]) -> None:
 
 
 class Target:
-    """The library that is called, and the memory that calls are on."""
+    """The library to call, and the memory of the calls."""
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -270,7 +270,7 @@ class Target:
         return block.value
 
     def make(self, rng: random.Random) -> bytes:
-        """A call that is right, then changed none to three times."""
+        """A valid call with zero to three changes."""
         op = rng.choice(list(MAKERS))
         arguments = MAKERS[op](rng)
         for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
@@ -278,7 +278,7 @@ class Target:
         return json.dumps({"op": op, "then": rng.choice(THEN), "arguments": arguments}).encode()
 
     def run(self, data: bytes) -> bool:
-        """Whether the call was accepted, to its end."""
+        """Run a call. Returns whether every step was accepted."""
         call = json.loads(data)
         for address, size in zip(self.blocks, BLOCKS, strict=True):
             ctypes.memmove(address, self.bytes, size)

@@ -1,7 +1,7 @@
-"""Graphs: serialized ModelDefs, of real models and of one operator each, then changed.
+"""Graphs: serialized ModelDefs of real models, or of one operator, with changes.
 
-A graph's own bytes decide what it is run on: inputs as its Data nodes describe them, most of the
-time. A ConstPlaceHolder's address from 0 to 7 in the file stands for that block of device memory.
+The bytes of a graph decide its inputs: mostly inputs as its Data nodes describe them. In a
+ConstPlaceHolder, an address from 0 to 7 in the file stands for that block of device memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Writes the graphs that example layers become into corpus/: `python tests/fuzz/record.py`.
+"""Writes the graphs of example layers into corpus/: `python tests/fuzz/record.py`.
 
-Weights are small, and constants that lie in memory point to the blocks that graphs.py has.
+Weights are small, and constants in memory point to the blocks of graphs.py.
 """
 
 from __future__ import annotations

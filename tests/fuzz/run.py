@@ -1,12 +1,12 @@
-"""Throws malformed graphs and operator calls at cann_host under AddressSanitizer and
+"""Sends malformed graphs and operator calls to cann_host under AddressSanitizer and
 UndefinedBehaviorSanitizer:
 
     python tests/fuzz/run.py --seconds 120 --seed 1
 
-Each must be computed or refused with a text; whatever ends the process, hangs, reads outside an
-allocation or is refused in silence is a failure, and its input is kept in --crashes. First come the
-inputs of corpus/ as they are: graphs of real models (*.pb) and calls (*.json), and every input that
-once was a failure. `--replay FILE...` runs these alone.
+Each input must be computed, or refused with a text. An input that ends the process, hangs, reads
+outside an allocation or is refused without a text is a failure, and is saved in --crashes. The
+inputs of corpus/ come first, without changes: graphs of real models (*.pb), calls (*.json), and
+every input that was a failure before. `--replay FILE...` runs only these files.
 
 The native libraries are built with the sanitizers; the real Python half of cann_host, torch,
 torch_npu and torchair run in the same process, uninstrumented, on device memory between pages that
@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 @dataclass
 class Tally:
-    """What became of one kind's inputs."""
+    """The results of the inputs of one kind."""
 
     inputs: int = 0
     accepted: int = 0
@@ -52,14 +52,14 @@ class Tally:
 
 
 class Fuzz:
-    """One run: where it builds and keeps what it finds."""
+    """One run: its folders for the build and for failures."""
 
     def __init__(self, folder: Path, crashes: Path, seed: int) -> None:
         self.folder, self.crashes, self.seed = folder, crashes, seed
         self.preload = " ".join(sanitized.runtime())
 
     def work(self, kind: str, tally: Tally, *arguments: str) -> bool:
-        """Let a process work; whether it came to its end."""
+        """Run a worker process. Returns whether it finished."""
         with tempfile.NamedTemporaryFile() as state, tempfile.TemporaryFile() as errors:
             state.write(bytes(HEAD.size) + bytes(MOST_BYTES))
             state.flush()

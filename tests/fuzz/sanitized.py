@@ -26,11 +26,11 @@ WRAP = ["-Wl,--wrap=posix_memalign", "-Wl,--wrap=free"]
 
 
 class NoSanitizersError(Exception):
-    """The compiler is missing, or cannot do it."""
+    """The compiler is missing, or has no sanitizers."""
 
 
 def runtime() -> list[str]:
-    """What must be in the process before Python: the sanitizer, and libstdc++ for exceptions."""
+    """The libraries to load before Python: the sanitizer, and libstdc++ for exceptions."""
     paths = []
     for name in ("libasan.so", "libstdc++.so.6"):
         try:
@@ -54,10 +54,10 @@ def _compile(source: Path, target: Path, flags: list[str]) -> Path:
 
 
 def build(folder: Path) -> None:
-    """Make the libraries, or what of them is out of date.
+    """Build the libraries that are out of date.
 
     Raises:
-        NoSanitizersError: this machine cannot.
+        NoSanitizersError: this machine cannot build them.
     """
     runtime()
     installed = _native.library_directory()

@@ -1,7 +1,7 @@
 """Runs inputs in the process that `run.py` starts under the sanitizers.
 
 Before an input is used it is written, with the counts so far, to a file that is mapped into memory:
-if the process dies, `run.py` finds there what it died of.
+if the process dies, `run.py` reads there which input ended it.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_the_kernels_import_torch_only(file: Path) -> None:
         assert is_own or root == "torch" or root in sys.stdlib_module_names, name
 
 
-def test_others_use_what_the_package_lists() -> None:
+def test_other_packages_use_only_what_kernels_exports() -> None:
     """native, the compiled kernel, is for benchmarks and tests."""
     for package in ("lq_graph", "converters", "cann_host"):
         for file in (ROOT / package).rglob("*.py"):
@@ -165,7 +165,9 @@ def int4_layer() -> LinearQuant:
 
 
 X = torch.zeros(3, 2, dtype=I32)
-MISMATCH = r"in_features is 20, and weight is int32 \(16, 2\) and holds k = 16 int4 values a row; "
+MISMATCH = (
+    r"in_features is 20, and weight is int32 \(16, 2\) and holds k = 16 int4 values in a row; "
+)
 
 
 @pytest.mark.parametrize(

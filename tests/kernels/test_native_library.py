@@ -1,4 +1,4 @@
-"""When the kernel's library is used: switches, other sources, threads and processes of its own."""
+"""When the kernel's library is used: switches, other sources, threads and processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16
 
 @pytest.fixture
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The kernel is looked for anew, and once more afterwards."""
+    """Look for the kernel again, and once more afterwards."""
     native._kernel.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -44,7 +44,7 @@ def test_it_can_be_asked_for(value: str, asked_again: pytest.MonkeyPatch) -> Non
     assert native.is_available()
 
 
-def test_another_value_is_told(asked_again: pytest.MonkeyPatch) -> None:
+def test_another_value_gives_a_warning(asked_again: pytest.MonkeyPatch) -> None:
     asked_again.setenv("LQ_GRAPH_NATIVE", "perhaps")
     text = "LQ_GRAPH_NATIVE is 'perhaps'; allowed are 0, off, false, no .* not used now"
     with pytest.warns(RuntimeWarning, match=text):

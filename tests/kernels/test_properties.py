@@ -65,7 +65,7 @@ def refusal(call: Callable[..., object], *args: object, **kwargs: object) -> str
 
 def check_sentence(text: str) -> None:
     assert "\n" not in text and "What to do: " in text
-    assert "{" not in text and "None" not in text  # a placeholder or a value nobody formatted
+    assert "{" not in text and "None" not in text  # a placeholder or a value without a format
     assert text.startswith("linear_quant: ") and text.endswith(WHAT_ACLNN_DOES)
 
 
@@ -175,7 +175,7 @@ sides = st.sampled_from([1, 2, 8, 16])
 @example(torch.int32, (2, 1), (2, 8), [], ["transpose", "first column"])  # (8, 1) strides (1, 8)
 @example(torch.int32, (1, 2), (8, 1), ["every other column"], [])  # (1, 1) strides (2, 2)
 @example(torch.int32, (8, 8), (8, 8), ["transpose"], [])
-def test_a_view_is_refused_or_computes_what_its_copy_does(
+def test_a_view_is_refused_or_equals_its_copy(
     dtype: torch.dtype,
     left: tuple[int, int],
     right: tuple[int, int],
@@ -226,7 +226,7 @@ def test_int4_round_trip_and_bits(groups: list[list[int]]) -> None:
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40))
-def test_any_word_unpacks_and_packs_to_itself(words: list[int]) -> None:
+def test_unpack_then_pack_keeps_any_word(words: list[int]) -> None:
     packed = torch.tensor(words, dtype=torch.int32)
     assert torch.equal(lq_graph.pack_int4(lq_graph.unpack_int4(packed)), packed)
 
@@ -236,7 +236,7 @@ def test_any_word_unpacks_and_packs_to_itself(words: list[int]) -> None:
     st.sampled_from([torch.int8, torch.int16, torch.int32, torch.int64]),
     st.integers(0, 7),
 )
-def test_pack_refuses_what_unpack_could_not_give_back(values, dtype, missing: int) -> None:
+def test_pack_refuses_values_that_unpack_would_change(values, dtype, missing: int) -> None:
     group = torch.tensor(values, dtype=dtype)
     if min(values) < -8 or max(values) > 7:
         with pytest.raises(LinearQuantValueError, match=r"int4 holds -8\.\.7"):
@@ -337,7 +337,7 @@ def test_an_offset_that_is_no_number_is_packed_as_the_kernel_does() -> None:
 
 
 @given(st.sampled_from([float("nan"), float("inf"), float("-inf")]), st.booleans())
-def test_what_is_not_finite_is_refused(bad: float, in_offset: bool) -> None:
+def test_nan_and_infinity_are_refused(bad: float, in_offset: bool) -> None:
     one, other = torch.ones(3), torch.tensor([1.0, bad, 2.0])
     scale, offset = (one, other) if in_offset else (other, one)
     blamed = "offset" if in_offset else "scale"

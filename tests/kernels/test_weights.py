@@ -95,7 +95,7 @@ def test_fractal_nz_puts_each_element_where_the_formula_says(shape, c0: int) -> 
 
 
 def nz_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The storage of an npu tensor as it is; cann_host's device memory is the host's."""
+    """The bytes of an npu tensor's storage; cann_host's device memory is host memory."""
     torch.npu.synchronize()
     size = tensor.untyped_storage().nbytes()
     raw = (ctypes.c_char * size).from_address(tensor.data_ptr())

@@ -272,9 +272,9 @@ def prepared(ours: LinearQuant) -> LinearQuant:
 @pytest.mark.parametrize(
     "walk", [pytest.param(w, marks=pytest.mark.slow) if w == "graph" else w for w in WALKS]
 )
-def test_whatever_fails_is_told_and_the_next_call_works(walk: str, call: int, x: Tensor) -> None:
-    """A call of any function of CANN's: either nobody needed it and the result is right, or there
-    is an error; never a wrong result, and nothing is left of it."""
+def test_after_any_fault_the_result_is_right_or_an_error(walk: str, call: int, x: Tensor) -> None:
+    """A call of any function of CANN fails: either the result is right without it, or there is an
+    error. There is never a wrong result, and the next call works."""
     want, told = layer(0)(x), set()
     for symbol in MAY_FAIL:
         if symbol in ONCE:
@@ -304,7 +304,7 @@ LEAKS = [
 
 @pytest.mark.parametrize("fault", LEAKS)
 def test_calls_that_fail_leave_nothing(fault: str, x: Tensor) -> None:
-    """torch_npu does not destroy what it made for a call that fails."""
+    """torch_npu does not destroy the objects that it made for a call that fails."""
     ours, on_npu = layer(0).npu(), x.npu()
 
     def calls(number: int) -> int:

@@ -152,7 +152,7 @@ def test_to_meta_and_copies() -> None:
     assert copy.deepcopy(layer).scale.dtype == I64
 
 
-def test_repr_tells_every_setting_apart() -> None:
+def test_repr_differs_for_every_setting() -> None:
     base = cases.make(Case(n=8, k=16))
     variants = [
         base,

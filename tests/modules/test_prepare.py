@@ -261,7 +261,7 @@ def spoil_values(model: Mixed) -> None:
     ],
     ids=["dtype", "shape", "nan", "device"],
 )
-def test_what_cannot_be_prepared_is_refused_whole(spoil, error, match) -> None:
+def test_a_layer_that_cannot_be_prepared_leaves_the_model_unchanged(spoil, error, match) -> None:
     model = Mixed().npu()
     spoil(model)
     before = snapshot(model)
@@ -322,7 +322,7 @@ def test_state_dicts_go_from_any_model_to_any_other(case: Case) -> None:
     cases.assert_equal(plain(x1), other)
 
 
-def test_a_scale_assigned_after_folding_is_what_is_saved() -> None:
+def test_a_scale_assigned_after_folding_is_saved() -> None:
     layer = module_for(cases.make(Case(offset=True))).npu()
     prepare(layer)
     words = lq_graph.trans_quant_param(torch.rand(24).npu())

@@ -142,7 +142,7 @@ def test_copies_of_a_weight_are_plain_tensors() -> None:
 
 
 class Reads(nn.Module):
-    """Multiplies by a weight of which it calls the layer too, and casts to its dtype."""
+    """Multiplies by the weight of a layer that it also calls, and casts to its dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ def _assign(layer: QuantizedLinear, scale: Tensor, offset: Tensor) -> None:
 
 
 def _data(layer: QuantizedLinear, scale: Tensor, offset: Tensor) -> None:
-    for _ in range(3):  # memory that went is not taken for what it was
+    for _ in range(3):  # freed memory is not treated as the old tensor
         layer.input_scale.data, layer.input_offset.data = scale.clone(), offset.clone()
 
 

@@ -82,11 +82,11 @@ def _method(module: nn.Module) -> None:
 # what is done to a module, and what is said of it
 UNUSUAL: dict[str, tuple[Callable[[Any], object], str]] = {
     "subclass": (_other_class, "a Mine, whose forward may differ"),
-    "forward": (_double, "it has a forward of its own"),
-    "accelerate": (_accelerate, "it has a forward of its own"),
-    "call": (lambda m: setattr(m, "__call__", _does_nothing), "it has a __call__ of its own"),
-    "state_dict": (lambda m: setattr(m, "state_dict", dict), "it has a state_dict of its own"),
-    "method": (_method, "it has a method of its own, half_of"),
+    "forward": (_double, "it has its own forward"),
+    "accelerate": (_accelerate, "it has its own forward"),
+    "call": (lambda m: setattr(m, "__call__", _does_nothing), "it has its own __call__"),
+    "state_dict": (lambda m: setattr(m, "state_dict", dict), "it has its own state_dict"),
+    "method": (_method, "it has its own method half_of"),
     "pre-hook": (lambda m: m.register_forward_pre_hook(_does_nothing), "it has forward hooks"),
     "hook": (lambda m: m.register_forward_hook(_does_nothing), "it has forward hooks"),
     "backward hook": (lambda m: m.register_full_backward_hook(_does_nothing), "backward hooks"),
@@ -103,11 +103,11 @@ UNUSUAL: dict[str, tuple[Callable[[Any], object], str]] = {
         "it has state dict hooks",
     ),
     "compiled": (lambda m: m.compile(backend="eager"), "was called on it, which would be lost"),
-    "parameter": (_add_parameter, "it holds a tensor of its own, lora_a"),
-    "buffer": (lambda m: m.register_buffer("mask", torch.ones(1)), "a tensor of its own, mask"),
-    "module": (_add_module, "it holds a module of its own, adapter"),
+    "parameter": (_add_parameter, "it holds an additional tensor, lora_a"),
+    "buffer": (lambda m: m.register_buffer("mask", torch.ones(1)), "an additional tensor, mask"),
+    "module": (_add_module, "it holds an additional module, adapter"),
     "tensor subclass": (_weight_subclass, "its weight is a Odd"),
-    "no parameter": (_weight_no_parameter, "its weight is no parameter"),
+    "no parameter": (_weight_no_parameter, "its weight is not a parameter"),
 }
 # those that need a float weight
 UNUSUAL_LINEAR: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -250,7 +250,7 @@ class Holder(nn.Module):
         (lambda m, layer: object.__setattr__(m, "again", layer), "again holds it too"),
         (
             lambda m, layer: setattr(m, "compiled", torch.compile(layer, backend="eager")),
-            "torch.compile was called on it alone: call it afterwards",
+            "torch.compile was called on this module alone: call it afterwards",
         ),
         (lambda m, layer: setattr(m, "taps", deque([layer])), "taps holds it too"),
         (lambda m, layer: setattr(m, "helper", SimpleNamespace(x=[layer])), "helper holds it too"),

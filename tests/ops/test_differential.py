@@ -167,7 +167,7 @@ def vendor(inputs: cases.Inputs) -> torch.Tensor:
 class Reason(NamedTuple):
     """Why we refuse what the vendor's meta kernel lets through.
 
-    text: our sentence. source: who says so. true_of: what the sentence says holds of the call, for
+    text: our sentence. source: where it is documented. true_of: a check that it is true, for
     a reason in shapes. cann: CANN's own checks refuse it too; else it is the module's page.
     """
 
@@ -352,7 +352,7 @@ def test_results_beside_the_vendors_eager_path(tally) -> None:
         tally("random results equal: CPU, NPU, npu_quant_matmul, golden")
 
 
-def test_what_we_take_the_vendors_eager_path_takes(tally) -> None:
+def test_the_vendors_eager_call_takes_every_call_that_we_take(tally) -> None:
     """torch_npu's C++ over CANN's rules, as cann_host has them, beside plan()."""
     rng = random.Random(SEED + 2)
     for seed in range(4 * ACCEPTED):
@@ -373,7 +373,7 @@ LONG = 65536
 
 @pytest.mark.parametrize("swapped", ["", "x1", "weight"])
 @pytest.mark.parametrize("long", ["m", "n"])
-def test_a_long_m_or_n_runs_whichever_way_it_lies(long: str, swapped: str) -> None:
+def test_a_long_m_or_n_is_computed_or_refused(long: str, swapped: str) -> None:
     """aclnn limits the last dim in memory: of an x1 stored (k, m) that is m, of a weight (k, n)
     n (aclnnQuantMatmulV4.md, limits of x1 and x2). Refused with our sentence, or computed."""
     m, n = (LONG, 2) if long == "m" else (2, LONG)

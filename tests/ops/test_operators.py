@@ -1,4 +1,4 @@
-"""The records of ops.py: each is complete, and what it names is what runs."""
+"""The records of ops.py: each is complete, and the functions that it names run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class AskedError(Exception):
 
 @each
 @pytest.mark.parametrize("place", ["fake", "cpu", "npu", "converter"])
-def test_every_place_asks_the_plan(
+def test_every_backend_calls_plan(
     place: str, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*args: object, **kwargs: object) -> None:

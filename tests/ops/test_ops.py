@@ -291,7 +291,7 @@ def x(request: pytest.FixtureRequest) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_gradient_that_would_be_cut_is_told(name: str, x: torch.Tensor) -> None:
+def test_an_input_that_requires_grad_gives_a_warning(name: str, x: torch.Tensor) -> None:
     quantize, wanted = QUANTIZERS[name], QUANTIZERS[name](x)
     with pytest.warns(
         UserWarning, match=f"quant: an input requires grad, and {NONE}.*torch.no_grad"
@@ -308,7 +308,7 @@ def test_a_gradient_that_would_be_cut_is_told(name: str, x: torch.Tensor) -> Non
 
 
 @pytest.mark.parametrize("named", ["scale", "bias", "pertoken_scale"])
-def test_a_gradient_of_a_parameter_is_told(named: str) -> None:
+def test_a_parameter_that_requires_grad_gives_a_warning(named: str) -> None:
     inputs = cases.make(Case(output=BF16, bias=BF16, pertoken=True))
     inputs[named].requires_grad_()
     with pytest.warns(UserWarning, match=f"linear_quant: an input requires grad, and {NONE}"):
@@ -344,7 +344,7 @@ def test_forward_mode_is_refused(name: str, x: torch.Tensor) -> None:
         assert torch.equal(QUANTIZERS[name](x), QUANTIZERS[name](x.clone()))
 
 
-def test_what_torch_func_does_not_differentiate_is_computed(x: torch.Tensor) -> None:
+def test_torch_func_without_a_derivative_computes(x: torch.Tensor) -> None:
     for quantize in QUANTIZERS.values():
         wanted = quantize(x)
         assert torch.equal(torch.vmap(quantize)(x[:, None])[:, 0], wanted)

@@ -79,7 +79,7 @@ def test_rounding_is_half_to_even_and_clamped(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "npu"])
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_no_number_shows_in_the_scale(bad: float, device: str) -> None:
+def test_nan_and_infinity_show_in_the_scale(bad: float, device: str) -> None:
     x = torch.ones(2, 8, dtype=F16)
     x[0, 3] = bad
     quantized, scale = lq_graph.dynamic_quant(x.to(device))
@@ -251,7 +251,7 @@ def test_int4_stays_int4_between_the_two_operators(dynamic: bool) -> None:
                 torch.ones(2, 8, device=d), torch.ones(8, device=d), torch.ones(1, device=d)
             ),
             LinearQuantValueError,
-            "offset has 1 values and scale_reciprocal 8; allowed is one number of values",
+            "offset has 1 values and scale_reciprocal 8; allowed is as many values as ",
         ),
         (
             "310P",
@@ -388,7 +388,7 @@ def test_310p_takes_multiples_of_32() -> None:
 
 @pytest.mark.parametrize("arithmetic", list(Arithmetic))
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_no_number_shows_in_every_scale(bad: float, arithmetic: Arithmetic) -> None:
+def test_nan_and_infinity_show_in_every_scale(bad: float, arithmetic: Arithmetic) -> None:
     x = torch.ones(2, 64, dtype=F16)
     x[0, 3] = bad
     values, scale = kernels.dynamic_quant(x, 8, arithmetic)

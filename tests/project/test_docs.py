@@ -79,7 +79,7 @@ def test_the_line_of_cann_host_is_the_one_shown(run: subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_run_has_a_reason(name: str, tally) -> None:
+def test_blocks_that_are_not_run_have_a_reason(name: str, tally) -> None:
     for block in blocks((ROOT / name).read_text()):
         reason = block.marker.removeprefix("not run: ")
         if not block.marker.startswith("not run"):

@@ -126,11 +126,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("command", "text"),
     [
         ("nosuch", "argument command: invalid choice: 'nosuch'"),
-        ("check --x1 int9", "argument --x1: 'int9' is no dtype; write int8, int4"),
+        ("check --x1 int9", "argument --x1: 'int9' is not a dtype; write int8, int4"),
         ("check --x1 int8[2", "argument --x1: 'int8[2' is not of the form int8 or int8[16,512]"),
         ("check --x1 int8[-1]", "argument --x1: 'int8[-1]' is not of the form"),
-        ("check --output nosuch", "argument --output: 'nosuch' is no dtype"),
-        ("check --product A9", "check: 'A9' is not a product lq_graph knows"),
+        ("check --output nosuch", "argument --output: 'nosuch' is not a dtype"),
+        ("check --product A9", "check: 'A9' is not a product that lq_graph knows"),
         ("check more", "unrecognized arguments: more"),
         ("explain", "the following arguments are required: model"),
         ("explain m_front.py", "explain: 'm_front.py' is not FILE.py:FUNCTION"),
@@ -175,7 +175,7 @@ def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
 @pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])
-def test_lq_graph_answers_where_torch_npu_has_no_cann(arguments: str) -> None:
+def test_lq_graph_works_without_cann(arguments: str) -> None:
     done = python("-m", "lq_graph", *arguments.split(), without=REAL)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m lq_graph" if "-" in arguments else "x1 int8")
@@ -196,7 +196,7 @@ def test_explain_without_a_device_is_a_sentence() -> None:
 @pytest.mark.slow
 @on_stand_in
 def test_the_command_line_leaves_the_environment() -> None:
-    """Autoload is off for the command itself, not for what it starts."""
+    """Autoload is off for the command itself, not for the processes that it starts."""
     for before in (None, "1"):
         env = {} if before is None else {"TORCH_DEVICE_BACKEND_AUTOLOAD": before}
         done = python(*script("imports.py command_line"), without=REAL, **env)
@@ -209,7 +209,7 @@ FAKE = 'raise ImportError("libprotobuf.so: undefined symbol: f")\n'
 @pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("autoload", ["1", "0"])
-def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_path: Path) -> None:
+def test_the_error_says_why_torch_npu_cannot_be_imported(autoload: str, tmp_path: Path) -> None:
     (tmp_path / "torch_npu").mkdir()
     (tmp_path / "torch_npu/__init__.py").write_text(FAKE)
     (tmp_path / "script.py").write_text("")
@@ -228,7 +228,7 @@ def test_why_torch_npu_cannot_be_imported_is_what_is_seen(autoload: str, tmp_pat
 
 @pytest.mark.slow
 @on_stand_in
-def test_import_of_lq_graph_tells_why_torch_npu_failed(tmp_path: Path) -> None:
+def test_import_of_lq_graph_reports_why_torch_npu_failed(tmp_path: Path) -> None:
     (tmp_path / "torch_npu.py").write_text(FAKE)
     done = python("-c", "import lq_graph", without=REAL, PYTHONPATH=str(tmp_path))
     last = done.stderr.splitlines()[-1]

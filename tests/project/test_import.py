@@ -1,4 +1,4 @@
-"""Importing in every situation a user can be in, each in a process of its own."""
+"""Imports in every situation of a user, each in a separate process."""
 
 from __future__ import annotations
 

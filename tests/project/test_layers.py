@@ -278,7 +278,7 @@ OWN = {"lq_graph", "lq_graph._import_torch", "lq_graph.ops"}
 
 
 def run(program: str, cwd: Path | None = None) -> str:
-    """What a program prints in a process of its own, without torch_npu."""
+    """The output of a program in a separate process, without torch_npu."""
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=cwd,
@@ -292,7 +292,7 @@ def run(program: str, cwd: Path | None = None) -> str:
 
 
 def test_importing_lq_graph_is_light() -> None:
-    """It loads two modules of its own, in at most a twentieth of the time torch takes: 50 ms."""
+    """It loads two of its own modules, in at most a twentieth of the time of torch: 50 ms."""
     torch_took, took, *loaded = run(
         "import sys, time\n"
         "start = time.process_time()\n"

@@ -94,7 +94,7 @@ def test_every_layer_in_the_graph_is_the_eager_one(
     assert ops.count("Bitcast") == (LAYERS if int4 else 0)  # the weights', none for activations
 
 
-def test_the_example_says_what_it_should(minilm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_prints_its_result(minilm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     minilm.main()  # leaves with an error where a figure is not good enough
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {" ".join(line[:2]): line for line in lines if len(line) > 12}
@@ -105,7 +105,7 @@ def test_the_example_says_what_it_should(minilm: Any, capsys: pytest.CaptureFixt
     assert 0.5 < float(rows["A4W4 dynamic"][2]) < 0.99
 
 
-def test_compare_finds_what_hurts_int4(minilm: Any, loaded: Any) -> None:
+def test_compare_finds_the_layer_that_hurts_int4(minilm: Any, loaded: Any) -> None:
     float_model, tokenizer = loaded
     inputs = minilm.encode(tokenizer, [answer for _, answer in minilm.PAIRS])
 

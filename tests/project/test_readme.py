@@ -1,4 +1,4 @@
-"""README is short and says the status first; messages tell to install what an index has."""
+"""README is short and has the status first; messages name packages that an index has."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def extras() -> dict[str, list[str]]:
     return found
 
 
-def test_what_a_message_says_to_install_is_a_package_of_an_index() -> None:
+def test_messages_name_packages_that_an_index_has() -> None:
     """lq-graph itself is on none, and `.` is the reader's folder, which need not be a checkout."""
     known = {
         re.split(r"[=<>]", package)[0] for packages in extras().values() for package in packages

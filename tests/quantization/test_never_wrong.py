@@ -280,7 +280,7 @@ USES: dict[str, Callable[[random.Random], nn.Module]] = {
 
 
 class Model(nn.Module):
-    """Uses one after another, each scaled such that what it gives has a norm of about 1."""
+    """Calls one after another, each scaled so that its output has a norm of about 1."""
 
     def __init__(self, uses: list[nn.Module]) -> None:
         super().__init__()
@@ -458,7 +458,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))]
 )
-def test_close_to_float_or_told(part: int, tmp_path: Path, tally: Callable[..., None]) -> None:
+def test_close_to_float_or_refused(part: int, tmp_path: Path, tally: Callable[..., None]) -> None:
     torch.npu.config.allow_internal_format = True
     happened: Counter[str] = Counter()
     for seed in range(part, SEEDS, PARTS):

@@ -89,7 +89,7 @@ def test_int4_weights_have_the_least_error_of_the_clips_tried() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [F16, BF16])
-def test_static_layer_is_what_its_formula_says(dtype: torch.dtype, symmetric: bool) -> None:
+def test_static_layer_computes_its_formula(dtype: torch.dtype, symmetric: bool) -> None:
     model = make(dtype)
     batches = data(dtype=dtype)
     weight, bias = numpy(model.up.weight), numpy(model.up.bias)

@@ -1,4 +1,4 @@
-"""quantize(): what is left alone, and says why."""
+"""quantize(): the layers that stay float, with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.float_models import CONFIGS, data, make, run
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
-# ---- what is left alone ----
+# ---- layers that stay float ----
 
 
 class Odd(nn.Module):
@@ -47,14 +47,14 @@ class Odd(nn.Module):
         return self.plain(x)
 
 
-def test_what_must_not_be_touched_is_told() -> None:
+def test_layers_that_must_stay_float_are_named() -> None:
     model = Odd().half()
     model.floats.float()
     report = quantize(model, A4W4Dynamic())
     notes = {r.name: r.note for r in report}
     assert [r.name for r in report if r.changed] == ["plain"]
     for name, text in {
-        "tied": "its weight is also that of embedding, which stays float",
+        "tied": "it shares its weight with embedding, which stays float",
         "attention.out_proj": "a NonDynamicallyQuantizableLinear, whose forward may differ",
         "encoder.linear1": "nn.TransformerEncoderLayer reads the weight itself",
         "hooked": "it has forward hooks",
@@ -117,7 +117,7 @@ def test_shared_layers_and_weights_stay_shared(config: Any) -> None:
 
 
 class Reads(nn.Module):
-    """Layers of which something is read beside, or in place of, a call."""
+    """Layers whose tensors are read in addition to a call, or instead of one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_a_layer_tied_to_one_that_inputs_never_reach() -> None:
     model.unused.weight = model.down.weight
     report = {r.name: r for r in quantize(model, A8W8Dynamic(), example_inputs=data())}
     assert report["up"].changed and report["unused"].note == "example_inputs never reached it"
-    assert report["down"].note == "its weight is also that of unused, which stays float"
+    assert report["down"].note == "it shares its weight with unused, which stays float"
     assert model.unused.weight is model.down.weight
 
 
@@ -232,7 +232,7 @@ def test_int8_is_not_kept_where_the_layers_are_called_one_by_one(call: Any) -> N
     ],
     ids=["hook", "forward", "relu"],
 )
-def test_int8_is_not_kept_through_what_is_not_plain(change: Any) -> None:
+def test_int8_between_needs_plain_modules(change: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).half()
     change(model)
@@ -299,7 +299,7 @@ class Mixture(nn.Module):
         self.experts = nn.Parameter(torch.ones(4, 64, 64))
 
 
-def test_what_holds_the_bytes_and_stays_float_is_named() -> None:
+def test_the_largest_float_tensors_are_named() -> None:
     model = nn.Sequential(nn.Embedding(16, 64), Mixture(), Mixture(), nn.Linear(64, 64)).half()
     report = quantize(model, A8W8Dynamic())
     assert all(r.changed for r in report)

@@ -78,7 +78,7 @@ def test_products_with_one_reason_are_one_line() -> None:
 
 
 @pytest.mark.parametrize("argument", ["int8", 8, (8, (1, 2))])
-def test_refuses_what_is_no_tensor(argument) -> None:
+def test_refuses_values_that_are_not_tensors(argument) -> None:
     with pytest.raises(lq_graph.LinearQuantTypeError, match=r"check: x1 is .* a torch\.dtype"):
         check(argument)
 
@@ -114,11 +114,11 @@ def test_command_line(arguments: str, status: int, shown: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--x1 int9", "'int9' is no dtype"),
+        ("--x1 int9", "'int9' is not a dtype"),
         ("--x1 int8[2", "not of the form int8 or int8[16,512]"),
         ("--x1 int4[2,7]", "multiple of 8"),
         ("--product H100", "'H100' is not a product"),
-        ("--output int9", "'int9' is no dtype"),
+        ("--output int9", "'int9' is not a dtype"),
     ],
 )
 def test_command_line_mistakes(arguments: str, message: str, capsys) -> None:
@@ -135,5 +135,5 @@ def test_command_needs_no_cann(tmp_path) -> None:
     assert "output_dtype is float32" in done.stdout
 
 
-def test_asks_without_touching_data() -> None:
+def test_check_takes_meta_tensors() -> None:
     assert check(torch.empty(4, 64, dtype=I8, device="meta"), bias=I32, scale=I64)

@@ -212,7 +212,7 @@ IDS = [f"{i}-{case}" for i, (case, *_) in enumerate(REFUSED)]
 
 
 def in_converter(inputs: cases.Inputs) -> LinearQuantError:
-    """What the converter says of GE tensors with these dtypes and shapes."""
+    """The converter's error for GE tensors with these dtypes and shapes."""
     ge = _torchair.ge
 
     def data(index: int, tensor: torch.Tensor) -> object:

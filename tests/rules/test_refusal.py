@@ -1,4 +1,4 @@
-"""The advice of a refusal keeps the numbers where it says so, and leads to a call that is taken."""
+"""The advice of a refusal keeps the numbers if it says so, and leads to a legal call."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ TOLERANCE = {F16: 2**-9, BF16: 2**-7, F32: 2**-20, F64: 2**-20}
 
 
 @pytest.mark.parametrize("product", ["310P", "A2"])
-def test_what_is_said_to_keep_the_numbers_keeps_them(product: str, set_product, tally) -> None:
+def test_advice_that_keeps_the_numbers_keeps_them(product: str, set_product, tally) -> None:
     set_product(product)
     g = torch.Generator().manual_seed(0)
     seen = set()
@@ -230,7 +230,7 @@ def test_activations(product: str, set_product) -> None:
     assert refused > 20
 
 
-# ---- who is told ----
+# ---- operator, function and layer in an error ----
 
 
 def test_a_model_names_the_layer() -> None:

@@ -123,7 +123,7 @@ def check_columns(refusal: Refusal, given: Combination, legal: set[Combination])
 
 
 def check_why(refusal: Refusal, given: Combination, legal: set[Combination]) -> None:
-    """What is said to be taken with another output, or beside other dtypes, is."""
+    """If a refusal says that another output or other dtypes take a dtype, they do."""
     if len(refusal.choices) > 1 or not refusal.why:
         return
     ((column, allowed),) = refusal.choices

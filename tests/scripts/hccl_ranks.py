@@ -50,7 +50,8 @@ def widened(values: np.ndarray) -> np.ndarray:
 
 
 def inputs(dtype: torch.dtype, ranks: int, size: int) -> list[Tensor]:
-    """Everybody's: the whole range, and for floats infinities, NaN and the smallest numbers."""
+    """The inputs of all ranks: the whole range; for floats also infinity, NaN and the smallest
+    numbers."""
     g = torch.Generator().manual_seed(size)
     if dtype in INTEGERS:
         info = torch.iinfo(dtype)
@@ -181,7 +182,7 @@ def moves(rank: int, ranks: int) -> Check:
 
 
 def groups(rank: int, ranks: int) -> Check:
-    """Communicators of a part of the ranks, two at a time, of one rank, and made again."""
+    """Communicators of some of the ranks, of one rank, two at a time, and made again."""
     for _ in range(2):
         low, high = dist.new_group([0]), dist.new_group(list(range(1, ranks)))
         x = torch.ones(4, device="npu") * (rank + 1)
@@ -197,7 +198,7 @@ def groups(rank: int, ranks: int) -> Check:
 
 
 def order(rank: int, ranks: int) -> Check:
-    """A collective waits for what its input waits for, and what reads its output waits for it."""
+    """A collective waits for the work of its input, and a reader of its output waits for it."""
     x = torch.full((1000,), float(rank), device="npu")
     total = ranks * (ranks - 1) / 2
     for step in range(10):
@@ -317,7 +318,7 @@ def graph_mismatch(rank: int, ranks: int) -> Check:
     yield "told", told(run, "[EI0005] the ranks' calls differ", within=60)
 
 
-# ---- ranks that go wrong: what a rank is told, and within what time ----
+# ---- ranks that fail: the error of each rank, and its time limit ----
 
 
 def told(action: Callable[[], object], *texts: str, within: float = 10) -> str:

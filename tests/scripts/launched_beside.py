@@ -1,3 +1,3 @@
-"""launched.py imports it, for it lies beside it."""
+"""launched.py imports it from the same folder."""
 
 ANSWER = 42

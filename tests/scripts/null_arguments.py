@@ -71,7 +71,7 @@ class Arguments:
         }
 
     def executor(self) -> ctypes.c_void_p:
-        """A new one: each is good once."""
+        """A new executor: each can be used once."""
         size, executor = ctypes.c_uint64(), P()
         self.lib.aclnnInplaceZeroGetWorkspaceSize(
             self.made["tensor"], ctypes.byref(size), ctypes.byref(executor)

@@ -50,7 +50,8 @@ def killed(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 def mismatched(mesh: DeviceMesh, folder: Path) -> Check:
-    """One rank's input has another m: all are told, with gloo by TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    """One rank's input has another m: all ranks get an error, with gloo if
+    TORCH_DISTRIBUTED_DEBUG=DETAIL."""
     layer, x1, _ = layer_for(Case(output=F16), mesh.device_type)
     split = parallelize_module(layer, mesh, RowwiseLinearQuant(input_layouts=Replicate()))
     mine = x1[:-1] if mesh.get_local_rank() == mesh.size() - 1 else x1

@@ -1,1 +1,1 @@
-"""What several tests share: tables, goldens, faults, processes."""
+"""Helpers that several tests share: tables, goldens, faults, processes."""

@@ -1,14 +1,14 @@
-"""cann_host's refusals beside CANN's own public tests, by hand:
+"""Compares cann_host's refusals with CANN's own public tests; run by hand:
 
     python tests/support/cann_tables.py CHECKOUT
 
 CHECKOUT is your clone of the public repository hicann/ops-nn. Its unit tests say, call by call,
 whether an operator takes it: tables of the quantized matmul (csv), and C++ for the others, read by
-cann_ut.py. This asks cann_host.rules, the checks of cann_host.aclnn and the GE operators of
-cann_host the same, and prints for each file how many rows were compared, how many get the same
-answer, and every row that does not. Rows torch_npu and torchair cannot send, and rows whose answer
-the test does not look at, are counted apart, with the reason. Exit status 1 if a row that differs
-has no reason in EXCEPTIONS.
+cann_ut.py. This program makes the same calls with cann_host.rules, the checks of cann_host.aclnn
+and the GE operators of cann_host. It prints for each file how many rows were compared, how many
+have the same result, and every row with another result. Rows that torch_npu and torchair cannot
+send, and rows whose result the test does not check, are counted separately, with the reason. The
+exit status is 1 if a row that differs has no reason in EXCEPTIONS.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ def apart(name: str, reason: str) -> Row:
 OTHER_DTYPES = "dtypes beside int8 and int4, no part of LinearQuant"
 GROUPS = "scales for groups or blocks, no part of LinearQuant"
 OTHER_CHIP = "a chip cann_host does not pretend"
-NOT_LOOKED_AT = "the test does not look at the answer"
+NOT_LOOKED_AT = "the test does not check the result"
 
 
 class Answer(NamedTuple):
-    """What came of one row.
+    """The result of one row.
 
     Attributes:
         name: of the case.
         soc: chip.
-        agrees: whether CANN and cann_host say the same; None if that is not to be compared.
+        agrees: whether CANN and cann_host agree; None if the row is not compared.
         text: why not compared, or the difference.
     """
 
@@ -343,7 +343,7 @@ def sent(x2: TensorDesc) -> bool:
 
 
 def descriptor(tensor: cann_ut.Tensor | Any) -> Any:
-    """An aclTensor, contiguous; other arguments as they are."""
+    """An aclTensor, contiguous; other arguments unchanged."""
     if not isinstance(tensor, cann_ut.Tensor):
         return tensor
     steps: list[int] = []
@@ -391,7 +391,7 @@ def op_api(path: Path) -> Iterator[Answer]:
         if any(isinstance(t, cann_ut.Tensor) and t.dtype in (29, 34) for t in case.outputs):
             yield Answer(case.name, case.soc, None, "torch has no such dtype: int4 goes as int32")
             continue
-        # a test of V3, for 950 only, that is told so has an environment without that chip
+        # a test of V3, which is for 950 only, runs in an environment without that chip
         elsewhere = case.expected == "ACLNN_ERR_INNER"
         soc = "Ascend910B2" if elsewhere else case.soc
         operator = operators.OPERATORS[name]

@@ -1,7 +1,7 @@
 """CANN's public C++ unit tests as rows: for each case, the call and CANN's answer.
 
-Read by small patterns, no compiler: cases written another way are counted as not read. Used by
-cann_tables.py.
+It reads them with small patterns, without a compiler: cases in another form are counted as not
+read. Used by cann_tables.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The case table every test of values draws from, and the bridge to the numpy golden."""
+"""The table of cases for all tests of values, and the conversion to the numpy golden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with everything a checkpoint can hold, and what each format is written from."""
+"""A model with everything that a checkpoint can hold, and the layers of each format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ F16 = torch.float16
 
 
 class Extra(nn.LayerNorm):
-    """A layer with a state of its own, an expanded buffer and one that files do not hold."""
+    """A layer with an extra state, an expanded buffer, and a buffer that files do not hold."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, dtype=F16)

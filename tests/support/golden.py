@@ -1,7 +1,7 @@
 """The independent golden: LinearQuant in plain integer numpy, straight from the specification.
 
-Shares no code with `lq_graph` or `cann_host`, on purpose. Slow and boring, on purpose. bfloat16
-has no numpy dtype: such tensors come in and go out as float32 holding exact bfloat16 values.
+It shares no code with `lq_graph` or `cann_host`, on purpose. It is slow and simple, on purpose.
+numpy has no bfloat16: such tensors are passed and returned as float32 with exact bfloat16 values.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Faults and Ctrl-C at any point of a function: what the tests of all or nothing are made of.
+"""Injects faults and Ctrl-C at any point of a function, for the tests of atomic functions.
 
-Each context manager counts what it could strike and, told a number, strikes there once:
+Each context manager counts the points where it could strike. With a number, it strikes once, at
+this point:
 
     with ctrl_c() as events:      # a rehearsal: nothing is struck
         action()
@@ -55,24 +56,24 @@ __all__ = [
 _PACKAGE = str(Path(lq_graph.__file__).parent)
 # contextlib: where a block of ours is entered and left
 _WATCHED = (_PACKAGE, contextlib.__file__)
-# what takes a step back is left alone: without it nothing could be taken back
+# functions that undo a step are not struck: otherwise nothing could be undone
 OS_CALLS = ("open", "write", "fsync", "replace", "mkdir", "preadv", "scandir", "stat", "fstat")
 
 
 class Fault(RuntimeError):  # noqa: N818 - injected, not met
-    """The error that is injected where no other is named."""
+    """The injected error, if no other error is named."""
 
 
 @dataclass
 class Events:
-    """What was counted, and whether the one that was asked for came."""
+    """The number of points, and whether the fault struck."""
 
     at: int | None
     count: int = 0
     struck: bool = False
 
     def next(self) -> bool:
-        """Count one; whether it is the one to strike."""
+        """Count one point. Returns whether to strike there."""
         self.count += 1
         now = self.count == self.at
         self.struck = self.struck or now
@@ -87,8 +88,8 @@ def _is_with(file: str, line: int) -> bool:
 
 
 class ctrl_c:  # noqa: N801 - used like the functions below
-    """A real SIGINT at the at-th line that lq_graph runs in this thread; lines of contextlib count
-    too, for blocks begin and end there."""
+    """A real SIGINT at the at-th line that lq_graph runs in this thread. Lines of contextlib count
+    too, because blocks begin and end there."""
 
     # a class: the end of a generator's block runs lines of contextlib itself
 
@@ -134,7 +135,7 @@ class _OpFault(TorchDispatchMode):
 
 @contextmanager
 def op_fault(at: int | None = None) -> Iterator[Events]:
-    """A Fault in place of the at-th operator that torch dispatches in this thread."""
+    """A Fault instead of the at-th operator that torch dispatches in this thread."""
     events = Events(at)
     with _OpFault(events):
         yield events
@@ -144,7 +145,7 @@ def op_fault(at: int | None = None) -> Iterator[Events]:
 def os_fault(
     at: int | None = None, calls: tuple[str, ...] = OS_CALLS, code: int = errno.ENOSPC
 ) -> Iterator[Events]:
-    """An OSError in place of the at-th call of one of these functions of os."""
+    """An OSError instead of the at-th call of one of these functions of os."""
     events = Events(at)
 
     def faulty(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +171,7 @@ STRIKES: dict[str, tuple[Callable[..., Any], type[BaseException]]] = {
 
 
 def rehearse(strike: Callable[..., Any], action: Callable[[], object]) -> int:
-    """How many points an action has that a context manager of this file could strike."""
+    """The number of points of an action that a context manager of this file could strike."""
     with strike() as events:
         action()
     assert events.count
@@ -178,14 +179,14 @@ def rehearse(strike: Callable[..., Any], action: Callable[[], object]) -> int:
 
 
 def points(count: int, trials: int, seed: int = 0) -> list[int]:
-    """Numbers of the points to strike: random, and all of them if they are no more than trials."""
+    """Numbers of the points to strike: random, or all points if there are at most `trials`."""
     if count <= trials:
         return list(range(1, count + 1))
     return sorted(random.Random(seed).sample(range(1, count + 1), trials))
 
 
 def modes() -> tuple[object, ...]:
-    """What a function could leave set for the rest of the process."""
+    """The modes of the process that a function could leave changed."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -211,8 +212,8 @@ def _is_free(lock: threading.RLock) -> bool:
 
 
 def model_state(model: nn.Module) -> dict[str, object]:
-    """Everything of a model that must be bit-equal: types, modes, hooks, tensors and which of
-    them are one."""
+    """Everything of a model that must be bit-equal: types, modes, hooks, tensors, and which tensors
+    are the same object."""
     state: dict[str, object] = {}
     seen: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -174,7 +174,7 @@ def edges(mesh: DeviceMesh, folder: Path) -> Check:
         layer, x1, _ = layer_for(Case(output=F16), device)
         style = RowwiseLinearQuant(input_layouts=Replicate(), output_layouts=Shard(0), exact=exact)
         parallelize_module(layer, mesh, style)
-        text = f"dim 0 of ({ranks + 1}, {N}) is to be split into {ranks} equal parts"
+        text = f"dim 0 of ({ranks + 1}, {N}) cannot be split into {ranks} equal parts"
         rows = x1[:1].repeat(ranks + 1, 1)
         yield f"uneven rows exact={exact}", refusal(lambda m=layer, r=rows: m(r), text)
 
@@ -212,7 +212,7 @@ def refusals(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 def differing(mesh: DeviceMesh, folder: Path) -> Check:
-    """One rank holds another layer: everybody is told, nobody is left waiting."""
+    """One rank holds another layer: every rank gets an error, and none keeps waiting."""
     del folder
     last = mesh.get_local_rank() == mesh.size() - 1
     layer = LinearQuant(K * 2 if last else K, N, output_dtype=F16)

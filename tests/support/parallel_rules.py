@@ -79,7 +79,7 @@ def rule_on_k(mesh: DeviceMesh, inputs: dict[str, Any], want: Tensor) -> str:
         return refusal(lambda: split(None), "int8 output cannot be summed over devices")
     if bias is not None:
         whole = distribute_tensor(bias, mesh, [Replicate()])
-        wrong = refusal(lambda: split(whole), "the bias would be added on every device")
+        wrong = refusal(lambda: split(whole), "every device would add the whole bias")
         if wrong:
             return wrong
         part = bias if mesh.get_local_rank() == 0 else torch.zeros_like(bias)

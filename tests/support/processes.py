@@ -1,4 +1,4 @@
-"""Python in a process of its own: programs of tests/scripts, commands, examples."""
+"""Runs Python in a separate process: programs of tests/scripts, commands, examples."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def start(command: str, *options: str, **variables: str) -> Done:
 
 
 def output_of(done: Done) -> str:
-    """What a process wrote, which ended as it should."""
+    """The output of a process that must have ended without an error."""
     assert done.returncode == 0, told(done)
     return done.stdout
 
@@ -72,6 +72,6 @@ def run(command: str, *options: str, **variables: str) -> str:
 
 
 def told(done: Done) -> str:
-    """All that is known of a process."""
+    """The exit status and all output of a process, for messages."""
     command = shlex.join(map(str, done.args))
     return f"{command}\nexit status {done.returncode}\n{done.stdout}\n{done.stderr}"

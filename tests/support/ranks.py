@@ -1,4 +1,4 @@
-"""Starts the ranks of a job, each a process of its own, and reads what they found."""
+"""Starts the ranks of a job, each in its own process, and reads their results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def launch(
         variables: of the environment.
 
     Returns:
-        What each rank found, {} for one that died.
+        The results of each rank, {} for a rank that died.
     """
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **variables}
     start = [sys.executable]
@@ -68,7 +68,7 @@ def launch(
 
 
 def assert_right(found: list[dict], at_least: int) -> None:
-    """Nothing is wrong, on any rank, and that many things were checked."""
+    """Assert that no rank found an error, and that there were enough checks."""
     for rank, results in enumerate(found):
         wrong = {name: text for name, text in results.items() if text}
         assert not wrong, f"rank {rank}: {wrong}"

@@ -1,4 +1,4 @@
-"""The vendor's support tables once more, by hand: what lq_graph.rules.tables is held against.
+"""The vendor's support tables, written again by hand; lq_graph.rules.tables is compared with them.
 
 Written from the pages of torch_npu.contrib.module.LinearQuant (310P, A2, A3) and of
 aclnnQuantMatmulV4 (950, and A4W4 with a per-token scale). None: may be absent.

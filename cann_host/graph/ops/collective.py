@@ -1,4 +1,4 @@
-"""Collectives of HCCL in a graph. They go the way of the eager ones (csrc/hccl.cpp)."""
+"""Collectives of HCCL in a graph. They call the same code as eager ones (csrc/hccl.cpp)."""
 
 from __future__ import annotations
 

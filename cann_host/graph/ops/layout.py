@@ -1,4 +1,4 @@
-"""Shapes and layouts: what moves values and computes none."""
+"""Shapes and layouts: operators that move values and compute none."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def _permute(x: Any, *, order: Sequence[int]) -> Any:
 @op("Reshape", accepts_internal_formats=True)
 def _reshape(x: Any, shape: Host, *, axis: int = 0, num_axes: int = -1) -> Any:
     if isinstance(x, FractalNZ):
-        # int4 weights pass here after Bitcast, with the parts still in a dim of their own
+        # int4 weights come here after Bitcast, which puts the eight values into a separate dim
         return x.map(lambda nd: _reshape(nd, shape, axis=axis, num_axes=num_axes), x.storage_shape)
     if isinstance(x, Int4):
-        # as packed as it was, unless the last dim no longer holds whole words
+        # it stays packed, unless the last dim is no longer a multiple of 8
         like = torch.empty(x.shape, device="meta")
         new = _reshape(like, shape, axis=axis, num_axes=num_axes).shape
         if x.is_packed and not x.swapped and len(new) and new[-1] % INT4_PER_INT32 == 0:
@@ -228,14 +228,14 @@ def _gather(
         raise GraphError(f"Gather with batch_dims {batch_dims} is not implemented by cann_host")
     dim = ints(axis)[0] % x.dim() if axis is not None else 0
     index = _whole("indices", indices).reshape(-1)
-    # what lies outside is undefined on the chip; torch refuses it
+    # an index outside is undefined on the chip; torch refuses it
     flat = x.index_select(dim, torch.where(index < 0, index + x.shape[dim], index))
     return flat.reshape(x.shape[:dim] + indices.shape + x.shape[dim + 1 :])
 
 
 @op("IndexByTensor")
 def _index_by_tensor(x: Tensor, indices: Dynamic, *, indices_mask: Sequence[int]) -> Tensor:
-    """x[:, i, :, j]: the mask says which dims have an index."""
+    """x[:, i, :, j]: the mask has the dims that are indexed."""
     given = iter(indices)
     return x[tuple(next(given) if wanted else slice(None) for wanted in indices_mask)]
 

@@ -1,5 +1,5 @@
-"""Elementwise operators and reductions. torch's own promotion is GE's for the dtypes that torchair
-emits."""
+"""Elementwise operators and reductions. For the dtypes that torchair emits, torch promotes as GE
+does."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _div(x1: Tensor, x2: Tensor) -> Tensor:
     if x1.is_floating_point() or x2.is_floating_point():
         return torch.div(x1, x2)
     left, right = promoted([x1, x2])
-    # the smallest integer by -1 wraps; in torch's division it ends the process
+    # the smallest integer divided by -1 wraps; torch's division would end the process
     negates = right == -1
     quotient = torch.div(left, torch.where(negates, 1, right), rounding_mode="trunc")
     return torch.where(negates, -left, quotient)

@@ -171,7 +171,7 @@ def _matmul(
     left, right = x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2
     if bias is None:
         return torch.matmul(left, right)
-    # the accumulator takes the bias before it is rounded
+    # the bias is added to the accumulator before the sum is rounded
     return (torch.matmul(left.float(), right.float()) + bias.float()).to(x1.dtype)
 
 

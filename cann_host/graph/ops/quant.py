@@ -72,10 +72,10 @@ def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mod
 def pack_parameters(
     scale: Tensor, offset: Tensor | None, round_mode: int, room: Sequence[int]
 ) -> Tensor:
-    """The words TransQuantParamV2 leaves in a result of the shape `room`, as int64.
+    """The words that TransQuantParamV2 writes into a result of the shape `room`, as int64.
 
     Raises:
-        GraphError: a word comes from beside scale or offset, or overruns are refused.
+        GraphError: the kernel would read outside scale or offset, or overruns are refused.
     """
     found = packed_words(scale.shape, None if offset is None else offset.shape, room)
     if found.refusal:
@@ -130,7 +130,7 @@ def _quant_batch_matmul(
         return torch.empty((*batch, m, n), dtype=out_dtype, device="meta")
     left: Tensor
     right: Tensor | NzWeight
-    # as the kernel reads a weight: (n, k), though it may be seen through a Transpose
+    # as the kernel reads a weight: (n, k), also if it comes through a Transpose
     stored = None if nz is None or len(x2.shape) != 2 else nz.weight
     if nz is not None and stored is not None and transpose_x2 != nz.swapped and not transpose_x1:
         left, right = x1.packed if isinstance(x1, Int4) else x1, stored
@@ -175,7 +175,8 @@ def _quant_batch_matmul_v4(
     group_size: int = -1,
 ) -> Tensor:
     """On Ascend 950 a fusion pass turns the int8 and int4 cases into V3
-    (quant_batch_matmul_v4_to_v3_fusion_pass.cpp); the kernels of V4 itself are not here."""
+    (quant_batch_matmul_v4_to_v3_fusion_pass.cpp). cann_host does not have the kernels of V4 itself.
+    """
     if isinstance(x2, Int4) and not isinstance(x1, Int4) and dtype_name(x1) == "int8":
         raise GraphError("x1 is int8 and x2 int4 (A8W4), which cann_host does not compute")
     if soc_family(executor.soc_name()) != "Ascend 950":
@@ -260,7 +261,7 @@ def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> T
     Args:
         x: (..., k).
         factors: (k,), or with group_index (groups, k).
-        group_index: for each group of x's rows the row after its last, never falling.
+        group_index: for each group of x's rows, the row after its last row; never decreasing.
     """
     value, factors = x.to(torch.float32), factors.to(torch.float32)
     if group_index is None or executor.is_meta(x):
@@ -269,7 +270,7 @@ def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> T
     if ends != sorted(ends) or ends[0] < 0 or ends[-1] != count:
         raise GraphError(
             f"group_index ends with {ends[-1]} and must rise to {count}, the number of rows "
-            "(CANN does not look; it would leave rows out)"
+            "(CANN does not check this; it would leave rows out)"
         )
     rows = torch.diff(group_index, prepend=group_index.new_zeros(1))
     return value * factors.repeat_interleave(rows, 0).view(x.shape)
@@ -285,12 +286,12 @@ def quantize_dynamically(
     symmetric: bool = True,
     mode: str = "pertoken",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the kernels behind DynamicQuant and DynamicQuantV2 compute on a chip.
+    """What a chip's kernels of DynamicQuant and DynamicQuantV2 compute.
 
     Args:
         soc: name of the chip.
-        x: (..., m, k), accepted by `check_dynamic_quant` with the rest.
-        smooth_scales, group_index: as there.
+        x: (..., m, k); `check_dynamic_quant` accepted it and the other arguments.
+        smooth_scales, group_index: as in `DynamicQuantCall`.
         bits: 8, or 4.
         symmetric: without an offset.
         mode: one scale for each row, for all of x, or for each of its columns.
@@ -305,7 +306,7 @@ def quantize_dynamically(
         soc, x.shape[-1], smooth=smooth, groups=smooth and grouped
     )
     half = arithmetic is Arithmetic.HALF
-    if smooth_scales is not None and not half:  # that chip's kernels never read them
+    if smooth_scales is not None and not half:  # the kernels with HALF never read them
         if mode == "perchannel":
             x = x.to(torch.float32) * smooth_scales.to(torch.float32).unsqueeze(-1)
         else:
@@ -393,7 +394,7 @@ def _dynamic_quant_v2(
         symmetric=symmetric,
         mode=quant_mode if reads else "pertoken",
     )
-    offset = torch.zeros_like(scale) if offset is None else offset  # then nobody writes it
+    offset = torch.zeros_like(scale) if offset is None else offset  # no kernel writes it then
     return Int4(values) if dst_type == INT4 else values, scale, offset
 
 
@@ -414,7 +415,7 @@ def _bitcast(x: Any, *, type: int) -> Any:
     if type == INT4:
         if x.dtype != torch.int32:
             raise GraphError(f"Bitcast of {dtype_name(x)} to int4 is not implemented by cann_host")
-        # A wider type gains a last dim that holds the parts, as in TensorFlow's bitcast.
+        # A wider dtype gets a last dim that holds the parts, as in TensorFlow's bitcast.
         return Int4(x.unsqueeze(-1))
     target = torch_dtype(type)
     if target.itemsize < x.dtype.itemsize:

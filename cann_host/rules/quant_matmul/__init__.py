@@ -36,7 +36,7 @@ from .shapes import check_formats_and_shapes
 __all__ = ["KERNELS", "Entry", "Kernel", "QuantMatmulCall", "check_quant_matmul"]
 
 
-@lru_cache(maxsize=4096)  # a model asks the same few questions on every call
+@lru_cache(maxsize=4096)  # a model makes the same few calls again and again
 def check_quant_matmul(call: QuantMatmulCall) -> Refusal | None:
     """Why CANN, or cann_host, refuses a quantized matmul; None if it is accepted."""
     if call.family is None:
@@ -49,8 +49,8 @@ def check_quant_matmul(call: QuantMatmulCall) -> Refusal | None:
 
 
 def _returns_at_once(call: QuantMatmulCall) -> bool:
-    """Whether an eager call on 950 has an empty result: [v5] returns before any other check, with a
-    FRACTAL_NZ x2 for m = 0 only."""
+    """Whether an eager call on 950 has an empty result, for which [v5] returns before any other
+    check; with a FRACTAL_NZ x2 for m = 0 only."""
     x1, x2 = call.x1, call.x2
     if call.family != A950 or call.is_graph or min(len(x1.shape), len(x2.shape)) < 2:
         return False

@@ -11,11 +11,11 @@ from ..refusal import INVALID, TILING, Refusal
 
 __all__ = ["Entry", "QuantMatmulCall"]
 
-# How a call comes in:
-#   graph  the graph operator; its tiling reports what aclnn's own parameter check reports eagerly
+# The entry of a call:
+#   graph  the graph operator; its tiling has the checks that aclnn's parameter check has eagerly
 #   v5     aclnnQuantMatmulV5
 #   nz     aclnnQuantMatmulWeightNz, which has other checks
-#   v4     aclnnQuantMatmulV3 and V4, which have those too; torch_npu no longer calls them
+#   v4     aclnnQuantMatmulV3 and V4, with the checks of nz; torch_npu no longer calls them
 Entry = Literal["graph", "v5", "nz", "v4"]
 
 
@@ -61,9 +61,9 @@ class QuantMatmulCall(NamedTuple):
 
     @property
     def x2_format(self) -> str:
-        """The format the kernel gets x2 in.
+        """The format of x2 in the kernel.
 
-        An eager call on 310P casts an ND x2 to FRACTAL_NZ itself, transposed as its kernel wants
+        An eager call on 310P casts an ND x2 to FRACTAL_NZ itself, transposed as its kernel needs
         it: TransposeAndTransDataForInputs of [v5] and [nz].
         """
         casts = self.family == P310 and not self.is_graph
@@ -75,7 +75,7 @@ class QuantMatmulCall(NamedTuple):
         return _broadcast(self.x1.shape[:-2], self.x2.shape[:-2])
 
     def refused(self, reason: str, code: int | None = None) -> Refusal:
-        """Refused by CANN; its code is that of parameters, in a graph that of tiling, or `code`."""
+        """A refusal of CANN. Its code is `code`, else that of parameters, in a graph of tiling."""
         return Refusal(reason, code or (TILING if self.is_graph else INVALID), self.soc)
 
 

@@ -1,4 +1,4 @@
-"""Dtypes of a quantized matmul: the row of the support table that a call asks for."""
+"""Dtypes of a quantized matmul: finds the row of the support table for a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .kernels import KERNELS, Kernel
 
 __all__ = ["check_dtypes"]
 
-# dtypes Ascend 950 multiplies too; torch has names for some
+# more dtypes that Ascend 950 multiplies; torch has names for some of them
 _OTHER_DTYPES = {"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2", "hifloat8"}
 
 
@@ -63,10 +63,10 @@ class _Column(NamedTuple):
 
     Attributes:
         argument: its name in messages.
-        given: what the call has.
-        fits: whether a row has that too.
-        allowed: what a row has.
-        context: what the columns before it have settled, for messages.
+        given: the call's value, for messages.
+        fits: whether a row allows the call's value.
+        allowed: the values that a row allows.
+        context: the values of earlier columns, for messages.
     """
 
     argument: str
@@ -127,7 +127,7 @@ _COLUMNS = (
 
 
 def _find_kernel(call: QuantMatmulCall) -> Kernel | Refusal:
-    """The row of the support table for a call, or which argument leaves none."""
+    """The row of the support table for a call, or the refusal of the argument that has none."""
     rows = [kernel for kernel in KERNELS if kernel.family == call.family]
     for column in _COLUMNS:
         left = [kernel for kernel in rows if column.fits(call, kernel)]
@@ -146,7 +146,7 @@ def _find_kernel(call: QuantMatmulCall) -> Kernel | Refusal:
 
 
 def _takes_offset(call: QuantMatmulCall, kernel: Kernel) -> bool:
-    """Whether an offset may come with a row: with int8 results, and where nothing looks at it."""
+    """Whether a row allows an offset: with int8 results, and if CANN does not check it."""
     if kernel.offset:
         return True
     packed_int4 = kernel.x == "int4" and not kernel.pertoken

@@ -17,18 +17,18 @@ __all__ = ["KERNELS", "Kernel"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way a family of products computes a quantized matmul.
+    """One kernel with which a family of products computes a quantized matmul.
 
     Attributes:
         family: see `rules.products`.
         x: dtype of x1 and x2.
         pertoken: whether pertoken_scale is given (then float32).
-        scale: dtypes scale may have.
-        bias: dtypes bias may have; it may always be absent.
+        scale: dtypes that scale may have.
+        bias: dtypes that bias may have; it may always be absent.
         offset: whether an offset may be given.
         out: dtype of the result.
-        x2_formats: formats x2 may have.
-        source: where it is written.
+        x2_formats: formats that x2 may have.
+        source: the files that the row is read from.
     """
 
     family: str

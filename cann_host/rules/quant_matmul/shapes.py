@@ -17,7 +17,8 @@ DIMS = range(2, 7)  # [base] MIN_DIM_NUM_ND, MAX_DIM_NUM_ND
 
 
 def check_formats_and_shapes(call: QuantMatmulCall) -> Refusal | None:
-    """Why the formats or shapes are refused; None if they are accepted. The dtypes are."""
+    """Why the formats or shapes are refused; None if they are accepted. The dtypes are already
+    accepted."""
     return next((refusal for check in _IN_ORDER if (refusal := check(call))), None)
 
 
@@ -85,7 +86,7 @@ def _check_last_dims(call: QuantMatmulCall) -> Refusal | None:
     return call.refused(
         f"the last dims of x1 and x2 are {last[0]} and {last[1]}; "
         f"they must not exceed {LAST_DIM_MAX}",
-        INVALID if call.has_checks_of_v4 else TILING,  # [check] does not look, [nz] does
+        INVALID if call.has_checks_of_v4 else TILING,  # [nz] checks this, [check] does not
     )
 
 
@@ -102,9 +103,9 @@ def _check_batch(call: QuantMatmulCall) -> Refusal | None:
 
 
 def _check_scale(call: QuantMatmulCall) -> Refusal | None:
-    """Before Ascend 950 [tiling] CheckShape lets 2-D scales through, such as the (1, n) that
-    TransQuantParamV2 gives, and [nz] CheckDimRange those of as many dims as x2. Both look at the
-    first dim only."""
+    """Before Ascend 950, [tiling] CheckShape accepts 2-D scales, such as the (1, n) that
+    TransQuantParamV2 returns, and [nz] CheckDimRange accepts scales with as many dims as x2. Both
+    check the first dim only."""
     shape, n = call.scale.shape, call.x2.columns
     dims = 2 if call.is_graph else len(call.x2.shape) if call.has_checks_of_v4 else 1
     by_first_dim = call.family != A950 and len(shape) == dims and shape[0] in (1, n)
@@ -112,8 +113,8 @@ def _check_scale(call: QuantMatmulCall) -> Refusal | None:
         return call.refused(f"scale has shape {shape}; it must be (1,) or ({n},)")
     if math.prod(shape) not in (1, n):
         return Refusal(
-            f"scale has shape {shape}; CANN looks at its first dim only, and the kernel reads {n} "
-            f"values: give (1,), ({n},) or (1, {n}) (cann_host's own refusal; CANN does not look)",
+            f"scale has shape {shape}; CANN checks its first dim only, and the kernel reads {n} "
+            f"values: pass (1,), ({n},) or (1, {n}) (cann_host's own refusal, not CANN's)",
             None,
         )
     return None
@@ -198,7 +199,7 @@ def _check_transposition(call: QuantMatmulCall) -> Refusal | None:
     return None
 
 
-# in the order in which CANN checks; each relies on those before it
+# in the order in which CANN checks; each check relies on the earlier ones
 _IN_ORDER = (
     _check_formats,
     _check_number_of_dims,

@@ -1,4 +1,4 @@
-// One call of the kernel, as native.py packs it, and what it answers.
+// One call of the kernel, as native.py packs it, and its return codes.
 #ifndef LQ_GRAPH_CALL_H_
 #define LQ_GRAPH_CALL_H_
 #include <immintrin.h>
@@ -35,7 +35,7 @@ struct LqMatmul {
 
 namespace {
 
-// What lq_matmul answers.
+// The return codes of lq_matmul.
 enum Answer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
 
 bool HasManyRows(const LqMatmul& call) { return call.m >= kManyRows; }

@@ -78,8 +78,8 @@ INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __
   _mm256_mask_storeu_epi16(static_cast<int16_t*>(call.out) + at, c.mask, narrow);
 }
 
-// The epilogue of a tile; `compensation` is PackedX's, of its rows. It goes by lines of kLineColumns:
-// rows of the output may be so far apart that L1 drops a line before the loop comes back to it.
+// The epilogue of a tile; `compensation` is PackedX's, of its rows. It works on lines of kLineColumns:
+// rows of the output may be so far apart that L1 drops a line before the loop returns to it.
 VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* compensation,
                  const Tile& tile) {
   for (int64_t column = tile.left; column < tile.right; column += kLineColumns, sums += kLineColumns) {

@@ -1,5 +1,5 @@
-// The kernel for few rows of x. It reads w as it is stored, which takes longer than the products: what
-// counts is that memory never waits.
+// The kernel for few rows of x. It reads w as it is stored, which takes longer than the products: so
+// memory must never be idle.
 #ifndef LQ_GRAPH_FEW_ROWS_H_
 #define LQ_GRAPH_FEW_ROWS_H_
 #include <immintrin.h>
@@ -94,7 +94,7 @@ INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x)
 }
 
 // MultiplyBlock for one row of x and an ND weight that comes from memory: it reads one row of w after
-// another, which memory gives the fastest, and prefetches nothing: the processor does that by itself.
+// another, which is the fastest order, and prefetches nothing: the processor does this itself.
 template <bool int4>
 VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const PrefetchRows&,
                       int64_t depth, bool first, int32_t* c, int64_t) {
@@ -138,7 +138,7 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice&
   // a block of x's rows stays in L1 while w's rows pass by; the blocks are of equal height
   const int64_t height = tile.bottom - tile.top, count = (height + kRows<int4> - 1) / kRows<int4>;
   const int64_t width = tile.right - tile.left;
-  // the more work there is with the rows that are here, the further ahead the prefetch
+  // the more work the present rows need, the further ahead the prefetch
   const int64_t ahead = int4 || count > 1 ? width : kBlockColumns / 4;
   const bool from_memory = call.n * call.row_bytes > kCacheBytes, one_row = from_memory && call.m == 1 && !IsNz(call);
   const RowsKernel in_order = MultiplyRow<int4>;

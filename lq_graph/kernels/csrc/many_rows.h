@@ -31,7 +31,8 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
   const int64_t values = pack_ahead.unpacking.int4 ? 128 : 64;
-  // Pack-ahead follows memory: block after block of a row, or in FRACTAL_NZ row after row of a block.
+  // Pack-ahead is in the order of memory: block after block of a row, or in FRACTAL_NZ row after row of
+  // a block.
   const bool nz = pack_ahead.w_step != 32;
   const int64_t run = nz ? pack_ahead.rows : pack_ahead.blocks;
   const int64_t step = nz ? 32 : 64, to_step = nz ? kSliceDepth : values;

@@ -1,17 +1,17 @@
 // The CPU kernel of quantized matmul: x, int8 or packed int4, times the weight as it is stored, ND (n, k)
 // or FRACTAL_NZ, exact in int32, and LinearQuant's epilogue. It needs x86-64 with AVX-512 VNNI; elsewhere
-// numerics.py computes the same with torch. Python loads it with ctypes; it knows nothing of torch.
+// numerics.py computes the same with torch. Python loads it with ctypes; it does not use torch.
 //
 // VPDPBUSD multiplies unsigned by signed bytes. Flipping the top bit makes the weight unsigned and adds
 // 128 to each value (8 to an int4). The epilogue subtracts what that adds, the compensation:
 //   sum x*(w + 128) - 128 * sum x = sum x*w, in arithmetic modulo 2^32, and so exact.
 //
-// The threads are those of torch's OpenMP runtime: this library is not linked to one, and finds
-// GOMP_parallel among the symbols of the process. So torch.set_num_threads holds here too.
+// The threads are those of torch's OpenMP runtime: this library is not linked to a runtime, and finds
+// GOMP_parallel among the symbols of the process. So torch.set_num_threads applies here too.
 //
-// Read in this order: call.h (what is asked), sizes.h, tile.h (the order of the work), then few_rows.h
-// and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h. The headers are parts of this
-// one translation unit: inlining across them is what makes it fast.
+// Read in this order: call.h (the call), sizes.h, tile.h (the order of the work), then few_rows.h and
+// many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h. The headers are parts of this
+// one translation unit, because the compiler must inline across them.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -95,7 +95,7 @@ VNNI int Run(const LqMatmul& call) {
   return kDone;
 }
 
-// Whether no packed scale holds infinity or NaN: what the chips make of them is not published.
+// Whether no packed scale holds infinity or NaN: how the chips compute with them is not published.
 bool IsFinite(const LqMatmul& call) {
   if (!call.packed || call.output == 0) return true;
   constexpr int64_t kExponent = 0x7F800000;
@@ -110,7 +110,7 @@ bool IsFinite(const LqMatmul& call) {
 
 extern "C" {
 
-// Whether this processor has what the kernel needs.
+// Whether this processor has the instructions that the kernel needs.
 int lq_matmul_supported() {
   return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -120,10 +120,10 @@ int lq_matmul_supported() {
 #define LQ_SOURCES ""
 #endif
 
-// The sources this was built from, as CMakeLists.txt puts them into one word.
+// The digest of the sources that this was built from, as CMakeLists.txt computes it.
 const char* lq_matmul_sources() { return LQ_SOURCES; }
 
-// One of Answer. `bytes` is what the caller takes LqMatmul to have.
+// Returns one of Answer. `bytes` is the size of LqMatmul in the caller.
 int lq_matmul(const LqMatmul* call, size_t bytes = sizeof(LqMatmul)) {
   if (bytes != sizeof(LqMatmul)) return kOtherStruct;
   if (!IsFinite(*call)) return kNotFinite;

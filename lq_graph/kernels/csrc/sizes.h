@@ -12,7 +12,7 @@ template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 constexpr int kColumns = 4;               // rows of w in a block: columns of the result
 constexpr int64_t kBlockColumns = 64;     // columns of the result in a slice
-constexpr int64_t kCacheBytes = 1 << 20;  // a w of at most so many bytes is in a cache if it was used
+constexpr int64_t kCacheBytes = 1 << 20;  // a w of at most this size stays in a cache after its use
 // Bytes of a row of w in a slice: for one row of x, for one block of rows, for several blocks. x's part
 // of that length stays in L1. w is read fastest in the order of memory, but several blocks read it again.
 constexpr int64_t kDepthOneRow = 16384, kDepthOneBlock = 4096, kDepthManyBlocks = 2048;

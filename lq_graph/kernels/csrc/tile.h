@@ -56,7 +56,7 @@ class TileScheduler {
       std::atomic<uint64_t>& pieces = shares_[(thread + i) % threads_].pieces;
       uint64_t now = pieces.load(std::memory_order_relaxed);
       while (now >> 32 < (now & kLow)) {
-        // half of what is left: from the front of the own share, from the end of another's
+        // half of the pieces that are left: from the front of its own share, or the end of another's
         const int64_t begin = now >> 32, end = now & kLow;
         const int64_t take = threads_ == 1 ? most_ : std::min(most_, (end - begin + 1) / 2);
         const Piece piece = PieceAt(i == 0 ? begin : end - 1);
@@ -93,8 +93,8 @@ class TileScheduler {
   Share* shares_;
 };
 
-// Bytes of a row of w in each slice but the last. Slices are almost equally long: while one is
-// multiplied the next comes from memory, and a short one would leave little time for that.
+// Bytes of a row of w in each slice except the last. Slices are almost equally long: while one slice is
+// multiplied the next comes from memory, and a short slice would leave little time for this.
 int64_t SliceBytes(const LqMatmul& call) {
   const bool once = call.m <= (call.int4 ? kRows<true> : kRows<false>);
   int64_t most = call.m == 1 ? kDepthOneRow : once ? kDepthOneBlock : kDepthManyBlocks;
