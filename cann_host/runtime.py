@@ -239,8 +239,9 @@ def open_library() -> ctypes.CDLL:
     directory = _native.library_directory()
     if directory is None:
         raise CannHostError(
-            "cann_host's native libraries were not built, because no C++ compiler was found when "
-            "lq-graph was installed: install one (apt-get install g++) and install lq-graph again."
+            "cann_host has no native libraries here: lq-graph is not installed, or was installed "
+            "where no C++ compiler was found. What to do: install one (apt-get install g++), then "
+            "lq-graph (in a checkout: pip install -e .)."
         )
     sources = _native.sources()
     if sources is not None and sources != _native.built_from(directory):

@@ -5,9 +5,9 @@
     lq_graph::dynamic_quant       float activations to int8 or int4, a scale for each token
     lq_graph::static_quant        float activations to int8, with a scale from calibration
 
-To add an operator, add a record to OPERATORS and write the functions it names. A record names
-functions as "module:function", because `import lq_graph` registers the operators and must stay
-light: it loads this module and torch only, and a function's module is imported at the first call.
+docs/add.md tells how to add an operator: its functions, then its record in OPERATORS. A record
+names functions as "module:function": `import lq_graph` registers the operators and must stay light.
+It loads this module and torch only, and a function's module is imported at the first call.
 
 `Library.define` is used rather than `custom_op`, whose Python wrapper costs more per call than
 the epilogue of a small layer.
@@ -136,10 +136,10 @@ OPERATORS = (
 def load(where: str) -> Callable[..., Any]:
     """Import the module of a function that a record names, and return the function."""
     module, _, name = where.partition(":")
-    function: Callable[..., Any] | None
-    function = getattr(import_module(f"{__package__}.{module}"), name, None)
-    if function is None:
+    found = getattr(import_module(f"{__package__}.{module}"), name, None)
+    if found is None:
         raise AttributeError(f"a record of lq_graph.ops names {where}, which does not exist")
+    function: Callable[..., Any] = found
     return function
 
 
@@ -296,7 +296,7 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     Autocast casts a float x to its dtype, as for nn.Linear.
 
     Warns:
-        UserWarning: x requires grad; no gradient passes (derivatives.py).
+        UserWarning: x requires grad; no gradient passes (backends/derivatives.py).
 
     Raises:
         LinearQuantTypeError: a dtype that the product has no row for, or a derivative by torch.func
@@ -325,7 +325,7 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
     Autocast casts a float x to the dtype of scale_reciprocal.
 
     Warns:
-        UserWarning: x requires grad; no gradient passes (derivatives.py).
+        UserWarning: x requires grad; no gradient passes (backends/derivatives.py).
 
     Raises:
         LinearQuantTypeError: a dtype that the product has no row for, or different dtypes; or a

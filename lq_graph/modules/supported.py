@@ -50,6 +50,7 @@ def why_not_supported(
     bias: torch.dtype | None,
 ) -> tuple[str, str]:
     """Why the product in force cannot run a quantized layer, and what to do; both empty if it can.
+    For sizes that int4 does not take, only why.
 
     Args:
         kind: how it is quantized.
@@ -57,9 +58,16 @@ def why_not_supported(
         input_dtype, output_dtype: of the layer.
         scale, bias: dtypes of those parameters; None for no bias.
     """
+    if why := _partial_group(kind, k, n):
+        return why, ""
     if why := _refusal(kind, k, n, input_dtype, output_dtype, scale or torch.float32, bias):
         return why, _what_runs(k, n)
     return "", ""
+
+
+def _partial_group(kind: LayerKind, k: int, n: int) -> str:
+    pack = STORAGE_DTYPES[kind.storage]
+    return f"k = {k}, n = {n}: int4 needs multiples of {pack}" if k % pack or n % pack else ""
 
 
 def _refusal(
@@ -73,9 +81,6 @@ def _refusal(
 ) -> str:
     """Why the tables refuse the layer. Without the advice, which is for one call of an operator."""
     x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
-    pack = STORAGE_DTYPES[kind.storage]
-    if k % pack or n % pack:
-        return f"k = {k}, n = {n}: int4 needs multiples of {pack}"
     words = storage_k(k, kind.storage)
     try:
         if kind.static:
@@ -105,7 +110,8 @@ def _what_runs(k: int, n: int) -> str:
         dtypes = [
             dtype_name(dtype)
             for dtype in (torch.float16, torch.bfloat16)
-            if not _refusal(kind, k, n, dtype, dtype, torch.float32, bias)
+            if not _partial_group(kind, k, n)
+            and not _refusal(kind, k, n, dtype, dtype, torch.float32, bias)
         ]
         if dtypes:
             found.append(f"{kind} in {' or '.join(dtypes)}")

@@ -146,7 +146,7 @@ def why_illegal(layer: LayerToQuantize) -> str:
         output_dtype=layer.output_dtype,
         bias=layer.bias_dtype if has_bias else None,
     )
-    return f"{why}. What to do: {todo}." if why else ""
+    return f"{why}. What to do: {todo}." if todo else why
 
 
 def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter, Tensor]:

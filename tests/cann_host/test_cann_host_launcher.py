@@ -48,7 +48,7 @@ def test_launcher_without_a_script_prints_the_stand_in() -> None:
 NOT_ACTIVE = {
     # function of activation.py: why not
     "torch_first": "torch is already imported: call cann_host.activate",
-    "no_libraries": "native libraries were not built, because no C\\+\\+ compiler was found",
+    "no_libraries": "has no native libraries here: lq-graph is not installed, or was installed",
     "no_torch_npu": "torch_npu is not installed: "
     "pip install torch==2.13.0 torch_npu==2.13.0 packaging",
     "another_platform": "runs on Linux only, and this is darwin",
