@@ -17,10 +17,10 @@ using cann_host::kSuccess;
 #define CANN_HOST_PREPARES(symbol) CANN_HOST_ENTRY(symbol, "does")
 
 // The second phase of an operator.
-#define CANN_HOST_LAUNCH(op)                                                              \
-  extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {             \
-    CANN_HOST_ENTRY(op, "does")                                                           \
-    return cann_host::ReportLaunch(cann_host::aclnn::Launch(#op, executor, stream));                        \
+#define CANN_HOST_LAUNCH(op)                                                         \
+  extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {        \
+    CANN_HOST_ENTRY(op, "does")                                                      \
+    return cann_host::ReportLaunch(cann_host::aclnn::Launch(#op, executor, stream)); \
   }
 
 extern "C" {

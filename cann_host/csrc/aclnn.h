@@ -45,7 +45,7 @@ struct aclOpExecutor {
   const char* op;
   std::vector<int64_t> words;
   std::vector<cann_host::Reach> reaches;
-  bool is_checked;  // by Python
+  bool is_checked;                // by Python
   std::function<void()> abandon;  // its arguments
 };
 
@@ -88,8 +88,12 @@ void Pack(std::vector<int64_t>& words, const aclIntArray* array);
 void Pack(std::vector<int64_t>& words, const aclScalar* scalar);
 
 // The function to call for an argument after its call has failed: see Handles::Abandon.
-inline std::function<void()> Abandoning(int64_t) { return [] {}; }
-inline std::function<void()> Abandoning(double) { return [] {}; }
+inline std::function<void()> Abandoning(int64_t) {
+  return [] {};
+}
+inline std::function<void()> Abandoning(double) {
+  return [] {};
+}
 template <typename T>
 std::function<void()> Abandoning(const T* argument) {
   const uint64_t number = HandlesOf<T>().Number(argument);

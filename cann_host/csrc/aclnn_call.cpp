@@ -24,9 +24,10 @@ int Destroy(const char* op, const T* handle) {
 }  // namespace
 
 int Call(const char* op, Phase phase, const std::vector<int64_t>& words) {
-  return run_in_python.Call(op, kInternal, "(siKK)", op, static_cast<int>(phase),
-                            static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(words.data())),
-                            static_cast<unsigned long long>(words.size()));
+  return run_in_python.Call(
+      op, kInternal, "(siKK)", op, static_cast<int>(phase),
+      static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(words.data())),
+      static_cast<unsigned long long>(words.size()));
 }
 
 int NoHandle(const char* op, const void* handle) {
@@ -55,8 +56,7 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
     fits = fits && !__builtin_add_overflow(bytes, tensor->offset, &bytes);
     for (size_t i = 0; i < tensor->dims.size(); ++i) {
       const int64_t size = tensor->dims[i], stride = tensor->strides[i];
-      fits = fits && size >= 0 && stride >= 0 &&
-             !__builtin_mul_overflow(size - 1, stride, &step) &&
+      fits = fits && size >= 0 && stride >= 0 && !__builtin_mul_overflow(size - 1, stride, &step) &&
              !__builtin_add_overflow(bytes, step, &bytes);
     }
   }
@@ -73,10 +73,11 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
     reaches.push_back(ReachOf(tensor->data, static_cast<size_t>(bytes)));
     if (reaches.back().block != 0) return kSuccess;
   }
-  return Fail(kInvalid,
-              "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
-              "a multiple of the element size (CANN error %d)",
-              op, tensor->dims.size(), tensor->data, kInvalid);
+  return Fail(
+      kInvalid,
+      "%s: a tensor of %zu dims at %p does not lie in memory that was allocated here, or not at "
+      "a multiple of the element size (CANN error %d)",
+      op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
@@ -84,18 +85,16 @@ void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
     words.push_back(0);
     return;
   }
-  words.insert(words.end(), {1, reinterpret_cast<int64_t>(tensor->data), tensor->dtype,
-                             tensor->format, tensor->offset,
-                             static_cast<int64_t>(tensor->dims.size())});
+  words.insert(words.end(),
+               {1, reinterpret_cast<int64_t>(tensor->data), tensor->dtype, tensor->format,
+                tensor->offset, static_cast<int64_t>(tensor->dims.size())});
   words.insert(words.end(), tensor->dims.begin(), tensor->dims.end());
   words.insert(words.end(), tensor->strides.begin(), tensor->strides.end());
   words.push_back(static_cast<int64_t>(tensor->storage.size()));
   words.insert(words.end(), tensor->storage.begin(), tensor->storage.end());
 }
 
-void Pack(std::vector<int64_t>& words, int64_t number) {
-  words.insert(words.end(), {2, number});
-}
+void Pack(std::vector<int64_t>& words, int64_t number) { words.insert(words.end(), {2, number}); }
 
 void Pack(std::vector<int64_t>& words, double number) {
   int64_t bits = 0;

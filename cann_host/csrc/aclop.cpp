@@ -65,7 +65,8 @@ int CastFormat(const aclTensorDesc& nd, const aclTensorDesc& nz, char* nd_data, 
                bool to_nz, int64_t width) {
   const size_t rank = nd.dims.size();
   if (rank < 2 || nz.storage.size() != rank + 2) {
-    return Fail(kInvalidParam, "Identity: a FRACTAL_NZ tensor has 2 dims or more, and 2 more stored");
+    return Fail(kInvalidParam,
+                "Identity: a FRACTAL_NZ tensor has 2 dims or more, and 2 more stored");
   }
   const int64_t rows = nd.dims[rank - 2], cols = nd.dims[rank - 1];
   if (cols < 0 || rows < 0 || Count(nd.dims) < 0) {
@@ -74,9 +75,9 @@ int CastFormat(const aclTensorDesc& nd, const aclTensorDesc& nz, char* nd_data, 
   const int64_t c1 = nz.storage[rank - 2], r1 = nz.storage[rank - 1], c0 = nz.storage[rank + 1];
   const int64_t batch = rows && cols ? Count(nd.dims) / rows / cols : 0;
   if (nz.storage[rank] != kNzRows || c0 < 1 || c1 != Parts(cols, c0) ||
-      r1 != Parts(rows, kNzRows) ||
-      Count(nz.storage) != batch * c1 * r1 * kNzRows * c0) {
-    return Fail(kInvalidParam, "Identity: the stored shape is not FRACTAL_NZ of the tensor's shape");
+      r1 != Parts(rows, kNzRows) || Count(nz.storage) != batch * c1 * r1 * kNzRows * c0) {
+    return Fail(kInvalidParam,
+                "Identity: the stored shape is not FRACTAL_NZ of the tensor's shape");
   }
   if (to_nz) std::memset(nz_data, 0, Count(nz.storage) * width);
   for (int64_t b = 0; b < batch; ++b) {
@@ -122,10 +123,11 @@ int Identity(const aclTensorDesc& in, const aclDataBuffer& from, const aclTensor
     std::memmove(target, source, Count(read) * width);
     return kSuccess;
   }
-  return Fail(kFeatureUnsupported,
-              "cann_host: Identity casts between ND and FRACTAL_NZ only, and formats %d and %d were "
-              "asked for",
-              in.storage_format, out.storage_format);
+  return Fail(
+      kFeatureUnsupported,
+      "cann_host: Identity casts between ND and FRACTAL_NZ only, and formats %d and %d were "
+      "asked for",
+      in.storage_format, out.storage_format);
 }
 
 int Execute(const char* op_type, int num_inputs, const aclTensorDesc* const* inputs,
@@ -139,8 +141,10 @@ int Execute(const char* op_type, int num_inputs, const aclTensorDesc* const* inp
     for (const aclTensorDesc* desc : {inputs[0], outputs[0]}) {
       if (!HandlesOf<aclTensorDesc>().Has(desc)) return NoHandle("aclopCompileAndExecute", desc);
     }
-    for (const aclDataBuffer* buffer : {sources[0], static_cast<const aclDataBuffer*>(targets[0])}) {
-      if (!HandlesOf<aclDataBuffer>().Has(buffer)) return NoHandle("aclopCompileAndExecute", buffer);
+    for (const aclDataBuffer* buffer :
+         {sources[0], static_cast<const aclDataBuffer*>(targets[0])}) {
+      if (!HandlesOf<aclDataBuffer>().Has(buffer))
+        return NoHandle("aclopCompileAndExecute", buffer);
     }
     // The caller destroys what it passes as soon as the call returns.
     const auto reaches = {cann_host::ReachOf(sources[0]->data, sources[0]->size),
@@ -157,10 +161,11 @@ int Execute(const char* op_type, int num_inputs, const aclTensorDesc* const* inp
           return Identity(in, from, out, to);
         });
   }
-  return Fail(kFeatureUnsupported,
-              "cann_host: operator %s was called through aclopCompileAndExecute, which this stand-in "
-              "for CANN does not implement",
-              op_type);
+  return Fail(
+      kFeatureUnsupported,
+      "cann_host: operator %s was called through aclopCompileAndExecute, which this stand-in "
+      "for CANN does not implement",
+      op_type);
 }
 
 }  // namespace

@@ -77,8 +77,8 @@ const char* cann_host_put_keys_back(void* keys);
 
 // ---- Python functions, each passed as the address of its object; null removes it ----
 
-void cann_host_set_aclnn_executor(void* run);                               // aclnn_call.cpp
-void cann_host_set_replay(void* replay);                                    // capture.cpp
-void cann_host_set_ge_executor(void* compile, void* run, void* release);    // ge.cpp
+void cann_host_set_aclnn_executor(void* run);                             // aclnn_call.cpp
+void cann_host_set_replay(void* replay);                                  // capture.cpp
+void cann_host_set_ge_executor(void* compile, void* run, void* release);  // ge.cpp
 
 }  // extern "C"

@@ -104,11 +104,12 @@ int QueueFailure(const char* symbol) {
     const Lock lock(state.mutex);
     reason = state.queue_failure;
   }
-  return Fail(kFailure,
-              "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops all "
-              "later launches: do not trust any results. Start the process again; with "
-              "TASK_QUEUE_ENABLE=0 the call that fails raises the error. The failure: %s",
-              symbol, reason.c_str());
+  return Fail(
+      kFailure,
+      "%s: cann_host: a launch on torch_npu's task queue has failed, and torch_npu drops all "
+      "later launches: do not trust any results. Start the process again; with "
+      "TASK_QUEUE_ENABLE=0 the call that fails raises the error. The failure: %s",
+      symbol, reason.c_str());
 }
 
 int Fault(const char* symbol) {
@@ -205,7 +206,8 @@ const char* cann_host_entries() {
   static const std::string* list = [] {
     auto* text = new std::string;
     for (auto entry = __start_cann_host_entries; entry != __stop_cann_host_entries; ++entry) {
-      *text += std::string((*entry)->group) + "\t" + (*entry)->symbol + "\t" + (*entry)->kind + "\n";
+      *text +=
+          std::string((*entry)->group) + "\t" + (*entry)->symbol + "\t" + (*entry)->kind + "\n";
     }
     return text;
   }();

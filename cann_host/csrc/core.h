@@ -173,20 +173,21 @@ struct Entry {
 }  // namespace cann_host
 
 // For a file or a part of it: #define GROUP "the topic of the functions below".
-#define CANN_HOST_NAMED_ENTRY(id, symbol, kind)                                       \
-  static const cann_host::Entry cann_host_entry_##id{GROUP, symbol, kind};            \
-  __attribute__((section("cann_host_entries"), used)) static const cann_host::Entry*  \
-      const cann_host_at_##id = &cann_host_entry_##id;
+#define CANN_HOST_NAMED_ENTRY(id, symbol, kind)                                  \
+  static const cann_host::Entry cann_host_entry_##id{GROUP, symbol, kind};       \
+  __attribute__((section("cann_host_entries"),                                   \
+                 used)) static const cann_host::Entry* const cann_host_at_##id = \
+      &cann_host_entry_##id;
 #define CANN_HOST_ENTRY(symbol, kind) CANN_HOST_NAMED_ENTRY(symbol, #symbol, kind)
 
 // Begins the body of every function that returns a code.
-#define CANN_HOST_CALL(symbol)       \
-  CANN_HOST_ENTRY(symbol, "does")    \
+#define CANN_HOST_CALL(symbol)    \
+  CANN_HOST_ENTRY(symbol, "does") \
   if (const int cann_host_code = cann_host::Fault(#symbol)) return cann_host_code
 
 // Follows it if the function writes a result to an address, or reads text from one.
-#define CANN_HOST_NEEDS(symbol, argument)                                                       \
-  if ((argument) == nullptr) {                                                                  \
-    return cann_host::Fail(cann_host::kInvalidParam, "%s: %s is null", #symbol, #argument);     \
-  }                                                                                             \
+#define CANN_HOST_NEEDS(symbol, argument)                                                   \
+  if ((argument) == nullptr) {                                                              \
+    return cann_host::Fail(cann_host::kInvalidParam, "%s: %s is null", #symbol, #argument); \
+  }                                                                                         \
   static_assert(true, "so that a semicolon follows")

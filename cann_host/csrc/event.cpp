@@ -152,8 +152,7 @@ int aclrtEventElapsedTime(float* milliseconds, void* start, void* end) {
   const auto first = FindEvent(start);
   const auto last = FindEvent(end);
   if (!first || !last) return NoEvent("aclrtEventElapsedTime", first ? end : start);
-  if (!first->done || !last->done || first->done < first->recorded ||
-      last->done < last->recorded) {
+  if (!first->done || !last->done || first->done < first->recorded || last->done < last->recorded) {
     return Fail(kInvalidParam, "aclrtEventElapsedTime: an event was not recorded, or is not done");
   }
   *milliseconds = std::chrono::duration<float, std::milli>(last->time - first->time).count();
@@ -166,8 +165,8 @@ int aclrtEventGetTimestamp(void* handle, uint64_t* timestamp) {
   const Lock lock(GetStreams().mutex);
   const auto event = FindEvent(handle);
   if (!event) return NoEvent("aclrtEventGetTimestamp", handle);
-  *timestamp = std::chrono::duration_cast<std::chrono::microseconds>(event->time.time_since_epoch())
-                   .count();
+  *timestamp =
+      std::chrono::duration_cast<std::chrono::microseconds>(event->time.time_since_epoch()).count();
   return kSuccess;
 }
 

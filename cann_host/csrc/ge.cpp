@@ -20,10 +20,11 @@ CANN_HOST_NAMED_ENTRY(ge_run, "ge.run", "does")
 // Python functions; pointers are passed as numbers. Each returns 0 for success. A function that fails
 // has called cann_host_ge_fail before.
 struct Executor {
-  cann_host::PythonFunction compile;  // of the model, its size, a cann_host_ge_summary, and a uint64
-                                      // for the compiled graph's number
-  cann_host::PythonFunction run;      // of the compiled graph's number, cann_host_ge_tensors, how many,
-                                      // and a cann_host_ge_outputs
+  cann_host::PythonFunction
+      compile;                    // of the model, its size, a cann_host_ge_summary, and a uint64
+                                  // for the compiled graph's number
+  cann_host::PythonFunction run;  // of the compiled graph's number, cann_host_ge_tensors, how many,
+                                  // and a cann_host_ge_outputs
   cann_host::PythonFunction release;  // of the compiled graph's number
 };
 
@@ -136,9 +137,7 @@ std::shared_ptr<SessionGraph> Find(uint64_t session, uint32_t id) {
   return nullptr;
 }
 
-Status Exists(uint64_t session, uint32_t id) {
-  return Find(session, id) ? GRAPH_SUCCESS : kFailed;
-}
+Status Exists(uint64_t session, uint32_t id) { return Find(session, id) ? GRAPH_SUCCESS : kFailed; }
 
 }  // namespace
 }  // namespace ge
@@ -187,8 +186,8 @@ void* cann_host_ge_output(cann_host_ge_outputs* outputs, size_t index, int32_t d
     tensor.desc.placement = outputs->placement;
   } else if (tensor.desc.placement == ge::kPlacementDevice &&
              !cann_host::IsAllocated(tensor.data, size)) {
-    ge::Failed("output %zu: %zu bytes at %p do not lie in memory that was allocated here", index, size,
-           static_cast<void*>(tensor.data));
+    ge::Failed("output %zu: %zu bytes at %p do not lie in memory that was allocated here", index,
+               size, static_cast<void*>(tensor.data));
     return nullptr;
   } else if (tensor.size != size) {
     ge::Failed("output %zu takes %zu bytes but %zu were provided", index, size, tensor.size);
@@ -212,9 +211,9 @@ Status Compile(SessionGraph& graph) {
   if (Fault("ge.compile")) return kFailed;
   const std::string& model = graph.graph.Model();
   cann_host_ge_summary summary;
-  const int code = GetExecutor().compile.Call("ge.compile", cann_host::kFailure, "(KKKK)",
-                                              Number(model.data()), Number(model.size()),
-                                              Number(&summary), Number(&graph.number));
+  const int code =
+      GetExecutor().compile.Call("ge.compile", cann_host::kFailure, "(KKKK)", Number(model.data()),
+                                 Number(model.size()), Number(&summary), Number(&graph.number));
   if (code != 0) return kFailed;
   graph.summary = std::make_shared<CompiledGraphSummary>(
       std::make_shared<CompiledGraphSummary::SummaryData>(std::move(summary.data)));
@@ -237,13 +236,13 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
         desc.placement == kPlacementDevice ? cann_host::BytesAt(tensor.data) : tensor.size;
     views.push_back({tensor.data, size, desc.dtype, desc.format,
                      static_cast<int32_t>(desc.dims.size()),
-                     static_cast<int32_t>(desc.origin_dims.size()), desc.has_origin,
-                     desc.placement, desc.dims.data(), desc.origin_dims.data()});
+                     static_cast<int32_t>(desc.origin_dims.size()), desc.has_origin, desc.placement,
+                     desc.dims.data(), desc.origin_dims.data()});
   }
   cann_host_ge_outputs sink{outputs, placement};
-  const int code = GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKK)",
-                                          Number(graph->number), Number(views.data()),
-                                          Number(views.size()), Number(&sink));
+  const int code =
+      GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKK)", Number(graph->number),
+                             Number(views.data()), Number(views.size()), Number(&sink));
   return code == 0 ? GRAPH_SUCCESS : kFailed;
 }
 

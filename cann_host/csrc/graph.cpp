@@ -83,9 +83,7 @@ class ShapeImpl {
 Shape::Shape(const std::vector<int64_t>& dims) : impl_(std::make_shared<ShapeImpl>()) {
   impl_->dims = dims;
 }
-std::vector<int64_t> Shape::GetDims() const {
-  return impl_ ? impl_->dims : std::vector<int64_t>{};
-}
+std::vector<int64_t> Shape::GetDims() const { return impl_ ? impl_->dims : std::vector<int64_t>{}; }
 
 // ---- Tensors ----
 
@@ -200,8 +198,8 @@ Operator OperatorFactory::CreateOperator(const char* const /*name*/, const char*
 }
 graphStatus Operator::UpdateInputDesc(const char* name, const TensorDesc& /*desc*/) {
   if (operator_impl_ == nullptr) return Failed("this operator does not exist");
-  if (name == nullptr) return Failed("operator %s: an input without a name",
-                                     operator_impl_->type.c_str());
+  if (name == nullptr)
+    return Failed("operator %s: an input without a name", operator_impl_->type.c_str());
   if (operator_impl_->definition.inputs.count(name) != 0) return GRAPH_SUCCESS;
   return Failed("operator %s has no input %s", operator_impl_->type.c_str(), name);
 }

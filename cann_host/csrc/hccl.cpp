@@ -93,7 +93,8 @@ int Connect(const char* symbol, uint32_t ranks, const Root* root, uint32_t rank,
     return Fail(kParameter, "%s: rank %u of %u; cann_host has up to %u", symbol, rank, ranks,
                 kMostRanks);
   }
-  if (name.empty()) name = std::string(root->address, strnlen(root->address, sizeof(root->address)));
+  if (name.empty())
+    name = std::string(root->address, strnlen(root->address, sizeof(root->address)));
   int exec_timeout = kExecTimeout, connect_timeout = kConnectTimeout;
   int code = ReadSeconds("HCCL_EXEC_TIMEOUT", 0, &exec_timeout);
   if (code == kOk) code = ReadSeconds("HCCL_CONNECT_TIMEOUT", 1, &connect_timeout);
@@ -126,9 +127,11 @@ int Check(const char* symbol, const Buffer& buffer, int32_t dtype) {
                 buffer.name, buffer.data, width, Name(dtype));
   }
   if (cann_host::IsAllocated(buffer.data, bytes)) return kOk;
-  return Fail(kParameter, "%s: %s: %llu elements %s at %p are not all in memory that was allocated "
-              "here", symbol, buffer.name, static_cast<unsigned long long>(buffer.count),
-              Name(dtype), buffer.data);
+  return Fail(kParameter,
+              "%s: %s: %llu elements %s at %p are not all in memory that was allocated "
+              "here",
+              symbol, buffer.name, static_cast<unsigned long long>(buffer.count), Name(dtype),
+              buffer.data);
 }
 
 cann_host::Reach ReachOf(const Buffer& buffer, int32_t dtype) {
@@ -219,8 +222,10 @@ int AllToAllV(const char* symbol, const Side& send, const Side& receive, void* c
                     static_cast<unsigned long long>(count));
       }
       if (from.offsets != nullptr && count != 0 && from.offsets[rank] != totals[side]) {
-        return Fail(kNotSupported, "%s: cann_host takes the ranks' parts one after the other, "
-                    "without gaps", symbol);
+        return Fail(kNotSupported,
+                    "%s: cann_host takes the ranks' parts one after the other, "
+                    "without gaps",
+                    symbol);
       }
       (side == 0 ? call.sends : call.receives)[rank] = count;
       totals[side] += count;
@@ -234,11 +239,12 @@ int Pair(const char* symbol, uint32_t from, uint32_t other, const Buffer& buffer
          void* comm, void* stream) {
   if (!Find(comm)) return NoGroup(symbol, comm);
   if (RanksOf(comm) > 2) {
-    return Fail(kNotSupported, "%s: cann_host sends within communicators of two ranks only", symbol);
+    return Fail(kNotSupported, "%s: cann_host sends within communicators of two ranks only",
+                symbol);
   }
   if (other == RankOf(comm)) return Fail(kParameter, "%s: rank %u is this one", symbol, other);
-  return Launch(symbol, comm, {Kind::kSend, dtype, kSum, from, buffer.count, {}, {}}, buffer, buffer,
-                stream);
+  return Launch(symbol, comm, {Kind::kSend, dtype, kSum, from, buffer.count, {}, {}}, buffer,
+                buffer, stream);
 }
 
 }  // namespace
@@ -275,8 +281,8 @@ int HcclCommInitRootInfoConfig(uint32_t ranks, const Root* root, uint32_t rank,
   const char* symbol = "HcclCommInitRootInfoConfig";
   if (config == nullptr) return Fail(kNullPointer, "%s: no config", symbol);
   if (config->magic != kConfigMagic || config->size < sizeof(Config)) {
-    return Fail(kParameter, "%s: the config was not made by HcclCommConfigInit of CANN 8.3 or newer",
-                symbol);
+    return Fail(kParameter,
+                "%s: the config was not made by HcclCommConfigInit of CANN 8.3 or newer", symbol);
   }
   const std::string name(config->name, strnlen(config->name, sizeof(config->name)));
   if (config->exec_timeout < kNotSet) {

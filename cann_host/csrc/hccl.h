@@ -136,8 +136,8 @@ class Group {
   // Waits until all ranks are there; times are in seconds. On failure null, with the reason stored and
   // the code in `code`.
   static std::shared_ptr<Group> Connect(const Root& root, uint32_t ranks, uint32_t rank,
-                                        std::string name, int connect_timeout,
-                                        int exec_timeout, int* code);
+                                        std::string name, int connect_timeout, int exec_timeout,
+                                        int* code);
   ~Group();
   Group(const Group&) = delete;
 
@@ -176,9 +176,9 @@ class Group {
   const int timeout_;  // seconds to wait for the others in a collective; 0 waits for ever
   const std::string name_;
   Mutex mutex_{Holding::kLong};  // one collective at a time
-  std::vector<int> peers_;  // sockets by rank: rank 0's to all, the others' to rank 0
-  std::set<int> open_;      // all sockets
-  bool is_forked_ = false;  // this is the copy in a child
+  std::vector<int> peers_;       // sockets by rank: rank 0's to all, the others' to rank 0
+  std::set<int> open_;           // all sockets
+  bool is_forked_ = false;       // this is the copy in a child
   int failure_ = kOk;
   std::string reason_;
 };

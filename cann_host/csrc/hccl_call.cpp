@@ -26,9 +26,9 @@ bool IsTooLarge(const Call& call) {
 }  // namespace
 
 std::string Text(const Call& call) {
-  static const char* const names[] = {"HcclAllReduce", "HcclReduce",  "HcclReduceScatter",
-                                      "HcclAllGather", "HcclBroadcast", "HcclScatter",
-                                      "HcclAlltoAll",  "HcclSend and HcclRecv", "HcclBarrier"};
+  static const char* const names[] = {
+      "HcclAllReduce", "HcclReduce",   "HcclReduceScatter",     "HcclAllGather", "HcclBroadcast",
+      "HcclScatter",   "HcclAlltoAll", "HcclSend and HcclRecv", "HcclBarrier"};
   std::string text = names[static_cast<int>(call.kind)];
   if (call.kind == Kind::kBarrier) return text;
   text += "(";
@@ -51,13 +51,19 @@ uint64_t Gives(const Call& call, uint32_t rank, uint32_t ranks) {
   switch (call.kind) {
     case Kind::kAllReduce:
     case Kind::kReduce:
-    case Kind::kAllGather: return call.count;
-    case Kind::kReduceScatter: return call.count * ranks;
+    case Kind::kAllGather:
+      return call.count;
+    case Kind::kReduceScatter:
+      return call.count * ranks;
     case Kind::kSend:
-    case Kind::kBroadcast: return rank == call.root ? call.count : 0;
-    case Kind::kScatter: return rank == call.root ? call.count * ranks : 0;
-    case Kind::kAllToAll: return Total(call.sends, ranks);
-    default: return 0;
+    case Kind::kBroadcast:
+      return rank == call.root ? call.count : 0;
+    case Kind::kScatter:
+      return rank == call.root ? call.count * ranks : 0;
+    case Kind::kAllToAll:
+      return Total(call.sends, ranks);
+    default:
+      return 0;
   }
 }
 
@@ -65,13 +71,19 @@ uint64_t Gets(const Call& call, uint32_t rank, uint32_t ranks) {
   switch (call.kind) {
     case Kind::kAllReduce:
     case Kind::kReduceScatter:
-    case Kind::kScatter: return call.count;
-    case Kind::kReduce: return rank == call.root ? call.count : 0;
+    case Kind::kScatter:
+      return call.count;
+    case Kind::kReduce:
+      return rank == call.root ? call.count : 0;
     case Kind::kSend:
-    case Kind::kBroadcast: return rank == call.root ? 0 : call.count;
-    case Kind::kAllGather: return call.count * ranks;
-    case Kind::kAllToAll: return Total(call.receives, ranks);
-    default: return 0;
+    case Kind::kBroadcast:
+      return rank == call.root ? 0 : call.count;
+    case Kind::kAllGather:
+      return call.count * ranks;
+    case Kind::kAllToAll:
+      return Total(call.receives, ranks);
+    default:
+      return 0;
   }
 }
 
@@ -93,7 +105,8 @@ std::vector<std::pair<uint64_t, uint64_t>> Pieces(const std::vector<Call>& calls
 
 std::string Difference(const std::vector<Call>& calls) {
   for (size_t rank = 1; rank < calls.size(); ++rank) {
-    if (IsTooLarge(calls[rank])) return "rank " + std::to_string(rank) + " has counts that are not valid";
+    if (IsTooLarge(calls[rank]))
+      return "rank " + std::to_string(rank) + " has counts that are not valid";
     if (!IsSame(calls[0], calls[rank])) {
       return "rank 0 calls " + Text(calls[0]) + ", rank " + std::to_string(rank) + " " +
              Text(calls[rank]);

@@ -167,8 +167,8 @@ void Group::CloseAll() {
 }
 
 std::shared_ptr<Group> Group::Connect(const Root& root, uint32_t ranks, uint32_t rank,
-                                      std::string name, int connect_timeout,
-                                      int exec_timeout, int* code) {
+                                      std::string name, int connect_timeout, int exec_timeout,
+                                      int* code) {
   std::shared_ptr<Group> group(new Group(ranks, rank, std::move(name), exec_timeout));
   if (std::memcmp(root.magic, kMagic, sizeof(kMagic)) != 0) {
     *code = Fail(kParameter, "HcclCommInitRootInfo: the root info is not HcclGetRootInfo's");
@@ -190,8 +190,9 @@ int Group::Host(const Root& root, Time deadline) {
     const Lock lock(given.mutex);
     const auto found = std::find(given.tokens.begin(), given.tokens.end(), TokenOf(root));
     if (found == given.tokens.end()) {
-      return Fail(kParameter, "HcclCommInitRootInfo: rank 0 must be the process that called "
-                              "HcclGetRootInfo, and must use its root info once");
+      return Fail(kParameter,
+                  "HcclCommInitRootInfo: rank 0 must be the process that called "
+                  "HcclGetRootInfo, and must use its root info once");
     }
     given.tokens.erase(found);
   }
@@ -307,9 +308,11 @@ int Group::Join(const Root& root, Time deadline, int seconds) {
     const int error = errno;
     const bool comes = error == EAGAIN || error == ECONNREFUSED || error == EINTR;
     if (!comes || Clock::now() >= deadline) {
-      return End(kConnect, std::string("[EI0006] HcclCommInitRootInfo: rank 0 cannot be reached (") +
-                               std::strerror(error) + ") within HCCL_CONNECT_TIMEOUT; cann_host's "
-                               "ranks are processes of one user on one machine");
+      return End(kConnect,
+                 std::string("[EI0006] HcclCommInitRootInfo: rank 0 cannot be reached (") +
+                     std::strerror(error) +
+                     ") within HCCL_CONNECT_TIMEOUT; cann_host's "
+                     "ranks are processes of one user on one machine");
     }
     poll(nullptr, 0, 5);
   }
@@ -359,8 +362,10 @@ int Group::End(int code, const std::string& text) {
 int Group::Run(const Call& call, const void* send, void* receive) {
   const Lock lock(mutex_);
   if (is_forked_) {
-    return Fail(kParameter, "%s: this process was forked after the communicator %s was made, which is "
-                "its parent's", Text(call).c_str(), name_.c_str());
+    return Fail(kParameter,
+                "%s: this process was forked after the communicator %s was made, which is "
+                "its parent's",
+                Text(call).c_str(), name_.c_str());
   }
   if (failure_ != kOk) {
     return Fail(failure_, "%s: the communicator %s has failed before: %s", Text(call).c_str(),

@@ -123,21 +123,36 @@ struct Info {
 
 Info Find(int32_t dtype) {
   switch (dtype) {
-    case kInt8: return {"int8", 1, ReduceAs<int8_t>};
-    case kInt16: return {"int16", 2, ReduceAs<int16_t>};
-    case kInt32: return {"int32", 4, ReduceAs<int32_t>};
-    case kFloat16: return {"float16", 2, ReduceAs<Half>};
-    case kFloat32: return {"float32", 4, ReduceAs<float>};
-    case kInt64: return {"int64", 8, ReduceAs<int64_t>};
-    case kUint64: return {"uint64", 8, ReduceAs<uint64_t>};
-    case kUint8: return {"uint8", 1, nullptr};
-    case kUint16: return {"uint16", 2, nullptr};
-    case kUint32: return {"uint32", 4, nullptr};
-    case kFloat64: return {"float64", 8, ReduceAs<double>};
-    case kBfloat16: return {"bfloat16", 2, ReduceAs<Bfloat>};
-    case kFloat8E4M3: return {"float8_e4m3", 1, nullptr};
-    case kFloat8E5M2: return {"float8_e5m2", 1, nullptr};
-    default: return {"of an unknown dtype", 0, nullptr};
+    case kInt8:
+      return {"int8", 1, ReduceAs<int8_t>};
+    case kInt16:
+      return {"int16", 2, ReduceAs<int16_t>};
+    case kInt32:
+      return {"int32", 4, ReduceAs<int32_t>};
+    case kFloat16:
+      return {"float16", 2, ReduceAs<Half>};
+    case kFloat32:
+      return {"float32", 4, ReduceAs<float>};
+    case kInt64:
+      return {"int64", 8, ReduceAs<int64_t>};
+    case kUint64:
+      return {"uint64", 8, ReduceAs<uint64_t>};
+    case kUint8:
+      return {"uint8", 1, nullptr};
+    case kUint16:
+      return {"uint16", 2, nullptr};
+    case kUint32:
+      return {"uint32", 4, nullptr};
+    case kFloat64:
+      return {"float64", 8, ReduceAs<double>};
+    case kBfloat16:
+      return {"bfloat16", 2, ReduceAs<Bfloat>};
+    case kFloat8E4M3:
+      return {"float8_e4m3", 1, nullptr};
+    case kFloat8E5M2:
+      return {"float8_e5m2", 1, nullptr};
+    default:
+      return {"of an unknown dtype", 0, nullptr};
   }
 }
 

@@ -146,7 +146,7 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
     src = staged.get();
   }
   // Memory that is allocated here, pinned memory too, must still be so when the copy is done, perhaps in
-// a replay.
+  // a replay.
   const auto from = cann_host::ReachOf(src, count), to = cann_host::ReachOf(dst, count);
   const int code = cann_host::OnStream(symbol, stream, [=] {
     (void)staged;

@@ -17,8 +17,8 @@ char __libc_single_threaded = 0;
 
 // GCC 11's libstdc++ has a function that containers call when a size overflows. It is defined by its
 // linker name: the headers declare it already.
-extern "C" [[noreturn]] __attribute__((visibility("hidden"))) void cann_host_bad_array_new_length()
-    __asm__("_ZSt28__throw_bad_array_new_lengthv");
+extern "C" [[noreturn]] __attribute__((visibility("hidden"))) void
+cann_host_bad_array_new_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void cann_host_bad_array_new_length() { throw std::bad_array_new_length(); }
 
 #endif

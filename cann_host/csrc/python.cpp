@@ -109,7 +109,8 @@ struct Held {
   bool is_held;
   std::atomic<int> came;
 };
-Held held_signals[] = {{SIGINT, {}, false, {0}}, {SIGTERM, {}, false, {0}}, {SIGALRM, {}, false, {0}}};
+Held held_signals[] = {
+    {SIGINT, {}, false, {0}}, {SIGTERM, {}, false, {0}}, {SIGALRM, {}, false, {0}}};
 int depth = 0;  // of the main thread
 
 void Hold(int signal) {
@@ -127,13 +128,14 @@ void GiveBack() {
 // The main thread of a child is the thread that forked; it may not be in a Python function.
 struct HeldAtFork {
   HeldAtFork() {
-    pthread_atfork([] { is_main = IsMainThread(); }, nullptr, [] {
-      main_thread = getpid();
-      this_thread = 0;
-      if (is_main || depth == 0) return;
-      depth = 0;
-      GiveBack();
-    });
+    pthread_atfork([] { is_main = IsMainThread(); }, nullptr,
+                   [] {
+                     main_thread = getpid();
+                     this_thread = 0;
+                     if (is_main || depth == 0) return;
+                     depth = 0;
+                     GiveBack();
+                   });
   }
   static inline bool is_main = true;
 };
@@ -180,7 +182,8 @@ bool IsPythonThread() {
 
 int PythonFunction::NotThere(const char* name, int failure) {
   return Fail(failure,
-              "%s: cann_host is not active in this process, or its interpreter is about to end", name);
+              "%s: cann_host is not active in this process, or its interpreter is about to end",
+              name);
 }
 
 int PythonFunction::Finish(const char* name, int failure, void* result, bool knows_thread) {
@@ -193,7 +196,8 @@ int PythonFunction::Finish(const char* name, int failure, void* result, bool kno
   void* exception = TakeException(api);
   void* type = api.type_of(exception);
   void* called = api.attribute(type, "__name__");
-  Fail(failure, "%s: cann_host was interrupted by %s", name, called ? api.text(called) : "an exception");
+  Fail(failure, "%s: cann_host was interrupted by %s", name,
+       called ? api.text(called) : "an exception");
   if (called != nullptr) api.forget(called);
   api.forget(type);
   if (knows_thread) {

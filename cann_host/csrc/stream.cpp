@@ -58,7 +58,8 @@ class WorkLock {
   WorkLock() : locked_(!is_leaving) {
     auto& work = GetStreams().work;
     if (!locked_ || work.try_lock()) return;
-    static const auto save = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
+    static const auto save =
+        reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
     static const auto restore =
         reinterpret_cast<void (*)(void*)>(dlsym(RTLD_DEFAULT, "PyEval_RestoreThread"));
     static const auto has = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
@@ -119,8 +120,9 @@ int Finish(const std::shared_ptr<StreamState>& stream) {
   Work(stream, nullptr, 0);
   const int code = stream->failure.exchange(kSuccess);
   if (code != kLostInFork) return code;
-  return Fail(kFailure, "cann_host: this process was forked while another thread did the stream's work, "
-                        "which is not done here");
+  return Fail(kFailure,
+              "cann_host: this process was forked while another thread did the stream's work, "
+              "which is not done here");
 }
 
 // The streams of a device, or all for -1.
@@ -190,7 +192,8 @@ const WorkAtFork work_at_fork;
 
 }  // namespace
 
-void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
+void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until,
+                 uint64_t number) {
   const WorkLock lock;
   Work(stream, until, number);
 }

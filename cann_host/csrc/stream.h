@@ -21,9 +21,9 @@ struct StreamState;
 
 struct EventState {
   Clock::time_point time;
-  uint64_t recorded = 0;  // how often the event was recorded
-  uint64_t done = 0;      // the last of these records that was done
-  bool captured = false;  // the last record is part of the graph that is being captured
+  uint64_t recorded = 0;              // how often the event was recorded
+  uint64_t done = 0;                  // the last of these records that was done
+  bool captured = false;              // the last record is part of the graph that is being captured
   std::weak_ptr<StreamState> stream;  // where it was recorded
 };
 
@@ -55,12 +55,12 @@ struct StreamsState {
   std::recursive_mutex work;  // held by the thread that does late work
   Mutex mutex;                // of everything below, for moments only
   std::map<void*, std::shared_ptr<StreamState>> streams;
-  std::map<int, std::shared_ptr<StreamState>> defaults;   // by device: the stream that null means
+  std::map<int, std::shared_ptr<StreamState>> defaults;  // by device: the stream that null means
   std::map<void*, std::shared_ptr<EventState>> events;
   int32_t next_id = 0;
   std::shared_ptr<EventState> last_turn;  // of OnStreamInTurn
-  std::vector<StreamState*> doing;  // a late task of theirs is being done
-  std::unique_ptr<Captured> graph;  // one capture at a time
+  std::vector<StreamState*> doing;        // a late task of theirs is being done
+  std::unique_ptr<Captured> graph;        // one capture at a time
   std::set<StreamState*> capturing;
   std::map<void*, std::shared_ptr<const Captured>> graphs;  // finished ones
 };
@@ -80,6 +80,7 @@ int NoEvent(const char* symbol, void* handle);
 
 // Does the work that the stream has now, up to a record of an event if one is given. It does not do work
 // that other threads add meanwhile. Takes the work's lock.
-void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number);
+void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until,
+                 uint64_t number);
 
 }  // namespace cann_host

@@ -7,11 +7,11 @@
   CANN_HOST_ENTRY(symbol, "fails") \
   extern "C" int symbol() { return cann_host::Unimplemented(#symbol); }
 
-#define CANN_HOST_RETURNS_NULL(symbol)  \
-  CANN_HOST_ENTRY(symbol, "fails")      \
-  extern "C" void* symbol() {           \
-    cann_host::Unimplemented(#symbol);  \
-    return nullptr;                     \
+#define CANN_HOST_RETURNS_NULL(symbol) \
+  CANN_HOST_ENTRY(symbol, "fails")     \
+  extern "C" void* symbol() {          \
+    cann_host::Unimplemented(#symbol); \
+    return nullptr;                    \
   }
 
 // For functions that return the value that they read, not a code.

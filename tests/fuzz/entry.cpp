@@ -80,8 +80,8 @@ struct FuzzTensor {
 
 // Loads, compiles and runs a graph twice. given: 0 lets GE allocate the outputs, 1 gives memory of the
 // summary's sizes, 2 of half of them. Returns how far it came: 1 loaded, 2 compiled, 3 ran.
-int fuzz_graph(const void* model, size_t size, const FuzzTensor* inputs, size_t count, int on_device,
-               int given) {
+int fuzz_graph(const void* model, size_t size, const FuzzTensor* inputs, size_t count,
+               int on_device, int given) {
   ge::Graph graph("fuzz");
   if (graph.LoadFromSerializedModelArray(model, size) != ge::GRAPH_SUCCESS) return 0;
   for (const ge::GNode& node : graph.GetAllNodes()) {
@@ -119,8 +119,8 @@ int fuzz_graph(const void* model, size_t size, const FuzzTensor* inputs, size_t 
       }
       bytes /= given;
       if (bytes == 0) break;
-      uint8_t* data = static_cast<uint8_t*>(on_device ? cann_host::AllocateDevice(bytes)
-                                                      : std::malloc(bytes));
+      uint8_t* data =
+          static_cast<uint8_t*>(on_device ? cann_host::AllocateDevice(bytes) : std::malloc(bytes));
       outputs.emplace_back();
       outputs.back().SetData(data, bytes, [on_device](uint8_t* at) {
         on_device ? cann_host::FreeDevice(at) : std::free(at);

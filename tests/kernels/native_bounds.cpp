@@ -66,7 +66,10 @@ int main() {
   struct Size {
     int64_t m, row_bytes, n;
   };
-  std::vector<Size> sizes = {{1, 16448, 70}, {1, 32772, 5}, {7, 4100, 130}, {33, 2052, 300},
+  std::vector<Size> sizes = {{1, 16448, 70},
+                             {1, 32772, 5},
+                             {7, 4100, 130},
+                             {33, 2052, 300},
                              {300, 2116, 550}};  // more than one part, and slice, of each kind
   for (int64_t m : {1, 5, 7, 31, 32, 33, 48, 63, 257, 300})
     for (int64_t row_bytes : {1, 4, 32, 33, 64, 65, 96, 256, 257, 512, 516, 1030, 1088, 1093})

@@ -52,8 +52,8 @@ INLINE_VNNI EpilogueColumns LoadColumns(const LqMatmul& call, int64_t column, in
 }
 
 // The epilogue of sixteen sums of one row; the first result is element `at` of the output.
-INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __m512i sum, int64_t row,
-                       int64_t at) {
+INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __m512i sum,
+                              int64_t row, int64_t at) {
   sum = _mm512_add_epi32(sum, c.int_bias);
   if (call.output == 0) {
     _mm512_mask_storeu_epi32(static_cast<int32_t*>(call.out) + at, c.mask, sum);
@@ -80,9 +80,10 @@ INLINE_VNNI void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, __
 
 // The epilogue of a tile; `compensation` is PackedX's, of its rows. It works on lines of kLineColumns:
 // rows of the output may be so far apart that L1 drops a line before the loop returns to it.
-VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride, const int32_t* compensation,
-                 const Tile& tile) {
-  for (int64_t column = tile.left; column < tile.right; column += kLineColumns, sums += kLineColumns) {
+VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride,
+                   const int32_t* compensation, const Tile& tile) {
+  for (int64_t column = tile.left; column < tile.right;
+       column += kLineColumns, sums += kLineColumns) {
     const int64_t count = tile.right - column;
     const EpilogueColumns first = LoadColumns(call, column, count);
     const EpilogueColumns second = LoadColumns(call, column + 16, count - 16);
@@ -92,14 +93,15 @@ VNNI void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride, co
       const int32_t* const sum = sums + i * stride;
       StoreColumns(call, first, _mm512_sub_epi32(_mm512_loadu_si512(sum), more), row, at);
       if (count > 16)
-        StoreColumns(call, second, _mm512_sub_epi32(_mm512_loadu_si512(sum + 16), more), row, at + 16);
+        StoreColumns(call, second, _mm512_sub_epi32(_mm512_loadu_si512(sum + 16), more), row,
+                     at + 16);
     }
   }
 }
 
 // The epilogue of one panel of x, whose sums are stored column by column: they are transposed first.
 VNNI void PanelEpilogue(const LqMatmul& call, const int32_t* sums, int64_t stride,
-                      const int32_t* compensation, const Tile& tile) {
+                        const int32_t* compensation, const Tile& tile) {
   alignas(64) int32_t rows[kPanel * kLineColumns];
   for (int64_t column = 0; column < tile.right - tile.left; column += 16, sums += 16 * stride) {
     __m512i v[16];

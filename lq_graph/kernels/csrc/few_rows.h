@@ -26,8 +26,8 @@ namespace {
 // array of accumulators in registers.
 template <int rows, bool int4, bool nz>
 VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
-                   const PrefetchRows& prefetch, int64_t depth, bool first, int32_t* c,
-                   int64_t c_stride) {
+                        const PrefetchRows& prefetch, int64_t depth, bool first, int32_t* c,
+                        int64_t c_stride) {
   const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
   const __m512i low = _mm512_set1_epi8(0x0F);
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
@@ -96,8 +96,8 @@ INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x)
 // MultiplyBlock for one row of x and an ND weight that comes from memory: it reads one row of w after
 // another, which is the fastest order, and prefetches nothing: the processor does this itself.
 template <bool int4>
-VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t, const PrefetchRows&,
-                      int64_t depth, bool first, int32_t* c, int64_t) {
+VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t,
+                      const PrefetchRows&, int64_t depth, bool first, int32_t* c, int64_t) {
   constexpr int64_t kValues = int4 ? 2 : 1;
   __m512i sum[kColumns];
   for (int j = 0; j < kColumns; ++j) {
@@ -107,10 +107,9 @@ VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i)
         some[i] = AddProducts<int4>(some[i], w[j] + at + 64 * i, x + kValues * (at + 64 * i));
-    for (; at < depth; at += 64)
-      some[0] = AddProducts<int4>(some[0], w[j] + at, x + kValues * at);
-    sum[j] = _mm512_add_epi32(_mm512_add_epi32(some[0], some[1]),
-                              _mm512_add_epi32(some[2], some[3]));
+    for (; at < depth; at += 64) some[0] = AddProducts<int4>(some[0], w[j] + at, x + kValues * at);
+    sum[j] =
+        _mm512_add_epi32(_mm512_add_epi32(some[0], some[1]), _mm512_add_epi32(some[2], some[3]));
   }
   auto* const target = reinterpret_cast<__m128i*>(c);
   __m128i result = SumsAcross(sum[0], sum[1], sum[2], sum[3]);
@@ -118,15 +117,16 @@ VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t
   _mm_storeu_si128(target, result);
 }
 
-using RowsKernel = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t, const PrefetchRows&,
-                            int64_t, bool, int32_t*, int64_t);
+using RowsKernel = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t,
+                            const PrefetchRows&, int64_t, bool, int32_t*, int64_t);
 template <bool int4, bool nz, int... i>
 constexpr std::array<RowsKernel, sizeof...(i)> KernelsByRows(std::integer_sequence<int, i...>) {
   return {MultiplyBlock<i + 1, int4, nz>...};
 }
 // Indexed by rows - 1.
 template <bool int4, bool nz>
-constexpr auto kMultiplyBlock = KernelsByRows<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
+constexpr auto kMultiplyBlock =
+    KernelsByRows<int4, nz>(std::make_integer_sequence<int, kRows<int4>>{});
 
 // Multiplies all rows of x by a slice, into `sums`, and prefetches the next slice meanwhile.
 template <bool int4>
@@ -140,9 +140,10 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice&
   const int64_t width = tile.right - tile.left;
   // the more work the present rows need, the further ahead the prefetch
   const int64_t ahead = int4 || count > 1 ? width : kBlockColumns / 4;
-  const bool from_memory = call.n * call.row_bytes > kCacheBytes, one_row = from_memory && call.m == 1 && !IsNz(call);
+  const bool from_memory = call.n * call.row_bytes > kCacheBytes,
+             one_row = from_memory && call.m == 1 && !IsNz(call);
   const RowsKernel in_order = MultiplyRow<int4>;
-  const RowsKernel* const multiply = one_row        ? &in_order
+  const RowsKernel* const multiply = one_row      ? &in_order
                                      : IsNz(call) ? kMultiplyBlock<int4, true>.data()
                                                   : kMultiplyBlock<int4, false>.data();
   for (int64_t number = 0; number < count; ++number) {
@@ -158,14 +159,15 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice&
       const int8_t* const x_rows = x + row * packed.stride;
       int32_t* const c = sums + (row - tile.top) * kBlockColumns + column;
       if (whole) {
-        const int64_t row_ahead =
-            ahead + prefetch_from * ((width + kColumns - 1) / kColumns) + column / kColumns * prefetch_rows;
+        const int64_t row_ahead = ahead + prefetch_from * ((width + kColumns - 1) / kColumns) +
+                                  column / kColumns * prefetch_rows;
         const bool here = row_ahead < width;
-        const PrefetchRows prefetch{here ? WeightAt(call, tile.left + row_ahead, slice.from)
-                                 : WeightAt(call, next.tile.left + row_ahead - width, next.from),
-                            call.w_stride, from_memory && (here || next.tile.right) ? prefetch_rows : 0};
-        multiply[rows - 1](x_rows, packed.stride, w, call.w_step, prefetch, whole, slice.from == 0, c,
-                           kBlockColumns);
+        const PrefetchRows prefetch{
+            here ? WeightAt(call, tile.left + row_ahead, slice.from)
+                 : WeightAt(call, next.tile.left + row_ahead - width, next.from),
+            call.w_stride, from_memory && (here || next.tile.right) ? prefetch_rows : 0};
+        multiply[rows - 1](x_rows, packed.stride, w, call.w_step, prefetch, whole, slice.from == 0,
+                           c, kBlockColumns);
       }
       if (tail) {  // the last bytes of each row, from ND copies that end in zeros
         uint8_t copies[kColumns][64] = {};
@@ -175,8 +177,9 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice&
           if (tail > 32) std::memcpy(copies[i] + 32, end + call.w_step, tail - 32);
           w[i] = copies[i];
         }
-        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole * (int4 ? 2 : 1), packed.stride, w, 32, {}, 64,
-                                         slice.depth == tail && slice.from == 0, c, kBlockColumns);
+        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole*(int4 ? 2 : 1), packed.stride, w, 32,
+                                              {}, 64, slice.depth == tail&& slice.from == 0, c,
+                                              kBlockColumns);
       }
     }
   }

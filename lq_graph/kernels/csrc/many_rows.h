@@ -43,8 +43,8 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
   int64_t left = run;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t i = block < pack_ahead.blocks ? pack_ahead.rows : 0; i; --i) {
-      const __m512i v = nz ? LoadWeight<true>(from, 0, pack_ahead.w_step)
-                           : LoadWeight<false>(from, 0, 32);
+      const __m512i v =
+          nz ? LoadWeight<true>(from, 0, pack_ahead.w_step) : LoadWeight<false>(from, 0, 32);
       for (const uint8_t* next : {from + pack_ahead.to_second, from + pack_ahead.to_third}) {
         _mm_prefetch(next, _MM_HINT_T0);
         if (nz) _mm_prefetch(next + pack_ahead.w_step, _MM_HINT_T0);
@@ -68,8 +68,7 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
         std::memcpy(&four, w + j * kSliceDepth, 4);
         const __m512i word = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-        for (int i = 0; i < panels; ++i)
-          sum[j][i] = _mm512_dpbusd_epi32(sum[j][i], word, rows[i]);
+        for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_dpbusd_epi32(sum[j][i], word, rows[i]);
       }
     }
   }
@@ -84,7 +83,7 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 }
 
 using SliceKernel = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const PackAhead&,
-                                 bool, int32_t*, int64_t);
+                             bool, int32_t*, int64_t);
 template <int panels, int... i>
 constexpr std::array<SliceKernel, sizeof...(i)> KernelsByColumns(std::integer_sequence<int, i...>) {
   return {MultiplySlice<panels, i + 1>...};
@@ -96,29 +95,29 @@ constexpr auto kMultiplySlice =
 
 // Multiplies the rows of x of a slice's tile by the slice, packed in `w`, into `sums`. Each call of the
 // kernel does its part of the pack-ahead, and of the prefetch of the output if this slice completes it.
-VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& slice, const uint8_t* w,
-                         PackAhead pack_ahead, int32_t* sums) {
+VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& slice,
+                         const uint8_t* w, PackAhead pack_ahead, int32_t* sums) {
   constexpr int64_t kNarrow = kAccumulators / 2;
   const Tile& tile = slice.tile;
   const int64_t values = call.int4 ? 2 : 1;
   const int64_t height = tile.bottom - tile.top, columns = tile.right - tile.left;
   const int64_t panels = (height + kPanel - 1) / kPanel, pairs = panels / 2;
   const int64_t blocks = (slice.depth + 63) / 64, x_panel = blocks * 64 * values * kPanel;
-  const int8_t* const rows =
-      x.x + slice.from * values * x.stride + tile.top * blocks * 64 * values;
+  const int8_t* const rows = x.x + slice.from * values * x.stride + tile.top * blocks * 64 * values;
   const int64_t calls = pairs * ((columns + kNarrow - 1) / kNarrow) +
                         panels % 2 * ((columns + kAccumulators - 1) / kAccumulators);
   int64_t left = pack_ahead.rows, number = 0;
   const int64_t each = (left + calls - 1) / calls;
   const auto multiply = [&](int64_t panel, int64_t column, const auto& kernels) {
     if (slice.complete.right)
-      PrefetchOutput(call, {tile.top + height * number / calls, tile.top + height * (number + 1) / calls,
-                    slice.complete.left, slice.complete.right});
+      PrefetchOutput(call,
+                     {tile.top + height * number / calls, tile.top + height * (number + 1) / calls,
+                      slice.complete.left, slice.complete.right});
     ++number;
     pack_ahead.rows = std::min(each, left);
     kernels[std::min<int64_t>(kernels.size(), columns - column) - 1](
-        rows + panel * x_panel, x_panel, w + column * kSliceDepth, blocks, pack_ahead, slice.from == 0,
-        sums + (column * panels + panel) * kPanel, panels * kPanel);
+        rows + panel * x_panel, x_panel, w + column * kSliceDepth, blocks, pack_ahead,
+        slice.from == 0, sums + (column * panels + panel) * kPanel, panels * kPanel);
     left -= pack_ahead.rows;
     pack_ahead.from += pack_ahead.rows * pack_ahead.row_step;
     pack_ahead.to += pack_ahead.rows * kSliceDepth;
@@ -147,14 +146,14 @@ VNNI void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles,
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
     packed = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
     const PackAhead pack_ahead{from,
-                            other,
-                            next.tile.right - next.tile.left,
-                            call.w_stride,
-                            packed / 64,
-                            call.w_step,
-                            WeightAt(call, second.tile.left, second.from) - from,
-                            WeightAt(call, third.tile.left, third.from) - from,
-                            kUnpacking[call.int4]};
+                               other,
+                               next.tile.right - next.tile.left,
+                               call.w_stride,
+                               packed / 64,
+                               call.w_step,
+                               WeightAt(call, second.tile.left, second.from) - from,
+                               WeightAt(call, third.tile.left, third.from) - from,
+                               kUnpacking[call.int4]};
     const int64_t panels = (tile.bottom - tile.top + kPanel - 1) / kPanel;
     int32_t* const own = sums + slice.before * panels * kPanel;
     MultiplyPanels(call, x, slice, w, pack_ahead, own);
@@ -164,7 +163,8 @@ VNNI void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles,
         Tile written = slice.complete;
         written.top += panel * kPanel;
         written.bottom = std::min(tile.bottom, written.top + kPanel);
-        PanelEpilogue(call, first + panel * kPanel, panels * kPanel, x.compensation + written.top, written);
+        PanelEpilogue(call, first + panel * kPanel, panels * kPanel, x.compensation + written.top,
+                      written);
       }
     }
     slice = next;

@@ -64,8 +64,8 @@ VNNI int Run(const LqMatmul& call) {
 
   const auto copy_few = [&](int64_t number, int64_t count) {
     for (int64_t i = m * number / count; i < m * (number + 1) / count; ++i)
-      x.compensation[i] = PackRow<int4>(call.x + i * call.x_stride, call.row_bytes,
-                                x.x + i * stride, padded);
+      x.compensation[i] =
+          PackRow<int4>(call.x + i * call.x_stride, call.row_bytes, x.x + i * stride, padded);
   };
   const auto copy_many = [&](int64_t number, int64_t count) {
     for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)

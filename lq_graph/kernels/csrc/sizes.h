@@ -25,7 +25,8 @@ constexpr int64_t kPanel = 16;         // rows of x in a register
 constexpr int kAccumulators = 16;      // registers: 16 rows of w by one panel of x, or 8 by two
 constexpr int64_t kSliceColumns = 16;  // rows of w in a slice
 constexpr int64_t kSliceDepth = 2048;  // values of k in a slice, at most
-constexpr int64_t kLineColumns = 32;   // columns that are stored together: 64 bytes of 16-bit results
+constexpr int64_t kLineColumns =
+    32;  // columns that are stored together: 64 bytes of 16-bit results
 // Rows and columns of a tile, at most: a slice of x and all sums of the tile stay in L2.
 constexpr int64_t kTileRows = 256, kTileColumns = 256;
 

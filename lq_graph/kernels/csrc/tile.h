@@ -31,7 +31,8 @@ class TileScheduler {
     // With few rows a tile has all rows, and as many columns as a thread takes at once.
     const bool many = HasManyRows(call);
     const int64_t tall = many ? kTileRows : rows_, unit = many ? kPanel : 1;
-    const int64_t wide = many ? kLineColumns : kBlockColumns, widest = many ? kTileColumns : columns_;
+    const int64_t wide = many ? kLineColumns : kBlockColumns,
+                  widest = many ? kTileColumns : columns_;
     // 1 to 4 pieces for each thread: a piece is about 10 us of work or more
     const int64_t each =
         std::clamp<int64_t>(call.m * call.n * call.row_bytes / threads_ >> 22, 1, 4);
