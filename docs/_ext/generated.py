@@ -29,8 +29,8 @@ _LINK = re.compile(r"\[([^\[\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def _links(text: str, written: str, shown: str) -> str:
-    """The text of a file whose links are those of the page that shows it; a file that is no page is
-    named only.
+    """The text of a file with its links changed for the page that shows it. A link to a file that
+    is not a page becomes plain text.
 
     Args:
         text: Markdown.
