@@ -13,5 +13,5 @@ import torch  # noqa: E402
 from cann_host.memory import over_memory  # noqa: E402
 
 torch.npu.set_device(0)
-block, size = calls.Target(cann_host._library).blocks[2], calls.BLOCKS[2]
+block, size = calls.Target(cann_host.runtime.current().library).blocks[2], calls.BLOCKS[2]
 over_memory(block, torch.int8, (size + int(sys.argv[2]),)).sum()

@@ -10,6 +10,6 @@ import calls  # noqa: E402
 import graphs  # noqa: E402
 
 for kind in (calls, graphs):
-    target = kind.Target(cann_host._library)
+    target = kind.Target(cann_host.runtime.current().library)
     made = [[target.make(random.Random(f"1 {i}")) for i in range(20)] for _ in range(2)]
     print(made[0] == made[1], len(set(made[0])) > 10)
