@@ -137,7 +137,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("explain :f", "explain: ':f' is not FILE.py:FUNCTION"),
         ("explain no.py:f", "explain: there is no file no.py"),
         ("explain no.such:f", "explain: no.such: No module named 'no'"),
-        ("explain run.sh:f", "explain: run.sh: No module named 'run'"),
+        ("explain nosuch.sh:f", "explain: nosuch.sh: No module named 'nosuch'"),
         ("explain a-b.txt:f", "explain: a-b.txt is neither a file NAME.py nor the name of"),
         ("explain ..m_front:f", "explain: ..m_front is neither a file NAME.py nor the name"),
         ("explain bad.py:f", 'explain: bad.py is not Python\n  File "bad.py", line 2'),
