@@ -392,6 +392,7 @@ def test_models_are_left_as_they_were() -> None:
     assert not other[1].training
 
 
+@pytest.mark.slow
 def test_picture(tmp_path: Path) -> None:
     model = make(100)
     noise = {i: 0.001 * (i % 7) for i in range(100)}

@@ -73,6 +73,7 @@ def probe(folder: Path, name: str, include: str, *flags: str) -> str:
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_layouts_equal_the_wheels_headers(tmp_path: Path) -> None:
     include = torch_npu_include()

@@ -31,6 +31,7 @@ BAD_OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "text"), BAD_OPTIONS, ids=lambda v: " ".join(v)[:30])
 def test_a_wrong_option_is_one_sentence(options: tuple[str, ...], text: str) -> None:
     done = start("chips.py cann_version", *options)
@@ -84,6 +85,7 @@ def test_socs(soc: str) -> None:
 # ---- devices and memory ----
 
 
+@pytest.mark.slow
 def test_several_devices() -> None:
     assert run("devices.py several", "--devices", "3").splitlines() == [
         "3",
@@ -95,11 +97,13 @@ def test_several_devices() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_memory_limit_is_a_real_out_of_memory() -> None:
     said = run("devices.py memory_limit", "--memory", "4GiB", "--devices", "2")
     assert said.splitlines() == ["True", "True True True", "True True", "True", "True"]
 
 
+@pytest.mark.slow
 def test_pinned_memory() -> None:
     assert run("devices.py pinned_memory") == "True False True\n"
 
@@ -112,6 +116,7 @@ def test_equal_seeds_draw_equal_numbers() -> None:
 # ---- training, workers, profiler ----
 
 
+@pytest.mark.slow
 def test_a_training_step_on_fallback_operators() -> None:
     assert run("training.py one_step") == "equal\n"
 

@@ -97,6 +97,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @DYNAMIC
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 def test_vendor_module(options: dict, dynamic: bool) -> None:
@@ -115,6 +116,7 @@ def test_vendor_module_with_batch_dims(batch: tuple[int, ...], dynamic: bool) ->
     assert_golden(compiled(layer, dynamic=dynamic)(x), layer, x)
 
 
+@pytest.mark.slow
 @DYNAMIC
 @pytest.mark.parametrize(("k", "n"), [(64, 32), (72, 40), (17, 33)], ids=str)
 @pytest.mark.parametrize(
@@ -216,6 +218,7 @@ AROUND: dict[str, tuple[Callable, tuple[torch.Tensor, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @DYNAMIC
 @pytest.mark.parametrize(("function", "inputs"), AROUND.values(), ids=AROUND)
 def test_operators_around(function: Callable, inputs: tuple, dynamic: bool) -> None:

@@ -32,6 +32,7 @@ pytestmark = [
 STREAMS = [(), ("--streams", "late")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_collective_and_dtype(ranks: int, tmp_path, tally) -> None:
     found = launch("hccl_ranks.py", "values", ranks, tmp_path, "npu")
@@ -156,6 +157,7 @@ def test_dtypes_by_chip(soc: str) -> None:
     assert run("hccl_pairs.py dtypes", "--soc", soc).splitlines() == wanted
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes(hccl, monkeypatch) -> None:
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1")
     root, handle = ctypes.create_string_buffer(4108), ctypes.c_void_p()
@@ -292,6 +294,7 @@ def test_half_open_connections_keep_no_rank_out(hccl) -> None:
         one.close()
 
 
+@pytest.mark.slow
 def test_half_open_connections_keep_no_rank_beyond_its_time(hccl, monkeypatch) -> None:
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1")
     root = ctypes.create_string_buffer(4108)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_
 # ---- the launcher, in processes of its own ----
 
 
+@pytest.mark.slow
 def test_launcher_runs_a_script() -> None:
     done = start("launched.py --flag x", CANN_HOST_SOC="Ascend910B4")
     assert done.returncode == 7
@@ -56,6 +57,7 @@ NOT_ACTIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOT_ACTIVE)
 def test_activation_says_in_one_sentence_why_not(name: str) -> None:
     done = python(*script(f"activation.py {name}"))

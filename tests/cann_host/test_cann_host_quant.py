@@ -87,6 +87,7 @@ def assert_quantized(
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize("int4", [False, True], ids=["int8", "int4"])
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -373,6 +374,7 @@ NORM_DTYPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "static"])
 @pytest.mark.parametrize(("soc", "dtype", "gamma", "alone", "added"), NORM_DTYPES, ids=str)
 def test_norm_dtypes(soc, dtype, gamma, alone, added, way, monkeypatch) -> None:

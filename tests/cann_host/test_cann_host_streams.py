@@ -24,6 +24,7 @@ WAITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streams", "waits", "reads"), WAITS)
 def test_late_streams_show_a_wait_that_was_forgotten(streams, waits, reads) -> None:
     assert run(f"streams.py forgotten_wait {waits}", "--streams", streams) == reads + "\n"
@@ -45,6 +46,7 @@ def test_a_wait_raises_the_failure_of_late_work() -> None:
     assert said.splitlines() == ["launched", "told", "[1.0, 1.0, 1.0, 1.0]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["now", "late"])
 def test_captured_graph_over_two_streams(streams: str) -> None:
     said = run("captures.py two_streams", "--streams", streams)
@@ -66,6 +68,7 @@ NOT_CAPTURED = {
 }
 
 
+@pytest.mark.slow
 def test_work_that_is_not_captured_gives_the_reason() -> None:
     said = run("captures.py not_captured " + shlex.join(NOT_CAPTURED)).splitlines()
     for line, text in zip(said, NOT_CAPTURED.values(), strict=True):
@@ -90,6 +93,7 @@ def test_a_replay_on_memory_that_is_gone_is_an_error(what: str, streams: str) ->
     assert GONE[what] in said[1]
 
 
+@pytest.mark.slow
 def test_threads() -> None:
     for streams in ("now", "late"):
         assert run("streams.py threads", "--streams", streams) == "True\n"

@@ -54,6 +54,7 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Pa
     return kind, old, new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", STRIKES)
 def test_load(name, device, checkpoints, tally) -> None:
@@ -85,6 +86,7 @@ def test_load(name, device, checkpoints, tally) -> None:
         tally(end, times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False], ids=["over another", "into nothing"])
 @pytest.mark.parametrize("name", STRIKES)
 def test_save(name, there, checkpoints, tmp_path, tally) -> None:

@@ -297,6 +297,7 @@ def test_two_values_for_one_tensor_are_refused(tmp_path) -> None:
         put(key, values.get(key, torch.ones(2)).half())(tmp_path)
 
 
+@pytest.mark.slow
 def test_buffers_that_would_stay_on_meta_are_named_first(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

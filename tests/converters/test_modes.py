@@ -90,6 +90,7 @@ def test_dynamo_export_writes_an_air_file(case: Case, tmp_path: Path) -> None:
     assert "QuantBatchMatmulV3" in (tmp_path / "dynamo.pbtxt").read_text()
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("mode", ["reduce-overhead", "npugraph_ex"])
 def test_captured_graphs_replay(case: Case, mode: str) -> None:
@@ -292,6 +293,7 @@ def test_a_graph_runs_only_on_what_it_was_compiled_for(
     assert torch.equal(compiled_in(mode, layer)(x1).cpu(), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cann_host.is_active(), reason="a device does not notice")
 @pytest.mark.parametrize("then", [assign_data, assign_same_format, assign_parameter, move])
 def test_a_graph_captured_by_hand_is_not_replayed_on_a_replaced_weight(then: Change) -> None:

@@ -53,6 +53,7 @@ def epilogues(n: int, m: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | 
     yield scale, int_bias, None, I32
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 31, 32, 33, 48, 63, 256, 257, 289])
 @pytest.mark.parametrize("k", [1, 7, 63, 64, 65, 128, 1023, 1024, 1025, 2049, 4160])

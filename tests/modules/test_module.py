@@ -21,6 +21,7 @@ def test_module_equals_golden(case: Case) -> None:
     cases.assert_equal(module_for(inputs)(inputs["x1"]), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.ROW_CASES[::4], ids=str)
 def test_inductor_compiles_the_module_without_a_break(case: Case) -> None:
     torch._dynamo.reset()

@@ -152,6 +152,7 @@ class Reads(nn.Module):
         return F.linear(self.a(x.to(self.a.weight.dtype)), self.a.weight.t())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("config", [A8W8Dynamic(), A4W4Dynamic()], ids=repr)
 def test_weights_are_read_in_graphs(config: Any, backend: str) -> None:

@@ -253,6 +253,7 @@ def refusal_of(inputs: cases.Inputs) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_legality_beside_the_vendors_meta_kernel(tally) -> None:
     """On every product: the vendor's meta kernel knows none, so it is the most lenient of all."""
     met: Counter[str] = Counter()
@@ -280,6 +281,7 @@ def test_legality_beside_the_vendors_meta_kernel(tally) -> None:
     assert set(met) == set(STRICTER), "a reason nothing meets any more"
 
 
+@pytest.mark.slow
 def test_cann_refuses_too_where_we_are_stricter(tally) -> None:
     """A reason is no excuse: cann_host's rules, written apart from plan(), must agree."""
     met = set()
@@ -352,6 +354,7 @@ def test_results_beside_the_vendors_eager_path(tally) -> None:
         tally("random results equal: CPU, NPU, npu_quant_matmul, golden")
 
 
+@pytest.mark.slow
 def test_the_vendors_eager_call_takes_every_call_that_we_take(tally) -> None:
     """torch_npu's C++ over CANN's rules, as cann_host has them, beside plan()."""
     rng = random.Random(SEED + 2)

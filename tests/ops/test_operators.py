@@ -156,6 +156,7 @@ def test_a_function_takes_its_own_place_at_the_first_call() -> None:
     assert kernel.func is load("reports:table")
 
 
+@pytest.mark.slow
 def test_first_calls() -> None:
     """In each situation a program's first call may be in; see the program."""
     program = Path(__file__).with_name("scripts") / "first_calls.py"

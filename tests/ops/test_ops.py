@@ -46,6 +46,7 @@ def test_opcheck(case: Case) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("case", ROW_CASES[::3], ids=str)
 def test_inductor_fullgraph(case: Case, dynamic: bool) -> None:
@@ -395,6 +396,7 @@ def test_a_product_of_outputs_compiles_without_no_grad() -> None:
     assert torch.equal(out.detach(), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_with_inputs_that_require_grad(backend: str) -> None:
     torch._dynamo.reset()

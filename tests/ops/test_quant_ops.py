@@ -129,6 +129,7 @@ def test_meta_shapes_are_the_vendors(out: torch.dtype, dtype: torch.dtype) -> No
         assert a.shape == b.shape and a.dtype == b.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("out", [I8, I32])
 @pytest.mark.parametrize("dtype", [F16, BF16])

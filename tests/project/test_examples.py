@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LAUNCHER = ["-m", "cann_host"] if cann_host.is_active() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

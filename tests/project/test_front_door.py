@@ -181,6 +181,7 @@ def test_lq_graph_works_without_cann(arguments: str) -> None:
     assert done.stdout.startswith("usage: python -m lq_graph" if "-" in arguments else "x1 int8")
 
 
+@pytest.mark.slow
 @on_stand_in
 def test_explain_without_a_device_is_a_sentence() -> None:
     done = python("-W", "ignore", "-mlq_graph", "explain", "m.py:f", without=REAL)

@@ -19,6 +19,7 @@ def test_without_torch_npu() -> None:
     output_of(python(*command, without=REAL, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("LQ_GRAPH_TEST_NPU") == "1", reason="this machine has CANN: import works"
 )
@@ -32,6 +33,7 @@ def test_with_torch_npu_but_no_cann_says_what_to_do() -> None:
     assert "lib" + "hccl.so" not in result.stderr  # no stack of loader errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [

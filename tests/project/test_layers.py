@@ -257,6 +257,7 @@ def test_the_public_names_are_said_the_same_three_times() -> None:
         lq_graph.quantise  # noqa: B018
 
 
+@pytest.mark.slow
 def test_modules_of_the_user_s_own_hide_none_of_ours(tmp_path: Path) -> None:
     for name in {module.rpartition(".")[2] for module, _ in files()} - {"lq_graph", "cann_host"}:
         if name not in sys.stdlib_module_names and not name.startswith("__"):
@@ -307,6 +308,7 @@ def test_importing_lq_graph_is_light() -> None:
     assert float(took) < float(torch_took) / 20
 
 
+@pytest.mark.slow
 def test_kernels_load_nothing_else() -> None:
     """cann_host imports lq_graph.kernels only; beside it, only the root's own modules load."""
     loaded = run(

@@ -243,6 +243,7 @@ def test_int8_between_needs_plain_modules(change: Any) -> None:
     assert (model(x).float() - want).abs().max() < 0.05 * want.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_a_model_that_is_compiled_already(config: Any) -> None:
     plain, model = make(), make()

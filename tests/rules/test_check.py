@@ -128,6 +128,7 @@ def test_command_line_mistakes(arguments: str, message: str, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_needs_no_cann(tmp_path) -> None:
     # torch_npu is installed here and there is no CANN: plain `import torch` would fail
     done = python("-m", "lq_graph", "check", "--output", "float32", cwd=tmp_path)

@@ -309,6 +309,7 @@ print(*sorted(name for name in set(sys.modules) - before if not name.startswith(
 """
 
 
+@pytest.mark.slow
 def test_the_rules_load_nothing_but_torch(tmp_path: Path) -> None:
     """sympy takes 0.3 s, and torch._dynamo more."""
     done = subprocess.run(
