@@ -67,9 +67,6 @@ TABLE = {
     "cann_host": Allowed({"kernels"}, {"torch"}, NPU),
 }
 
-# part and what it imports -> why the table is not kept
-EXCEPTIONS: dict[tuple[str, str], str] = {}
-
 # files, by how they begin, that may import private modules of torch
 PRIVATE = {
     "lq_graph/backends/compat.py": {"torch._C", "torch._functorch", "torch._ops"},
@@ -170,10 +167,7 @@ def test_every_import_is_in_the_table() -> None:
     assert {part for part in TABLE if part != "cann_host"} >= {found.part for found in EVERY} - {
         "cann_host"
     }
-    against = [found for found in EVERY if refused(found)]
-    assert not [str(f) for f in against if (f.part, f.target) not in EXCEPTIONS]
-    stale = EXCEPTIONS.keys() - {(f.part, f.target) for f in against}
-    assert not stale, "these exceptions are no longer needed"
+    assert not [str(found) for found in EVERY if refused(found)]
 
 
 def test_what_is_imported_by_name_is_in_the_table() -> None:
@@ -306,14 +300,3 @@ def test_importing_lq_graph_is_light() -> None:
     ).split()
     assert {name for name in loaded if name not in sys.stdlib_module_names} == OWN
     assert float(took) < float(torch_took) / 20
-
-
-@pytest.mark.slow
-def test_kernels_load_nothing_else() -> None:
-    """cann_host imports lq_graph.kernels only; beside it, only the root's own modules load."""
-    loaded = run(
-        "import sys, lq_graph.kernels.native, lq_graph.kernels.numerics\n"
-        "print(*(name for name in sys.modules if name.partition('.')[0] == 'lq_graph'))\n"
-    ).split()
-    others = {name for name in loaded if not name.startswith("lq_graph.kernels")} - OWN
-    assert others <= {f"lq_graph.{other}" for part, other in EXCEPTIONS if part == "kernels"}
