@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .quantization.schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
     from .rules.check import Check, check
     from .rules.plan import Plan, plan
-    from .rules.products import get_product, set_product
+    from .rules.products import get_cann_version, get_product, set_cann_version, set_product
 
 __all__ = [
     "A4W4Dynamic",
@@ -53,6 +53,7 @@ __all__ = [
     "dynamic_quant",
     "explain",
     "from_fractal_nz",
+    "get_cann_version",
     "get_product",
     "linear_quant",
     "load_checkpoint",
@@ -60,6 +61,7 @@ __all__ = [
     "plan",
     "quantize",
     "save_checkpoint",
+    "set_cann_version",
     "set_product",
     "static_quant",
     "to_fractal_nz",
@@ -86,7 +88,12 @@ _HOMES = {
     "quantization.schemes": ("A4W4Dynamic", "A8W8Dynamic", "A8W8Static"),
     "rules.check": ("Check", "check"),
     "rules.plan": ("Plan", "plan"),
-    "rules.products": ("get_product", "set_product"),
+    "rules.products": (
+        "get_cann_version",
+        "get_product",
+        "set_cann_version",
+        "set_product",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--output", type=_dtype, default=torch.int8, help="default int8")
     keys = ", ".join(product.key for product in PRODUCTS)
     asking.add_argument("--product", help=f"one of {keys}, or a SoC name; default all")
+    asking.add_argument(
+        "--cann", metavar="VERSION", help="a CANN version, such as 8.2.RC1; default LQ_GRAPH_CANN"
+    )
 
     explaining = commands.add_parser(
         "explain",
@@ -206,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
             asked.bias,
             output_dtype=asked.output,
             product=asked.product,
+            cann=asked.cann,
         )
     except LinearQuantError as error:
         parser.error(str(error))

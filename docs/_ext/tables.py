@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lq_graph.rules.cann import since_of
 from lq_graph.rules.tables import (
     PRODUCTS,
     QUANT_ROWS,
@@ -32,33 +33,51 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _marks(row: Row | QuantRow) -> list[str]:
-    return ["yes" if product in row.products else "" for product in PRODUCTS]
+def _releases(row: Row | QuantRow) -> list[str]:
+    """For each product the CANN release that brought it the row."""
+    return [since_of(row, product) if product in row.products else "" for product in PRODUCTS]
+
+
+def _names(choices: tuple[torch.dtype | None, ...]) -> str:
+    return ", ".join(dtype_name(dtype) for dtype in choices)
 
 
 def linear_quant() -> str:
     """The rows of LinearQuant."""
-
-    def cell(choices: tuple[torch.dtype | None, ...]) -> str:
-        return ", ".join(dtype_name(dtype) for dtype in choices)
-
     head = ["x1, weight", "scale", "offset", "bias", "pertoken_scale", "output"]
     rows = [
         [
             storage_name(row.storage),
-            *map(cell, (row.scale, row.offset, row.bias, row.pertoken_scale)),
+            *map(_names, (row.scale, row.offset, row.bias, row.pertoken_scale)),
             dtype_name(row.output),
-            *_marks(row),
+            *_releases(row),
         ]
         for row in ROWS
     ]
     return markdown([*head, *(product.name for product in PRODUCTS)], rows)
 
 
+def later_dtypes() -> str:
+    """The dtypes that came later than their row."""
+    rows = [
+        [
+            storage_name(row.storage),
+            dtype_name(row.output),
+            since.column,
+            _names(since.dtypes),
+            since.cann,
+        ]
+        for row in ROWS
+        for since in row.since
+        if since.column
+    ]
+    return markdown(["x1, weight", "output", "column", "dtypes", "CANN"], rows)
+
+
 def activations() -> str:
     """The rows of the operators that quantize activations."""
     rows = [
-        [row.op, ", ".join(map(dtype_name, row.x)), storage_name(row.output_dtype), *_marks(row)]
+        [row.op, ", ".join(map(dtype_name, row.x)), storage_name(row.output_dtype), *_releases(row)]
         for row in QUANT_ROWS
     ]
     head = ["operator", "x", "output", *(product.name for product in PRODUCTS)]
@@ -73,13 +92,19 @@ def products() -> str:
             f"`{product.key}`",
             ", ".join(f"`{prefix}...`" for prefix in product.soc_prefixes),
             f"`{product.ge_op}`",
-            ", ".join(map(storage_name, product.nz_storage)),
+            product.since,
+            ", ".join(map(storage_name, product.nz_storage))
+            + (
+                f"; {storage_name(torch.int32)} from {product.int4_nz_since} on"
+                if product.int4_nz_since
+                else ""
+            ),
             "yes" if product.limits_k else "",
             "yes" if product.empty_m else "",
         ]
         for product in PRODUCTS
     ]
-    head = ["product", "name in code", "device names", "GE operator", "FRACTAL_NZ weights"]
+    head = ["product", "name in code", "device names", "GE operator", "CANN", "FRACTAL_NZ weights"]
     return markdown([*head, "k at most 65535", "m may be 0"], rows)
 
 
@@ -110,7 +135,8 @@ def cpu_kernel() -> str:
     return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
 
 
-TABLES = {made.__name__: made for made in (linear_quant, activations, products, cpu_kernel)}
+_MADE = (linear_quant, later_dtypes, activations, products, cpu_kernel)
+TABLES = {made.__name__: made for made in _MADE}
 
 
 def put_in(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

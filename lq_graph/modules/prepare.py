@@ -17,10 +17,12 @@ from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantError, LinearQuantValueError
 from ..ops import trans_quant_param
 from ..reports import table
-from ..rules.plan import check_finite, plan
-from ..rules.products import get_product
+from ..rules.cann import check_int4_nz
+from ..rules.plan import check_finite
+from ..rules.products import get_product, get_target
 from ..rules.tables import FRACTAL_NZ, ND, Product, dtype_name, storage_name
 from .linear_quant import LinearQuant
+from .supported import plan_of_layer
 from .transaction import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 from .vendor import vendor_layers
 
@@ -97,8 +99,8 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
     Args:
         model: on the NPU.
-        int4_nz: cast int4 weights to FRACTAL_NZ too. Not every CANN version has kernels for that
-            (the newest public releases have them for Atlas A2 and A3), so by default int4 weights
+        int4_nz: cast int4 weights to FRACTAL_NZ too. CANN has kernels for that from 9.0.0 on, for
+            Atlas A2 and A3; no public release has them for Ascend 950. So by default int4 weights
             stay ND, or are cast back to ND.
 
     Warns:
@@ -109,8 +111,9 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
         A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
 
     Raises:
-        LinearQuantValueError: the model is not on the NPU, or a scale holds NaN or infinity.
-        LinearQuantTypeError: a layer has no row in the product's table.
+        LinearQuantValueError: the model is not on the NPU, a scale holds NaN or infinity, or
+            int4_nz with a CANN that has no kernels for it.
+        LinearQuantTypeError: a layer has no row in the product's table, or a newer CANN brought it.
 
     Source: torchair's use_internal_format_weight.
     """
@@ -142,7 +145,7 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     layers = [
         (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
     ]
-    folds = [_check(name or "the model", layer) for name, layer in layers]
+    folds = [_check(name or "the model", layer, int4_nz) for name, layer in layers]
     kept_float = _scales_read_otherwise(layers, folds)
 
     from tqdm import tqdm
@@ -227,7 +230,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 _OFF = "allow_internal_format is off"
 
 
-def _check(name: str, layer: LinearQuant) -> bool:
+def _check(name: str, layer: LinearQuant, int4_nz: bool) -> bool:
     """Whether to fold a layer's scale; refuses a layer that cannot be prepared."""
     if layer.weight.device.type != "npu":
         raise LinearQuantValueError(
@@ -235,31 +238,14 @@ def _check(name: str, layer: LinearQuant) -> bool:
             "the NPU only. What to do: call model.npu() first."
         )
     try:
-        fold = folds_scale(layer)
+        fold = plan_of_layer(layer).fold_scale
+        if int4_nz and layer.weight.dtype == torch.int32:
+            check_int4_nz(get_target())
         if fold:
             check_finite(layer.scale, layer.offset)
         return fold
     except LinearQuantError as error:
         raise error.in_layer("use_internal_format_weight", name) from None
-
-
-def folds_scale(layer: LinearQuant) -> bool:
-    """Whether a layer's row of the support table reads a packed scale and the scale is float32.
-
-    Args:
-        layer: of lq_graph, or of the vendor, with the same attributes.
-
-    Raises:
-        LinearQuantTypeError, LinearQuantValueError: the layer has no row.
-    """
-    weight, pertoken, bias = layer.weight, layer.pertoken_scale, layer.bias
-    rows = 1 if pertoken is None else pertoken.shape[0]
-    # a 3-dim bias means that the input has a batch dim
-    batch = bias.shape[:1] if bias is not None and bias.dim() == 3 else ()
-    x1 = torch.empty(*batch, rows, weight.shape[-1], dtype=weight.dtype, device="meta")
-    return plan(
-        x1, weight, layer.scale, layer.offset, pertoken, bias, output_dtype=layer.output_dtype
-    ).fold_scale
 
 
 def _prepare(

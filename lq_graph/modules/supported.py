@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..errors import LinearQuantError
 from ..kernels import storage_k
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
-from ..rules.plan import Spec, plan
+from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
 from ..rules.tables import STORAGE_DTYPES, dtype_name
 
-__all__ = ["A4W4_DYNAMIC", "A8W8_DYNAMIC", "A8W8_STATIC", "LayerKind", "why_not_supported"]
+if TYPE_CHECKING:
+    from .linear_quant import LinearQuant
+
+__all__ = [
+    "A4W4_DYNAMIC",
+    "A8W8_DYNAMIC",
+    "A8W8_STATIC",
+    "LayerKind",
+    "plan_of_layer",
+    "why_not_supported",
+]
 
 _M = 16  # rows of the input, where a plan needs a number
 
@@ -37,6 +47,25 @@ class LayerKind(NamedTuple):
 A8W8_DYNAMIC = LayerKind(torch.int8, static=False)
 A8W8_STATIC = LayerKind(torch.int8, static=True)
 A4W4_DYNAMIC = LayerKind(torch.int32, static=False)
+
+
+def plan_of_layer(layer: LinearQuant) -> Plan:
+    """The Plan of a call of a layer, without a pertoken_scale that forward gets.
+
+    Args:
+        layer: of lq_graph, or of the vendor, with the same attributes.
+
+    Raises:
+        LinearQuantTypeError, LinearQuantValueError: the layer has no row.
+    """
+    weight, pertoken, bias = layer.weight, layer.pertoken_scale, layer.bias
+    rows = 1 if pertoken is None else pertoken.shape[0]
+    # a 3-dim bias means that the input has a batch dim
+    batch = bias.shape[:1] if bias is not None and bias.dim() == 3 else ()
+    x1 = torch.empty(*batch, rows, weight.shape[-1], dtype=weight.dtype, device="meta")
+    return plan(
+        x1, weight, layer.scale, layer.offset, pertoken, bias, output_dtype=layer.output_dtype
+    )
 
 
 def why_not_supported(

@@ -8,12 +8,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from ..rules.tables import STORAGE_DTYPES, dtype_name
 from .linear_quant import PARAMETERS, LinearQuant, check_whole_words
 from .places import Place, places_of, put
 from .quantized_linear import QuantizedLinear
 from .replaceable import carry_over, why_not_replaceable
+from .supported import plan_of_layer
 from .transaction import all_or_nothing, keeps_grad_mode
 
 __all__ = ["convert", "vendor_layers"]
@@ -55,9 +56,10 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
 
     Raises:
         LinearQuantValueError: another `to`.
-        LinearQuantTypeError: a float32 weight with values that are not int8; a module that does
-            more than its class does; with to="torch_npu", the layer in a dynamic QuantizedLinear,
-            which passes it a pertoken_scale with each call.
+        LinearQuantTypeError: a float32 weight with values that are not int8; a layer whose row of
+            the support table a newer CANN brought; a module that does more than its class does;
+            with to="torch_npu", the layer in a dynamic QuantizedLinear, which passes it a
+            pertoken_scale with each call.
 
     Warns:
         UserWarning: a subclass is left alone.
@@ -77,6 +79,7 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
         for name, old in model.named_modules():
             if isinstance(old, kinds) and _is_convertible(name, old, places.get(old, []), kinds):
                 new[old] = _ours(name, old) if to == "lq_graph" else _vendors(old)
+                _check_cann(name, new[old] if to == "lq_graph" else old)
                 carry_over(old, new[old])
     with all_or_nothing() as undo:
         for old, replacement in new.items():
@@ -84,6 +87,16 @@ def convert(model: nn.Module, to: str = "lq_graph") -> nn.Module:
                 undo.callback(put, parent, name, old)
                 put(parent, name, replacement)
     return new.get(model, model)
+
+
+def _check_cann(name: str, layer: nn.Module) -> None:
+    """Refuse a layer of ours whose row a newer CANN brought. Other rules are for its calls."""
+    assert isinstance(layer, LinearQuant)
+    try:
+        plan_of_layer(layer)
+    except LinearQuantError as error:
+        if error.refusal is not None and error.refusal.since:
+            raise error.in_layer("convert", name or "the model") from None
 
 
 def _is_convertible(

@@ -37,12 +37,13 @@ from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
 from ..modules.linear_quant import LinearQuant, check_whole_words
-from ..modules.prepare import folds_scale
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.split import SPLIT, SplitStyle
+from ..modules.supported import plan_of_layer
 from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic
-from ..rules.products import get_product
+from ..rules.cann import rows_in
+from ..rules.products import get_product, get_target
 from ..rules.tables import FRACTAL_NZ, STORAGE_DTYPES, dtype_name, rows_of
 from .exact import exact_forward, quantize_rows_together, read_scale
 from .moves import at_front, move
@@ -292,11 +293,13 @@ class RowwiseLinearQuant(LinearQuantStyle):
                 "row of the support table gives int32 accumulators of int4. What to do: "
                 "exact=False."
             )
-        product = get_product()
-        if all(row.output != _I32 for row in rows_of(product, _I8)):
+        target = get_target()
+        if all(row.output != _I32 for row in rows_in(target, _I8)):
+            newer = any(row.output == _I32 for row in rows_of(target.product, _I8))
             raise LinearQuantTypeError(
-                f"{name}: exact is True and {product} has no row with int32 output. What to do: "
-                "exact=False, or shard on n (ColwiseLinearQuant)."
+                f"{name}: exact is True and {target.product} has no row with int32 output"
+                f"{f' on CANN {target.cann}' if newer else ''}. What to do: exact=False, or shard "
+                "on n (ColwiseLinearQuant)."
             )
 
     def _finish(
@@ -312,7 +315,7 @@ class RowwiseLinearQuant(LinearQuantStyle):
             vars(module)["quantize_rows"] = partial(quantize_rows_together, mesh, arithmetic)
         if self.exact:
             layer: Any = layer_in(module)
-            fold = layer.scale.dtype == torch.int64 or folds_scale(layer)
+            fold = layer.scale.dtype == torch.int64 or plan_of_layer(layer).fold_scale
             layer.register_buffer("_fixed_scale", None, persistent=False)
             layer.register_buffer("_fixed_offset", None, persistent=False)
             read_scale(layer, fold)

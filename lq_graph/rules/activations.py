@@ -10,7 +10,8 @@ import torch
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import Arithmetic, TensorLike, for_rows, storage_k
 from .advice import cast, is_exact
-from .products import get_product
+from .cann import Target, quant_rows_in, since_of, upgrade
+from .products import get_target
 from .refusal import Fix, list_of, refused
 from .symbolic import check_equal_sizes, known_true
 from .tables import (
@@ -64,8 +65,9 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
 
     Source: aclnnDynamicQuant.md (hicann/ops-nn, quant/dynamic_quant/docs).
     """
-    product = get_product()
-    row = _row("dynamic_quant", product, x, torch.int8 if dtype is None else dtype)
+    target = get_target()
+    product = target.product
+    row = _row("dynamic_quant", target, x, torch.int8 if dtype is None else dtype)
     _check_dims("dynamic_quant", x, MIN_DIMS)
     *rows, k = x.shape
     pack = STORAGE_DTYPES[row.output_dtype]
@@ -100,8 +102,8 @@ def plan_static_quant(
     Source: aclnnAscendQuantV3.md (hicann/ops-nn, quant/ascend_quant_v2/docs) and the operator's
     definition, which takes one dtype for all three.
     """
-    product = get_product()
-    row = _row("static_quant", product, x, torch.int8, scale_reciprocal, offset)
+    target = get_target()
+    row = _row("static_quant", target, x, torch.int8, scale_reciprocal, offset)
     _check_dims("static_quant", x, 1)
     k = x.shape[-1]
     for name, tensor in (("scale_reciprocal", scale_reciprocal), ("offset", offset)):
@@ -133,7 +135,7 @@ def plan_static_quant(
             "as many values as scale_reciprocal has",
             "expand the shorter",
         )
-    return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, product)
+    return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, target.product)
 
 
 def _refused(
@@ -144,16 +146,17 @@ def _refused(
 
 def _row(
     op: str,
-    product: Product,
+    target: Target,
     x: TensorLike,
     output: torch.dtype,
     *others: TensorLike | None,
 ) -> QuantRow:
     """The product's row for a dtype of x and of the output. others: scale_reciprocal and offset of
     static_quant, which take the dtype of x."""
-    rows = quant_rows_of(product, op)
+    rows = quant_rows_in(target, op)
     outputs = [row for row in rows if row.output_dtype == output]
     if not outputs:
+        _check_newer(op, target, x.dtype, output)
         raise refused(
             LinearQuantTypeError,
             op,
@@ -161,25 +164,25 @@ def _row(
             f"dtype is {dtype_name(output)}",
             list_of((storage_name(row.output_dtype) for row in rows), "or"),
             *(_ask_for(row.output_dtype, output) for row in rows),
-            product=product,
+            product=target.product,
         )
     for row in outputs:
         if x.dtype in row.x:
             return row
     allowed = [dtype for row in outputs for dtype in row.x]
     exact = [dtype for dtype in allowed if is_exact(x.dtype, dtype)]
-    target = (exact or allowed)[-1]
-    fix = cast("x", x.dtype, target)
+    wanted = (exact or allowed)[-1]
+    fix = cast("x", x.dtype, wanted)
     names = ("scale_reciprocal", "offset")
     along = [
         name
         for name, tensor in zip(names, others, strict=False)
-        if tensor is not None and tensor.dtype != target
+        if tensor is not None and tensor.dtype != wanted
     ]
     if along:
         fix = Fix(
             f"{fix.text}, and {list_of(along)} in the same dtype",
-            fix.changes + tuple((name, target) for name in along),
+            fix.changes + tuple((name, wanted) for name in along),
             fix.numbers,
         )
     raise refused(
@@ -189,7 +192,28 @@ def _row(
         f"x is {dtype_name(x.dtype)}",
         list_of(map(dtype_name, allowed), "or"),
         fix,
-        product=product,
+        product=target.product,
+    )
+
+
+def _check_newer(op: str, target: Target, x: torch.dtype, output: torch.dtype) -> None:
+    """Refuse a row that a newer CANN brought, and the operator if a newer CANN brought all rows."""
+    rows = quant_rows_of(target.product, op)
+    newer = [row for row in rows if row.output_dtype == output and x in row.x]
+    if not newer and quant_rows_in(target, op):
+        return
+    since = since_of((newer or list(rows))[0], target.product)
+    raise refused(
+        LinearQuantTypeError,
+        op,
+        "dtype",
+        f"x is {dtype_name(x)} and dtype is {storage_name(output)}",
+        f"this from CANN {since} on" if newer else f"no {op} before CANN {since}",
+        upgrade(since),
+        product=target.product,
+        why=f"this is CANN {target.cann}",
+        since=since,
+        code=None,
     )
 
 

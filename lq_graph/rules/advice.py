@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from .cann import Target, rows_in
 from .refusal import Fix
-from .tables import COLUMNS, Choice, Product, Row, dtype_name, rows_of
+from .tables import COLUMNS, Choice, Row, dtype_name
 
 __all__ = [
     "Given",
@@ -67,18 +68,18 @@ class _Step(NamedTuple):
 
 
 def fixes_of_columns(
-    product: Product, storage: torch.dtype, given: Given, rows: Sequence[Row]
+    target: Target, storage: torch.dtype, given: Given, rows: Sequence[Row]
 ) -> tuple[Fix, ...]:
     """How to change a call that matches no row, so that it matches one.
 
     Args:
-        product: whose table is read.
+        target: whose table is read.
         storage: the dtype of x1 and weight.
         given: the dtypes of the rest.
         rows: the rows to match. Rows that differ in the same columns share one fix.
     """
     fixes = _by_row(given, rows)
-    if storage == _I32 and _has_row(product, _I8, given):  # the same values, so the same numbers
+    if storage == _I32 and _has_row(target, _I8, given):  # the same values, so the same numbers
         kept = sum(not fix.numbers for fix in fixes)
         fixes.insert(kept, _to_storage("x1 and weight", _I32, _I8))
     return tuple(fixes)
@@ -102,30 +103,30 @@ def _by_row(given: Given, rows: Sequence[Row]) -> list[Fix]:
 
 
 def fixes_of_storage(
-    product: Product, x1: torch.dtype, weight: torch.dtype, given: Given
+    target: Target, x1: torch.dtype, weight: torch.dtype, given: Given
 ) -> tuple[Fix, ...]:
     """What to do about an x1 of a dtype that the product has no row for."""
-    target = weight if rows_of(product, weight) else _I8
-    if weight == target:
-        fixes = [_to_storage("x1", x1, target)]
+    storage = weight if rows_in(target, weight) else _I8
+    if weight == storage:
+        fixes = [_to_storage("x1", x1, storage)]
     elif weight == x1:
-        fixes = [_to_storage("x1 and weight", x1, target)]
+        fixes = [_to_storage("x1 and weight", x1, storage)]
     else:
-        fixes = [_to_storage("x1", x1, target), _to_storage("weight", weight, target)]
-    rows = nearest_rows(product, target, given)[:1]
+        fixes = [_to_storage("x1", x1, storage), _to_storage("weight", weight, storage)]
+    rows = nearest_rows(target, storage, given)[:1]
     fixes += [fix for row in rows if row.misses(given) for fix in _by_row(given, [row])]
     text = ", and ".join(fix.text for fix in fixes)
     numbers = "; ".join(fix.numbers for fix in fixes if fix.numbers)
     rest = tuple(change for fix in fixes for change in fix.changes if change[0] in COLUMNS)
-    return (Fix(text, (("x1", target), ("weight", target), *rest), numbers),)
+    return (Fix(text, (("x1", storage), ("weight", storage), *rest), numbers),)
 
 
 def fixes_of_weight(
-    product: Product, x1: torch.dtype, weight: torch.dtype, given: Given
+    target: Target, x1: torch.dtype, weight: torch.dtype, given: Given
 ) -> tuple[Fix, ...]:
     """What to do about a weight of another dtype than x1."""
     fixes = [_to_storage("weight", weight, x1)]
-    if (x1, weight) == (_I32, _I8) and _has_row(product, _I8, given):
+    if (x1, weight) == (_I32, _I8) and _has_row(target, _I8, given):
         fixes.insert(0, _to_storage("x1", x1, _I8))
     return tuple(fixes)
 
@@ -148,15 +149,15 @@ def _to_storage(which: str, source: torch.dtype, target: torch.dtype) -> Fix:
     return Fix(text + (" (lq_graph.pack_int4)" if target == _I32 else ""), changes)
 
 
-def _has_row(product: Product, storage: torch.dtype, given: Given) -> bool:
-    return any(not row.misses(given) for row in rows_of(product, storage))
+def _has_row(target: Target, storage: torch.dtype, given: Given) -> bool:
+    return any(not row.misses(given) for row in rows_in(target, storage))
 
 
-def nearest_rows(product: Product, storage: torch.dtype, given: Given) -> list[Row]:
+def nearest_rows(target: Target, storage: torch.dtype, given: Given) -> list[Row]:
     """A product's rows for one storage dtype, the rows with the fewest wrong columns first; among
     equals, first the rows with the given output_dtype."""
     return sorted(
-        rows_of(product, storage),
+        rows_in(target, storage),
         key=lambda row: (len(row.misses(given)), "output_dtype" in row.misses(given)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueErr
 from ..kernels import storage_k
 from ..reports import table
 from .advice import nearest_rows
+from .cann import CannVersion, parse_cann_version, since_of, target_of
 from .plan import Plan, Spec, plan
-from .products import parse_product
+from .products import get_cann_version, parse_product
 from .refusal import refused
 from .tables import PRODUCTS, STORAGE_DTYPES, Product, Row, dtype_name, storage_name
 
@@ -50,11 +51,13 @@ class Check:
         arguments: dtype and shape of each tensor, given or assumed; None for an absent one.
         output_dtype: of the result.
         verdicts: one for each checked product, in the order of the tables.
+        cann: the CANN version; None if it is not known.
     """
 
     arguments: dict[str, Spec | None]
     output_dtype: torch.dtype
     verdicts: tuple[Verdict, ...]
+    cann: CannVersion | None = None
 
     @property
     def legal_on(self) -> tuple[Product, ...]:
@@ -66,7 +69,8 @@ class Check:
 
     def __str__(self) -> str:
         given = [f"{name} {spec}" for name, spec in self.arguments.items() if spec]
-        lines = [", ".join([*given, f"output {dtype_name(self.output_dtype)}"]), ""]
+        given.append(f"output {dtype_name(self.output_dtype)}")
+        lines = [", ".join(given) + (f"; CANN {self.cann}" if self.cann else ""), ""]
         # products with the same verdict share one line
         answers: dict[str, list[str]] = {}
         for verdict in self.verdicts:
@@ -84,11 +88,17 @@ class Check:
         for answer, names in answers.items():
             text = answer.replace("{}", ", ".join(names), 1)
             lines += textwrap.wrap(text, 100, subsequent_indent=" " * 5)
-        rows = [v.plan.row for v in self.verdicts if v.plan]
-        if rows:
-            lines += ["", "matching row", *_table(list(dict.fromkeys(rows)))]
+        found: dict[Row, dict[Product, str]] = {}
+        for verdict in self.verdicts:
+            if verdict.plan:
+                since = found.setdefault(verdict.plan.row, {})
+                since[verdict.product] = verdict.plan.since
+        if found:
+            lines += ["", "matching row", *_table(found)]
         elif nearest := self.nearest():
-            lines += ["", "nearest legal rows, * where they differ", *_table(nearest, self._given)]
+            releases = {row: {p: since_of(row, p) for p in row.products} for row in nearest}
+            lines += ["", "nearest legal rows, * where they differ"]
+            lines += _table(releases, self._given)
         return "\n".join(lines)
 
     def nearest(self, count: int = 3) -> list[Row]:
@@ -100,7 +110,7 @@ class Check:
             row
             for storage in storages
             for verdict in self.verdicts
-            for row in nearest_rows(verdict.product, storage, self._given)
+            for row in nearest_rows(target_of(verdict.product, self.cann), storage, self._given)
         )
         return sorted(rows, key=lambda row: len(row.misses(self._given)))[:count]
 
@@ -120,6 +130,7 @@ def check(
     *,
     output_dtype: torch.dtype | None = None,
     product: Product | str | None = None,
+    cann: CannVersion | str | None = None,
 ) -> Check:
     """Check whether `linear_quant` takes a configuration, without running anything.
 
@@ -131,15 +142,17 @@ def check(
             dtype. The others None: absent.
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
         product: the product to check, as in `set_product`; None for all products.
+        cann: the CANN version, as in `set_cann_version`; None for `get_cann_version()`.
 
     Returns:
         A Check: true or false, printable, with a verdict for each product.
 
     Raises:
-        LinearQuantValueError: no such product.
+        LinearQuantValueError: no such product, or not a version of CANN.
         LinearQuantTypeError: an argument that is not a tensor, a dtype, or a dtype and a shape.
     """
     asked = PRODUCTS if product is None else (parse_product(product, "check"),)
+    version = get_cann_version() if cann is None else parse_cann_version(cann, "check")
     storage = _dtype("x1", x1)
     given_weight = None if weight is None else _shape(weight)
     given_x1 = _shape(x1)
@@ -163,11 +176,11 @@ def check(
     verdicts = []
     for one in asked:
         try:
-            found = plan(**arguments, output_dtype=output_dtype, product=one)  # type: ignore[arg-type]
+            found = plan(**arguments, output_dtype=output_dtype, product=one, cann=version)  # type: ignore[arg-type]
             verdicts.append(Verdict(one, found, None))
         except (LinearQuantTypeError, LinearQuantValueError) as error:
             verdicts.append(Verdict(one, None, error))
-    return Check(arguments, output_dtype or torch.int8, tuple(verdicts))
+    return Check(arguments, output_dtype or torch.int8, tuple(verdicts), version)
 
 
 def _dtype(name: str, argument: Argument) -> torch.dtype:
@@ -201,19 +214,29 @@ def _n_of(*vectors: Argument | None) -> int:
     return _N
 
 
-def _table(rows: Sequence[Row], given: dict[str, torch.dtype | None] | None = None) -> list[str]:
-    """Rows of the support table in columns; with given, a star where a row does not have it."""
+def _table(
+    rows: Mapping[Row, Mapping[Product, str]], given: dict[str, torch.dtype | None] | None = None
+) -> list[str]:
+    """Rows of the support table in columns, with the CANN release that brought each to a product;
+    with given, a star where a row does not have it."""
     columns = ("scale", "offset", "bias", "pertoken_scale", "output_dtype")
-    lines = [["x1, weight", *columns, "products"]]
-    for row in rows:
+    lines = [["x1, weight", *columns, "since CANN"]]
+    for row, releases in rows.items():
         misses = row.misses(given) if given else ()
         cells = [
             ", ".join(map(dtype_name, row.choices(column))) + ("*" if column in misses else "")
             for column in columns
         ]
-        products = ", ".join(product.key for product in row.products)
         storage = storage_name(row.storage)
         if given and given["x1"] != row.storage:
             storage += "*"
-        lines.append([storage, *cells, products])
+        lines.append([storage, *cells, _releases(releases)])
     return table(lines, "  ")
+
+
+def _releases(releases: Mapping[Product, str]) -> str:
+    """ "8.1.RC1 (A2, A3), 9.1.0 (950)"."""
+    keys: dict[str, list[str]] = {}
+    for product, since in releases.items():
+        keys.setdefault(since, []).append(product.key)
+    return ", ".join(f"{since} ({', '.join(products)})" for since, products in keys.items())

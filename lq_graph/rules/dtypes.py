@@ -9,6 +9,7 @@ import torch
 
 from ..errors import LinearQuantTypeError
 from .advice import Given, fixes_of_columns, fixes_of_storage, fixes_of_weight, nearest_rows
+from .cann import Target, rows_in, since_of, target_of, upgrade
 from .refusal import Fix, Refusal, list_of, names_of, refused
 from .tables import (
     COLUMNS,
@@ -29,34 +30,38 @@ _PACKED = "int64 is the packed form of lq_graph.trans_quant_param"
 
 
 def row_of_dtypes(
-    product: Product,
+    target: Target,
     x1: torch.dtype,
     weight: torch.dtype,
-    scale: torch.dtype,
-    offset: torch.dtype | None,
-    pertoken_scale: torch.dtype | None,
-    bias: torch.dtype | None,
-    output: torch.dtype,
+    given: Given,
 ) -> Row:
-    """The first row of the product's table that has these dtypes (None: absent).
+    """The first row of the product's table that has these dtypes.
+
+    Args:
+        target: whose table is read.
+        x1, weight: their dtypes.
+        given: the dtypes of the other columns; None: absent.
 
     Raises:
-        LinearQuantTypeError: there is no such row.
+        LinearQuantTypeError: there is no such row, or a newer CANN brought it.
     """
-    others = scale, offset, pertoken_scale, bias, output
-    row = _find_row(product, x1, *others) if weight == x1 else None
+    row = _find_row(target, x1, *(given[column] for column in COLUMNS)) if weight == x1 else None
     if row is not None:
         return row
-    given = _given(*others)
-    storages = list_of((storage_name(d) for d in STORAGE_DTYPES if rows_of(product, d)), "or")
-    if not rows_of(product, x1):
+    product = target.product
+    if weight == x1:
+        for newer in rows_of(product, x1):
+            if not newer.misses(given):
+                raise _newer_refused(target, newer, given)
+    storages = list_of((storage_name(d) for d in STORAGE_DTYPES if rows_in(target, d)), "or")
+    if not rows_in(target, x1):
         raise refused(
             LinearQuantTypeError,
             "linear_quant",
             "x1",
             f"x1 is {dtype_name(x1)}",
             storages,
-            *fixes_of_storage(product, x1, weight, given),
+            *fixes_of_storage(target, x1, weight, given),
             product=product,
         )
     if weight != x1:
@@ -66,41 +71,50 @@ def row_of_dtypes(
             "weight",
             f"weight is {dtype_name(weight)} and x1 is {dtype_name(x1)}",
             f"one dtype for both, {storages}",
-            *fixes_of_weight(product, x1, weight, given),
+            *fixes_of_weight(target, x1, weight, given),
             product=product,
         )
-    raise _columns_refused(product, x1, given)
+    raise _columns_refused(target, x1, given)
 
 
 @lru_cache(maxsize=1024)
-def _find_row(product: Product, storage: torch.dtype, *others: torch.dtype | None) -> Row | None:
+def _find_row(target: Target, storage: torch.dtype, *others: torch.dtype | None) -> Row | None:
     """Cached: with symbolic sizes a model looks up the same few rows on every call."""
-    given = _given(*others)
-    return next((row for row in rows_of(product, storage) if not row.misses(given)), None)
+    given = dict(zip(COLUMNS, others, strict=True))
+    return next((row for row in rows_in(target, storage) if not row.misses(given)), None)
 
 
-def _given(
-    scale: torch.dtype | None,
-    offset: torch.dtype | None,
-    pertoken_scale: torch.dtype | None,
-    bias: torch.dtype | None,
-    output: torch.dtype | None,
-) -> dict[str, torch.dtype | None]:
-    return {
-        "scale": scale,
-        "offset": offset,
-        "pertoken_scale": pertoken_scale,
-        "bias": bias,
-        "output_dtype": output,
-    }
+def _newer_refused(target: Target, row: Row, given: Given) -> LinearQuantTypeError:
+    """A row that a newer CANN brought. The advice: that CANN, or a row that it has and that gives
+    the same numbers."""
+    since = since_of(row, target.product, given)
+    others = fixes_of_columns(target, row.storage, given, rows_in(target, row.storage))
+    dtypes = [
+        f"{column} {dtype_name(given[column])}"
+        for column in ("scale", "offset", "pertoken_scale", "bias")
+        if given[column] is not None
+    ]
+    return Refusal(
+        "linear_quant",
+        ("x1", "weight"),
+        f"x1 and weight are {storage_name(row.storage)} with {', '.join(dtypes)} and "
+        f"{dtype_name(row.output)} output",
+        f"this from CANN {since} on",
+        product=target.product,
+        why=f"this is CANN {target.cann}",
+        since=since,
+        fixes=(upgrade(since), *(fix for fix in others if not fix.numbers)),
+        code=None,
+    ).error(LinearQuantTypeError)
 
 
-def _columns_refused(product: Product, storage: torch.dtype, given: Given) -> LinearQuantTypeError:
+def _columns_refused(target: Target, storage: torch.dtype, given: Given) -> LinearQuantTypeError:
     """Name one wrong column if changing it is enough, else the columns that the nearest row does
     not have."""
-    rows = [row for row in rows_of(product, storage) if len(row.misses(given)) == 1]
-    rows = rows or nearest_rows(product, storage, given)[:1]
-    fixes = fixes_of_columns(product, storage, given, rows)
+    product = target.product
+    rows = [row for row in rows_in(target, storage) if len(row.misses(given)) == 1]
+    rows = rows or nearest_rows(target, storage, given)[:1]
+    fixes = fixes_of_columns(target, storage, given, rows)
     blamed = _blamed(given, fixes)
     missed = [row for row in rows if row.misses(given) == blamed]
     choices = tuple(
@@ -114,13 +128,15 @@ def _columns_refused(product: Product, storage: torch.dtype, given: Given) -> Li
         choices=choices,
         context=_context(storage, given, blamed),
         product=product,
-        why=_why(product, storage, given, *choices[0]) if len(choices) == 1 else "",
+        why=_why(target, storage, given, *choices[0]) if len(choices) == 1 else "",
         fixes=fixes,
         takers=tuple(
             other
             for other in PRODUCTS
             if other is not product
-            and any(not row.misses(given) for row in rows_of(other, storage))
+            and any(
+                not row.misses(given) for row in rows_in(target_of(other, target.cann), storage)
+            )
         ),
         aclnn=_taken_by_aclnn(product, storage, given, blamed),
     ).error(LinearQuantTypeError)
@@ -153,7 +169,7 @@ def _context(storage: torch.dtype, given: Given, blamed: tuple[str, ...]) -> str
     return f"{context} and {', '.join(others)}" if others else context
 
 
-def _why(product: Product, storage: torch.dtype, given: Given, column: str, allowed: Choice) -> str:
+def _why(target: Target, storage: torch.dtype, given: Given, column: str, allowed: Choice) -> str:
     """Which rows of the product take the refused dtype, and what the dtypes mean."""
     value = given[column]
     if column == "output_dtype" or value is None:
@@ -161,7 +177,7 @@ def _why(product: Product, storage: torch.dtype, given: Given, column: str, allo
     anything = set(allowed) == {None}  # no dtype is allowed
     takers = [
         row
-        for row in rows_of(product, storage)
+        for row in rows_in(target, storage)
         if (row.choices(column) != (None,) if anything else value in row.choices(column))
     ]
     what = "one" if anything else dtype_name(value)

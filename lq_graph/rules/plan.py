@@ -15,12 +15,13 @@ import torch
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import TensorLike, is_cut
 from .advice import cast
+from .cann import CannVersion, Target, lacks, since_of, target_of, upgrade
 from .dtypes import row_of_dtypes
-from .products import get_product
+from .products import get_target
 from .refusal import refused
 from .shapes import check_contiguous, check_shapes
 from .symbolic import check_equal_sizes, known_true
-from .tables import Product, Row, dtype_name
+from .tables import ROUND_MODE_SINCE, Product, Row, dtype_name
 
 __all__ = [
     "Plan",
@@ -56,6 +57,7 @@ class Plan:
         fold_scale: the scale is float32 and the kernel wants it folded, with the offset, into
             the packed int64 form.
         cut_scale: the kernel keeps only the first 19 bits of the float32 scale.
+        since: the CANN release that brought these dtypes to the product.
     """
 
     product: Product
@@ -68,6 +70,7 @@ class Plan:
     int4: bool
     fold_scale: bool
     cut_scale: bool
+    since: str
 
 
 def plan(
@@ -80,6 +83,7 @@ def plan(
     *,
     output_dtype: torch.dtype | None = None,
     product: Product | None = None,
+    cann: CannVersion | None = None,
 ) -> Plan:
     """Check a LinearQuant call, and return its Plan.
 
@@ -95,21 +99,25 @@ def plan(
         bias: int32, or a float dtype if the row has it; (n,) or (batch, 1, n).
         output_dtype: torch.int8 (also None), float16, bfloat16 or int32.
         product: whose table to read; default `get_product()`.
+        cann: the CANN version to ask about; default `get_cann_version()`.
 
     Returns:
         The Plan.
 
     Raises:
-        LinearQuantTypeError: a dtype, or a combination of dtypes, outside the product's table.
+        LinearQuantTypeError: a dtype, or a combination of dtypes, outside the product's table, or
+            that a newer CANN brought.
         LinearQuantValueError: a shape outside the specification.
 
     Source: the table of the vendor's module, and aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
-    product = product or get_product()
+    target = get_target()
+    if product is not None or cann is not None:
+        target = target_of(product or target.product, cann or target.cann)
     output = torch.int8 if output_dtype is None else output_dtype
     # One flat key of dtypes and shapes: every eager call pays for this look-up.
     key = (
-        product,
+        target,
         output,
         x1.dtype,
         x1.shape,
@@ -133,7 +141,7 @@ def plan(
     return found
 
 
-def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
+def _decide(target: Target, output: torch.dtype, *key: Any) -> Plan:
     """plan() from dtypes and shapes alone: those of the six tensors in order, None if absent."""
     given = [
         None if dtype is None else Spec(dtype, tuple(shape))
@@ -141,20 +149,18 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
     ]
     x1, weight, scale, offset, pertoken_scale, bias = given
     assert x1 is not None and weight is not None and scale is not None
-    row = row_of_dtypes(
-        product,
-        x1.dtype,
-        weight.dtype,
-        scale.dtype,
-        None if offset is None else offset.dtype,
-        None if pertoken_scale is None else pertoken_scale.dtype,
-        None if bias is None else bias.dtype,
-        output,
-    )
-    sizes = check_shapes(product, row, x1, weight, scale, offset, pertoken_scale, bias)
+    dtypes = {
+        "scale": scale.dtype,
+        "offset": None if offset is None else offset.dtype,
+        "pertoken_scale": None if pertoken_scale is None else pertoken_scale.dtype,
+        "bias": None if bias is None else bias.dtype,
+        "output_dtype": output,
+    }
+    row = row_of_dtypes(target, x1.dtype, weight.dtype, dtypes)
+    sizes = check_shapes(target, row, x1, weight, scale, offset, pertoken_scale, bias)
     per_tensor = known_true(scale.shape[-1] == 1)
     return Plan(
-        product=product,
+        product=target.product,
         row=row,
         output_dtype=output,
         output_shape=sizes.output_shape,
@@ -163,8 +169,9 @@ def _decide(product: Product, output: torch.dtype, *key: Any) -> Plan:
         n=sizes.n,
         int4=row.storage == torch.int32,
         fold_scale=row.folds_scale and scale.dtype == torch.float32,
-        cut_scale=product.cuts_scale
+        cut_scale=target.product.cuts_scale
         and is_cut(scale, pertoken_scale, bias, output, per_tensor=per_tensor),
+        since=since_of(row, target.product, dtypes),
     )
 
 
@@ -184,7 +191,8 @@ def plan_trans_quant_param(
 
     Raises:
         LinearQuantTypeError: a dtype other than float32.
-        LinearQuantValueError: shapes that do not fit, or another round_mode.
+        LinearQuantValueError: shapes that do not fit, another round_mode, or one that a newer CANN
+            brought.
 
     Source: aclnnTransQuantParamV2 / V3 (hicann/ops-nn, quant/trans_quant_param_v2).
     """
@@ -197,6 +205,17 @@ def plan_trans_quant_param(
             f"round_mode is {round_mode}",
             "0 (truncate the scale to 19 bits) or 1 (round it half to even)",
             "pass 0, which is what the kernels do with a float32 scale",
+        )
+    if round_mode and lacks(target := get_target(), ROUND_MODE_SINCE):
+        raise _packing_refused(
+            "round_mode",
+            "round_mode is 1",
+            f"it from CANN {ROUND_MODE_SINCE} on",
+            str(upgrade(ROUND_MODE_SINCE)),
+            product=target.product,
+            why=f"this is CANN {target.cann}",
+            since=ROUND_MODE_SINCE,
+            code=None,
         )
     if offset is None:
         return tuple(scale.shape)

@@ -1,4 +1,4 @@
-"""The product in force: the Ascend product whose rules apply."""
+"""What is in force: the Ascend product whose rules apply, and the version of CANN."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ import warnings
 from functools import cache
 
 from ..errors import LinearQuantValueError
+from .cann import ENV_CANN, CannVersion, Target, detect_cann, parse_cann_version, target_of
 from .refusal import refused
 from .tables import A2, PRODUCTS, Product, product_by_name, product_of_soc
 
-__all__ = ["ENV", "get_product", "parse_product", "set_product"]
+__all__ = [
+    "ENV",
+    "get_cann_version",
+    "get_product",
+    "get_target",
+    "parse_product",
+    "set_cann_version",
+    "set_product",
+]
 
 ENV = "LQ_GRAPH_PRODUCT"
 _DEFAULT = A2
 
-_chosen: Product | None = None
+# set in code
+_product: Product | None = None
+_cann: CannVersion | None = None
 
 
 def parse_product(name: Product | str, where: str) -> Product:
@@ -64,12 +75,23 @@ def _detect() -> Product | None:
 
 
 @cache
-def _found(with_npu: bool) -> Product:
-    """The product of the environment variable or of the device. Cached, because every call needs
-    it. This does not import torch_npu: if it is not imported, there is no device."""
-    if name := os.environ.get(ENV):
-        return parse_product(name, ENV)
-    return (_detect() if with_npu else None) or _DEFAULT
+def _in_force(with_npu: bool) -> Target:
+    """Both, with or without torch_npu. Cached, because every call needs it. This does not import
+    torch_npu: if it is not imported, there is no device, and its CANN does not matter."""
+    product, cann = _product, _cann
+    if product is None and (name := os.environ.get(ENV)):
+        product = parse_product(name, ENV)
+    if cann is None and (text := os.environ.get(ENV_CANN)):
+        cann = parse_cann_version(text, ENV_CANN)
+    if with_npu:
+        product = product or _detect()
+        cann = cann or detect_cann()
+    return target_of(product or _DEFAULT, cann)
+
+
+def get_target() -> Target:
+    """The product and the CANN version in force; see `get_product` and `get_cann_version`."""
+    return _in_force(sys.modules.get("torch_npu") is not None)
 
 
 def get_product() -> Product:
@@ -80,7 +102,7 @@ def get_product() -> Product:
     Raises:
         LinearQuantValueError: LQ_GRAPH_PRODUCT names no known product.
     """
-    return _chosen or _found(sys.modules.get("torch_npu") is not None)
+    return get_target().product
 
 
 def set_product(product: Product | str | None) -> None:
@@ -92,6 +114,36 @@ def set_product(product: Product | str | None) -> None:
     Raises:
         LinearQuantValueError: no such product.
     """
-    global _chosen
-    _chosen = None if product is None else parse_product(product, "set_product")
-    _found.cache_clear()
+    global _product
+    _product = None if product is None else parse_product(product, "set_product")
+    _in_force.cache_clear()
+
+
+def get_cann_version() -> CannVersion | None:
+    """The CANN version in force: set in code, else LQ_GRAPH_CANN, else what torch_npu finds. None
+    if it is not known; then no row is refused for it.
+
+    CANN tells its version from 8.1.RC1 on, and torch_npu has to be imported. The environment and
+    torch_npu are asked at the first call, and again after `set_cann_version(None)`.
+
+    Raises:
+        LinearQuantValueError: LQ_GRAPH_CANN is not a version of CANN.
+    """
+    return get_target().cann
+
+
+def set_cann_version(version: CannVersion | str | None) -> None:
+    """Set the CANN version for this process; None goes back to the environment and torch_npu.
+
+    Rows of the support tables that a newer CANN brought are then refused. Set it to check a model
+    for a machine with another CANN.
+
+    Args:
+        version: as the vendor writes it: "8.2.RC1", "9.0.0".
+
+    Raises:
+        LinearQuantValueError: not a version of CANN.
+    """
+    global _cann
+    _cann = None if version is None else parse_cann_version(version, "set_cann_version")
+    _in_force.cache_clear()

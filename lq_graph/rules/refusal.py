@@ -62,6 +62,8 @@ class Refusal:
         why: the reason, or when it would be allowed.
         fixes: what to do; the fixes that keep the numbers come first.
         takers: the other products that take the call as it is.
+        since: the CANN release that takes the call; empty if it is refused for another reason than
+            CANN's version.
         code: the code that aclnn would report; None if aclnn is not called or does not refuse.
         aclnn: what aclnn does, if it does something else than report `code`.
         caller: the function that found the refusal in a model; empty if none.
@@ -78,6 +80,7 @@ class Refusal:
     why: str = ""
     fixes: tuple[Fix, ...] = ()
     takers: tuple[Product, ...] = ()
+    since: str = ""
     code: int | None = PARAM_INVALID
     aclnn: str = ""
     caller: str = ""
@@ -144,6 +147,7 @@ def refused(
     *fixes: Fix | str,
     product: Product | None = None,
     why: str = "",
+    since: str = "",
     code: int | None = PARAM_INVALID,
     aclnn: str = "",
 ) -> E:
@@ -151,7 +155,7 @@ def refused(
 
     Args:
         error: which kind.
-        operator, argument, given, allowed, product, why, code, aclnn: as in `Refusal`.
+        operator, argument, given, allowed, product, why, since, code, aclnn: as in `Refusal`.
         fixes: what to do; a fix that is a string keeps the numbers.
     """
     todo = tuple(Fix(fix) if isinstance(fix, str) else fix for fix in fixes)
@@ -163,6 +167,7 @@ def refused(
         product=product,
         why=why,
         fixes=todo,
+        since=since,
         code=code,
         aclnn=aclnn,
     ).error(error)

@@ -9,18 +9,19 @@ import torch
 from ..errors import LinearQuantValueError
 from ..kernels import TensorLike, logical_k
 from .advice import is_exact
+from .cann import Target, lacks, rows_in, upgrade
 from .refusal import Fix, refused
 from .symbolic import check_equal_sizes, known_true
 from .tables import (
     DIM_MAX,
     LAST_DIM_MAX,
+    LONG_K_SINCE,
     MAX_DIMS,
     MIN_DIMS,
     STORAGE_DTYPES,
     Product,
     Row,
     dtype_name,
-    rows_of,
 )
 
 __all__ = ["Sizes", "check_contiguous", "check_shapes"]
@@ -41,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 def check_shapes(
-    product: Product,
+    target: Target,
     row: Row,
     x1: TensorLike,
     weight: TensorLike,
@@ -61,7 +62,7 @@ def check_shapes(
     m, n, k = x1.shape[-2], weight.shape[-2], logical_k(x1.shape[-1], row.storage)
     _check_same_k(x1, weight, row.storage)
     for name, tensor in (("x1", x1), ("weight", weight)):
-        _check_not_empty(product, name, tensor)
+        _check_not_empty(target.product, name, tensor)
     if int4 and known_true(n % pack != 0):
         raise _refused(
             "weight",
@@ -69,7 +70,7 @@ def check_shapes(
             f"a multiple of {pack} for int4",
             "pad the output channels with zeros and slice the result",
         )
-    _check_limits(product, row, m, k, n, scale, pertoken_scale)
+    _check_limits(target, row, m, k, n, scale, pertoken_scale)
     shape = (*_broadcast(x1, weight), m, n)
     _check_vector("scale", scale, n)
     if offset is not None:
@@ -178,7 +179,7 @@ def _check_not_empty(product: Product, name: str, tensor: TensorLike) -> None:
 
 
 def _check_limits(
-    product: Product,
+    target: Target,
     row: Row,
     m: int,
     k: int,
@@ -187,31 +188,11 @@ def _check_limits(
     pertoken_scale: TensorLike | None,
 ) -> None:
     """The limit of k as a last dim, and every dim fits in 32 bits."""
-    exempt = row.storage == torch.int8 and not row.folds_scale and pertoken_scale is not None
-    if product.limits_k and not exempt and known_true(k > LAST_DIM_MAX):
-        pertoken = any(
-            r.output == row.output and torch.float32 in r.pertoken_scale
-            for r in rows_of(product, row.storage)
-        )
-        lifts = row.storage == torch.int8 and pertoken
-        fixes = [_split_k(row)]
-        if lifts and is_exact(scale.dtype, torch.float32):
-            ones: tuple[tuple[str, torch.dtype], ...] = (("pertoken_scale", torch.float32),)
-            text = "pass a pertoken_scale of ones, torch.ones(m)"
-            if row.folds_scale and scale.dtype != torch.float32:
-                text += ", and scale.float()"
-                ones += (("scale", torch.float32),)
-            fixes.insert(0, Fix(text, ones))
-        raise _refused(
-            "x1",
-            f"k is {k}",
-            f"at most {LAST_DIM_MAX} as the last dim of x1 and weight",
-            *fixes,
-            product=product,
-            why="more where a float scale comes with pertoken_scale" if lifts else "",
-            aclnn="aclnn would report 561002, with a FRACTAL_NZ weight 161002",
-            code=561002,
-        )
+    if target.product.limits_k and known_true(k > LAST_DIM_MAX):
+        exempt = row.storage == torch.int8 and not row.folds_scale and pertoken_scale is not None
+        old = lacks(target, LONG_K_SINCE)
+        if not exempt or old:
+            raise _long_k_refused(target, row, k, scale, exempt, old)
     for name, size in (("m", m), ("k", k), ("n", n)):
         if known_true(size > DIM_MAX):
             raise _refused(
@@ -220,6 +201,42 @@ def _check_limits(
                 f"at most {DIM_MAX} for any dim",
                 _split_k(row) if name == "k" else f"split {name} over several calls",
             )
+
+
+def _long_k_refused(
+    target: Target, row: Row, k: int, scale: TensorLike, exempt: bool, old: bool
+) -> LinearQuantValueError:
+    """exempt: whether the newest CANN takes this k. old: whether this one takes no longer k."""
+    pertoken = any(
+        r.output == row.output and torch.float32 in r.pertoken_scale
+        for r in rows_in(target, row.storage)
+    )
+    lifts = row.storage == torch.int8 and pertoken
+    why = "more where a float scale comes with pertoken_scale" if lifts else ""
+    fixes = [_split_k(row)]
+    if exempt:
+        fixes.insert(0, upgrade(LONG_K_SINCE))
+        why = f"more from CANN {LONG_K_SINCE} on; this is CANN {target.cann}"
+    elif old:
+        why = ""
+    elif lifts and is_exact(scale.dtype, torch.float32):
+        ones: tuple[tuple[str, torch.dtype], ...] = (("pertoken_scale", torch.float32),)
+        text = "pass a pertoken_scale of ones, torch.ones(m)"
+        if row.folds_scale and scale.dtype != torch.float32:
+            text += ", and scale.float()"
+            ones += (("scale", torch.float32),)
+        fixes.insert(0, Fix(text, ones))
+    return _refused(
+        "x1",
+        f"k is {k}",
+        f"at most {LAST_DIM_MAX} as the last dim of x1 and weight",
+        *fixes,
+        product=target.product,
+        why=why,
+        since=LONG_K_SINCE if exempt else "",
+        aclnn="aclnn would report 561002, with a FRACTAL_NZ weight 161002",
+        code=561002,
+    )
 
 
 def _split_k(row: Row) -> Fix:

@@ -27,6 +27,7 @@ __all__ = [
     "DIM_MAX",
     "FRACTAL_NZ",
     "LAST_DIM_MAX",
+    "LONG_K_SINCE",
     "MAX_DIMS",
     "MIN_DIMS",
     "ND",
@@ -34,12 +35,14 @@ __all__ = [
     "PRODUCTS",
     "QUANT_MAX_DIMS",
     "QUANT_ROWS",
+    "ROUND_MODE_SINCE",
     "ROWS",
     "STORAGE_DTYPES",
     "Peak",
     "Product",
     "QuantRow",
     "Row",
+    "Since",
     "dtype_name",
     "product_by_name",
     "product_of_soc",
@@ -53,6 +56,11 @@ MAX_DIMS = 6
 # "The last dim of x1 and of x2", aclnnQuantMatmulV4.md. x2 stays (n, k) here and is transposed
 # by the operator, so only k is a last dim; n has no such limit.
 LAST_DIM_MAX = 65535
+# A longer k, with pertoken_scale and a float scale: aclnnQuantMatmulV4.md of v9.1.0 allows it, that
+# of v9.0.0 does not, nor does its aclnn_quant_matmul_v4.cpp.
+LONG_K_SINCE = "9.1.0"
+# round_mode 1 of trans_quant_param: aclnnTransQuantParamV3, first called by op-plugin 7.1.0.
+ROUND_MODE_SINCE = "8.2.RC1"
 DIM_MAX = 2**31 - 1  # quant_batch_matmul_v3_tiling.cpp (hicann/ops-nn), CheckShapeInBoundary
 ND = 2  # ACL_FORMAT_ND
 FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
@@ -66,9 +74,12 @@ class Product:
         name: what the vendor's documents call it.
         key: short name, accepted by LQ_GRAPH_PRODUCT and `set_product`.
         soc_prefixes: how `torch.npu.get_device_name()` begins on it.
+        since: the first CANN release that has rows for it.
         ge_op: the GE operator LinearQuant lowers to.
         nz_storage: weight dtypes for which the product has FRACTAL_NZ kernels in every CANN release
             (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
+        int4_nz_since: the CANN release that brought FRACTAL_NZ kernels for int4 weights; None if no
+            public release has them.
         limits_k: whether k is limited to LAST_DIM_MAX.
         empty_m: whether an x1 without rows is allowed; the output then has no rows either.
         dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
@@ -81,8 +92,10 @@ class Product:
     name: str
     key: str
     soc_prefixes: tuple[str, ...]
+    since: str
     ge_op: str = "QuantBatchMatmulV3"
     nz_storage: tuple[torch.dtype, ...] = (torch.int8,)
+    int4_nz_since: str | None = None
     limits_k: bool = True
     empty_m: bool = False
     dynamic_quant: Arithmetic = Arithmetic.MULTIPLY
@@ -93,24 +106,32 @@ class Product:
         return self.name
 
 
+# since: npu_quant_matmul's pages of 6.0.RC1 (A2, 310P; op-plugin 5.0.rc3 has no such operator) and
+# of 6.0.0 (A3)
+# int4_nz_since: the lists of kernels; v8.5.0 has none, v9.0.0 has them. aclnnQuantMatmulWeightNz.md
+# has the same rows.
 # dynamic_quant: dynamic_quant_tiling_310P.cpp (hicann/ops-nn), CorrectNumCopyRow
 ATLAS_INFERENCE = Product(
     "Atlas inference (310P)",
     "310P",
     ("Ascend310P",),
+    since="8.0.RC1",
     dynamic_quant=Arithmetic.HALF,
     dynamic_quant_k=32,
 )
-A2 = Product("Atlas A2", "A2", ("Ascend910B",))
-A3 = Product("Atlas A3", "A3", ("Ascend910_93",))
+A2 = Product("Atlas A2", "A2", ("Ascend910B",), since="8.0.RC1", int4_nz_since="9.0.0")
+A3 = Product("Atlas A3", "A3", ("Ascend910_93",), since="8.0.0", int4_nz_since="9.0.0")
 # arch35: aclnnQuantMatmulV4.md and V5.md, sections Ascend 950PR / 950DT. torchair lowers to V4
 # there; GE turns the integer cases back into V3 (quant_batch_matmul_v4_to_v3_fusion_pass.cpp).
 # cuts_scale: op_kernel/arch35/qbmm_cube_on_the_fly.h and adaptive_sliding_window_cube_tiling.cpp
 # (op_host/op_tiling/arch35), IsCapable; tests/assets/qbmmv3_kernel_golden.py computes the same.
+# since: aclnnQuantMatmulV4.md of v8.5.0, and its kernels, there for the SoC ascend910_95; the page
+# of 8.3.RC1 does not name the product.
 ASCEND_950 = Product(
     "Ascend 950",
     "950",
     ("Ascend950", "Ascend910_95"),
+    since="8.5.0",
     ge_op="QuantBatchMatmulV4",
     limits_k=False,
     empty_m=True,
@@ -158,6 +179,22 @@ COLUMNS = ("offset", "pertoken_scale", "bias", "scale", "output_dtype")
 
 
 @dataclass(frozen=True)
+class Since:
+    """The CANN release that brought a row, or dtypes of one of its columns.
+
+    Attributes:
+        cann: the release, as the vendor writes it: "8.0.RC3".
+        products: to which products; empty: to all that have the row.
+        column, dtypes: the dtypes of a column of COLUMNS that came with it; empty: the whole row.
+    """
+
+    cann: str
+    products: tuple[Product, ...] = ()
+    column: str = ""
+    dtypes: Choice = ()
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of a support table. None among the choices of an optional tensor: may be absent.
 
@@ -169,6 +206,7 @@ class Row:
         folds_scale: the kernel reads the packed int64 scale (with the offset inside), so
             trans_quant_param must fold a float32 scale first.
         source: the document the row is taken from.
+        since: releases that are later than the product's.
     """
 
     storage: torch.dtype
@@ -180,6 +218,7 @@ class Row:
     products: tuple[Product, ...]
     folds_scale: bool
     source: str
+    since: tuple[Since, ...] = ()
 
     @property
     def output(self) -> torch.dtype:
@@ -212,20 +251,35 @@ _NEWER = (A2, A3, ASCEND_950)
 # The order matters if rows overlap: the first match counts.
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    # storage, scale, offset, bias, pertoken_scale, output, products, folds_scale, source
+    # storage, scale, offset, bias, pertoken_scale, output, products, folds_scale, source, since
     Row(_I8, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _ALL, True, _MODULE),
     Row(_I8, (_I64, _F32), (_F32, None), _INT_BIAS, _ABSENT, (_I8,), _ALL, True, _MODULE),
-    Row(_I8, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32, None), (_BF16,), _NEWER, False, _MODULE),
+    # npu_quant_matmul's page of 6.0.RC1 says that pertoken_scale cannot be used yet, and has int32
+    # bias only; 6.0.RC2 has both and bfloat16 bias; the table of 6.0.0 adds float32 bias.
+    Row(_I8, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32, None), (_BF16,), _NEWER, False, _MODULE,
+        (Since("8.0.RC2", (), "pertoken_scale", (_F32,)), Since("8.0.RC2", (), "bias", (_BF16,)),
+         Since("8.0.0", (), "bias", (_F32,)))),
     # The vendor's page lists pertoken_scale as optional here; aclnn requires it (without it, a
-    # float32 scale is folded and the first row applies).
-    Row(_I8, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False, _ACLNN + "row 4"),
-    Row(_I32, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _NEWER, True, _MODULE),
-    Row(_I8, (_F32, _BF16), _ABSENT, _INT_BIAS, _ABSENT, (_I32,), _NEWER, False, _MODULE),
-    # From a newer CANN than the vendor's page.
+    # float32 scale is folded and the first row applies). As above; the row itself is in the table
+    # of 6.0.0, and pages before have no table.
+    Row(_I8, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False, _ACLNN + "row 4",
+        (Since("8.0.RC2"), Since("8.0.0", (), "bias", (_F16, _F32)))),
+    # int32 x1: the page of 6.0.RC3 has it, that of 6.0.RC2 int8 only. 950: documents and kernels of
+    # v9.1.0 have int4, those of v9.0.0 have not; the same for the other int4 rows.
+    Row(_I32, (_I64, _F32), _ABSENT, _INT_BIAS, _ABSENT, (_F16,), _NEWER, True, _MODULE,
+        (Since("8.0.RC3"), Since("9.1.0", (ASCEND_950,)))),
+    # op-plugin 7.0.0 has int32 output, 6.0.0 has not, nor has the table of its page. 950: the
+    # documents of v8.5.0 have the row, its operator definition and kernels have not.
+    Row(_I8, (_F32, _BF16), _ABSENT, _INT_BIAS, _ABSENT, (_I32,), _NEWER, False, _MODULE,
+        (Since("8.1.RC1"), Since("9.0.0", (ASCEND_950,)))),
+    # Newer than the vendor's page: test_npu_quant_matmul.py of op-plugin 7.0.0 has int4 with
+    # pertoken_scale, that of 6.0.0 has not, nor has the table of its page.
     Row(_I32, (_F32, _BF16), _ABSENT, _BF16_BIAS, (_F32,), (_BF16,), _NEWER, False,
-        _ACLNN + "A4W4 with pertokenScaleOptional, bfloat16"),
+        _ACLNN + "A4W4 with pertokenScaleOptional, bfloat16",
+        (Since("8.1.RC1"), Since("9.1.0", (ASCEND_950,)))),
     Row(_I32, (_F32,), _ABSENT, _F16_BIAS, (_F32,), (_F16,), _NEWER, False,
-        _ACLNN + "A4W4 with pertokenScaleOptional, float16"),
+        _ACLNN + "A4W4 with pertokenScaleOptional, float16",
+        (Since("8.1.RC1"), Since("9.1.0", (ASCEND_950,)))),
     Row(_I8, (_I64,), _ABSENT, _INT_BIAS, _ABSENT, (_BF16,), (ASCEND_950,), True,
         _ACLNN + "Ascend 950PR/950DT, row 1"),
 )
@@ -242,6 +296,7 @@ class QuantRow:
         output_dtype: int8, or int32 carrying eight int4.
         products: those that have the row.
         source: the document the row is taken from.
+        since: releases that are later than the product's.
     """
 
     op: str
@@ -249,19 +304,25 @@ class QuantRow:
     output_dtype: torch.dtype
     products: tuple[Product, ...]
     source: str
+    since: tuple[Since, ...] = ()
 
 
 _DYNAMIC = "hicann/ops-nn quant/dynamic_quant/op_host/dynamic_quant_def.cpp"
 _STATIC = "hicann/ops-nn quant/ascend_quant_v2/op_host/ascend_quant_v2_def.cpp"
 QUANT_MAX_DIMS = 8  # aclnnDynamicQuant.md, aclnnAscendQuantV3.md
 
+# aclnnDynamicQuant's pages name A2 alone up to 8.0.0, A3 from 8.1.RC1 on, 310P from 8.2.RC1 on.
+# op-plugin 6.0.rc1 has neither operator, 6.0.rc2 has both. npu_dynamic_quant's page of 6.0.RC3 has
+# int8 only, that of 6.0.0 int4 too.
 # fmt: off
 QUANT_ROWS: tuple[QuantRow, ...] = (
-    QuantRow("dynamic_quant", (_F16,), _I8, (ATLAS_INFERENCE,), _DYNAMIC),
-    QuantRow("dynamic_quant", (_F16, _BF16), _I8, _NEWER, _DYNAMIC),
-    QuantRow("dynamic_quant", (_F16, _BF16), _I32, _NEWER, _DYNAMIC),
-    QuantRow("static_quant", (_F16, _F32), _I8, (ATLAS_INFERENCE,), _STATIC),
-    QuantRow("static_quant", (_F16, _BF16, _F32), _I8, _NEWER, _STATIC),
+    QuantRow("dynamic_quant", (_F16,), _I8, (ATLAS_INFERENCE,), _DYNAMIC, (Since("8.2.RC1"),)),
+    QuantRow("dynamic_quant", (_F16, _BF16), _I8, _NEWER, _DYNAMIC,
+             (Since("8.0.RC2"), Since("8.1.RC1", (A3,)))),
+    QuantRow("dynamic_quant", (_F16, _BF16), _I32, _NEWER, _DYNAMIC,
+             (Since("8.0.0"), Since("8.1.RC1", (A3,)))),
+    QuantRow("static_quant", (_F16, _F32), _I8, (ATLAS_INFERENCE,), _STATIC, (Since("8.0.RC2"),)),
+    QuantRow("static_quant", (_F16, _BF16, _F32), _I8, _NEWER, _STATIC, (Since("8.0.RC2"),)),
 )
 # fmt: on
 
