@@ -51,6 +51,10 @@ class Row(NamedTuple):
         for scale, offset, bias, pertoken in product(*choices):
             yield Combination(self.x, scale, offset, bias, pertoken, self.output_dtype)
 
+    def has(self, c: Combination) -> bool:
+        """Whether a call is one of the row."""
+        return c in set(self.combinations())
+
 
 TABLE = [
     Row("310P A2 A3 950", I8, (I64, F32), (NO,), (I32, NO), (NO,), F16),
@@ -64,6 +68,44 @@ TABLE = [
     Row("950", I8, (I64,), (NO,), (I32, NO), (NO,), BF16),
 ]
 PRODUCTS = ("310P", "A2", "A3", "950")
+
+# CANN's releases, in order, and the one that brought each row of TABLE to its products. Read again
+# from the pages of npu_quant_matmul (6.0.RC1 to 7.1.0) and the tags of hicann/ops-nn.
+CANN = (
+    "8.0.RC1", "8.0.RC2", "8.0.RC3", "8.0.0", "8.1.RC1", "8.2.RC1", "8.3.RC1", "8.5.0", "9.0.0",
+    "9.1.0",
+)  # fmt: skip
+SINCE = [
+    {"310P": "8.0.RC1", "A2": "8.0.RC1", "A3": "8.0.0", "950": "8.5.0"},
+    {"310P": "8.0.RC1", "A2": "8.0.RC1", "A3": "8.0.0", "950": "8.5.0"},
+    {"A2": "8.0.RC1", "A3": "8.0.0", "950": "8.5.0"},
+    {"A2": "8.0.RC2", "A3": "8.0.0", "950": "8.5.0"},
+    {"A2": "8.0.RC3", "A3": "8.0.0", "950": "9.1.0"},
+    {"A2": "8.1.RC1", "A3": "8.1.RC1", "950": "9.0.0"},
+    {"A2": "8.1.RC1", "A3": "8.1.RC1", "950": "9.1.0"},
+    {"A2": "8.1.RC1", "A3": "8.1.RC1", "950": "9.1.0"},
+    {"950": "8.5.0"},
+]
+# by operator, output and product
+QUANT_SINCE = {
+    ("dynamic_quant", I8): {"310P": "8.2.RC1", "A2": "8.0.RC2", "A3": "8.1.RC1", "950": "8.5.0"},
+    ("dynamic_quant", I32): {"A2": "8.0.0", "A3": "8.1.RC1", "950": "8.5.0"},
+    ("static_quant", I8): {"310P": "8.0.RC2", "A2": "8.0.RC2", "A3": "8.0.0", "950": "8.5.0"},
+}
+
+
+def since(c: Combination, product: str) -> str:
+    """The release that a legal call needs on a product."""
+    (row,) = (i for i, row in enumerate(TABLE) if row.has(c) and product in row.products.split())
+    needed = [SINCE[row][product]]
+    if c.x == I8 and c.output_dtype in (F16, BF16):
+        if c.pertoken_scale or c.bias == BF16:
+            needed.append("8.0.RC2")
+        if c.bias in (F16, F32):
+            needed.append("8.0.0")
+    return max(needed, key=CANN.index)
+
+
 LEGAL = {
     key: {c for row in TABLE if key in row.products.split() for c in row.combinations()}
     for key in PRODUCTS
