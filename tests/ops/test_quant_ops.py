@@ -3,7 +3,7 @@ in graphs, and beside the vendor's own operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -435,12 +435,19 @@ CUT = [
 ]
 
 
+@pytest.fixture
+def any_product() -> Iterator[None]:
+    """A test that sets the product."""
+    yield
+    lq_graph.set_product(None)
+
+
 @pytest.mark.parametrize("product", ["A2", "A3", "950"])
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("size", "pertoken", "bias", "cut"), CUT)
 def test_a_scale_that_is_cut(
     size: int, pertoken: bool, bias: torch.dtype | None, cut: bool, product: str, kernel: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, any_product: None,
 ) -> None:  # fmt: skip
     if not kernel:
         monkeypatch.setattr(native, "_kernel", lambda: None)
@@ -448,7 +455,7 @@ def test_a_scale_that_is_cut(
         scale=F32, output=BF16, m=15, pertoken=pertoken, bias=bias, scalar_scale=size == 1
     )
     inputs = cases.make(case, seed=1)
-    monkeypatch.setattr(lq_graph.rules.products, "_chosen", tables.product_by_name(product))
+    lq_graph.set_product(product)
     out = lq_graph.linear_quant(**inputs)
     cases.assert_equal(out, inputs)
     whole = {**inputs, "scale": kernels.s19(inputs["scale"])}
@@ -456,8 +463,8 @@ def test_a_scale_that_is_cut(
     assert torch.equal(out, with_cut) == (cut and product == "950")
 
 
-def test_a_bfloat16_scale_has_nothing_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bfloat16_scale_has_nothing_to_cut(any_product: None) -> None:
     inputs = cases.make(cases.Case(scale=BF16, output=BF16, scalar_scale=True))
     want = lq_graph.linear_quant(**inputs)
-    monkeypatch.setattr(lq_graph.rules.products, "_chosen", tables.ASCEND_950)
+    lq_graph.set_product("950")
     assert torch.equal(lq_graph.linear_quant(**inputs), want)
