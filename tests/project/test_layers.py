@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import get_type_hints
 
 import pytest
 
@@ -249,6 +250,15 @@ def test_the_public_names_are_said_the_same_three_times() -> None:
         assert name in dir(lq_graph)
     with pytest.raises(AttributeError, match="module 'lq_graph' has no attribute 'quantise'"):
         lq_graph.quantise  # noqa: B018
+
+
+@pytest.mark.parametrize("name", lq_graph.__all__)
+def test_type_hints_of_public_names_resolve(name: str) -> None:
+    """typing.get_type_hints reads a module's names as they are when it runs."""
+    public = getattr(lq_graph, name)
+    own = [value for value in vars(public).values() if isinstance(value, FunctionType)]
+    for found in [public, *(own if isinstance(public, type) else ())]:
+        assert isinstance(get_type_hints(found), dict)
 
 
 @pytest.mark.slow
