@@ -269,7 +269,7 @@ def _connect(wanted: Options, library: ctypes.CDLL, faults: Faults) -> Runtime:
         graphs=GraphEngine(library),
         captures=captures,
         watch=CaptureWatch(),
-        aten=AtenKernels(captures),
+        aten=AtenKernels(library, captures),
     )
 
 

@@ -44,7 +44,7 @@ class DynamicQuantV4Arguments(NamedTuple):
     x: AclTensor
     smooth_scales: AclTensor | None
     group_index: AclTensor | None
-    dst_type: int  # CANN uses y's dtype
+    dst_type: int  # CANN uses y's dtype; csrc/aclnn.cpp gives aclnnDynamicQuant, without one, 0
     is_symmetrical: int
     mode: int  # index in QUANT_MODES
     dst_type_max: float  # of HiFloat8 only; csrc/aclnn.cpp gives V3, which has none, 0.0
@@ -176,7 +176,7 @@ def _check_ascend_quant(call: AscendQuantArguments, soc: str) -> None:
         raise RefusedError(f"round_mode is none of {', '.join(ROUND_MODES)}")
     if call.sqrt_mode or ROUND_MODES[call.round_mode] != "round":
         raise RefusedError(
-            "cann_host implements AscendQuantV3 with round_mode round and no sqrt_mode", None
+            "cann_host implements AscendQuant with round_mode round and no sqrt_mode", None
         )
 
 
@@ -237,13 +237,17 @@ def _quantize(call: QuantizeArguments, _soc: str) -> None:
 
 
 OPERATORS = (
-    Operator(
-        "aclnnDynamicQuantV2", DynamicQuantV2Arguments, _check_dynamic_quant_v2, _dynamic_quant_v2
+    *(
+        Operator(name, DynamicQuantV2Arguments, _check_dynamic_quant_v2, _dynamic_quant_v2)
+        for name in ("aclnnDynamicQuant", "aclnnDynamicQuantV2")
     ),
     *(
         Operator(name, DynamicQuantV4Arguments, _check_dynamic_quant_of_950, _dynamic_quant)
         for name in ("aclnnDynamicQuantV3", "aclnnDynamicQuantV4")
     ),
-    Operator("aclnnAscendQuantV3", AscendQuantArguments, _check_ascend_quant, _ascend_quant),
+    *(
+        Operator(name, AscendQuantArguments, _check_ascend_quant, _ascend_quant)
+        for name in ("aclnnAscendQuant", "aclnnAscendQuantV3")
+    ),
     Operator("aclnnQuantize", QuantizeArguments, _check_quantize, _quantize),
 )

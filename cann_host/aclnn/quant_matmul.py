@@ -189,10 +189,12 @@ def _quant_matmul(call: QuantMatmulArguments, soc: str) -> None:
     out.view().copy_(result)
 
 
+_check_v4 = partial(_check_quant_matmul, entry="v4")
 _check_v5 = partial(_check_quant_matmul, entry="v5")
 _check_weight_nz = partial(_check_quant_matmul, entry="nz")
 
 OPERATORS = (
+    Operator("aclnnQuantMatmulV4", QuantMatmulArguments, _check_v4, _quant_matmul),
     Operator("aclnnQuantMatmulV5", QuantMatmulArguments, _check_v5, _quant_matmul),
     Operator("aclnnQuantMatmulWeightNz", QuantMatmulArguments, _check_weight_nz, _quant_matmul),
     *(

@@ -9,6 +9,7 @@ comes from PyTorch.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -330,8 +331,8 @@ class AtenKernels:
         count: of the operators replaced.
     """
 
-    def __init__(self, captures: CapturedWork) -> None:
-        self._replacements = Replacements()
+    def __init__(self, library: ctypes.CDLL, captures: CapturedWork) -> None:
+        self._replacements = Replacements(library)
         self._captures = captures
         self.count = 0
         for name, op in _overloads():
@@ -346,6 +347,10 @@ class AtenKernels:
         if has_kernel(name, "CompositeImplicitAutograd"):
             stock = partial(_decompose, op)
             keys = [key for key in ("PrivateUse1", "AutogradPrivateUse1") if has_kernel(name, key)]
+            # With torch's own kernel (matmul), the gradient would call the vendor's
+            # matmul_backward.
+            if keys == ["PrivateUse1"] and has_kernel(name, "Autograd"):
+                keys.append("AutogradPrivateUse1")
         elif torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
             self._replacements.replace(name, _CpuKernel(op, self._captures), "PrivateUse1")
             if not has_kernel(name, "AutogradPrivateUse1"):
@@ -356,5 +361,6 @@ class AtenKernels:
         else:
             return False
         for key in keys:
-            self._replacements.wrap(name, op, key, partial(partial, _prefer, stock))
+            kernel = partial(_prefer, stock, self._replacements.vendor_kernel(op, key))
+            self._replacements.replace(name, kernel, key, with_keyset=True)
         return True

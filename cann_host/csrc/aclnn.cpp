@@ -65,6 +65,28 @@ int aclnnQuantMatmulWeightNzGetWorkspaceSize(
                  int64_t{transpose_x2}, group_size, out);
 }
 
+// Python gets the arguments in the order of V5.
+int aclnnQuantMatmulV4GetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
+                                       const aclTensor* scale, const aclTensor* offset,
+                                       const aclTensor* pertoken_scale, const aclTensor* bias,
+                                       bool transpose_x1, bool transpose_x2, const aclTensor* out,
+                                       uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_PREPARES(aclnnQuantMatmulV4GetWorkspaceSize)
+  const aclTensor* none = nullptr;
+  return Prepare("aclnnQuantMatmulV4", workspace_size, executor, x1, x2, pertoken_scale, scale,
+                 none, none, offset, none, bias, int64_t{transpose_x1}, int64_t{transpose_x2},
+                 int64_t{0}, out);
+}
+
+int aclnnDynamicQuantGetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
+                                      const aclTensor* y, const aclTensor* scale,
+                                      uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_PREPARES(aclnnDynamicQuantGetWorkspaceSize)
+  const aclTensor* none = nullptr;
+  return Prepare("aclnnDynamicQuant", workspace_size, executor, x, smooth_scales, none, int64_t{0},
+                 y, scale, none);
+}
+
 int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
                                         const aclTensor* group_index, int64_t dst_type,
                                         const aclTensor* y, const aclTensor* scale,
@@ -113,15 +135,27 @@ int aclnnDynamicQuantV4GetWorkspaceSize(const aclTensor* x, const aclTensor* smo
                  scale, offset);
 }
 
+static int64_t Rounding(const char* text) {
+  return PlaceOf(text, {"round", "floor", "ceil", "trunc"});
+}
+
+int aclnnAscendQuantGetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
+                                     const aclTensor* offset, bool sqrt_mode,
+                                     const char* round_mode, int32_t dst_type, const aclTensor* y,
+                                     uint64_t* workspace_size, aclOpExecutor** executor) {
+  CANN_HOST_PREPARES(aclnnAscendQuantGetWorkspaceSize)
+  return Prepare("aclnnAscendQuant", workspace_size, executor, x, scale, offset,
+                 int64_t{sqrt_mode}, Rounding(round_mode), int64_t{dst_type}, int64_t{-1}, y);
+}
+
 int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
                                        const aclTensor* offset, bool sqrt_mode,
                                        const char* round_mode, int32_t dst_type, int32_t axis,
                                        const aclTensor* y, uint64_t* workspace_size,
                                        aclOpExecutor** executor) {
   CANN_HOST_PREPARES(aclnnAscendQuantV3GetWorkspaceSize)
-  const int64_t rounds = PlaceOf(round_mode, {"round", "floor", "ceil", "trunc"});
   return Prepare("aclnnAscendQuantV3", workspace_size, executor, x, scale, offset,
-                 int64_t{sqrt_mode}, rounds, int64_t{dst_type}, int64_t{axis}, y);
+                 int64_t{sqrt_mode}, Rounding(round_mode), int64_t{dst_type}, int64_t{axis}, y);
 }
 
 int aclnnQuantizeGetWorkspaceSize(const aclTensor* x, const aclTensor* scales,
@@ -226,11 +260,14 @@ CANN_HOST_LAUNCH(aclnnAddRmsNorm)
 CANN_HOST_LAUNCH(aclnnQuantize)
 CANN_HOST_LAUNCH(aclnnTransQuantParamV3)
 CANN_HOST_LAUNCH(aclnnTransQuantParamV2)
+CANN_HOST_LAUNCH(aclnnQuantMatmulV4)
 CANN_HOST_LAUNCH(aclnnQuantMatmulV5)
 CANN_HOST_LAUNCH(aclnnQuantMatmulWeightNz)
+CANN_HOST_LAUNCH(aclnnDynamicQuant)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV2)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV3)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV4)
+CANN_HOST_LAUNCH(aclnnAscendQuant)
 CANN_HOST_LAUNCH(aclnnAscendQuantV3)
 CANN_HOST_LAUNCH(aclnnInplaceCopy)
 CANN_HOST_LAUNCH(aclnnCast)

@@ -399,7 +399,9 @@ def _dynamic_quant_v2(
 
 
 @op("Bitcast", accepts_internal_formats=True)
-def _bitcast(x: Any, *, type: int) -> Any:
+def _bitcast(x: Any, *, type: int, keep_dim: bool = False) -> Any:
+    if keep_dim:  # an int4 tensor then gets no dim of eight; torchair never sets it
+        raise GraphError("Bitcast with keep_dim is not implemented by cann_host")
     if isinstance(x, FractalNZ) and isinstance(x.like, Tensor):
         storage = x.storage_shape
         if type == INT4 and storage is not None:

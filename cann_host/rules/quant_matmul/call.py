@@ -15,7 +15,7 @@ __all__ = ["Entry", "QuantMatmulCall"]
 #   graph  the graph operator; its tiling has the checks that aclnn's parameter check has eagerly
 #   v5     aclnnQuantMatmulV5
 #   nz     aclnnQuantMatmulWeightNz, which has other checks
-#   v4     aclnnQuantMatmulV3 and V4, with the checks of nz; torch_npu no longer calls them
+#   v4     aclnnQuantMatmulV3 and V4, with the checks of nz; torch_npu calls V4 before train 26.0
 Entry = Literal["graph", "v5", "nz", "v4"]
 
 
