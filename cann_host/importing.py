@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ __all__ = ["NEEDED", "check_possible", "import_torch_npu"]
 
 # The packages of torch_npu and torchair, as pip names them; the extra npu of lq-graph.
 NEEDED = ("torch_npu>=2.7.1,<2.15", "packaging", "protobuf")
+
+# torch_npu's, with a space in some versions
+_WARNING = re.compile(r"Warning ?: ASCEND_HOME_PATH environment variable is not set\.")
 
 
 def check_possible() -> None:
@@ -76,15 +80,16 @@ def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
 
 
 class _WithoutLine:
-    """A text stream that drops one exact line; the rest goes to the stream behind it."""
+    """A text stream that drops a line that matches exactly; the rest goes to the stream behind
+    it."""
 
-    def __init__(self, stream: Any, line: str) -> None:
+    def __init__(self, stream: Any, line: re.Pattern[str]) -> None:
         self._stream = stream
         self._line = line
         self._dropped = False
 
     def write(self, text: str) -> int:
-        if text == self._line:
+        if self._line.fullmatch(text):
             self._dropped = True
         elif self._dropped and text == "\n":  # print() writes the end of the line separately
             self._dropped = False
@@ -100,8 +105,7 @@ class _WithoutLine:
 def _without_warning() -> Iterator[None]:
     """A block without torch_npu's warning on stdout that no CANN is installed."""
     stdout = sys.stdout
-    line = "Warning: ASCEND_HOME_PATH environment variable is not set."
-    sys.stdout = _WithoutLine(stdout, line)
+    sys.stdout = _WithoutLine(stdout, _WARNING)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cann_host.aten import captured
 from cann_host.aten.captured import CapturedWork
+from cann_host.aten.dispatch import Replacements, stock_kernel
 
 __all__ = ["AtenKernels"]
 
@@ -330,7 +331,7 @@ class AtenKernels:
     """
 
     def __init__(self, captures: CapturedWork) -> None:
-        self._library = torch.library.Library("aten", "IMPL")
+        self._replacements = Replacements()
         self._captures = captures
         self.count = 0
         for name, op in _overloads():
@@ -346,17 +347,14 @@ class AtenKernels:
             stock = partial(_decompose, op)
             keys = [key for key in ("PrivateUse1", "AutogradPrivateUse1") if has_kernel(name, key)]
         elif torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
-            kernel: Callable[..., Any] = _CpuKernel(op, self._captures)
-            self._library.impl(name, kernel, "PrivateUse1", allow_override=True)
+            self._replacements.replace(name, _CpuKernel(op, self._captures), "PrivateUse1")
             if not has_kernel(name, "AutogradPrivateUse1"):
                 return True
             # The vendor's gradient would call the vendor's backward kernels.
-            stock = torch.library.get_kernel(op, "AutogradCPU").call_boxed
+            stock = stock_kernel(op, "AutogradCPU")
             keys = ["AutogradPrivateUse1"]
         else:
             return False
         for key in keys:
-            vendor = torch.library.get_kernel(op, key).call_boxed
-            kernel = partial(_prefer, stock, vendor)
-            self._library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+            self._replacements.wrap(name, op, key, partial(partial, _prefer, stock))
         return True
