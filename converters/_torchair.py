@@ -1,7 +1,7 @@
-"""Every private name of torchair this package uses, in one place.
+"""Every private name of torchair this package uses, in one place, and what its versions lack.
 
-Known to work with the torchair inside torch_npu 2.13.0. `ge_apis` and the converter decorator
-have kept these names since torchair 6.0.rc3.
+Read in the torchairs inside torch_npu 2.7.1 to 2.14.0: docs/versions.md. `ge_apis` and the
+converter decorator have kept these names since torchair 6.0.rc3.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torchair import register_fx_node_ge_converter
 from torchair._ge_concrete_graph import ge_apis as ge
 from torchair.ge import Const, DataType, Tensor, TensorSpec
 from torchair.ge._ge_graph import GraphDef, ProtoDataType, torch_type_to_ge_type
-from torchair.ge._ge_graph import _ge_dtype_to_ge_proto_dtype as ge_dtype_to_proto
 
 __all__ = [
+    "HAS_QUANT_BATCH_MATMUL_V4",
     "Const",
     "DataType",
     "GraphDef",
@@ -30,6 +30,23 @@ __all__ = [
     "register_fx_node_ge_converter",
     "torch_type_to_ge_type",
 ]
+
+# no raw operator in the torchairs that know no Ascend 950 (torch_npu 2.7.1, 2.8.0, 2.9.0)
+HAS_QUANT_BATCH_MATMUL_V4 = hasattr(ge, "QuantBatchMatmulV4")
+
+# GE's dtypes have the same names in both enumerations. torchair's own table of the pairs has no
+# int4 before torchair 26.1 ("Unsupported ge dtype 29").
+_PROTO = {
+    value: ProtoDataType.Value(name)
+    for name, value in vars(DataType).items()
+    if name in ProtoDataType.keys()  # noqa: SIM118  (an enum of protobuf is no dict)
+}
+
+
+def ge_dtype_to_proto(dtype: int) -> int:
+    """The protobuf number of a GE dtype (a number of DataType)."""
+    number: int = _PROTO[dtype]
+    return number
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from lq_graph.rules.activations import plan_dynamic_quant, plan_static_quant
 from lq_graph.rules.plan import Plan, plan, plan_trans_quant_param
 
 from ._torchair import (
+    HAS_QUANT_BATCH_MATMUL_V4,
     Const,
     DataType,
     Tensor,
@@ -41,9 +42,9 @@ def linear_quant(
     """NB: lq_graph::linear_quant(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None,
     Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) -> Tensor
 
-    One QuantBatchMatmulV3 (V4 on Ascend 950) with transpose_x2; the weight stays (n, k). Before it,
-    only if needed: TransQuantParamV2 for a float32 scale that must be folded; Bitcast and Reshape
-    for int4, which is a dtype in GE and packed in int32 in torch.
+    One QuantBatchMatmulV3 (V4 on Ascend 950, if torchair has it) with transpose_x2; the weight
+    stays (n, k). Before it, only if needed: TransQuantParamV2 for a float32 scale that must be
+    folded; Bitcast and Reshape for int4, which is a dtype in GE and packed in int32 in torch.
     """
     p = plan(
         x1.meta,
@@ -189,7 +190,9 @@ def _quant_batch_matmul(
     bias: Tensor | None,
 ) -> Tensor:
     dtype = torch_type_to_ge_type(p.output_dtype)
-    if p.product.ge_op == "QuantBatchMatmulV4":
+    # Where torchair has no V4, V3 is right: it is what GE makes of V4 for int8 and int4
+    # (quant_batch_matmul_v4_to_v3_fusion_pass.cpp, hicann/ops-nn).
+    if p.product.ge_op == "QuantBatchMatmulV4" and HAS_QUANT_BATCH_MATMUL_V4:
         out = ge.QuantBatchMatmulV4(
             x1,
             weight,
