@@ -62,7 +62,8 @@ TABLE = {
     "parallel": Allowed(MODULES, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
-    "__main__": Allowed(ALL, {"torch"}, NPU),
+    "command_line": Allowed(ALL, {"torch"}, NPU),
+    "__main__": Allowed({"command_line"}, set()),
     "lq_graph": Allowed(ALL | {"_import_torch"}, set()),
     "cann_host": Allowed({"kernels"}, {"torch"}, NPU),
 }
