@@ -1,4 +1,5 @@
-"""`python -m lq_graph check ...` checks a configuration, `... explain ...` explains a model."""
+"""`python -m lq_graph check ...` checks a configuration, `... explain ...` explains a model, `...
+doctor` looks at the machine."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from .analysis.explain import explain, require_npu
+from .doctor import command
 from .errors import LinearQuantError, LinearQuantValueError
 from .kernels import storage_k
 from .rules.check import check
@@ -98,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     explaining.add_argument(
         "--html", metavar="FILE", help="also write a page with the graphs drawn"
     )
+    doctor = commands.add_parser(
+        "doctor",
+        help=command.HELP,
+        description=command.DESCRIPTION,
+        epilog=command.EPILOG,
+    )
+    command.add_arguments(doctor)
     return parser
 
 
@@ -190,6 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     asked = parser.parse_args(arguments)
+    if asked.command == "doctor":
+        return command.run(asked)
     if asked.command == "explain":
         try:
             _explain(asked.model, asked.html)
