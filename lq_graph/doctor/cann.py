@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cann", "Installed", "find_cann", "has_device_files"]
+__all__ = ["LIBRARY", "Cann", "Installed", "find_cann", "has_device_files"]
 
 LIBRARY = "libascendcl.so"
 HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
+
+from .cann import LIBRARY
 
 __all__ = ["AUTOLOAD", "autoload_is_off", "variables_that_matter"]
 
@@ -38,8 +42,7 @@ _BEGINNINGS = (
     "TORCHINDUCTOR_",
     "TORCHDYNAMO_",
 )
-# of these, only the folders that concern CANN
-_PATHS = ("LD_LIBRARY_PATH",)
+_LIBRARIES = "LD_LIBRARY_PATH"  # of it, only the folders that concern CANN
 _ABOUT_CANN = ("ascend", "cann")
 
 
@@ -55,12 +58,11 @@ def variables_that_matter(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if name in _NAMES or name.startswith(_BEGINNINGS)
     }
-    for name in _PATHS:
-        folders = [
-            folder
-            for folder in environ.get(name, "").split(":")
-            if any(word in folder.lower() for word in _ABOUT_CANN)
-        ]
-        if folders:
-            found[name] = ":".join(folders)
+    folders = [
+        folder
+        for folder in environ.get(_LIBRARIES, "").split(os.pathsep)
+        if any(word in folder.lower() for word in _ABOUT_CANN) or Path(folder, LIBRARY).is_file()
+    ]
+    if folders:
+        found[_LIBRARIES] = os.pathsep.join(folders)
     return dict(sorted(found.items()))

@@ -13,6 +13,7 @@ from typing import Any
 from .cann import Cann, find_cann, has_device_files
 from .children import Child, ask_stand_in
 from .environment import autoload_is_off, variables_that_matter
+from .inside import NPU_MODES, on_the_cpu, on_the_npu
 from .packages import Torch, TorchNpu, find_torch, find_torch_npu
 
 __all__ = ["Examination", "Facts", "StandIn"]
@@ -106,8 +107,6 @@ class Examination:
         """Everything but the self-test."""
         facts = self.facts
         if "torch_npu" in sys.modules:  # on cann_host: this process is as good as another
-            from .inside import on_the_cpu, on_the_npu
-
             self._sources = [
                 _Source("cpu", on_the_cpu(self._with_test)),
                 _Source("npu", on_the_npu(self._with_test)),
@@ -122,6 +121,9 @@ class Examination:
                 self._begun.append((source, begun["mode"]))
             else:
                 self._ended(source)
+        if facts.torch_error == "" and not any(mode["mode"] in NPU_MODES for mode in facts.modes):
+            why = "cannot be imported" if facts.torch_npu else "is not installed"
+            facts.modes += [{"mode": mode, "why_not": f"torch_npu {why}"} for mode in NPU_MODES]
         if facts.torch_npu and not facts.stand_in.active and facts.cann.state != "sourced":
             facts.stand_in.why_not = ask_stand_in()
         return facts

@@ -19,11 +19,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Event", "on_the_cpu", "on_the_npu"]
+__all__ = ["NPU_MODES", "Event", "on_the_cpu", "on_the_npu"]
 
 # name and fields; the names: torch, kernel, product, mode, torch_npu, torchair, device, failed,
 # begin and results
 Event = tuple[str, dict[str, Any]]
+
+CPU_MODES = ("CPU", "torch.export", "Inductor on the CPU")
+NPU_MODES = (
+    "eager on the NPU",
+    "GE graph",
+    "captured graph (reduce-overhead)",
+    "captured graph (torch.npu.graph)",
+    "captured graph (npugraph_ex)",
+)
 
 # A device compiles the one graph of all rows in some ten seconds; if it has to be split, no
 # further graph is begun after this time.
@@ -39,9 +48,8 @@ def on_the_cpu(self_test: bool) -> Iterator[Event]:
     yield "kernel", {"why_not": native.why_not_available(), "library": native.library()}
     product = list(_guarded("product", _product))
     yield from product
-    yield "mode", {"mode": "CPU", "why_not": ""}
-    yield "mode", {"mode": "torch.export", "why_not": ""}
-    yield "mode", {"mode": "Inductor on the CPU", "why_not": _why_no_inductor()}
+    for mode, why_not in zip(CPU_MODES, ("", "", _why_no_inductor()), strict=True):
+        yield "mode", {"mode": mode, "why_not": why_not}
     if self_test and product[0][0] != "failed":
         yield from _guarded_events("self-test", lambda: _run("cpu"))
 
@@ -138,21 +146,20 @@ def _npu_modes(npu: Any, device: str, torchair: str) -> Iterator[Event]:
     """What torch_npu and torchair have; asked by what exists."""
     import torch
 
-    yield "mode", {"mode": "eager on the NPU", "why_not": device}
-    yield "mode", {"mode": "GE graph", "why_not": device or torchair}
-    captured = device or torchair
-    if not captured:
+    captured = by_hand = named = ""
+    if not device and not torchair:
         config = importlib.import_module("torchair").CompilerConfig()
         try:
             config.mode = "reduce-overhead"
         except Exception:
             captured = "this torchair has no mode reduce-overhead"
-    yield "mode", {"mode": "captured graph (reduce-overhead)", "why_not": captured}
-    by_hand = device or ("" if hasattr(npu, "NPUGraph") else "this torch_npu has no NPUGraph")
-    yield "mode", {"mode": "captured graph (torch.npu.graph)", "why_not": by_hand}
-    named = torch._dynamo.list_backends(exclude_tags=())
-    why_not = device or ("" if "npugraph_ex" in named else "this torch_npu has no such backend")
-    yield "mode", {"mode": "captured graph (npugraph_ex)", "why_not": why_not}
+    if not hasattr(npu, "NPUGraph"):
+        by_hand = "this torch_npu has no NPUGraph"
+    if "npugraph_ex" not in torch._dynamo.list_backends(exclude_tags=()):
+        named = "this torch_npu has no such backend"
+    answers = ("", torchair, torchair or captured, by_hand, named)
+    for mode, why_not in zip(NPU_MODES, answers, strict=True):
+        yield "mode", {"mode": mode, "why_not": device or why_not}
 
 
 def _run(mode: str) -> Iterator[Event]:
@@ -189,11 +196,11 @@ def _guarded_events(stage: str, events: Callable[[], Iterator[Event]]) -> Iterat
 
 
 def _root(error: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
+    """The innermost cause of an error, in one line without torch_npu's line of time and code."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)}"
+    lines = [line.strip() for line in str(error).partition("[ERROR]")[0].splitlines()]
+    return f"{type(error).__name__}: {' '.join(filter(None, lines))}".rstrip(".")
 
 
 def main(arguments: list[str]) -> None:

@@ -165,7 +165,7 @@ def _no_cann(facts: Facts) -> Problem | None:
         return None
     return Problem(
         "no_cann",
-        "torch_npu is installed, and there is no CANN on this machine, so `import torch` fails.",
+        "torch_npu is installed and no CANN was found on this machine, so `import torch` fails.",
         f"With an NPU, install CANN and source its set_env.sh; without one, use `{_STAND_IN}`, or "
         f"for plain CPU use set {AUTOLOAD}=0.",
     )
@@ -221,9 +221,9 @@ _CAUSES = (
         "common in it to LD_LIBRARY_PATH.",
     ),
     (
-        r"(cannot open shared object file|file too short|invalid ELF header)",
+        r"cannot open shared object|file too short|invalid ELF header|_PATH : \S+ does not exist",
         "cann_incomplete",
-        "a library of CANN is missing or damaged",
+        "a part of CANN is missing or damaged",
         "Install CANN's toolkit and the package of kernels (ops) for your chip again, in one "
         "version.",
     ),
