@@ -7,12 +7,13 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LinearQuantError
 from ..modules.linear_quant import LinearQuant
 from ..modules.prepare import use_internal_format_weight
 from ..ops import dynamic_quant, static_quant, trans_quant_param
@@ -37,6 +38,7 @@ class Case:
         module: computes it.
         inputs: on the CPU.
         misses: from the outputs, on the CPU: for every number, how far it is off; 0 if it is right.
+        needs: what this machine lacks for it, such as "CANN 9.0.0"; empty if nothing.
     """
 
     group: str
@@ -44,6 +46,7 @@ class Case:
     module: nn.Module
     inputs: tuple[Tensor, ...]
     misses: Callable[..., Tensor]
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Result:
         count: of how many.
         largest: the largest difference.
         error: the error instead of numbers; empty if there is none.
-        ran: False if there was no time for it.
+        left_out: why it did not run; empty if it did.
     """
 
     group: str
@@ -65,12 +68,12 @@ class Result:
     count: int = 0
     largest: float = 0.0
     error: str = ""
-    ran: bool = True
+    left_out: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether it ran and every number is right."""
-        return self.ran and not self.error and not self.wrong
+        return not (self.left_out or self.error or self.wrong)
 
 
 # ---- the cases ----
@@ -105,7 +108,18 @@ def cases_of(product: Product) -> list[Case]:
         name = "scale, offset" if len(inputs) > 1 else "scale"
         call = _Call(trans_quant_param)
         found.append(Case(_FOLDING, name, call, inputs, _differences(want)))
-    return found
+    return [replace(case, needs=_needs(case)) for case in found]
+
+
+def _needs(case: Case) -> str:
+    """The release of CANN that a call needs, if the one in force is older and the rules say so."""
+    try:
+        with torch.no_grad():
+            case.module(*case.inputs)
+    except LinearQuantError as error:
+        since = getattr(error.refusal, "since", None)
+        return f"CANN {since}" if since else ""
+    return ""
 
 
 def label_of(row: Row | QuantRow) -> str:
@@ -257,6 +271,9 @@ def run_eagerly(cases: Sequence[Case], device: str) -> Iterator[Result]:
         device: "cpu", or "npu", where the weights are prepared as for deployment.
     """
     for case in cases:
+        if case.needs:
+            yield _left_out(case, f"needs {case.needs}")
+            continue
         try:
             module = case.module
             if device != "cpu":
@@ -295,6 +312,8 @@ def run_compiled(
         seconds: after them, no other graph is begun; what is left has not run.
     """
     start = time.monotonic()
+    yield from (_left_out(case, f"needs {case.needs}") for case in cases if case.needs)
+    cases = [case for case in cases if not case.needs]
     try:
         yield from _in_one_graph(cases, backend, device)
         return
@@ -303,13 +322,17 @@ def run_compiled(
     for _, several in itertools.groupby(cases, key=lambda case: case.group):
         group = list(several)
         if time.monotonic() - start > seconds:
-            yield from (Result(case.group, case.name, ran=False) for case in group)
+            yield from (_left_out(case, "there was no time for it") for case in group)
             continue
         try:
             yield from _in_one_graph(group, backend, device)
         except Exception as error:
             text = _sentence(error)
             yield from (Result(case.group, case.name, error=text) for case in group)
+
+
+def _left_out(case: Case, why: str) -> Result:
+    return Result(case.group, case.name, left_out=why)
 
 
 def _in_one_graph(cases: Sequence[Case], backend: Any, device: str) -> list[Result]:

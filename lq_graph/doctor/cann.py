@@ -158,15 +158,15 @@ def _info_files(folder: Path) -> Iterator[Path]:
 
 
 def _version_of(folder: Path) -> str:
-    """The version that its files give: version=8.5.0 in an install.info, Version=... in a
-    version.info, [8.5.0...] in version.cfg."""
+    """The version that its files give: version=8.5.0 in an install.info, Version=8.5.0 in a
+    version.info, ...=[7.9.0.1:8.5.0] in version.cfg."""
     for file in _info_files(folder):
         text = _text(file)
         found = re.search(r"^version\s*=\s*(\S+)", text, re.M | re.I) or re.search(
-            r"version=.*?\[.*?(\d+\.\d+\.[\w.]+)", text, re.I
+            r"version=.*\[(?:[^\]:]*:)?(?:CANN-)?(\d+\.[\w.]+)\]", text, re.I
         )
         if found:
-            return found[1].strip("[]")
+            return found[1]
     found = re.search(r"\d+\.\d+\.[\w.]+$", folder.resolve().name)
     return found[0] if found else "unknown"
 

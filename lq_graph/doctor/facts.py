@@ -51,8 +51,10 @@ class Facts:
             tried.
         torch_npu_error, torchair_error: the same of these.
         kernel: "why_not" and "library" of the compiled CPU kernel.
-        device: "name", "count", "cann" and "allow_internal_format"; None without a device.
+        device: "name", "count" and "cann", as torch_npu reports them; None without a device.
         device_error: why there is no device.
+        allow_internal_format: torch_npu's switch, as a program finds it; None if not known.
+        compute_error: why the device computes nothing; "" if it does.
         product: "name", "key", whether it is "known", and its "rows".
         product_error: why there is no product.
         modes: "mode" and "why_not" of each.
@@ -75,6 +77,8 @@ class Facts:
     kernel: dict[str, Any] | None = None
     device: dict[str, Any] | None = None
     device_error: str = ""
+    allow_internal_format: bool | None = None
+    compute_error: str = ""
     product: dict[str, Any] | None = None
     product_error: str = ""
     modes: list[dict[str, str]] = field(default_factory=list)
@@ -166,6 +170,8 @@ class Examination:
                 facts.self_test.append(fields)
             elif name in ("kernel", "device", "product"):
                 setattr(facts, name, fields)
+            elif name == "compute":
+                facts.allow_internal_format = fields["allow_internal_format"]
             elif name == "failed":
                 self._failed(**fields)
             yield name, fields
@@ -173,7 +179,7 @@ class Examination:
     def _failed(self, stage: str, error: str) -> None:
         if stage == "self-test":
             self.facts.self_test_errors.append(error)
-        else:  # torch_npu_error, device_error or product_error
+        else:  # torch_npu_error, device_error, compute_error or product_error
             setattr(self.facts, f"{stage}_error", error)
 
     def _ended(self, source: _Source, mode: str = "") -> None:

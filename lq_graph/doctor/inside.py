@@ -21,8 +21,8 @@ from typing import Any
 
 __all__ = ["NPU_MODES", "Event", "on_the_cpu", "on_the_npu"]
 
-# name and fields; the names: torch, kernel, product, mode, torch_npu, torchair, device, failed,
-# begin and results
+# name and fields; the names: torch, kernel, product, mode, torch_npu, torchair, device, compute,
+# failed, begin and results
 Event = tuple[str, dict[str, Any]]
 
 CPU_MODES = ("CPU", "torch.export", "Inductor on the CPU")
@@ -77,18 +77,15 @@ def on_the_npu(self_test: bool) -> Iterator[Event]:
     yield from _npu_modes(npu, device and "no device", torchair and "torchair cannot be imported")
     if device:
         return
+    yield from _guarded("compute", lambda: {"allow_internal_format": _allows_internal_format()})
     product = list(_guarded("product", _product))
     yield from product
     if not self_test or product[0][0] == "failed":
         return
-    before = _allows_internal_format()
     npu.config.allow_internal_format = True
-    try:
-        yield from _guarded_events("self-test", lambda: _run("npu"))
-        if not torchair:
-            yield from _guarded_events("self-test", lambda: _run("graph"))
-    finally:
-        npu.config.allow_internal_format = before
+    yield from _guarded_events("self-test", lambda: _run("npu"))
+    if not torchair:
+        yield from _guarded_events("self-test", lambda: _run("graph"))
 
 
 # ---- parts ----
@@ -103,7 +100,6 @@ def _device(npu: Any) -> dict[str, Any]:
         "name": npu.get_device_name(),
         "count": count,
         "cann": ask("CANN") if ask else "",
-        "allow_internal_format": _allows_internal_format(),
     }
 
 

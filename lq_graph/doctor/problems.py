@@ -93,7 +93,7 @@ def _mismatch(facts: Facts) -> Problem | None:
         "it for Pip and CPU; or the torch_npu that is made for your torch.",
         (
             f'pip install "torch=={npu.made_for}+cpu" --index-url ...   # the address on that page',
-            f'pip install --no-deps "torch_npu=={npu.version}"',
+            f"pip install --no-deps torch_npu=={npu.version}",
         ),
     )
 
@@ -107,7 +107,7 @@ def _no_torch_npu(facts: Facts) -> Problem | None:
         "no_torch_npu",
         f"This machine has {which}, and torch_npu is not installed.",
         "Install the torch_npu that is made for your torch.",
-        (f'pip install --no-deps "torch_npu=={release}.*" numpy pyyaml packaging protobuf',)
+        (f"pip install --no-deps 'torch_npu=={release}.*' numpy pyyaml packaging protobuf",)
         if release
         else (),
     )
@@ -297,6 +297,17 @@ def _no_device(facts: Facts) -> Problem | None:
     )
 
 
+def _computes_nothing(facts: Facts) -> Problem | None:
+    if not facts.compute_error:
+        return None
+    return Problem(
+        "no_kernels",
+        f"The first computation on the device fails: {facts.compute_error}.",
+        "Install CANN's package of kernels (ops) for this chip, in the version of the toolkit, and "
+        "source CANN again.",
+    )
+
+
 def _no_product(facts: Facts) -> Problem | None:
     if facts.product_error:
         return Problem(
@@ -378,7 +389,7 @@ def _self_test(facts: Facts) -> Problem | None:
         f"{result['group'].partition(':')[0]} ({test['mode']})"
         for test in facts.self_test
         for result in test["results"]
-        if result["ran"] and not result["passed"]
+        if not result["left_out"] and not result["passed"]
     }
     if not failed and not facts.self_test_errors:
         return None
@@ -405,6 +416,7 @@ RULES: tuple[Rule, ...] = (
     _import_fails,
     _torchair_fails,
     _no_device,
+    _computes_nothing,
     _no_product,
     _stand_in,
     _kernel,
@@ -437,14 +449,19 @@ def find_notes(facts: Facts) -> list[str]:
         notes.append("LQ_GRAPH_NATIVE turns the compiled CPU kernel off.")
     if facts.kernel and facts.kernel["why_not"] == "processor":
         notes.append("This processor has no AVX-512 VNNI: torch computes instead of the kernel.")
-    if facts.device and facts.device["allow_internal_format"] is False:
+    if facts.allow_internal_format is False:
         notes.append(
             "allow_internal_format is off (torch_npu's default): weights stay ND until a program "
             "sets torch.npu.config.allow_internal_format = True."
         )
     if facts.stand_in.active:
         notes.append("cann_host computes on the CPU: the self-test says nothing about a chip.")
-    left = sum(not result["ran"] for test in facts.self_test for result in test["results"])
-    if left:
-        notes.append(f"There was no time for {left} calls of the self-test.")
+    left_out = dict.fromkeys(
+        f"{result['group']} ({result['left_out']})"
+        for test in facts.self_test
+        for result in test["results"]
+        if result["left_out"]
+    )
+    if left_out:
+        notes.append(f"The self-test left out calls of: {'; '.join(left_out)}.")
     return notes

@@ -59,8 +59,8 @@ def facts_text(facts: Facts) -> list[str]:
         ("device", _device(facts)),
         ("CPU kernel", _KERNEL[facts.kernel["why_not"]] if facts.kernel else "unknown"),
     ]  # fmt: skip
-    if facts.device and facts.device["allow_internal_format"] is not None:
-        switch = "on" if facts.device["allow_internal_format"] else "off"
+    if facts.allow_internal_format is not None:
+        switch = "on" if facts.allow_internal_format else "off"
         rows.insert(-1, ("weights", f"allow_internal_format is {switch}"))
     for label, text in rows:
         lines += _wrapped(label.ljust(_LABEL) + text, " " * _LABEL)
@@ -100,7 +100,7 @@ def rows_text(facts: Facts) -> list[str]:
 
 def progress_text(test: dict[str, Any]) -> str:
     """A mode of the self-test that has ended."""
-    count = Counter(result["passed"] for result in test["results"])
+    count = Counter(result["passed"] for result in test["results"] if not result["left_out"])
     calls = f"{sum(count.values())} calls"
     verdict = "all right" if not count[False] else f"{count[False]} not right"
     return f"   {test['mode']:6} {calls:10} {test['seconds']:6.1f} s   {verdict}"
@@ -125,6 +125,7 @@ def as_json(facts: Facts, problems: Sequence[Problem], notes: Sequence[str]) -> 
         "torchair": {"imports": _yes(facts.torchair_error), "error": facts.torchair_error or ""},
         "cann": {**dataclasses.asdict(facts.cann), "cann_host": dataclasses.asdict(facts.stand_in)},
         "device": facts.device,
+        "allow_internal_format": facts.allow_internal_format,
         "product": facts.product,
         "cpu_kernel": facts.kernel,
         "variables": facts.variables,
@@ -189,7 +190,7 @@ def _device(facts: Facts) -> str:
 
 def _right(test: dict[str, Any], group: str) -> str:
     results = [result for result in test["results"] if result["group"] == group]
-    ran = [result for result in results if result["ran"]]
+    ran = [result for result in results if not result["left_out"]]
     if not ran:
         return "-"
     return f"{sum(result['passed'] for result in ran)}/{len(results)}"
@@ -199,7 +200,7 @@ def _wrong(tests: Iterable[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for test in tests:
         for result in test["results"]:
-            if not result["ran"] or result["passed"]:
+            if result["left_out"] or result["passed"]:
                 continue
             said = result["error"] or (
                 f"{result['wrong']:,} of {result['count']:,} numbers differ, by at most "
