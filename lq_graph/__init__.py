@@ -14,8 +14,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _import_torch  # noqa: F401 - first: it says why torch cannot be imported
-from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
+from . import _import_torch  # first: it says why torch cannot be imported
+
+if _import_torch.IS_NEEDED:
+    from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
 
 if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .analysis.compare import compare

@@ -19,6 +19,10 @@ def _for_the_command_line() -> bool:
     return sys.argv[:1] == ["-m"] and called in (["lq_graph"], ["-mlq_graph"])
 
 
+# False for `python -m lq_graph doctor`, which must work where torch cannot be imported
+IS_NEEDED = not (_for_the_command_line() and sys.argv[1:2] == ["doctor"])
+
+
 @contextmanager
 def _without_autoload() -> Iterator[None]:
     before = os.environ.get(_AUTOLOAD)
@@ -53,7 +57,9 @@ def _why(error: RuntimeError) -> str:
 
 
 try:
-    if _for_the_command_line():
+    if not IS_NEEDED:
+        pass
+    elif _for_the_command_line():
         with _without_autoload():
             import torch
     else:

@@ -26,7 +26,7 @@ from .errors import NotFiniteError
 from .layouts import NZ_ROW_BYTES
 from .memory import check_held
 
-__all__ = ["is_available", "matmul"]
+__all__ = ["is_available", "library", "matmul", "why_not_available"]
 
 _LIBRARY = "liblq_graph_cpu.so"
 # struct LqMatmul of csrc/call.h
@@ -50,8 +50,12 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def _setting() -> str:
+    return os.environ.get("LQ_GRAPH_NATIVE", "").strip().lower()
+
+
 def _is_wanted() -> bool:
-    value = os.environ.get("LQ_GRAPH_NATIVE", "").strip().lower()
+    value = _setting()
     if value not in _OFF + _ON:
         warnings.warn(
             f"LQ_GRAPH_NATIVE is {value!r}; allowed are {', '.join(_OFF)} (do not use the compiled "
@@ -86,42 +90,64 @@ def _built_from(library: ctypes.CDLL) -> str:
     return found.decode()
 
 
+def _load() -> tuple[Callable[[bytes, int], int] | None, str]:
+    """The compiled function, or None and why: see `why_not_available`."""
+    if not _is_wanted():
+        return None, "off" if _setting() in _OFF else "variable"
+    path = library()
+    if path is None:
+        return None, "absent"
+    try:
+        loaded = ctypes.CDLL(path)
+    except OSError:
+        return None, "openmp"
+    sources = _sources()
+    if sources is not None and sources != _built_from(loaded):
+        warnings.warn(
+            f"lq_graph's compiled CPU kernel ({path}) was built from other sources than "
+            "the Python beside it: run pip install -e . again. Until then torch computes "
+            "the same, slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, "stale"
+    if not loaded.lq_matmul_supported():
+        return None, "processor"
+    function = loaded.lq_matmul
+    function.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
+    function.restype = ctypes.c_int
+    return function, ""
+
+
 @cache
 def _kernel() -> Callable[[bytes, int], int] | None:
-    """The compiled function; None if it is not built, or the processor lacks an instruction."""
-    if not _is_wanted():
-        return None
+    """The compiled function; None if it is not used."""
+    return _load()[0]
+
+
+def library() -> str | None:
+    """The library's file; None if it was not built."""
     # an editable install keeps the library in site-packages; the package's path lists both
     for folder in __path__:
         path = Path(folder) / "lib" / _LIBRARY
         if path.is_file():
-            try:
-                library = ctypes.CDLL(str(path))
-            except OSError:  # torch has no OpenMP runtime with GOMP's names
-                return None
-            sources = _sources()
-            if sources is not None and sources != _built_from(library):
-                warnings.warn(
-                    f"lq_graph's compiled CPU kernel ({path}) was built from other sources than "
-                    "the Python beside it: run pip install -e . again. Until then torch computes "
-                    "the same, slower.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return None
-            if not library.lq_matmul_supported():
-                return None
-            function = library.lq_matmul
-            function.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
-            function.restype = ctypes.c_int
-            found: Callable[[bytes, int], int] = function
-            return found
+            return str(path)
     return None
 
 
 def is_available() -> bool:
     """Whether the compiled kernel is there and this processor has what it needs."""
     return _kernel() is not None
+
+
+def why_not_available() -> str:
+    """Why the compiled kernel is not used: "off" (by LQ_GRAPH_NATIVE), "variable" (LQ_GRAPH_NATIVE
+    has another value), "absent" (not built), "openmp" (torch has no OpenMP runtime with GOMP's
+    names), "stale" (built from other sources) or "processor" (no AVX-512 VNNI); "" if it is
+    used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the answer says the same
+        return _load()[1]
 
 
 def _check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lq_graph import LinearQuant, LinearQuantValueError, QuantizedLinear, explain
-from lq_graph import __main__ as command_line
+from lq_graph import LinearQuant, LinearQuantValueError, QuantizedLinear, command_line, explain
 from lq_graph.rules.tables import Peak
 from support import cases
 from support.cases import BF16, F16, I32, Case

@@ -13,7 +13,7 @@ import cann_host
 from cann_host import __main__ as launcher
 from cann_host import importing, runtime
 from cann_host.options import CannHostError, Options
-from lq_graph import __main__ as command_line
+from lq_graph import command_line
 from support.processes import python, script
 
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not

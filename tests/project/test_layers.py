@@ -35,11 +35,12 @@ RULES = BASE | {"kernels", "rules"}
 OPS = RULES | {"backends", "ops"}
 MODULES = OPS | {"modules"}
 ALL = MODULES | {"quantization", "checkpoints", "parallel", "analysis", "converters"}
+DOCTOR = ALL | {"torch", "torch_npu", "torchair", "cann_host"}  # in other processes
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a part may import: of lq_graph, of other packages, and of those inside functions only,
+    """What a part may import: of lq_graph, of other packages, and of both inside functions only,
     because not every user has them or because they are slow to import."""
 
     ours: set[str]
@@ -63,7 +64,9 @@ TABLE = {
     "parallel": Allowed(MODULES, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
-    "__main__": Allowed(ALL, {"torch"}, NPU),
+    "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
+    "command_line": Allowed(ALL | {"doctor"}, {"torch"}, NPU),
+    "__main__": Allowed(set(), set(), frozenset({"command_line", "doctor"})),
     "lq_graph": Allowed(ALL | {"_import_torch"}, set()),
     "cann_host": Allowed({"kernels"}, {"torch"}, NPU),
 }
@@ -157,9 +160,10 @@ def refused(found: Import) -> bool:
     allowed = TABLE[found.part]
     if found.where == "typing":  # it costs nothing and makes no cycle
         return False
+    late = allowed.late if found.where == "function" else set()
     if found.ours:
-        return found.target not in allowed.ours | {found.part}
-    here = allowed.others | (allowed.late if found.where == "function" else set())
+        return found.target not in allowed.ours | late | {found.part}
+    here = allowed.others | late
     own = found.part == found.target == "cann_host"
     return not own and found.target not in here
 
@@ -206,6 +210,8 @@ def test_the_table_can_refuse() -> None:
         Import("lq_graph/kernels/native.py", "kernels", 1, "numpy", "function"),
         Import("cann_host/ge.py", "cann_host", 1, "lq_graph.rules.tables", "module"),
         Import("cann_host/ge.py", "cann_host", 1, "lq_graph", "module"),
+        Import("lq_graph/doctor/cann.py", "doctor", 1, "lq_graph.rules.tables", "module"),
+        Import("lq_graph/doctor/cann.py", "doctor", 1, "torch", "module"),
     ):
         assert refused(slip), slip
     assert {found.where for found in EVERY} == {"module", "function", "typing"}

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import lq_graph
-from lq_graph import __main__ as command_line
-from lq_graph import check
+from lq_graph import check, command_line
 from support import cases
 from support.cases import BF16, F16, F32, I8, I32, I64, ROW_CASES, Case
 from support.processes import python
