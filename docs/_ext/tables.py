@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from versions import versions
 
 from lq_graph.rules.tables import (
     PRODUCTS,
@@ -110,7 +111,9 @@ def cpu_kernel() -> str:
     return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
 
 
-TABLES = {made.__name__: made for made in (linear_quant, activations, products, cpu_kernel)}
+TABLES = {
+    made.__name__: made for made in (linear_quant, activations, products, cpu_kernel, versions)
+}
 
 
 def put_in(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
