@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .rules.refusal import Refusal
+else:
+    Refusal = object  # for typing.get_type_hints; this module imports nothing of lq_graph
 
 __all__ = ["LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"]
+
+E = TypeVar("E", bound="LinearQuantError")
 
 
 class LinearQuantError(Exception):
@@ -25,7 +27,7 @@ class LinearQuantError(Exception):
     # No __init__: when torch.compile traces a raise, it would fail on the __init__ instead.
     refusal: Refusal | None = None
 
-    def in_layer(self, caller: str, layer: str) -> Self:
+    def in_layer(self: E, caller: str, layer: str) -> E:
         """The same error; its text begins with the place in the model.
 
         Args:

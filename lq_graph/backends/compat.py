@@ -1,8 +1,8 @@
-"""Every private name of torch that the backends use, in one place.
+"""Every private name of torch that the backends use, and what differs between its versions.
 
-Known to work with torch 2.9 to 2.13. If versions differ, test here which name exists; never test
-the version number. torchair's private names are in converters/_torchair.py; of torch_npu only
-public names are used.
+Known to work with torch 2.7.1 to 2.14. If versions differ, test here which name exists; never test
+the version number. `kernels` imports nothing else of lq_graph, so it has its own such module,
+kernels/symbolic.py. torchair's private names are in converters/_torchair.py.
 """
 
 from __future__ import annotations

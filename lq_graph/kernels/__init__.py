@@ -12,6 +12,7 @@ The names below are what the rest of lq_graph and cann_host may use:
 - int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
 - the 64-bit scale: `pack_scale`, `unpack_scale`, `unpack_finite_scale`, `s19`, `s19_at_least`;
 - FRACTAL_NZ: `nd_to_nz`, `nz_to_nd`, `nz_shape`, `NzWeight`;
+- conditions on sizes that may be symbols: `guard_or_false`;
 - activations: `dynamic_quant`, `dynamic_quant_with_offset`, `quantize_rows`, `static_quant`.
 """
 
@@ -43,6 +44,7 @@ from .packing import (
     unpack_int4,
     unpack_scale,
 )
+from .symbolic import guard_or_false
 
 __all__ = [
     "INT4_PER_INT32",
@@ -60,6 +62,7 @@ __all__ = [
     "dynamic_quant_with_offset",
     "epilogue",
     "for_rows",
+    "guard_or_false",
     "is_cut",
     "logical_k",
     "matmul_int32",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import NotFiniteError, PartialGroupError
 from .memory import aligned, cache_sized, row_major
+from .symbolic import guard_or_false
 
 __all__ = [
     "INT4_PER_INT32",
@@ -60,8 +61,6 @@ def storage_k(k: int, dtype: torch.dtype) -> int:
         return k
     partial = k % group != 0
     if type(partial) is not bool:
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # loads sympy: 0.3 s
-
         partial = guard_or_false(partial)
     if partial:
         raise PartialGroupError(k, group)

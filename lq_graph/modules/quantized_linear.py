@@ -245,9 +245,7 @@ class QuantizedLinear(nn.Module):
             # (strict=True) shows a symbolic number as an int.
             some = isinstance(some, bool) and not torch.compiler.is_dynamo_compiling() and some
         elif torch.compiler.is_compiling():
-            from torch.fx.experimental.symbolic_shapes import guard_or_false  # loads sympy
-
-            some = guard_or_false(some)
+            some = kernels.guard_or_false(some)
         if some:
             out = self._rows(rows)
         else:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import guard_or_false
+
 __all__ = ["check_equal_sizes", "known_true"]
 
 
@@ -16,8 +18,6 @@ def known_true(condition: bool | torch.SymBool) -> bool:
     false."""
     if type(condition) is bool:
         return condition
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
     return guard_or_false(condition)
 
 
