@@ -17,7 +17,7 @@ from cann_host.options import CannHostError
 __all__ = ["NEEDED", "check_possible", "import_torch_npu"]
 
 # The packages of torch_npu and torchair, as pip names them; the extra npu of lq-graph.
-NEEDED = ("torch==2.13.0", "torch_npu==2.13.0", "packaging", "protobuf")
+NEEDED = ("torch_npu>=2.7.1,<2.15", "packaging", "protobuf")
 
 
 def check_possible() -> None:
@@ -40,9 +40,10 @@ def check_possible() -> None:
             f"a CANN is already loaded in this process ({real[0]}); cann_host does not replace it."
         )
     if importlib.util.find_spec("torch_npu") is None:
+        needed = " ".join(f'"{package}"' for package in NEEDED)
         raise CannHostError(
-            f"torch_npu is not installed: pip install {' '.join(NEEDED)} brings the version this "
-            "was made for."
+            f"torch_npu is not installed. What to do: pip install {needed}; it brings the torch "
+            "that it needs."
         )
 
 

@@ -50,8 +50,8 @@ NOT_ACTIVE = {
     # function of activation.py: why not
     "torch_first": "torch is already imported: call cann_host.activate",
     "no_libraries": "has no native libraries here: lq-graph is not installed, or was installed",
-    "no_torch_npu": "torch_npu is not installed: "
-    "pip install torch==2.13.0 torch_npu==2.13.0 packaging",
+    "no_torch_npu": "torch_npu is not installed. "
+    'What to do: pip install "torch_npu>=2.7.1,<2.15" "packaging" "protobuf"; ',
     "another_platform": "runs on Linux only, and this is darwin",
     "a_cann_is_loaded": "a CANN is already loaded in this process .*libascendcl.so",
 }
