@@ -23,9 +23,6 @@ NEEDED = ("torch_npu>=2.7.1,<2.15", "packaging", "protobuf")
 # torch_npu's, with a space in some versions
 _WARNING = re.compile(r"Warning ?: ASCEND_HOME_PATH environment variable is not set\.")
 
-# torch_npu's, with a space in some versions
-_WARNING = re.compile(r"Warning ?: ASCEND_HOME_PATH environment variable is not set\.")
-
 
 def check_possible() -> None:
     """Check that the stand-in can take CANN's place in this process.

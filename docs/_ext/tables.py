@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from versions import versions
 
 from lq_graph.rules.cann import since_of
 from lq_graph.rules.tables import (
@@ -135,7 +136,7 @@ def cpu_kernel() -> str:
     return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
 
 
-_MADE = (linear_quant, later_dtypes, activations, products, cpu_kernel)
+_MADE = (linear_quant, later_dtypes, activations, products, cpu_kernel, versions)
 TABLES = {made.__name__: made for made in _MADE}
 
 
