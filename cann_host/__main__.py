@@ -32,6 +32,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _settings(options: Options) -> str:
+    """What a program would run on."""
+    values = {**cann_host.info(), **asdict(options)}
+    notes = {
+        "active": "a program must be named" if not values["active"] else "",
+        "memory": "the devices share the host's memory" if not options.memory else "",
+        "fail": "no call fails" if not options.fail else "",
+    }
+    return "\n".join(
+        f"{name}: {value}" + (f" ({notes[name]})" if notes.get(name) else "")
+        for name, value in values.items()
+    )
+
+
 def _why_no_script(path: Path) -> str:
     """Why Python cannot run a file or a folder; empty if it can."""
     if not path.exists():
@@ -91,8 +105,7 @@ def main(arguments: list[str]) -> int:
         options = Options.of(**given)
         if not module and not script:
             parser.print_usage()
-            for name, value in {**cann_host.info(), **asdict(options)}.items():
-                print(f"{name}: {value}")
+            print(_settings(options))
             return 0
         why = _why_no_module(module[0], False) if module else _why_no_script(Path(script[0]))
         if why:

@@ -63,6 +63,11 @@ try:
         with _without_autoload():
             import torch
     else:
+        if "torch" not in sys.modules and os.environ.get(_AUTOLOAD, "1") == "1":
+            from ._cuda_build import why_import_would_abort
+
+            if why := why_import_would_abort():
+                raise ImportError(why)
         import torch  # noqa: F401
 except RuntimeError as error:
     if "torch_npu" not in str(error):

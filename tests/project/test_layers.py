@@ -50,7 +50,8 @@ class Allowed:
 
 NPU = frozenset({"torch_npu", "torchair"})
 TABLE = {
-    "_import_torch": Allowed(set(), {"torch"}),
+    "_import_torch": Allowed({"_cuda_build"}, {"torch"}),
+    "_cuda_build": Allowed(set(), set()),
     "errors": Allowed(set(), set()),
     "reports": Allowed(set(), set()),
     "kernels": Allowed(set(), {"torch"}),
