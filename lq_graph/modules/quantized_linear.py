@@ -173,7 +173,7 @@ class QuantizedLinear(nn.Module):
         return FloatView(compute, shape, self.input_dtype, self.linear.weight.device)
 
     def _check_whole(self) -> None:
-        if SPLIT in vars(self.linear):
+        if hasattr(self.linear, SPLIT):  # Dynamo of torch 2.7 cannot trace vars()
             raise LinearQuantTypeError(
                 "QuantizedLinear: weight or bias was read from a layer that is split over devices, "
                 "and this process has a part of it. What to do: read it before the layer is split."

@@ -139,8 +139,13 @@ def compiled_around_a_name_not_read_yet() -> None:
 
 def exported() -> None:
     class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = (torch.nn.Buffer(t) for t in (WEIGHT, SCALE))
+
         def forward(self, x1: Tensor) -> Tensor:
-            return call(x1)
+            out: Tensor = OP(x1, self.weight, self.scale, output_dtype=torch.int32)
+            return out
 
     program = torch.export.export(Model(), (X1,))
     assert torch.equal(program.module()(X1), PRODUCT)
