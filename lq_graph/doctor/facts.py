@@ -165,7 +165,8 @@ class Examination:
             elif name == "torchair":
                 facts.torchair_error = fields["why_not"]
             elif name == "mode":
-                facts.modes.append(fields)
+                modes = {mode["mode"]: mode for mode in [*facts.modes, fields]}  # the last counts
+                facts.modes = [*modes.values()]
             elif name == "results":
                 facts.self_test.append(fields)
             elif name in ("kernel", "device", "product"):

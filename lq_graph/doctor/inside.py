@@ -25,7 +25,8 @@ __all__ = ["NPU_MODES", "Event", "on_the_cpu", "on_the_npu"]
 # failed, begin and results
 Event = tuple[str, dict[str, Any]]
 
-CPU_MODES = ("CPU", "torch.export", "Inductor on the CPU")
+_INDUCTOR = "Inductor on the CPU"
+CPU_MODES = ("CPU", "torch.export", _INDUCTOR)
 NPU_MODES = (
     "eager on the NPU",
     "GE graph",
@@ -64,7 +65,7 @@ def on_the_npu(self_test: bool) -> Iterator[Event]:
     yield "torch_npu", {}
     torchair = ""
     try:
-        importlib.import_module("torchair").CompilerConfig  # noqa: B018 - now it is loaded
+        _torchair().CompilerConfig  # noqa: B018 - now it is loaded
     except Exception as error:
         torchair = _root(error)
     yield "torchair", {"why_not": torchair}
@@ -89,6 +90,13 @@ def on_the_npu(self_test: bool) -> Iterator[Event]:
 
 
 # ---- parts ----
+
+
+def _torchair() -> Any:
+    """torchair. Only an import statement loads it: what import_module finds is a placeholder."""
+    import torchair
+
+    return torchair
 
 
 def _device(npu: Any) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def _npu_modes(npu: Any, device: str, torchair: str) -> Iterator[Event]:
 
     captured = by_hand = named = ""
     if not device and not torchair:
-        config = importlib.import_module("torchair").CompilerConfig()
+        config = _torchair().CompilerConfig()
         try:
             config.mode = "reduce-overhead"
         except Exception:
@@ -156,6 +164,20 @@ def _npu_modes(npu: Any, device: str, torchair: str) -> Iterator[Event]:
     answers = ("", torchair, torchair or captured, by_hand, named)
     for mode, why_not in zip(NPU_MODES, answers, strict=True):
         yield "mode", {"mode": mode, "why_not": device or why_not}
+    if why_not := _why_no_inductor_beside_npu():
+        yield "mode", {"mode": _INDUCTOR, "why_not": why_not}
+
+
+def _why_no_inductor_beside_npu() -> str:
+    """With torch_npu in the process, torch.compile with Inductor first imports torch_npu's part of
+    it, on the CPU too; in some releases that needs triton."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that triton-ascend is not installed: needed on the NPU
+        try:
+            importlib.import_module("torch_npu._inductor")
+        except Exception as error:
+            return f"beside torch_npu it fails: {_root(error)}"
+    return ""
 
 
 def _run(mode: str) -> Iterator[Event]:
@@ -167,7 +189,7 @@ def _run(mode: str) -> Iterator[Event]:
     yield "begin", {"mode": mode, "count": len(cases)}
     start = time.monotonic()
     if mode == "graph":
-        torchair = importlib.import_module("torchair")
+        torchair = _torchair()
         backend = torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
         found = list(run_compiled(cases, backend, "npu", _SECONDS_OF_GRAPHS))
     else:

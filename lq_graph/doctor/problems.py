@@ -4,6 +4,7 @@ that would remain if only the second were solved. `find_problems` looks for each
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -456,12 +457,12 @@ def find_notes(facts: Facts) -> list[str]:
         )
     if facts.stand_in.active:
         notes.append("cann_host computes on the CPU: the self-test says nothing about a chip.")
-    left_out = dict.fromkeys(
-        f"{result['group']} ({result['left_out']})"
+    left_out = Counter(
+        (test["mode"], result["left_out"])
         for test in facts.self_test
         for result in test["results"]
         if result["left_out"]
     )
-    if left_out:
-        notes.append(f"The self-test left out calls of: {'; '.join(left_out)}.")
+    for (mode, why), count in left_out.items():
+        notes.append(f"The self-test left out {count} calls in mode {mode}: {why}.")
     return notes

@@ -89,7 +89,7 @@ def rows_text(facts: Facts) -> list[str]:
     operator = "linear_quant "  # most rows are its own; the others name theirs
     head = f"{operator}on {facts.product['name']}"
     groups = [*facts.product["rows"]]
-    for test in facts.self_test:
+    for test in facts.self_test[:1]:
         groups = [*dict.fromkeys(result["group"] for result in test["results"])]
     lines = [[head, *(test["mode"] for test in facts.self_test)]]
     for group in groups:
@@ -193,7 +193,7 @@ def _right(test: dict[str, Any], group: str) -> str:
     ran = [result for result in results if not result["left_out"]]
     if not ran:
         return "-"
-    return f"{sum(result['passed'] for result in ran)}/{len(results)}"
+    return f"{sum(result['passed'] for result in ran)}/{len(ran)}"
 
 
 def _wrong(tests: Iterable[dict[str, Any]]) -> list[str]:
