@@ -3,6 +3,7 @@
     nox -s "versions(2.10.0.post4)"                   one version, in a fresh environment
     nox -s "versions(2.7.1)" -- tests/converters      other tests; the result is not kept
     nox -s versions table                             all, and the table in docs/versions.md
+    nox -s core                                       the tests alone, with the `python` on PATH
 
 A version whose Python is not on this machine is skipped. With an index's CUDA build of torch, an
 environment takes 5 GB and is removed after the run. LQ_MATRIX_PYTHONS names a folder that has
@@ -38,9 +39,10 @@ nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["versions"]
 nox.options.error_on_missing_interpreters = False
 
-
 EXAMPLES = ("eager.py", "graph_mode.py")
-TESTS = (
+CORE = (
+    "-m",
+    "not slow",
     "tests/ops",
     "tests/modules",
     "tests/converters",
@@ -55,6 +57,7 @@ PACKAGES = (
     "packaging",
     "protobuf",
     "pytest",
+    "pyyaml",
     "safetensors",
     "tqdm",
 )
@@ -65,8 +68,11 @@ def interpreter(version: Version) -> str:
     if PREPARED:
         return str(Path(PREPARED).absolute() / version.torch_npu / "bin" / "python")
     name = f"python{version.python}"
-    if subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0:
-        return name
+    # pyenv puts a program of each name on PATH, which fails for versions that are not chosen
+    if shutil.which(name):
+        asked = subprocess.run([name, "--version"], capture_output=True, check=False)
+        if asked.returncode == 0:
+            return name
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = sorted(pyenv.glob(f"versions/{version.python}.*/bin/python"))
     return str(found[-1]) if found else name
@@ -89,7 +95,7 @@ def versions(session: nox.Session, version: Version) -> None:
     }
     report = Path(session.create_tmp()) / "report.xml"
     report.unlink(missing_ok=True)
-    chosen = session.posargs or ["-m", "not slow", *TESTS]
+    chosen = session.posargs or CORE
     ended = runs(
         session, "-m", "pytest", "-q", "--disable-warnings", f"--junitxml={report}", *chosen
     )
@@ -162,6 +168,12 @@ def counts(report: Path) -> dict[str, Any]:
         else:
             passed += 1
     return {"passed": passed, "failed": sorted(failed), "skipped": dict(sorted(skipped.items()))}
+
+
+@nox.session(venv_backend="none")
+def core(session: nox.Session) -> None:
+    """The core tests in the environment that is active."""
+    session.run("python", "-m", "pytest", "-q", "--disable-warnings", *CORE, external=True)
 
 
 @nox.session(venv_backend="none")
