@@ -50,6 +50,7 @@ CORE = (
     "tests/cann_host/test_cann_host_eager.py",
     "tests/cann_host/test_cann_host_graph.py",
 )
+SETUPTOOLS = "setuptools<81"  # torchair of 2.7.1, 2.8.0 and 2.9.0 imports its pkg_resources
 PACKAGES = (
     "hypothesis",
     "matplotlib",
@@ -59,6 +60,7 @@ PACKAGES = (
     "pytest",
     "pyyaml",
     "safetensors",
+    SETUPTOOLS,
     "tqdm",
 )
 
@@ -116,6 +118,7 @@ def install(session: nox.Session, version: Version) -> None:
         theirs = session.run(interpreter(version), "-c", program, external=True, silent=True)
         ours = session.run("python", "-c", program, silent=True)
         Path(ours.strip(), "prepared.pth").write_text(theirs)
+        session.install(SETUPTOOLS)
     else:
         # x86-64 wheels of torch_npu up to 2.11 ask for torch==X+cpu, which an index may lack.
         session.install(f"torch=={version.torch}", *PACKAGES)
