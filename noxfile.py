@@ -114,10 +114,8 @@ def versions(session: nox.Session, version: Version) -> None:
 def install(session: nox.Session, version: Version) -> None:
     """torch, torch_npu, what the tests import, and lq_graph of this checkout."""
     if PREPARED:
-        program = "import site; print(site.getsitepackages()[0])"
-        theirs = session.run(interpreter(version), "-c", program, external=True, silent=True)
-        ours = session.run("python", "-c", program, silent=True)
-        Path(ours.strip(), "prepared.pth").write_text(theirs)
+        theirs = site_packages(interpreter(version))
+        Path(site_packages(f"{session.bin}/python"), "prepared.pth").write_text(theirs + "\n")
         session.install(SETUPTOOLS)
     else:
         # x86-64 wheels of torch_npu up to 2.11 ask for torch==X+cpu, which an index may lack.
@@ -131,6 +129,11 @@ def install(session: nox.Session, version: Version) -> None:
         )
         session.run(*remove, "triton", external=True)
     session.install("--no-deps", "-e", ".")
+
+
+def site_packages(python: str) -> str:
+    program = "import site; print(site.getsitepackages()[0])"
+    return subprocess.check_output([python, "-c", program], text=True).strip()
 
 
 def facts(session: nox.Session) -> dict[str, Any]:
