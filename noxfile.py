@@ -114,20 +114,22 @@ def versions(session: nox.Session, version: Version) -> None:
 def install(session: nox.Session, version: Version) -> None:
     """torch, torch_npu, what the tests import, and lq_graph of this checkout."""
     if PREPARED:
-        theirs = site_packages(interpreter(version))
-        Path(site_packages(f"{session.bin}/python"), "prepared.pth").write_text(theirs + "\n")
+        folders = [site_packages(interpreter(version))]
         session.install(SETUPTOOLS)
-    else:
-        # x86-64 wheels of torch_npu up to 2.11 ask for torch==X+cpu, which an index may lack.
-        session.install(f"torch=={version.torch}", *PACKAGES)
-        session.install("--no-deps", f"torch_npu=={version.torch_npu}")
-        # The CUDA build brings it. Some torch_npu take it for triton-ascend, and Inductor fails.
-        remove = (
-            ["uv", "pip", "uninstall"]
-            if session.venv_backend == "uv"
-            else ["pip", "uninstall", "-y"]
-        )
-        session.run(*remove, "triton", external=True)
+        if (ROOT / "cann_host" / "lib").is_dir():  # built into the checkout
+            folders.append(str(ROOT))
+        else:
+            session.install("--no-deps", "-e", ".")
+        file = Path(site_packages(f"{session.bin}/python"), "prepared.pth")
+        file.write_text("\n".join(folders) + "\n")
+        return
+    # x86-64 wheels of torch_npu up to 2.11 ask for torch==X+cpu, which an index may lack.
+    session.install(f"torch=={version.torch}", *PACKAGES)
+    session.install("--no-deps", f"torch_npu=={version.torch_npu}")
+    # The CUDA build brings it. Some torch_npu take it for triton-ascend, and Inductor fails.
+    uv = session.venv_backend == "uv"
+    remove = ["uv", "pip", "uninstall"] if uv else ["pip", "uninstall", "-y"]
+    session.run(*remove, "triton", external=True)
     session.install("--no-deps", "-e", ".")
 
 
