@@ -3,6 +3,7 @@
     nox -s "versions(2.10.0.post4)"                   one version, in a fresh environment
     nox -s "versions(2.7.1)" -- tests/converters      other tests; the result is not kept
     nox -s versions table                             all, and the table in docs/versions.md
+    nox -s core                                       the tests alone, with the `python` on PATH
 
 A version whose Python is not on this machine is skipped. With an index's CUDA build of torch, an
 environment takes 5 GB and is removed after the run. LQ_MATRIX_PYTHONS names a folder that has
@@ -38,9 +39,10 @@ nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["versions"]
 nox.options.error_on_missing_interpreters = False
 
-
 EXAMPLES = ("eager.py", "graph_mode.py")
-TESTS = (
+CORE = (
+    "-m",
+    "not slow",
     "tests/ops",
     "tests/modules",
     "tests/converters",
@@ -48,6 +50,7 @@ TESTS = (
     "tests/cann_host/test_cann_host_eager.py",
     "tests/cann_host/test_cann_host_graph.py",
 )
+SETUPTOOLS = "setuptools<81"  # torchair of 2.7.1, 2.8.0 and 2.9.0 imports its pkg_resources
 PACKAGES = (
     "hypothesis",
     "matplotlib",
@@ -55,7 +58,9 @@ PACKAGES = (
     "packaging",
     "protobuf",
     "pytest",
+    "pyyaml",
     "safetensors",
+    SETUPTOOLS,
     "tqdm",
 )
 
@@ -65,8 +70,11 @@ def interpreter(version: Version) -> str:
     if PREPARED:
         return str(Path(PREPARED).absolute() / version.torch_npu / "bin" / "python")
     name = f"python{version.python}"
-    if subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0:
-        return name
+    # pyenv puts a program of each name on PATH, which fails for versions that are not chosen
+    if shutil.which(name):
+        asked = subprocess.run([name, "--version"], capture_output=True, check=False)
+        if asked.returncode == 0:
+            return name
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = sorted(pyenv.glob(f"versions/{version.python}.*/bin/python"))
     return str(found[-1]) if found else name
@@ -89,7 +97,7 @@ def versions(session: nox.Session, version: Version) -> None:
     }
     report = Path(session.create_tmp()) / "report.xml"
     report.unlink(missing_ok=True)
-    chosen = session.posargs or ["-m", "not slow", *TESTS]
+    chosen = session.posargs or CORE
     ended = runs(
         session, "-m", "pytest", "-q", "--disable-warnings", f"--junitxml={report}", *chosen
     )
@@ -106,22 +114,28 @@ def versions(session: nox.Session, version: Version) -> None:
 def install(session: nox.Session, version: Version) -> None:
     """torch, torch_npu, what the tests import, and lq_graph of this checkout."""
     if PREPARED:
-        program = "import site; print(site.getsitepackages()[0])"
-        theirs = session.run(interpreter(version), "-c", program, external=True, silent=True)
-        ours = session.run("python", "-c", program, silent=True)
-        Path(ours.strip(), "prepared.pth").write_text(theirs)
-    else:
-        # x86-64 wheels of torch_npu up to 2.11 ask for torch==X+cpu, which an index may lack.
-        session.install(f"torch=={version.torch}", *PACKAGES)
-        session.install("--no-deps", f"torch_npu=={version.torch_npu}")
-        # The CUDA build brings it. Some torch_npu take it for triton-ascend, and Inductor fails.
-        remove = (
-            ["uv", "pip", "uninstall"]
-            if session.venv_backend == "uv"
-            else ["pip", "uninstall", "-y"]
-        )
-        session.run(*remove, "triton", external=True)
+        folders = [site_packages(interpreter(version))]
+        session.install(SETUPTOOLS)
+        if (ROOT / "cann_host" / "lib").is_dir():  # built into the checkout
+            folders.append(str(ROOT))
+        else:
+            session.install("--no-deps", "-e", ".")
+        file = Path(site_packages(f"{session.bin}/python"), "prepared.pth")
+        file.write_text("\n".join(folders) + "\n")
+        return
+    # x86-64 wheels of torch_npu up to 2.11 ask for torch==X+cpu, which an index may lack.
+    session.install(f"torch=={version.torch}", *PACKAGES)
+    session.install("--no-deps", f"torch_npu=={version.torch_npu}")
+    # The CUDA build brings it. Some torch_npu take it for triton-ascend, and Inductor fails.
+    uv = session.venv_backend == "uv"
+    remove = ["uv", "pip", "uninstall"] if uv else ["pip", "uninstall", "-y"]
+    session.run(*remove, "triton", external=True)
     session.install("--no-deps", "-e", ".")
+
+
+def site_packages(python: str) -> str:
+    program = "import site; print(site.getsitepackages()[0])"
+    return subprocess.check_output([python, "-c", program], text=True).strip()
 
 
 def facts(session: nox.Session) -> dict[str, Any]:
@@ -162,6 +176,12 @@ def counts(report: Path) -> dict[str, Any]:
         else:
             passed += 1
     return {"passed": passed, "failed": sorted(failed), "skipped": dict(sorted(skipped.items()))}
+
+
+@nox.session(venv_backend="none")
+def core(session: nox.Session) -> None:
+    """The core tests in the environment that is active."""
+    session.run("python", "-m", "pytest", "-q", "--disable-warnings", *CORE, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 __all__ = ["versions"]
@@ -20,32 +21,24 @@ DATA = DOCS / "versions.json"
 def versions() -> str:
     """A line for each torch_npu, and the reasons of the tests that were skipped or failed."""
     results = json.loads(DATA.read_text())
-    reasons = _numbered(results)
-    head = "| torch_npu | torch, Python | examples | passed | failed | skipped (reason) | run |"
+    reasons = _lettered(results)
+    head = "| torch_npu | torch, Python | examples | passed | failed | skipped | run |"
     lines = [head, "|---|---|---|---|---|---|---|", *(_line(one, reasons) for one in results), ""]
-    return "\n".join([*lines, *(f"{number}. {text}" for text, number in reasons.items())])
+    return "\n".join([*lines, *(f"- {letter}: {text}" for text, letter in reasons.items())])
 
 
-def _line(result: dict[str, Any], reasons: dict[str, int]) -> str:
-    skipped = _by_reason(result)
+def _line(result: dict[str, Any], reasons: dict[str, str]) -> str:
+    skipped = sorted((reasons[text], count) for text, count in _by_reason(result).items())
     cells = [
         result["torch_npu"],
         f"{result['torch']}, {result['python']}",
         "ok" if all(result["examples"].values()) else "**fails**",
         f"{result.get('passed', 0):,}",
         str(len(result["failed"])),
-        _skips(skipped, reasons),
+        ", ".join(f"{count} {letter}" for letter, count in skipped) or "0",
         f"{result['date']}, {result['commit']}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _skips(skipped: Counter[str], reasons: dict[str, int]) -> str:
-    if not skipped:
-        return "0"
-    by_number = sorted((reasons[text], count) for text, count in skipped.items())
-    parts = ", ".join(f"{count} ({number})" for number, count in by_number)
-    return parts if len(by_number) == 1 else f"{skipped.total()}: {parts}"
 
 
 def _by_reason(result: dict[str, Any]) -> Counter[str]:
@@ -55,9 +48,10 @@ def _by_reason(result: dict[str, Any]) -> Counter[str]:
     return counts
 
 
-def _numbered(results: list[dict[str, Any]]) -> dict[str, int]:
+def _lettered(results: list[dict[str, Any]]) -> dict[str, str]:
     texts = dict.fromkeys(text for result in results for text in sorted(_by_reason(result)))
-    return {text: number for number, text in enumerate(texts, 1)}
+    letters = [*ascii_lowercase, *(first + second for first in "abc" for second in ascii_lowercase)]
+    return dict(zip(texts, letters, strict=False))
 
 
 if __name__ == "__main__":
