@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.compat_npu import import_torchair
 from ..errors import LinearQuantValueError
 from ..modules.linear_quant import LinearQuant
 from ..modules.prepare import use_internal_format_weight
@@ -294,8 +295,7 @@ def _describe(
 def _lower_both(
     ours: LinearQuant, original: LinearQuant, x1: Tensor, pertoken: Tensor | None
 ) -> tuple[Any, Any]:
-    import torchair
-
+    torchair = import_torchair()
     theirs = copy.deepcopy(original)
     if pertoken is not None:
         theirs.pertoken_scale = nn.Parameter(pertoken.clone(), requires_grad=False)
@@ -309,7 +309,7 @@ def _lower_both(
 
 def _lower(model: nn.Module, arguments: list[Tensor]) -> list[Any]:
     """The GE graphs of a model."""
-    import torchair
+    torchair = import_torchair()
 
     from .. import converters  # imports torchair
 

@@ -16,6 +16,7 @@ from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.devices import check_devices
 from ..rules.plan import plan, plan_trans_quant_param
 from ..rules.tables import FRACTAL_NZ, LAST_DIM_MAX, ND
+from .compat_npu import ACL_INT32
 from .derivatives import check_gradients
 
 __all__ = [
@@ -27,8 +28,8 @@ __all__ = [
     "trans_quant_param",
 ]
 
-_ACL_INT32 = 3  # aclDataType
-# c10::ScalarType, which npu_quant_matmul's `int? output_dtype` holds
+# c10::ScalarType. Both trains of schemas take it: `int? output_dtype` and `ScalarType?`; see
+# compat_npu.
 _SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
 _QINT8, _QUINT4X2 = 12, 16  # what npu_quantize and npu_dynamic_quant call int8 and packed int4
 
@@ -160,7 +161,7 @@ def cast_format(tensor: Tensor, acl_format: int) -> Tensor:
         return tensor
     out: Tensor
     if tensor.dtype == torch.int32 and acl_format == FRACTAL_NZ:
-        out = torch_npu.npu_format_cast(tensor, acl_format, customize_dtype=_ACL_INT32)
+        out = torch_npu.npu_format_cast(tensor, acl_format, customize_dtype=ACL_INT32)
     else:
         out = torch_npu.npu_format_cast(tensor, acl_format)
     return out

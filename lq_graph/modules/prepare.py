@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.compat_npu import import_torchair, installed, why_no_int4_nz
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantError, LinearQuantValueError
 from ..ops import trans_quant_param
@@ -100,8 +100,8 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     Args:
         model: on the NPU.
         int4_nz: cast int4 weights to FRACTAL_NZ too. CANN has kernels for that from 9.0.0 on, for
-            Atlas A2 and A3; no public release has them for Ascend 950. So by default int4 weights
-            stay ND, or are cast back to ND.
+            Atlas A2 and A3; no public release has them for Ascend 950. Some versions of torch_npu
+            cannot cast them. So by default int4 weights stay ND, or are cast back to ND.
 
     Warns:
         UserWarning: weights stay ND, because torch.npu.config.allow_internal_format is off; the
@@ -112,8 +112,10 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
     Raises:
         LinearQuantValueError: the model is not on the NPU, a scale holds NaN or infinity, or
-            int4_nz with a CANN that has no kernels for it.
+            int4_nz with a CANN that has no kernels for it, or with a torch_npu that cannot cast
+            int4 weights.
         LinearQuantTypeError: a layer has no row in the product's table, or a newer CANN brought it.
+        LinearQuantError: torchair cannot be imported.
 
     Source: torchair's use_internal_format_weight.
     """
@@ -147,10 +149,12 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
     ]
     folds = [_check(name or "the model", layer, int4_nz) for name, layer in layers]
     kept_float = _scales_read_otherwise(layers, folds)
+    if int4_nz:
+        _check_int4_nz(layers)
 
     from tqdm import tqdm
 
-    torchair = _torchair()
+    torchair = import_torchair()
     report = Report()
     others_changed = ""
     holders: dict[Tensor, list[LinearQuant]] = {}  # our layers that hold each scale
@@ -180,19 +184,6 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
             if any(format_of(parameter) != was for parameter, was in before.items()):
                 others_changed = others_changed or type(rest).__name__
     return report, others_changed
-
-
-def _torchair() -> Any:
-    """Import torchair. It installs a handler for SIGINT that ignores Ctrl-C (torch_npu 2.13,
-    core/_backend.py); this restores the old handler."""
-    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
-
-    handler = signal.getsignal(signal.SIGINT)
-    import torchair
-
-    if signal.getsignal(signal.SIGINT) is not handler:
-        signal.signal(signal.SIGINT, handler)
-    return torchair
 
 
 # one thread at a time: the float32 scale is kept and packed in two steps
@@ -246,6 +237,24 @@ def _check(name: str, layer: LinearQuant, int4_nz: bool) -> bool:
         return fold
     except LinearQuantError as error:
         raise error.in_layer("use_internal_format_weight", name) from None
+
+
+def _check_int4_nz(layers: list[tuple[str, LinearQuant]]) -> None:
+    """Refuses int4_nz where torch_npu cannot cast such a weight."""
+    product = get_product()
+    for name, layer in layers:
+        weight = layer.weight
+        if weight.dtype != torch.int32 or _why_nd(weight, product, int4_nz=True):
+            continue
+        if why := why_no_int4_nz():
+            raise LinearQuantValueError(
+                f"use_internal_format_weight: {name or 'the model'}: int4_nz=True; {installed()} "
+                f"cannot cast int4 weights to FRACTAL_NZ here ({why}); the model is unchanged. "
+                "What to do: leave int4_nz out: int4 weights stay ND, and the results are the "
+                "same. Or install CANN 9.1 and torch_npu 2.7.1.post11, 2.9.0.post9, 2.10.0.post7, "
+                "or 2.11 or later."
+            )
+        return
 
 
 def _prepare(

@@ -16,7 +16,7 @@ import lq_graph
 from lq_graph import LinearQuant, LinearQuantTypeError, LinearQuantValueError
 from lq_graph.backends.npu import format_of
 from lq_graph.rules.tables import FRACTAL_NZ, ND
-from support import cases
+from support import cases, has
 from support.cases import BF16, F16, F32, I8, I32, I64, ROW_CASES, Case
 from support.layers import (
     LinearA8W8Quant,
@@ -82,6 +82,8 @@ def test_prepared_graph(case: Case, int4_nz: bool, ops: list[str]) -> None:
 
 
 def test_int4_in_fractal_nz_where_asked() -> None:
+    if why := has.int4_nz():
+        pytest.skip(why)
     inputs = cases.make(Case(x=I32, k=256, n=48, output=F16))
     layer = module_for(inputs).npu()
     x1 = inputs["x1"].npu()
@@ -94,6 +96,21 @@ def test_int4_in_fractal_nz_where_asked() -> None:
     assert format_of(layer.weight) == ND and "the CANN version has the kernels" in back.note
     assert torch.equal(layer.weight.cpu(), inputs["weight"])
     cases.assert_equal(layer(x1), inputs)
+
+
+def test_int4_in_fractal_nz_is_refused_where_torch_npu_makes_other_blocks(monkeypatch) -> None:
+    """Some versions refuse customize_dtype, some ignore it; here a cast that ignores it."""
+    if not has.int4_nz():
+        cast = torch_npu.npu_format_cast
+        plain = lambda tensor, to, customize_dtype=None: cast(tensor, to)  # noqa: E731
+        monkeypatch.setattr(torch_npu, "npu_format_cast", plain)
+    model = Mixed().npu()
+    before = snapshot(model)
+    refused = r"weight: int4: int4_nz=True; torch_npu .* cannot cast int4 .*: leave int4_nz out"
+    with pytest.raises(LinearQuantValueError, match=refused):
+        prepare(model, int4_nz=True)
+    assert_same(model, before)
+    prepare(model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What differs between the versions of torch_npu, asked from what is installed.
+
+Two trains of schemas are in use (docs/versions.md). torch_npu 2.7.1, 2.8.0 and 2.9.0, as first
+released, have `ScalarType?` where later ones have `int?`: output_dtype of npu_quant_matmul,
+dst_type of npu_dynamic_quant, dtype of npu_quantize. Their overloads take torch's numbers for both,
+so `npu.py` passes numbers and asks nothing in a call.
+
+What torchair lacks is in converters/_torchair.py.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+
+from ..errors import LinearQuantError
+from ..rules.tables import FRACTAL_NZ
+
+__all__ = ["ACL_INT32", "import_torchair", "installed", "why_no_int4_nz"]
+
+ACL_INT32 = 3  # aclDataType
+
+
+def installed() -> str:
+    """The installed torch_npu, for a message: "torch_npu 2.13.0"."""
+    import torch_npu
+
+    return f"torch_npu {torch_npu.__version__}"
+
+
+def import_torchair() -> Any:
+    """torchair. Its import installs a handler for SIGINT that ignores Ctrl-C (core/_backend.py);
+    this restores the old handler.
+
+    Raises:
+        LinearQuantError: it cannot be imported.
+    """
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        import torchair
+
+        torchair.CompilerConfig  # noqa: B018  (torch_npu imports the module at the first attribute)
+    except Exception as error:  # torch_npu raises its own, with the cause as context
+        raise _not_importable(error) from error
+    if signal.getsignal(signal.SIGINT) is not handler:
+        signal.signal(signal.SIGINT, handler)
+    return torchair
+
+
+def _not_importable(error: BaseException) -> LinearQuantError:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    missing = next((c.name for c in causes if isinstance(c, ModuleNotFoundError)), None)
+    if missing == "pkg_resources":
+        why = "it imports pkg_resources, which setuptools 82 no longer has"
+        fix = 'run `pip install "setuptools<81"` in this environment'
+    elif missing:
+        why, fix = f"it imports {missing}, which is not installed", f"install {missing}"
+    else:
+        why, fix = str(causes[-1]).strip(), "read the error above, which is torchair's own"
+    return LinearQuantError(
+        f"torchair of {installed()} cannot be imported: {why}. What to do: {fix}."
+    )
+
+
+def why_no_int4_nz() -> str:
+    """Why int4 weights cannot be cast to FRACTAL_NZ here; empty if they can.
+
+    An int4 weight is int32 in torch, and its blocks have rows of 8 words, not 16. torch_npu makes
+    such blocks with customize_dtype. Before Ascend 950, 2.8.0.post4, 2.8.0.post5, 2.10.0 and
+    2.10.0.post4 refuse it; 2.7.1, 2.8.0 and 2.9.0 take it and ignore it; newer ones ask for CANN
+    9.1 (FormatCastKernelNpu.cpp of Ascend/pytorch). So this casts one block.
+    """
+    import torch_npu
+
+    block = torch.zeros(16, 8, dtype=torch.int32, device="npu")
+    size = block.untyped_storage().nbytes()
+    try:
+        cast = torch_npu.npu_format_cast(block, FRACTAL_NZ, customize_dtype=ACL_INT32)
+    except RuntimeError as error:
+        if "customize_dtype" not in str(error):
+            raise
+        return str(error).partition("\n")[0].rstrip(".")
+    return "" if cast.untyped_storage().nbytes() == size else "it makes blocks of 16 words, not 8"

@@ -1,0 +1,40 @@
+"""What the installed torch_npu and torchair have, for tests that need to know.
+
+Each is a look at the wheel, not at its version number. A skip gives the reason with the text here.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch_npu
+from torchair._ge_concrete_graph import ge_apis
+
+INSTALLED = f"torch_npu {torch_npu.__version__}"
+
+# torchair's raw operator, to which its own converter lowers on Ascend 950
+HAS_V4 = hasattr(ge_apis, "QuantBatchMatmulV4")
+
+# `int? output_dtype`; the older train has `ScalarType? output_dtype`, and no dtypes of its own
+INT_DTYPES = any(
+    argument.name == "x1_dtype" for argument in torch_npu.npu_quant_matmul.default._schema.arguments
+)
+
+# torch_npu's Inductor needs it, on the CPU too, in some versions
+HAS_TRITON = find_spec("triton") is not None
+
+
+def int4_nz() -> str:
+    """Why npu_format_cast makes no int4 blocks of 64 values here; empty if it does.
+
+    Without lq_graph: the size that CANN's description of FRACTAL_NZ gives.
+    """
+    torch.npu.config.allow_internal_format = True
+    weight = torch.zeros(16, 8, dtype=torch.int32).npu()
+    try:
+        cast = torch_npu.npu_format_cast(weight, 29, customize_dtype=3)
+    except RuntimeError as error:
+        return f"{INSTALLED}: {str(error).splitlines()[0]}"
+    values = cast.untyped_storage().nbytes() * 2
+    return "" if values == 16 * 64 else f"{INSTALLED}: blocks of {values // 16} values"
