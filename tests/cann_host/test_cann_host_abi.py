@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,9 +61,12 @@ int main() {
 """
 
 
-def probe(folder: Path, name: str, include: str, *flags: str) -> str:
+LATER = {"DT_INT4", "DT_MAX"}  # names that the headers of 2.7.1 and 2.8.0 do not have
+
+
+def probe(folder: Path, name: str, values: list[str], include: str, *flags: str) -> str:
     body = [f'  Describe<ge::{type_}>("{type_}");' for type_ in TYPES]
-    body += [f'  std::printf("{v} %lld\\n", static_cast<long long>(ge::{v}));' for v in VALUES]
+    body += [f'  std::printf("{v} %lld\\n", static_cast<long long>(ge::{v}));' for v in values]
     source = folder / f"{name}.cpp"
     source.write_text(PROBE % {"include": include, "body": "\n".join(body)})
     program = folder / name
@@ -76,12 +80,15 @@ def probe(folder: Path, name: str, include: str, *flags: str) -> str:
 @pytest.mark.slow
 @needs_compiler
 def test_layouts_equal_the_wheels_headers(tmp_path: Path) -> None:
-    include = torch_npu_include()
+    found = torch_npu_include().rglob("ge/ge_api.h")  # in third_party, or two equal ones
+    include = min(found, key=lambda header: len(header.parts)).parents[1]
+    types = (include / "graph" / "types.h").read_text()
+    values = [v for v in VALUES if v not in LATER or re.search(rf"\b{v}\b", types)]
     folders = [f"-I{include}", f"-I{include / 'graph'}", f"-I{include / 'ge'}"]
-    theirs = probe(tmp_path, "theirs", '#include "ge/ge_api.h"', *folders)
-    ours = probe(tmp_path, "ours", '#include "ge_abi.h"', f"-I{CSRC}")
+    theirs = probe(tmp_path, "theirs", values, '#include "ge/ge_api.h"', *folders)
+    ours = probe(tmp_path, "ours", values, '#include "ge_abi.h"', f"-I{CSRC}")
     assert ours == theirs
-    assert ours.count("\n") == len(TYPES) + len(VALUES)
+    assert ours.count("\n") == len(TYPES) + len(values)
 
 
 def test_every_ge_symbol_torchair_wants_is_here() -> None:
