@@ -114,6 +114,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_hccl_ranks": (c_uint32, (c_char_p,)),
     "cann_host_set_keys_aside": (None, (c_void_p,)),
     "cann_host_put_keys_back": (c_char_p, (c_void_p,)),
+    "cann_host_hide": (c_int, (c_void_p, c_char_p)),
     "cann_host_copy_kernel": (c_int, (c_char_p, c_char_p, c_char_p, c_uint32)),
     **{
         setter: (None, (c_void_p,) * len(functions))  # addresses of Python objects

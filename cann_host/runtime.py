@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cann_host import _native, importing
+from cann_host import _native, importing, releases
 from cann_host.options import CannHostError, Fault, Options, parse_faults
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def _activate(wanted: Options, named: list[str], *, is_worker: bool = False) -> 
         return
     importing.check_possible()
     library = open_library()
+    releases.hide(library, wanted.cann_version)
     known = Faults(library)
     failing = known.read(wanted.fail, "fail" if "fail" in named else "CANN_HOST_FAIL")
     library.cann_host_configure(
@@ -307,7 +308,8 @@ def entries() -> list[tuple[str, str, str]]:
 
 def _entries(library: ctypes.CDLL) -> list[tuple[str, str, str]]:
     lines = library.cann_host_entries().decode().splitlines()
-    return [(group, symbol, kind) for group, symbol, kind in (line.split("\t") for line in lines)]
+    rows = [(group, symbol, kind) for group, symbol, kind in (line.split("\t") for line in lines)]
+    return [row for row in rows if row[1] not in releases.hidden()]
 
 
 # ---- other processes ----

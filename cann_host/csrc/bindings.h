@@ -75,6 +75,9 @@ uint32_t cann_host_hccl_ranks(const char* name);
 void cann_host_set_keys_aside(void* keys);
 const char* cann_host_put_keys_back(void* keys);
 
+// hide.cpp
+int cann_host_hide(void* function, const char* symbol);
+
 // torch_kernels.cpp
 int cann_host_copy_kernel(const char* name, const char* overload, const char* new_name,
                           uint32_t key);
