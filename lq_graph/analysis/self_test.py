@@ -359,8 +359,9 @@ def _compared(case: Case, outputs: Any) -> Result:
 
 
 def _sentence(error: BaseException) -> str:
-    """An error in a line: the innermost one, because torch.compile wraps it."""
+    """An error in a line, without torch_npu's line of time and code. The innermost one, because
+    torch.compile wraps it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:400]
+    text = " ".join(str(error).partition("[ERROR]")[0].split())
+    return f"{type(error).__name__}: {text}"[:400]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from . import report
 from .facts import Examination
@@ -48,6 +49,9 @@ def run(asked: argparse.Namespace) -> int:
             print(json.dumps(report.as_json(facts, problems, find_notes(facts)), indent=2))
             return 1 if problems else 0
         return _run_as_text(examination)
+    except BrokenPipeError:  # of `| head`: Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     finally:
         examination.close()
 

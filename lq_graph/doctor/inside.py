@@ -217,8 +217,8 @@ def _root(error: BaseException) -> str:
     """The innermost cause of an error, in one line without torch_npu's line of time and code."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).partition("[ERROR]")[0].splitlines()]
-    return f"{type(error).__name__}: {' '.join(filter(None, lines))}".rstrip(".")
+    text = " ".join(str(error).partition("[ERROR]")[0].split())
+    return f"{type(error).__name__}: {text}".rstrip(".")
 
 
 def main(arguments: list[str]) -> None:

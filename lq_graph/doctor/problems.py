@@ -273,14 +273,22 @@ def _import_fails(facts: Facts) -> Problem | None:
     )
 
 
+# What a module that torchair imports belongs to; newer setuptools have no pkg_resources.
+_PACKAGE_OF = {"google": "protobuf", "pkg_resources": "'setuptools<81'", "yaml": "pyyaml"}
+
+
 def _torchair_fails(facts: Facts) -> Problem | None:
     if not facts.torchair_error:
         return None
+    missing = re.search(r"No module named '(\w+)", facts.torchair_error)
+    package = _PACKAGE_OF.get(missing[1], missing[1]) if missing else ""
     return Problem(
         "broken_torchair",
         f"`import torchair` fails: {facts.torchair_error}.",
-        "Install what torchair imports and the wheel of torch_npu does not ask for.",
-        ("pip install packaging protobuf",),
+        "Install what torchair imports and the wheel of torch_npu does not ask for."
+        if package
+        else "Install torch_npu again, of which torchair is a part.",
+        (f"pip install {package}",) if package else (),
     )
 
 

@@ -197,17 +197,24 @@ def _right(test: dict[str, Any], group: str) -> str:
 
 
 def _wrong(tests: Iterable[dict[str, Any]]) -> list[str]:
+    """A paragraph for each error, and for each row with wrong numbers."""
     lines: list[str] = []
     for test in tests:
+        alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for result in test["results"]:
-            if result["left_out"] or result["passed"]:
-                continue
-            said = result["error"] or (
-                f"{result['wrong']:,} of {result['count']:,} numbers differ, by at most "
-                f"{result['largest']:g}"
+            if not result["left_out"] and not result["passed"]:
+                key = ("", result["error"]) if result["error"] else (result["group"], "")
+                alike.setdefault(key, []).append(result)
+        for (_, error), results in alike.items():
+            first = f"{results[0]['group']} ({results[0]['name']})"
+            if len(results) > 1:
+                first += f" and {len(results) - 1} more"
+            said = error or (
+                f"{sum(result['wrong'] for result in results):,} of "
+                f"{sum(result['count'] for result in results):,} numbers differ, by at most "
+                f"{max(result['largest'] for result in results):g}"
             )
-            text = f"wrong in {test['mode']}: {result['group']} ({result['name']}): {said}"
-            lines += _wrapped(text, "   ")
+            lines += _wrapped(f"wrong in {test['mode']}: {first}: {said}", "   ")
     return lines
 
 
