@@ -168,6 +168,9 @@ def same(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", ATEN)
 def test_aten(name: str) -> None:
     x = values(4, 6)
+    if name in ("matmul", "linear"):  # some torch_npu decompose them: another order of the sums
+        torch.testing.assert_close(ATEN[name](x.npu()).cpu(), ATEN[name](x), rtol=1e-6, atol=0)
+        return
     same(ATEN[name](x.npu()), ATEN[name](x))
 
 
@@ -274,7 +277,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: torch.ops.npu.npu_quantize(
             torch.ones(2, 8, device="npu"), torch.ones(7).npu(), None, torch.qint8, -1
         ),
-        r"(?s)161002.*scales has shape \(7,\); it must have 1 or 8 values",
+        # some torch_npu refuse it themselves
+        r"(?s)161002.*scales has shape \(7,\); it must have 1 or 8 values|length of scales must",
     ),
     "quantize with a scale of another dtype": (
         lambda: torch_npu.npu_quantize(
@@ -317,6 +321,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(name: str) -> None:
     call, message = REFUSALS[name]
+    if "y_scale" in name and "y_scale" not in str(torch_npu.npu_quant_matmul.default._schema):
+        pytest.skip("npu_quant_matmul of this torch_npu has no y_scale")
     with refused(message):
         call()
     # The refusal leaves the device as it was.

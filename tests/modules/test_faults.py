@@ -9,6 +9,7 @@ import copy
 import resource
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import cann_host
 from lq_graph import LinearQuant
 from lq_graph import use_internal_format_weight as prepare
+from lq_graph.backends.npu import cast_format
 from support.layers import assert_same, snapshot
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
@@ -62,13 +64,47 @@ def fails(spec: str, action: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+def is_called(function: str, action: Callable[[], Any]) -> bool:
+    """Whether an action calls a function of CANN."""
+    try:
+        with cann_host.faults(f"{function}:507015"):
+            action()
+    except RuntimeError:
+        return True
+    return False
+
+
+@cache
+def matmul() -> str:
+    """What this torch_npu calls for an eager layer."""
+    ours, x = layer(0).npu(), torch.zeros(4, 64, dtype=torch.int8).npu()
+    newest = "aclnnQuantMatmulV5"
+    return newest if is_called(newest, lambda: ours(x)) else "aclnnQuantMatmulV4"
+
+
+@cache
+def format_cast() -> str:
+    """What this torch_npu calls to cast a weight to FRACTAL_NZ."""
+    weight = torch.zeros(64, 32, dtype=torch.int8).npu()
+    aclnn = "aclnnNpuFormatCast"
+    return aclnn if is_called(aclnn, lambda: cast_format(weight, 29)) else "aclopCompileAndExecute"
+
+
+def named(text: str) -> str:
+    """A text with the functions that this torch_npu calls."""
+    if "CASTGetWorkspaceSize" in text and not format_cast().startswith("aclnn"):
+        pytest.skip("this torch_npu casts formats by aclop, in one phase")
+    text = text.replace("MATMUL", matmul()) if "MATMUL" in text else text
+    return text.replace("CAST", format_cast()) if "CAST" in text else text
+
+
 # ---- eager ----
 
 EAGER = [
     # fault, what the error has to name
-    ("aclnnQuantMatmulV5:161002", "call aclnnQuantMatmulV5 failed, error code is 161002"),
-    ("aclnnQuantMatmulV5:507015", "call aclnnQuantMatmulV5 failed, error code is 507015"),
-    ("aclnnQuantMatmulV5GetWorkspaceSize:161002", "error code is 161002"),
+    ("MATMUL:161002", "call MATMUL failed, error code is 161002"),
+    ("MATMUL:507015", "call MATMUL failed, error code is 507015"),
+    ("MATMULGetWorkspaceSize:161002", "error code is 161002"),
     ("aclnnTransQuantParamV3:561000", "call aclnnTransQuantParamV3 failed, error code is 561000"),
 ]
 
@@ -80,8 +116,9 @@ def test_an_eager_call(fault: str, text: str, x: Tensor) -> None:
     ours = ours.npu()
     on_npu = x.npu()
     before = snapshot(ours)
+    fault = named(fault)
     error = fails(fault, lambda: ours(on_npu))
-    assert text in error
+    assert named(text) in error
     symbol, _, code = fault.partition(":")
     assert f"{code}: {ASKED_FOR}1 of {symbol}" in error
     assert_same(ours, before)
@@ -92,10 +129,10 @@ def test_an_eager_call(fault: str, text: str, x: Tensor) -> None:
 def test_only_the_call_that_was_asked_for_fails(x: Tensor) -> None:
     ours = layer(0)
     want, ours, on_npu = ours(x), ours.npu(), x.npu()
-    with cann_host.faults("aclnnQuantMatmulV5:161002@3"):
+    with cann_host.faults(named("MATMUL:161002@3")):
         for call in range(1, 6):
             if call == 3:
-                with pytest.raises(RuntimeError, match="call 3 of aclnnQuantMatmulV5"):
+                with pytest.raises(RuntimeError, match=named("call 3 of MATMUL")):
                     ours(on_npu)
             else:
                 assert torch.equal(ours(on_npu).cpu(), want)
@@ -103,7 +140,7 @@ def test_only_the_call_that_was_asked_for_fails(x: Tensor) -> None:
 
 def test_faults_nest_and_end(x: Tensor) -> None:
     ours, on_npu = layer(0).npu(), x.npu()
-    with cann_host.faults("aclnnQuantMatmulV5:161002"):
+    with cann_host.faults(named("MATMUL:161002")):
         with cann_host.faults("aclnnTransQuantParamV3:561000"):
             assert "561000" in fails("", lambda: ours(on_npu))
         assert "161002" in fails("", lambda: ours(on_npu))
@@ -122,7 +159,7 @@ def test_a_fault_in_one_thread_leaves_the_others_right(x: Tensor) -> None:
             except RuntimeError:
                 outcomes.append(None)
 
-    with cann_host.faults(",".join(f"aclnnQuantMatmulV5:507015@{n}" for n in (10, 40, 70))):
+    with cann_host.faults(",".join(f"{matmul()}:507015@{n}" for n in (10, 40, 70))):
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -138,7 +175,8 @@ def test_out_of_memory(x: Tensor) -> None:
     torch.npu.empty_cache()
     with (
         cann_host.faults("aclrtMalloc:207001,aclrtMallocAlign32:207001"),
-        pytest.raises(torch.OutOfMemoryError, match="NPU out of memory"),
+        # torch.OutOfMemoryError, or in some torch_npu its base
+        pytest.raises(RuntimeError, match="NPU out of memory"),
     ):
         torch.empty(1 << 28, dtype=torch.int8, device="npu")
     assert torch.equal(ours(x.npu()).cpu(), want)
@@ -148,10 +186,10 @@ def test_out_of_memory(x: Tensor) -> None:
 
 PREPARATION = [
     # fault, at which of the three layers it strikes
-    ("aclnnNpuFormatCast:507015@1", "first"),
-    ("aclnnNpuFormatCast:507015@2", "second"),
-    ("aclnnNpuFormatCast:507015@3", "last"),
-    ("aclnnNpuFormatCastGetWorkspaceSize:161002@2", "second"),
+    ("CAST:507015@1", "first"),
+    ("CAST:507015@2", "second"),
+    ("CAST:507015@3", "last"),
+    ("CASTGetWorkspaceSize:161002@2", "second"),
     ("aclnnTransQuantParamV3:561000@1", "first"),
     ("aclnnTransQuantParamV3GetWorkspaceSize:161002@3", "last"),
 ]
@@ -163,7 +201,7 @@ def test_preparation_that_fails_changes_nothing(fault: str, where: str, x: Tenso
     inputs = x.npu()
     want = [one(inputs).cpu() for one in prepared]
     before = snapshot(prepared)
-    error = fails(fault, lambda: prepare(prepared))
+    error = fails(named(fault), lambda: prepare(prepared))
     assert ASKED_FOR in error
     assert_same(prepared, before)
     assert all(torch.equal(one(inputs).cpu(), w) for one, w in zip(prepared, want, strict=True))
@@ -233,7 +271,7 @@ def test_after_a_failed_compilation_torchair_wants_a_reset(x: Tensor) -> None:
 # ---- what may be asked for ----
 
 REFUSED = [
-    ("aclnnQuantMatmul:161002", "it has aclnnQuantMatmulV5"),
+    ("aclnnQuantMatmul:161002", "it has aclnnQuantMatmulV"),
     ("aclnnNothing:161002", "cann_host.entries() lists them"),
     ("aclrtMallocPhysical:1", "does not have or cannot let fail"),
     ("aclnnQuantMatmulV5", "a fault is SYMBOL:CODE or SYMBOL:CODE@N"),
@@ -259,6 +297,8 @@ WALKS: dict[str, Callable[[LinearQuant, Tensor], Tensor]] = {
 }
 # torch_npu calls these once, before any test
 ONCE = {"aclInit", "aclFinalize"}
+# torch_npu ignores what it returns (OpParamMaker.h): a cast by aclop then has a wrong layout
+IGNORED = {"aclSetTensorFormat"}
 MAY_FAIL = [symbol for _, symbol, kind in cann_host.entries() if kind == "does"]
 
 
@@ -277,7 +317,7 @@ def test_after_any_fault_the_result_is_right_or_an_error(walk: str, call: int, x
     error. There is never a wrong result, and the next call works."""
     want, told = layer(0)(x), set()
     for symbol in MAY_FAIL:
-        if symbol in ONCE:
+        if symbol in ONCE | IGNORED:
             continue
         code = "EZ9999" if symbol.startswith("ge.") else "507015"
         torch._dynamo.reset()
@@ -290,14 +330,13 @@ def test_after_any_fault_the_result_is_right_or_an_error(walk: str, call: int, x
             assert torch.equal(WALKS[walk](layer(0), x).cpu(), want), symbol
     assert "aclrtMemcpy" in told
     if call == 1:
-        assert {"eager": "aclnnQuantMatmulV5", "prepared": "aclnnNpuFormatCast"}.get(
-            walk, "ge.compile"
-        ) in told
+        asked = {"eager": "MATMUL", "prepared": "CAST"}.get(walk, "ge.compile")
+        assert named(asked) in told
 
 
 LEAKS = [
-    "aclnnQuantMatmulV5:507015",
-    "aclnnQuantMatmulV5GetWorkspaceSize:161002",
+    "MATMUL:507015",
+    "MATMULGetWorkspaceSize:161002",
     "aclnnTransQuantParamV3:561000",
 ]
 
@@ -313,7 +352,7 @@ def test_calls_that_fail_leave_nothing(fault: str, x: Tensor) -> None:
                 ours(on_npu)
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    with cann_host.faults(fault):
+    with cann_host.faults(named(fault)):
         before = calls(400)
         grown = calls(600) - before
     assert grown < 600 * 300  # bytes; the descriptors of one call take 1,800

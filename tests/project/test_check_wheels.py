@@ -11,6 +11,7 @@ import pytest
 
 from cann_host import _native
 from support.compiler import COMPILER, needs_compiler
+from support.ge_layouts import CSRC
 
 pytest.importorskip("elftools")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -43,6 +44,9 @@ def wheel(folder: Path, train: int, strings: list[str], torchair: dict[str, str]
     path = folder / "torch_npu-0.0.1-cp311-cp311-manylinux_2_28_x86_64.whl"
     with ZipFile(path, "w") as file:
         file.write(library, "torch_npu/lib/libtorch_npu.so")
+        file.write(CSRC / "ge_abi.h", "torch_npu/include/ge/ge_abi.h")
+        file.writestr("torch_npu/include/ge/ge_api.h", '#include "ge_abi.h"\n')
+        file.writestr("torch_npu/include/graph/types.h", "DT_INT4, DT_MAX\n")
         for name, text in torchair.items():
             file.writestr(f"torch_npu/dynamo/torchair/{name}", text)
     return path

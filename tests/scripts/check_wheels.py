@@ -12,7 +12,7 @@ wheel it compares
     aclnn       the operators near ours that it looks up by name, with the same
     schemas     the operators that lq_graph calls, with the schemas below, which it is written for
     torchair    the names that converters/_torchair.py imports, with torchair's sources
-    layouts     GE's classes in its headers, if it has them, with those of csrc/ge_abi.h
+    layouts     GE's classes in its headers, with those of csrc/ge_abi.h
 
 and exits with 1 if one is missing or new.
 """
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
 from cann_host import _native  # noqa: E402
-from support.ge_layouts import GE_HEADER, layouts_of_stand_in, layouts_of_wheel  # noqa: E402
+from support.ge_layouts import GE_HEADER, compare_layouts  # noqa: E402
 from support.versions import VERSIONS  # noqa: E402
 
 # Symbols of torch, Python, C and C++; what else a library imports must be the stand-in's.
@@ -51,16 +51,12 @@ OF_OTHERS = re.compile(
 # Its symbols are those of ATB, a library beside CANN that torch_npu loads only if it is there.
 NOT_LOADED = "libop_plugin_atb.so"
 
-# Operators near ours that torch_npu looks up by name. Of several versions it takes the newest.
+# Operators near ours that torch_npu looks up by name.
 ACLNN = re.compile(
     rb"\0(aclnn(?:QuantMatmul(?:V\d|WeightNz)|DynamicQuant(?:V\d)?|AscendQuant(?:V\d)?|Quantize"
     rb"|TransQuantParam(?:V\d)?|NpuFormatCast\w*?|Cast|InplaceCopy|ConstantPadNd))"
     rb"(?=\0)"
 )
-NOT_REACHED = {
-    "aclnnAscendQuant": "AscendQuantV3 is there",
-    "aclnnDynamicQuant": "DynamicQuantV2 is there",
-}
 
 # operator: its schemas, of the first releases of 2.7.1, 2.8.0 and 2.9.0, then of all others
 TRAINS = ("first", "later")
@@ -98,7 +94,6 @@ SCHEMAS = {
 }
 SCHEMA = re.compile(rb"\0(?:npu::)?(%s)\(([^\0]*)(?=\0)" % "|".join(SCHEMAS).encode())
 
-INCLUDE = "torch_npu/include"
 TORCHAIR = PurePosixPath("torch_npu/dynamo/torchair")
 
 
@@ -127,8 +122,7 @@ class Wheel:
         return {name for name in wanted - own if not OF_OTHERS.match(name)}
 
     def aclnn(self) -> set[str]:
-        found = ACLNN.findall(self.libraries["libtorch_npu.so"])
-        return {name.decode() for name in found} - set(NOT_REACHED)
+        return {name.decode() for name in ACLNN.findall(self.libraries["libtorch_npu.so"])}
 
     def schemas(self) -> dict[str, str]:
         found = SCHEMA.findall(self.libraries["libtorch_npu.so"])
@@ -145,10 +139,12 @@ class Wheel:
                 return name in top_level(self.zip.read(place).decode())
         return False
 
-    def headers(self) -> list[str]:
-        """Files of torch_npu/include that are not torch_npu's own."""
-        names = sorted(name for name in self.names if name.startswith(f"{INCLUDE}/"))
-        return [name for name in names if "/csrc/" not in name]
+    def headers(self) -> tuple[str, list[str]]:
+        """The folder of GE's headers, and the files in it."""
+        found = [name for name in self.names if name.endswith(f"/{GE_HEADER}")]
+        folder = min(found, key=lambda name: (name.count("/"), name)).removesuffix(GE_HEADER)
+        names = sorted(name for name in self.names if name.startswith(folder))
+        return folder, [name for name in names if "/csrc/" not in name.removeprefix(folder)]
 
 
 def symbols(content: bytes) -> tuple[set[str], set[str]]:
@@ -214,7 +210,6 @@ class Checker:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self.ours = layouts_of_stand_in(scratch)
         self.known: dict[str, list[str]] = {}
         self.torchair = torchair_names()
 
@@ -239,7 +234,7 @@ class Checker:
             ("aclnn", str(len(looked_up)), looked_up - exports()),
             ("schema", train, other or ([] if train != "mixed" else ["of both trains"])),
             ("torchair", str(len(self.torchair)), absent),
-            ("layout", "no headers" if layouts is None else "same", layouts or []),
+            ("layout", "same", layouts),
         ]
         cells = [
             f"{cell}, {len(missing)} missing" if missing else cell
@@ -248,18 +243,15 @@ class Checker:
         ]
         return cells, [f"{what} {name}" for what, _, found in parts for name in sorted(found)]
 
-    def layouts(self, wheel: Wheel) -> list[str] | None:
-        """The lines that differ between its headers and ge_abi.h; None without headers."""
-        names = wheel.headers()
-        if f"{INCLUDE}/{GE_HEADER}" not in names:
-            return None
+    def layouts(self, wheel: Wheel) -> list[str]:
+        """The lines that differ between its headers and ge_abi.h."""
+        include, names = wheel.headers()
         digest = sha256(b"".join(wheel.zip.read(name) for name in names)).hexdigest()
         if digest not in self.known:
             folder = self.scratch / digest
             wheel.zip.extractall(folder, names)
-            theirs = layouts_of_wheel(self.scratch, folder / INCLUDE)
-            differ = set(theirs.splitlines()) ^ set(self.ours.splitlines())
-            self.known[digest] = sorted(differ)
+            ours, theirs = compare_layouts(self.scratch, folder / include)
+            self.known[digest] = sorted(set(ours.splitlines()) ^ set(theirs.splitlines()))
         return self.known[digest]
 
 

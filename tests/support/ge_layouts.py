@@ -3,13 +3,14 @@ that a torch_npu wheel has."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 from support.compiler import COMPILER
 
 CSRC = Path(__file__).parents[2] / "cann_host" / "csrc"
-GE_HEADER = "ge/ge_api.h"  # the first releases of 2.7.1, 2.8.0 and 2.9.0 lack it
+GE_HEADER = "ge/ge_api.h"
 
 # Every type that crosses the border by value, by reference or inside a container
 TYPES = (
@@ -53,23 +54,26 @@ int main() {
 %(body)s
 }
 """
-LINES = len(TYPES) + len(VALUES)
+LATER = {"DT_INT4", "DT_MAX"}  # names that the headers of 2.7.1 and 2.8.0 do not have
 
 
-def layouts_of_stand_in(folder: Path) -> str:
-    """Sizes and values of csrc/ge_abi.h."""
-    return _probe(folder, "ours", '#include "ge_abi.h"', f"-I{CSRC}")
+def compare_layouts(scratch: Path, include: Path) -> tuple[str, str]:
+    """Sizes and values of csrc/ge_abi.h, and those of a wheel's headers: a line for each name that
+    the headers have.
 
-
-def layouts_of_wheel(folder: Path, include: Path) -> str:
-    """Sizes and values of the headers in torch_npu/include."""
+    Args:
+        include: the folder of ge/ge_api.h's folder.
+    """
+    types = re.sub("//.*", "", (include / "graph" / "types.h").read_text())
+    values = [value for value in VALUES if value not in LATER or re.search(rf"\b{value}\b", types)]
     folders = [f"-I{include}", f"-I{include / 'graph'}", f"-I{include / 'ge'}"]
-    return _probe(folder, "theirs", f'#include "{GE_HEADER}"', *folders)
+    theirs = _probe(scratch, "theirs", values, f'#include "{GE_HEADER}"', *folders)
+    return _probe(scratch, "ours", values, '#include "ge_abi.h"', f"-I{CSRC}"), theirs
 
 
-def _probe(folder: Path, name: str, include: str, *flags: str) -> str:
+def _probe(folder: Path, name: str, values: list[str], include: str, *flags: str) -> str:
     body = [f'  Describe<ge::{type_}>("{type_}");' for type_ in TYPES]
-    body += [f'  std::printf("{v} %lld\\n", static_cast<long long>(ge::{v}));' for v in VALUES]
+    body += [f'  std::printf("{v} %lld\\n", static_cast<long long>(ge::{v}));' for v in values]
     source = folder / f"{name}.cpp"
     source.write_text(PROBE % {"include": include, "body": "\n".join(body)})
     program = folder / name
