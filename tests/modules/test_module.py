@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lq_graph import LinearQuant, LinearQuantTypeError, LinearQuantValueError
-from support import cases
+from support import cases, has
 from support.cases import BF16, F16, F32, I8, I32, I64, Case
 from support.layers import module_for
 
@@ -24,6 +24,7 @@ def test_module_equals_golden(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases.ROW_CASES[::4], ids=str)
 def test_inductor_compiles_the_module_without_a_break(case: Case) -> None:
+    has.need_inductor()
     torch._dynamo.reset()
     inputs = cases.make(case)
     compiled = torch.compile(module_for(inputs), fullgraph=True)

@@ -16,7 +16,7 @@ from torch.library import opcheck
 
 import lq_graph
 from lq_graph import LinearQuantTypeError, LinearQuantValueError
-from support import cases, golden
+from support import cases, golden, has
 from support.cases import ALL_CASES, BF16, F16, F32, I8, I32, ROW_CASES, Case
 
 LINEAR_QUANT = torch.ops.lq_graph.linear_quant.default
@@ -50,6 +50,7 @@ def test_opcheck(case: Case) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("case", ROW_CASES[::3], ids=str)
 def test_inductor_fullgraph(case: Case, dynamic: bool) -> None:
+    has.need_inductor()
     torch._dynamo.reset()
     inputs = cases.make(case)
     compiled = torch.compile(lq_graph.linear_quant, fullgraph=True, dynamic=dynamic)
@@ -399,6 +400,7 @@ def test_a_product_of_outputs_compiles_without_no_grad() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_with_inputs_that_require_grad(backend: str) -> None:
+    has.need_inductor(backend)
     torch._dynamo.reset()
     x = torch.randn(3, 16).to(F16)
     norm = torch.nn.LayerNorm(16, dtype=F16)

@@ -5,8 +5,10 @@ Each is a look at the wheel, not at its version number. A skip gives the reason 
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
+import pytest
 import torch
 import torch_npu
 from torchair._ge_concrete_graph import ge_apis
@@ -21,8 +23,24 @@ INT_DTYPES = any(
     argument.name == "x1_dtype" for argument in torch_npu.npu_quant_matmul.default._schema.arguments
 )
 
-# torch_npu's Inductor needs it, on the CPU too, in some versions
-HAS_TRITON = find_spec("triton") is not None
+
+@cache
+def _why_no_inductor() -> str:
+    if find_spec("triton") is not None:
+        return ""
+    try:
+        torch.compile(torch.neg, backend="inductor")(torch.ones(2))
+    except Exception as error:  # torch._dynamo wraps it
+        if "triton" not in str(error):
+            raise
+        return f"{INSTALLED} imports triton, absent here, for any compilation by Inductor"
+    return ""
+
+
+def need_inductor(backend: str = "inductor") -> None:
+    """Skip a test of Inductor on the CPU where torch_npu does not let it run."""
+    if backend == "inductor" and (why := _why_no_inductor()):
+        pytest.skip(why)
 
 
 def int4_nz() -> str:
