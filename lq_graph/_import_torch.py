@@ -17,7 +17,7 @@ def _for_the_command_line() -> bool:
     a device imports torch_npu itself. While -m imports a package, sys.argv is -m and the
     arguments."""
     called = sys.orig_argv[-len(sys.argv) :][:1]
-    return sys.argv[:1] == ["-m"] and re.fullmatch(r"(-\w*m)?lq_graph", *called) is not None
+    return sys.argv[:1] == ["-m"] and bool(called and re.fullmatch(r"(-\w*m)?lq_graph", called[0]))
 
 
 # False for `python -m lq_graph doctor`, which must work where torch cannot be imported

@@ -144,8 +144,8 @@ def _version(package: str, version_py: str) -> str:
     if found:
         return found[1]
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(package) or "unknown"
+    except Exception:  # absent, or damaged in any way
         return "unknown"
 
 
@@ -155,7 +155,7 @@ def _required_torch(version: str) -> str:
     try:
         distribution = importlib.metadata.distribution("torch_npu")
         required = distribution.requires or [] if distribution.version == version else []
-    except importlib.metadata.PackageNotFoundError:
+    except Exception:  # absent, or damaged in any way
         required = []
     for line in required:
         found = re.match(r"torch\s*\(?\s*==\s*(\d+\.\d+\.\d+)", line)

@@ -105,6 +105,8 @@ def test_cuda_build_of_torch(is_sourced: bool, tmp_path: Path) -> None:
 def test_versions_that_do_not_match(tmp_path: Path) -> None:
     program = "raise ImportError('libtorch_npu.so: undefined symbol: _ZN5torch3fooEv')\n"
     setups.stub_torch_npu(tmp_path, program, "2.6.0.post5", "torch (==2.6.0+cpu)")
+    (tmp_path / "torch_npu-0.dist-info").mkdir()  # left by another installation, and damaged
+    (tmp_path / "torch_npu-0.dist-info/METADATA").write_bytes(b"\xff\0")
     found = doctor(path=tmp_path)
     assert first(found) == "version_mismatch"
     problem = found["problems"][0]
