@@ -4,6 +4,7 @@ that would remain if only the second were solved. `find_problems` looks for each
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def _source(facts: Facts) -> str:
 def _source_command(facts: Facts) -> tuple[str, ...]:
     for installed in facts.cann.installed:
         if installed.set_env:
-            return (f"source {installed.set_env}",)
+            return (f"source {shlex.quote(installed.set_env)}",)
     return ()
 
 

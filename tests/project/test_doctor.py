@@ -68,11 +68,12 @@ def test_no_cann(tmp_path: Path) -> None:
 @pytest.mark.slow
 @on_stand_in
 def test_cann_that_is_not_sourced(tmp_path: Path) -> None:
-    home = setups.cann(tmp_path)
-    found = doctor(path=tmp_path)
+    folder = tmp_path / "my 目录"
+    home = setups.cann(folder)
+    found = doctor(path=folder)
     assert first(found) == "cann_not_sourced"
     assert f"CANN 8.5.0 lies in {home}" in found["problems"][0]["what"]
-    assert found["problems"][0]["commands"] == [f"source {home.parent}/set_env.sh"]
+    assert found["problems"][0]["commands"] == [f"source '{home.parent}/set_env.sh'"]
 
 
 ABORT = r"""
