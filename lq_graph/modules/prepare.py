@@ -101,7 +101,9 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
         model: on the NPU.
         int4_nz: cast int4 weights to FRACTAL_NZ too. CANN has kernels for that from 9.0.0 on, for
             Atlas A2 and A3; no public release has them for Ascend 950. Some versions of torch_npu
-            cannot cast them. So by default int4 weights stay ND, or are cast back to ND.
+            cannot cast them. A cast layer runs in GE graphs only: eagerly, npu_quant_matmul calls
+            aclnnQuantMatmulV5, which takes int4 as ND. So by default int4 weights stay ND, or are
+            cast back to ND.
 
     Warns:
         UserWarning: weights stay ND, because torch.npu.config.allow_internal_format is off; the
