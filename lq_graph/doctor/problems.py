@@ -82,7 +82,7 @@ def _old_torch(facts: Facts) -> Problem | None:
 
 
 def _broken_torch(facts: Facts) -> Problem | None:
-    if not facts.torch or not facts.torch_error:
+    if not facts.torch or not facts.torch_error or _old_torch(facts):
         return None
     return Problem(
         "broken_torch",
