@@ -35,6 +35,9 @@ RESULTS = ROOT / ".nox" / "results"  # one file a version, until `table` collect
 PAGE_DATA = ROOT / "docs" / "versions.json"
 PREPARED = os.environ.get("LQ_MATRIX_PYTHONS")
 
+if PREPARED and not Path(PREPARED).is_dir():  # or every version would be skipped, and nothing fail
+    raise SystemExit(f"LQ_MATRIX_PYTHONS is {PREPARED}, which is not a folder")
+
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["versions"]
 nox.options.error_on_missing_interpreters = False

@@ -37,7 +37,11 @@ def why_import_would_abort() -> str:
     try:
         tried = subprocess.run(
             # the same torch: with -c, Python looks into the current folder first
-            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import torch"],
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:] = {[*map(str, sys.path)]}; import torch",
+            ],
             env={**os.environ, _TRIES: "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -119,10 +119,16 @@ class Wheel:
             own |= exported
             if name != NOT_LOADED:
                 wanted |= imported
-        return {name for name in wanted - own if not OF_OTHERS.match(name)}
+        wanted = {name for name in wanted - own if not OF_OTHERS.match(name)}
+        if not wanted:
+            raise SystemExit(f"torch_npu {self.version} asks for no symbol of CANN")
+        return wanted
 
     def aclnn(self) -> set[str]:
-        return {name.decode() for name in ACLNN.findall(self.libraries["libtorch_npu.so"])}
+        found = {name.decode() for name in ACLNN.findall(self.libraries["libtorch_npu.so"])}
+        if not found:  # the pattern would then find nothing in any wheel
+            raise SystemExit(f"torch_npu {self.version} looks up no aclnn operator that is known")
+        return found
 
     def schemas(self) -> dict[str, str]:
         found = SCHEMA.findall(self.libraries["libtorch_npu.so"])
