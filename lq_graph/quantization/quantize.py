@@ -16,6 +16,7 @@ from ..modules.places import places_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import why_not_replaceable
 from ..modules.transaction import keeps_grad_mode, one_at_a_time, uninterrupted
+from ..rules.products import get_target
 from ..rules.tables import dtype_name
 from .activation_scales import affine, why_no_range
 from .calibrate import Seen, check_batches, observe
@@ -75,7 +76,7 @@ def quantize(
             whose name QuantizedLinear uses itself.
         LinearQuantValueError: NaN or infinity in a weight or an activation; a value that
             output_dtype cannot hold; calibration that is missing, empty or not needed; no layer
-            can be quantized.
+            can be quantized; LQ_GRAPH_PRODUCT or LQ_GRAPH_CANN has a wrong value.
 
     Source: torchao's ``quantize_`` for the interface, aclnnQuantMatmulV4.md (hicann/ops-nn) for
     what the layers compute.
@@ -85,6 +86,7 @@ def quantize(
             f"quantize: config is {config!r}; allowed are A8W8Dynamic(), A8W8Static() and "
             "A4W4Dynamic()."
         )
+    get_target()  # a wrong LQ_GRAPH_PRODUCT or LQ_GRAPH_CANN is no reason to leave a layer float
     _check_calibration(config, calibration)
     if example_inputs is not None:
         check_batches("quantize", "example_inputs", example_inputs)

@@ -150,6 +150,8 @@ def test_in_force(monkeypatch) -> None:
     lq_graph.set_cann_version(None)
     with pytest.raises(LinearQuantValueError, match="LQ_GRAPH_CANN: 'none' is not a version"):
         lq_graph.get_cann_version()
+    with pytest.raises(LinearQuantValueError, match=r"^LQ_GRAPH_CANN: 'none' .* your CANN"):
+        lq_graph.quantize(nn.Sequential(nn.Linear(64, 64).half()), lq_graph.A8W8Dynamic())
     monkeypatch.delenv("LQ_GRAPH_CANN")
     lq_graph.set_cann_version(None)
     assert lq_graph.get_cann_version() == found
