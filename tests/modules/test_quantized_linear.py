@@ -69,7 +69,7 @@ def test_weight_and_bias_are_the_floats(
     float_model, model = chain(dtype), chain(dtype).to(device)
     run(model, config, data(dtype=dtype).to(device))
     if prepared:
-        lq_graph.use_internal_format_weight(model, int4_nz=True)
+        lq_graph.use_internal_format_weight(model, int4_nz=not has.int4_nz())
     for old, new in ((float_model[0], model[0]), (float_model[2], model[2])):
         assert (new.in_features, new.out_features) == (old.in_features, old.out_features)
         for name in ("weight", "bias"):
