@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import mmap
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ _REGISTERS = (
 )
 _ERROR = "Duplicated key"
 _SECONDS = 300  # an import from a slow disk takes a minute
+# Set in the process that tries: if its Python imports lq_graph at its start, it must not try again.
+_TRIES = "LQ_GRAPH_TRIES_IMPORT"
 
 
 def why_import_would_abort() -> str:
@@ -29,11 +32,13 @@ def why_import_would_abort() -> str:
     An import in a process of its own decides. It costs some seconds, and is tried only with a CUDA
     build of torch beside a torch_npu that registers settings.
     """
-    if not (_library("torch", "libc10_cuda.so") and _registers()):
+    if _TRIES in os.environ or not (_library("torch", "libc10_cuda.so") and _registers()):
         return ""
     try:
         tried = subprocess.run(
-            [sys.executable, "-c", "import torch"],
+            # the same torch: with -c, Python looks into the current folder first
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import torch"],
+            env={**os.environ, _TRIES: "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -45,13 +50,20 @@ def why_import_would_abort() -> str:
         return ""
     if tried.returncode == 0 or _ERROR not in tried.stderr:
         return ""
-    torch, torch_npu = (importlib.metadata.version(name) for name in ("torch", "torch_npu"))
+    torch, torch_npu = _version("torch"), _version("torch_npu")
     release = torch.partition("+")[0]
     return (
         f"lq_graph: torch {torch} is a CUDA build. With it, importing torch_npu {torch_npu} ends "
         "the process, because both register the same allocator settings. What to do: install the "
         f"CPU build of torch {release}, as the install page of pytorch.org gives it."
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except Exception:  # absent, as for a folder in PYTHONPATH, or damaged
+        return "of an unknown version"
 
 
 def _library(package: str, name: str) -> Path | None:
@@ -71,5 +83,8 @@ def _registers() -> bool:
     path = _library("torch_npu", "libtorch_npu.so")
     if path is None:
         return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return text.find(_REGISTERS) >= 0
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            return text.find(_REGISTERS) >= 0
+    except (OSError, ValueError):  # not readable, or empty
+        return False

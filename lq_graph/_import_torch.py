@@ -4,6 +4,7 @@ machine without CANN. Its error does not say what to do; the error raised here d
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ def _for_the_command_line() -> bool:
     a device imports torch_npu itself. While -m imports a package, sys.argv is -m and the
     arguments."""
     called = sys.orig_argv[-len(sys.argv) :][:1]
-    return sys.argv[:1] == ["-m"] and called in (["lq_graph"], ["-mlq_graph"])
+    return sys.argv[:1] == ["-m"] and bool(called and re.fullmatch(r"(-\w*m)?lq_graph", called[0]))
 
 
 # False for `python -m lq_graph doctor`, which must work where torch cannot be imported

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os.path import isdir, isfile, realpath  # unlike Path's, they raise no error
 from pathlib import Path
 
 __all__ = ["LIBRARY", "Cann", "Installed", "find_cann", "has_device_files"]
@@ -85,7 +86,7 @@ def find_cann(environ: Mapping[str, str]) -> Cann:
         environ: the variables, such as os.environ.
     """
     variables = {name: environ[name] for name in VARIABLES if environ.get(name)}
-    wrong = tuple(name for name, folder in variables.items() if not Path(folder).is_dir())
+    wrong = tuple(name for name, folder in variables.items() if not isdir(folder))
     library = _library(environ)
     installed = tuple(_installed(environ))
     missing = tuple(name for name in VARIABLES if name not in variables)
@@ -110,7 +111,7 @@ def has_device_files() -> bool:
 def _library(environ: Mapping[str, str]) -> str | None:
     for folder in environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
         file = Path(folder or ".") / LIBRARY
-        if folder and file.is_file():
+        if folder and isfile(file):
             return str(file)
     return None
 
@@ -118,7 +119,7 @@ def _library(environ: Mapping[str, str]) -> str | None:
 def _installed(environ: Mapping[str, str]) -> Iterator[Installed]:
     seen = set()
     for folder in _candidates(environ):
-        real = folder.resolve()
+        real = realpath(folder)
         if real in seen or not _is_cann(folder):
             continue
         seen.add(real)
@@ -137,7 +138,7 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
     tops = [Path("/usr/local/Ascend")]
     if environ.get("HOME"):
         tops.append(Path(environ["HOME"]) / "Ascend")
-    if _WRITTEN_DOWN.is_file():
+    if isfile(_WRITTEN_DOWN):
         found = re.search(r"^Install_Path=(.+)$", _text(_WRITTEN_DOWN), re.M | re.I)
         if found:
             tops.append(Path(found[1].strip()))
@@ -147,8 +148,8 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _is_cann(folder: Path) -> bool:
-    return folder.is_dir() and (
-        (folder / "lib64" / LIBRARY).is_file() or any(True for _ in _info_files(folder))
+    return isdir(folder) and (
+        isfile(folder / "lib64" / LIBRARY) or any(True for _ in _info_files(folder))
     )
 
 
@@ -167,13 +168,13 @@ def _version_of(folder: Path) -> str:
         )
         if found:
             return found[1]
-    found = re.search(r"\d+\.\d+\.[\w.]+$", folder.resolve().name)
+    found = re.search(r"\d+\.\d+\.[\w.]+$", realpath(folder))
     return found[0] if found else "unknown"
 
 
 def _set_env_of(folder: Path) -> str | None:
     for file in (folder / "set_env.sh", folder.parent / "set_env.sh", folder / "bin/setenv.bash"):
-        if file.is_file():
+        if isfile(file):
             return str(file)
     return None
 

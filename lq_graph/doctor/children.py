@@ -38,7 +38,8 @@ class Child:
         self.error = ""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in events()
         self._pipe, end = os.pipe()
-        command = [sys.executable, "-m", "lq_graph.doctor.inside", where, str(end)]
+        module = ["-m", "lq_graph.doctor.inside", where, str(end)]
+        command = [sys.executable, *_flags(), *module]
         self._process = subprocess.Popen(
             command + ["test"] * self_test,
             env={**os.environ, AUTOLOAD: "0"},  # `import torch` alone; `inside` asks for the rest
@@ -101,12 +102,24 @@ class Child:
             os.close(self._pipe)
 
 
+def _flags() -> list[str]:
+    """Those of this Python that decide where packages are found."""
+    asked = {
+        "-I": sys.flags.isolated,
+        "-P": getattr(sys.flags, "safe_path", False),  # Python 3.11
+        "-E": sys.flags.ignore_environment,
+        "-s": sys.flags.no_user_site,
+        "-S": sys.flags.no_site,
+    }
+    return [flag for flag, is_set in asked.items() if is_set]
+
+
 def ask_stand_in() -> str:
     """Why cann_host cannot be used here, as it says it; "" if it can."""
     program = "import cann_host; cann_host.entries()"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, *_flags(), "-c", program],
             capture_output=True,
             text=True,
             errors="replace",

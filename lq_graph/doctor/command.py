@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import sys
 
 from . import report
 from .facts import Examination
@@ -39,6 +41,16 @@ def main(arguments: list[str]) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     """Examine, and print; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder may have any name
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return _run(asked)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _run(asked: argparse.Namespace) -> int:
     examination = Examination(self_test=not asked.no_self_test)
     try:
         facts = examination.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from os.path import isfile  # unlike Path's, it raises no error
 from pathlib import Path
 
 from .cann import LIBRARY
@@ -61,7 +62,7 @@ def variables_that_matter(environ: Mapping[str, str]) -> dict[str, str]:
     folders = [
         folder
         for folder in environ.get(_LIBRARIES, "").split(os.pathsep)
-        if any(word in folder.lower() for word in _ABOUT_CANN) or Path(folder, LIBRARY).is_file()
+        if any(word in folder.lower() for word in _ABOUT_CANN) or isfile(Path(folder, LIBRARY))
     ]
     if folders:
         found[_LIBRARIES] = os.pathsep.join(folders)

@@ -14,7 +14,7 @@ from .cann import Cann, find_cann, has_device_files
 from .children import Child, ask_stand_in
 from .environment import autoload_is_off, variables_that_matter
 from .inside import NPU_MODES, on_the_cpu, on_the_npu
-from .packages import Torch, TorchNpu, find_torch, find_torch_npu
+from .packages import Torch, TorchNpu, find_file_instead, find_torch, find_torch_npu
 
 __all__ = ["Examination", "Facts", "StandIn"]
 
@@ -47,6 +47,7 @@ class Facts:
         device_files: whether the driver's /dev/davinci* are there.
         variables: those that matter.
         autoload_off: whether `import torch` leaves torch_npu alone.
+        shadowed: the file that is imported instead of torch or torch_npu, by their name.
         torch_error: why torch (or lq_graph on it) cannot be imported; "" if it can; None: not
             tried.
         torch_npu_error, torchair_error: the same of these.
@@ -71,6 +72,7 @@ class Facts:
     device_files: bool
     variables: dict[str, str]
     autoload_off: bool
+    shadowed: dict[str, str] = field(default_factory=dict)
     torch_error: str | None = None
     torch_npu_error: str | None = None
     torchair_error: str | None = None
@@ -186,9 +188,14 @@ class Examination:
     def _ended(self, source: _Source, mode: str = "") -> None:
         """Take note if the process ended before it should, in this mode of the self-test."""
         facts = self.facts
-        error = source.child.error if source.child is not None else ""
-        if not error:
+        if source.child is None:
             return
+        error = source.child.error
+        if not error:
+            before = facts.torch_error if source.where == "cpu" else facts.torch_npu_error
+            if before is not None and (not mode or facts.self_test_errors):
+                return
+            error = "the process ended before it had said everything"
         if mode:
             facts.self_test_errors.append(f"in mode {mode}: {error}")
         elif source.where == "cpu" and facts.torch_error is None:
@@ -220,4 +227,7 @@ def _from_files() -> Facts:
         device_files=has_device_files(),
         variables=variables_that_matter(environ),
         autoload_off=autoload_is_off(environ),
+        shadowed={
+            name: file for name in ("torch", "torch_npu") if (file := find_file_instead(name))
+        },
     )

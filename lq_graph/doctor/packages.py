@@ -7,9 +7,18 @@ import importlib.util
 import mmap
 import re
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["Torch", "TorchNpu", "find_torch", "find_torch_npu", "is_installed", "release_of"]
+__all__ = [
+    "Torch",
+    "TorchNpu",
+    "find_file_instead",
+    "find_torch",
+    "find_torch_npu",
+    "is_installed",
+    "release_of",
+]
 
 
 @dataclass(frozen=True)
@@ -98,13 +107,28 @@ def find_torch_npu() -> TorchNpu | None:
     )
 
 
+def find_file_instead(package: str) -> str:
+    """The file that `import` takes instead of a package, because it has its name: torch.py in the
+    folder in which Python was started, for example. "" if there is none."""
+    found = _spec(package)
+    if found is None or found.submodule_search_locations is not None:
+        return ""
+    return found.origin or ""
+
+
 def _folder(package: str) -> Path | None:
+    found = _spec(package)
+    if found is None or found.origin is None:  # absent, or a folder that only has the name
+        return None
+    places = found.submodule_search_locations
+    return Path(next(iter(places))) if places else None
+
+
+def _spec(package: str) -> ModuleSpec | None:
     try:
-        found = importlib.util.find_spec(package)
+        return importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return None
-    places = found.submodule_search_locations if found is not None else None
-    return Path(next(iter(places))) if places else None
 
 
 def _read(file: Path) -> str:
@@ -120,8 +144,8 @@ def _version(package: str, version_py: str) -> str:
     if found:
         return found[1]
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(package) or "unknown"
+    except Exception:  # absent, or damaged in any way
         return "unknown"
 
 
@@ -131,7 +155,7 @@ def _required_torch(version: str) -> str:
     try:
         distribution = importlib.metadata.distribution("torch_npu")
         required = distribution.requires or [] if distribution.version == version else []
-    except importlib.metadata.PackageNotFoundError:
+    except Exception:  # absent, or damaged in any way
         required = []
     for line in required:
         found = re.match(r"torch\s*\(?\s*==\s*(\d+\.\d+\.\d+)", line)

@@ -4,6 +4,7 @@ that would remain if only the second were solved. `find_problems` looks for each
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +48,18 @@ def find_problems(facts: Facts) -> list[Problem]:
 # ---- torch and torch_npu ----
 
 
+def _shadowed(facts: Facts) -> Problem | None:
+    for name, file in facts.shadowed.items():
+        return Problem(
+            "shadowed",
+            f"`import {name}` takes the file {file}, which is not the package {name}.",
+            "Rename the file, or run Python from another folder.",
+        )
+    return None
+
+
 def _no_torch(facts: Facts) -> Problem | None:
-    if facts.torch is not None:
+    if facts.torch is not None or "torch" in facts.shadowed:
         return None
     made_for = facts.torch_npu.made_for if facts.torch_npu else ""
     which = f"torch {made_for}, for which torch_npu is made," if made_for else "torch"
@@ -100,7 +111,9 @@ def _mismatch(facts: Facts) -> Problem | None:
 
 
 def _no_torch_npu(facts: Facts) -> Problem | None:
-    if facts.torch_npu is not None or (facts.cann.state == "absent" and not facts.device_files):
+    if facts.torch_npu is not None or "torch_npu" in facts.shadowed:
+        return None
+    if facts.cann.state == "absent" and not facts.device_files:
         return None
     which = "CANN" if facts.cann.state != "absent" else "an NPU"
     release = ".".join(map(str, facts.torch.release)) if facts.torch else ""
@@ -179,7 +192,7 @@ def _source(facts: Facts) -> str:
 def _source_command(facts: Facts) -> tuple[str, ...]:
     for installed in facts.cann.installed:
         if installed.set_env:
-            return (f"source {installed.set_env}",)
+            return (f"source {shlex.quote(installed.set_env)}",)
     return ()
 
 
@@ -318,6 +331,12 @@ def _computes_nothing(facts: Facts) -> Problem | None:
 
 
 def _no_product(facts: Facts) -> Problem | None:
+    if "LQ_GRAPH_CANN" in facts.product_error:
+        return Problem(
+            "wrong_cann_version",
+            facts.product_error.partition(": ")[2].partition(" What to do")[0].rstrip(".") + ".",
+            "Unset LQ_GRAPH_CANN, or set it to the version of your CANN.",
+        )
     if facts.product_error:
         return Problem(
             "wrong_product",
@@ -412,6 +431,7 @@ def _self_test(facts: Facts) -> Problem | None:
 
 
 RULES: tuple[Rule, ...] = (
+    _shadowed,
     _no_torch,
     _old_torch,
     _broken_torch,

@@ -91,7 +91,7 @@ def parse_cann_version(version: CannVersion | str, where: str) -> CannVersion:
     """
     if isinstance(version, CannVersion):
         return version
-    found = read_cann_version(version)
+    found = read_cann_version(version) if isinstance(version, str) else None
     if found is None:
         raise refused(
             LinearQuantValueError,

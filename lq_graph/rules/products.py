@@ -28,6 +28,7 @@ _DEFAULT = A2
 # set in code
 _product: Product | None = None
 _cann: CannVersion | None = None
+_times_set = 0  # of the two: another thread may be asking what was in force before
 
 
 def parse_product(name: Product | str, where: str) -> Product:
@@ -42,7 +43,7 @@ def parse_product(name: Product | str, where: str) -> Product:
     """
     if isinstance(name, Product):
         return name
-    product = product_by_name(name)
+    product = product_by_name(name) if isinstance(name, str) else None
     if product is None:
         known = ", ".join(p.key for p in PRODUCTS)
         raise refused(
@@ -75,7 +76,7 @@ def _detect() -> Product | None:
 
 
 @cache
-def _in_force(with_npu: bool) -> Target:
+def _in_force(with_npu: bool, times_set: int) -> Target:  # noqa: ARG001 - of the cache
     """Both, with or without torch_npu. Cached, because every call needs it. This does not import
     torch_npu: if it is not imported, there is no device, and its CANN does not matter."""
     product, cann = _product, _cann
@@ -91,7 +92,7 @@ def _in_force(with_npu: bool) -> Target:
 
 def get_target() -> Target:
     """The product and the CANN version in force; see `get_product` and `get_cann_version`."""
-    return _in_force(sys.modules.get("torch_npu") is not None)
+    return _in_force(sys.modules.get("torch_npu") is not None, _times_set)
 
 
 def get_product() -> Product:
@@ -114,8 +115,9 @@ def set_product(product: Product | str | None) -> None:
     Raises:
         LinearQuantValueError: no such product.
     """
-    global _product
+    global _product, _times_set
     _product = None if product is None else parse_product(product, "set_product")
+    _times_set += 1
     _in_force.cache_clear()
 
 
@@ -144,6 +146,7 @@ def set_cann_version(version: CannVersion | str | None) -> None:
     Raises:
         LinearQuantValueError: not a version of CANN.
     """
-    global _cann
+    global _cann, _times_set
     _cann = None if version is None else parse_cann_version(version, "set_cann_version")
+    _times_set += 1
     _in_force.cache_clear()

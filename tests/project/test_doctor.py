@@ -17,9 +17,9 @@ import cann_host
 import lq_graph
 from lq_graph import command_line
 from lq_graph.analysis import integer_reference, self_test
-from lq_graph.doctor import children, inside, problems, report
+from lq_graph.doctor import children, command, inside, problems, report
 from lq_graph.doctor.cann import Cann, Installed, find_cann
-from lq_graph.doctor.facts import Facts, StandIn
+from lq_graph.doctor.facts import Examination, Facts, StandIn
 from lq_graph.doctor.packages import Torch, TorchNpu
 from support import cases, golden, setups
 from support.processes import output_of, python, told
@@ -68,11 +68,12 @@ def test_no_cann(tmp_path: Path) -> None:
 @pytest.mark.slow
 @on_stand_in
 def test_cann_that_is_not_sourced(tmp_path: Path) -> None:
-    home = setups.cann(tmp_path)
-    found = doctor(path=tmp_path)
+    folder = tmp_path / "my 目录"
+    home = setups.cann(folder)
+    found = doctor(path=folder)
     assert first(found) == "cann_not_sourced"
     assert f"CANN 8.5.0 lies in {home}" in found["problems"][0]["what"]
-    assert found["problems"][0]["commands"] == [f"source {home.parent}/set_env.sh"]
+    assert found["problems"][0]["commands"] == [f"source '{home.parent}/set_env.sh'"]
 
 
 ABORT = r"""
@@ -105,6 +106,8 @@ def test_cuda_build_of_torch(is_sourced: bool, tmp_path: Path) -> None:
 def test_versions_that_do_not_match(tmp_path: Path) -> None:
     program = "raise ImportError('libtorch_npu.so: undefined symbol: _ZN5torch3fooEv')\n"
     setups.stub_torch_npu(tmp_path, program, "2.6.0.post5", "torch (==2.6.0+cpu)")
+    (tmp_path / "torch_npu-0.dist-info").mkdir()  # left by another installation, and damaged
+    (tmp_path / "torch_npu-0.dist-info/METADATA").write_bytes(b"\xff\0")
     found = doctor(path=tmp_path)
     assert first(found) == "version_mismatch"
     problem = found["problems"][0]
@@ -162,6 +165,48 @@ def test_torch_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert child.error == "it hangs: nothing came from it in 1 s"
 
 
+@pytest.mark.parametrize(
+    ("program", "id"), [("import os; os._exit(0)", "broken_torch"), (None, "shadowed")]
+)
+def test_torch_that_is_none(program: str | None, id: str, tmp_path: Path) -> None:
+    """One that ends the process as if all were well; a file with its name."""
+    if program is None:
+        (tmp_path / "torch.py").touch()
+    else:
+        setups.stub_torch(tmp_path, program)
+    found = doctor(path=tmp_path)
+    assert first(found) == id
+    assert program or f"the file {tmp_path / 'torch.py'}" in found["problems"][0]["what"]
+
+
+def test_the_processes_it_starts_find_the_same_packages(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('not this one')")
+    done = python(*("-I", "-m", "lq_graph", "doctor", "--no-self-test"), without=REAL, cwd=tmp_path)
+    assert "not this one" not in done.stdout and not done.stderr, told(done)
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    setups.stub_torch(tmp_path, "raise ImportError")
+    variables = {
+        "PYTHONPATH": str(tmp_path),
+        "ASCEND_X": "\udcff\u4e2d",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = python(
+        *("-m", "lq_graph", "doctor", "--no-self-test"), without=REAL, cwd=tmp_path, **variables
+    )
+    assert r"ASCEND_X=\udcff\u4e2d" in done.stdout and not done.stderr, told(done)
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Examination, "look", lambda self: stop())
+    assert command.main(["--no-self-test"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 @pytest.mark.slow
 @on_stand_in
 def test_a_set_up_without_a_problem_runs_the_self_test_in_a_child(tmp_path: Path) -> None:
@@ -201,6 +246,8 @@ def test_where_cann_lies(tmp_path: Path) -> None:
         partly = find_cann({**variables, name: ""})
         assert partly.state == "partly sourced"
         assert name in partly.missing
+    (tmp_path / "Ascend/cann-9").symlink_to("cann-9")  # to itself
+    assert len(find_cann({"HOME": str(tmp_path)}).installed) == 1
     wrong = find_cann({**variables, "ASCEND_HOME_PATH": "/nosuch"})
     assert (wrong.state, wrong.wrong) == ("wrong path", ("ASCEND_HOME_PATH",))
 
@@ -284,6 +331,9 @@ DUPLICATED = "Duplicated key 'a' found (the process ended by SIGABRT)"
         ({"device": None, "device_error": "no device"}, ["no_device"]),
         ({"compute_error": "561000"}, ["no_kernels"]),
         ({"product_error": "LinearQuantValueError: LQ_GRAPH_PRODUCT: x"}, ["wrong_product"]),
+        ({"product_error": "LinearQuantValueError: LQ_GRAPH_CANN: x"}, ["wrong_cann_version"]),
+        ({"torch": None, "shadowed": {"torch": "/torch.py"}}, ["shadowed"]),
+        ({"torch_npu": None, "shadowed": {"torch_npu": "/torch_npu.py"}}, ["shadowed"]),
         ({"product": {"name": "Atlas A2", "key": "A2", "known": False}}, ["unknown_product"]),
         ({"kernel": {"why_not": "stale"}, "self_test": FAILED}, ["stale_kernel", "self_test"]),
         ({"kernel": {"why_not": "absent"}}, ["no_kernel"]),

@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lq_graph
-from lq_graph import LinearQuantError, LinearQuantTypeError, LinearQuantValueError, check, plan
-from lq_graph import __main__ as command_line
+from lq_graph import (
+    LinearQuantError,
+    LinearQuantTypeError,
+    LinearQuantValueError,
+    check,
+    command_line,
+    plan,
+)
+from lq_graph.rules import products
 from lq_graph.rules.activations import plan_dynamic_quant, plan_static_quant
-from lq_graph.rules.cann import CannVersion, read_cann_version
+from lq_graph.rules.cann import CannVersion, read_cann_version, target_of
 from lq_graph.rules.plan import Spec
 from lq_graph.rules.tables import product_by_name
 from support.processes import start
@@ -107,6 +114,28 @@ def test_what_is_not_a_version(text: str) -> None:
 
 
 # ---- in force ----
+
+
+@pytest.mark.parametrize("value", [8.1, 9, torch.int8])
+def test_what_is_no_text_is_refused(value) -> None:
+    with pytest.raises(LinearQuantValueError, match=f"set_cann_version: {value} is not a version"):
+        lq_graph.set_cann_version(value)
+    with pytest.raises(LinearQuantValueError, match=f"set_product: {value} is not a product"):
+        lq_graph.set_product(value)
+
+
+def test_a_thread_that_asks_meanwhile_keeps_no_old_version(monkeypatch) -> None:
+    """It has read the old version, and the new one is set before it has its answer."""
+
+    def asks_slowly(product, cann):
+        monkeypatch.undo()
+        lq_graph.set_cann_version("9.0.0")
+        return target_of(product, cann)
+
+    monkeypatch.setattr(products, "target_of", asks_slowly)
+    lq_graph.set_cann_version("8.0.0")
+    assert str(lq_graph.get_cann_version()) == "8.0.0"
+    assert str(lq_graph.get_cann_version()) == "9.0.0"
 
 
 def test_in_force(monkeypatch) -> None:
