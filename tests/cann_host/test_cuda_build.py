@@ -53,8 +53,12 @@ def test_only_what_ends_the_process_is_refused(
     tmp_path: Path, ends: str, cuda: bool, registers: bool, autoload: str, said: str
 ) -> None:
     for package, library, text in (
-        ("torch", "libc10_cuda.so" if cuda else "libc10.so", "getMutableKeys"),
-        ("torch_npu", "libtorch_npu.so", "getMutableKeys" if registers else "nothing"),
+        ("torch", "libc10_cuda.so" if cuda else "libc10.so", "registerDeviceConfigParserHook"),
+        (
+            "torch_npu",
+            "libtorch_npu.so",
+            "registerDeviceConfigParserHook" if registers else "nothing",
+        ),
     ):
         (tmp_path / package / "lib").mkdir(parents=True)
         (tmp_path / package / "lib" / library).write_text(text)
