@@ -284,6 +284,7 @@ DUPLICATED = "Duplicated key 'a' found (the process ended by SIGABRT)"
         ({"device": None, "device_error": "no device"}, ["no_device"]),
         ({"compute_error": "561000"}, ["no_kernels"]),
         ({"product_error": "LinearQuantValueError: LQ_GRAPH_PRODUCT: x"}, ["wrong_product"]),
+        ({"product_error": "LinearQuantValueError: LQ_GRAPH_CANN: x"}, ["wrong_cann_version"]),
         ({"product": {"name": "Atlas A2", "key": "A2", "known": False}}, ["unknown_product"]),
         ({"kernel": {"why_not": "stale"}, "self_test": FAILED}, ["stale_kernel", "self_test"]),
         ({"kernel": {"why_not": "absent"}}, ["no_kernel"]),
