@@ -1,9 +1,9 @@
 """Lets torch_npu be imported beside a CUDA build of torch.
 
-From 2.10 on, the CUDA half of torch and torch_npu register settings with the same names in c10's
-allocator configuration (c10/core/AllocatorConfig.h). A name that is registered twice ends the
-process at `import torch_npu`. The stand-in removes the names from c10's set while torch_npu is
-imported, and puts them back afterwards.
+The CUDA half of torch (from 2.10 on) and torch_npu (from 2.10.0.post7 on) register settings with
+the same names in c10's allocator configuration (c10/core/AllocatorConfig.h). A name that is
+registered twice ends the process at `import torch_npu`. The stand-in removes the names from c10's
+set while torch_npu is imported, and puts them back afterwards.
 """
 
 from __future__ import annotations

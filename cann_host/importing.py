@@ -47,7 +47,7 @@ def check_possible() -> None:
         needed = " ".join(f'"{package}"' for package in NEEDED)
         raise CannHostError(
             f"torch_npu is not installed. What to do: pip install {needed}; it brings the torch "
-            "that it needs."
+            "that it needs. To keep the torch that you have, name the torch_npu of that version."
         )
 
 
@@ -124,5 +124,8 @@ def _why_not_imported(error: BaseException) -> str:
         return f"torch and torch_npu cannot be imported: {text}"
     train = torch_npu.split(".")[:2]
     if torch.split(".")[:2] != train:
-        text += f" (this torch_npu is made for torch {'.'.join(train)})"
+        text += (
+            f" (this torch_npu is made for torch {'.'.join(train)}). What to do: install that "
+            "torch, or the torch_npu for yours; `python -m lq_graph doctor` gives the commands."
+        )
     return f"torch {torch} and torch_npu {torch_npu} cannot be imported: {text}"

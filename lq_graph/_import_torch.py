@@ -52,8 +52,9 @@ def _why(error: RuntimeError) -> str:
         )
     return (
         "lq_graph: torch_npu is installed and cannot be imported, so torch itself cannot be "
-        f"imported: {type(cause).__name__}: {cause}. What to do: repair or uninstall torch_npu, "
-        f"or, for plain CPU use, set {_AUTOLOAD}=0."
+        f"imported: {type(cause).__name__}: {cause}. What to do: run `python -m lq_graph doctor`, "
+        "which finds the cause; uninstall torch_npu; or, for plain CPU use, set "
+        f"{_AUTOLOAD}=0."
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from string import ascii_lowercase
@@ -15,6 +16,10 @@ from typing import Any
 __all__ = ["versions"]
 
 DOCS = Path(__file__).parents[1]
+sys.path.append(str(DOCS.parent / "tests"))
+
+from support.versions import VERSIONS  # noqa: E402
+
 DATA = DOCS / "versions.json"
 
 
@@ -24,7 +29,11 @@ def versions() -> str:
     reasons = _lettered(results)
     head = "| torch_npu | torch, Python | examples | passed | failed | skipped | run |"
     lines = [head, "|---|---|---|---|---|---|---|", *(_line(one, reasons) for one in results), ""]
-    return "\n".join([*lines, *(f"- {letter}: {text}" for text, letter in reasons.items())])
+    lines += [f"- {letter}: {text}" for text, letter in reasons.items()]
+    run = {one["torch_npu"] for one in results}
+    if not_run := [one.torch_npu for one in VERSIONS if one.torch_npu not in run]:
+        lines += ["", f"Not run yet: {', '.join(not_run)}."]
+    return "\n".join(lines)
 
 
 def _line(result: dict[str, Any], reasons: dict[str, str]) -> str:

@@ -53,7 +53,8 @@ class TorchNpu:
         made_for: the version of torch that it is made for, as its wheel requires it: "2.10.0".
         folder: where it lies.
         has_torchair: whether torchair is part of it.
-        registers_allocator_keys: as in `Torch`. If both do, `import torch_npu` ends the process.
+        registers_allocator_keys: as in `Torch`; torch_npu 2.10.0.post7 and later do. If both do,
+            `import torch_npu` ends the process.
     """
 
     version: str

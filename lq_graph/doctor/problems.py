@@ -18,6 +18,7 @@ __all__ = ["LOWEST", "NEWEST", "RULES", "Problem", "find_notes", "find_problems"
 # Releases of torch between which everything was tested.
 LOWEST, NEWEST = "2.7.1", "2.14.0"
 _STAND_IN = "python -m cann_host your_script.py"
+_CPU_BUILDS = "--index-url https://download.pytorch.org/whl/cpu"
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def _mismatch(facts: Facts) -> Problem | None:
         "version_mismatch",
         f"torch_npu {npu.version} is made for torch {npu.made_for}, and this is torch "
         f"{torch.version}.",
-        f"Install the CPU build of torch {npu.made_for}, as the install page of pytorch.org gives "
-        "it for Pip and CPU; or the torch_npu that is made for your torch.",
+        f"Install the CPU build of torch {npu.made_for}, or the torch_npu that is made for your "
+        "torch.",
         (
-            f'pip install "torch=={npu.made_for}+cpu" --index-url ...   # the address on that page',
+            f'pip install "torch=={npu.made_for}+cpu" {_CPU_BUILDS}',
             f"pip install --no-deps torch_npu=={npu.version}",
         ),
     )
@@ -219,9 +220,8 @@ def _cuda_build(facts: Facts) -> Problem | None:
         "cuda_build",
         f"torch {facts.torch.version} is a build for {facts.torch.build}: beside CANN, `import "
         "torch_npu` ends the process, because both register the same allocator settings.",
-        f"Install the CPU build of torch {release}, as the install page of pytorch.org gives it "
-        "for Pip and CPU.",
-        (f'pip install "torch=={release}+cpu" --index-url ...   # the address on that page',),
+        f"Install the CPU build of torch {release}.",
+        (f'pip install "torch=={release}+cpu" {_CPU_BUILDS}',),
     )
 
 
@@ -338,11 +338,12 @@ def _no_product(facts: Facts) -> Problem | None:
             "Unset LQ_GRAPH_CANN, or set it to the version of your CANN.",
         )
     if facts.product_error:
-        return Problem(
-            "wrong_product",
-            facts.product_error.partition(": ")[2].rstrip(".") + ".",
-            "Unset LQ_GRAPH_PRODUCT, or set it to 310P, A2, A3 or 950.",
-        )
+        error = facts.product_error.partition(": ")[2]  # it begins with the variable
+        name, fix = "wrong_product", "Unset LQ_GRAPH_PRODUCT, or set it to 310P, A2, A3 or 950."
+        if error.startswith("LQ_GRAPH_CANN"):
+            name = "wrong_cann_version"
+            fix = "Unset LQ_GRAPH_CANN, or set it to the version of your CANN, such as 8.5.0."
+        return Problem(name, error.partition(" What to do: ")[0].rstrip(".") + ".", fix)
     if facts.product and not facts.product["known"] and facts.device:
         return Problem(
             "unknown_product",
@@ -366,9 +367,9 @@ _KERNEL = {
     ),
     "absent": (
         "no_kernel",
-        "The compiled CPU kernel is not built: there was no C++ compiler when lq_graph was "
-        "installed; torch computes the same, slower.",
-        "Install a compiler (apt-get install g++), then lq_graph again, in the checkout.",
+        "The compiled CPU kernel is not built: lq_graph is not installed, or was installed without "
+        "a C++ compiler; torch computes the same, slower.",
+        "Install g++ if it is missing (apt-get install g++), then lq_graph, in a checkout.",
         _BUILD,
     ),
     "openmp": (
@@ -485,12 +486,12 @@ def find_notes(facts: Facts) -> list[str]:
         )
     if facts.stand_in.active:
         notes.append("cann_host computes on the CPU: the self-test says nothing about a chip.")
-    left_out = Counter(
-        (test["mode"], result["left_out"])
-        for test in facts.self_test
-        for result in test["results"]
-        if result["left_out"]
-    )
-    for (mode, why), count in left_out.items():
-        notes.append(f"The self-test left out {count} calls in mode {mode}: {why}.")
+    left_out: dict[str, Counter[str]] = {}  # reason: how many calls of each mode
+    for test in facts.self_test:
+        for result in test["results"]:
+            if result["left_out"]:
+                left_out.setdefault(result["left_out"], Counter())[test["mode"]] += 1
+    for why, modes in left_out.items():
+        counts = ", ".join(f"{count} in {mode}" for mode, count in modes.items())
+        notes.append(f"The self-test left calls out ({counts}): {why}.")
     return notes

@@ -12,7 +12,8 @@ The names below are what the rest of lq_graph and cann_host may use:
 - int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
 - the 64-bit scale: `pack_scale`, `unpack_scale`, `unpack_finite_scale`, `s19`, `s19_at_least`;
 - FRACTAL_NZ: `nd_to_nz`, `nz_to_nd`, `nz_shape`, `NzWeight`;
-- conditions on sizes that may be symbols: `guard_or_false`;
+- conditions on sizes that may be symbols: `guard_or_false`; whether torch.export traces:
+  `is_exporting`;
 - activations: `dynamic_quant`, `dynamic_quant_with_offset`, `quantize_rows`, `static_quant`.
 """
 
@@ -44,7 +45,7 @@ from .packing import (
     unpack_int4,
     unpack_scale,
 )
-from .symbolic import guard_or_false
+from .symbolic import guard_or_false, is_exporting
 
 __all__ = [
     "INT4_PER_INT32",
@@ -64,6 +65,7 @@ __all__ = [
     "for_rows",
     "guard_or_false",
     "is_cut",
+    "is_exporting",
     "logical_k",
     "matmul_int32",
     "nd_to_nz",

@@ -1,10 +1,11 @@
-"""Conditions on sizes that may be symbols, with every version of torch."""
+"""Conditions on sizes that may be symbols, and whether torch.export traces, with every version of
+torch."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["guard_or_false"]
+__all__ = ["guard_or_false", "is_exporting"]
 
 
 def guard_or_false(condition: bool | torch.SymBool) -> bool:
@@ -23,3 +24,19 @@ def guard_or_false(condition: bool | torch.SymBool) -> bool:
     if symbolic.statically_known_true(condition):
         return True
     return symbolic.definitely_true(condition)  # type: ignore[attr-defined, no-any-return]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces this call.
+
+    Before torch 2.12, Dynamo takes torch.compiler.is_exporting() for true in torch.compile too, so
+    this reads the flag behind it. torch 2.7 does not set the flag if Dynamo traces: there, each
+    trace of Dynamo counts as an export.
+    """
+    if torch.compiler._is_exporting_flag:
+        return True
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    from torch.fx.experimental import symbolic_shapes as symbolic
+
+    return not hasattr(symbolic, "guard_or_false")  # torch 2.7

@@ -240,7 +240,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         rows = input.reshape(-1, input.shape[-1])
         some = rows.shape[0] > 0
-        if torch.compiler.is_exporting():
+        if kernels.is_exporting():
             # One graph works for any number of rows, 0 too, though torch assumes at least 2. Dynamo
             # (strict=True) shows a symbolic number as an int.
             some = isinstance(some, bool) and not torch.compiler.is_dynamo_compiling() and some

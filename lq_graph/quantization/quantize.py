@@ -107,8 +107,7 @@ def _quantize(
     todo = not_refused(layers)
     if layers and not todo:
         reasons = Counter(layer.refusal for layer in layers)
-        reasons_text = (f"{count} x {why}" for why, count in reasons.most_common())
-        listed = "; ".join(reasons_text).rstrip(".")
+        listed = "; ".join(f"{count} x {why}" for why, count in reasons.most_common()).rstrip(".")
         raise LinearQuantValueError(
             f"quantize: none of the {len(layers)} nn.Linear layers can be quantized: {listed}."
         )

@@ -40,9 +40,10 @@ FAILS = "raise RuntimeError('another fault')"
 
 
 def packages(folder: Path, ends: str, *, cuda: bool = True, registers: bool = True) -> None:
+    calls = "registerDeviceConfigParserHook"
     for package, library, text in (
-        ("torch", "libc10_cuda.so" if cuda else "libc10.so", "getMutableKeys"),
-        ("torch_npu", "libtorch_npu.so", "getMutableKeys" if registers else "nothing"),
+        ("torch", "libc10_cuda.so" if cuda else "libc10.so", calls),
+        ("torch_npu", "libtorch_npu.so", calls if registers else "nothing"),
     ):
         (folder / package / "lib").mkdir(parents=True)
         (folder / package / "lib" / library).write_text(text)

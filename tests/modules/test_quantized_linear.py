@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import symbolic_shapes
 
 import lq_graph
 from lq_graph import (
@@ -69,7 +70,7 @@ def test_weight_and_bias_are_the_floats(
     float_model, model = chain(dtype), chain(dtype).to(device)
     run(model, config, data(dtype=dtype).to(device))
     if prepared:
-        lq_graph.use_internal_format_weight(model, int4_nz=True)
+        lq_graph.use_internal_format_weight(model, int4_nz=not has.int4_nz())
     for old, new in ((float_model[0], model[0]), (float_model[2], model[2])):
         assert (new.in_features, new.out_features) == (old.in_features, old.out_features)
         for name in ("weight", "bias"):
@@ -431,6 +432,25 @@ def test_a_weight_counts_as_a_parameter() -> None:
     assert "0.linear.weight" in names and names.isdisjoint({"0.weight", "0.bias"})
     copied = copy.deepcopy(model[0].weight)
     assert type(copied) is Tensor and torch.equal(copied, model[0].weight)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiled_graph_has_no_row_of_zeros(dynamic: bool) -> None:
+    """Only an export, or a call without rows, needs the row that forward appends."""
+    if not hasattr(symbolic_shapes, "guard_or_false"):
+        pytest.skip("torch 2.7 does not tell a strict export from another trace of Dynamo")
+    model, x = chain(), data()
+    run(model, A8W8Dynamic())
+    codes = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        codes.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=backend, dynamic=dynamic)(x), model(x))
+    assert codes and not [code for code in codes if "cat(" in code]
 
 
 @pytest.mark.slow

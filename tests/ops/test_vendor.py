@@ -102,7 +102,12 @@ def test_meta_agrees_with_the_vendors_meta_kernel(case: Case) -> None:
             k: mode.from_tensor(v.npu()) if torch.is_tensor(v) else v for k, v in inputs.items()
         }
         x1, weight, scale = (fake.pop(name) for name in ("x1", "weight", "scale"))
-        theirs = torch_npu.npu_quant_matmul(x1, weight.transpose(-1, -2), scale, **fake)
+        try:
+            theirs = torch_npu.npu_quant_matmul(x1, weight.transpose(-1, -2), scale, **fake)
+        except RuntimeError as error:
+            if "output_dtype must be float16" not in str(error):
+                raise
+            pytest.skip("the meta kernel of this torch_npu takes no bfloat16 output of int4")
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 

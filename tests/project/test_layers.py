@@ -51,7 +51,7 @@ class Allowed:
 NPU = frozenset({"torch_npu", "torchair"})
 TABLE = {
     "_import_torch": Allowed({"_cuda_build"}, {"torch"}),
-    "_cuda_build": Allowed(set(), set()),
+    "_cuda_build": Allowed({"doctor"}, set()),  # its packages, which need no torch
     "errors": Allowed(set(), set()),
     "reports": Allowed(set(), set()),
     "kernels": Allowed(set(), {"torch"}),
