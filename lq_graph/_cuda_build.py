@@ -8,6 +8,7 @@ imports torch.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,8 @@ __all__ = ["why_import_would_abort"]
 
 _ERROR = "Duplicated key"
 _SECONDS = 300  # an import from a slow disk takes a minute
+# Set in the process that tries: if its Python imports lq_graph at its start, it must not try again.
+_TRIES = "LQ_GRAPH_TRIES_IMPORT"
 
 
 def why_import_would_abort() -> str:
@@ -25,6 +28,8 @@ def why_import_would_abort() -> str:
     An import in a process of its own decides. It costs some seconds, and is tried only with a CUDA
     build of torch beside a torch_npu that registers settings.
     """
+    if _TRIES in os.environ:
+        return ""
     torch = find_torch()
     if torch is None or not torch.registers_allocator_keys:
         return ""
@@ -33,7 +38,13 @@ def why_import_would_abort() -> str:
         return ""
     try:
         tried = subprocess.run(
-            [sys.executable, "-c", "import torch"],
+            # the same torch: with -c, Python looks into the current folder first
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:] = {[*map(str, sys.path)]}; import torch",
+            ],
+            env={**os.environ, _TRIES: "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

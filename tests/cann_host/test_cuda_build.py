@@ -39,6 +39,20 @@ ABORTS = "import os; os.write(2, b\"Duplicated key 'x'\"); os.abort()"
 FAILS = "raise RuntimeError('another fault')"
 
 
+def packages(folder: Path, ends: str, *, cuda: bool = True, registers: bool = True) -> None:
+    for package, library, text in (
+        ("torch", "libc10_cuda.so" if cuda else "libc10.so", "registerDeviceConfigParserHook"),
+        (
+            "torch_npu",
+            "libtorch_npu.so",
+            "registerDeviceConfigParserHook" if registers else "nothing",
+        ),
+    ):
+        (folder / package / "lib").mkdir(parents=True)
+        (folder / package / "lib" / library).write_text(text)
+        (folder / package / "__init__.py").write_text(ends)
+
+
 @pytest.mark.parametrize(
     ("ends", "cuda", "registers", "autoload", "said"),
     [
@@ -52,17 +66,7 @@ FAILS = "raise RuntimeError('another fault')"
 def test_only_what_ends_the_process_is_refused(
     tmp_path: Path, ends: str, cuda: bool, registers: bool, autoload: str, said: str
 ) -> None:
-    for package, library, text in (
-        ("torch", "libc10_cuda.so" if cuda else "libc10.so", "registerDeviceConfigParserHook"),
-        (
-            "torch_npu",
-            "libtorch_npu.so",
-            "registerDeviceConfigParserHook" if registers else "nothing",
-        ),
-    ):
-        (tmp_path / package / "lib").mkdir(parents=True)
-        (tmp_path / package / "lib" / library).write_text(text)
-        (tmp_path / package / "__init__.py").write_text(ends)
+    packages(tmp_path, ends, cuda=cuda, registers=registers)
     done = python(
         "-c",
         "import lq_graph",
@@ -71,3 +75,18 @@ def test_only_what_ends_the_process_is_refused(
     )
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_python_that_imports_it_at_its_start_tries_once(tmp_path: Path) -> None:
+    packages(tmp_path, ABORTS)
+    started = tmp_path / "started"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os; from pathlib import Path; started = Path({str(started)!r})\n"
+        "with started.open('a') as file: print(os.getpid(), file=file)\n"
+        "if started.read_text().count('\\n') > 4: os._exit(1)\n"
+        "import lq_graph\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = python("-c", "pass", PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+    assert "install the CPU build of torch" in done.stderr
+    assert len(started.read_text().splitlines()) == 2
