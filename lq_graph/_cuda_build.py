@@ -28,7 +28,9 @@ def why_import_would_abort() -> str:
     An import in a process of its own decides. It costs some seconds, and is tried only with a CUDA
     build of torch beside a torch_npu that registers settings.
     """
-    torch = None if _TRIES in os.environ else find_torch()
+    if _TRIES in os.environ:
+        return ""
+    torch = find_torch()
     if torch is None or not torch.registers_allocator_keys:
         return ""
     torch_npu = find_torch_npu()

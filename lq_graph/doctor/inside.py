@@ -8,7 +8,7 @@ step.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -176,10 +176,10 @@ def _why_no_inductor_beside_npu() -> str:
         try:
             importlib.import_module("torch_npu._inductor")
         except Exception as error:
-            why = f"beside torch_npu it fails: {_root(error)}"
-            if importlib.util.find_spec("triton") is None:
-                return why
-            return f"{why}. torch_npu takes the installed triton for triton-ascend: uninstall it"
+            return (
+                f"beside torch_npu it fails: {_root(error)}. Without torch_npu "
+                "(TORCH_DEVICE_BACKEND_AUTOLOAD=0) it works"
+            )
     return ""
 
 

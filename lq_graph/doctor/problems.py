@@ -338,12 +338,11 @@ def _no_product(facts: Facts) -> Problem | None:
             "Unset LQ_GRAPH_CANN, or set it to the version of your CANN.",
         )
     if facts.product_error:
-        error = facts.product_error.partition(": ")[2]  # it begins with the variable
-        name, fix = "wrong_product", "Unset LQ_GRAPH_PRODUCT, or set it to 310P, A2, A3 or 950."
-        if error.startswith("LQ_GRAPH_CANN"):
-            name = "wrong_cann_version"
-            fix = "Unset LQ_GRAPH_CANN, or set it to the version of your CANN, such as 8.5.0."
-        return Problem(name, error.partition(" What to do: ")[0].rstrip(".") + ".", fix)
+        return Problem(
+            "wrong_product",
+            facts.product_error.partition(": ")[2].rstrip(".") + ".",
+            "Unset LQ_GRAPH_PRODUCT, or set it to 310P, A2, A3 or 950.",
+        )
     if facts.product and not facts.product["known"] and facts.device:
         return Problem(
             "unknown_product",
