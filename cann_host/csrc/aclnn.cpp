@@ -144,8 +144,8 @@ int aclnnAscendQuantGetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
                                      const char* round_mode, int32_t dst_type, const aclTensor* y,
                                      uint64_t* workspace_size, aclOpExecutor** executor) {
   CANN_HOST_PREPARES(aclnnAscendQuantGetWorkspaceSize)
-  return Prepare("aclnnAscendQuant", workspace_size, executor, x, scale, offset,
-                 int64_t{sqrt_mode}, Rounding(round_mode), int64_t{dst_type}, int64_t{-1}, y);
+  return Prepare("aclnnAscendQuant", workspace_size, executor, x, scale, offset, int64_t{sqrt_mode},
+                 Rounding(round_mode), int64_t{dst_type}, int64_t{-1}, y);
 }
 
 int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scale,
