@@ -53,7 +53,8 @@ def _line(result: dict[str, Any], reasons: dict[str, str]) -> str:
 def _by_reason(result: dict[str, Any]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text, count in result.get("skipped", {}).items():
-        counts[re.sub(r"\s+", " ", text)] += count
+        reason = re.sub(r"\s+", " ", text).removeprefix(f"torch_npu {result['torch_npu']}: ")
+        counts[reason.rstrip(".")] += count
     return counts
 
 
