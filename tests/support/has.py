@@ -18,11 +18,6 @@ INSTALLED = f"torch_npu {torch_npu.__version__}"
 # torchair's raw operator, to which its own converter lowers on Ascend 950
 HAS_V4 = hasattr(ge_apis, "QuantBatchMatmulV4")
 
-# `int? output_dtype`; the older train has `ScalarType? output_dtype`, and no dtypes of its own
-INT_DTYPES = any(
-    argument.name == "x1_dtype" for argument in torch_npu.npu_quant_matmul.default._schema.arguments
-)
-
 
 @cache
 def _why_no_inductor() -> str:
