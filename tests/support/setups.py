@@ -95,10 +95,14 @@ def torch_as_cuda_build(folder: Path) -> str:
     return release
 
 
-# An editable install finds its packages before PYTHONPATH does.
-_NO_EDITABLE = """
+# An editable install finds its packages before PYTHONPATH does: here it finds cann_host alone.
+_OWN_LQ_GRAPH = """
 import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+
+for finder in [f for f in sys.meta_path if "ScikitBuild" in type(f).__name__]:
+    def find_spec(name, *rest, real=finder.find_spec):
+        return None if name.partition(".")[0] == "lq_graph" else real(name, *rest)
+    finder.find_spec = find_spec
 """
 
 
@@ -114,4 +118,4 @@ def stale_package(folder: Path) -> None:
     shutil.copy(library, folder / "lq_graph/kernels/lib")
     with (folder / "lq_graph/kernels/csrc/qgemm.cpp").open("a") as source:
         source.write("// changed\n")
-    (folder / "sitecustomize.py").write_text(_NO_EDITABLE)
+    (folder / "sitecustomize.py").write_text(_OWN_LQ_GRAPH)
