@@ -42,6 +42,8 @@ __all__ = [
     "Op",
     "ShapeUnknownError",
     "Value",
+    "as_list",
+    "compute_op",
     "describe",
     "dtype_name",
     "find_op",
@@ -51,6 +53,8 @@ __all__ = [
     "promoted",
     "run_op",
     "soc_name",
+    "takes",
+    "to_meta",
     "torch_dtype",
 ]
 
@@ -299,12 +303,27 @@ def run_op(
         ShapeUnknownError: a value that decides a shape is not known yet.
         GraphError: the operator refuses.
     """
+    return as_list(compute_op(op, inputs, attrs, compiling=compiling))
+
+
+def as_list(result: Any) -> list[Any]:
+    """The outputs of an operator, from what its function returned."""
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def takes(op: Op, values: Sequence[Any]) -> bool:
+    """Whether the operator's function takes these values as they are."""
+    return op.accepts_internal_formats or not any(
+        isinstance(value, Int4 | FractalNZ) for value in values
+    )
+
+
+def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compiling: bool) -> Any:
+    """`run_op`, but what the operator's function returned."""
     if any(is_meta(inputs.get(name)) for name in op.host):
         raise ShapeUnknownError
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
-    if not op.accepts_internal_formats and any(
-        isinstance(value, Int4 | FractalNZ) for value in values
-    ):
+    if not takes(op, values):
         inputs = {name: _plain(op, value) for name, value in inputs.items()}
     first = inputs.get(op.inputs[0]) if op.type in DEFINED else None
     if isinstance(first, Tensor):
@@ -312,10 +331,9 @@ def run_op(
         if refusal is not None:
             raise GraphError(refusal)
     if (compiling and op.is_collective) or any(is_meta(value) for value in values):
-        inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
+        inputs = {k: v if k in op.host else to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
-    result = op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
-    return list(result) if isinstance(result, list | tuple) else [result]
+    return op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
 
 
 def _plain(op: Op, value: Any) -> Any:
@@ -329,9 +347,10 @@ def _plain(op: Op, value: Any) -> Any:
     return value
 
 
-def _to_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
+    """A value of which only the shape and dtype are known."""
     if type(value) is list:
-        return [_to_meta(v) for v in value]
+        return [to_meta(v) for v in value]
     if isinstance(value, FractalNZ):
         return FractalNZ(value.like, value.storage_shape)
     if isinstance(value, Int4):
