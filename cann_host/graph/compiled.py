@@ -33,6 +33,8 @@ class Step:
         inputs: slot, or list of slots of a dynamic input, by input name.
         attrs: attributes by name.
         last_use: slots that no step reads after this one.
+        copies: the inputs that it writes into and that are not the caller's memory.
+        views: slots that are read after this step and may be views of what it writes into.
     """
 
     op: Op
@@ -40,6 +42,8 @@ class Step:
     inputs: dict[str, Slot | list[Slot]]
     attrs: dict[str, Any]
     last_use: list[Slot] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    views: list[Slot] = field(default_factory=list)
 
     def run(self, values: dict[Slot, Any], *, compiling: bool = False) -> list[Any]:
         """Compute the step's outputs from the values so far."""
@@ -47,6 +51,8 @@ class Step:
             name: [values[s] for s in slot] if isinstance(slot, list) else values[slot]
             for name, slot in self.inputs.items()
         }
+        if self.op.writes:
+            self._keep(inputs, values)
         try:
             return executor.run_op(self.op, inputs, self.attrs, compiling=compiling)
         except ShapeUnknownError:
@@ -56,6 +62,22 @@ class Step:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise GraphError(f"node {self.node} ({self.op.type}): {text}") from error
+
+    def _keep(self, inputs: dict[str, Any], values: dict[Slot, Any]) -> None:
+        """Copy what the step would change and must not."""
+        for name in self.op.writes:
+            if not isinstance(inputs[name], Tensor):
+                raise GraphError(
+                    f"node {self.node} ({self.op.type}): {name} has an internal format, into which "
+                    "cann_host does not write"
+                )
+        for name in self.copies:
+            inputs[name] = inputs[name].clone()
+        written = {inputs[name].untyped_storage().data_ptr() for name in self.op.writes}
+        for slot in self.views:
+            value = values[slot]
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in written:
+                values[slot] = value.clone()
 
 
 class TensorInfo(NamedTuple):

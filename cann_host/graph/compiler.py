@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cann_host.graph.executor import (
     Value,
     torch_dtype,
 )
+from cann_host.graph.in_place import plan_writes, sources
 from cann_host.graph.origins import origins_of
 from cann_host.memory import FRACTAL_NZ
 
@@ -161,9 +162,11 @@ def compile_graph(model: bytes) -> CompiledGraph:
     inputs = [data[index] for index in range(len(data))]
 
     steps = _sorted(steps, {*inputs, *constants}, graph.name)
+    memory = {*inputs, *(Slot(name, 0) for name, *_ in borrowed)}
+    written = plan_writes(steps, memory, outputs)
     static = all(info.known for info in infos.values())
     if static:
-        steps = _predict(steps, constants, infos, formats, outputs, declared)
+        steps = _predict(steps, constants, written, infos, formats, outputs, declared)
     static = static and all(info.known for info in declared)
     _mark_last_uses(steps, outputs)
     return CompiledGraph(
@@ -227,11 +230,6 @@ def _check_known(graph: Any, nodes: Sequence[Any]) -> None:
     )
 
 
-def _sources(step: Step) -> Iterable[Slot]:
-    for slots in step.inputs.values():
-        yield from slots if isinstance(slots, list) else [slots]
-
-
 def _sorted(steps: list[Step], known: set[Slot], graph: str) -> list[Step]:
     """The steps in an order in which every input is computed before it is read."""
     nodes = {slot.node for slot in known}
@@ -241,7 +239,7 @@ def _sorted(steps: list[Step], known: set[Slot], graph: str) -> list[Step]:
         ready = []
         blocked = []
         for step in waiting:
-            if all(slot.node in nodes for slot in _sources(step)):
+            if all(slot.node in nodes for slot in sources(step)):
                 ready.append(step)
                 nodes.add(step.node)
             else:
@@ -257,6 +255,7 @@ def _sorted(steps: list[Step], known: set[Slot], graph: str) -> list[Step]:
 def _predict(
     steps: list[Step],
     constants: dict[Slot, Any],
+    written: set[Slot],
     infos: dict[Slot, TensorInfo],
     formats: dict[Slot, int],
     outputs: list[Slot],
@@ -271,6 +270,8 @@ def _predict(
         The steps that every run computes.
     """
     values: dict[Slot, Any] = dict(constants)
+    for slot in written & constants.keys():  # its values change
+        values[slot] = executor.to_meta(values[slot])
     for slot, info in infos.items():
         dtype = torch_dtype(info.dtype, f"input {slot.node}")
         like = torch.empty(info.shape, dtype=dtype, device="meta")
@@ -308,6 +309,6 @@ def ge_dtype(result: Tensor, declared: int, index: int) -> int:
 def _mark_last_uses(steps: list[Step], outputs: list[Slot]) -> None:
     seen = set(outputs)
     for step in reversed(steps):
-        fresh = {slot for slot in _sources(step) if slot not in seen}
+        fresh = {slot for slot in sources(step) if slot not in seen}
         step.last_use.extend(fresh)
         seen |= fresh

@@ -51,6 +51,7 @@ __all__ = [
     "promoted",
     "run_op",
     "soc_name",
+    "to_meta",
     "torch_dtype",
 ]
 
@@ -217,6 +218,9 @@ class Op:
         accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
         is_collective: whether it communicates with other processes; then it is never computed while
             a graph is compiled.
+        writes: the inputs that the function writes into; its first outputs are these tensors. They
+            are the caller's memory only if they come from an input of the graph or from a constant
+            in the caller's memory; otherwise the function gets copies.
     """
 
     type: str
@@ -227,6 +231,7 @@ class Op:
     attrs: frozenset[str]
     accepts_internal_formats: bool
     is_collective: bool = False
+    writes: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}
@@ -236,13 +241,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def op(
-    *types: str, accepts_internal_formats: bool = False, is_collective: bool = False
+    *types: str,
+    accepts_internal_formats: bool = False,
+    is_collective: bool = False,
+    writes: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register a function under its GE op types, before or after the stand-in is active.
 
     Args:
         types: GE op types.
-        accepts_internal_formats, is_collective: see `Op`.
+        accepts_internal_formats, is_collective, writes: see `Op`.
     """
 
     def register(function: F) -> F:
@@ -258,6 +266,7 @@ def op(
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 accepts_internal_formats=accepts_internal_formats,
                 is_collective=is_collective,
+                writes=writes,
             )
             if runtime.is_active():
                 runtime.current().graphs.announce(OPS[type_])
@@ -312,7 +321,7 @@ def run_op(
         if refusal is not None:
             raise GraphError(refusal)
     if (compiling and op.is_collective) or any(is_meta(value) for value in values):
-        inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
+        inputs = {k: v if k in op.host else to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
     result = op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
     return list(result) if isinstance(result, list | tuple) else [result]
@@ -329,9 +338,10 @@ def _plain(op: Op, value: Any) -> Any:
     return value
 
 
-def _to_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
+    """A value without its data."""
     if type(value) is list:
-        return [_to_meta(v) for v in value]
+        return [to_meta(v) for v in value]
     if isinstance(value, FractalNZ):
         return FractalNZ(value.like, value.storage_shape)
     if isinstance(value, Int4):
