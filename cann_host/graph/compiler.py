@@ -24,6 +24,7 @@ from cann_host.graph.executor import (
     Value,
     torch_dtype,
 )
+from cann_host.graph.in_place import plan_writes
 from cann_host.graph.origins import origins_of
 from cann_host.graph.program import Slot, Step
 from cann_host.memory import FRACTAL_NZ
@@ -165,10 +166,11 @@ def compile_graph(model: bytes) -> CompiledGraph:
     inputs = [data[index] for index in range(len(data))]
 
     steps = _sorted(steps, {slot.node for slot in (*inputs, *constants)}, graph.name)
+    places = [Slot(name, 0) for name, _, _ in borrowed]
+    plan_writes(steps, {*inputs, *places}, outputs)
     static = all(info.known for info in infos.values())
     returns_one: dict[Step, bool] = {}
     if static:
-        places = [Slot(name, 0) for name, _, _ in borrowed]
         steps, returns_one = _predict(steps, constants, infos, formats, outputs, declared, places)
     static = static and all(info.known for info in declared)
     return CompiledGraph(
@@ -297,7 +299,7 @@ def _predict(
             constants.update(results)
             continue
         left.append(step)
-        if executor.takes(step.op, given):
+        if executor.takes(step.op, given) and not step.copies:
             returns_one[step] = not isinstance(result, list | tuple)
     for index, slot in enumerate(outputs):
         result = output_tensor(_value(values, slot, f"output {index}"), index)

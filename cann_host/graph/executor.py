@@ -221,6 +221,9 @@ class Op:
         accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
         is_collective: whether it communicates with other processes; then it is never computed while
             a graph is compiled.
+        writes: the inputs that the function writes into; its first outputs are these tensors. They
+            are the caller's memory only if they come from an input of the graph or from a constant
+            in the caller's memory; otherwise the function gets copies.
     """
 
     type: str
@@ -231,6 +234,7 @@ class Op:
     attrs: frozenset[str]
     accepts_internal_formats: bool
     is_collective: bool = False
+    writes: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}
@@ -240,13 +244,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def op(
-    *types: str, accepts_internal_formats: bool = False, is_collective: bool = False
+    *types: str,
+    accepts_internal_formats: bool = False,
+    is_collective: bool = False,
+    writes: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register a function under its GE op types, before or after the stand-in is active.
 
     Args:
         types: GE op types.
-        accepts_internal_formats, is_collective: see `Op`.
+        accepts_internal_formats, is_collective, writes: see `Op`.
     """
 
     def register(function: F) -> F:
@@ -262,6 +269,7 @@ def op(
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 accepts_internal_formats=accepts_internal_formats,
                 is_collective=is_collective,
+                writes=writes,
             )
             if runtime.is_active():
                 runtime.current().graphs.announce(OPS[type_])

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError, Op
 
@@ -36,6 +38,8 @@ class Step:
         inputs: slot, or list of slots of a dynamic input, by input name.
         attrs: attributes by name.
         after: the nodes that come before it, whether it reads their results or not.
+        copies: the inputs that it writes into and that are not the caller's memory.
+        views: slots that are read after this step and may be views of what it writes into.
     """
 
     op: Op
@@ -43,6 +47,8 @@ class Step:
     inputs: dict[str, Slot | list[Slot]]
     attrs: dict[str, Any]
     after: frozenset[str] = field(default=frozenset())
+    copies: list[str] = field(default_factory=list)
+    views: list[Slot] = field(default_factory=list)
 
     @property
     def sources(self) -> list[Slot]:
@@ -57,6 +63,13 @@ class Step:
             name: [next(given) for _ in slots] if isinstance(slots, list) else next(given)
             for name, slots in self.inputs.items()
         }
+        for name in self.op.writes:
+            if not isinstance(inputs[name], Tensor):
+                raise GraphError(
+                    f"{name} has an internal format, into which cann_host does not write"
+                )
+        for name in self.copies:
+            inputs[name] = inputs[name].clone()
         return executor.compute_op(self.op, inputs, self.attrs, compiling=compiling)
 
     def run(self, *values: Any) -> list[Any]:
@@ -91,6 +104,18 @@ class Step:
 def _with_list(function: Callable[..., Any], first: int, last: int, *values: Any) -> Any:
     """Call a function whose arguments from `first` to `last` are one list."""
     return function(*values[:first], list(values[first:last]), *values[last:])
+
+
+def _kept(count: int, *values: Any) -> list[Any]:
+    """The values after the first `count`: copies of those that share memory with one of the first,
+    which the next step writes into."""
+    written = {value.untyped_storage().data_ptr() for value in values[:count]}
+    return [
+        value.clone()
+        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in written
+        else value
+        for value in values[count:]
+    ]
 
 
 class _Call(NamedTuple):
@@ -146,16 +171,23 @@ class Program:
         stay = {*constants, *outputs}
         self._calls: list[_Call] = []
         for step in steps:
+            if step.views:
+                slots = [step.inputs[name] for name in step.op.writes if name not in step.copies]
+                views = tuple(numbers[slot] for slot in step.views)
+                written = tuple(numbers[slot] for slot in slots if isinstance(slot, Slot))
+                function = partial(_kept, len(written))
+                targets = tuple(enumerate(views))
+                self._calls.append(_Call(function, (*written, *views), None, targets, (), step))
             function, sources = step.direct() if step in returns_one else (step.run, step.sources)
-            targets = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
+            made = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
             is_one = returns_one.get(step, False)
             dead = {slot for slot in step.sources if last[slot] is step and slot not in stay}
             self._calls.append(
                 _Call(
                     function,
                     tuple(numbers[slot] for slot in sources),
-                    targets[0][1] if is_one and targets else None,
-                    () if is_one else tuple(targets),
+                    made[0][1] if is_one and made else None,
+                    () if is_one else tuple(made),
                     tuple(numbers[slot] for slot in dead),
                     step,
                 )
