@@ -11,6 +11,8 @@ either.
     quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
     activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
     norms         aclnnRmsNorm, aclnnAddRmsNorm
+    fused_norms   norms that quantize: aclnnAddRmsNormDynamicQuantV2
+    fused_swiglu  aclnnSwiGlu, aclnnDequantSwigluQuantV2, aclnnSwiGluQuantV2
     copies        copies, casts of dtype and format, padding
     runner        OPERATORS; Runner, which the library calls
 """

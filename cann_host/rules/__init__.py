@@ -14,7 +14,9 @@ on purpose, so each checks the other: do not import one from the other.
     activation_dtypes  what DynamicQuant and AscendQuant have in common
     dynamic_quant      DynamicQuant, DynamicQuantV2
     static_quant       AscendQuantV2, aclnnQuantize
-    norms              RmsNorm, AddRmsNorm, LayerNormV4
+    norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
+    fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
+    fused_swiglu       SwiGlu, DequantSwigluQuant, SwiGluQuant
     definitions        dtypes of activations and other graph operators
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
@@ -37,7 +39,25 @@ from .dynamic_quant import (
     dynamic_quant_ignores,
     dynamic_quant_scale_shape,
 )
-from .norms import RmsNormCall, check_layer_norm, check_rms_norm
+from .fused_norms import (
+    AddRmsNormDynamicQuantCall,
+    AddRmsNormQuantCall,
+    RmsNormQuantCall,
+    check_add_rms_norm_dynamic_quant,
+    check_add_rms_norm_quant,
+    check_rms_norm_quant,
+)
+from .fused_swiglu import (
+    DequantSwigluQuantCall,
+    SwiGluCall,
+    SwiGluQuantCall,
+    check_dequant_swiglu_quant,
+    check_group_list,
+    check_swi_glu,
+    check_swi_glu_quant,
+    dequant_swiglu_quant_ignores,
+)
+from .norms import RmsNormCall, check_add_rms_norm_cast, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
 from .refusal import INNER, INVALID, NO_KERNEL, NULL_POINTER, TILING, Refusal
@@ -70,7 +90,10 @@ __all__ = [
     "P310",
     "QUANT_MODES",
     "TILING",
+    "AddRmsNormDynamicQuantCall",
+    "AddRmsNormQuantCall",
     "AscendQuantCall",
+    "DequantSwigluQuantCall",
     "DynamicQuantCall",
     "Kernel",
     "PackedWords",
@@ -78,17 +101,29 @@ __all__ = [
     "QuantizeCall",
     "Refusal",
     "RmsNormCall",
+    "RmsNormQuantCall",
+    "SwiGluCall",
+    "SwiGluQuantCall",
     "TensorDesc",
     "TransQuantParamCall",
     "ascend_quant_axis",
+    "check_add_rms_norm_cast",
+    "check_add_rms_norm_dynamic_quant",
+    "check_add_rms_norm_quant",
     "check_ascend_quant",
     "check_definition",
+    "check_dequant_swiglu_quant",
     "check_dynamic_quant",
+    "check_group_list",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",
+    "check_rms_norm_quant",
+    "check_swi_glu",
+    "check_swi_glu_quant",
     "check_trans_quant_param",
+    "dequant_swiglu_quant_ignores",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
     "packed_words",
