@@ -93,6 +93,8 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_recent_error": (c_char_p, ()),
     "cann_host_bytes_at": (c_uint64, (c_void_p,)),
     "cann_host_block_of": (c_uint64, (c_void_p, c_uint64)),
+    "cann_host_prefetches": (c_uint64, ()),
+    "cann_host_count_prefetch": (None, ()),
     "cann_host_has_task_queue": (c_int, ()),
     "cann_host_leave": (None, ()),
     "cann_host_is_capturing": (c_int, ()),

@@ -13,6 +13,8 @@ either.
     norms         aclnnRmsNorm, aclnnAddRmsNorm
     rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope
     cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
+    fused_norms   norms that quantize: aclnnAddRmsNormDynamicQuantV2
+    fused_swiglu  aclnnSwiGlu, aclnnDequantSwigluQuantV2, aclnnSwiGluQuantV2
     copies        copies, casts of dtype and format, padding
     runner        OPERATORS; Runner, which the library calls
 """

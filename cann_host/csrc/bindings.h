@@ -44,6 +44,8 @@ const char* cann_host_recent_error();
 // memory.cpp
 uint64_t cann_host_bytes_at(const void* address);
 uint64_t cann_host_block_of(const void* address, uint64_t bytes);
+uint64_t cann_host_prefetches();
+void cann_host_count_prefetch();
 
 // stream.cpp
 int cann_host_has_task_queue();

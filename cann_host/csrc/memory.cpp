@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -167,6 +168,29 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
   return code;
 }
 
+std::atomic<uint64_t> prefetches{0};
+
+// A prefetch reads memory into a cache, so it changes no value: it is counted when it is done.
+int PrefetchAsync(const void* src, size_t size, int type, void* stream) {
+  const char* symbol = "aclrtCmoAsync";
+  constexpr int kPrefetch = 0;  // aclrtCmoType; CANN's documents allow this one only
+  if (type != kPrefetch) {
+    return Fail(kInvalidParam, "%s: cmoType is %d; it must be %d, a prefetch", symbol, type,
+                kPrefetch);
+  }
+  if (size == 0 || !cann_host::IsAllocated(src, size)) {
+    return Fail(kInvalidParam, "%s: %zu bytes at %p are not all in memory that was allocated here",
+                symbol, size, src);
+  }
+  return cann_host::OnStream(symbol, stream, [=, reach = cann_host::ReachOf(src, size)] {
+    if (!cann_host::IsThere(reach)) {
+      return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, size, src);
+    }
+    ++prefetches;
+    return +kSuccess;
+  });
+}
+
 int SetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
   const char* symbol = "aclrtMemsetAsync";
   if (count == 0) return kSuccess;
@@ -298,6 +322,16 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
   CANN_HOST_CALL(aclrtMemsetAsync);
   return cann_host::ReportLaunch(SetAsync(dst, dst_size, value, count, stream));
 }
+
+int aclrtCmoAsync(void* src, size_t size, int type, void* stream) {
+  CANN_HOST_CALL(aclrtCmoAsync);
+  return cann_host::ReportLaunch(PrefetchAsync(src, size, type, stream));
+}
+
+uint64_t cann_host_prefetches() { return prefetches; }
+
+// A graph has prefetched.
+void cann_host_count_prefetch() { ++prefetches; }
 
 uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(address); }
 

@@ -35,6 +35,7 @@ __all__ = ["compile_graph", "ge_dtype"]
 _LAYOUTS = frozenset({"input_layout_info", "output_layout_info"})
 # nodes that hold or pass on tensors
 _PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutput", "RefData"})
+_ENDS = frozenset({"NetOutput", "Cmo"})  # nodes that are needed although no other reads them
 
 
 def _attributes(op: Op, node: Any) -> dict[str, Any]:
@@ -201,10 +202,10 @@ def _placeholder(node: Any) -> tuple[Value, int, int]:
 
 
 def _needed(nodes: Sequence[Any]) -> list[Any]:
-    """Inputs, outputs and the nodes that some output needs, in order. GE removes the others too
-    (ge.oo.deadCodeElimination)."""
+    """Inputs, outputs, prefetches and the nodes that one of these needs, in order. GE removes the
+    others too (ge.oo.deadCodeElimination)."""
     by_name = {node.name: node for node in nodes}
-    needed = {node.name for node in nodes if node.type in ("NetOutput", "Data", "RefData")}
+    needed = {node.name for node in nodes if node.type in ("Data", "RefData", *_ENDS)}
     waiting = list(needed)
     while waiting:
         for source in by_name[waiting.pop()].input:

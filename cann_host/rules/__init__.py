@@ -17,6 +17,9 @@ on purpose, so each checks the other: do not import one from the other.
     norms              RmsNorm, AddRmsNorm, LayerNormV4
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
     cache              ScatterNdUpdate, Scatter, ScatterElements
+    norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
+    fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
+    fused_swiglu       SwiGlu, DequantSwigluQuant, SwiGluQuant
     definitions        dtypes of activations and other graph operators
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
@@ -46,7 +49,25 @@ from .dynamic_quant import (
     dynamic_quant_ignores,
     dynamic_quant_scale_shape,
 )
-from .norms import RmsNormCall, check_layer_norm, check_rms_norm
+from .fused_norms import (
+    AddRmsNormDynamicQuantCall,
+    AddRmsNormQuantCall,
+    RmsNormQuantCall,
+    check_add_rms_norm_dynamic_quant,
+    check_add_rms_norm_quant,
+    check_rms_norm_quant,
+)
+from .fused_swiglu import (
+    DequantSwigluQuantCall,
+    SwiGluCall,
+    SwiGluQuantCall,
+    check_dequant_swiglu_quant,
+    check_group_list,
+    check_swi_glu,
+    check_swi_glu_quant,
+    dequant_swiglu_quant_ignores,
+)
+from .norms import RmsNormCall, check_add_rms_norm_cast, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
 from .refusal import INNER, INVALID, NO_KERNEL, NULL_POINTER, TILING, Refusal
@@ -99,8 +120,11 @@ __all__ = [
     "QUARTER",
     "ROTARY_MODES",
     "TILING",
+    "AddRmsNormDynamicQuantCall",
+    "AddRmsNormQuantCall",
     "ApplyRotaryCall",
     "AscendQuantCall",
+    "DequantSwigluQuantCall",
     "DynamicQuantCall",
     "Kernel",
     "PackedWords",
@@ -108,27 +132,39 @@ __all__ = [
     "QuantizeCall",
     "Refusal",
     "RmsNormCall",
+    "RmsNormQuantCall",
     "RotaryCall",
     "ScatterCall",
+    "SwiGluCall",
+    "SwiGluQuantCall",
     "TensorDesc",
     "TransQuantParamCall",
     "apply_rotary_ignores",
     "ascend_quant_axis",
+    "check_add_rms_norm_cast",
+    "check_add_rms_norm_dynamic_quant",
+    "check_add_rms_norm_quant",
     "check_apply_rotary",
     "check_ascend_quant",
     "check_definition",
+    "check_dequant_swiglu_quant",
     "check_dynamic_quant",
+    "check_group_list",
     "check_interleave_rope",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",
+    "check_rms_norm_quant",
     "check_rotary",
     "check_rotary_mul",
     "check_scatter_elements",
     "check_scatter_nd_update",
     "check_scatter_update",
+    "check_swi_glu",
+    "check_swi_glu_quant",
     "check_trans_quant_param",
+    "dequant_swiglu_quant_ignores",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
     "outside",

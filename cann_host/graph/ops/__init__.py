@@ -1,5 +1,16 @@
 """The GE operators the stand-in computes, a file for each family. Importing registers them."""
 
-from . import cache, collective, layout, maths, nn, quant, rope
+from . import cache, collective, fused_norms, fused_swiglu, layout, maths, nn, prefetch, quant, rope
 
-__all__ = ["cache", "collective", "layout", "maths", "nn", "quant", "rope"]
+__all__ = [
+    "cache",
+    "collective",
+    "fused_norms",
+    "fused_swiglu",
+    "layout",
+    "maths",
+    "nn",
+    "prefetch",
+    "quant",
+    "rope",
+]

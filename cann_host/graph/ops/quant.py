@@ -55,14 +55,17 @@ from lq_graph.kernels import (
 )
 
 
-def _optional(tensor: Tensor | None) -> TensorDesc | None:
+def optional_desc(tensor: Tensor | None) -> TensorDesc | None:
+    """The descriptor of an optional tensor, for CANN's rules."""
     return None if tensor is None else describe(tensor)
 
 
 @op("TransQuantParamV2")
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
     soc = executor.soc_name()
-    call = TransQuantParamCall(soc, describe(scale), _optional(offset), round_mode, is_graph=True)
+    call = TransQuantParamCall(
+        soc, describe(scale), optional_desc(offset), round_mode, is_graph=True
+    )
     if refusal := check_trans_quant_param(call):
         raise GraphError(refusal)
     shapes = (scale.shape, None if offset is None else offset.shape)
@@ -117,9 +120,9 @@ def _quant_batch_matmul(
         ),
         scale=describe(scale),
         out_dtype=str(out_dtype).removeprefix("torch."),
-        offset=_optional(offset),
-        bias=_optional(bias),
-        pertoken_scale=_optional(pertoken_scale),
+        offset=optional_desc(offset),
+        bias=optional_desc(bias),
+        pertoken_scale=optional_desc(pertoken_scale),
         entry="graph",
     )
     if refusal := check_quant_matmul(call):
@@ -209,7 +212,8 @@ def _quant_batch_matmul_v4(
     )
 
 
-def _quantized_name(dst_type: int) -> str:
+def quantized_name(dst_type: int) -> str:
+    """The dtype that dst_type means, as the rules spell it."""
     names = {INT8: "int8", INT4: "int4", 34: "hifloat8", 35: "float8_e5m2", 36: "float8_e4m3fn"}
     return names.get(dst_type, f"GE dtype {dst_type}")
 
@@ -230,8 +234,8 @@ def _ascend_quant(
         soc,
         describe(x),
         describe(scale),
-        _optional(offset),
-        _quantized_name(dst_type),
+        optional_desc(offset),
+        quantized_name(dst_type),
         axis,
         is_graph=True,
     )
@@ -337,9 +341,9 @@ def _check_dynamic(
     call = DynamicQuantCall(
         executor.soc_name(),
         describe(x),
-        _quantized_name(dst_type),
-        _optional(smooth_scales),
-        _optional(group_index),
+        quantized_name(dst_type),
+        optional_desc(smooth_scales),
+        optional_desc(group_index),
         mode,
         dst_type_max,
         symmetric,
