@@ -16,6 +16,8 @@ on purpose, so each checks the other: do not import one from the other.
     static_quant       AscendQuantV2, aclnnQuantize
     norms              RmsNorm, AddRmsNorm, LayerNormV4
     definitions        dtypes of activations and other graph operators
+    attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
+                       attention_prompt and attention_incre the two sets of rules behind it
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
 code. If CANN takes a call, but its kernel then reads outside its inputs, or the stand-in does not
@@ -28,6 +30,20 @@ compares the rules with CANN's public tests.
 
 from __future__ import annotations
 
+from .attention import (
+    FUSED,
+    INCRE,
+    MASK_SIZE,
+    PROMPT,
+    AttentionCall,
+    Lengths,
+    kind_of,
+    lse_shape,
+    out_shape,
+    query_dims,
+    value_head,
+)
+from .attention_check import check_attention
 from .definitions import DEFINED, check_definition
 from .descriptors import ND, NZ, TensorDesc
 from .dynamic_quant import (
@@ -60,19 +76,25 @@ __all__ = [
     "A2",
     "A950",
     "DEFINED",
+    "FUSED",
+    "INCRE",
     "INNER",
     "INVALID",
     "KERNELS",
+    "MASK_SIZE",
     "ND",
     "NO_KERNEL",
     "NULL_POINTER",
     "NZ",
     "P310",
+    "PROMPT",
     "QUANT_MODES",
     "TILING",
     "AscendQuantCall",
+    "AttentionCall",
     "DynamicQuantCall",
     "Kernel",
+    "Lengths",
     "PackedWords",
     "QuantMatmulCall",
     "QuantizeCall",
@@ -82,6 +104,7 @@ __all__ = [
     "TransQuantParamCall",
     "ascend_quant_axis",
     "check_ascend_quant",
+    "check_attention",
     "check_definition",
     "check_dynamic_quant",
     "check_layer_norm",
@@ -91,7 +114,12 @@ __all__ = [
     "check_trans_quant_param",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "kind_of",
+    "lse_shape",
+    "out_shape",
     "packed_words",
+    "query_dims",
     "soc_family",
     "trans_quant_param_shape",
+    "value_head",
 ]

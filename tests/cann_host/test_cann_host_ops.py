@@ -316,6 +316,9 @@ CASES = [
 
 # Checked elsewhere, because they are made of several or depend on the product.
 ELSEWHERE = {
+    "FusedInferAttentionScore",  # test_attention
+    "IncreFlashAttention",
+    "PromptFlashAttention",
     "HcomAllGather",  # test_cann_host_hccl
     "HcomAllReduce",
     "HcomBroadcast",
