@@ -12,7 +12,17 @@ from cann_host.bindings import give, int64s
 from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
-from . import activations, cache, copies, fused_norms, fused_swiglu, norms, quant_matmul, rope
+from . import (
+    activations,
+    attention,
+    cache,
+    copies,
+    fused_norms,
+    fused_swiglu,
+    norms,
+    quant_matmul,
+    rope,
+)
 from .operator import Operator
 from .refusal import RefusedError
 from .tensors import read_arguments, tensors_of
@@ -21,7 +31,17 @@ __all__ = ["OPERATORS", "Runner"]
 
 OPERATORS: dict[str, Operator[Any]] = {
     operator.name: operator
-    for family in (activations, cache, copies, fused_norms, fused_swiglu, norms, quant_matmul, rope)
+    for family in (
+        activations,
+        attention,
+        cache,
+        copies,
+        fused_norms,
+        fused_swiglu,
+        norms,
+        quant_matmul,
+        rope,
+    )
     for operator in family.OPERATORS
 }
 

@@ -66,7 +66,7 @@ def _attribute(attr: Any) -> Any:
 
 def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
     inputs: dict[str, Slot | list[Slot]] = {}
-    many: list[Slot] = []
+    lists: dict[str, list[Slot]] = {name: [] for name in op.dynamic}
     # control edges, which have no descriptor, come first
     sources = [source for source in node.input if not source.endswith(":-1")]
     for position, source in enumerate(sources):
@@ -75,15 +75,14 @@ def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
             continue
         slot = Slot(producer, int(index))
         name = node.input_desc[position].name if position < len(node.input_desc) else ""
-        if name in op.inputs and name != op.dynamic:
+        many = next((d for d in op.dynamic if name.removeprefix(d).isdecimal()), None)
+        if many is not None:
+            lists[many].append(slot)
+        elif name in op.inputs and name not in op.dynamic:
             inputs[name] = slot
-        elif op.dynamic and name.removeprefix(op.dynamic).isdecimal():
-            many.append(slot)
         else:
             raise GraphError(f"node {node.name} ({node.type}): unknown input {name or position}")
-    if op.dynamic:
-        inputs[op.dynamic] = many
-    return inputs
+    return inputs | lists
 
 
 def _data_info(node: Any) -> TensorInfo:

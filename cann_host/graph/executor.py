@@ -216,7 +216,7 @@ class Op:
         function: the implementation.
         inputs: names of the inputs, in order.
         host: the inputs whose values decide the shape of the result.
-        dynamic: the dynamic input, if there is one.
+        dynamic: the dynamic inputs.
         attrs: names of the attributes.
         accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
         is_collective: whether it communicates with other processes; then it is never computed while
@@ -230,7 +230,7 @@ class Op:
     function: Callable[..., Any]
     inputs: tuple[str, ...]
     host: frozenset[str]
-    dynamic: str | None
+    dynamic: frozenset[str]
     attrs: frozenset[str]
     accepts_internal_formats: bool
     is_collective: bool = False
@@ -265,7 +265,7 @@ def op(
                 function=function,
                 inputs=tuple(_ge_name(p.name) for p in inputs),
                 host=frozenset(_ge_name(p.name) for p in inputs if "Host" in str(p.annotation)),
-                dynamic=next((p.name for p in inputs if p.annotation == "Dynamic"), None),
+                dynamic=frozenset(p.name for p in inputs if p.annotation == "Dynamic"),
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 accepts_internal_formats=accepts_internal_formats,
                 is_collective=is_collective,
@@ -300,7 +300,7 @@ def run_op(
 
     Args:
         op: what to compute.
-        inputs: values by input name; the dynamic input is a list. Absent ones are left out.
+        inputs: values by input name; a dynamic input is a list. Absent ones are left out.
         attrs: attributes by name.
         compiling: whether to compute only shapes, and the values that are already known.
 

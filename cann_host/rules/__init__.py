@@ -21,6 +21,8 @@ on purpose, so each checks the other: do not import one from the other.
     fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
     fused_swiglu       SwiGlu, DequantSwigluQuant, SwiGluQuant
     definitions        dtypes of activations and other graph operators
+    attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
+                       attention_prompt and attention_incre the two sets of rules behind it
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
 code. If CANN takes a call, but its kernel then reads outside its inputs, or the stand-in does not
@@ -33,6 +35,20 @@ compares the rules with CANN's public tests.
 
 from __future__ import annotations
 
+from .attention import (
+    FUSED,
+    INCRE,
+    MASK_SIZE,
+    PROMPT,
+    AttentionCall,
+    Lengths,
+    kind_of,
+    lse_shape,
+    out_shape,
+    query_dims,
+    value_head,
+)
+from .attention_check import check_attention
 from .cache import (
     ScatterCall,
     check_scatter_elements,
@@ -105,17 +121,21 @@ __all__ = [
     "A2",
     "A950",
     "DEFINED",
+    "FUSED",
     "HALF",
+    "INCRE",
     "INNER",
     "INTERLEAVE",
     "INTERLEAVE_HALF",
     "INVALID",
     "KERNELS",
+    "MASK_SIZE",
     "ND",
     "NO_KERNEL",
     "NULL_POINTER",
     "NZ",
     "P310",
+    "PROMPT",
     "QUANT_MODES",
     "QUARTER",
     "ROTARY_MODES",
@@ -124,9 +144,11 @@ __all__ = [
     "AddRmsNormQuantCall",
     "ApplyRotaryCall",
     "AscendQuantCall",
+    "AttentionCall",
     "DequantSwigluQuantCall",
     "DynamicQuantCall",
     "Kernel",
+    "Lengths",
     "PackedWords",
     "QuantMatmulCall",
     "QuantizeCall",
@@ -146,6 +168,7 @@ __all__ = [
     "check_add_rms_norm_quant",
     "check_apply_rotary",
     "check_ascend_quant",
+    "check_attention",
     "check_definition",
     "check_dequant_swiglu_quant",
     "check_dynamic_quant",
@@ -167,9 +190,14 @@ __all__ = [
     "dequant_swiglu_quant_ignores",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "kind_of",
+    "lse_shape",
+    "out_shape",
     "outside",
     "packed_words",
+    "query_dims",
     "rotary_ignores",
     "soc_family",
     "trans_quant_param_shape",
+    "value_head",
 ]

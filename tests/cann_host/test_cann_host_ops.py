@@ -325,6 +325,9 @@ ELSEWHERE = {
     "ScatterElements",
     "ScatterElementsV2",
     "ScatterNdUpdate",
+    "FusedInferAttentionScore",  # test_attention
+    "IncreFlashAttention",
+    "PromptFlashAttention",
     "HcomAllGather",  # test_cann_host_hccl
     "HcomAllReduce",
     "HcomBroadcast",

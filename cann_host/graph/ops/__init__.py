@@ -1,8 +1,21 @@
 """The GE operators the stand-in computes, a file for each family. Importing registers them."""
 
-from . import cache, collective, fused_norms, fused_swiglu, layout, maths, nn, prefetch, quant, rope
+from . import (
+    attention,
+    cache,
+    collective,
+    fused_norms,
+    fused_swiglu,
+    layout,
+    maths,
+    nn,
+    prefetch,
+    quant,
+    rope,
+)
 
 __all__ = [
+    "attention",
     "cache",
     "collective",
     "fused_norms",
