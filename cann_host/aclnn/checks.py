@@ -5,15 +5,15 @@ from __future__ import annotations
 from cann_host.rules import NULL_POINTER
 
 from .refusal import RefusedError
-from .tensors import BASE_FORMATS, AclTensor
+from .tensors import BASE_FORMATS, AclTensor, Argument
 
 __all__ = ["compute_base_format_only", "need", "need_base_format"]
 
 
-def need(**tensors: AclTensor | None) -> None:
+def need(**arguments: Argument) -> None:
     """Refuse a null pointer, and name its argument."""
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for name, argument in arguments.items():
+        if argument is None:
             raise RefusedError(f"{name} is null", NULL_POINTER)
 
 

@@ -68,8 +68,8 @@ class PadArguments(NamedTuple):
 
 
 def _check_pad(call: PadArguments, _soc: str) -> None:
-    source, pad, _, out = call
-    need(self=source, out=out)
+    source, pad, value, out = call
+    need(self=source, pad=pad, value=value, out=out)
     compute_base_format_only(self=source, out=out)
     dims = len(source.shape)
     if len(pad) % 2 or len(pad) > 2 * dims or min(pad, default=0) < 0:

@@ -15,7 +15,7 @@ from cann_host.rules import INNER, INVALID
 from . import activations, copies, norms, quant_matmul
 from .operator import Operator
 from .refusal import RefusedError
-from .tensors import AclTensor, read_arguments
+from .tensors import read_arguments, tensors_of
 
 __all__ = ["OPERATORS", "Runner"]
 
@@ -51,7 +51,7 @@ class Runner:
                 function = operator.compute if phase else operator.check
                 function(operator.arguments(*values), self.soc)
                 if phase == 0:
-                    watched.note(v.address for v in values if isinstance(v, AclTensor))
+                    watched.note(tensor.address for tensor in tensors_of(values))
         except GraphError as error:  # a refusal of the same GE operator
             return self._fail(f"{name}: {error}", INVALID)
         except RefusedError as error:

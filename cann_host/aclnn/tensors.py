@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,15 @@ from cann_host.rules import TensorDesc
 
 from .refusal import RefusedError
 
-__all__ = ["ACL_DTYPES", "BASE_FORMATS", "AclTensor", "Argument", "describe", "read_arguments"]
+__all__ = [
+    "ACL_DTYPES",
+    "BASE_FORMATS",
+    "AclTensor",
+    "Argument",
+    "describe",
+    "read_arguments",
+    "tensors_of",
+]
 
 BASE_FORMATS = {0: "NCHW", 1: "NHWC", 2: "ND", 27: "NDHWC", 30: "NCDHW", 47: "NCL"}
 
@@ -100,10 +109,12 @@ class AclTensor(NamedTuple):
 
 
 # The kinds of arguments, the first word of each
-_ABSENT, _NUMBER, _REAL, _INTEGERS = 0, 2, 3, 4  # and 1, a tensor
+_ABSENT, _NUMBER, _REAL, _INTEGERS, _TEXT, _TENSORS = 0, 2, 3, 4, 5, 6  # and 1, a tensor
 
-# An argument of an operator: a tensor, None for an absent one, a number, or integers.
-Argument = AclTensor | int | float | tuple[int, ...] | None
+# An argument of an operator; None is an absent one.
+Argument: TypeAlias = (
+    "AclTensor | int | float | str | tuple[int, ...] | tuple[AclTensor | None, ...] | None"
+)
 
 
 def read_arguments(words: list[int]) -> list[Argument]:
@@ -111,29 +122,52 @@ def read_arguments(words: list[int]) -> list[Argument]:
     arguments: list[Argument] = []
     at = 0
     while at < len(words):
-        kind = words[at]
-        if kind == _ABSENT:
-            arguments.append(None)
-            at += 1
-        elif kind == _NUMBER:
-            arguments.append(words[at + 1])
-            at += 2
-        elif kind == _REAL:
-            arguments.append(struct.unpack("<d", struct.pack("<q", words[at + 1]))[0])
-            at += 2
-        elif kind == _INTEGERS:
-            arguments.append(tuple(words[at + 2 : at + 2 + words[at + 1]]))
-            at += 2 + words[at + 1]
-        else:
-            address, dtype, format_, offset, rank = words[at + 1 : at + 6]
-            at += 6
-            shape = tuple(words[at : at + rank])
-            strides = tuple(words[at + rank : at + 2 * rank])
-            at += 2 * rank
-            storage = tuple(words[at + 1 : at + 1 + words[at]])
-            at += 1 + len(storage)
-            arguments.append(AclTensor(address, dtype, format_, offset, shape, strides, storage))
+        argument, at = _read(words, at)
+        arguments.append(argument)
     return arguments
+
+
+def _read(words: list[int], at: int) -> tuple[Argument, int]:
+    """The argument that begins at a word, and where the next begins."""
+    kind = words[at]
+    if kind == _ABSENT:
+        return None, at + 1
+    if kind == _NUMBER:
+        return words[at + 1], at + 2
+    if kind == _REAL:
+        return struct.unpack("<d", struct.pack("<q", words[at + 1]))[0], at + 2
+    if kind == _INTEGERS:
+        end = at + 2 + words[at + 1]
+        return tuple(words[at + 2 : end]), end
+    if kind == _TEXT:
+        size = words[at + 1]
+        end = at + 2 + (size + 7) // 8
+        text = struct.pack(f"<{end - at - 2}q", *words[at + 2 : end])[:size]
+        return text.decode(errors="replace"), end
+    if kind == _TENSORS:
+        count, at = words[at + 1], at + 2
+        tensors = []
+        for _ in range(count):
+            tensor, at = _read(words, at)
+            tensors.append(tensor)
+        return cast("tuple[AclTensor | None, ...]", tuple(tensors)), at
+    address, dtype, format_, offset, rank = words[at + 1 : at + 6]
+    at += 6
+    shape = tuple(words[at : at + rank])
+    strides = tuple(words[at + rank : at + 2 * rank])
+    at += 2 * rank
+    storage = tuple(words[at + 1 : at + 1 + words[at]])
+    at += 1 + len(storage)
+    return AclTensor(address, dtype, format_, offset, shape, strides, storage), at
+
+
+def tensors_of(arguments: Iterable[Argument]) -> Iterator[AclTensor]:
+    """The tensors among arguments, also those of lists."""
+    for argument in arguments:
+        if isinstance(argument, AclTensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from (item for item in argument if isinstance(item, AclTensor))
 
 
 def describe(tensor: AclTensor | None) -> TensorDesc | None:

@@ -13,25 +13,22 @@ using cann_host::kSuccess;
 
 #define GROUP "Operators (aclnn)"
 
-// Begins the first phase of an operator. Prepare, which ends it, looks for a fault on demand.
-#define CANN_HOST_PREPARES(symbol) CANN_HOST_ENTRY(symbol, "does")
-
-// The second phase of an operator.
-#define CANN_HOST_LAUNCH(op)                                                         \
-  extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {        \
-    CANN_HOST_ENTRY(op, "does")                                                      \
-    return cann_host::ReportLaunch(cann_host::aclnn::Launch(#op, executor, stream)); \
-  }
+CANN_HOST_OPERATOR(aclnnTransQuantParamV3, Tensor, Tensor, Int, Tensor)
+CANN_HOST_OPERATOR(aclnnQuantMatmulV5, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                   Tensor, Tensor, Flag, Flag, Int, Tensor)
+CANN_HOST_OPERATOR(aclnnQuantMatmulWeightNz, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                   Tensor, Tensor, Flag, Flag, Int, Tensor)
+CANN_HOST_OPERATOR(aclnnDynamicQuantV2, Tensor, Tensor, Tensor, Int, Tensor, Tensor, Tensor)
+CANN_HOST_OPERATOR(aclnnQuantize, Tensor, Tensor, Tensor, Int32, Int32, Tensor)
+CANN_HOST_OPERATOR(aclnnAddRmsNorm, Tensor, Tensor, Tensor, Real, Tensor, Tensor, Tensor)
+CANN_HOST_OPERATOR(aclnnRmsNorm, Tensor, Tensor, Real, Tensor, Tensor)
+CANN_HOST_OPERATOR(aclnnInplaceCopy, Tensor, Tensor)
+CANN_HOST_OPERATOR(aclnnCast, Tensor, Int32, Tensor)
+CANN_HOST_OPERATOR(aclnnConstantPadNd, Tensor, Ints, Scalar, Tensor)
+CANN_HOST_OPERATOR(aclnnInplaceZero, Tensor)
+CANN_HOST_OPERATOR(aclnnNpuFormatCast, Tensor, Tensor)
 
 extern "C" {
-
-int aclnnTransQuantParamV3GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
-                                           int64_t round_mode, const aclTensor* out,
-                                           uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnTransQuantParamV3GetWorkspaceSize)
-  return Prepare("aclnnTransQuantParamV3", workspace_size, executor, scale, offset, round_mode,
-                 out);
-}
 
 int aclnnTransQuantParamV2GetWorkspaceSize(const aclTensor* scale, const aclTensor* offset,
                                            const aclTensor* out, uint64_t* workspace_size,
@@ -39,30 +36,6 @@ int aclnnTransQuantParamV2GetWorkspaceSize(const aclTensor* scale, const aclTens
   CANN_HOST_PREPARES(aclnnTransQuantParamV2GetWorkspaceSize)
   return Prepare("aclnnTransQuantParamV2", workspace_size, executor, scale, offset, int64_t{0},
                  out);
-}
-
-int aclnnQuantMatmulV5GetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
-                                       const aclTensor* x1_scale, const aclTensor* x2_scale,
-                                       const aclTensor* y_scale, const aclTensor* x1_offset,
-                                       const aclTensor* x2_offset, const aclTensor* y_offset,
-                                       const aclTensor* bias, bool transpose_x1, bool transpose_x2,
-                                       int64_t group_size, const aclTensor* out,
-                                       uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnQuantMatmulV5GetWorkspaceSize)
-  return Prepare("aclnnQuantMatmulV5", workspace_size, executor, x1, x2, x1_scale, x2_scale,
-                 y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
-                 int64_t{transpose_x2}, group_size, out);
-}
-
-int aclnnQuantMatmulWeightNzGetWorkspaceSize(
-    const aclTensor* x1, const aclTensor* x2, const aclTensor* x1_scale, const aclTensor* x2_scale,
-    const aclTensor* y_scale, const aclTensor* x1_offset, const aclTensor* x2_offset,
-    const aclTensor* y_offset, const aclTensor* bias, bool transpose_x1, bool transpose_x2,
-    int64_t group_size, const aclTensor* out, uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnQuantMatmulWeightNzGetWorkspaceSize)
-  return Prepare("aclnnQuantMatmulWeightNz", workspace_size, executor, x1, x2, x1_scale, x2_scale,
-                 y_scale, x1_offset, x2_offset, y_offset, bias, int64_t{transpose_x1},
-                 int64_t{transpose_x2}, group_size, out);
 }
 
 // Python gets the arguments in the order of V5.
@@ -85,16 +58,6 @@ int aclnnDynamicQuantGetWorkspaceSize(const aclTensor* x, const aclTensor* smoot
   const aclTensor* none = nullptr;
   return Prepare("aclnnDynamicQuant", workspace_size, executor, x, smooth_scales, none, int64_t{0},
                  y, scale, none);
-}
-
-int aclnnDynamicQuantV2GetWorkspaceSize(const aclTensor* x, const aclTensor* smooth_scales,
-                                        const aclTensor* group_index, int64_t dst_type,
-                                        const aclTensor* y, const aclTensor* scale,
-                                        const aclTensor* offset, uint64_t* workspace_size,
-                                        aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnDynamicQuantV2GetWorkspaceSize)
-  return Prepare("aclnnDynamicQuantV2", workspace_size, executor, x, smooth_scales, group_index,
-                 dst_type, y, scale, offset);
 }
 
 // A text is passed to Python as its index in a list, -1 if it is not in the list: QUANT_MODES of the
@@ -158,61 +121,6 @@ int aclnnAscendQuantV3GetWorkspaceSize(const aclTensor* x, const aclTensor* scal
                  int64_t{sqrt_mode}, Rounding(round_mode), int64_t{dst_type}, int64_t{axis}, y);
 }
 
-int aclnnQuantizeGetWorkspaceSize(const aclTensor* x, const aclTensor* scales,
-                                  const aclTensor* zero_points, int dtype, int32_t axis,
-                                  const aclTensor* out, uint64_t* workspace_size,
-                                  aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnQuantizeGetWorkspaceSize)
-  return Prepare("aclnnQuantize", workspace_size, executor, x, scales, zero_points, int64_t{dtype},
-                 int64_t{axis}, out);
-}
-
-int aclnnAddRmsNormGetWorkspaceSize(const aclTensor* x1, const aclTensor* x2,
-                                    const aclTensor* gamma, double epsilon, const aclTensor* y,
-                                    const aclTensor* rstd, const aclTensor* x,
-                                    uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnAddRmsNormGetWorkspaceSize)
-  return Prepare("aclnnAddRmsNorm", workspace_size, executor, x1, x2, gamma, epsilon, y, rstd, x);
-}
-
-int aclnnRmsNormGetWorkspaceSize(const aclTensor* x, const aclTensor* gamma, double epsilon,
-                                 const aclTensor* y, const aclTensor* rstd,
-                                 uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnRmsNormGetWorkspaceSize)
-  return Prepare("aclnnRmsNorm", workspace_size, executor, x, gamma, epsilon, y, rstd);
-}
-
-int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* self, const aclTensor* source,
-                                     uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnInplaceCopyGetWorkspaceSize)
-  return Prepare("aclnnInplaceCopy", workspace_size, executor, self, source);
-}
-
-int aclnnCastGetWorkspaceSize(const aclTensor* self, int dtype, const aclTensor* out,
-                              uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnCastGetWorkspaceSize)
-  return Prepare("aclnnCast", workspace_size, executor, self, int64_t{dtype}, out);
-}
-
-int aclnnConstantPadNdGetWorkspaceSize(const aclTensor* self, const aclIntArray* pad,
-                                       const aclScalar* value, const aclTensor* out,
-                                       uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnConstantPadNdGetWorkspaceSize)
-  return Prepare("aclnnConstantPadNd", workspace_size, executor, self, pad, value, out);
-}
-
-int aclnnInplaceZeroGetWorkspaceSize(const aclTensor* self, uint64_t* workspace_size,
-                                     aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnInplaceZeroGetWorkspaceSize)
-  return Prepare("aclnnInplaceZero", workspace_size, executor, self);
-}
-
-int aclnnNpuFormatCastGetWorkspaceSize(const aclTensor* source, const aclTensor* out,
-                                       uint64_t* workspace_size, aclOpExecutor** executor) {
-  CANN_HOST_PREPARES(aclnnNpuFormatCastGetWorkspaceSize)
-  return Prepare("aclnnNpuFormatCast", workspace_size, executor, source, out);
-}
-
 // The storage of a cast's result. The caller frees the dims with delete[]. additional_dtype is the
 // type whose width decides C0, the columns of one block.
 int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format,
@@ -256,22 +164,10 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format
 
 }  // extern "C"
 
-CANN_HOST_LAUNCH(aclnnAddRmsNorm)
-CANN_HOST_LAUNCH(aclnnQuantize)
-CANN_HOST_LAUNCH(aclnnTransQuantParamV3)
 CANN_HOST_LAUNCH(aclnnTransQuantParamV2)
 CANN_HOST_LAUNCH(aclnnQuantMatmulV4)
-CANN_HOST_LAUNCH(aclnnQuantMatmulV5)
-CANN_HOST_LAUNCH(aclnnQuantMatmulWeightNz)
 CANN_HOST_LAUNCH(aclnnDynamicQuant)
-CANN_HOST_LAUNCH(aclnnDynamicQuantV2)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV3)
 CANN_HOST_LAUNCH(aclnnDynamicQuantV4)
 CANN_HOST_LAUNCH(aclnnAscendQuant)
 CANN_HOST_LAUNCH(aclnnAscendQuantV3)
-CANN_HOST_LAUNCH(aclnnInplaceCopy)
-CANN_HOST_LAUNCH(aclnnCast)
-CANN_HOST_LAUNCH(aclnnConstantPadNd)
-CANN_HOST_LAUNCH(aclnnInplaceZero)
-CANN_HOST_LAUNCH(aclnnNpuFormatCast)
-CANN_HOST_LAUNCH(aclnnRmsNorm)

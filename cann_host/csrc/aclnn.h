@@ -9,9 +9,13 @@
 //   number         2, value
 //   real number    3, bits of the double
 //   integers       4, how many, values...
+//   text           5, bytes, the bytes in words
+//   tensors        6, how many, each as above
+// An absent list, scalar or text is 0 too.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <string>
 #include <utility>
@@ -32,6 +36,15 @@ struct aclTensor {
 
 struct aclIntArray {
   std::vector<int64_t> values;
+};
+
+struct aclBoolArray {
+  std::vector<int64_t> values;
+};
+
+// It owns its tensors. A place may be empty.
+struct aclTensorList {
+  std::vector<const aclTensor*> tensors;
 };
 
 // A number, whatever its dtype was.
@@ -73,18 +86,22 @@ int NoHandle(const char* op, const void* handle);
 int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor);
 inline int Check(const char*, std::vector<Reach>&, int64_t) { return kSuccess; }
 inline int Check(const char*, std::vector<Reach>&, double) { return kSuccess; }
+inline int Check(const char*, std::vector<Reach>&, const char*) { return kSuccess; }
+int Check(const char* op, std::vector<Reach>& reaches, const aclTensorList* list);
 
-// Lists and scalars, which an operator always has.
+// Lists of numbers and scalars.
 template <typename T>
 int Check(const char* op, std::vector<Reach>&, const T* argument) {
-  if (argument == nullptr) return Fail(kNullPointer, "%s: an argument is null", op);
-  return HandlesOf<T>().Has(argument) ? kSuccess : NoHandle(op, argument);
+  return argument == nullptr || HandlesOf<T>().Has(argument) ? kSuccess : NoHandle(op, argument);
 }
 
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor);
 void Pack(std::vector<int64_t>& words, int64_t number);
 void Pack(std::vector<int64_t>& words, double number);
 void Pack(std::vector<int64_t>& words, const aclIntArray* array);
+void Pack(std::vector<int64_t>& words, const aclBoolArray* array);
+void Pack(std::vector<int64_t>& words, const aclTensorList* list);
+void Pack(std::vector<int64_t>& words, const char* text);
 void Pack(std::vector<int64_t>& words, const aclScalar* scalar);
 
 // The function to call for an argument after its call has failed: see Handles::Abandon.
@@ -92,6 +109,9 @@ inline std::function<void()> Abandoning(int64_t) {
   return [] {};
 }
 inline std::function<void()> Abandoning(double) {
+  return [] {};
+}
+inline std::function<void()> Abandoning(const char*) {
   return [] {};
 }
 template <typename T>
@@ -144,3 +164,85 @@ int Launch(const char* op, aclOpExecutor* executor, void* stream);
 
 }  // namespace aclnn
 }  // namespace cann_host
+
+// ---- a line for each operator ----
+//   CANN_HOST_OPERATOR(aclnnRmsNorm, Tensor, Tensor, Real, Tensor, Tensor)
+// defines its two functions: the types are those of CANN's own header, in its order. A record of
+// cann_host/aclnn has the names of the arguments, what is refused and what is computed.
+
+namespace cann_host {
+namespace aclnn {
+
+using Tensor = const aclTensor*;
+using Tensors = const aclTensorList*;
+using Ints = const aclIntArray*;
+using Flags = const aclBoolArray*;
+using Scalar = const aclScalar*;
+using Text = const char*;
+using Int = int64_t;
+using Int32 = int32_t;  // an aclDataType too
+using Flag = bool;
+using Real = double;
+using Single = float;
+
+}  // namespace aclnn
+}  // namespace cann_host
+
+#define CANN_HOST_EXPAND(...) \
+  CANN_HOST_EXPAND3(CANN_HOST_EXPAND3(CANN_HOST_EXPAND3(CANN_HOST_EXPAND3(__VA_ARGS__))))
+#define CANN_HOST_EXPAND3(...) \
+  CANN_HOST_EXPAND2(CANN_HOST_EXPAND2(CANN_HOST_EXPAND2(CANN_HOST_EXPAND2(__VA_ARGS__))))
+#define CANN_HOST_EXPAND2(...) \
+  CANN_HOST_EXPAND1(CANN_HOST_EXPAND1(CANN_HOST_EXPAND1(CANN_HOST_EXPAND1(__VA_ARGS__))))
+#define CANN_HOST_EXPAND1(...) __VA_ARGS__
+#define CANN_HOST_PARENS ()
+
+// Tensor, Int -> Tensor a, Int a1,
+#define CANN_HOST_PARAMETERS(...) __VA_OPT__(CANN_HOST_EXPAND(CANN_HOST_PARAMETER(a, __VA_ARGS__)))
+#define CANN_HOST_PARAMETER(name, type, ...) \
+  cann_host::aclnn::type name,               \
+      __VA_OPT__(CANN_HOST_PARAMETER_AGAIN CANN_HOST_PARENS(name##1, __VA_ARGS__))
+#define CANN_HOST_PARAMETER_AGAIN() CANN_HOST_PARAMETER
+
+// Tensor, Int -> , Sent(a), Sent(a1)
+#define CANN_HOST_ARGUMENTS(...) __VA_OPT__(CANN_HOST_EXPAND(CANN_HOST_ARGUMENT(a, __VA_ARGS__)))
+#define CANN_HOST_ARGUMENT(name, type, ...) \
+  , cann_host::aclnn::Sent(name)            \
+        __VA_OPT__(CANN_HOST_ARGUMENT_AGAIN CANN_HOST_PARENS(name##1, __VA_ARGS__))
+#define CANN_HOST_ARGUMENT_AGAIN() CANN_HOST_ARGUMENT
+
+namespace cann_host {
+namespace aclnn {
+
+// Numbers are sent in 64 bits.
+inline int64_t Sent(int64_t number) { return number; }
+inline int64_t Sent(int32_t number) { return number; }
+inline int64_t Sent(bool flag) { return flag; }
+inline double Sent(double number) { return number; }
+inline double Sent(float number) { return number; }
+template <typename T>
+const T* Sent(const T* argument) {
+  return argument;
+}
+
+}  // namespace aclnn
+}  // namespace cann_host
+
+// Begins the first phase of an operator. Prepare, which ends it, looks for a fault on demand.
+#define CANN_HOST_PREPARES(symbol) CANN_HOST_ENTRY(symbol, "does")
+
+// The second phase of an operator.
+#define CANN_HOST_LAUNCH(op)                                                         \
+  extern "C" int op(void*, uint64_t, aclOpExecutor* executor, void* stream) {        \
+    CANN_HOST_ENTRY(op, "does")                                                      \
+    return cann_host::ReportLaunch(cann_host::aclnn::Launch(#op, executor, stream)); \
+  }
+
+#define CANN_HOST_OPERATOR(op, ...)                                                               \
+  extern "C" int op##GetWorkspaceSize(CANN_HOST_PARAMETERS(__VA_ARGS__) uint64_t* workspace_size, \
+                                      aclOpExecutor** executor) {                                 \
+    CANN_HOST_PREPARES(op##GetWorkspaceSize)                                                      \
+    return cann_host::aclnn::Prepare(#op, workspace_size,                                         \
+                                     executor CANN_HOST_ARGUMENTS(__VA_ARGS__));                  \
+  }                                                                                               \
+  CANN_HOST_LAUNCH(op)

@@ -11,7 +11,8 @@ namespace cann_host {
 namespace aclnn {
 namespace {
 
-constexpr uint64_t kMostDims = 64;  // torch's own limit; CANN's operators take 8
+constexpr uint64_t kMostDims = 64;        // torch's own limit; CANN's operators take 8
+constexpr uint64_t kMostItems = 1 << 20;  // of a list
 
 PythonFunction run_in_python;  // of the operator, the phase, and the words' address and number
 
@@ -19,6 +20,14 @@ template <typename T>
 int Destroy(const char* op, const T* handle) {
   if (handle == nullptr || HandlesOf<T>().Take(handle)) return kSuccess;
   return NoHandle(op, handle);
+}
+
+// Whether a caller's list may be read.
+bool IsList(const char* op, const void* items, uint64_t size) {
+  if (size <= kMostItems && (size == 0 || items != nullptr)) return true;
+  Fail(kInvalid, "%s: %llu items, or a null list of them", op,
+       static_cast<unsigned long long>(size));
+  return false;
 }
 
 }  // namespace
@@ -80,6 +89,25 @@ int Check(const char* op, std::vector<Reach>& reaches, const aclTensor* tensor) 
       op, tensor->dims.size(), tensor->data, kInvalid);
 }
 
+int Check(const char* op, std::vector<Reach>& reaches, const aclTensorList* list) {
+  if (list == nullptr) return kSuccess;
+  if (!HandlesOf<aclTensorList>().Has(list)) return NoHandle(op, list);
+  int code = kSuccess;
+  for (const aclTensor* tensor : list->tensors) {
+    if (code == kSuccess) code = Check(op, reaches, tensor);
+  }
+  return code;
+}
+
+namespace {
+
+void PackIntegers(std::vector<int64_t>& words, const std::vector<int64_t>& values) {
+  words.insert(words.end(), {4, static_cast<int64_t>(values.size())});
+  words.insert(words.end(), values.begin(), values.end());
+}
+
+}  // namespace
+
 void Pack(std::vector<int64_t>& words, const aclTensor* tensor) {
   if (tensor == nullptr) {
     words.push_back(0);
@@ -103,12 +131,46 @@ void Pack(std::vector<int64_t>& words, double number) {
 }
 
 void Pack(std::vector<int64_t>& words, const aclIntArray* array) {
-  words.insert(words.end(), {4, static_cast<int64_t>(array->values.size())});
-  words.insert(words.end(), array->values.begin(), array->values.end());
+  if (array == nullptr) {
+    words.push_back(0);
+  } else {
+    PackIntegers(words, array->values);
+  }
+}
+
+void Pack(std::vector<int64_t>& words, const aclBoolArray* array) {
+  if (array == nullptr) {
+    words.push_back(0);
+  } else {
+    PackIntegers(words, array->values);
+  }
+}
+
+void Pack(std::vector<int64_t>& words, const aclTensorList* list) {
+  if (list == nullptr) {
+    words.push_back(0);
+    return;
+  }
+  words.insert(words.end(), {6, static_cast<int64_t>(list->tensors.size())});
+  for (const aclTensor* tensor : list->tensors) Pack(words, tensor);
+}
+
+void Pack(std::vector<int64_t>& words, const char* text) {
+  if (text == nullptr) {
+    words.push_back(0);
+    return;
+  }
+  const size_t bytes = std::strlen(text);
+  words.insert(words.end(), {5, static_cast<int64_t>(bytes)});
+  const size_t at = words.size();
+  words.resize(at + (bytes + 7) / 8);
+  std::memcpy(words.data() + at, text, bytes);
 }
 
 void Pack(std::vector<int64_t>& words, const aclScalar* scalar) {
-  if (scalar->is_real) {
+  if (scalar == nullptr) {
+    words.push_back(0);
+  } else if (scalar->is_real) {
     Pack(words, scalar->real);
   } else {
     Pack(words, scalar->integer);
@@ -145,6 +207,7 @@ int Launch(const char* op, aclOpExecutor* executor, void* stream) {
 using namespace cann_host::aclnn;
 using cann_host::Fail;
 using cann_host::HandlesOf;
+using cann_host::kSuccess;
 
 // The Python side; null when the interpreter is about to end.
 void cann_host_set_aclnn_executor(void* run) { run_in_python.Set(run); }
@@ -179,17 +242,43 @@ int aclDestroyTensor(const aclTensor* tensor) {
 
 CANN_HOST_ENTRY(aclCreateIntArray, "makes")
 aclIntArray* aclCreateIntArray(const int64_t* values, uint64_t size) {
-  if (size > kMostDims * 2 || (size && !values)) {
-    Fail(kInvalid, "aclCreateIntArray: %llu values, or a null list of them",
-         static_cast<unsigned long long>(size));
-    return nullptr;
-  }
+  if (!IsList("aclCreateIntArray", values, size)) return nullptr;
   return HandlesOf<aclIntArray>().Give({{values, values + size}});
 }
 
 int aclDestroyIntArray(const aclIntArray* array) {
   CANN_HOST_CALL(aclDestroyIntArray);
   return Destroy("aclDestroyIntArray", array);
+}
+
+CANN_HOST_ENTRY(aclCreateBoolArray, "makes")
+aclBoolArray* aclCreateBoolArray(const bool* values, uint64_t size) {
+  if (!IsList("aclCreateBoolArray", values, size)) return nullptr;
+  return HandlesOf<aclBoolArray>().Give({{values, values + size}});
+}
+
+int aclDestroyBoolArray(const aclBoolArray* array) {
+  CANN_HOST_CALL(aclDestroyBoolArray);
+  return Destroy("aclDestroyBoolArray", array);
+}
+
+CANN_HOST_ENTRY(aclCreateTensorList, "makes")
+aclTensorList* aclCreateTensorList(const aclTensor* const* tensors, uint64_t size) {
+  if (!IsList("aclCreateTensorList", tensors, size)) return nullptr;
+  return HandlesOf<aclTensorList>().Give({{tensors, tensors + size}});
+}
+
+int aclDestroyTensorList(const aclTensorList* list) {
+  CANN_HOST_CALL(aclDestroyTensorList);
+  if (list == nullptr) return kSuccess;
+  const auto taken = HandlesOf<aclTensorList>().Take(list);
+  if (taken == nullptr) return NoHandle("aclDestroyTensorList", list);
+  int code = kSuccess;
+  for (const aclTensor* tensor : taken->tensors) {
+    const int destroyed = Destroy("aclDestroyTensorList", tensor);
+    if (code == kSuccess) code = destroyed;
+  }
+  return code;
 }
 
 // torch_npu makes float, double, int64 and bool scalars.

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import pytest
 
 import cann_host
 from cann_host.aclnn import ACL_DTYPES, OPERATORS, ROUND_MODES, AclTensor, RefusedError
-from cann_host.aclnn.tensors import read_arguments
+from cann_host.aclnn.tensors import read_arguments, tensors_of
 from cann_host.rules import QUANT_MODES
 
-SOURCE = (Path(cann_host.__file__).parent / "csrc" / "aclnn.cpp").read_text()
+SOURCE = "".join(
+    path.read_text() for path in (Path(cann_host.__file__).parent / "csrc").glob("aclnn*.cpp")
+)
 # what each ...GetWorkspaceSize sends: name of the operator, its arguments
 SENT = {
     name: [word.strip() for word in arguments.split(",")]
-    for name, arguments in re.findall(
-        r'Prepare\("(aclnn\w+)", workspace_size, executor,\s*([^;]*)\);', SOURCE
-    )
+    for name, arguments in re.findall(r"CANN_HOST_OPERATOR\((aclnn\w+),\s*([^;)]*)\)", SOURCE)
+    + re.findall(r'Prepare\("(aclnn\w+)", workspace_size, executor,\s*([^;]*)\);', SOURCE)
 }
 
 
@@ -43,13 +45,13 @@ def test_texts_are_numbered_as_the_library_numbers_them() -> None:
 def test_words_become_arguments() -> None:
     tensor = [1, 4096, 2, 29, 3, 2, 5, 7, 7, 1, 4, 1, 1, 16, 32]
     half = 0x3FE0000000000000  # 0.5
-    assert read_arguments([0, *tensor, 2, -8, 3, half, 4, 2, 6, 9]) == [
-        None,
-        AclTensor(4096, 2, 29, 3, (5, 7), (7, 1), (1, 1, 16, 32)),
-        -8,
-        0.5,
-        (6, 9),
-    ]
+    text = [5, 10, *struct.unpack("<2q", b"TND_packed".ljust(16, b"\0"))]
+    tensors = [6, 3, *tensor, 0, *tensor]
+    read = AclTensor(4096, 2, 29, 3, (5, 7), (7, 1), (1, 1, 16, 32))
+    words = [0, *tensor, 2, -8, 3, half, 4, 2, 6, 9, *text, *tensors, 5, 0, 6, 0, 4, 0]
+    expected = [None, read, -8, 0.5, (6, 9), "TND_packed", (read, None, read), "", (), ()]
+    assert read_arguments(words) == expected
+    assert list(tensors_of(expected)) == [read] * 3
 
 
 @pytest.mark.parametrize(

@@ -322,16 +322,21 @@ def test_a_replay_refuses_memory_that_was_freed(symbol: str, then: str, library)
 
 def parameters() -> dict[str, list[str]]:
     """The parameters of each of CANN's functions, as the sources declare them."""
-    text = "".join(
-        re.sub(r"//.*", "", path.read_text())
-        for path in sorted((Path(cann_host.__file__).parent / "csrc").glob("*.cpp"))
-    )
+    csrc = Path(cann_host.__file__).parent / "csrc"
+    text = "".join(re.sub(r"//.*", "", path.read_text()) for path in sorted(csrc.glob("*.cpp")))
     found = {}
     listed = {symbol for _, symbol, kind in cann_host.entries() if kind != "fails"}
     for name, inside in re.findall(r"\n[\w :]+[ *]+(\w+)\(([^(){};]*)\) \{", text):
         if name in listed:
             names = [" ".join(one.split()) for one in inside.split(",")]
             found[name] = [one for one in names if one and one != "..."]
+    using = dict(re.findall(r"using (\w+) = (?:const )?([\w*]+);", (csrc / "aclnn.h").read_text()))
+    for name, types in re.findall(r"\nCANN_HOST_OPERATOR\((\w+), ([^)]*)\)", text):
+        found[f"{name}GetWorkspaceSize"] = [
+            *(f"{using[one.strip()]} a" for one in types.split(",")),
+            "uint64_t* workspace_size",
+            "aclOpExecutor** executor",
+        ]
     return found
 
 

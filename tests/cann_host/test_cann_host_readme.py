@@ -34,12 +34,9 @@ def test_the_options_are_all_there() -> None:
         assert f"`{variable}`" in README
 
 
-def test_the_lines_of_the_aclnn_function_are_those_of_the_source() -> None:
+def test_the_line_of_the_aclnn_function_is_that_of_the_source() -> None:
     (code,) = blocks("cpp")
-    function, launch = code.split("CANN_HOST_LAUNCH")
-    source = (FOLDER / "csrc" / "aclnn.cpp").read_text()
-    assert function in source
-    assert "CANN_HOST_LAUNCH" + launch in source
+    assert code in (FOLDER / "csrc" / "aclnn.cpp").read_text()
 
 
 def test_a_ge_operator_can_be_added_while_it_is_active(monkeypatch) -> None:

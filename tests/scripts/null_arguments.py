@@ -15,7 +15,9 @@ P = ctypes.c_void_p
 # a parameter's type, without const: what a caller passes
 TYPES = {
     "aclTensor*": "tensor",
+    "aclTensorList*": "tensors",
     "aclIntArray*": "array",
+    "aclBoolArray*": "flags",
     "aclScalar*": "scalar",
     "aclOpExecutor*": "executor",
     "aclTensorDesc*": "desc",
@@ -30,7 +32,7 @@ def all_null() -> None:
     for symbol in symbols:
         pid = os.fork()
         if not pid:
-            getattr(cann_host.runtime.current().library, symbol)(*[P(None)] * 14)
+            getattr(cann_host.runtime.current().library, symbol)(*[P(None)] * 80)
             os._exit(0)
         if os.waitpid(pid, 0)[1]:
             print(symbol)
@@ -52,7 +54,9 @@ class Arguments:
         self.handles = {"comm": comm, "stream": stream, "event": event, "on": stream}
         for make in (
             "aclCreateTensor",
+            "aclCreateTensorList",
             "aclCreateIntArray",
+            "aclCreateBoolArray",
             "aclCreateScalar",
             "aclCreateTensorDesc",
             "aclCreateDataBuffer",
@@ -61,10 +65,15 @@ class Arguments:
             getattr(lib, make).restype = P
         dims, one = (ctypes.c_int64 * 1)(8), (ctypes.c_int64 * 1)(1)
         n, data = ctypes.c_uint64(1), P(self.x.data_ptr())
-        tensor = lib.aclCreateTensor(dims, n, 0, one, ctypes.c_int64(0), 2, dims, n, data)
+        tensor, another = (
+            lib.aclCreateTensor(dims, n, 0, one, ctypes.c_int64(0), 2, dims, n, data)
+            for _ in range(2)
+        )
         self.made = {
             "tensor": P(tensor),
+            "tensors": P(lib.aclCreateTensorList((P * 1)(another), n)),
             "array": P(lib.aclCreateIntArray(dims, n)),
+            "flags": P(lib.aclCreateBoolArray(ctypes.create_string_buffer(8), n)),
             "scalar": P(lib.aclCreateScalar(dims, 9)),
             "desc": P(lib.aclCreateTensorDesc(0, 1, dims, 2)),
             "buffer": P(lib.aclCreateDataBuffer(data, ctypes.c_size_t(32))),
@@ -86,6 +95,8 @@ class Arguments:
             return ctypes.c_double(1e-6)
         if "*" not in text:
             return ctypes.c_int64(1)
+        if text.startswith("char* "):
+            return ctypes.c_char_p(b"BSND")
         if name in self.handles:
             return self.handles[name]
         for type_, thing in TYPES.items():
