@@ -243,6 +243,7 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   const int code =
       GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKK)", Number(graph->number),
                              Number(views.data()), Number(views.size()), Number(&sink));
+  for (ge::Tensor& output : outputs) cann_host::NoteWrite(output.Impl().data, output.Impl().size);
   return code == 0 ? GRAPH_SUCCESS : kFailed;
 }
 

@@ -14,7 +14,6 @@ on purpose, so each checks the other: do not import one from the other.
     activation_dtypes  what DynamicQuant and AscendQuant have in common
     dynamic_quant      DynamicQuant, DynamicQuantV2
     static_quant       AscendQuantV2, aclnnQuantize
-    norms              RmsNorm, AddRmsNorm, LayerNormV4
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
     cache              ScatterNdUpdate, Scatter, ScatterElements
     norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
