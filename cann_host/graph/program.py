@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -69,7 +69,7 @@ class Step:
                     f"{name} has an internal format, into which cann_host does not write"
                 )
         for name in self.copies:
-            inputs[name] = inputs[name].clone()
+            inputs[name] = cast("Tensor", inputs[name]).clone()
         return executor.compute_op(self.op, inputs, self.attrs, compiling=compiling)
 
     def run(self, *values: Any) -> list[Any]:
@@ -175,9 +175,9 @@ class Program:
                 slots = [step.inputs[name] for name in step.op.writes if name not in step.copies]
                 views = tuple(numbers[slot] for slot in step.views)
                 written = tuple(numbers[slot] for slot in slots if isinstance(slot, Slot))
-                function = partial(_kept, len(written))
+                kept = partial(_kept, len(written))
                 targets = tuple(enumerate(views))
-                self._calls.append(_Call(function, (*written, *views), None, targets, (), step))
+                self._calls.append(_Call(kept, (*written, *views), None, targets, (), step))
             function, sources = step.direct() if step in returns_one else (step.run, step.sources)
             made = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
             is_one = returns_one.get(step, False)
