@@ -34,8 +34,11 @@ from cann_host.options import CannHostError
 
 __all__ = [
     "CALLBACKS",
+    "CAPTURES",
     "FUNCTIONS",
     "STRUCTS",
+    "TRACKS",
+    "WAITS",
     "AclnnExecutor",
     "GeCompile",
     "GeRelease",
@@ -44,7 +47,6 @@ __all__ = [
     "Replay",
     "declare",
     "give",
-    "int64s",
 ]
 
 
@@ -94,6 +96,11 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_recent_error": (c_char_p, ()),
     "cann_host_bytes_at": (c_uint64, (c_void_p,)),
     "cann_host_block_of": (c_uint64, (c_void_p, c_uint64)),
+    "cann_host_state": (c_uint64, ()),
+    "cann_host_track": (c_uint64, (c_void_p, c_uint64)),
+    "cann_host_is_tracked": (c_int, (c_uint64,)),
+    "cann_host_untrack": (None, (c_uint64,)),
+    "cann_host_wrote": (None, (c_void_p, c_uint64)),
     "cann_host_has_task_queue": (c_int, ()),
     "cann_host_leave": (None, ()),
     "cann_host_is_capturing": (c_int, ()),
@@ -168,6 +175,6 @@ def give(setter: Callable[..., None], *functions: Callable[..., int] | None) -> 
     setter(*(None if function is None else id(function) for function in functions))
 
 
-def int64s(address: int, count: int) -> list[int]:
-    """The numbers at an address."""
-    return (ctypes.c_int64 * count).from_address(address)[:]
+# The low bits of cann_host_state, whose number changes when memory is freed: a graph is being
+# captured; work waits, or a launch on torch_npu's task queue has failed; memory is tracked.
+CAPTURES, WAITS, TRACKS = 1, 2, 4

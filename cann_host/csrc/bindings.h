@@ -43,6 +43,13 @@ const char* cann_host_recent_error();
 // memory.cpp
 uint64_t cann_host_bytes_at(const void* address);
 uint64_t cann_host_block_of(const void* address, uint64_t bytes);
+uint64_t cann_host_state();
+
+// tracked.cpp
+uint64_t cann_host_track(const void* address, uint64_t bytes);
+int cann_host_is_tracked(uint64_t number);
+void cann_host_untrack(uint64_t number);
+void cann_host_wrote(const void* address, uint64_t bytes);
 
 // stream.cpp
 int cann_host_has_task_queue();

@@ -247,6 +247,7 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
       GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKKKK)", Number(graph->number),
                              Number(views.data()), Number(views.size()), Number(dims.data()),
                              Number(dims.size()), Number(&sink));
+  for (ge::Tensor& output : outputs) cann_host::NoteWrite(output.Impl().data, output.Impl().size);
   return code == 0 ? GRAPH_SUCCESS : kFailed;
 }
 

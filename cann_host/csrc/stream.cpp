@@ -258,6 +258,8 @@ void DoAllWork() {
   for (const auto& stream : Streams(-1)) Work(stream, nullptr, 0);
 }
 
+bool IsCapturing() { return is_capturing; }
+
 bool IsDeferring() { return IsLate() || is_capturing; }
 
 }  // namespace cann_host
