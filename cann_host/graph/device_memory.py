@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from cann_host import runtime
+from cann_host import runtime, weights
 from cann_host.bindings import GeTensor
 from cann_host.graph.executor import FractalNZ, GraphError, torch_dtype
 from cann_host.memory import FRACTAL_NZ, over_memory
@@ -103,6 +104,13 @@ def _over(address: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -
     return over_memory(address, dtype, shape)
 
 
+def _nd(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """FRACTAL_NZ blocks in the caller's memory as ND, kept until their bytes are written."""
+    place = blocks.data_ptr(), blocks.nbytes
+    kind = ("ND", blocks.dtype, tuple(blocks.shape), shape)
+    return weights.converted(kind, *place, lambda: nz_to_nd(blocks, *shape[-2:]))
+
+
 def with_format(
     address: int,
     size: int,
@@ -134,6 +142,6 @@ def with_format(
     return FractalNZ(
         torch.empty(shape, dtype=dtype, device="meta"),
         storage,
-        lambda: nz_to_nd(blocks, *shape[-2:]),
+        partial(_nd, blocks, shape),
         NzWeight(blocks, *shape) if NzWeight.fits(blocks, shape) else None,
     )
