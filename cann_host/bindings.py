@@ -51,7 +51,8 @@ __all__ = [
 
 
 class GeTensor(ctypes.Structure):
-    """A tensor that is an input of a compiled graph."""
+    """A tensor that is an input of a compiled graph. Equal bytes, with equal dims, are the same
+    tensor."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -62,8 +63,7 @@ class GeTensor(ctypes.Structure):
         ("origin_dim_count", c_int32),
         ("has_origin", c_int32),
         ("placement", c_int32),
-        ("dims", POINTER(c_int64)),
-        ("origin_dims", POINTER(c_int64)),
+        ("first_dim", c_uint64),
     )
 
 
@@ -72,7 +72,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {"cann_host_ge_tensor": GeTensor}
 # The Python functions. Pointers are passed as numbers; each function returns a code.
 AclnnExecutor: TypeAlias = Callable[[str, int, int, int], int]  # operator, phase, words, how many
 GeCompile: TypeAlias = Callable[[int, int, int, int], int]  # model, its size, summary, number
-GeRun: TypeAlias = Callable[[int, int, int, int], int]  # number, GeTensors, how many, outputs
+# number, GeTensors, how many, the dims of all, how many, outputs
+GeRun: TypeAlias = Callable[[int, int, int, int, int, int], int]
 GeRelease: TypeAlias = Callable[[int], int]  # number
 Replay: TypeAlias = Callable[[int], int]  # number of the work
 

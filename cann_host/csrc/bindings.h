@@ -10,7 +10,7 @@ extern "C" {
 
 // ---- structs, whose sizes Python compares when it loads the library ----
 
-// A tensor that is an input of a compiled graph.
+// A tensor that is an input of a compiled graph. Equal bytes, with equal dims, are the same tensor.
 struct cann_host_ge_tensor {
   void* data;
   size_t size;  // bytes that may be read at data
@@ -20,8 +20,7 @@ struct cann_host_ge_tensor {
   int32_t origin_dim_count;  // the shape torch sees; 0 with `has_origin` 0 if it was not set
   int32_t has_origin;
   int32_t placement;
-  const int64_t* dims;
-  const int64_t* origin_dims;
+  uint64_t first_dim;  // in the dims of all inputs: the storage shape, then the shape torch sees
 };
 
 // Python only passes these two back.

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cann_host import watched
-from cann_host.graph.device_memory import bytes_at
+from cann_host.graph.device_memory import Input, Inputs, Kind, bytes_at
 from cann_host.graph.executor import FractalNZ, GraphError, Value, torch_dtype
 from cann_host.graph.program import Program, Slot, Step
 from cann_host.memory import FRACTAL_NZ
@@ -46,6 +45,7 @@ class CompiledGraph:
         is_static: whether every shape is known.
         borrowed: (name, address, bytes) of constants in the caller's memory.
         parameters: the parameters whose memory is in `borrowed`.
+        memory: reads the inputs of a run.
     """
 
     name: str
@@ -63,7 +63,8 @@ class CompiledGraph:
 
     def __post_init__(self) -> None:
         self._program = self._make(self.returns_one)
-        self._expected = [
+        self.memory = Inputs()
+        self._expected: list[Kind] = [
             (torch_dtype(info.dtype), info.shape, form == FRACTAL_NZ)
             for info, form in zip(self.input_infos, self.formats, strict=True)
         ]
@@ -71,11 +72,11 @@ class CompiledGraph:
     def _make(self, returns_one: Mapping[Step, bool]) -> Program:
         return Program(self.inputs, self.constants, self.steps, self.outputs, returns_one)
 
-    def run(self, inputs: Sequence[Value]) -> list[Tensor]:
+    def run(self, inputs: Sequence[Input]) -> list[Tensor]:
         """Compute the graph's outputs.
 
         Args:
-            inputs: one value per graph input.
+            inputs: of `memory`, one for each graph input.
 
         Returns:
             One tensor per graph output.
@@ -86,17 +87,18 @@ class CompiledGraph:
             if bytes_at(address) < size:
                 raise GraphError(f"the memory of constant {name} was freed after compilation")
         program = self._program
-        if self.returns_one and self._expected != [_what_is(value) for value in inputs]:
+        if self.returns_one and self._expected != [one.kind for one in inputs]:
             program = self._make({})  # every step checks again
-        return [output_tensor(value, i) for i, value in enumerate(program.run(inputs))]
+        results = program.run([one.value for one in inputs])
+        return [output_tensor(result, i) for i, result in enumerate(results)]
 
-    def check_unchanged(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    def check_unchanged(self, given: Sequence[Tensor], inputs: Sequence[Input]) -> None:
         """Refuse changes that a device would not notice: torchair passes the formats of the inputs
         once, then only addresses; for constants and frozen parameters it passes nothing more.
 
         Args:
             given: the tensors that torchair was called with.
-            addresses: the addresses that the graph got.
+            inputs: what the graph got.
 
         Raises:
             RuntimeError: one of them is not what the graph was compiled for.
@@ -105,22 +107,14 @@ class CompiledGraph:
             "torch._dynamo.reset() after a weight was replaced, prepared or moved, and call again"
         )
         watched.check(f"graph {self.name}", self.parameters, todo)
-        for slot, form, tensor, address in zip(
-            self.inputs, self.formats, given, addresses, strict=False
-        ):
+        for slot, form, tensor, one in zip(self.inputs, self.formats, given, inputs, strict=False):
             if tensor.device.type != "npu" or tensor.numel() == 0:
                 continue
-            name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
-            watched.check_format(name, form, tensor)
-            if tensor.data_ptr() != address:
+            moved = tensor.data_ptr() != one.address
+            if moved or not watched.has_format(tensor, form):
+                name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
+                watched.check_format(name, form, tensor)
                 watched.refuse_frozen(name, todo)
-
-
-def _what_is(value: Value) -> tuple[torch.dtype, tuple[int, ...], bool]:
-    """dtype, shape, and whether it is FRACTAL_NZ."""
-    like = value.like if (is_nz := isinstance(value, FractalNZ)) else value
-    assert isinstance(like, Tensor)
-    return like.dtype, like.shape, is_nz
 
 
 def output_tensor(value: Value, index: int) -> Tensor:

@@ -22,6 +22,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -50,6 +51,7 @@ __all__ = [
     "ints",
     "is_meta",
     "op",
+    "plain",
     "promoted",
     "run_op",
     "soc_name",
@@ -188,9 +190,14 @@ DTYPES: dict[int, torch.dtype] = {
 INT8, INT4 = 2, 29
 
 
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_name(value: Tensor | Int4) -> str:
     """The dtype as CANN's rules spell it."""
-    return "int4" if isinstance(value, Int4) else str(value.dtype).removeprefix("torch.")
+    return "int4" if isinstance(value, Int4) else _name(value.dtype)
 
 
 def describe(value: Tensor | Int4) -> TensorDesc:
@@ -332,7 +339,7 @@ def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compili
         raise ShapeUnknownError
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not takes(op, values):
-        inputs = {name: _plain(op, value) for name, value in inputs.items()}
+        inputs = {name: plain(op.type, value) for name, value in inputs.items()}
     first = inputs.get(op.inputs[0]) if op.type in DEFINED else None
     if isinstance(first, Tensor):
         refusal = check_definition(op.type, soc_name(), dtype_name(first))
@@ -344,14 +351,22 @@ def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compili
     return op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
 
 
-def _plain(op: Op, value: Any) -> Any:
-    """A value as ND: GE converts it before operators that take ND. It does not convert int4."""
+def plain(type_: str, value: Any) -> Any:
+    """A value as ND: GE converts it before operators that take ND. It does not convert int4.
+
+    Args:
+        type_: of the operator, for the message.
+        value: of an input.
+
+    Raises:
+        GraphError: it is int4.
+    """
     if type(value) is list:
-        return [_plain(op, v) for v in value]
+        return [plain(type_, v) for v in value]
     if isinstance(value, FractalNZ):
         value = value.nd
     if isinstance(value, Int4):
-        raise GraphError(f"{op.type} does not take int4 inputs")
+        raise GraphError(f"{type_} does not take int4 inputs")
     return value
 
 
@@ -379,7 +394,8 @@ def torch_dtype(code: int, what: str = "an attribute") -> torch.dtype:
 
 
 def ints(value: Host) -> list[int]:
-    return [int(v) for v in value.reshape(-1).tolist()]
+    flat = value if value.dim() == 1 else value.reshape(-1)
+    return list(map(int, flat.tolist()))
 
 
 def soc_name() -> str:

@@ -49,6 +49,7 @@ from lq_graph.kernels import (
     dynamic_quant,
     dynamic_quant_with_offset,
     logical_k,
+    native,
     pack_scale,
     quant_matmul,
     static_quant,
@@ -133,8 +134,9 @@ def _quant_batch_matmul(
         return torch.empty((*batch, m, n), dtype=out_dtype, device="meta")
     left: Tensor
     right: Tensor | NzWeight
-    # as the kernel reads a weight: (n, k), also if it comes through a Transpose
-    stored = None if nz is None or len(x2.shape) != 2 else nz.weight
+    # as the compiled kernel reads a weight: (n, k), also if it comes through a Transpose. Without
+    # that kernel, `nd` is a copy that is kept.
+    stored = nz.weight if nz is not None and len(x2.shape) == 2 and native.is_available() else None
     if nz is not None and stored is not None and transpose_x2 != nz.swapped and not transpose_x1:
         left, right = x1.packed if isinstance(x1, Int4) else x1, stored
     else:
