@@ -1,12 +1,12 @@
 """Norms that quantize, by torch_npu's calls and in graphs, beside a numpy golden, bit by bit.
 
-The values are multiples of 1/8 and k is a power of two, so no sum of squares rounds: the order of a sum
-does not matter.
+The values are multiples of 1/8 and k is a power of two, so no sum of squares rounds: the order of a
+sum does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from typing import Any
 
 import numpy as np
@@ -28,59 +28,27 @@ from cann_host.rules import (
     check_rms_norm_quant,
 )
 from support import golden, golden_fused
-from support.eager import BF16, F16, F32, I8, I32, as_numpy, pretend, refused
+from support.eager import BF16, F16, F32, I8, I32, pretend, refused
+from support.fused import (
+    EPSILON,
+    K,
+    as_array,
+    assert_bits,
+    dtype_of,
+    either_way,
+    exact,
+    norm_of,
+    positive,
+    there,
+)
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
 A2, A950, P310 = "Ascend910B2", "Ascend950PR_9579", "Ascend310P3"
-K, EPSILON = 64, 0.25
-
-
-def exact(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(-24, 25, shape, generator=generator) / 8).to(dtype)
-
-
-def positive(*shape: int, dtype: torch.dtype = F32, seed: int = 5) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator) * 0.1 + 0.01).to(dtype)
 
 
 def points(*shape: int, dtype: torch.dtype = I32) -> Tensor:
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(6)).to(dtype)
-
-
-def as_array(x: Tensor | None) -> Any:
-    """numpy, float32 if it is bfloat16 or float16."""
-    return None if x is None else as_numpy(x.float() if x.is_floating_point() else x)
-
-
-def there(x: Any) -> Any:
-    return x.npu() if isinstance(x, Tensor) else x
-
-
-def either_way(function: Callable[..., Any], way: str) -> Callable[..., Any]:
-    """The function as it is, or compiled by torchair."""
-    if way == "eager":
-        return function
-    import torchair
-
-    torch._dynamo.reset()
-    backend = torchair.get_npu_backend()
-    return torch.compile(function, backend=backend, dynamic=way == "dynamic", fullgraph=True)
-
-
-def dtype_of(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def norm_of(x1: Tensor, x2: Tensor, gamma: Tensor, rounds: str = "") -> Any:
-    arrays = [as_array(t) for t in (x1, x2, gamma)]
-    return golden_fused.norm_of_sum(*arrays, EPSILON, dtype_of(x1), rounds)
-
-
-def assert_bits(got: Tensor, want: Any) -> None:
-    np.testing.assert_array_equal(as_array(got.cpu()), want)
 
 
 # ---- AddRmsNorm: two roundings more before Ascend 950 ----
@@ -174,7 +142,7 @@ def test_add_rms_norm_dynamic_quant(case: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("way", ["eager", "dynamic"])
 @pytest.mark.parametrize(("soc", "dtype"), [(A2, F16), (A950, F16), (A950, BF16)], ids=str)
 @pytest.mark.parametrize("case", DYNAMIC)
 def test_add_rms_norm_dynamic_quant_of_chips(
@@ -438,8 +406,6 @@ def test_refusals(
         assert refusal is None
         return
     assert refusal is not None and refusal.code == code
-    import re
-
     assert re.search(text, str(refusal)), str(refusal)
     assert (code is None) == ("CANN error" not in str(refusal))
 
@@ -466,74 +432,3 @@ def test_refusals_arrive_by_torch_npu() -> None:
         torch_npu.npu_rms_norm_quant(x, gamma, gamma, one, points(1).npu(), EPSILON)
     with refused(r"aclnnAddRmsNorm: x1 is .* x2 .* \(5, 8\)"):
         torch_npu.npu_add_rms_norm(x, x[:, :8].contiguous(), gamma, EPSILON)
-
-
-# ---- torchair's patterns ----
-
-
-def run_dynamic(x1: Tensor, x2: Tensor, gamma: Tensor) -> Any:
-    y, _, x = torch_npu.npu_add_rms_norm(x1, x2, gamma, EPSILON)
-    values, scale = torch_npu.npu_dynamic_quant(y)
-    return values, scale, x
-
-
-def run_cast(x1: Tensor, x2: Tensor, gamma: Tensor) -> Any:
-    y, _, x = torch_npu.npu_add_rms_norm(x1, x2, gamma, EPSILON)
-    return y, x, y.to(F32)
-
-
-def run_static(x1: Tensor, x2: Tensor, gamma: Tensor, scale: Tensor) -> Any:
-    y, _, x = torch_npu.npu_add_rms_norm(x1, x2, gamma, EPSILON)
-    return torch_npu.npu_quantize(y, scale, None, torch.qint8, -1), x
-
-
-def compiled(function: Callable[..., Any], mode: str, fuses: bool, *args: Tensor) -> Any:
-    import torchair
-
-    torch._dynamo.reset()
-    config = torchair.CompilerConfig()
-    config.mode = mode
-    config.experimental_config.pattern_fusion_pass = fuses
-    backend = torchair.get_npu_backend(compiler_config=config)
-    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)(*args)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
-@pytest.mark.parametrize("fuses", [False, True])
-def test_torchair_fuses_a_norm_with_what_follows(fuses: bool, mode: str) -> None:
-    """With a dynamic quantization the fused operator rounds less than the two that it replaces, so
-    the bits differ, as on a device; with a cast they are the same."""
-    import torchair
-
-    if not hasattr(torchair.CompilerConfig().experimental_config, "pattern_fusion_pass"):
-        pytest.skip("torchair has no pattern_fusion_pass")
-    x1, x2 = exact(2, 5, K, dtype=BF16), exact(2, 5, K, dtype=BF16, seed=1)
-    gamma = exact(K, dtype=BF16, seed=2)
-    args = tuple(t.npu() for t in (x1, x2, gamma))
-    values, scale, x = compiled(run_dynamic, mode, fuses, *args)
-    norm, _, total = norm_of(x1, x2, gamma, "" if fuses else "tn")
-    if fuses:
-        want = golden_fused.quantize_rows(norm, 127, "reciprocal")
-    else:
-        want = golden.dynamic_quant(golden.bfloat16(norm), 127)
-    assert_bits(values, want[0])
-    assert_bits(scale, want[1])
-    assert_bits(x, total)
-    alone = run_dynamic(*args)
-    assert torch.equal(values, alone[0]) != fuses
-    assert (values.int() - alone[0].int()).abs().max() <= 1
-    for got, expected in zip(compiled(run_cast, mode, fuses, *args), run_cast(*args), strict=True):
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("fuses", [False, True])
-def test_a_captured_graph_fuses_a_norm_with_a_quantization(fuses: bool) -> None:
-    """float16 rounds alike in both: aclnnAddRmsNormQuantV2 gives the bits of aclnnQuantize."""
-    x1, x2 = exact(2, 5, K, dtype=F16), exact(2, 5, K, dtype=F16, seed=1)
-    args = tuple(t.npu() for t in (x1, x2, exact(K, dtype=F16, seed=2), positive(K)))
-    got = compiled(run_static, "reduce-overhead", fuses, *args)
-    assert all(torch.equal(a, b) for a, b in zip(got, run_static(*args), strict=True))
