@@ -1,6 +1,7 @@
 """The independent golden of fused norms, SwiGLU and their quantization, in plain numpy.
 
 Written from the formulas of hicann/ops-nn's documents and the roundings of its golden generators
+Written from the formulas of hicann/ops-nn's documents, and the roundings of its golden generators
 and kernels.
 
 It shares no code with `cann_host`, on purpose. numpy has no bfloat16: such tensors are float32 with

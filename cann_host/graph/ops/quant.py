@@ -28,6 +28,7 @@ from cann_host.rules import (
     NZ,
     AscendQuantCall,
     DynamicQuantCall,
+    QuantizeCall,
     QuantMatmulCall,
     TensorDesc,
     TransQuantParamCall,
@@ -35,6 +36,7 @@ from cann_host.rules import (
     check_ascend_quant,
     check_dynamic_quant,
     check_quant_matmul,
+    check_quantize,
     check_trans_quant_param,
     dynamic_quant_ignores,
     dynamic_quant_scale_shape,
@@ -259,6 +261,58 @@ def _ascend_quant(
     assert first is not None and factor is not None
     values = static_quant(first, factor, addend, along, bits=4 if dst_type == INT4 else 8)
     return Int4(values) if dst_type == INT4 else values.reshape(x.shape)
+
+
+# dtype of Quantize's result: the least and largest value
+QUANTIZE_LIMITS = {
+    torch.int8: (-128, 127),
+    torch.uint8: (0, 255),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
+_QUANTIZED = {"torch.qint8": torch.int8, "torch.quint8": torch.uint8, "torch.qint32": torch.int32}
+
+
+def quantize(
+    x: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, dtype: torch.dtype
+) -> Tensor:
+    """What Quantize computes: x / scales + zero_points in float32, rounded half to even.
+
+    Args:
+        x: (..., k).
+        scales, zero_points: one value, valid for any axis, or one for each index of the axis.
+        axis: of x.
+        dtype: of the result.
+    """
+    along = [1] * x.dim()
+    if scales.numel() != 1:
+        along[axis] = -1
+    value = x.to(torch.float32) / scales.to(torch.float32).reshape(along)
+    if zero_points is not None:
+        value += zero_points.to(torch.float32).reshape(along)
+    low, high = QUANTIZE_LIMITS[dtype]
+    # a NaN has no integer; quant/quantize/tests/assets/golden.py gives 0
+    return value.to(torch.float64).nan_to_num_(0.0).round_().clamp_(low, high).to(dtype)
+
+
+@op("Quantize")
+def _quantize(
+    x: Tensor, scales: Tensor, zero_points: Tensor | None = None, *, dtype: str, axis: int = 1
+) -> Tensor:
+    if dtype not in _QUANTIZED:
+        raise GraphError(f"dtype {dtype} is not implemented by cann_host")
+    out = _QUANTIZED[dtype]
+    call = QuantizeCall(
+        executor.soc_name(),
+        describe(x),
+        describe(scales),
+        optional_desc(zero_points),
+        describe(x)._replace(dtype=str(out).removeprefix("torch.")),
+        axis,
+        is_graph=True,
+    )
+    if refusal := check_quantize(call):
+        raise GraphError(refusal)
+    return quantize(x, scales, zero_points, axis, out)
 
 
 def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> Tensor:
