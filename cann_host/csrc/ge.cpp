@@ -244,8 +244,6 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   }
   cann_host_ge_outputs sink{outputs, placement};
   const int code =
-      GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKK)", Number(graph->number),
-                             Number(views.data()), Number(views.size()), Number(&sink));
       GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKKKK)", Number(graph->number),
                              Number(views.data()), Number(views.size()), Number(dims.data()),
                              Number(dims.size()), Number(&sink));

@@ -21,6 +21,7 @@ from cann_host import watched
 from cann_host.bindings import give
 from cann_host.graph import compiler, executor
 from cann_host.graph.compiled import CompiledGraph, TensorInfo
+from cann_host.graph.device_memory import Input
 from cann_host.graph.executor import GraphError, Op
 
 __all__ = ["GraphEngine"]
@@ -97,16 +98,10 @@ class GraphEngine:
             with _plain_torch():
                 given = graph.memory.read(inputs, count, dims, dim_count)
                 if (tensors := watched.given_inputs()) is not None:
-                    graph.check_unchanged(tensors, [info.data or 0 for info in given])
-                results = graph.run([_read(info) for info in given])
+                    graph.check_unchanged(tensors, given)
+                results = graph.run(given)
                 if not self._write(outputs, results, graph.output_infos, given):
                     return 1
-                    graph.check_unchanged(tensors, given)
-                for index, (result, info) in enumerate(
-                    zip(graph.run(given), graph.output_infos, strict=True)
-                ):
-                    if not self._write(outputs, index, result, info):
-                        return 1
         except Exception as error:
             return self._fail(error)
         return 0
@@ -116,10 +111,10 @@ class GraphEngine:
         outputs: int,
         results: Sequence[Tensor],
         infos: Sequence[TensorInfo],
-        given: Iterable[GeTensor],
+        given: Iterable[Input],
     ) -> bool:
         """Copy the results to the outputs, which may be the memory of inputs."""
-        addresses = {info.data for info in given}
+        addresses = {one.address for one in given}
         copies = []
         for index, (result, info) in enumerate(zip(results, infos, strict=True)):
             result = result.contiguous()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
+from cann_host import weights
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError, Op
 
@@ -118,6 +119,15 @@ def _kept(count: int, *values: Any) -> list[Any]:
     ]
 
 
+def _noted(function: Callable[..., Any], written: Sequence[int], *values: Any) -> Any:
+    """Call a function that writes into some of its values, and tell who keeps conversions."""
+    result = function(*values)
+    for at in written:
+        storage = values[at].untyped_storage()
+        weights.wrote(storage.data_ptr(), storage.nbytes())
+    return result
+
+
 class _Call(NamedTuple):
     """A step as a run computes it.
 
@@ -179,6 +189,10 @@ class Program:
                 targets = tuple(enumerate(views))
                 self._calls.append(_Call(kept, (*written, *views), None, targets, (), step))
             function, sources = step.direct() if step in returns_one else (step.run, step.sources)
+            if step.op.writes:
+                places = [step.inputs[name] for name in step.op.writes]
+                at = [i for i, slot in enumerate(sources) if slot in places]
+                function = partial(_noted, function, at)
             made = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
             is_one = returns_one.get(step, False)
             dead = {slot for slot in step.sources if last[slot] is step and slot not in stay}

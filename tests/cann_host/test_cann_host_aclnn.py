@@ -33,7 +33,11 @@ def test_every_record_is_complete(name: str) -> None:
     operator = OPERATORS[name]
     assert operator.name == name
     assert callable(operator.check) and callable(operator.compute)
-    assert len(operator.arguments._fields) == len(SENT[name])
+    values = [1.0 for _ in SENT[name]]
+    operator.arguments(*values)
+    for others in (values[1:], [*values, 1.0]):
+        with pytest.raises((TypeError, ValueError)):
+            operator.arguments(*others)
 
 
 def test_texts_are_numbered_as_the_library_numbers_them() -> None:
