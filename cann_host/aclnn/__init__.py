@@ -13,6 +13,7 @@ either.
     norms         aclnnRmsNorm, aclnnAddRmsNorm
     rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope
     cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
+    kv_cache      aclnnScatterPaKvCache, aclnnKvRmsNormRopeCache*
     copies        copies, casts of dtype and format, padding
     runner        OPERATORS; Runner, which the library calls
 """

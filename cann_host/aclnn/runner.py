@@ -12,7 +12,7 @@ from cann_host.bindings import give, int64s
 from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
-from . import activations, cache, copies, norms, quant_matmul, rope
+from . import activations, cache, copies, kv_cache, norms, quant_matmul, rope
 from .operator import Operator
 from .refusal import RefusedError
 from .tensors import read_arguments, tensors_of
@@ -21,7 +21,7 @@ __all__ = ["OPERATORS", "Runner"]
 
 OPERATORS: dict[str, Operator[Any]] = {
     operator.name: operator
-    for family in (copies, norms, quant_matmul, activations, rope, cache)
+    for family in (copies, norms, quant_matmul, activations, rope, cache, kv_cache)
     for operator in family.OPERATORS
 }
 

@@ -17,6 +17,7 @@ on purpose, so each checks the other: do not import one from the other.
     norms              RmsNorm, AddRmsNorm, LayerNormV4
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
     cache              ScatterNdUpdate, Scatter, ScatterElements
+    kv_cache           ScatterPaKvCache, KvRmsNormRopeCache
     definitions        dtypes of activations and other graph operators
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
@@ -45,6 +46,14 @@ from .dynamic_quant import (
     check_dynamic_quant,
     dynamic_quant_ignores,
     dynamic_quant_scale_shape,
+)
+from .kv_cache import (
+    CACHE_MODES,
+    KvRmsNormRopeCall,
+    ScatterPaCall,
+    check_kv_rms_norm_rope_cache,
+    check_scatter_pa_kv_cache,
+    kv_rms_norm_rope_ignores,
 )
 from .norms import RmsNormCall, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
@@ -83,6 +92,7 @@ from .trans_quant_param import (
 __all__ = [
     "A2",
     "A950",
+    "CACHE_MODES",
     "DEFINED",
     "HALF",
     "INNER",
@@ -103,6 +113,7 @@ __all__ = [
     "AscendQuantCall",
     "DynamicQuantCall",
     "Kernel",
+    "KvRmsNormRopeCall",
     "PackedWords",
     "QuantMatmulCall",
     "QuantizeCall",
@@ -110,6 +121,7 @@ __all__ = [
     "RmsNormCall",
     "RotaryCall",
     "ScatterCall",
+    "ScatterPaCall",
     "TensorDesc",
     "TransQuantParamCall",
     "apply_rotary_ignores",
@@ -119,6 +131,7 @@ __all__ = [
     "check_definition",
     "check_dynamic_quant",
     "check_interleave_rope",
+    "check_kv_rms_norm_rope_cache",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
@@ -127,10 +140,12 @@ __all__ = [
     "check_rotary_mul",
     "check_scatter_elements",
     "check_scatter_nd_update",
+    "check_scatter_pa_kv_cache",
     "check_scatter_update",
     "check_trans_quant_param",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "kv_rms_norm_rope_ignores",
     "outside",
     "packed_words",
     "rotary_ignores",

@@ -320,11 +320,13 @@ ELSEWHERE = {
     "InterleaveRope",
     "RotaryMul",
     "RotaryPositionEmbedding",
-    "Assign",  # test_cache
+    "Assign",  # test_cache, test_cache_paged
+    "KvRmsNormRopeCache",
     "Scatter",
     "ScatterElements",
     "ScatterElementsV2",
     "ScatterNdUpdate",
+    "ScatterPaKvCache",
     "HcomAllGather",  # test_cann_host_hccl
     "HcomAllReduce",
     "HcomBroadcast",

@@ -18,7 +18,6 @@ from cann_host.rules import (
     NO_KERNEL,
     TILING,
     ApplyRotaryCall,
-    Refusal,
     RotaryCall,
     TensorDesc,
     check_apply_rotary,
@@ -28,6 +27,7 @@ from cann_host.rules import (
 )
 from support import golden_rope
 from support.eager import BF16, F16, F32, as_numpy, pretend, refused
+from support.refusals import described, told
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
@@ -120,18 +120,6 @@ def test_a_rotary_mode_that_the_chip_does_not_have() -> None:
     with pytest.warns(RuntimeWarning, match=f"interleave has no effect on {A2}.*cann_host's"):
         got, _ = torch_npu.npu_apply_rotary_pos_emb(x, x.clone(), c, c, "BSND", "interleave")
     assert torch.equal(got, want)
-
-
-def described(shape: tuple[int, ...], dtype: str = "float16") -> TensorDesc:
-    return TensorDesc(dtype, shape)
-
-
-def told(refusal: Refusal | None, code: int | None, *texts: str) -> None:
-    """A refusal with a code, whose text has these texts."""
-    assert refusal is not None and refusal.code == code, refusal
-    for text in texts:
-        assert text in str(refusal), (text, str(refusal))
-    assert code is not None or "cann_host" in str(refusal)
 
 
 APPLY_CALL = {"query": (2, 3, 4, 64), "key": (2, 3, 1, 64), "cos": (2, 3, 1, 64)}
