@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cann_host.rules import (
 )
 from support import golden, golden_cache
 from support.eager import BF16, F16, F32, I8, I32, as_numpy, pretend, refused
+from support.has import need_operator
 from support.refusals import described, told
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
@@ -74,6 +76,7 @@ def paged(heads: int, d: int, dtype: torch.dtype, mode: str, dims: int) -> Tenso
 @pytest.mark.parametrize("way", ["eager", "graph"])
 @pytest.mark.parametrize(("dtype", "heads", "dk", "dv", "mode", "dims"), PAGED, ids=str)
 def test_scatter_pa_kv_cache(dtype, heads, dk, dv, mode, dims, way) -> None:
+    need_operator("npu_scatter_pa_kv_cache", "cache_mode")
     slots = torch.tensor([9, -1, 0, 19], dtype=I32)
     rows = [values(4, heads, d, dtype=dtype, seed=d) for d in (dk, dv)]
     caches = [paged(heads, d, dtype, mode, dims).npu() for d in (dk, dv)]
@@ -90,6 +93,7 @@ def test_scatter_pa_kv_cache(dtype, heads, dk, dv, mode, dims, way) -> None:
 
 
 def test_a_slot_outside_writes_nothing() -> None:
+    need_operator("npu_scatter_pa_kv_cache", "cache_mode")
     caches = [paged(2, 16, F16, "Norm", 4).npu() for _ in range(2)]
     rows = values(2, 2, 16, dtype=F16).npu()
     with refused("(?s)aclnnScatterPaKvCache.*slot_mapping has 20, and the cache has 20"):
@@ -97,6 +101,15 @@ def test_a_slot_outside_writes_nothing() -> None:
             rows, rows, *caches, torch.tensor([3, 20]).npu(), cache_mode="Norm"
         )
     assert not caches[0].any() and not caches[1].any()
+
+
+def test_operators_of_atb_name_the_library_that_is_not_here() -> None:
+    cache = paged(2, 16, F16, "Norm", 4).npu()
+    rows = values(2, 2, 16, dtype=F16).npu()
+    if not hasattr(torch_npu, "_npu_reshape_and_cache"):
+        pytest.skip("this torch_npu has no operators of ATB")
+    with pytest.raises(OSError, match=r"cann_host does not have libatb\.so"):
+        torch_npu._npu_reshape_and_cache(rows, rows, cache, cache, torch.tensor([1, 2]).npu())
 
 
 PA = {"key": (3, 2, 32), "key_cache": (4, 8, 2, 32), "slots": described((3,), "int32"),
@@ -146,6 +159,7 @@ class Kv:
     """Inputs of one call: 2 batches of 3 steps."""
 
     def __init__(self, mode: str, quant: str, with_v: bool) -> None:
+        need_operator("npu_kv_rmsnorm_rope_cache", "v")
         self.mode, self.quant = mode, quant
         heads, norm = (2, 192) if with_v else (1, 512)
         self.dims = (192, 128) if with_v else (64, 512)
@@ -226,6 +240,39 @@ def test_kv_rms_norm_rope_cache(mode, quant, with_v) -> None:
     if mode != "Norm":
         assert [tuple(t.shape) for t in results[2:]] == [(*case.kv.shape[:3], d) for d in case.dims]
         assert all(t.any() for t in results[2:])
+
+
+@pytest.mark.parametrize(
+    ("mode", "quant", "with_v"),
+    [("PA", "", False), ("PA_NZ", "kc", False), ("PA", "", True)],
+    ids=str,
+)
+def test_a_graph_of_kv_rms_norm_rope_cache(mode, quant, with_v) -> None:
+    """Bit for bit as eager: the form whose schema says what it writes, and the other one."""
+    case = Kv(mode, quant, with_v)
+    want, results = case.run()
+    scales = [None if t is None else t.npu() for t in case.scales]
+    v = None if case.v is None else case.v.npu()
+
+    def run(*inputs: Tensor, form: str) -> tuple[Tensor, ...]:
+        made = getattr(torch_npu, form)(
+            *inputs,
+            k_rope_scale=scales[0],
+            c_kv_scale=scales[1],
+            v=v,
+            cache_mode=mode,
+            is_output_kv=True,
+        )
+        return made[-2:]
+
+    for form in ("npu_kv_rmsnorm_rope_cache", "npu_kv_rmsnorm_rope_cache_v2"):
+        if not hasattr(torch_npu, form):
+            continue
+        caches = [c.npu() for c in case.caches]
+        inputs = [t.npu() for t in (case.kv, case.gamma, case.cos, case.sin, case.index)]
+        rows = compiled(partial(run, form=form))(*inputs, *caches)
+        for got, expected in zip((*caches, *rows), (*want, *results[2:]), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_kv_rms_norm_rope_of_a_norm_cache_gives_no_rows() -> None:
