@@ -19,6 +19,7 @@ on purpose, so each checks the other: do not import one from the other.
     norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
     fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
     fused_swiglu       SwiGlu, DequantSwigluQuant, SwiGluQuant
+    kv_cache           ScatterPaKvCache, KvRmsNormRopeCache
     definitions        dtypes of activations and other graph operators
     attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
                        attention_prompt and attention_incre the two sets of rules behind it
@@ -82,6 +83,14 @@ from .fused_swiglu import (
     check_swi_glu_quant,
     dequant_swiglu_quant_ignores,
 )
+from .kv_cache import (
+    CACHE_MODES,
+    KvRmsNormRopeCall,
+    ScatterPaCall,
+    check_kv_rms_norm_rope_cache,
+    check_scatter_pa_kv_cache,
+    kv_rms_norm_rope_ignores,
+)
 from .norms import RmsNormCall, check_add_rms_norm_cast, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
@@ -119,6 +128,7 @@ from .trans_quant_param import (
 __all__ = [
     "A2",
     "A950",
+    "CACHE_MODES",
     "DEFINED",
     "FUSED",
     "HALF",
@@ -147,6 +157,7 @@ __all__ = [
     "DequantSwigluQuantCall",
     "DynamicQuantCall",
     "Kernel",
+    "KvRmsNormRopeCall",
     "Lengths",
     "PackedWords",
     "QuantMatmulCall",
@@ -156,6 +167,7 @@ __all__ = [
     "RmsNormQuantCall",
     "RotaryCall",
     "ScatterCall",
+    "ScatterPaCall",
     "SwiGluCall",
     "SwiGluQuantCall",
     "TensorDesc",
@@ -173,6 +185,7 @@ __all__ = [
     "check_dynamic_quant",
     "check_group_list",
     "check_interleave_rope",
+    "check_kv_rms_norm_rope_cache",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
@@ -182,6 +195,7 @@ __all__ = [
     "check_rotary_mul",
     "check_scatter_elements",
     "check_scatter_nd_update",
+    "check_scatter_pa_kv_cache",
     "check_scatter_update",
     "check_swi_glu",
     "check_swi_glu_quant",
@@ -190,6 +204,7 @@ __all__ = [
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
     "kind_of",
+    "kv_rms_norm_rope_ignores",
     "lse_shape",
     "out_shape",
     "outside",

@@ -320,7 +320,8 @@ ELSEWHERE = {
     "InterleaveRope",
     "RotaryMul",
     "RotaryPositionEmbedding",
-    "Assign",  # test_cache
+    "Assign",  # test_cache, test_cache_paged
+    "KvRmsNormRopeCache",
     "Scatter",
     "ScatterElements",
     "ScatterElementsV2",
@@ -328,6 +329,7 @@ ELSEWHERE = {
     "FusedInferAttentionScore",  # test_attention
     "IncreFlashAttention",
     "PromptFlashAttention",
+    "ScatterPaKvCache",
     "HcomAllGather",  # test_cann_host_hccl
     "HcomAllReduce",
     "HcomBroadcast",

@@ -18,7 +18,6 @@ from cann_host.rules import (
     NO_KERNEL,
     TILING,
     ApplyRotaryCall,
-    Refusal,
     RotaryCall,
     TensorDesc,
     check_apply_rotary,
@@ -28,6 +27,8 @@ from cann_host.rules import (
 )
 from support import golden_rope
 from support.eager import BF16, F16, F32, as_numpy, pretend, refused
+from support.has import need_operator
+from support.refusals import described, told
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
@@ -77,6 +78,7 @@ APPLY = [
 def test_apply_rotary_in_place(soc, layout, q, k, c, mode, dtype, monkeypatch) -> None:
     if soc == P310 and dtype == BF16:
         pytest.skip("310P has no bfloat16")
+    need_operator("npu_apply_rotary_pos_emb", "rotary_mode")
     pretend(monkeypatch, soc)
     query, key, cos, sin = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate((q, k, c, c)))
     on_npu = [t.npu() for t in (query, key)]
@@ -115,23 +117,12 @@ def test_apply_rotary_of_views() -> None:
 
 def test_a_rotary_mode_that_the_chip_does_not_have() -> None:
     """CANN takes it, and its kernel rotates halves."""
+    need_operator("npu_apply_rotary_pos_emb", "rotary_mode")
     x, c = randn(1, 2, 3, 64).npu(), randn(1, 2, 1, 64, seed=1).npu()
     want, _ = torch_npu.npu_apply_rotary_pos_emb(x.clone(), x.clone(), c, c, "BSND", "half")
     with pytest.warns(RuntimeWarning, match=f"interleave has no effect on {A2}.*cann_host's"):
         got, _ = torch_npu.npu_apply_rotary_pos_emb(x, x.clone(), c, c, "BSND", "interleave")
     assert torch.equal(got, want)
-
-
-def described(shape: tuple[int, ...], dtype: str = "float16") -> TensorDesc:
-    return TensorDesc(dtype, shape)
-
-
-def told(refusal: Refusal | None, code: int | None, *texts: str) -> None:
-    """A refusal with a code, whose text has these texts."""
-    assert refusal is not None and refusal.code == code, refusal
-    for text in texts:
-        assert text in str(refusal), (text, str(refusal))
-    assert code is not None or "cann_host" in str(refusal)
 
 
 APPLY_CALL = {"query": (2, 3, 4, 64), "key": (2, 3, 1, 64), "cos": (2, 3, 1, 64)}
@@ -228,12 +219,14 @@ def test_rotary_position_embedding(soc, x, cos, mode, dtype, monkeypatch) -> Non
     want = golden_rope.rotary(*map(as_numpy, tensors), MODES[mode], name(dtype))
     given = dict(zip(("x", "cos", "sin"), tensors, strict=True))
     equal(run_op(find_op("RotaryPositionEmbedding"), given, {"mode": mode})[0], want)
+    need_operator("npu_rotary_mul", "rotary_mode")
     if mode < 2 and soc != P310:  # torch_npu checks the mode of the chip that it runs on
         result = torch_npu.npu_rotary_mul(*(t.npu() for t in tensors), MODES[mode])
         equal(result, want)
 
 
 def test_rotary_by_a_matrix() -> None:
+    need_operator("npu_rotary_mul", "rotate")
     x, cos, sin = randn(2, 3, 4, 64), randn(1, 1, 4, 64, seed=1), randn(1, 1, 4, 64, seed=2)
     partner, sign = golden_rope.planes(64, "half")
     matrix = np.zeros((64, 64), np.float32)
@@ -248,6 +241,7 @@ def test_rotary_by_a_matrix() -> None:
 @pytest.mark.parametrize("cos", [(2, 1, 4, 64), (2, 1, 1, 64)], ids=str)
 @pytest.mark.parametrize("soc", [A2, A950])
 def test_interleave_rope(soc, cos, dtype, monkeypatch) -> None:
+    need_operator("npu_interleave_rope")
     pretend(monkeypatch, soc)
     tensors = randn(2, 3, 4, 64, dtype=dtype), *(randn(*cos, dtype=dtype, seed=i) for i in (1, 2))
     want = golden_rope.rotary(*map(as_numpy, tensors), "interleave-half", name(dtype))
@@ -331,9 +325,9 @@ def test_rotary_mul_takes_four_dims() -> None:
 
 def test_torch_npu_passes_a_refusal_on() -> None:
     x, c = randn(2, 3, 4, 96).npu(), randn(2, 3, 1, 96).npu()
-    with refused("(?s)aclnnApplyRotaryPosEmbV2.*D must be 64 or 128.*561002"):
+    with refused("(?s)aclnnApplyRotaryPosEmb.*D must be 64 or 128.*561002"):
         torch_npu.npu_apply_rotary_pos_emb(x, x.clone(), c, c, "BSND")
-    with refused("(?s)aclnnRotaryPositionEmbeddingV2.*so many heads for 4 steps.*561002"):
+    with refused("(?s)aclnnRotaryPositionEmbedding.*so many heads for 4 steps.*561002"):
         torch_npu.npu_rotary_mul(randn(2, 32, 4, 64).npu(), *[randn(1, 1, 4, 64).npu()] * 2)
 
 
@@ -342,6 +336,8 @@ def test_torch_npu_passes_a_refusal_on() -> None:
 
 @DTYPES
 def test_a_graph_computes_what_eager_computes(dtype: torch.dtype) -> None:
+    need_operator("npu_apply_rotary_pos_emb", "rotary_mode")
+    need_operator("npu_interleave_rope")
     query, key = randn(2, 3, 4, 64, dtype=dtype), randn(2, 3, 1, 64, dtype=dtype, seed=1)
     cos, sin = (randn(2, 3, 1, 64, dtype=dtype, seed=i) for i in (2, 3))
 
