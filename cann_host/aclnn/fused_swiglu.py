@@ -24,6 +24,7 @@ from cann_host.rules import (
     check_swi_glu,
     check_swi_glu_quant,
 )
+from lq_graph import kernels
 
 from .checks import compute_base_format_only, need
 from .operator import Operator
@@ -222,6 +223,12 @@ def _check_swi_glu_quant(call: SwiGluQuantArguments, soc: str) -> None:
     _need_results(call.y, call.scale, (*rows, columns // parts))
 
 
+def _int4_pairs(values: Tensor, count: int) -> Tensor:
+    """int4 values, two in each of `count` bytes, the first in the low half."""
+    flat = torch.nn.functional.pad(values.flatten(), (0, -2 * count % 8))
+    return kernels.pack_int4(flat).view(torch.int8)[:count]
+
+
 def _swi_glu_quant(call: SwiGluQuantArguments, soc: str) -> None:
     if 0 in call.x.shape:
         return
@@ -234,9 +241,10 @@ def _swi_glu_quant(call: SwiGluQuantArguments, soc: str) -> None:
         _view(call.group_index),
         activate_left=bool(call.activate_left),
     )
-    if call.dst_type == INT4:
-        values = (values[..., ::2] & 0xF) | (values[..., 1::2] << 4)
-    call.y.view().copy_(values.reshape(call.y.shape))
+    y = call.y.view()
+    y.copy_(
+        _int4_pairs(values, y.numel()).view_as(y) if call.dst_type == INT4 else values.view_as(y)
+    )
     if factors is not None:
         call.scale.view().copy_(factors.reshape(call.scale.shape))
 

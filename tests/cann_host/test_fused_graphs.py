@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ import cann_host
 from cann_host.graph import executor
 from support import golden, golden_fused
 from support.eager import BF16, F16, F32, refused
-from support.fused import EPSILON, K, assert_bits, exact, norm_of, positive
+from support.fused import EPSILON, K, assert_bits, either_way, exact, norm_of, positive
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
@@ -88,6 +89,28 @@ def test_a_captured_graph_fuses_a_norm_with_a_quantization(fuses: bool) -> None:
     args = tuple(t.npu() for t in (x1, x2, exact(K, dtype=F16, seed=2), positive(K)))
     got = compiled(run_static, "reduce-overhead", fuses, *args)
     assert all(torch.equal(a, b) for a, b in zip(got, run_static(*args), strict=True))
+
+
+# ---- Quantize ----
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32], ids=str)
+@pytest.mark.parametrize(("axis", "size"), [(-1, K), (0, 4), (1, 1)])
+def test_npu_quantize_by_a_division_in_a_graph(axis: int, size: int, dtype: torch.dtype) -> None:
+    x, scale = exact(4, K, dtype=F32) * 9, positive(size)
+    points = torch.arange(size, dtype=torch.int32)
+
+    def run(x: Tensor, scale: Tensor, points: Tensor) -> Tensor:
+        return torch_npu.npu_quantize(x, scale, points, dtype, axis)
+
+    args = [t.npu() for t in (x, scale, points)]
+    graph = either_way(run, "static")(*args)
+    assert torch.equal(graph, run(*args))
+    shape = [1, 1]
+    shape[axis] = size
+    value = x.numpy() / scale.numpy().reshape(shape) + points.numpy().reshape(shape).astype("f")
+    low, high = {torch.qint8: (-128, 127), torch.quint8: (0, 255)}.get(dtype, (-(2**31), 2**31 - 1))
+    assert_bits(graph, np.clip(np.rint(value), low, high).astype(np.int64))
 
 
 # ---- prefetches ----

@@ -52,8 +52,8 @@ def dtype_of(x: Tensor) -> str:
 
 def norm_of(x1: Tensor, x2: Tensor, gamma: Tensor, rounds: str = "") -> Any:
     """The golden's norm of a sum, with `EPSILON`."""
-    arrays = [as_array(t) for t in (x1, x2, gamma)]
-    return golden_fused.norm_of_sum(*arrays, EPSILON, dtype_of(x1), rounds)
+    a, b, g = (as_array(t) for t in (x1, x2, gamma))
+    return golden_fused.norm_of_sum(a, b, g, EPSILON, dtype_of(x1), rounds)
 
 
 def assert_bits(got: Tensor, want: Any) -> None:

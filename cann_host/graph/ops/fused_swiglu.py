@@ -74,7 +74,7 @@ def _gated(value: Tensor, options: SwiGluOptions) -> Tensor:
         act, gate = (left, right) if options.activate_left else (right, left)
     if options.mode == 0:
         return torch.nn.functional.silu(act) * gate
-    gate = gate.clamp(-options.limit, options.limit)
+    gate = gate.clamp(max=options.limit).clamp(min=-options.limit)
     if options.mode == 3:
         return torch.nn.functional.silu(act).clamp(max=options.limit) * gate
     act = act.clamp(max=options.limit)
