@@ -105,7 +105,6 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_wrote": (None, (c_void_p, c_uint64)),
     "cann_host_has_task_queue": (c_int, ()),
     "cann_host_leave": (None, ()),
-    "cann_host_is_capturing": (c_int, ()),
     "cann_host_captures": (c_int, (c_void_p,)),
     "cann_host_record": (c_int, (c_void_p, c_int64)),
     "cann_host_next_ended": (c_int64, ()),

@@ -58,7 +58,6 @@ int cann_host_has_task_queue();
 void cann_host_leave();
 
 // capture.cpp
-int cann_host_is_capturing();
 int cann_host_captures(void* stream);
 int cann_host_record(void* stream, int64_t number);
 int64_t cann_host_next_ended();

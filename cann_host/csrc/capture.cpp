@@ -120,9 +120,6 @@ int aclrtSetStreamAttribute(void*, int, void*) {
   return kSuccess;
 }
 
-// Whether any stream is being captured.
-int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
-
 // Whether this stream is being captured.
 int cann_host_captures(void* handle) {
   StreamsState& state = GetStreams();
