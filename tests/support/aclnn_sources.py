@@ -1,4 +1,4 @@
-"""The operators of libopapi as cann_host's sources declare them: `CANN_HOST_OPERATOR(name, types)`."""
+"""The operators of libopapi as cann_host's sources declare them, with the types of their arguments."""
 
 from __future__ import annotations
 
