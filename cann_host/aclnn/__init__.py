@@ -11,6 +11,8 @@ either.
     quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
     activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
     norms         aclnnRmsNorm, aclnnAddRmsNorm
+    rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope
+    cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
     copies        copies, casts of dtype and format, padding
     runner        OPERATORS; Runner, which the library calls
 """

@@ -13,7 +13,7 @@ from cann_host.bindings import CAPTURES, TRACKS, give
 from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
-from . import activations, copies, norms, quant_matmul
+from . import activations, cache, copies, norms, quant_matmul, rope
 from .operator import Operator
 from .refusal import RefusedError
 from .tensors import read_arguments, tensors_of
@@ -22,7 +22,7 @@ __all__ = ["OPERATORS", "Runner"]
 
 OPERATORS: dict[str, Operator[Any]] = {
     operator.name: operator
-    for family in (copies, norms, quant_matmul, activations)
+    for family in (copies, norms, quant_matmul, activations, rope, cache)
     for operator in family.OPERATORS
 }
 

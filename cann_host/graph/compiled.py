@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from cann_host import watched
+from cann_host import watched, weights
 from cann_host.graph.device_memory import Input, Inputs, Kind, bytes_at
 from cann_host.graph.executor import FractalNZ, GraphError, Value, torch_dtype
 from cann_host.graph.program import Program, Slot, Step
@@ -45,6 +45,7 @@ class CompiledGraph:
         is_static: whether every shape is known.
         borrowed: (name, address, bytes) of constants in the caller's memory.
         parameters: the parameters whose memory is in `borrowed`.
+        written: the inputs, and the constants in the caller's memory, that a run writes into.
         memory: reads the inputs of a run.
     """
 
@@ -60,6 +61,7 @@ class CompiledGraph:
     is_static: bool
     borrowed: list[tuple[str, int, int]]
     parameters: list[watched.Watched]
+    written: set[Slot]
 
     def __post_init__(self) -> None:
         self._program = self._make(self.returns_one)
@@ -89,8 +91,19 @@ class CompiledGraph:
         program = self._program
         if self.returns_one and self._expected != [one.kind for one in inputs]:
             program = self._make({})  # every step checks again
-        results = program.run([one.value for one in inputs])
+        try:
+            results = program.run([one.value for one in inputs])
+        finally:
+            for value in self._written(inputs):
+                weights.wrote(value.data_ptr(), value.nbytes)
         return [output_tensor(result, i) for i, result in enumerate(results)]
+
+    def _written(self, inputs: Sequence[Input]) -> Iterator[Tensor]:
+        values = {slot: one.value for slot, one in zip(self.inputs, inputs, strict=True)}
+        for slot in self.written:
+            value = values.get(slot, self.constants.get(slot))
+            if isinstance(value, Tensor):
+                yield value
 
     def check_unchanged(self, given: Sequence[Tensor], inputs: Sequence[Input]) -> None:
         """Refuse changes that a device would not notice: torchair passes the formats of the inputs

@@ -24,6 +24,7 @@ from cann_host.graph.executor import (
     Value,
     torch_dtype,
 )
+from cann_host.graph.in_place import plan_writes
 from cann_host.graph.origins import origins_of
 from cann_host.graph.program import Slot, Step
 from cann_host.memory import FRACTAL_NZ
@@ -165,10 +166,11 @@ def compile_graph(model: bytes) -> CompiledGraph:
     inputs = [data[index] for index in range(len(data))]
 
     steps = _sorted(steps, {slot.node for slot in (*inputs, *constants)}, graph.name)
+    places = [Slot(name, 0) for name, _, _ in borrowed]
+    written = plan_writes(steps, {*inputs, *places}, outputs)
     static = all(info.known for info in infos.values())
     returns_one: dict[Step, bool] = {}
     if static:
-        places = [Slot(name, 0) for name, _, _ in borrowed]
         steps, returns_one = _predict(steps, constants, infos, formats, outputs, declared, places)
     static = static and all(info.known for info in declared)
     return CompiledGraph(
@@ -184,6 +186,7 @@ def compile_graph(model: bytes) -> CompiledGraph:
         static,
         borrowed,
         watched.watch(address for _, address, _ in borrowed),
+        written,
     )
 
 

@@ -21,6 +21,7 @@ from cann_host import watched
 from cann_host.bindings import give
 from cann_host.graph import compiler, executor
 from cann_host.graph.compiled import CompiledGraph, TensorInfo
+from cann_host.graph.device_memory import Input
 from cann_host.graph.executor import GraphError, Op
 
 __all__ = ["GraphEngine"]
@@ -98,27 +99,42 @@ class GraphEngine:
                 given = graph.memory.read(inputs, count, dims, dim_count)
                 if (tensors := watched.given_inputs()) is not None:
                     graph.check_unchanged(tensors, given)
-                for index, (result, info) in enumerate(
-                    zip(graph.run(given), graph.output_infos, strict=True)
-                ):
-                    if not self._write(outputs, index, result, info):
-                        return 1
+                if not self._write(outputs, graph.run(given), graph.output_infos, given):
+                    return 1
         except Exception as error:
             return self._fail(error)
         return 0
 
-    def _write(self, outputs: int, index: int, result: Tensor, info: TensorInfo) -> bool:
-        result = result.contiguous()
-        size = result.numel() * result.element_size()
-        dtype = compiler.ge_dtype(result, info.dtype, index)
-        if dtype != info.dtype:
-            raise GraphError(f"output {index} has GE dtype {dtype}; the graph says {info.dtype}")
-        target = self._library.cann_host_ge_output(
-            outputs, index, dtype, _int64s(result.shape), result.dim(), size
-        )
-        if target is None:
-            return False
-        ctypes.memmove(target, result.data_ptr(), size)
+    def _write(
+        self,
+        outputs: int,
+        results: Sequence[Tensor],
+        infos: Sequence[TensorInfo],
+        inputs: Sequence[Input],
+    ) -> bool:
+        """Copy the results to the outputs, which may be the memory of inputs."""
+        addresses = {one.address for one in inputs}
+        copies = []
+        for index, (result, info) in enumerate(zip(results, infos, strict=True)):
+            result = result.contiguous()
+            size = result.numel() * result.element_size()
+            dtype = compiler.ge_dtype(result, info.dtype, index)
+            if dtype != info.dtype:
+                raise GraphError(
+                    f"output {index} has GE dtype {dtype}; the graph says {info.dtype}"
+                )
+            target = self._library.cann_host_ge_output(
+                outputs, index, dtype, _int64s(result.shape), result.dim(), size
+            )
+            if target is None:
+                return False
+            if target == result.data_ptr():  # it was written in place
+                continue
+            if result.untyped_storage().data_ptr() in addresses:
+                result = result.clone()  # another output may be the memory that it views
+            copies.append((target, result, size))
+        for target, result, size in copies:
+            ctypes.memmove(target, result.data_ptr(), size)
         return True
 
     def _release(self, number: int) -> int:

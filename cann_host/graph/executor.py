@@ -228,6 +228,9 @@ class Op:
         accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
         is_collective: whether it communicates with other processes; then it is never computed while
             a graph is compiled.
+        writes: the inputs that the function writes into; its first outputs are these tensors. They
+            are the caller's memory only if they come from an input of the graph or from a constant
+            in the caller's memory; otherwise the function gets copies.
     """
 
     type: str
@@ -238,6 +241,7 @@ class Op:
     attrs: frozenset[str]
     accepts_internal_formats: bool
     is_collective: bool = False
+    writes: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}
@@ -247,13 +251,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def op(
-    *types: str, accepts_internal_formats: bool = False, is_collective: bool = False
+    *types: str,
+    accepts_internal_formats: bool = False,
+    is_collective: bool = False,
+    writes: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register a function under its GE op types, before or after the stand-in is active.
 
     Args:
         types: GE op types.
-        accepts_internal_formats, is_collective: see `Op`.
+        accepts_internal_formats, is_collective, writes: see `Op`.
     """
 
     def register(function: F) -> F:
@@ -269,6 +276,7 @@ def op(
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 accepts_internal_formats=accepts_internal_formats,
                 is_collective=is_collective,
+                writes=writes,
             )
             if runtime.is_active():
                 runtime.current().graphs.announce(OPS[type_])
@@ -329,6 +337,9 @@ def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compili
     """`run_op`, but what the operator's function returned."""
     if any(is_meta(inputs.get(name)) for name in op.host):
         raise ShapeUnknownError
+    for name in op.writes:
+        if not isinstance(inputs.get(name), Tensor):
+            raise GraphError(f"{name} has an internal format, into which cann_host does not write")
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not takes(op, values):
         inputs = {name: plain(op.type, value) for name, value in inputs.items()}

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError, Op
@@ -36,13 +38,17 @@ class Step:
         inputs: slot, or list of slots of a dynamic input, by input name.
         attrs: attributes by name.
         after: the nodes that come before it, whether it reads their results or not.
+        copies: the inputs that it writes into and that are not the caller's memory.
+        views: slots that are read after this step and may be views of what it writes into.
     """
 
     op: Op
     node: str
     inputs: dict[str, Slot | list[Slot]]
     attrs: dict[str, Any]
-    after: frozenset[str] = field(default=frozenset())
+    after: frozenset[str] = frozenset()
+    copies: list[str] = field(default_factory=list)
+    views: list[Slot] = field(default_factory=list)
 
     @property
     def sources(self) -> list[Slot]:
@@ -91,6 +97,19 @@ class Step:
 def _with_list(function: Callable[..., Any], first: int, last: int, *values: Any) -> Any:
     """Call a function whose arguments from `first` to `last` are one list."""
     return function(*values[:first], list(values[first:last]), *values[last:])
+
+
+def _copy(value: Any) -> Any:
+    """A value that a step may write into."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _apart(value: Any, *written: Any) -> Any:
+    """A value that stays as it is when the memory of others is written."""
+    if not isinstance(value, Tensor):
+        return value
+    memory = {t.untyped_storage().data_ptr() for t in written if isinstance(t, Tensor)}
+    return value.clone() if value.untyped_storage().data_ptr() in memory else value
 
 
 class _Call(NamedTuple):
@@ -146,10 +165,14 @@ class Program:
         stay = {*constants, *outputs}
         self._calls: list[_Call] = []
         for step in steps:
-            function, sources = step.direct() if step in returns_one else (step.run, step.sources)
+            called = self._protect(step, numbers) if step.op.writes else step
+            function, sources = (
+                called.direct() if step in returns_one else (called.run, called.sources)
+            )
             targets = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
             is_one = returns_one.get(step, False)
             dead = {slot for slot in step.sources if last[slot] is step and slot not in stay}
+            dead.update(set(called.sources) - set(step.sources))
             self._calls.append(
                 _Call(
                     function,
@@ -161,6 +184,24 @@ class Program:
                 )
             )
         self._first = [constants.get(slot) if slot else None for slot in numbers]
+
+    def _protect(self, step: Step, numbers: Mapping[Slot | None, int]) -> Step:
+        """Add calls that copy what a step would change and must not.
+
+        Returns:
+            The step with these copies as its inputs.
+        """
+        given = {name: slot for name, slot in step.inputs.items() if isinstance(slot, Slot)}
+        written = [numbers[given[name]] for name in step.op.writes if name not in step.copies]
+        for slot in step.views:
+            self._calls.append(
+                _Call(_apart, (numbers[slot], *written), numbers[slot], (), (), step)
+            )
+        for place, name in enumerate(step.copies, 1):
+            copy = Slot(step.node, -place)
+            self._calls.append(_Call(_copy, (numbers[given[name]],), numbers[copy], (), (), step))
+            given[name] = copy
+        return replace(step, inputs={**step.inputs, **given})
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Compute the graph's outputs.

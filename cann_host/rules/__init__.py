@@ -15,6 +15,8 @@ on purpose, so each checks the other: do not import one from the other.
     dynamic_quant      DynamicQuant, DynamicQuantV2
     static_quant       AscendQuantV2, aclnnQuantize
     norms              RmsNorm, AddRmsNorm, LayerNormV4
+    rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
+    cache              ScatterNdUpdate, Scatter, ScatterElements
     definitions        dtypes of activations and other graph operators
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
@@ -28,6 +30,13 @@ compares the rules with CANN's public tests.
 
 from __future__ import annotations
 
+from .cache import (
+    ScatterCall,
+    check_scatter_elements,
+    check_scatter_nd_update,
+    check_scatter_update,
+    outside,
+)
 from .definitions import DEFINED, check_definition
 from .descriptors import ND, NZ, TensorDesc
 from .dynamic_quant import (
@@ -41,6 +50,21 @@ from .norms import RmsNormCall, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
 from .refusal import INNER, INVALID, NO_KERNEL, NULL_POINTER, TILING, Refusal
+from .rope import (
+    HALF,
+    INTERLEAVE,
+    INTERLEAVE_HALF,
+    QUARTER,
+    ROTARY_MODES,
+    ApplyRotaryCall,
+    RotaryCall,
+    apply_rotary_ignores,
+    check_apply_rotary,
+    check_interleave_rope,
+    check_rotary,
+    check_rotary_mul,
+    rotary_ignores,
+)
 from .static_quant import (
     AscendQuantCall,
     QuantizeCall,
@@ -60,7 +84,10 @@ __all__ = [
     "A2",
     "A950",
     "DEFINED",
+    "HALF",
     "INNER",
+    "INTERLEAVE",
+    "INTERLEAVE_HALF",
     "INVALID",
     "KERNELS",
     "ND",
@@ -69,7 +96,10 @@ __all__ = [
     "NZ",
     "P310",
     "QUANT_MODES",
+    "QUARTER",
+    "ROTARY_MODES",
     "TILING",
+    "ApplyRotaryCall",
     "AscendQuantCall",
     "DynamicQuantCall",
     "Kernel",
@@ -78,20 +108,32 @@ __all__ = [
     "QuantizeCall",
     "Refusal",
     "RmsNormCall",
+    "RotaryCall",
+    "ScatterCall",
     "TensorDesc",
     "TransQuantParamCall",
+    "apply_rotary_ignores",
     "ascend_quant_axis",
+    "check_apply_rotary",
     "check_ascend_quant",
     "check_definition",
     "check_dynamic_quant",
+    "check_interleave_rope",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",
+    "check_rotary",
+    "check_rotary_mul",
+    "check_scatter_elements",
+    "check_scatter_nd_update",
+    "check_scatter_update",
     "check_trans_quant_param",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "outside",
     "packed_words",
+    "rotary_ignores",
     "soc_family",
     "trans_quant_param_shape",
 ]

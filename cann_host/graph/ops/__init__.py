@@ -1,5 +1,5 @@
 """The GE operators the stand-in computes, a file for each family. Importing registers them."""
 
-from . import collective, layout, maths, nn, quant
+from . import cache, collective, layout, maths, nn, quant, rope
 
-__all__ = ["collective", "layout", "maths", "nn", "quant"]
+__all__ = ["cache", "collective", "layout", "maths", "nn", "quant", "rope"]
