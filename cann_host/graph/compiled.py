@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cann_host import watched, weights
-from cann_host.graph.device_memory import Input, Inputs, Kind, bytes_at
+from cann_host.graph.device_memory import Input, Inputs, bytes_at
 from cann_host.graph.executor import FractalNZ, GraphError, Value, torch_dtype
 from cann_host.graph.program import Program, Slot, Step
 from cann_host.memory import FRACTAL_NZ
@@ -66,7 +67,7 @@ class CompiledGraph:
     def __post_init__(self) -> None:
         self._program = self._make(self.returns_one)
         self.memory = Inputs()
-        self._expected: list[Kind] = [
+        self._expected = [
             (torch_dtype(info.dtype), info.shape, form == FRACTAL_NZ)
             for info, form in zip(self.input_infos, self.formats, strict=True)
         ]
@@ -74,11 +75,11 @@ class CompiledGraph:
     def _make(self, returns_one: Mapping[Step, bool]) -> Program:
         return Program(self.inputs, self.constants, self.steps, self.outputs, returns_one)
 
-    def run(self, inputs: Sequence[Input]) -> list[Tensor]:
+    def run(self, inputs: Sequence[Value]) -> list[Tensor]:
         """Compute the graph's outputs.
 
         Args:
-            inputs: of `memory`, one for each graph input.
+            inputs: one value per graph input.
 
         Returns:
             One tensor per graph output.
@@ -89,17 +90,17 @@ class CompiledGraph:
             if bytes_at(address) < size:
                 raise GraphError(f"the memory of constant {name} was freed after compilation")
         program = self._program
-        if self.returns_one and self._expected != [one.kind for one in inputs]:
+        if self.returns_one and self._expected != [_kind(value) for value in inputs]:
             program = self._make({})  # every step checks again
         try:
-            results = program.run([one.value for one in inputs])
+            results = program.run(inputs)
         finally:
             for value in self._written(inputs):
                 weights.wrote(value.data_ptr(), value.nbytes)
         return [output_tensor(result, i) for i, result in enumerate(results)]
 
-    def _written(self, inputs: Sequence[Input]) -> Iterator[Tensor]:
-        values = {slot: one.value for slot, one in zip(self.inputs, inputs, strict=True)}
+    def _written(self, inputs: Sequence[Value]) -> Iterator[Tensor]:
+        values = dict(zip(self.inputs, inputs, strict=True))
         for slot in self.written:
             value = values.get(slot, self.constants.get(slot))
             if isinstance(value, Tensor):
@@ -128,6 +129,14 @@ class CompiledGraph:
                 name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
                 watched.check_format(name, form, tensor)
                 watched.refuse_frozen(name, todo)
+
+
+def _kind(value: Value) -> tuple[torch.dtype, tuple[int, ...], bool]:
+    """dtype, shape, and whether it is FRACTAL_NZ."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, False
+    assert isinstance(value, FractalNZ) and isinstance(value.like, Tensor)
+    return value.like.dtype, value.like.shape, True
 
 
 def output_tensor(value: Value, index: int) -> Tensor:

@@ -99,7 +99,8 @@ class GraphEngine:
                 given = graph.memory.read(inputs, count, dims, dim_count)
                 if (tensors := watched.given_inputs()) is not None:
                     graph.check_unchanged(tensors, given)
-                if not self._write(outputs, graph.run(given), graph.output_infos, given):
+                results = graph.run([one.value for one in given])
+                if not self._write(outputs, results, graph.output_infos, given):
                     return 1
         except Exception as error:
             return self._fail(error)
