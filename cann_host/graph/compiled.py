@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from cann_host import watched
-from cann_host.graph.device_memory import Input, Inputs, Kind, bytes_at
+from cann_host import watched, weights
+from cann_host.graph.device_memory import Input, Inputs, bytes_at
 from cann_host.graph.executor import FractalNZ, GraphError, Value, torch_dtype
 from cann_host.graph.program import Program, Slot, Step
 from cann_host.memory import FRACTAL_NZ
@@ -45,6 +46,7 @@ class CompiledGraph:
         is_static: whether every shape is known.
         borrowed: (name, address, bytes) of constants in the caller's memory.
         parameters: the parameters whose memory is in `borrowed`.
+        written: the inputs, and the constants in the caller's memory, that a run writes into.
         memory: reads the inputs of a run.
     """
 
@@ -60,11 +62,12 @@ class CompiledGraph:
     is_static: bool
     borrowed: list[tuple[str, int, int]]
     parameters: list[watched.Watched]
+    written: set[Slot]
 
     def __post_init__(self) -> None:
         self._program = self._make(self.returns_one)
         self.memory = Inputs()
-        self._expected: list[Kind] = [
+        self._expected = [
             (torch_dtype(info.dtype), info.shape, form == FRACTAL_NZ)
             for info, form in zip(self.input_infos, self.formats, strict=True)
         ]
@@ -72,11 +75,11 @@ class CompiledGraph:
     def _make(self, returns_one: Mapping[Step, bool]) -> Program:
         return Program(self.inputs, self.constants, self.steps, self.outputs, returns_one)
 
-    def run(self, inputs: Sequence[Input]) -> list[Tensor]:
+    def run(self, inputs: Sequence[Value]) -> list[Tensor]:
         """Compute the graph's outputs.
 
         Args:
-            inputs: of `memory`, one for each graph input.
+            inputs: one value per graph input.
 
         Returns:
             One tensor per graph output.
@@ -87,10 +90,21 @@ class CompiledGraph:
             if bytes_at(address) < size:
                 raise GraphError(f"the memory of constant {name} was freed after compilation")
         program = self._program
-        if self.returns_one and self._expected != [one.kind for one in inputs]:
+        if self.returns_one and self._expected != [_kind(value) for value in inputs]:
             program = self._make({})  # every step checks again
-        results = program.run([one.value for one in inputs])
+        try:
+            results = program.run(inputs)
+        finally:
+            for value in self._written(inputs):
+                weights.wrote(value.data_ptr(), value.nbytes)
         return [output_tensor(result, i) for i, result in enumerate(results)]
+
+    def _written(self, inputs: Sequence[Value]) -> Iterator[Tensor]:
+        values = dict(zip(self.inputs, inputs, strict=True))
+        for slot in self.written:
+            value = values.get(slot, self.constants.get(slot))
+            if isinstance(value, Tensor):
+                yield value
 
     def check_unchanged(self, given: Sequence[Tensor], inputs: Sequence[Input]) -> None:
         """Refuse changes that a device would not notice: torchair passes the formats of the inputs
@@ -115,6 +129,14 @@ class CompiledGraph:
                 name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
                 watched.check_format(name, form, tensor)
                 watched.refuse_frozen(name, todo)
+
+
+def _kind(value: Value) -> tuple[torch.dtype, tuple[int, ...], bool]:
+    """dtype, shape, and whether it is FRACTAL_NZ."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, False
+    assert isinstance(value, FractalNZ) and isinstance(value.like, Tensor)
+    return value.like.dtype, value.like.shape, True
 
 
 def output_tensor(value: Value, index: int) -> Tensor:

@@ -167,7 +167,7 @@ def compile_graph(model: bytes) -> CompiledGraph:
 
     steps = _sorted(steps, {slot.node for slot in (*inputs, *constants)}, graph.name)
     places = [Slot(name, 0) for name, _, _ in borrowed]
-    plan_writes(steps, {*inputs, *places}, outputs)
+    written = plan_writes(steps, {*inputs, *places}, outputs)
     static = all(info.known for info in infos.values())
     returns_one: dict[Step, bool] = {}
     if static:
@@ -186,6 +186,7 @@ def compile_graph(model: bytes) -> CompiledGraph:
         static,
         borrowed,
         watched.watch(address for _, address, _ in borrowed),
+        written,
     )
 
 
@@ -299,7 +300,7 @@ def _predict(
             constants.update(results)
             continue
         left.append(step)
-        if executor.takes(step.op, given) and not step.copies:
+        if executor.takes(step.op, given):
             returns_one[step] = not isinstance(result, list | tuple)
     for index, slot in enumerate(outputs):
         result = output_tensor(_value(values, slot, f"output {index}"), index)

@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,10 @@ from cann_host.graph.executor import FractalNZ, GraphError, torch_dtype
 from cann_host.memory import FRACTAL_NZ, over_memory
 from lq_graph.kernels import NzWeight, nz_to_nd
 
-__all__ = ["Input", "Inputs", "Kind", "bytes_at", "with_format"]
+__all__ = ["Input", "Inputs", "bytes_at", "with_format"]
 
 # Formats whose storage is the plain row-major tensor: NCHW, NHWC, ND, NCDHW, ...
 _PLAIN_FORMATS = frozenset({0, 1, 2, 27, 30, 35, 47})
-
-
-# dtype, shape, and whether it is FRACTAL_NZ
-Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...], bool]
 
 
 class Input(NamedTuple):
@@ -32,12 +28,10 @@ class Input(NamedTuple):
 
     Attributes:
         value: over the memory, no copy.
-        kind: of the value.
         address: of the memory; 0 for none.
     """
 
     value: Tensor | FractalNZ
-    kind: Kind
     address: int
 
 
@@ -83,8 +77,7 @@ def _read(part: bytes, dims: Sequence[int]) -> Input:
     storage = tuple(dims[first:last])
     shape = tuple(dims[last : last + tensor.origin_dim_count]) if tensor.has_origin else storage
     dtype, address = torch_dtype(tensor.dtype, "an input"), tensor.data or 0
-    value = with_format(address, tensor.size, dtype, tensor.format, shape, storage)
-    return Input(value, (dtype, shape, isinstance(value, FractalNZ)), address)
+    return Input(with_format(address, tensor.size, dtype, tensor.format, shape, storage), address)
 
 
 def bytes_at(address: int) -> int:

@@ -10,7 +10,7 @@ import atexit
 import ctypes
 import itertools
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ class GraphEngine:
                 given = graph.memory.read(inputs, count, dims, dim_count)
                 if (tensors := watched.given_inputs()) is not None:
                     graph.check_unchanged(tensors, given)
-                results = graph.run(given)
+                results = graph.run([one.value for one in given])
                 if not self._write(outputs, results, graph.output_infos, given):
                     return 1
         except Exception as error:
@@ -111,10 +111,10 @@ class GraphEngine:
         outputs: int,
         results: Sequence[Tensor],
         infos: Sequence[TensorInfo],
-        given: Iterable[Input],
+        inputs: Sequence[Input],
     ) -> bool:
         """Copy the results to the outputs, which may be the memory of inputs."""
-        addresses = {one.address for one in given}
+        addresses = {one.address for one in inputs}
         copies = []
         for index, (result, info) in enumerate(zip(results, infos, strict=True)):
             result = result.contiguous()

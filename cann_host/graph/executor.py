@@ -337,6 +337,9 @@ def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compili
     """`run_op`, but what the operator's function returned."""
     if any(is_meta(inputs.get(name)) for name in op.host):
         raise ShapeUnknownError
+    for name in op.writes:
+        if not isinstance(inputs.get(name), Tensor):
+            raise GraphError(f"{name} has an internal format, into which cann_host does not write")
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
     if not takes(op, values):
         inputs = {name: plain(op.type, value) for name, value in inputs.items()}

@@ -18,16 +18,22 @@ __all__ = ["plan_writes"]
 _SAME_MEMORY = frozenset({"ExpandDims", "Reshape", "Squeeze", "Unsqueeze"})
 
 
-def plan_writes(steps: Sequence[Step], memory: Iterable[Slot], outputs: Sequence[Slot]) -> None:
+def plan_writes(
+    steps: Sequence[Step], memory: Iterable[Slot], outputs: Sequence[Slot]
+) -> set[Slot]:
     """Tell each step that writes which of its inputs it must copy, and what it would change.
 
     Args:
         steps: of the graph, in order; `copies` and `views` are set.
         memory: the slots that are the caller's memory.
         outputs: of the graph.
+
+    Returns:
+        The slots of `memory` that some step writes into.
     """
+    written: set[Slot] = set()
     if not any(step.op.writes for step in steps):
-        return
+        return written
     origin = {slot: slot for slot in memory}
     last = {slot: at for at, step in enumerate(steps) for slot in step.sources}
     last.update((slot, len(steps)) for slot in outputs)
@@ -46,8 +52,10 @@ def plan_writes(steps: Sequence[Step], memory: Iterable[Slot], outputs: Sequence
                 step.copies.append(name)
                 continue
             root = origin[Slot(step.node, port)] = origin[source]
+            written.add(root)
             views = _readers(steps[:at], root, origin, read)
             step.views.extend(slot for slot in views if last[slot] > at)
+    return written
 
 
 def _readers(
@@ -56,8 +64,7 @@ def _readers(
     """What was computed from a memory, and may be a view of it here. In GE it never is."""
     found: dict[Slot, None] = {}
     for step in steps:
-        slots = step.sources
-        if any(origin.get(slot) == root or slot in found for slot in slots):
+        if any(origin.get(slot) == root or slot in found for slot in step.sources):
             made = read.get(step.node, ())
             found.update((slot, None) for slot in made if origin.get(slot) != root)
     return list(found)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cann_host import weights
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError, Op
 
@@ -47,7 +46,7 @@ class Step:
     node: str
     inputs: dict[str, Slot | list[Slot]]
     attrs: dict[str, Any]
-    after: frozenset[str] = field(default=frozenset())
+    after: frozenset[str] = frozenset()
     copies: list[str] = field(default_factory=list)
     views: list[Slot] = field(default_factory=list)
 
@@ -69,8 +68,6 @@ class Step:
                 raise GraphError(
                     f"{name} has an internal format, into which cann_host does not write"
                 )
-        for name in self.copies:
-            inputs[name] = cast("Tensor", inputs[name]).clone()
         return executor.compute_op(self.op, inputs, self.attrs, compiling=compiling)
 
     def run(self, *values: Any) -> list[Any]:
@@ -107,25 +104,17 @@ def _with_list(function: Callable[..., Any], first: int, last: int, *values: Any
     return function(*values[:first], list(values[first:last]), *values[last:])
 
 
-def _kept(count: int, *values: Any) -> list[Any]:
-    """The values after the first `count`: copies of those that share memory with one of the first,
-    which the next step writes into."""
-    written = {value.untyped_storage().data_ptr() for value in values[:count]}
-    return [
-        value.clone()
-        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in written
-        else value
-        for value in values[count:]
-    ]
+def _copy(value: Any) -> Any:
+    """A value that a step may write into."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def _noted(function: Callable[..., Any], written: Sequence[int], *values: Any) -> Any:
-    """Call a function that writes into some of its values, and tell who keeps conversions."""
-    result = function(*values)
-    for at in written:
-        storage = values[at].untyped_storage()
-        weights.wrote(storage.data_ptr(), storage.nbytes())
-    return result
+def _apart(value: Any, *written: Any) -> Any:
+    """A value that stays as it is when the memory of others is written."""
+    if not isinstance(value, Tensor):
+        return value
+    memory = {t.untyped_storage().data_ptr() for t in written if isinstance(t, Tensor)}
+    return value.clone() if value.untyped_storage().data_ptr() in memory else value
 
 
 class _Call(NamedTuple):
@@ -181,32 +170,43 @@ class Program:
         stay = {*constants, *outputs}
         self._calls: list[_Call] = []
         for step in steps:
-            if step.views:
-                slots = [step.inputs[name] for name in step.op.writes if name not in step.copies]
-                views = tuple(numbers[slot] for slot in step.views)
-                written = tuple(numbers[slot] for slot in slots if isinstance(slot, Slot))
-                kept = partial(_kept, len(written))
-                targets = tuple(enumerate(views))
-                self._calls.append(_Call(kept, (*written, *views), None, targets, (), step))
-            function, sources = step.direct() if step in returns_one else (step.run, step.sources)
-            if step.op.writes:
-                places = [step.inputs[name] for name in step.op.writes]
-                at = [i for i, slot in enumerate(sources) if slot in places]
-                function = partial(_noted, function, at)
-            made = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
+            called = self._protect(step, numbers) if step.op.writes else step
+            function, sources = (
+                called.direct() if step in returns_one else (called.run, called.sources)
+            )
+            targets = [(port, numbers[Slot(step.node, port)]) for port in ports[step.node]]
             is_one = returns_one.get(step, False)
             dead = {slot for slot in step.sources if last[slot] is step and slot not in stay}
+            dead.update(set(called.sources) - set(step.sources))
             self._calls.append(
                 _Call(
                     function,
                     tuple(numbers[slot] for slot in sources),
-                    made[0][1] if is_one and made else None,
-                    () if is_one else tuple(made),
+                    targets[0][1] if is_one and targets else None,
+                    () if is_one else tuple(targets),
                     tuple(numbers[slot] for slot in dead),
                     step,
                 )
             )
         self._first = [constants.get(slot) if slot else None for slot in numbers]
+
+    def _protect(self, step: Step, numbers: Mapping[Slot | None, int]) -> Step:
+        """Add calls that copy what a step would change and must not.
+
+        Returns:
+            The step with these copies as its inputs.
+        """
+        given = {name: slot for name, slot in step.inputs.items() if isinstance(slot, Slot)}
+        written = [numbers[given[name]] for name in step.op.writes if name not in step.copies]
+        for slot in step.views:
+            self._calls.append(
+                _Call(_apart, (numbers[slot], *written), numbers[slot], (), (), step)
+            )
+        for place, name in enumerate(step.copies, 1):
+            copy = Slot(step.node, -place)
+            self._calls.append(_Call(_copy, (numbers[given[name]],), numbers[copy], (), (), step))
+            given[name] = copy
+        return replace(step, inputs={**step.inputs, **given})
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Compute the graph's outputs.

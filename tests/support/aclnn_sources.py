@@ -1,4 +1,4 @@
-"""The operators of libopapi as cann_host's sources declare them, with the types of their arguments."""
+"""The operators of libopapi as cann_host's sources declare them, and their argument types."""
 
 from __future__ import annotations
 
