@@ -12,7 +12,7 @@ from cann_host.bindings import give, int64s
 from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
-from . import activations, attention, copies, norms, quant_matmul
+from . import activations, attention, attention_flash, copies, norms, quant_matmul
 from .operator import Operator
 from .refusal import RefusedError
 from .tensors import read_arguments, tensors_of
@@ -21,7 +21,7 @@ __all__ = ["OPERATORS", "Runner"]
 
 OPERATORS: dict[str, Operator[Any]] = {
     operator.name: operator
-    for family in (copies, norms, quant_matmul, activations, attention)
+    for family in (copies, norms, quant_matmul, activations, attention, attention_flash)
     for operator in family.OPERATORS
 }
 

@@ -18,6 +18,7 @@ on purpose, so each checks the other: do not import one from the other.
     definitions        dtypes of activations and other graph operators
     attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
                        attention_prompt and attention_incre the two sets of rules behind it
+    attention_flash    FlashAttentionScore
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
 code. If CANN takes a call, but its kernel then reads outside its inputs, or the stand-in does not
@@ -44,6 +45,15 @@ from .attention import (
     value_head,
 )
 from .attention_check import check_attention
+from .attention_flash import (
+    FLASH_WIDTH,
+    FlashCall,
+    check_flash,
+    flash_dims,
+    flash_keys,
+    flash_out_shape,
+    flash_softmax_shape,
+)
 from .definitions import DEFINED, check_definition
 from .descriptors import ND, NZ, TensorDesc
 from .dynamic_quant import (
@@ -76,6 +86,7 @@ __all__ = [
     "A2",
     "A950",
     "DEFINED",
+    "FLASH_WIDTH",
     "FUSED",
     "INCRE",
     "INNER",
@@ -93,6 +104,7 @@ __all__ = [
     "AscendQuantCall",
     "AttentionCall",
     "DynamicQuantCall",
+    "FlashCall",
     "Kernel",
     "Lengths",
     "PackedWords",
@@ -107,6 +119,7 @@ __all__ = [
     "check_attention",
     "check_definition",
     "check_dynamic_quant",
+    "check_flash",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
@@ -114,6 +127,10 @@ __all__ = [
     "check_trans_quant_param",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "flash_dims",
+    "flash_keys",
+    "flash_out_shape",
+    "flash_softmax_shape",
     "kind_of",
     "lse_shape",
     "out_shape",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from support import golden_attention as golden
+from support.attention import TRIANGLE, close, compiled
 
 torch_npu = pytest.importorskip("torch_npu")
 torchair = pytest.importorskip("torchair")
 
 F16, BF16, I8 = torch.float16, torch.bfloat16, torch.int8
-TRIANGLE = torch.triu(torch.ones(2048, 2048, dtype=torch.bool), 1)
 SCALE = 0.3
 BLOCK = 128
 
@@ -238,11 +238,6 @@ class Call:
         return out.cpu(), lse.cpu()
 
 
-def close(given: Tensor, want: Any, dtype: torch.dtype) -> None:
-    step = {F16: 2**-10, BF16: 2**-7}[dtype]
-    np.testing.assert_allclose(given.float().numpy(), want, rtol=step, atol=2 * step)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_eager_is_golden(case: Case) -> None:
     call = Call(case)
@@ -300,12 +295,6 @@ GRAPHS = (
     "prefix",
     "int8 result for each channel",
 )
-
-
-def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    backend = torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
-    return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -316,6 +316,7 @@ CASES = [
 
 # Checked elsewhere, because they are made of several or depend on the product.
 ELSEWHERE = {
+    "FlashAttentionScore",  # test_attention_flash
     "FusedInferAttentionScore",  # test_attention
     "IncreFlashAttention",
     "PromptFlashAttention",

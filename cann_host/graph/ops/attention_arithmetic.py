@@ -26,7 +26,15 @@ from cann_host.rules import (
     value_head,
 )
 
-__all__ = ["AttentionTensors", "as_axes", "as_heads", "attend", "band", "fused_attention"]
+__all__ = [
+    "AttentionTensors",
+    "as_axes",
+    "as_heads",
+    "attend",
+    "band",
+    "fused_attention",
+    "need_triangle",
+]
 
 _LEAST = torch.finfo(torch.float32).min
 
@@ -97,6 +105,7 @@ def attend(
     outside: Tensor | None = None,
     shift: Tensor | None = None,
     sink: Tensor | None = None,
+    shift_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the heads of one sequence, or of several with the same lengths.
 
@@ -108,7 +117,7 @@ def attend(
             that has no other score sees each key in the same way.
         outside: bool, the keys that a query does not read; the result of a query that reads none
             is 0.
-        shift: added to the scaled scores.
+        shift: added to the scaled scores; before they are scaled, if `shift_first`.
         sink: (heads, 1, 1), a score whose key has no value.
 
     Returns:
@@ -118,8 +127,11 @@ def attend(
     outer, (heads, queries) = query.shape[:-3], query.shape[-3:-1]
     grouped = (*outer, key.shape[-3], -1)
     rows = query.float().reshape(*grouped, query.shape[-1])
-    scores = torch.matmul(rows, key.float().mT).view(*outer, heads, queries, -1).mul_(scale)
-    if shift is not None:
+    scores = torch.matmul(rows, key.float().mT).view(*outer, heads, queries, -1)
+    if shift is not None and shift_first:
+        scores += shift
+    scores *= scale
+    if shift is not None and not shift_first:
         scores += shift
     if mask is not None:
         scores.masked_fill_(mask, _LEAST)
@@ -349,7 +361,7 @@ def _mask(
             return None
         return mask.reshape(-1, mask.shape[-1])[one.batch, columns].bool().unsqueeze(0)
     if call.sparse_mode >= 2:
-        _need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE))
+        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE))
         return None
     if mask.dim() > 2:
         mask = mask[one.batch if mask.shape[0] > 1 else 0]
@@ -358,7 +370,7 @@ def _mask(
     return mask[one.rows, columns].bool()
 
 
-def _need_triangle(mask: Tensor) -> None:
+def need_triangle(mask: Tensor) -> None:
     """Refuse a mask that is not the triangle that sparse_mode 2 to 4 need; its borders tell."""
     first, last, column = mask[0].bool(), mask[-1].bool(), mask[:, -1].bool()
     if (
