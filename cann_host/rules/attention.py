@@ -9,6 +9,7 @@ fused_infer_attention_score_def.cpp and fused_infer_attention_score_tiling.cpp.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from .descriptors import TensorDesc
@@ -213,6 +214,7 @@ class Dims(NamedTuple):
     head: int
 
 
+@lru_cache(maxsize=4096)
 def dims_of(axes: str, shape: tuple[int, ...], heads: int) -> Dims:
     """The sizes of a tensor.
 

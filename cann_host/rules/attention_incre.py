@@ -15,7 +15,7 @@ from .refusal import TILING, Refusal, one_of
 
 __all__ = ["check_incre"]
 
-_LAYOUTS = ("BSH", "BSND", "BNSD")
+_LAYOUTS = ("BSH", "BSND", "BNSD", "BSH_NBSD", "BSND_NBSD", "BNSD_NBSD")
 _MOST_BATCHES, _MOST_GROUPS, _MOST_KV_HEADS, _MOST_BLOCK = 65536, 64, 256, 512
 _WIDEST_ROW = 65535
 # dtype of the cache: block_size is a multiple
@@ -99,7 +99,7 @@ def _check_paged(call: AttentionCall) -> Refusal | None:
     batches, cache, size = query_dims(call).batch, key_dims(call, key), call.block_size
     if len(key.shape) == 5:
         return Refusal("cann_host does not compute one query with a cache of 5 dims", None)
-    if len(key.shape) == 4 and call.input_layout != "BNSD":
+    if len(key.shape) == 4 and call.layout.query != "BNSD":
         return _refuse(f"input_layout is {call.input_layout} and the cache has 4 dims")
     step = _BLOCK_STEP.get(key.dtype, 1)
     if not 0 < size <= _MOST_BLOCK or size % step:

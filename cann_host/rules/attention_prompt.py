@@ -59,6 +59,8 @@ def _check_heads(call: AttentionCall) -> Refusal | None:
         step = 32 if "int8" in (call.query.dtype, call.key[0].dtype, call.out_dtype) else 16
         if call.kind == FUSED and query.head % step:
             return _refuse(f"query has a head dim of {query.head}; multiples of {step} are allowed")
+        if call.query.dtype == "float16" and not call.inner_precise & 1 and query.head % 16:
+            return _refuse(f"query has a head dim of {query.head} and inner_precise is 0")
     if call.num_heads > _MOST_HEADS:
         return _refuse(f"num_heads is {call.num_heads}; at most {_MOST_HEADS} is allowed")
     if call.num_heads % call.kv_heads or call.num_heads // call.kv_heads > _MOST_GROUPS:

@@ -51,6 +51,7 @@ CASES = {
     "decode, causal": DECODE._replace(mode=3, mask=(2048, 2048)),
     "decode paged, BSH": DECODE._replace(layout="BSH", cache="BSH"),
     "decode paged, BNSD": DECODE._replace(cache="BNSD"),
+    "decode, BSH_NBSD": DECODE._replace(layout="BSH_NBSD"),
     "decode of one length": DECODE._replace(keys=(40, 40), more={"one length": True}),
     "shift": Case(more={"pse_shift": (1, 4, 6, 8)}),
     "shift of a decode step": DECODE._replace(more={"pse_shift": (2, 4, 1, 144)}),
@@ -91,6 +92,19 @@ def test_eager_is_golden(case: Case) -> None:
             continue
         mine = lse[batch, :, : lengths[batch], 0].numpy()
         np.testing.assert_allclose(mine, sums, rtol=1e-5, atol=1e-5)
+
+
+def test_captured() -> None:
+    """A replay computes again, from the memory as it is then."""
+    call = Call(DECODE)
+    tensors = call.on_device()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out = torch_npu.npu_fused_infer_attention_score(**tensors, **call.numbers)[0]
+    tensors["query"].mul_(-1)
+    call.tensors["query"] = -call.tensors["query"]
+    graph.replay()
+    assert torch.equal(out.cpu(), call.eager()[0])
 
 
 def test_lse_of_packed_tokens() -> None:
