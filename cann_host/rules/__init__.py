@@ -44,6 +44,7 @@ from .attention import (
     query_dims,
     value_head,
 )
+from .attention_antiquant import few_tokens
 from .attention_check import check_attention
 from .attention_flash import (
     FLASH_WIDTH,
@@ -127,6 +128,7 @@ __all__ = [
     "check_trans_quant_param",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "few_tokens",
     "flash_dims",
     "flash_keys",
     "flash_out_shape",

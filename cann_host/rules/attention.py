@@ -333,6 +333,19 @@ def _check_ranks(call: AttentionCall) -> Refusal | None:
                 )
     if len(call.key[0].shape) != len(call.value[0].shape):
         return Refusal(f"key has shape {call.key[0].shape} and value {call.value[0].shape}", TILING)
+    for name, tensors, heads in (
+        ("query", (call.query,), call.num_heads),
+        ("key", call.key, call.kv_heads),
+        ("value", call.value, call.kv_heads),
+    ):
+        has_rows = "H" in layout.query if name == "query" or not call.is_paged else True
+        for tensor in tensors:
+            if has_rows and len(tensor.shape) == 3 and tensor.shape[2] % heads:
+                return Refusal(
+                    f"{name} has shape {tensor.shape} and {heads} heads; cann_host computes "
+                    "multiples only",
+                    None,
+                )
     return None
 
 

@@ -179,6 +179,8 @@ def _check_heads(call: FlashCall) -> Refusal | None:
         return Refusal(f"query has {query.heads} heads and key {key.heads}; not a multiple", TILING)
     if "H" in call.input_layout and query.head and call.key.shape[2] % query.head:
         return Refusal(f"key has shape {call.key.shape} and a head dim of {query.head}", TILING)
+    if "H" in call.input_layout and key.heads and call.value.shape[2] % key.heads:
+        return Refusal(f"value has shape {call.value.shape} and the key {key.heads} heads", TILING)
     if query.batch != key.batch or key._replace(head=value.head) != value:
         return Refusal(
             f"query has shape {call.query.shape}, key {call.key.shape} and value "

@@ -22,6 +22,7 @@ from cann_host.rules import (
     MASK_SIZE,
     PROMPT,
     AttentionCall,
+    few_tokens,
     kind_of,
     value_head,
 )
@@ -216,8 +217,7 @@ def _sequences(call: AttentionCall, tensors: AttentionTensors) -> Iterator[_Sequ
     query = as_heads(tensors.query, call.layout.query, call.num_heads)
     batches, tokens = query.shape[0], query.shape[2]
     after, kv_after = (
-        max(0, int(tensors.optional[name])) if name in tensors.optional else None
-        for name in ("query_padding_size", "kv_padding_size")
+        _padding(tensors, name) for name in ("query_padding_size", "kv_padding_size")
     )
     for batch in range(batches):
         first_query, count, first_key = 0, tokens, 0
@@ -233,6 +233,12 @@ def _sequences(call: AttentionCall, tensors: AttentionTensors) -> Iterator[_Sequ
             if kv_after is not None and not call.is_paged and not call.is_list:
                 first_key = full - kv_after - has
         yield _Sequence(batch, first_query, count, first_key, has)
+
+
+def _padding(tensors: AttentionTensors, name: str) -> int | None:
+    """How much padding follows the sequences; None if they begin at the first place."""
+    size = tensors.optional.get(name)
+    return None if size is None or size.numel() == 0 else max(0, int(size.reshape(-1)[0]))
 
 
 def _keys(call: AttentionCall, tensors: AttentionTensors, name: str, one: _Sequence) -> Tensor:
@@ -293,8 +299,8 @@ def _antiquantized(
 ) -> Tensor:
     """(rows + offset) * scale.
 
-    The joint scales of many query tokens are of a kernel that stores float16 (the restriction of
-    the document: the cache is dequantized to FLOAT16); the others never store it.
+    The kernels of more than a few query tokens, and those of joint scales, store the result as
+    float16 (aclnnFusedInferAttentionScoreV4.md); the others do not store it.
     """
     own = f"{name}_antiquant_scale" in tensors.optional
     mode = getattr(call, f"{name}_antiquant_mode") if own else call.antiquant_mode
@@ -309,7 +315,8 @@ def _antiquantized(
     scale, offset = numbers
     result = rows.float() if offset is None else rows.float() + offset
     result = result if scale is None else result * scale
-    return result if own or kind_of(call) == INCRE else result.to(torch.float16)
+    stored = kind_of(call) == PROMPT and not (own and few_tokens(call))
+    return result.to(torch.float16) if stored else result
 
 
 def _spread(
