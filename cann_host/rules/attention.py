@@ -310,6 +310,8 @@ def check_attention_dtypes(call: AttentionCall) -> Refusal | None:
 
 def _check_ranks(call: AttentionCall) -> Refusal | None:
     layout = LAYOUTS.get(call.input_layout)
+    if call.kind == PROMPT and call.input_layout == "SH":
+        return Refusal("cann_host does not compute input_layout SH", None)
     if layout is None:
         return Refusal(f"input_layout is {call.input_layout}; {one_of(LAYOUTS)} is allowed", TILING)
     if call.num_heads <= 0 or call.num_key_value_heads < 0:
@@ -354,9 +356,9 @@ def check_out(call: AttentionCall) -> Refusal | None:
     refusal = _check_ranks(call)
     if refusal is not None:
         return refusal
-    query, value = query_dims(call), key_dims(call, call.value[0])
+    query = query_dims(call)
     if call.attention_out is not None:
-        expected = out_shape(call.layout.out, query, value.head)
+        expected = out_shape(call.layout.out, query, value_head(call))
         if call.attention_out.shape != expected:
             return Refusal(
                 f"attention_out has shape {call.attention_out.shape}; it must be {expected}", TILING
@@ -409,6 +411,8 @@ def kind_of(call: AttentionCall) -> str:
 
 def value_head(call: AttentionCall) -> int:
     """Head dim of the value, and so of the result."""
+    if call.is_paged and not call.is_packed:
+        return query_dims(call).head  # the two are equal
     return key_dims(call, call.value[0]).head
 
 

@@ -15,7 +15,7 @@ from .refusal import TILING, Refusal, one_of
 
 __all__ = ["check_incre"]
 
-_LAYOUTS = ("BSH", "BSND", "BNSD", "BSH_NBSD", "BSND_NBSD", "BNSD_NBSD")
+_LAYOUTS = ("BSH", "BSND", "BNSD")
 _MOST_BATCHES, _MOST_GROUPS, _MOST_KV_HEADS, _MOST_BLOCK = 65536, 64, 256, 512
 _WIDEST_ROW = 65535
 # dtype of the cache: block_size is a multiple
@@ -51,7 +51,8 @@ def _check_heads(call: AttentionCall) -> Refusal | None:
         if dims.heads != heads:
             return _refuse(f"{name} has {dims.heads} heads and the attribute says {heads}")
     if key.head != query.head:
-        return _refuse(f"query has a head dim of {query.head} and key of {key.head}")
+        text = f"query has a head dim of {query.head} and key of {key.head}"
+        return _refuse(text) if not call.is_paged else Refusal(f"{text}; not in cann_host", None)
     if call.inner_precise not in (0, 1):
         return _refuse(f"inner_precise is {call.inner_precise}; 0 or 1 is allowed")
     if call.key[0].shape != call.value[0].shape:
@@ -92,7 +93,7 @@ def _check_paged(call: AttentionCall) -> Refusal | None:
     batches, cache, size = query_dims(call).batch, key_dims(call, key), call.block_size
     if len(key.shape) == 5:
         return Refusal("cann_host does not compute one query with a cache of 5 dims", None)
-    if len(key.shape) == 4 and call.layout.query != "BNSD":
+    if len(key.shape) == 4 and call.input_layout != "BNSD":
         return _refuse(f"input_layout is {call.input_layout} and the cache has 4 dims")
     step = _BLOCK_STEP.get(key.dtype, 1)
     if not 0 < size <= _MOST_BLOCK or size % step:
@@ -191,7 +192,7 @@ def _check_quant(call: AttentionCall) -> Refusal | None:
     for name, tensor in (("quant_scale2", scale), ("quant_offset2", offset)):
         if tensor is None or set(tensor.shape) <= {1}:
             continue
-        if tensor.shape not in allowed:
+        if tensor.shape not in allowed and len(tensor.shape) <= 4:
             return _refuse(f"{name} has shape {tensor.shape}; {allowed[-2]} is allowed")
     return None
 
@@ -214,6 +215,10 @@ def check_incre(call: AttentionCall) -> Refusal | None:
         refusal = check(call)
         if refusal is not None:
             return refusal
+    for name in ("quant_scale2", "quant_offset2"):
+        tensor: TensorDesc | None = getattr(call, name)
+        if tensor is not None and len(tensor.shape) > 4:
+            return Refusal(f"cann_host computes no {name} of shape {tensor.shape}", None)
     if call.is_paged and call.input_layout == "BSH" and call.pre_tokens < 2147483647:
         # the kernel then reads only the last pre_tokens keys
         return Refusal(

@@ -51,7 +51,6 @@ CASES = {
     "decode, causal": DECODE._replace(mode=3, mask=(2048, 2048)),
     "decode paged, BSH": DECODE._replace(layout="BSH", cache="BSH"),
     "decode paged, BNSD": DECODE._replace(cache="BNSD"),
-    "decode, BSH_NBSD": DECODE._replace(layout="BSH_NBSD"),
     "decode of one length": DECODE._replace(keys=(40, 40), more={"one length": True}),
     "shift": Case(more={"pse_shift": (1, 4, 6, 8)}),
     "shift of a decode step": DECODE._replace(more={"pse_shift": (2, 4, 1, 144)}),

@@ -128,6 +128,9 @@ REFUSED = {
     ),
     "decode, block_size": Refused(PAGED, {"block_size": 24}, TILING, "multiples of 16 to 512"),
     "decode, small block": Refused(PAGED, {"block_size": 64}, None, "reads outside"),
+    "decode, NBSD": Refused(
+        DECODE._replace(layout="BSND"), {"input_layout": "BSND_NBSD"}, TILING, "BSH or BSND or BNSD"
+    ),
     "decode, mask": Refused(DECODE, {"atten_mask": ones(1, 140)}, TILING, "first dim must be 2"),
     "decode, short mask": Refused(DECODE, {"atten_mask": ones(2, 40)}, TILING, "cover 130 keys"),
     "decode, inner_precise": Refused(DECODE, {"inner_precise": 2}, TILING, "0 or 1 is allowed"),

@@ -77,7 +77,6 @@ class Case(NamedTuple):
 OUT = {
     "BNSD_BSND": "BSND",
     "NTD_TND": "TND",
-    "BSH_NBSD": "NBSD",
 }
 TND = Case("TND", (3, 1, 4), (6, 1, 9), head=64, dtype=BF16)
 DECODE = Case(queries=(1, 1), keys=(130, 40), lengths=True)
