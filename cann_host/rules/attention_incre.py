@@ -11,6 +11,7 @@ from collections.abc import Callable
 from .attention import MASK_SIZE, AttentionCall, key_dims, query_dims
 from .attention_antiquant import check_incre_antiquant, most_keys
 from .attention_prompt import check_list_and_prefix
+from .descriptors import TensorDesc
 from .refusal import TILING, Refusal, one_of
 
 __all__ = ["check_incre"]
