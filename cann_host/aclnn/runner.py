@@ -16,6 +16,7 @@ from cann_host.rules import INNER, INVALID
 from . import (
     activations,
     attention,
+    attention_flash,
     cache,
     copies,
     fused_norms,
@@ -36,6 +37,7 @@ OPERATORS: dict[str, Operator[Any]] = {
     for family in (
         activations,
         attention,
+        attention_flash,
         cache,
         copies,
         fused_norms,

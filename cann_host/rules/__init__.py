@@ -23,6 +23,7 @@ on purpose, so each checks the other: do not import one from the other.
     definitions        dtypes of activations and other graph operators
     attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
                        attention_prompt and attention_incre the two sets of rules behind it
+    attention_flash    FlashAttentionScore
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
 code. If CANN takes a call, but its kernel then reads outside its inputs, or the stand-in does not
@@ -48,6 +49,7 @@ from .attention import (
     query_dims,
     value_head,
 )
+from .attention_antiquant import few_tokens
 from .attention_check import check_attention
 from .cache import (
     ScatterCall,
@@ -55,6 +57,14 @@ from .cache import (
     check_scatter_nd_update,
     check_scatter_update,
     outside,
+from .attention_flash import (
+    FLASH_WIDTH,
+    FlashCall,
+    check_flash,
+    flash_dims,
+    flash_keys,
+    flash_out_shape,
+    flash_softmax_shape,
 )
 from .definitions import DEFINED, check_definition
 from .descriptors import ND, NZ, TensorDesc
@@ -130,6 +140,7 @@ __all__ = [
     "A950",
     "CACHE_MODES",
     "DEFINED",
+    "FLASH_WIDTH",
     "FUSED",
     "HALF",
     "INCRE",
@@ -156,6 +167,7 @@ __all__ = [
     "AttentionCall",
     "DequantSwigluQuantCall",
     "DynamicQuantCall",
+    "FlashCall",
     "Kernel",
     "KvRmsNormRopeCall",
     "Lengths",
@@ -186,6 +198,7 @@ __all__ = [
     "check_group_list",
     "check_interleave_rope",
     "check_kv_rms_norm_rope_cache",
+    "check_flash",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",
@@ -203,6 +216,11 @@ __all__ = [
     "dequant_swiglu_quant_ignores",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "few_tokens",
+    "flash_dims",
+    "flash_keys",
+    "flash_out_shape",
+    "flash_softmax_shape",
     "kind_of",
     "kv_rms_norm_rope_ignores",
     "lse_shape",

@@ -2,6 +2,7 @@
 
 from . import (
     attention,
+    attention_flash,
     cache,
     collective,
     fused_norms,
@@ -17,6 +18,7 @@ from . import (
 
 __all__ = [
     "attention",
+    "attention_flash",
     "cache",
     "collective",
     "fused_norms",
