@@ -53,8 +53,11 @@ def main() -> None:
     library: Any = cann_host.runtime.current().library
     # ctypes would drop an exception of a callback and return success
     sys.unraisablehook = lambda raised: fail(f"an exception was dropped: {raised.exc_value!r}")
+    import cache_calls
     import calls
     import graphs
+
+    calls.MAKERS.update(cache_calls.MAKERS)
 
     kind = {"calls": calls, "graphs": graphs}[options.kind]
     target = kind.Target(library)
