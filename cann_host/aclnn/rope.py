@@ -87,7 +87,7 @@ def _check_apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc
 def _apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str) -> None:
     query, key, cos, sin = (t.view() for t in (call.query, call.key, call.cos, call.sin))
     mode = _apply_call(call, soc).mode
-    turned = [apply_rotary(soc, x, cos, sin, mode) for x in (query, key)]
+    turned = apply_rotary(soc, query, key, cos, sin, call.layout, mode)
     for tensor, values in zip((query, key), turned, strict=True):
         tensor.copy_(values)
 

@@ -51,12 +51,6 @@ from .attention import (
 )
 from .attention_antiquant import few_tokens
 from .attention_check import check_attention
-from .cache import (
-    ScatterCall,
-    check_scatter_elements,
-    check_scatter_nd_update,
-    check_scatter_update,
-    outside,
 from .attention_flash import (
     FLASH_WIDTH,
     FlashCall,
@@ -65,6 +59,13 @@ from .attention_flash import (
     flash_keys,
     flash_out_shape,
     flash_softmax_shape,
+)
+from .cache import (
+    ScatterCall,
+    check_scatter_elements,
+    check_scatter_nd_update,
+    check_scatter_update,
+    outside,
 )
 from .definitions import DEFINED, check_definition
 from .descriptors import ND, NZ, TensorDesc
@@ -109,6 +110,7 @@ from .rope import (
     HALF,
     INTERLEAVE,
     INTERLEAVE_HALF,
+    LAYOUTS,
     QUARTER,
     ROTARY_MODES,
     ApplyRotaryCall,
@@ -149,6 +151,7 @@ __all__ = [
     "INTERLEAVE_HALF",
     "INVALID",
     "KERNELS",
+    "LAYOUTS",
     "MASK_SIZE",
     "ND",
     "NO_KERNEL",
@@ -195,10 +198,10 @@ __all__ = [
     "check_definition",
     "check_dequant_swiglu_quant",
     "check_dynamic_quant",
+    "check_flash",
     "check_group_list",
     "check_interleave_rope",
     "check_kv_rms_norm_rope_cache",
-    "check_flash",
     "check_layer_norm",
     "check_quant_matmul",
     "check_quantize",

@@ -286,6 +286,7 @@ class Target:
         call = json.loads(data)
         for address, size in zip(self.blocks, BLOCKS, strict=True):
             ctypes.memmove(address, self.bytes, size)
+        ctypes.memset(self.blocks[-1], 0, BLOCKS[-1])  # for indices
         op, arguments = call["op"], call["arguments"]
         if op == "Identity":
             return self.identity(*arguments)

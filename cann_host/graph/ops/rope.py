@@ -17,6 +17,7 @@ from cann_host.rules import (
     HALF,
     INTERLEAVE,
     INTERLEAVE_HALF,
+    LAYOUTS,
     QUARTER,
     ROTARY_MODES,
     ApplyRotaryCall,
@@ -47,10 +48,8 @@ def _quarters(x: Tensor) -> Tensor:
 _ROTATIONS = {HALF: _halves, INTERLEAVE: _pairs, QUARTER: _quarters, INTERLEAVE_HALF: _halves}
 
 
-def _bfloat16_away(x: Tensor) -> Tensor:
-    """float32 to bfloat16, half away from zero."""
-    bits = (x.contiguous().view(torch.int32) + 0x8000) & -0x10000
-    return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
+    return x * cos + _ROTATIONS[mode](x) * sin
 
 
 def rotary(
@@ -64,33 +63,46 @@ def rotary(
         mode: of ROTARY_MODES; INTERLEAVE_HALF first sorts the pairs of x into halves.
         rotate: (D, D), by which x is multiplied instead.
     """
-    value = x.float()
+    value, cos, sin = x.float(), cos.float(), sin.float()
+    if rotate is not None:
+        return (value * cos + value @ rotate.float() * sin).to(x.dtype)
     if mode == INTERLEAVE_HALF:
         value = torch.cat((value[..., ::2], value[..., 1::2]), -1)
-    rotated = _ROTATIONS[mode](value) if rotate is None else value @ rotate.float()
-    return (value * cos.float() + rotated * sin.float()).to(x.dtype)
+    return _turned(value, cos, sin, mode).to(x.dtype)
 
 
-def apply_rotary(soc: str, x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
-    """What a chip's kernels of ApplyRotaryPosEmb compute for query, or for key.
+def _bfloat16_away(x: Tensor) -> Tensor:
+    """float32 to bfloat16, half away from zero; x is overwritten. A NaN of bfloat16 stays one."""
+    if x.is_meta:
+        return x.to(torch.bfloat16)
+    x.view(torch.int32).add_(0x8000)
+    return x.view(torch.bfloat16)[..., 1::2]  # the high halves
+
+
+def apply_rotary(
+    soc: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, layout: int, mode: str
+) -> tuple[Tensor, Tensor]:
+    """What a chip's kernels of ApplyRotaryPosEmb compute for query and key, as one tensor of heads.
 
     Args:
         soc: name of the chip.
-        x, cos, sin, mode: `check_apply_rotary` accepted them. cos has one head, so it broadcasts.
+        query, key, cos, sin, layout, mode: `check_apply_rotary` accepted them.
     """
-    d = cos.shape[-1]
-    part = x[..., :d]
+    d, heads = cos.shape[-1], LAYOUTS[layout].index("N")
+    both = torch.cat((query, key), heads)
+    part = both[..., :d]
     if soc_family(soc) == A950:
         turned = rotary(part, cos, sin, mode)
-    elif x.dtype == torch.float16:
-        # apply_rotary_pos_emb_compute_ab.h: each product and the sum are float16
-        turned = part * cos + _halves(part) * sin
-    elif x.dtype == torch.bfloat16:
+    elif both.dtype == torch.bfloat16:
         # apply_rotary_pos_emb_compute_ab_cast.h: CAST_ROUND
-        turned = _bfloat16_away(rotary(part.float(), cos, sin))
+        turned = _bfloat16_away(_turned(part.float(), cos.float(), sin.float(), HALF))
     else:
-        turned = rotary(part, cos, sin)
-    return turned if d == x.shape[-1] else torch.cat((turned, x[..., d:]), -1)
+        # apply_rotary_pos_emb_compute_ab.h: each product and the sum are float16, if query is
+        turned = _turned(part, cos, sin, HALF)
+    if d != both.shape[-1]:
+        turned = torch.cat((turned, both[..., d:]), -1)
+    first, second = turned.split((query.shape[heads], key.shape[heads]), heads)
+    return first, second
 
 
 @op("ApplyRotaryPosEmb")
@@ -111,8 +123,7 @@ def _apply_rotary_pos_emb(
         raise GraphError(refusal)
     if ignored := apply_rotary_ignores(soc, rotary_mode):
         executor.caution(ignored)
-    first, second = (apply_rotary(soc, x, cos, sin, rotary_mode) for x in (query, key))
-    return first, second
+    return apply_rotary(soc, query, key, cos, sin, layout, rotary_mode)
 
 
 @op("RotaryPositionEmbedding")
