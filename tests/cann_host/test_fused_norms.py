@@ -349,6 +349,7 @@ REFUSED = [
     (AddRmsNormQuantCall, {"gamma": SHORT}, 161002, None, "last dims of x1"),
     (AddRmsNormQuantCall, {"beta": SHORT}, 161002, None, "beta has shape"),
     (AddRmsNormQuantCall, {"y_dtype": "int4"}, 161002, 561003, "y is int4.*allows int8"),
+    (AddRmsNormQuantCall, {"soc": A950, "zero_points2": POINTS}, None, 561002, "without scales2"),
     # RmsNormQuant
     (RmsNormQuantCall, {"x": of(X, "float32")}, 161002, 561003, "x is float32"),
     (RmsNormQuantCall, {"gamma": of(G, "float16")}, 161002, 561003, "gamma is float16"),
