@@ -313,5 +313,6 @@ class CpuKernel:
 
             self._results(self.op(*cpu_args, **cpu_kwargs), cpu_written, place)
 
-        self.captures.record(device, str(self.op), used, work)
+        targets = [*_tensors(written.values()), *made]
+        self.captures.record(device, str(self.op), used, targets, work)
         return results

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from cann_host import weights
 from cann_host.aclnn import ACL_DTYPES, BASE_FORMATS
+from cann_host.bindings import FREED
 from cann_host.memory import flat_over
 
 __all__ = ["HostViews", "can_write", "note_written"]
@@ -31,16 +32,16 @@ class HostViews:
         self._raw_stream = torch_npu._C._npu_getCurrentRawStream
         self._format_of = torch.ops.npu.get_npu_format.default._op
         self._views: dict[tuple[object, ...], Tensor] = {}
-        self._known_state = 0
+        self._freed = 0  # how often memory was, for which the views are known
 
     def state(self, device: torch.device) -> int:
         """The library's state, after torch_npu has launched what waits in its task queue for the
         current stream of the device."""
         self._raw_stream(device.index)
         state: int = self._state()
-        if state != self._known_state:
-            self._views.clear()  # memory was freed, perhaps
-            self._known_state = state
+        if state >> FREED != self._freed:
+            self._views.clear()
+            self._freed = state >> FREED
         return state
 
     @staticmethod
