@@ -204,7 +204,7 @@ class CpuKernel:
         targets = list(_tensors(written.values())) if written else []
         if targets:
             on_memory = on_memory and self.writes_memory and can_write(targets, found.tensors)
-        views = self._views_of(found.tensors) if on_memory else {}
+        views = self._views_of(found.tensors, targets) if on_memory else {}
         seeded = {
             id(one): _cpu_generator(one) for one in found.generators if one.device.type == "npu"
         }
@@ -233,11 +233,11 @@ class CpuKernel:
                 _finish(target, value, is_view=id(target) in views)
         return self._results(result, written, lambda value: _to_npu(value, device))
 
-    def _views_of(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-        """The views of tensors that can have one, by id."""
-        of, views = self.views.of, {}
+    def _views_of(self, tensors: Iterable[Tensor], targets: Iterable[Tensor]) -> dict[int, Tensor]:
+        """The views of tensors that can have one, by id. An out= may get another shape."""
+        of, views, written = self.views.of, {}, set(map(id, targets))
         for tensor in tensors:
-            if (view := of(tensor)) is not None:
+            if (view := of(tensor, is_new=id(tensor) in written)) is not None:
                 views[id(tensor)] = view
         return views
 
@@ -313,5 +313,6 @@ class CpuKernel:
 
             self._results(self.op(*cpu_args, **cpu_kwargs), cpu_written, place)
 
-        self.captures.record(device, str(self.op), used, work)
+        targets = [*_tensors(written.values()), *made]
+        self.captures.record(device, str(self.op), used, targets, work)
         return results
