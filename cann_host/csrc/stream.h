@@ -54,6 +54,7 @@ struct StreamState {
   int32_t id = 0;
   int device = 0;
   uint32_t overflow_switch = 0;
+  std::map<int, uint32_t> cores;  // limits that were set, by kind
   std::deque<Item> queue;
   // The first failure since the last wait. Later tasks are dropped, as on a device.
   std::atomic<int> failure{0};
