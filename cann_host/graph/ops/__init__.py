@@ -14,6 +14,7 @@ from . import (
     prefetch,
     quant,
     rope,
+    sorting,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "prefetch",
     "quant",
     "rope",
+    "sorting",
 ]
