@@ -55,9 +55,11 @@ def main() -> None:
     sys.unraisablehook = lambda raised: fail(f"an exception was dropped: {raised.exc_value!r}")
     import attention_calls
     import calls
+    import fused_calls
     import graphs
 
     calls.MAKERS.update(attention_calls.MAKERS)
+    calls.MAKERS.update(fused_calls.MAKERS)
 
     kind = {"calls": calls, "graphs": graphs}[options.kind]
     target = kind.Target(library)

@@ -1,5 +1,33 @@
 """The GE operators the stand-in computes, a file for each family. Importing registers them."""
 
-from . import attention, attention_flash, collective, layout, maths, nn, quant
+from . import (
+    attention,
+    attention_flash,
+    cache,
+    collective,
+    fused_norms,
+    fused_swiglu,
+    kv_cache,
+    layout,
+    maths,
+    nn,
+    prefetch,
+    quant,
+    rope,
+)
 
-__all__ = ["attention", "attention_flash", "collective", "layout", "maths", "nn", "quant"]
+__all__ = [
+    "attention",
+    "attention_flash",
+    "cache",
+    "collective",
+    "fused_norms",
+    "fused_swiglu",
+    "kv_cache",
+    "layout",
+    "maths",
+    "nn",
+    "prefetch",
+    "quant",
+    "rope",
+]
