@@ -11,7 +11,8 @@ either.
     quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
     activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
     norms         aclnnRmsNorm, aclnnAddRmsNorm
-    rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope
+    rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope,
+                  aclnnRopeWithSinCosCache*
     cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
     kv_cache      aclnnScatterPaKvCache, aclnnKvRmsNormRopeCache*
     copies        copies, casts of dtype and format, padding

@@ -16,6 +16,7 @@ on purpose, so each checks the other: do not import one from the other.
     static_quant       AscendQuantV2, aclnnQuantize
     norms              RmsNorm, AddRmsNorm, LayerNormV4
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
+    mrope              RopeWithSinCosCache
     cache              ScatterNdUpdate, Scatter, ScatterElements
     kv_cache           ScatterPaKvCache, KvRmsNormRopeCache
     definitions        dtypes of activations and other graph operators
@@ -55,6 +56,7 @@ from .kv_cache import (
     check_scatter_pa_kv_cache,
     kv_rms_norm_rope_ignores,
 )
+from .mrope import MropeCall, check_mrope
 from .norms import RmsNormCall, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
@@ -116,6 +118,7 @@ __all__ = [
     "DynamicQuantCall",
     "Kernel",
     "KvRmsNormRopeCall",
+    "MropeCall",
     "PackedWords",
     "QuantMatmulCall",
     "QuantizeCall",
@@ -135,6 +138,7 @@ __all__ = [
     "check_interleave_rope",
     "check_kv_rms_norm_rope_cache",
     "check_layer_norm",
+    "check_mrope",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",
