@@ -1,5 +1,6 @@
 // libascendcl: captured graphs (aclgraph). Work that is launched on a captured stream is recorded, and
 // done at each replay.
+#include <algorithm>
 #include <utility>
 
 #include "bindings.h"
@@ -76,11 +77,17 @@ int aclmdlRICaptureEnd(void* handle, void** model) {
   if (model == nullptr || !stream || !state.capturing.count(stream.get())) {
     return Fail(kInvalidParam, "aclmdlRICaptureEnd: no capture was begun on this stream");
   }
-  *model = state.graph.get();
-  state.graphs[*model] = std::move(state.graph);
+  const bool is_whole = state.grouping.empty();
+  if (is_whole) {
+    *model = state.graph.get();
+    state.graphs[*model] = std::move(state.graph);
+  }
+  state.graph.reset();
+  state.grouping.clear();
   state.capturing.clear();
-  is_capturing = false;
-  return kSuccess;
+  is_capturing = !state.updating.empty();
+  if (is_whole) return kSuccess;
+  return Fail(kInvalidParam, "aclmdlRICaptureEnd: a group of tasks was begun and not ended");
 }
 
 int aclmdlRICaptureThreadExchangeMode(int*) {
@@ -99,35 +106,153 @@ int aclmdlRIExecuteAsync(void* model, void* stream) {
     }
     graph = found->second;
   }
-  return OnStream("aclmdlRIExecuteAsync", stream, [graph] {
-    for (const auto& task : graph->tasks) {
-      if (const int code = task()) return code;
-    }
-    return +kSuccess;
-  });
+  // With waits for values, which exist only where work is late, the items stand in the stream's queue.
+  const auto& items = graph->items;
+  const auto is_task = [](const Item& item) { return item.does == Item::Does::kTask; };
+  if (std::all_of(items.begin(), items.end(), is_task)) {
+    return OnStream("aclmdlRIExecuteAsync", stream, [graph] {
+      for (const Item& item : graph->items) {
+        if (const int code = item.task()) return code;
+      }
+      return +kSuccess;
+    });
+  }
+  StreamsState& state = GetStreams();
+  const Lock lock(state.mutex);
+  const auto found = FindStream(stream);
+  if (!found) return NoStream("aclmdlRIExecuteAsync", stream);
+  if (state.capturing.count(found.get())) {
+    return Fail(
+        kFailure,
+        "aclmdlRIExecuteAsync: cann_host does not capture the replay of a graph that waits for "
+        "external events");
+  }
+  found->queue.insert(found->queue.end(), graph->items.begin(), graph->items.end());
+  return kSuccess;
 }
 
 int aclmdlRIDestroy(void* model) {
   CANN_HOST_CALL(aclmdlRIDestroy);
-  const Lock lock(GetStreams().mutex);
-  if (GetStreams().graphs.erase(model)) return kSuccess;
-  return Fail(kInvalidParam, "aclmdlRIDestroy: %p is not a captured graph", model);
+  StreamsState& state = GetStreams();
+  const Lock lock(state.mutex);
+  const auto found = state.graphs.find(model);
+  if (found == state.graphs.end()) {
+    return Fail(kInvalidParam, "aclmdlRIDestroy: %p is not a captured graph", model);
+  }
+  for (const auto& group : found->second->groups) state.groups.erase(group.get());
+  state.graphs.erase(found);
+  return kSuccess;
 }
 
-// A hint to keep operator descriptions for later updates. There are no updates here.
+// ---- groups of tasks, which the program can replace between replays ----
+
+int aclmdlRICaptureTaskGrpBegin(void* handle) {
+  CANN_HOST_CALL(aclmdlRICaptureTaskGrpBegin);
+  StreamsState& state = GetStreams();
+  const Lock lock(state.mutex);
+  const auto stream = FindStream(handle);
+  if (!stream || !state.capturing.count(stream.get()) || state.grouping.count(stream.get())) {
+    return Fail(
+        kInvalidParam,
+        "aclmdlRICaptureTaskGrpBegin: the stream is not being captured, or has an open group");
+  }
+  state.grouping[stream.get()] = std::make_shared<TaskGroup>();
+  return kSuccess;
+}
+
+int aclmdlRICaptureTaskGrpEnd(void* handle, void** out) {
+  CANN_HOST_CALL(aclmdlRICaptureTaskGrpEnd);
+  CANN_HOST_NEEDS(aclmdlRICaptureTaskGrpEnd, out);
+  StreamsState& state = GetStreams();
+  const Lock lock(state.mutex);
+  const auto open = state.grouping.find(FindStream(handle).get());
+  if (open == state.grouping.end()) {
+    return Fail(kInvalidParam, "aclmdlRICaptureTaskGrpEnd: no group was begun on this stream");
+  }
+  const auto group = open->second;
+  state.grouping.erase(open);
+  const auto work = [group] {
+    std::vector<Task> tasks;
+    {
+      const Lock inner(GetStreams().mutex);
+      tasks = group->tasks;
+    }
+    for (const auto& task : tasks) {
+      if (const int code = task()) return code;
+    }
+    return +kSuccess;
+  };
+  state.graph->items.push_back({Item::Does::kTask, work});
+  state.graph->groups.push_back(group);
+  state.groups[group.get()] = group;
+  *out = group.get();
+  return kSuccess;
+}
+
+int aclmdlRICaptureTaskUpdateBegin(void* handle, void* group) {
+  CANN_HOST_CALL(aclmdlRICaptureTaskUpdateBegin);
+  StreamsState& state = GetStreams();
+  const Lock lock(state.mutex);
+  const auto stream = FindStream(handle);
+  if (!stream || state.capturing.count(stream.get()) || state.updating.count(stream.get())) {
+    return Fail(kInvalidParam,
+                "aclmdlRICaptureTaskUpdateBegin: %p is no stream, or it is being captured, or an "
+                "update was begun on it",
+                handle);
+  }
+  const auto found = state.groups.find(group);
+  const auto tasks = found == state.groups.end() ? nullptr : found->second.lock();
+  if (!tasks) {
+    return Fail(kInvalidParam,
+                "aclmdlRICaptureTaskUpdateBegin: %p is not a group of tasks of a captured graph",
+                group);
+  }
+  state.updating[stream.get()] = {tasks, {}};
+  is_capturing = true;
+  return kSuccess;
+}
+
+// The new tasks count from here on in the order of the stream.
+int aclmdlRICaptureTaskUpdateEnd(void* handle) {
+  CANN_HOST_CALL(aclmdlRICaptureTaskUpdateEnd);
+  StreamsState& state = GetStreams();
+  Update update;
+  {
+    const Lock lock(state.mutex);
+    const auto found = state.updating.find(FindStream(handle).get());
+    if (found == state.updating.end()) {
+      return Fail(kInvalidParam,
+                  "aclmdlRICaptureTaskUpdateEnd: no update was begun on this stream");
+    }
+    update = std::move(found->second);
+    state.updating.erase(found);
+    is_capturing = state.graph != nullptr || !state.updating.empty();
+    if (update.tasks.size() != update.group->tasks.size()) {
+      return Fail(
+          kInvalidParam,
+          "aclmdlRICaptureTaskUpdateEnd: the update launched %zu tasks and the group has %zu",
+          update.tasks.size(), update.group->tasks.size());
+    }
+  }
+  return OnStream("aclmdlRICaptureTaskUpdateEnd", handle, [update] {
+    const Lock lock(GetStreams().mutex);
+    update.group->tasks = update.tasks;
+    return +kSuccess;
+  });
+}
+
+// A hint to keep operator descriptions for later updates, which need none here.
 int aclrtSetStreamAttribute(void*, int, void*) {
   CANN_HOST_CALL(aclrtSetStreamAttribute);
   return kSuccess;
 }
 
-// Whether any stream is being captured.
-int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
-
-// Whether this stream is being captured.
+// Whether work that is launched on this stream goes into a graph.
 int cann_host_captures(void* handle) {
   StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
-  return state.graph && state.capturing.count(FindStream(handle).get()) ? 1 : 0;
+  StreamState* stream = FindStream(handle).get();
+  return state.capturing.count(stream) || state.updating.count(stream) ? 1 : 0;
 }
 
 // The Python function that does the work of a number; null when the interpreter is about to end.

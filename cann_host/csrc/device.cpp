@@ -178,18 +178,6 @@ int aclGetDeviceCapability(uint32_t, int info, int64_t* value) {
   }
 }
 
-// No limit is set on a stream, so it may use all of the device's cores: types 0 and 1 are the same.
-int aclrtGetStreamResLimit(void*, int type, uint32_t* value) {
-  CANN_HOST_CALL(aclrtGetStreamResLimit);
-  int64_t cores = 0;
-  if (value == nullptr || type < 0 || type > 1) {
-    return Fail(kInvalidParam, "aclrtGetStreamResLimit: unknown resource %d", type);
-  }
-  const int code = aclGetDeviceCapability(0, type, &cores);
-  *value = static_cast<uint32_t>(cores);
-  return code;
-}
-
 // Nothing here times out, and the CPU has no saturation mode: these settings have no effect.
 int aclrtSetOpExecuteTimeOut(uint32_t) {
   CANN_HOST_CALL(aclrtSetOpExecuteTimeOut);

@@ -14,9 +14,19 @@ int NoEvent(const char* symbol, void* handle) {
 
 namespace {
 
-int NewEvent(const char* symbol, void** out) {
+constexpr uint32_t kExternal = 0x20;           // ACL_EVENT_EXTERNAL
+constexpr uint32_t kEqual = 1, kLastWait = 3;  // ACL_STREAM_WAIT_VALUE_EQ, _NOR
+
+bool IsValue(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % sizeof(uint64_t) == 0 &&
+         IsAllocated(address, sizeof(uint64_t));
+}
+
+int NewEvent(const char* symbol, void** out, uint32_t flags) {
   if (out == nullptr) return Fail(kInvalidParam, "%s: no place for the event", symbol);
   auto event = std::make_shared<EventState>();
+  event->is_external = (flags & kExternal) != 0;
+  if (event->is_external) WorkLate();
   StreamsState& state = GetStreams();
   const Lock lock(state.mutex);
   *out = event.get();
@@ -57,13 +67,13 @@ extern "C" {
 
 #define GROUP "Events"
 
-int aclrtCreateEventWithFlag(void** event, uint32_t) {
+int aclrtCreateEventWithFlag(void** event, uint32_t flags) {
   CANN_HOST_CALL(aclrtCreateEventWithFlag);
-  return NewEvent("aclrtCreateEventWithFlag", event);
+  return NewEvent("aclrtCreateEventWithFlag", event, flags);
 }
-int aclrtCreateEventExWithFlag(void** event, uint32_t) {
+int aclrtCreateEventExWithFlag(void** event, uint32_t flags) {
   CANN_HOST_CALL(aclrtCreateEventExWithFlag);
-  return NewEvent("aclrtCreateEventExWithFlag", event);
+  return NewEvent("aclrtCreateEventExWithFlag", event, flags);
 }
 
 int aclrtDestroyEvent(void* event) {
@@ -80,13 +90,16 @@ int aclrtRecordEvent(void* handle, void* on) {
   const auto stream = FindStream(on);
   if (!event) return NoEvent("aclrtRecordEvent", handle);
   if (!stream) return NoStream("aclrtRecordEvent", on);
+  if (event->is_external) {
+    return Add("aclrtRecordEvent", on, WriteValue(&event->value, 1, event));
+  }
   // In a capture it marks a place in the graph, not in time.
   event->captured = state.capturing.count(stream.get()) != 0;
   if (event->captured) return kSuccess;
   event->stream = stream;
   const uint64_t number = ++event->recorded;
   if (IsLate()) {
-    stream->queue.push_back({nullptr, event, number, false});
+    stream->queue.push_back({Item::Does::kRecord, nullptr, event, number});
   } else {
     event->time = Clock::now();
     event->done = number;
@@ -94,13 +107,39 @@ int aclrtRecordEvent(void* handle, void* on) {
   return kSuccess;
 }
 
-int aclrtResetEvent(void* handle, void*) {
+int aclrtResetEvent(void* handle, void* on) {
   CANN_HOST_CALL(aclrtResetEvent);
-  const Lock lock(GetStreams().mutex);
+  StreamsState& state = GetStreams();
+  const Lock lock(state.mutex);
   const auto event = FindEvent(handle);
   if (!event) return NoEvent("aclrtResetEvent", handle);
-  event->recorded = event->done = 0;
-  return kSuccess;
+  if (!event->is_external) {
+    event->recorded = event->done = 0;
+    return kSuccess;
+  }
+  return Add("aclrtResetEvent", on, WriteValue(&event->value, 0, event));
+}
+
+// A value in device memory that work waits for and writes: torch_npu's external events.
+int aclrtValueWait(void* address, uint64_t value, uint32_t condition, void* stream) {
+  CANN_HOST_CALL(aclrtValueWait);
+  if (condition > kLastWait || !IsValue(address)) {
+    return Fail(kInvalidParam, "aclrtValueWait: 8 bytes at %p, condition %u", address, condition);
+  }
+  const Lock lock(GetStreams().mutex);
+  return Add("aclrtValueWait", stream,
+             WaitForValue(static_cast<uint64_t*>(address), value, condition, nullptr));
+}
+
+int aclrtValueWrite(void* address, uint64_t value, uint32_t, void* stream) {
+  CANN_HOST_CALL(aclrtValueWrite);
+  if (!IsValue(address)) {
+    return Fail(kInvalidParam, "aclrtValueWrite: %p is not 8 bytes of device memory", address);
+  }
+  Item item = WriteValue(static_cast<uint64_t*>(address), value, nullptr);
+  if (!IsDeferring()) return item.task();
+  const Lock lock(GetStreams().mutex);
+  return Add("aclrtValueWrite", stream, std::move(item));
 }
 
 // An event that was never recorded is complete, as in CANN. A query does the work, like
@@ -123,10 +162,17 @@ int aclrtQueryEventWaitStatus(void* event, int* status) {
   return kSuccess;
 }
 
-int aclrtSynchronizeEvent(void* event) {
+int aclrtSynchronizeEvent(void* handle) {
   CANN_HOST_CALL(aclrtSynchronizeEvent);
   bool done = false;
-  return FinishEvent("aclrtSynchronizeEvent", event, &done) ? kSuccess : kInvalidParam;
+  const auto event = FinishEvent("aclrtSynchronizeEvent", handle, &done);
+  if (!event) return kInvalidParam;
+  const Lock lock(GetStreams().mutex);
+  if (event->done >= event->recorded) return kSuccess;
+  return Fail(
+      kFailure,
+      "aclrtSynchronizeEvent: cann_host: the event's stream waits for an external event that "
+      "nothing has recorded; on a device this wait would not end");
 }
 
 int aclrtStreamWaitEvent(void* on, void* handle) {
@@ -137,10 +183,13 @@ int aclrtStreamWaitEvent(void* on, void* handle) {
   const auto stream = FindStream(on);
   if (!event) return NoEvent("aclrtStreamWaitEvent", handle);
   if (!stream) return NoStream("aclrtStreamWaitEvent", on);
+  if (event->is_external) {
+    return Add("aclrtStreamWaitEvent", on, WaitForValue(&event->value, 1, kEqual, event));
+  }
   if (state.graph && event->captured) {
     state.capturing.insert(stream.get());  // work that follows captured work is captured too
   } else if (IsLate() && event->done < event->recorded) {
-    stream->queue.push_back({nullptr, event, event->recorded, true});
+    stream->queue.push_back({Item::Does::kWait, nullptr, event, event->recorded});
   }
   return kSuccess;
 }

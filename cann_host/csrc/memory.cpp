@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -9,6 +10,7 @@
 
 #include "bindings.h"
 #include "core.h"
+#include "memory.h"
 #include "python.h"
 
 using cann_host::DeviceBytes;
@@ -17,20 +19,22 @@ using cann_host::GetOptions;
 using cann_host::kInvalidParam;
 using cann_host::kOutOfMemory;
 using cann_host::kSuccess;
+using cann_host::Where;
 
 #define GROUP "Memory"
 
 namespace {
 
-constexpr size_t kAlignment = 512;  // CANN's own
+using cann_host::Lock;
 
-enum class Where : int { kHost = 0, kDevice = 1, kUnregistered = 2 };  // aclrtMemLocationType
+constexpr size_t kAlignment = 512;  // CANN's own
 
 struct Block {
   size_t size;
   Where where;
   int device;
-  uint64_t number;  // unique
+  uint64_t number;       // unique; a later block has a greater one
+  uint64_t reservation;  // the addresses that it is mapped to; 0 if it is an allocation by itself
 };
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
@@ -39,6 +43,7 @@ struct Memory {
   std::map<uintptr_t, Block> blocks;
   std::map<int, size_t> used;  // bytes of each device
   uint64_t next = 1;
+  std::atomic<uint64_t> frees{0};
 };
 
 Memory& GetMemory() {
@@ -50,21 +55,13 @@ Memory& GetMemory() {
 int Allocate(const char* symbol, void** out, size_t size, Where where) {
   if (out == nullptr || size == 0) return Fail(kInvalidParam, "%s: size %zu", symbol, size);
   const int device = cann_host::CurrentDevice();
-  Memory& memory = GetMemory();
-  const cann_host::Lock lock(memory.mutex);
-  size_t& used = memory.used[device];
-  if (where == Where::kDevice && size > DeviceBytes() - std::min(DeviceBytes(), used)) {
-    return Fail(kOutOfMemory,
-                "%s: %zu bytes do not fit: device %d has %zu bytes, %zu of them in use (cann_host; "
-                "CANN_HOST_MEMORY sets the size)",
-                symbol, size, device, DeviceBytes(), used);
-  }
+  if (const int code = cann_host::TakeBytes(symbol, size, where, device)) return code;
   void* bytes = nullptr;
   if (size > SIZE_MAX - kAlignment || posix_memalign(&bytes, kAlignment, size) != 0) {
+    cann_host::GiveBackBytes(size, where, device);
     return Fail(kOutOfMemory, "%s: the host has no %zu bytes left", symbol, size);
   }
-  memory.blocks[reinterpret_cast<uintptr_t>(bytes)] = {size, where, device, memory.next++};
-  if (where == Where::kDevice) used += size;
+  cann_host::AddBlock(bytes, size, where, device, 0);
   *out = bytes;
   return kSuccess;
 }
@@ -75,24 +72,51 @@ int Release(const char* symbol, void* bytes, Where where) {
   {
     const cann_host::Lock lock(memory.mutex);
     const auto found = memory.blocks.find(reinterpret_cast<uintptr_t>(bytes));
-    if (found == memory.blocks.end() || found->second.where != where) {
+    if (found == memory.blocks.end() || found->second.where != where ||
+        found->second.reservation != 0) {
       return Fail(kInvalidParam, "%s: %p was not allocated here", symbol, bytes);
     }
     if (where == Where::kDevice) memory.used[found->second.device] -= found->second.size;
+    cann_host::NoteWrite(bytes, found->second.size);
+    ++memory.frees;
     memory.blocks.erase(found);
   }
   std::free(bytes);
   return kSuccess;
 }
 
-// The block that contains an address, with its begin; null if there is none. The caller holds the lock.
-const std::pair<const uintptr_t, Block>* Find(const void* address) {
+// The block that contains an address; the end if there is none. The caller holds the lock.
+std::map<uintptr_t, Block>::const_iterator Find(const void* address) {
   const auto& blocks = GetMemory().blocks;
   const auto at = reinterpret_cast<uintptr_t>(address);
   const auto after = blocks.upper_bound(at);
-  if (after == blocks.begin()) return nullptr;
-  const auto& block = *std::prev(after);
-  return at - block.first < block.second.size ? &block : nullptr;
+  if (after == blocks.begin()) return blocks.end();
+  const auto block = std::prev(after);
+  return at - block->first < block->second.size ? block : blocks.end();
+}
+
+// What follows an address, at most `most` bytes: memory that is mapped side by side into one reservation
+// is one piece. The newest block in it tells whether any part was unmapped since.
+struct Piece {
+  size_t bytes;
+  uint64_t newest;
+};
+Piece PieceAt(const void* address, size_t most) {
+  const Lock lock(GetMemory().mutex);
+  auto block = Find(address);
+  const auto end = GetMemory().blocks.cend();
+  if (block == end) return {0, 0};
+  const uint64_t reservation = block->second.reservation;
+  auto next = block->first;
+  Piece piece{0, 0};
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  while (block != end && block->first == next && block->second.reservation == reservation) {
+    next = block->first + block->second.size;
+    piece = {next - at, std::max(piece.newest, block->second.number)};
+    if (reservation == 0 || piece.bytes >= most) break;
+    ++block;
+  }
+  return piece;
 }
 
 // Whether a copy or set may touch the memory; the kinds are those of aclrtMemcpyKind.
@@ -157,6 +181,7 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
       }
     }
     std::memmove(dst, src, count);
+    cann_host::NoteWrite(dst, count);
     return +kSuccess;
   });
   // A task queue's thread does not wait: the thread that queued the copy does.
@@ -165,6 +190,29 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
     return cann_host::FinishStream(symbol, stream);
   }
   return code;
+}
+
+std::atomic<uint64_t> prefetches{0};
+
+// A prefetch reads memory into a cache, so it changes no value: it is counted when it is done.
+int PrefetchAsync(const void* src, size_t size, int type, void* stream) {
+  const char* symbol = "aclrtCmoAsync";
+  constexpr int kPrefetch = 0;  // aclrtCmoType; CANN's documents allow this one only
+  if (type != kPrefetch) {
+    return Fail(kInvalidParam, "%s: cmoType is %d; it must be %d, a prefetch", symbol, type,
+                kPrefetch);
+  }
+  if (size == 0 || !cann_host::IsAllocated(src, size)) {
+    return Fail(kInvalidParam, "%s: %zu bytes at %p are not all in memory that was allocated here",
+                symbol, size, src);
+  }
+  return cann_host::OnStream(symbol, stream, [=, reach = cann_host::ReachOf(src, size)] {
+    if (!cann_host::IsThere(reach)) {
+      return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, size, src);
+    }
+    ++prefetches;
+    return +kSuccess;
+  });
 }
 
 int SetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
@@ -176,6 +224,7 @@ int SetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stre
       return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, count, dst);
     }
     std::memset(dst, value, count);
+    cann_host::NoteWrite(dst, count);
     return +kSuccess;
   });
 }
@@ -198,20 +247,44 @@ void* AllocateDevice(size_t bytes) {
 
 void FreeDevice(void* memory) { Release("GE", memory, Where::kDevice); }
 
-size_t BytesAt(const void* address) {
-  const cann_host::Lock lock(GetMemory().mutex);
-  const auto* block = Find(address);
-  if (block == nullptr) return 0;
-  return block->second.size - (reinterpret_cast<uintptr_t>(address) - block->first);
+int TakeBytes(const char* symbol, size_t size, Where where, int device) {
+  if (where != Where::kDevice) return kSuccess;
+  Memory& memory = GetMemory();
+  const Lock lock(memory.mutex);
+  size_t& used = memory.used[device];
+  if (size > DeviceBytes() - std::min(DeviceBytes(), used)) {
+    return Fail(kOutOfMemory,
+                "%s: %zu bytes do not fit: device %d has %zu bytes, %zu of them in use (cann_host; "
+                "CANN_HOST_MEMORY sets the size)",
+                symbol, size, device, DeviceBytes(), used);
+  }
+  used += size;
+  return kSuccess;
 }
 
-Reach ReachOf(const void* data, size_t bytes) {
+void GiveBackBytes(size_t size, Where where, int device) {
+  if (where != Where::kDevice) return;
   const Lock lock(GetMemory().mutex);
-  const auto* block = Find(data);
-  const bool is_ours =
-      block != nullptr &&
-      bytes <= block->second.size - (reinterpret_cast<uintptr_t>(data) - block->first);
-  return {data, bytes, is_ours ? block->second.number : 0};
+  GetMemory().used[device] -= size;
+}
+
+void AddBlock(void* begin, size_t size, Where where, int device, uint64_t reservation) {
+  Memory& memory = GetMemory();
+  const Lock lock(memory.mutex);
+  memory.blocks[reinterpret_cast<uintptr_t>(begin)] = {size, where, device, memory.next++,
+                                                       reservation};
+}
+
+void RemoveBlock(const void* begin) {
+  const Lock lock(GetMemory().mutex);
+  GetMemory().blocks.erase(reinterpret_cast<uintptr_t>(begin));
+}
+
+size_t BytesAt(const void* address) { return PieceAt(address, SIZE_MAX).bytes; }
+
+Reach ReachOf(const void* data, size_t bytes) {
+  const Piece piece = PieceAt(data, bytes);
+  return {data, bytes, bytes <= piece.bytes ? piece.newest : 0};
 }
 
 bool IsThere(const Reach& reach) {
@@ -267,7 +340,7 @@ int aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attribute
   CANN_HOST_NEEDS(aclrtPointerGetAttributes, attributes);
   *attributes = {0, static_cast<int32_t>(Where::kUnregistered), 4096, {}};
   const cann_host::Lock lock(GetMemory().mutex);
-  if (const auto* block = Find(pointer)) {
+  if (const auto block = Find(pointer); block != GetMemory().blocks.cend()) {
     attributes->where = static_cast<int32_t>(block->second.where);
     attributes->device = block->second.device;
   }
@@ -280,6 +353,7 @@ int aclrtMemcpy(void* dst, size_t dst_size, const void* src, size_t count, int k
   if (count == 0) return kSuccess;
   if (const int code = CheckCopy("aclrtMemcpy", dst, dst_size, src, count, kind)) return code;
   std::memmove(dst, src, count);
+  cann_host::NoteWrite(dst, count);
   return kSuccess;
 }
 int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kind,
@@ -292,6 +366,7 @@ int aclrtMemset(void* dst, size_t dst_size, int32_t value, size_t count) {
   if (count == 0) return kSuccess;
   if (const int code = CheckSet("aclrtMemset", dst, dst_size, count)) return code;
   std::memset(dst, value, count);
+  cann_host::NoteWrite(dst, count);
   return kSuccess;
 }
 int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
@@ -299,11 +374,30 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
   return cann_host::ReportLaunch(SetAsync(dst, dst_size, value, count, stream));
 }
 
+int aclrtCmoAsync(void* src, size_t size, int type, void* stream) {
+  CANN_HOST_CALL(aclrtCmoAsync);
+  return cann_host::ReportLaunch(PrefetchAsync(src, size, type, stream));
+}
+
+uint64_t cann_host_prefetches() { return prefetches; }
+
+// A graph has prefetched.
+void cann_host_count_prefetch() { ++prefetches; }
+
 uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(address); }
 
 // The number of the allocation that these bytes are in, unique; 0 if they are not all in one.
 uint64_t cann_host_block_of(const void* address, uint64_t bytes) {
   return cann_host::ReachOf(address, bytes).block;
+}
+
+// What Python must know at each call, in one number: 1 if a graph is being captured, 2 if work waits
+// (or a launch on torch_npu's task queue has failed), 4 if memory is tracked; above, how often memory
+// was freed.
+uint64_t cann_host_state() {
+  const bool waits = cann_host::IsLate() || cann_host::QueueHasFailed();
+  return (cann_host::IsCapturing() ? 1 : 0) | (waits ? 2 : 0) | (cann_host::IsTracking() ? 4 : 0) |
+         GetMemory().frees << 3;
 }
 
 // All memory is the host's, so every device can access the memory of every other device.

@@ -47,6 +47,7 @@ namespace {
 
 // A thread that Python does not know has launched work; from then on all work waits.
 std::atomic<bool> has_task_queue{false};
+std::atomic<bool> waits_for_values{false};
 // The interpreter is about to end, and with it threads that may hold the work's lock: from now on no
 // work is done, and no thread waits.
 std::atomic<bool> is_leaving{false};
@@ -80,9 +81,63 @@ class WorkLock {
   const bool locked_;
 };
 
-// Does the work that the stream has now, up to a record of an event if one is given. It does not do work
+using Done = std::function<bool()>;
+void Work(const std::shared_ptr<StreamState>& stream, const Done& is_done);
+
+// Whether a record of an event is done. The caller holds the lock.
+Done IsRecorded(const EventState* event, uint64_t number) {
+  return [=] { return event->done >= number; };
+}
+
+// The other streams that will write to an address. The caller holds the lock.
+std::vector<std::shared_ptr<StreamState>> WritersOf(const uint64_t* address,
+                                                    const std::shared_ptr<StreamState>& but) {
+  std::vector<std::shared_ptr<StreamState>> found;
+  const auto writes = [&](const Item& item) {
+    return item.does == Item::Does::kTask && item.address == address;
+  };
+  const auto look = [&](const std::shared_ptr<StreamState>& stream) {
+    const auto& queue = stream->queue;
+    if (stream != but && std::any_of(queue.begin(), queue.end(), writes)) found.push_back(stream);
+  };
+  for (const auto& [handle, stream] : GetStreams().streams) look(stream);
+  for (const auto& [device, stream] : GetStreams().defaults) look(stream);
+  return found;
+}
+
+// Does the work before a wait for an event.
+void WaitForEvent(const std::shared_ptr<StreamState>& stream, const Item& wait) {
+  std::shared_ptr<StreamState> source;
+  {
+    const Lock lock(GetStreams().mutex);
+    if (wait.event->done < wait.number) source = wait.event->stream.lock();
+  }
+  if (source && source != stream) Work(source, IsRecorded(wait.event.get(), wait.number));
+}
+
+// Does the work before a wait for a value; false if nothing that was launched ends the wait.
+bool WaitForItsValue(const std::shared_ptr<StreamState>& stream, const Item& wait) {
+  StreamsState& state = GetStreams();
+  const auto is_over = [&] {
+    const Lock lock(state.mutex);
+    return wait.holds();
+  };
+  if (is_over()) return true;
+  std::vector<std::shared_ptr<StreamState>> sources;
+  {
+    const Lock lock(state.mutex);
+    sources = WritersOf(wait.address, stream);
+  }
+  for (const auto& source : sources) {
+    Work(source, wait.holds);
+    if (is_over()) return true;
+  }
+  return false;
+}
+
+// Does the work that the stream has now, until something is done if it is given. It does not do work
 // that other threads add meanwhile.
-void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, uint64_t number) {
+void Work(const std::shared_ptr<StreamState>& stream, const Done& is_done) {
   StreamsState& state = GetStreams();
   size_t left = SIZE_MAX;
   while (!is_leaving) {
@@ -90,22 +145,22 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
     {
       const Lock lock(state.mutex);
       left = std::min(left, stream->queue.size());
-      if (left-- == 0 || (until != nullptr && until->done >= number)) return;
+      if (left-- == 0 || (is_done && is_done())) return;
       item = std::move(stream->queue.front());
       stream->queue.pop_front();
       if (item.task) state.doing.push_back(stream.get());
     }
-    if (item.task) {
+    if (item.does == Item::Does::kTask) {
       if (stream->failure == kSuccess) stream->failure = item.task();
       const Lock lock(state.mutex);
       state.doing.pop_back();
-    } else if (item.waits) {
-      std::shared_ptr<StreamState> source;
-      {
-        const Lock lock(state.mutex);
-        if (item.event->done < item.number) source = item.event->stream.lock();
-      }
-      if (source && source != stream) Work(source, item.event.get(), item.number);
+    } else if (item.does == Item::Does::kWait) {
+      WaitForEvent(stream, item);
+    } else if (item.does == Item::Does::kWaitValue) {
+      if (WaitForItsValue(stream, item)) continue;
+      const Lock lock(state.mutex);
+      stream->queue.push_front(std::move(item));
+      return;
     } else {
       const Lock lock(state.mutex);
       item.event->time = Clock::now();
@@ -114,11 +169,23 @@ void Work(const std::shared_ptr<StreamState>& stream, const EventState* until, u
   }
 }
 
+// Whether the stream's next work is to wait for a value.
+bool IsBlocked(const std::shared_ptr<StreamState>& stream) {
+  const Lock lock(GetStreams().mutex);
+  return !stream->queue.empty() && stream->queue.front().does == Item::Does::kWaitValue;
+}
+
 // Does all of a stream's work and returns its code.
 int Finish(const std::shared_ptr<StreamState>& stream) {
   const WorkLock lock;
-  Work(stream, nullptr, 0);
+  Work(stream, nullptr);
   const int code = stream->failure.exchange(kSuccess);
+  if (code == kSuccess && IsBlocked(stream)) {
+    return Fail(
+        kFailure,
+        "cann_host: the stream waits for a value, or for an external event, that nothing has "
+        "written; on a device this wait would not end");
+  }
   if (code != kLostInFork) return code;
   return Fail(kFailure,
               "cann_host: this process was forked while another thread did the stream's work, "
@@ -195,10 +262,12 @@ const WorkAtFork work_at_fork;
 void FinishUntil(const std::shared_ptr<StreamState>& stream, const EventState* until,
                  uint64_t number) {
   const WorkLock lock;
-  Work(stream, until, number);
+  Work(stream, IsRecorded(until, number));
 }
 
-bool IsLate() { return GetOptions().late_streams || has_task_queue; }
+bool IsLate() { return GetOptions().late_streams || has_task_queue || waits_for_values; }
+
+void WorkLate() { waits_for_values = true; }
 
 int OnStream(const char* symbol, void* handle, Task task) {
   StreamsState& state = GetStreams();
@@ -207,16 +276,75 @@ int OnStream(const char* symbol, void* handle, Task task) {
     const Lock lock(state.mutex);
     const auto stream = FindStream(handle);
     if (!stream) return NoStream(symbol, handle);
+    if (const auto update = state.updating.find(stream.get()); update != state.updating.end()) {
+      update->second.tasks.push_back(std::move(task));
+      return kSuccess;
+    }
     if (state.graph && state.capturing.count(stream.get())) {
-      state.graph->tasks.push_back(std::move(task));
+      if (const auto open = state.grouping.find(stream.get()); open != state.grouping.end()) {
+        open->second->tasks.push_back(std::move(task));
+      } else {
+        state.graph->items.push_back({Item::Does::kTask, std::move(task)});
+      }
       return kSuccess;
     }
     if (IsLate()) {
-      stream->queue.push_back({std::move(task), nullptr, 0, false});
+      stream->queue.push_back({Item::Does::kTask, std::move(task)});
       return kSuccess;
     }
   }
   return task();
+}
+
+Item WaitForValue(const uint64_t* address, uint64_t value, uint32_t condition,
+                  std::shared_ptr<EventState> event) {
+  // hicann/runtime, docs: aclrtValueWait
+  const auto holds = [=, reach = ReachOf(address, sizeof value)] {
+    if (!IsThere(reach)) return true;  // nothing can write it any more
+    const uint64_t found = *address;
+    switch (condition) {
+      case 0:
+        return static_cast<int64_t>(found - value) >= 0;
+      case 1:
+        return found == value;
+      case 2:
+        return (found & value) != 0;
+      default:
+        return ~(found | value) != 0;
+    }
+  };
+  WorkLate();
+  Item item{Item::Does::kWaitValue, nullptr, std::move(event)};
+  item.address = address;
+  item.holds = holds;
+  return item;
+}
+
+Item WriteValue(uint64_t* address, uint64_t value, std::shared_ptr<EventState> event) {
+  Item item;
+  item.task = [=, reach = ReachOf(address, sizeof value)] {
+    if (!IsThere(reach)) {
+      return Fail(kInvalidParam, "aclrtValueWrite: %p is no longer allocated", reach.data);
+    }
+    *address = value;
+    return +kSuccess;
+  };
+  item.event = std::move(event);
+  item.address = address;
+  return item;
+}
+
+int Add(const char* symbol, void* handle, Item item) {
+  StreamsState& state = GetStreams();
+  const auto stream = FindStream(handle);
+  if (!stream) return NoStream(symbol, handle);
+  if (state.updating.count(stream.get()) || state.grouping.count(stream.get())) {
+    return Fail(kInvalidParam, "%s: not in a group of tasks (cann_host)", symbol);
+  }
+  const bool is_captured = state.graph && state.capturing.count(stream.get());
+  auto& items = is_captured ? state.graph->items : stream->queue;
+  items.push_back(std::move(item));
+  return kSuccess;
 }
 
 int OnStreamInTurn(const char* symbol, void* handle, Task task) {
@@ -225,12 +353,14 @@ int OnStreamInTurn(const char* symbol, void* handle, Task task) {
     const Lock lock(state.mutex);
     const auto stream = FindStream(handle);
     if (stream && IsLate() && !state.capturing.count(stream.get())) {
-      if (state.last_turn) stream->queue.push_back({nullptr, state.last_turn, 1, true});
-      stream->queue.push_back({std::move(task), nullptr, 0, false});
+      if (state.last_turn) {
+        stream->queue.push_back({Item::Does::kWait, nullptr, state.last_turn, 1});
+      }
+      stream->queue.push_back({Item::Does::kTask, std::move(task)});
       auto turn = std::make_shared<EventState>();
       turn->stream = stream;
       turn->recorded = 1;
-      stream->queue.push_back({nullptr, turn, 1, false});
+      stream->queue.push_back({Item::Does::kRecord, nullptr, turn, 1});
       state.last_turn = std::move(turn);
       return kSuccess;
     }
@@ -255,8 +385,10 @@ int FinishStream(const char* symbol, void* handle) {
 void DoAllWork() {
   if (!IsLate()) return;
   const WorkLock lock;
-  for (const auto& stream : Streams(-1)) Work(stream, nullptr, 0);
+  for (const auto& stream : Streams(-1)) Work(stream, nullptr);
 }
+
+bool IsCapturing() { return is_capturing; }
 
 bool IsDeferring() { return IsLate() || is_capturing; }
 
@@ -314,7 +446,14 @@ int aclrtStreamQuery(void* handle, int* status) {
     idle = stream->queue.empty();
   }
   *status = idle ? 0 : 1;
-  return FinishStream("aclrtStreamQuery", handle);
+  const int code = FinishStream("aclrtStreamQuery", handle);
+  bool is_blocked = false;
+  {
+    const Lock lock(GetStreams().mutex);
+    const auto stream = FindStream(handle);
+    is_blocked = stream && !stream->queue.empty();
+  }
+  return is_blocked ? +kSuccess : code;
 }
 
 int aclrtStreamGetId(void* handle, int32_t* id) {

@@ -10,20 +10,29 @@ import atexit
 import ctypes
 import itertools
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cann_host import watched
-from cann_host.bindings import GeTensor, give
+from cann_host.bindings import give
 from cann_host.graph import compiler, executor
 from cann_host.graph.compiled import CompiledGraph, TensorInfo
-from cann_host.graph.device_memory import with_format
-from cann_host.graph.executor import GraphError, Op, Value, torch_dtype
+from cann_host.graph.device_memory import Input
+from cann_host.graph.executor import GraphError, Op
 
 __all__ = ["GraphEngine"]
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """The caller may be inside `with torch.device("npu")` or a mode of its own; and tensors that
+    are kept from run to run must not be inference tensors, which cannot be written to later."""
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class GraphEngine:
@@ -41,6 +50,11 @@ class GraphEngine:
         give(library.cann_host_set_ge_executor, self._compile, self._run, self._release)
         # After this the interpreter is gone, but torchair's statics still remove their graphs.
         atexit.register(give, library.cann_host_set_ge_executor, None, None, None)
+
+    @property
+    def compiled(self) -> list[CompiledGraph]:
+        """The compiled graphs that exist, in the order in which they were made."""
+        return list(self._graphs.values())
 
     @property
     def live_graphs(self) -> int:
@@ -67,7 +81,7 @@ class GraphEngine:
             from torchair.core._backend import TorchNpuGraph
 
             watched.watch_torchair(TorchNpuGraph)
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with _plain_torch():
                 graph = compiler.compile_graph(ctypes.string_at(model, size))
             self._library.cann_host_ge_set_static(summary, graph.is_static)
             for info in graph.output_infos:
@@ -81,15 +95,16 @@ class GraphEngine:
             return self._fail(error)
         return 0
 
-    def _run(self, number: int, inputs: int, count: int, outputs: int) -> int:
+    def _run(
+        self, number: int, inputs: int, count: int, dims: int, dim_count: int, outputs: int
+    ) -> int:
         try:
             graph = self._graphs[number]
-            given = (GeTensor * count).from_address(inputs) if count else ()
-            # The caller may be inside `with torch.device("npu")` or its own mode.
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with _plain_torch():
+                given = graph.memory.read(inputs, count, dims, dim_count)
                 if (tensors := watched.given_inputs()) is not None:
-                    graph.check_unchanged(tensors, [info.data or 0 for info in given])
-                results = graph.run([_read(info) for info in given])
+                    graph.check_unchanged(tensors, given)
+                results = graph.run([one.value for one in given])
                 if not self._write(outputs, results, graph.output_infos, given):
                     return 1
         except Exception as error:
@@ -101,10 +116,10 @@ class GraphEngine:
         outputs: int,
         results: Sequence[Tensor],
         infos: Sequence[TensorInfo],
-        given: Iterable[GeTensor],
+        inputs: Sequence[Input],
     ) -> bool:
         """Copy the results to the outputs, which may be the memory of inputs."""
-        addresses = {info.data for info in given}
+        addresses = {one.address for one in inputs}
         copies = []
         for index, (result, info) in enumerate(zip(results, infos, strict=True)):
             result = result.contiguous()
@@ -135,10 +150,3 @@ class GraphEngine:
 
 def _int64s(dims: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(dims))(*dims)
-
-
-def _read(tensor: GeTensor) -> Value:
-    dims = tuple(tensor.dims[: tensor.dim_count])
-    shape = tuple(tensor.origin_dims[: tensor.origin_dim_count]) if tensor.has_origin else dims
-    dtype = torch_dtype(tensor.dtype, "an input")
-    return with_format(tensor.data or 0, tensor.size, dtype, tensor.format, shape, dims)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cann_host.graph.compiled import Slot, Step
 from cann_host.graph.executor import GraphError
+from cann_host.graph.program import Slot, Step
 
 __all__ = ["plan_writes"]
 
@@ -35,13 +35,13 @@ def plan_writes(
     if not any(step.op.writes for step in steps):
         return written
     origin = {slot: slot for slot in memory}
-    last = {slot: at for at, step in enumerate(steps) for slot in sources(step)}
+    last = {slot: at for at, step in enumerate(steps) for slot in step.sources}
     last.update((slot, len(steps)) for slot in outputs)
     read: dict[str, list[Slot]] = {}  # slots that are read, by node
     for slot in last:
         read.setdefault(slot.node, []).append(slot)
     for at, step in enumerate(steps):
-        first = next(iter(sources(step)), None)
+        first = next(iter(step.sources), None)
         if step.op.type in _SAME_MEMORY and first in origin:
             origin[Slot(step.node, 0)] = origin[first]
         for port, name in enumerate(step.op.writes):
@@ -64,14 +64,7 @@ def _readers(
     """What was computed from a memory, and may be a view of it here. In GE it never is."""
     found: dict[Slot, None] = {}
     for step in steps:
-        slots = list(sources(step))
-        if any(origin.get(slot) == root or slot in found for slot in slots):
+        if any(origin.get(slot) == root or slot in found for slot in step.sources):
             made = read.get(step.node, ())
             found.update((slot, None) for slot in made if origin.get(slot) != root)
     return list(found)
-
-
-def sources(step: Step) -> Iterable[Slot]:
-    """The inputs of a step, those of a dynamic input too."""
-    for slots in step.inputs.values():
-        yield from slots if isinstance(slots, list) else [slots]

@@ -57,7 +57,7 @@ def _mrope(rng: random.Random, *, v2: bool) -> list[Any]:
         tensor(query, dtype, 0),
         tensor(key, dtype, 1),
         tensor((rng.choice((1, 4)), 64), dtype, 2),
-        section,
+        None if section is None else {"ints": section},
         64,
         rng.choice((0, 1)),
     ]

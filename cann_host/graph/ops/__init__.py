@@ -1,5 +1,35 @@
 """The GE operators the stand-in computes, a file for each family. Importing registers them."""
 
-from . import cache, collective, kv_cache, layout, maths, nn, quant, rope
+from . import (
+    attention,
+    attention_flash,
+    cache,
+    collective,
+    fused_norms,
+    fused_swiglu,
+    kv_cache,
+    layout,
+    maths,
+    nn,
+    prefetch,
+    quant,
+    rope,
+    sorting,
+)
 
-__all__ = ["cache", "collective", "kv_cache", "layout", "maths", "nn", "quant", "rope"]
+__all__ = [
+    "attention",
+    "attention_flash",
+    "cache",
+    "collective",
+    "fused_norms",
+    "fused_swiglu",
+    "kv_cache",
+    "layout",
+    "maths",
+    "nn",
+    "prefetch",
+    "quant",
+    "rope",
+    "sorting",
+]

@@ -16,12 +16,14 @@ from cann_host.graph.executor import (
     Int4,
     ints,
     op,
+    plain,
     promoted,
     torch_dtype,
 )
 from lq_graph.kernels import INT4_PER_INT32, storage_k
 
 MOST_OUTPUTS = 1 << 16  # of one node; a tensor each
+MOST_VALUES = 1 << 30  # of a result whose size is a value of the graph
 
 
 @op("Identity", "TensorMove", accepts_internal_formats=True)
@@ -111,6 +113,32 @@ def _range(start: Host, limit: Host, delta: Host) -> Tensor:
     dtype = promoted([start, limit, delta])[0].dtype
     first, last, step = (t.reshape(()).item() for t in (start, limit, delta))
     return torch.arange(first, last, step, dtype=dtype, device="cpu")
+
+
+@op("LinSpace")
+def _lin_space(start: Host, stop: Host, num: Host) -> Tensor:
+    first, last = (t.reshape(()).item() for t in (start, stop))
+    count = ints(num)[0]
+    if not 0 <= count <= MOST_VALUES:
+        raise GraphError(f"num is {count}; cann_host makes 0 to {MOST_VALUES} values")
+    return torch.linspace(first, last, count, dtype=start.dtype, device="cpu")
+
+
+@op("ReverseV2")
+def _reverse(x: Tensor, axis: Host) -> Tensor:
+    return x.flip(ints(axis))
+
+
+@op("AsStrided")
+def _as_strided(x: Tensor, size: Host, stride: Host, storage_offset: Host) -> Tensor:
+    sizes, strides, offset = ints(size), ints(stride), ints(storage_offset)[0]
+    last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if min([offset, *sizes, *strides]) < 0 or (0 not in sizes and last >= x.numel()):
+        raise GraphError(
+            f"AsStrided of {x.numel()} values with size {sizes}, stride {strides} and offset "
+            f"{offset} reads outside of them"
+        )
+    return x.contiguous().reshape(-1).as_strided(sizes, strides, offset)
 
 
 @op("Slice")
@@ -213,10 +241,10 @@ def _split_v(x: Tensor, size_splits: Host, split_dim: Host, *, num_split: int) -
     return torch.split(x, [rest if size < 0 else size for size in sizes], dim)
 
 
-@op("Gather", "GatherV2")
+@op("Gather", "GatherV2", accepts_internal_formats=True)
 def _gather(
-    x: Tensor,
-    indices: Tensor,
+    x: Any,
+    indices: Any,
     axis: Host | None = None,
     *,
     batch_dims: int = 0,
@@ -226,11 +254,18 @@ def _gather(
 ) -> Tensor:
     if batch_dims:
         raise GraphError(f"Gather with batch_dims {batch_dims} is not implemented by cann_host")
-    dim = ints(axis)[0] % x.dim() if axis is not None else 0
+    indices = plain("Gather", indices)
+    shape = x.shape
+    dim = ints(axis)[0] % len(shape) if axis is not None else 0
     index = _whole("indices", indices).reshape(-1)
     # an index outside is undefined on the chip; torch refuses it
-    flat = x.index_select(dim, torch.where(index < 0, index + x.shape[dim], index))
-    return flat.reshape(x.shape[:dim] + indices.shape + x.shape[dim + 1 :])
+    index = torch.where(index < 0, index + shape[dim], index)
+    weight = x.weight if isinstance(x, FractalNZ) and dim == 0 else None
+    if weight is not None and shape == (weight.n, weight.columns) and not x.swapped:
+        flat = weight.rows(index)  # an embedding needs few of them
+    else:
+        flat = plain("Gather", x).index_select(dim, index)
+    return flat.reshape(shape[:dim] + indices.shape + shape[dim + 1 :])
 
 
 @op("IndexByTensor")

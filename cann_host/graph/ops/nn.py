@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cann_host import chips
+from cann_host.chips import NormRoundings
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError, Host, describe, dtype_name, ints, op
 from cann_host.rules import RmsNormCall, check_layer_norm, check_rms_norm
@@ -47,6 +49,49 @@ def _swish(x: Tensor, *, scale: float = 1.0) -> Tensor:
     return torch.nn.functional.silu(x) if scale == 1.0 else x * torch.sigmoid(x * scale)
 
 
+@op("Elu")
+def _elu(x: Tensor, *, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    result: Tensor = torch.ops.aten.elu(x, alpha, scale, input_scale)
+    return result
+
+
+@op("GLU")
+def _glu(x: Tensor, *, dim: int = -1) -> Tensor:
+    return torch.nn.functional.glu(x, dim)
+
+
+@op("HardSigmoid")
+def _hard_sigmoid(input_x: Tensor, *, alpha: float = 1 / 6, beta: float = 0.5) -> Tensor:
+    return (input_x.float() * alpha + beta).clamp(0, 1).to(input_x.dtype)
+
+
+@op("HardSwish")
+def _hard_swish(x: Tensor) -> Tensor:
+    return torch.nn.functional.hardswish(x)
+
+
+@op("LeakyRelu")
+def _leaky_relu(x: Tensor, *, negative_slope: float = 0.0) -> Tensor:
+    return torch.nn.functional.leaky_relu(x, negative_slope)
+
+
+@op("LogSigmoid")
+def _log_sigmoid(x: Tensor) -> Tensor:
+    return torch.nn.functional.logsigmoid(x)
+
+
+@op("Mish")
+def _mish(x: Tensor) -> Tensor:
+    return torch.nn.functional.mish(x)
+
+
+@op("ThresholdV2")
+def _threshold(x: Tensor, threshold: Tensor, value: Tensor | None = None) -> Tensor:
+    """x where it is above the threshold, else the value; without one 0."""
+    other = torch.zeros_like(x) if value is None else value.to(x.dtype)
+    return torch.where(x > threshold, x, other)
+
+
 @op("SoftmaxV2")
 def _softmax(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
     if len(axes) != 1:
@@ -59,17 +104,6 @@ def _log_softmax(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
     if len(axes) != 1:
         raise GraphError(f"LogSoftmaxV2 over axes {list(axes)} is not implemented by cann_host")
     return torch.log_softmax(logits, axes[0])
-
-
-@op("SwiGlu")
-def _swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
-    if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
-        raise GraphError(
-            f"x has shape {tuple(x.shape)} and dim is {dim}; SwiGlu halves that dim (CANN refuses "
-            "it while it infers shapes)"
-        )
-    left, right = x.float().chunk(2, dim)
-    return (torch.nn.functional.silu(left) * right).to(x.dtype)
 
 
 @op("Conv2D")
@@ -97,21 +131,39 @@ def _conv2d(
     return torch.conv2d(padded, filter, bias, strides[2:], 0, dilations[2:], groups)
 
 
+def _reciprocal_rms(value: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    dims = list(range(-gamma.dim(), 0))
+    return torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
+
+
 def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """y and rstd."""
     value = x.to(torch.float32)
-    dims = list(range(-gamma.dim(), 0))
-    rstd = torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
+    rstd = _reciprocal_rms(value, gamma, epsilon)
     return (value * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
 
 
-def add_rms_norm(
-    x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+def norm_of_sum(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float, rounds: NormRoundings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, rstd and the sum."""
+    """The norm of x1 + x2 in float32, rstd, and the sum in x1's dtype."""
+
+    def after(rounded: bool, value: Tensor) -> Tensor:
+        return value.to(x1.dtype).to(torch.float32) if rounded else value
+
     total = x1.to(torch.float32) + x2.to(torch.float32)
-    y, rstd = rms_norm(total, gamma, epsilon=epsilon)
-    return y.to(x1.dtype), rstd, total.to(x1.dtype)
+    value = after(rounds.total, total)
+    rstd = _reciprocal_rms(value, gamma, epsilon)
+    normalized = after(rounds.normalized, value * rstd)
+    return after(rounds.product, normalized * gamma.to(torch.float32)), rstd, total.to(x1.dtype)
+
+
+def add_rms_norm(
+    soc: str, x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, rstd and the sum, as a chip's kernels compute them."""
+    y, rstd, total = norm_of_sum(x1, x2, gamma, epsilon, chips.add_rms_norm_roundings(soc))
+    return y.to(x1.dtype), rstd, total
 
 
 def _check_rms_norm(x: Tensor, gamma: Tensor, epsilon: float, x2: Tensor | None = None) -> None:
@@ -134,7 +186,7 @@ def _add_rms_norm(
     x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_rms_norm(x1, gamma, epsilon, x2)
-    return add_rms_norm(x1, x2, gamma, epsilon=epsilon)
+    return add_rms_norm(executor.soc_name(), x1, x2, gamma, epsilon=epsilon)
 
 
 @op("LayerNormV4")
