@@ -15,6 +15,7 @@ on purpose, so each checks the other: do not import one from the other.
     dynamic_quant      DynamicQuant, DynamicQuantV2
     static_quant       AscendQuantV2, aclnnQuantize
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
+    mrope              RopeWithSinCosCache
     cache              ScatterNdUpdate, Scatter, ScatterElements
     norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
     fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
@@ -102,6 +103,7 @@ from .kv_cache import (
     check_scatter_pa_kv_cache,
     kv_rms_norm_rope_ignores,
 )
+from .mrope import MropeCall, check_mrope
 from .norms import RmsNormCall, check_add_rms_norm_cast, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
@@ -174,6 +176,7 @@ __all__ = [
     "Kernel",
     "KvRmsNormRopeCall",
     "Lengths",
+    "MropeCall",
     "PackedWords",
     "QuantMatmulCall",
     "QuantizeCall",
@@ -203,6 +206,7 @@ __all__ = [
     "check_interleave_rope",
     "check_kv_rms_norm_rope_cache",
     "check_layer_norm",
+    "check_mrope",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",

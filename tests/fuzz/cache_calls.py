@@ -47,6 +47,24 @@ def _interleave_rope(rng: random.Random) -> list[Any]:
             tensor((b, n, s, 64), dtype, 1)]  # fmt: skip
 
 
+def _mrope(rng: random.Random, *, v2: bool) -> list[Any]:
+    n, heads, dtype = rng.choice((1, 3)), rng.choice((1, 2)), rng.choice((F16, BF16, F32))
+    section = rng.choice((None, [0, 0, 0], [8, 12, 12], [8, 12, 12], [16, 16]))
+    rows = (3, n) if section == [8, 12, 12] else (n,)
+    query, key = ((n, count * 64) for count in (heads, 1))
+    given = [
+        tensor(rows, I64, rng.choice((ZEROS, ZEROS, ZEROS, 4))),
+        tensor(query, dtype, 0),
+        tensor(key, dtype, 1),
+        tensor((rng.choice((1, 4)), 64), dtype, 2),
+        None if section is None else {"ints": section},
+        64,
+        rng.choice((0, 1)),
+    ]
+    mode = [rng.choice((0, 1))] if v2 else []
+    return [*given, *mode, tensor(query, dtype, 3), tensor(key, dtype, 5)]
+
+
 def _indices(rng: random.Random, *shape: int) -> Json:
     return tensor(shape, rng.choice((I32, I64)), rng.choice((ZEROS, ZEROS, ZEROS, 6, 4)))
 
@@ -113,6 +131,8 @@ MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
     "aclnnInterleaveRope": _interleave_rope,
     "aclnnKvRmsNormRopeCache": lambda rng: _kv(rng, v2=False),
     "aclnnKvRmsNormRopeCacheV2": lambda rng: _kv(rng, v2=True),
+    "aclnnRopeWithSinCosCache": lambda rng: _mrope(rng, v2=False),
+    "aclnnRopeWithSinCosCacheV2": lambda rng: _mrope(rng, v2=True),
     "aclnnRotaryPositionEmbedding": _rotary,
     "aclnnRotaryPositionEmbeddingV2": _rotary_v2,
     "aclnnScatterNdUpdate": _scatter_nd_update,

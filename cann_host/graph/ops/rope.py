@@ -1,7 +1,7 @@
 """Rotary embeddings.
 
 Source: cann/ops-transformer, posembedding: the kernels of apply_rotary_pos_emb,
-rotary_position_embedding and interleave_rope.
+rotary_position_embedding, interleave_rope and rope_with_sin_cos_cache.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cann_host.rules import (
     QUARTER,
     ROTARY_MODES,
     ApplyRotaryCall,
+    MropeCall,
     RotaryCall,
     apply_rotary_ignores,
     check_apply_rotary,
@@ -30,6 +31,8 @@ from cann_host.rules import (
     rotary_ignores,
     soc_family,
 )
+
+from .cache import check_range
 
 
 def _halves(x: Tensor) -> Tensor:
@@ -103,6 +106,42 @@ def apply_rotary(
         turned = torch.cat((turned, both[..., d:]), -1)
     first, second = turned.split((query.shape[heads], key.shape[heads]), heads)
     return first, second
+
+
+def mrope(
+    call: MropeCall, positions: Tensor, query: Tensor, key: Tensor, cos_sin_cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What RopeWithSinCosCache computes of query and key, in float32, rounded once.
+
+    Args:
+        call: `check_mrope` accepted it.
+        positions, query, key, cos_sin_cache: tensors of the call.
+
+    Raises:
+        GraphError: a position is outside of the cache.
+    """
+    check_range("positions", positions, [len(cos_sin_cache)], "cosSinCache")
+    d = cos_sin_cache.shape[1]
+    angles = cos_sin_cache[positions].unflatten(-1, (2, d // 2))
+    if call.sections:
+        owners = torch.tensor(_owners(call), dtype=torch.int64)
+        angles = angles.movedim(-1, 1)[owners, torch.arange(d // 2)].movedim(0, -1)
+    # (tokens, 2, D / 2)
+    angles = torch.cat((angles, angles), -1) if call.is_neox else angles.repeat_interleave(2, -1)
+    cos, sin = angles.unsqueeze(1).unbind(2)
+    heads = torch.cat((query, key), 1).unflatten(1, (-1, call.head_size))
+    turned = rotary(heads[..., :d], cos, sin, HALF if call.is_neox else INTERLEAVE)
+    both = torch.cat((turned, heads[..., d:]), -1).flatten(1)
+    first, second = both.split((query.shape[1], key.shape[1]), 1)
+    return first, second
+
+
+def _owners(call: MropeCall) -> list[int]:
+    """Which row of positions each angle is of."""
+    sections = call.sections
+    if call.cache_mode == 0:
+        return [row for row, count in enumerate(sections) for _ in range(count)]
+    return [i % 3 if i // 3 < sections[i % 3] else 0 for i in range(sum(sections))]
 
 
 @op("ApplyRotaryPosEmb")
