@@ -205,9 +205,10 @@ class CpuKernel:
         if targets:
             on_memory = on_memory and self.writes_memory and can_write(targets, found.tensors)
         views = self._views_of(found.tensors, targets) if on_memory else {}
-        seeded = {
-            id(one): _cpu_generator(one) for one in found.generators if one.device.type == "npu"
-        }
+        seeded: dict[int, torch.Generator] = {}
+        if found.generators:
+            npu = [one for one in found.generators if one.device.type == "npu"]
+            seeded = {id(one): _cpu_generator(one) for one in npu}
         cpu_args = [_on_cpu(value, views, seeded) for value in args]
         cpu_kwargs = {name: _on_cpu(value, views, seeded) for name, value in kwargs.items()}
         if self.takes_device and cpu_kwargs.get("device") is None:
@@ -227,6 +228,8 @@ class CpuKernel:
             for target in targets:
                 if id(target) in views:
                     note_written(target)
+        if not written and isinstance(result, Tensor):
+            return _to_npu(result, device)
         if targets:
             values = _tensors(self._written(cpu_args, cpu_kwargs).values())
             for target, value in zip(targets, values, strict=True):
