@@ -21,6 +21,7 @@ NAMES = (
     "libascend_protobuf.so",
     "libopapi.so",
     "libmspti.so",
+    "libnnopbase.so",
 )
 
 

@@ -34,8 +34,11 @@ from cann_host.options import CannHostError
 
 __all__ = [
     "CALLBACKS",
+    "CAPTURES",
     "FUNCTIONS",
     "STRUCTS",
+    "TRACKS",
+    "WAITS",
     "AclnnExecutor",
     "GeCompile",
     "GeRelease",
@@ -44,12 +47,12 @@ __all__ = [
     "Replay",
     "declare",
     "give",
-    "int64s",
 ]
 
 
 class GeTensor(ctypes.Structure):
-    """A tensor that is an input of a compiled graph."""
+    """A tensor that is an input of a compiled graph. Equal bytes, with equal dims, are the same
+    tensor."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -60,8 +63,7 @@ class GeTensor(ctypes.Structure):
         ("origin_dim_count", c_int32),
         ("has_origin", c_int32),
         ("placement", c_int32),
-        ("dims", POINTER(c_int64)),
-        ("origin_dims", POINTER(c_int64)),
+        ("first_dim", c_uint64),
     )
 
 
@@ -70,7 +72,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {"cann_host_ge_tensor": GeTensor}
 # The Python functions. Pointers are passed as numbers; each function returns a code.
 AclnnExecutor: TypeAlias = Callable[[str, int, int, int], int]  # operator, phase, words, how many
 GeCompile: TypeAlias = Callable[[int, int, int, int], int]  # model, its size, summary, number
-GeRun: TypeAlias = Callable[[int, int, int, int], int]  # number, GeTensors, how many, outputs
+# number, GeTensors, how many, the dims of all, how many, outputs
+GeRun: TypeAlias = Callable[[int, int, int, int, int, int], int]
 GeRelease: TypeAlias = Callable[[int], int]  # number
 Replay: TypeAlias = Callable[[int], int]  # number of the work
 
@@ -93,9 +96,15 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_recent_error": (c_char_p, ()),
     "cann_host_bytes_at": (c_uint64, (c_void_p,)),
     "cann_host_block_of": (c_uint64, (c_void_p, c_uint64)),
+    "cann_host_prefetches": (c_uint64, ()),
+    "cann_host_count_prefetch": (None, ()),
+    "cann_host_state": (c_uint64, ()),
+    "cann_host_track": (c_uint64, (c_void_p, c_uint64)),
+    "cann_host_is_tracked": (c_int, (c_uint64,)),
+    "cann_host_untrack": (None, (c_uint64,)),
+    "cann_host_wrote": (None, (c_void_p, c_uint64)),
     "cann_host_has_task_queue": (c_int, ()),
     "cann_host_leave": (None, ()),
-    "cann_host_is_capturing": (c_int, ()),
     "cann_host_captures": (c_int, (c_void_p,)),
     "cann_host_record": (c_int, (c_void_p, c_int64)),
     "cann_host_next_ended": (c_int64, ()),
@@ -167,6 +176,6 @@ def give(setter: Callable[..., None], *functions: Callable[..., int] | None) -> 
     setter(*(None if function is None else id(function) for function in functions))
 
 
-def int64s(address: int, count: int) -> list[int]:
-    """The numbers at an address."""
-    return (ctypes.c_int64 * count).from_address(address)[:]
+# The low bits of cann_host_state, whose number changes when memory is freed: a graph is being
+# captured; work waits, or a launch on torch_npu's task queue has failed; memory is tracked.
+CAPTURES, WAITS, TRACKS = 1, 2, 4

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cann_host.rules import A2, A950, P310, soc_family
 from lq_graph.kernels import Arithmetic, for_rows, is_cut, s19
 
-__all__ = ["dynamic_arithmetic", "scale_as_read"]
+__all__ = [
+    "NormRoundings",
+    "add_rms_norm_quant_roundings",
+    "add_rms_norm_roundings",
+    "dynamic_arithmetic",
+    "fused_norm_arithmetic",
+    "scale_as_read",
+]
 
 # by family; the kernels of hicann/ops-nn, quant/dynamic_quant/op_kernel
 _DYNAMIC_QUANT = {
@@ -18,6 +27,54 @@ _DYNAMIC_QUANT = {
 }
 # matmul/quant_batch_matmul_v3/op_kernel/arch35/qbmm_cube_on_the_fly.h
 _CUTS_SCALE = (A950,)
+# norm/add_rms_norm_dynamic_quant/op_kernel, for rows of any length
+_FUSED_NORM = {A2: Arithmetic.RECIPROCAL, A950: Arithmetic.DIVIDE}
+
+
+class NormRoundings(NamedTuple):
+    """Which float32 values a kernel rounds to x's dtype before it goes on."""
+
+    total: bool = False  # the sum of x1 and x2
+    normalized: bool = False  # before it is multiplied by gamma
+    product: bool = False  # with gamma
+
+
+# norm/add_rms_norm/op_kernel and its tests/assets/golden.py: add_rms_golden_v1 and _v2. 310P runs
+# the kernels of A2.
+_ADD_RMS_NORM = {
+    A2: NormRoundings(total=True, normalized=True),
+    P310: NormRoundings(total=True, normalized=True),
+    A950: NormRoundings(),
+}
+
+
+def add_rms_norm_roundings(soc: str) -> NormRoundings:
+    """What AddRmsNorm rounds on a chip."""
+    return _ADD_RMS_NORM[soc_family(soc) or ""]
+
+
+def add_rms_norm_quant_roundings(
+    soc: str, dtype: torch.dtype, *, beta: bool, per_tensor: bool
+) -> NormRoundings:
+    """What AddRmsNormQuant rounds on a chip: norm/add_rms_norm_quant, op_kernel and the golden of
+    tests/st (executor_aclnnAddRmsNormQuant.py).
+
+    Args:
+        soc: name of the chip.
+        dtype: of x1.
+        beta: whether beta is given.
+        per_tensor: whether it is the kernel for one scale.
+    """
+    if soc_family(soc) == A950 or per_tensor:
+        return NormRoundings()
+    if dtype == torch.float16:
+        return NormRoundings(total=True, normalized=True, product=True)
+    return NormRoundings(total=beta)
+
+
+def fused_norm_arithmetic(soc: str) -> Arithmetic:
+    """The arithmetic of AddRmsNormDynamicQuant's kernels on a chip."""
+    return _FUSED_NORM[soc_family(soc) or ""]
 
 
 def dynamic_arithmetic(

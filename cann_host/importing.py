@@ -67,6 +67,7 @@ def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
             import torch_npu  # noqa: F401
     except Exception as error:
         raise CannHostError(_why_not_imported(error)) from error
+    _name_atb()
     if both and not quiet:
         version, _, build = torch.__version__.partition("+")
         build = f" (a {build} build)" if build else ""
@@ -76,6 +77,17 @@ def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
             "real CANN expect `import torch_npu` to end the process. There, install the CPU build "
             f"of torch {version}, as the install page of pytorch.org gives it.",
             file=sys.stderr,
+        )
+
+
+def _name_atb() -> None:
+    """Name the library that torch_npu's operators of ATB need. torch_npu keeps the error of its own
+    attempt for the first call, without a text."""
+    atb: Any = sys.modules.get("torch_npu.op_plugin.atb._atb_ops")
+    if getattr(atb, "NNAL_EX", None) is not None:
+        atb.NNAL_EX = OSError(
+            "cann_host does not have libatb.so, the library of ATB in NNAL: operators such as "
+            "torch_npu._npu_reshape_and_cache and _npu_paged_attention are not computed"
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["FRACTAL_NZ", "over_memory"]
+__all__ = ["FRACTAL_NZ", "flat_over", "over_memory"]
 
 FRACTAL_NZ = 29  # its number in aclFormat and in GE's Format
 
@@ -41,6 +42,14 @@ def over_memory(
             reach *= size
     else:
         reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    memory = _memoryview(address + offset * dtype.itemsize, reach * dtype.itemsize, _WRITABLE)
-    flat = torch.frombuffer(memory, dtype=dtype)
+    flat = flat_over(address + offset * dtype.itemsize, dtype, reach)
     return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
+
+
+@lru_cache(maxsize=1 << 14)
+def flat_over(address: int, dtype: torch.dtype, count: int) -> Tensor:
+    """A CPU tensor of one dim over raw memory, no copy. The caller must not change its metadata:
+    later calls with the same arguments return the same tensor."""
+    memory = _memoryview(address, count * dtype.itemsize, _WRITABLE)
+    with torch.inference_mode(False):  # it outlives the mode of this call
+        return torch.frombuffer(memory, dtype=dtype)

@@ -20,8 +20,14 @@ BROUGHT = {
     # csrc/core/npu/interface/AclInterface.cpp, AclrtPointerGetAttributesExist;
     # csrc/core/npu/NPUGraph.cpp, apply_cache_op_info
     "8.5.0": ("aclrtPointerGetAttributes", "aclrtSetStreamAttribute"),
-    # hicann/ops-nn: quant/dynamic_quant has aclnn_dynamic_quant_v4.h in 9.1.0 and not in 9.0.0
-    "9.1.0": ("aclnnDynamicQuantV4", "aclnnDynamicQuantV4GetWorkspaceSize"),
+    # hicann/ops-nn: quant/dynamic_quant has aclnn_dynamic_quant_v4.h in 9.1.0 and not in 9.0.0;
+    # hicann/ops-transformer: posembedding/kv_rms_norm_rope_cache has aclnnKvRmsNormRopeCacheV2.md
+    "9.1.0": (
+        "aclnnDynamicQuantV4",
+        "aclnnDynamicQuantV4GetWorkspaceSize",
+        "aclnnKvRmsNormRopeCacheV2",
+        "aclnnKvRmsNormRopeCacheV2GetWorkspaceSize",
+    ),
 }
 
 _hidden: set[str] = set()  # in this process

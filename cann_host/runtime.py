@@ -131,13 +131,15 @@ def options() -> Options:
 
 
 def info() -> dict[str, Any]:
-    """The options and libraries of the stand-in in this process; `active` says whether it runs."""
+    """The options and libraries of the stand-in in this process; `active` says whether it runs,
+    `aten_fallbacks` and `prefetches` count what it did."""
     directory = _native.library_directory()
     return {
         "active": is_active(),
         **asdict(Options.of() if _current is None else _current.options),
         "libraries": None if directory is None else str(directory),
         "aten_fallbacks": 0 if _current is None else _current.aten.count,
+        "prefetches": 0 if _current is None else _current.library.cann_host_prefetches(),
     }
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "check",
     "check_format",
     "given_inputs",
+    "has_format",
     "note",
     "refuse_frozen",
     "watch",
@@ -124,15 +125,22 @@ def check(what: str, parameters: Iterable[Watched], todo: str) -> None:
             )
 
 
+def has_format(tensor: Tensor, compiled: int) -> bool:
+    """Whether a tensor has the format that a graph was compiled for, as far as it matters."""
+    form = _format_of(tensor)
+    return form == compiled or FRACTAL_NZ not in (form, compiled)
+
+
 def check_format(what: str, compiled: int, tensor: Tensor) -> None:
     """Refuse an input in another format than its graph was compiled for.
 
     Raises:
         ReplacedError: names both formats.
     """
-    if (form := _format_of(tensor)) != compiled and FRACTAL_NZ in (form, compiled):
+    if not has_format(tensor, compiled):
+        form = _format_name(_format_of(tensor))
         raise ReplacedError(
-            f"cann_host: {what} is {_format_name(form)} and the graph was compiled for "
+            f"cann_host: {what} is {form} and the graph was compiled for "
             f"{_format_name(compiled)}. {_OWN} What to do: prepare the weights "
             "(use_internal_format_weight) before the first call and after every .cpu().npu() or "
             "weight.data = ...; or torch._dynamo.reset() and call again, which compiles for what "

@@ -11,6 +11,11 @@ either.
     quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
     activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
     norms         aclnnRmsNorm, aclnnAddRmsNorm
+    rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope
+    cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
+    fused_norms   norms that quantize: aclnnAddRmsNormDynamicQuantV2
+    fused_swiglu  aclnnSwiGlu, aclnnDequantSwigluQuantV2, aclnnSwiGluQuantV2
+    kv_cache      aclnnScatterPaKvCache, aclnnKvRmsNormRopeCache*
     copies        copies, casts of dtype and format, padding
     runner        OPERATORS; Runner, which the library calls
 """

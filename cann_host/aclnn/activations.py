@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cann_host.graph.ops.quant import quantize_dynamically
+from cann_host.graph.ops.quant import QUANTIZE_LIMITS, quantize, quantize_dynamically
 from cann_host.rules import (
     A950,
     INNER,
@@ -192,13 +192,6 @@ def _ascend_quant(call: AscendQuantArguments, _soc: str) -> None:
 
 # ---- Quantize ----
 
-# dtype of the result: the least and largest value
-_QUANTIZE_LIMITS = {
-    torch.int8: (-128, 127),
-    torch.uint8: (0, 255),
-    torch.int32: (-(2**31), 2**31 - 1),
-}
-
 
 class QuantizeArguments(NamedTuple):
     x: AclTensor
@@ -218,7 +211,7 @@ def _check_quantize(call: QuantizeArguments, soc: str) -> None:
     if dtype != out.dtype_code:
         raise RefusedError(f"dtype is {dtype} and out has aclDataType {out.dtype_code}")
     need_base_format(x=x, scales=scales, zero_points=zero_points, out=out)
-    if out.dtype not in _QUANTIZE_LIMITS and 0 not in out.shape:
+    if out.dtype not in QUANTIZE_LIMITS and 0 not in out.shape:
         raise RefusedError(f"cann_host does not compute {out.dtype_name}", None)
 
 
@@ -226,14 +219,8 @@ def _quantize(call: QuantizeArguments, _soc: str) -> None:
     x, scales, out = call.x, call.scales, call.out
     if 0 in x.shape or 0 in scales.shape:
         return  # CANN returns immediately
-    along = [1] * len(x.shape)
-    if scales.shape != (1,):  # one value is valid for any axis
-        along[call.axis] = -1
-    value = x.view().to(torch.float32) / scales.view().to(torch.float32).reshape(along)
-    if call.zero_points is not None:
-        value += call.zero_points.view().to(torch.float32).reshape(along)
-    low, high = _QUANTIZE_LIMITS[out.dtype]
-    out.view().copy_(value.to(torch.float64).round_().clamp_(low, high))
+    points = None if call.zero_points is None else call.zero_points.view()
+    out.view().copy_(quantize(x.view(), scales.view(), points, call.axis, out.dtype))
 
 
 OPERATORS = (

@@ -71,11 +71,11 @@ def _check_add_rms_norm(call: AddRmsNormArguments, soc: str) -> None:
         raise RefusedError(f"x1 is {x1.desc} and x {x.desc}")
 
 
-def _add_rms_norm(call: AddRmsNormArguments, _soc: str) -> None:
+def _add_rms_norm(call: AddRmsNormArguments, soc: str) -> None:
     x1, x2, gamma = call.x1, call.x2, call.gamma
     if 0 in x1.shape or 0 in gamma.shape:
         return
-    results = add_rms_norm(x1.view(), x2.view(), gamma.view(), epsilon=call.epsilon)
+    results = add_rms_norm(soc, x1.view(), x2.view(), gamma.view(), epsilon=call.epsilon)
     for tensor, values in zip((call.y, call.rstd, call.x), results, strict=True):
         tensor.view().copy_(values)
 

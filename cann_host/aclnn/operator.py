@@ -22,9 +22,12 @@ class Operator(Generic[Arguments]):
             the chip.
         compute: computes a call that was checked; takes the same arguments. The memory of each
             tensor was checked too: `AclTensor.view` lies inside its allocation.
+        only_reads: names of arguments that it does not write. A weight that is named here stays
+            converted (cann_host/weights.py) from one call to the next.
     """
 
     name: str
     arguments: Callable[..., Arguments]
     check: Callable[[Arguments, str], None]
     compute: Callable[[Arguments, str], None]
+    only_reads: frozenset[str] = frozenset()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cann_host import chips
+from cann_host import chips, weights
 from cann_host.graph import executor
 from cann_host.graph.ops.quant import pack_parameters
 from cann_host.memory import FRACTAL_NZ
@@ -154,13 +154,15 @@ def _untransposed_weight(x2: AclTensor) -> Tensor | kernels.NzWeight:
     rows, columns = x2.stored_shape[-2:]
     if x2.is_transposed and x2.format == FRACTAL_NZ and len(x2.shape) == 2:
         return kernels.NzWeight(x2.nz_view(), rows, columns)
-    stored = (
-        kernels.nz_to_nd(x2.nz_view(), rows, columns)
-        if x2.format == FRACTAL_NZ
-        else x2.view().mT
-        if x2.is_transposed
-        else x2.view()
-    )
+    if x2.is_transposed and x2.format != FRACTAL_NZ:
+        return x2.view().mT
+    kind = ("x2", *x2[1:])  # all but the address
+    return weights.converted(kind, *x2.bytes, lambda: _converted_weight(x2))
+
+
+def _converted_weight(x2: AclTensor) -> Tensor:
+    rows, columns = x2.stored_shape[-2:]
+    stored = kernels.nz_to_nd(x2.nz_view(), rows, columns) if x2.format == FRACTAL_NZ else x2.view()
     if x2.is_transposed:
         return stored
     if x2.dtype == torch.int32:
@@ -193,10 +195,17 @@ _check_v4 = partial(_check_quant_matmul, entry="v4")
 _check_v5 = partial(_check_quant_matmul, entry="v5")
 _check_weight_nz = partial(_check_quant_matmul, entry="nz")
 
+_READ = frozenset(QuantMatmulArguments._fields) - {"out"}
+
 OPERATORS = (
-    Operator("aclnnQuantMatmulV4", QuantMatmulArguments, _check_v4, _quant_matmul),
-    Operator("aclnnQuantMatmulV5", QuantMatmulArguments, _check_v5, _quant_matmul),
-    Operator("aclnnQuantMatmulWeightNz", QuantMatmulArguments, _check_weight_nz, _quant_matmul),
+    *(
+        Operator(name, QuantMatmulArguments, check, _quant_matmul, _READ)
+        for name, check in (
+            ("aclnnQuantMatmulV4", _check_v4),
+            ("aclnnQuantMatmulV5", _check_v5),
+            ("aclnnQuantMatmulWeightNz", _check_weight_nz),
+        )
+    ),
     *(
         Operator(name, TransQuantParamArguments, _check_trans_quant_param, _trans_quant_param)
         for name in ("aclnnTransQuantParamV2", "aclnnTransQuantParamV3")

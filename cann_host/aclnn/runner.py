@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Any
 
 import torch
 
 from cann_host import watched
-from cann_host.bindings import give, int64s
+from cann_host.bindings import CAPTURES, TRACKS, give
 from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
-from . import activations, copies, norms, quant_matmul
+from . import (
+    activations,
+    attention,
+    cache,
+    copies,
+    fused_norms,
+    fused_swiglu,
+    kv_cache,
+    norms,
+    quant_matmul,
+    rope,
+)
 from .operator import Operator
 from .refusal import RefusedError
 from .tensors import read_arguments, tensors_of
@@ -21,9 +33,22 @@ __all__ = ["OPERATORS", "Runner"]
 
 OPERATORS: dict[str, Operator[Any]] = {
     operator.name: operator
-    for family in (copies, norms, quant_matmul, activations)
+    for family in (
+        activations,
+        attention,
+        cache,
+        copies,
+        fused_norms,
+        fused_swiglu,
+        kv_cache,
+        norms,
+        quant_matmul,
+        rope,
+    )
     for operator in family.OPERATORS
 }
+
+_MOST_CALLS = 4096
 
 
 class Runner:
@@ -36,6 +61,7 @@ class Runner:
 
     def __init__(self, library: ctypes.CDLL, soc: str) -> None:
         self.library, self.soc = library, soc
+        self._calls: dict[tuple[str, bytes], Any] = {}
         give(library.cann_host_set_aclnn_executor, self._run)
 
     def _run(self, name: str, phase: int, words: int, count: int) -> int:
@@ -45,13 +71,16 @@ class Runner:
             CANN's code, 0 for success. The message goes to the library.
         """
         try:
+            operator = OPERATORS[name]
+            call = self._read(operator, ctypes.string_at(words, count * 8))
             # A default device or a function mode of the caller must not affect these tensors.
             with torch._C.DisableTorchFunction():
-                operator, values = OPERATORS[name], read_arguments(int64s(words, count))
-                function = operator.compute if phase else operator.check
-                function(operator.arguments(*values), self.soc)
-                if phase == 0:
-                    watched.note(tensor.address for tensor in tensors_of(values))
+                if phase:
+                    self._compute(operator, call)
+                else:
+                    operator.check(call, self.soc)
+                    if self.library.cann_host_state() & CAPTURES:
+                        watched.note(tensor.address for tensor in tensors_of(call))
         except GraphError as error:  # a refusal of the same GE operator
             return self._fail(f"{name}: {error}", INVALID)
         except RefusedError as error:
@@ -59,6 +88,28 @@ class Runner:
         except Exception as error:
             return self._fail(f"{name}: cann_host failed: {type(error).__name__}: {error}", INNER)
         return 0
+
+    def _read(self, operator: Operator[Any], words: bytes) -> Any:
+        """The operator's arguments. Those of earlier calls are kept: a model makes calls with the
+        same words at each step."""
+        key = operator.name, words
+        found = self._calls.get(key)
+        if found is None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            numbers = struct.unpack(f"<{len(words) // 8}q", words)
+            found = self._calls[key] = operator.arguments(*read_arguments(numbers))
+        return found
+
+    def _compute(self, operator: Operator[Any], call: Any) -> None:
+        try:
+            operator.compute(call, self.soc)
+        finally:
+            if self.library.cann_host_state() & TRACKS:
+                for name, value in zip(call._fields, call, strict=True):
+                    if name not in operator.only_reads:
+                        for tensor in tensors_of((value,)):
+                            self.library.cann_host_wrote(*tensor.bytes)
 
     def _fail(self, message: str, code: int) -> int:
         self.library.cann_host_set_error(message.encode(errors="replace"))

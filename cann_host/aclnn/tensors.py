@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from cann_host.memory import over_memory
+from cann_host.memory import FRACTAL_NZ, over_memory
 from cann_host.rules import TensorDesc
 
 from .refusal import RefusedError
@@ -99,6 +100,20 @@ class AclTensor(NamedTuple):
             return (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return self.shape
 
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """The address and the number of the bytes from its first element to its last, or of its
+        FRACTAL_NZ storage."""
+        width = self.dtype.itemsize
+        if self.format == FRACTAL_NZ:
+            return self.address, math.prod(self.storage) * width
+        if 0 in self.shape:
+            return self.address, 0
+        reach = 1 + sum(
+            (n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)
+        )
+        return self.address + self.offset * width, reach * width
+
     def view(self) -> Tensor:
         """A tensor over the memory, no copy."""
         return over_memory(self.address, self.dtype, self.shape, self.strides, self.offset)
@@ -117,7 +132,7 @@ Argument: TypeAlias = (
 )
 
 
-def read_arguments(words: list[int]) -> list[Argument]:
+def read_arguments(words: Sequence[int]) -> list[Argument]:
     """Read the arguments from words; csrc/aclnn.h describes the words."""
     arguments: list[Argument] = []
     at = 0
@@ -127,7 +142,7 @@ def read_arguments(words: list[int]) -> list[Argument]:
     return arguments
 
 
-def _read(words: list[int], at: int) -> tuple[Argument, int]:
+def _read(words: Sequence[int], at: int) -> tuple[Argument, int]:
     """The argument that begins at a word, and where the next begins."""
     kind = words[at]
     if kind == _ABSENT:

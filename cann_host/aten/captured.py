@@ -60,16 +60,13 @@ class CapturedWork:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._is_capturing: Callable[[], int] = library.cann_host_is_capturing
         self._numbers = count()
         self.works: dict[int, Callable[[], None]] = {}  # of the graphs that exist
         give(library.cann_host_set_replay, self._replay)
 
-    def is_capturing(self, device: Callable[[], torch.device]) -> bool:
+    def is_capturing(self, device: torch.device) -> bool:
         """Whether the current stream of the device captures work that is launched now."""
-        return bool(self._is_capturing()) and bool(
-            self._library.cann_host_captures(_stream(device()))
-        )
+        return bool(self._library.cann_host_captures(_stream(device)))
 
     def record(
         self, device: torch.device, what: str, used: list[Tensor], work: Callable[[], None]

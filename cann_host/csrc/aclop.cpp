@@ -116,11 +116,14 @@ int Identity(const aclTensorDesc& in, const aclDataBuffer& from, const aclTensor
     if (source < target + written_bytes && target < source + read_bytes) {
       return Fail(kInvalidParam, "Identity: the two tensors of a cast share memory");
     }
-    return to_nz ? CastFormat(in, out, source, target, true, width)
-                 : CastFormat(out, in, target, source, false, width);
+    const int code = to_nz ? CastFormat(in, out, source, target, true, width)
+                           : CastFormat(out, in, target, source, false, width);
+    cann_host::NoteWrite(target, written_bytes);
+    return code;
   }
   if (in.storage_format == out.storage_format && read == written) {
     std::memmove(target, source, Count(read) * width);
+    cann_host::NoteWrite(target, Count(read) * width);
     return kSuccess;
   }
   return Fail(

@@ -10,7 +10,7 @@ extern "C" {
 
 // ---- structs, whose sizes Python compares when it loads the library ----
 
-// A tensor that is an input of a compiled graph.
+// A tensor that is an input of a compiled graph. Equal bytes, with equal dims, are the same tensor.
 struct cann_host_ge_tensor {
   void* data;
   size_t size;  // bytes that may be read at data
@@ -20,8 +20,7 @@ struct cann_host_ge_tensor {
   int32_t origin_dim_count;  // the shape torch sees; 0 with `has_origin` 0 if it was not set
   int32_t has_origin;
   int32_t placement;
-  const int64_t* dims;
-  const int64_t* origin_dims;
+  uint64_t first_dim;  // in the dims of all inputs: the storage shape, then the shape torch sees
 };
 
 // Python only passes these two back.
@@ -44,13 +43,21 @@ const char* cann_host_recent_error();
 // memory.cpp
 uint64_t cann_host_bytes_at(const void* address);
 uint64_t cann_host_block_of(const void* address, uint64_t bytes);
+uint64_t cann_host_prefetches();
+void cann_host_count_prefetch();
+uint64_t cann_host_state();
+
+// tracked.cpp
+uint64_t cann_host_track(const void* address, uint64_t bytes);
+int cann_host_is_tracked(uint64_t number);
+void cann_host_untrack(uint64_t number);
+void cann_host_wrote(const void* address, uint64_t bytes);
 
 // stream.cpp
 int cann_host_has_task_queue();
 void cann_host_leave();
 
 // capture.cpp
-int cann_host_is_capturing();
 int cann_host_captures(void* stream);
 int cann_host_record(void* stream, int64_t number);
 int64_t cann_host_next_ended();

@@ -247,9 +247,6 @@ int aclrtSetStreamAttribute(void*, int, void*) {
   return kSuccess;
 }
 
-// Whether any stream is being captured or updates a graph.
-int cann_host_is_capturing() { return is_capturing ? 1 : 0; }
-
 // Whether work that is launched on this stream goes into a graph.
 int cann_host_captures(void* handle) {
   StreamsState& state = GetStreams();

@@ -112,6 +112,8 @@ int QueueFailure(const char* symbol) {
       symbol, reason.c_str());
 }
 
+bool QueueHasFailed() { return queue_has_failed; }
+
 int Fault(const char* symbol) {
   if (!has_faults.load(std::memory_order_relaxed)) return kSuccess;
   State& state = GetState();

@@ -56,6 +56,7 @@ int Fault(const char* symbol);
 // QueueFailure fails for every wait.
 int ReportLaunch(int code);
 int QueueFailure(const char* symbol);
+bool QueueHasFailed();
 
 // Work on a stream, null for the device's default stream: done now, or later in the stream's order, or
 // recorded while a graph is captured. Returns the work's own code if it was done.
@@ -71,6 +72,7 @@ int FinishStream(const char* symbol, void* stream);
 void DoAllWork();
 // Whether a launch may not be done when it returns.
 bool IsDeferring();
+bool IsCapturing();
 // Whether work is done only when the program waits for it: with late streams, or after a thread that
 // Python does not know has launched (torch_npu's task queue). The thread that waits for the queue holds
 // Python's lock.
@@ -104,6 +106,11 @@ struct Reach {
 Reach ReachOf(const void* data, size_t bytes);
 // Whether it is still the same allocation; true for memory that was not allocated here.
 bool IsThere(const Reach& reach);
+
+// Memory was written, or is freed: what Python keeps of it is old (tracked.cpp). To be called after the
+// write.
+void NoteWrite(const void* data, size_t bytes);
+bool IsTracking();
 
 // The objects of one kind that callers have as handles. A handle is looked up here before it is used:
 // it may be the handle of something else, or destroyed.

@@ -24,7 +24,7 @@ struct Executor {
       compile;                    // of the model, its size, a cann_host_ge_summary, and a uint64
                                   // for the compiled graph's number
   cann_host::PythonFunction run;  // of the compiled graph's number, cann_host_ge_tensors, how many,
-                                  // and a cann_host_ge_outputs
+                                  // the dims of all, how many, and a cann_host_ge_outputs
   cann_host::PythonFunction release;  // of the compiled graph's number
 };
 
@@ -227,6 +227,7 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
   const std::shared_ptr<SessionGraph> graph = Find(session, id);
   if (graph == nullptr || Compile(*graph) != GRAPH_SUCCESS) return kFailed;
   std::vector<cann_host_ge_tensor> views;
+  std::vector<int64_t> dims;
   views.reserve(inputs.size());
   for (const Tensor& input : inputs) {
     const TensorImpl& tensor = input.Impl();
@@ -237,12 +238,16 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
     views.push_back({tensor.data, size, desc.dtype, desc.format,
                      static_cast<int32_t>(desc.dims.size()),
                      static_cast<int32_t>(desc.origin_dims.size()), desc.has_origin, desc.placement,
-                     desc.dims.data(), desc.origin_dims.data()});
+                     dims.size()});
+    dims.insert(dims.end(), desc.dims.begin(), desc.dims.end());
+    dims.insert(dims.end(), desc.origin_dims.begin(), desc.origin_dims.end());
   }
   cann_host_ge_outputs sink{outputs, placement};
   const int code =
-      GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKK)", Number(graph->number),
-                             Number(views.data()), Number(views.size()), Number(&sink));
+      GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKKKK)", Number(graph->number),
+                             Number(views.data()), Number(views.size()), Number(dims.data()),
+                             Number(dims.size()), Number(&sink));
+  for (ge::Tensor& output : outputs) cann_host::NoteWrite(output.Impl().data, output.Impl().size);
   return code == 0 ? GRAPH_SUCCESS : kFailed;
 }
 

@@ -177,7 +177,9 @@ int Launched(const char* symbol, void* handle, const Call& call, const Buffer& s
                     reach.data);
       }
     }
-    return group->Run(call, from.data, const_cast<void*>(to.data));
+    const int code = group->Run(call, from.data, const_cast<void*>(to.data));
+    cann_host::NoteWrite(to.data, to.bytes);
+    return code;
   });
 }
 

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -42,6 +43,7 @@ struct Memory {
   std::map<uintptr_t, Block> blocks;
   std::map<int, size_t> used;  // bytes of each device
   uint64_t next = 1;
+  std::atomic<uint64_t> frees{0};
 };
 
 Memory& GetMemory() {
@@ -75,6 +77,8 @@ int Release(const char* symbol, void* bytes, Where where) {
       return Fail(kInvalidParam, "%s: %p was not allocated here", symbol, bytes);
     }
     if (where == Where::kDevice) memory.used[found->second.device] -= found->second.size;
+    cann_host::NoteWrite(bytes, found->second.size);
+    ++memory.frees;
     memory.blocks.erase(found);
   }
   std::free(bytes);
@@ -177,6 +181,7 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
       }
     }
     std::memmove(dst, src, count);
+    cann_host::NoteWrite(dst, count);
     return +kSuccess;
   });
   // A task queue's thread does not wait: the thread that queued the copy does.
@@ -185,6 +190,29 @@ int CopyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kin
     return cann_host::FinishStream(symbol, stream);
   }
   return code;
+}
+
+std::atomic<uint64_t> prefetches{0};
+
+// A prefetch reads memory into a cache, so it changes no value: it is counted when it is done.
+int PrefetchAsync(const void* src, size_t size, int type, void* stream) {
+  const char* symbol = "aclrtCmoAsync";
+  constexpr int kPrefetch = 0;  // aclrtCmoType; CANN's documents allow this one only
+  if (type != kPrefetch) {
+    return Fail(kInvalidParam, "%s: cmoType is %d; it must be %d, a prefetch", symbol, type,
+                kPrefetch);
+  }
+  if (size == 0 || !cann_host::IsAllocated(src, size)) {
+    return Fail(kInvalidParam, "%s: %zu bytes at %p are not all in memory that was allocated here",
+                symbol, size, src);
+  }
+  return cann_host::OnStream(symbol, stream, [=, reach = cann_host::ReachOf(src, size)] {
+    if (!cann_host::IsThere(reach)) {
+      return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, size, src);
+    }
+    ++prefetches;
+    return +kSuccess;
+  });
 }
 
 int SetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
@@ -196,6 +224,7 @@ int SetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stre
       return Fail(kInvalidParam, "%s: %zu bytes at %p are no longer allocated", symbol, count, dst);
     }
     std::memset(dst, value, count);
+    cann_host::NoteWrite(dst, count);
     return +kSuccess;
   });
 }
@@ -324,6 +353,7 @@ int aclrtMemcpy(void* dst, size_t dst_size, const void* src, size_t count, int k
   if (count == 0) return kSuccess;
   if (const int code = CheckCopy("aclrtMemcpy", dst, dst_size, src, count, kind)) return code;
   std::memmove(dst, src, count);
+  cann_host::NoteWrite(dst, count);
   return kSuccess;
 }
 int aclrtMemcpyAsync(void* dst, size_t dst_size, const void* src, size_t count, int kind,
@@ -336,6 +366,7 @@ int aclrtMemset(void* dst, size_t dst_size, int32_t value, size_t count) {
   if (count == 0) return kSuccess;
   if (const int code = CheckSet("aclrtMemset", dst, dst_size, count)) return code;
   std::memset(dst, value, count);
+  cann_host::NoteWrite(dst, count);
   return kSuccess;
 }
 int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, void* stream) {
@@ -343,11 +374,30 @@ int aclrtMemsetAsync(void* dst, size_t dst_size, int32_t value, size_t count, vo
   return cann_host::ReportLaunch(SetAsync(dst, dst_size, value, count, stream));
 }
 
+int aclrtCmoAsync(void* src, size_t size, int type, void* stream) {
+  CANN_HOST_CALL(aclrtCmoAsync);
+  return cann_host::ReportLaunch(PrefetchAsync(src, size, type, stream));
+}
+
+uint64_t cann_host_prefetches() { return prefetches; }
+
+// A graph has prefetched.
+void cann_host_count_prefetch() { ++prefetches; }
+
 uint64_t cann_host_bytes_at(const void* address) { return cann_host::BytesAt(address); }
 
 // The number of the allocation that these bytes are in, unique; 0 if they are not all in one.
 uint64_t cann_host_block_of(const void* address, uint64_t bytes) {
   return cann_host::ReachOf(address, bytes).block;
+}
+
+// What Python must know at each call, in one number: 1 if a graph is being captured, 2 if work waits
+// (or a launch on torch_npu's task queue has failed), 4 if memory is tracked; above, how often memory
+// was freed.
+uint64_t cann_host_state() {
+  const bool waits = cann_host::IsLate() || cann_host::QueueHasFailed();
+  return (cann_host::IsCapturing() ? 1 : 0) | (waits ? 2 : 0) | (cann_host::IsTracking() ? 4 : 0) |
+         GetMemory().frees << 3;
 }
 
 // All memory is the host's, so every device can access the memory of every other device.

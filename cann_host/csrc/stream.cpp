@@ -388,6 +388,8 @@ void DoAllWork() {
   for (const auto& stream : Streams(-1)) Work(stream, nullptr);
 }
 
+bool IsCapturing() { return is_capturing; }
+
 bool IsDeferring() { return IsLate() || is_capturing; }
 
 }  // namespace cann_host

@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from cann_host import watched
-from cann_host.graph import executor
-from cann_host.graph.device_memory import bytes_at
-from cann_host.graph.executor import FractalNZ, GraphError, Op, ShapeUnknownError, Value
+from cann_host import watched, weights
+from cann_host.graph.device_memory import Input, Inputs, bytes_at
+from cann_host.graph.executor import FractalNZ, GraphError, Value, torch_dtype
+from cann_host.graph.program import Program, Slot, Step
+from cann_host.memory import FRACTAL_NZ
 
-__all__ = ["CompiledGraph", "Slot", "Step", "TensorInfo", "output_tensor"]
-
-
-class Slot(NamedTuple):
-    """The name of a value in a graph: output number `port` of a node."""
-
-    node: str
-    port: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator of a compiled graph.
-
-    Attributes:
-        op: what it computes.
-        node: name of the node, for messages.
-        inputs: slot, or list of slots of a dynamic input, by input name.
-        attrs: attributes by name.
-        last_use: slots that no step reads after this one.
-    """
-
-    op: Op
-    node: str
-    inputs: dict[str, Slot | list[Slot]]
-    attrs: dict[str, Any]
-    last_use: list[Slot] = field(default_factory=list)
-
-    def run(self, values: dict[Slot, Any], *, compiling: bool = False) -> list[Any]:
-        """Compute the step's outputs from the values so far."""
-        inputs = {
-            name: [values[s] for s in slot] if isinstance(slot, list) else values[slot]
-            for name, slot in self.inputs.items()
-        }
-        try:
-            return executor.run_op(self.op, inputs, self.attrs, compiling=compiling)
-        except ShapeUnknownError:
-            raise
-        except GraphError as error:
-            raise GraphError(f"node {self.node} ({self.op.type}): {error}") from None
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            raise GraphError(f"node {self.node} ({self.op.type}): {text}") from error
+__all__ = ["CompiledGraph", "TensorInfo", "output_tensor"]
 
 
 class TensorInfo(NamedTuple):
@@ -76,26 +36,44 @@ class CompiledGraph:
     Attributes:
         name: of the graph.
         inputs: slot of each graph input, in the order of the caller's inputs.
-        constants: values known at compile time.
-        steps: the steps that every run computes.
+        input_infos: their dtypes and shapes.
+        formats: of each graph input, for which the graph was compiled.
         outputs: slots of the results.
         output_infos: dtypes and shapes of the outputs, for the summary.
+        constants: values known at compile time.
+        steps: the steps that every run computes.
+        returns_one: see `Program`; of the steps that the compiler checked.
         is_static: whether every shape is known.
         borrowed: (name, address, bytes) of constants in the caller's memory.
-        formats: of each graph input, for which the graph was compiled.
         parameters: the parameters whose memory is in `borrowed`.
+        written: the inputs, and the constants in the caller's memory, that a run writes into.
+        memory: reads the inputs of a run.
     """
 
     name: str
     inputs: list[Slot]
-    constants: dict[Slot, Any]
-    steps: list[Step]
+    input_infos: list[TensorInfo]
+    formats: list[int]
     outputs: list[Slot]
     output_infos: list[TensorInfo]
+    constants: dict[Slot, Value]
+    steps: list[Step]
+    returns_one: dict[Step, bool]
     is_static: bool
-    borrowed: list[tuple[str, int, int]] = field(default_factory=list)
-    formats: list[int] = field(default_factory=list)
-    parameters: list[watched.Watched] = field(default_factory=list)
+    borrowed: list[tuple[str, int, int]]
+    parameters: list[watched.Watched]
+    written: set[Slot]
+
+    def __post_init__(self) -> None:
+        self._program = self._make(self.returns_one)
+        self.memory = Inputs()
+        self._expected = [
+            (torch_dtype(info.dtype), info.shape, form == FRACTAL_NZ)
+            for info, form in zip(self.input_infos, self.formats, strict=True)
+        ]
+
+    def _make(self, returns_one: Mapping[Step, bool]) -> Program:
+        return Program(self.inputs, self.constants, self.steps, self.outputs, returns_one)
 
     def run(self, inputs: Sequence[Value]) -> list[Tensor]:
         """Compute the graph's outputs.
@@ -111,22 +89,30 @@ class CompiledGraph:
         for name, address, size in self.borrowed:
             if bytes_at(address) < size:
                 raise GraphError(f"the memory of constant {name} was freed after compilation")
-        values: dict[Slot, Any] = dict(self.constants)
-        values.update(zip(self.inputs, inputs, strict=True))
-        for step in self.steps:
-            for index, value in enumerate(step.run(values)):
-                values[Slot(step.node, index)] = value
-            for slot in step.last_use:
-                values.pop(slot, None)
-        return [output_tensor(values[slot], i) for i, slot in enumerate(self.outputs)]
+        program = self._program
+        if self.returns_one and self._expected != [_kind(value) for value in inputs]:
+            program = self._make({})  # every step checks again
+        try:
+            results = program.run(inputs)
+        finally:
+            for value in self._written(inputs):
+                weights.wrote(value.data_ptr(), value.nbytes)
+        return [output_tensor(result, i) for i, result in enumerate(results)]
 
-    def check_unchanged(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    def _written(self, inputs: Sequence[Value]) -> Iterator[Tensor]:
+        values = dict(zip(self.inputs, inputs, strict=True))
+        for slot in self.written:
+            value = values.get(slot, self.constants.get(slot))
+            if isinstance(value, Tensor):
+                yield value
+
+    def check_unchanged(self, given: Sequence[Tensor], inputs: Sequence[Input]) -> None:
         """Refuse changes that a device would not notice: torchair passes the formats of the inputs
         once, then only addresses; for constants and frozen parameters it passes nothing more.
 
         Args:
             given: the tensors that torchair was called with.
-            addresses: the addresses that the graph got.
+            inputs: what the graph got.
 
         Raises:
             RuntimeError: one of them is not what the graph was compiled for.
@@ -135,15 +121,22 @@ class CompiledGraph:
             "torch._dynamo.reset() after a weight was replaced, prepared or moved, and call again"
         )
         watched.check(f"graph {self.name}", self.parameters, todo)
-        for slot, form, tensor, address in zip(
-            self.inputs, self.formats, given, addresses, strict=False
-        ):
+        for slot, form, tensor, one in zip(self.inputs, self.formats, given, inputs, strict=False):
             if tensor.device.type != "npu" or tensor.numel() == 0:
                 continue
-            name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
-            watched.check_format(name, form, tensor)
-            if tensor.data_ptr() != address:
+            moved = tensor.data_ptr() != one.address
+            if moved or not watched.has_format(tensor, form):
+                name = f"input {slot.node} {tuple(tensor.shape)} of graph {self.name}"
+                watched.check_format(name, form, tensor)
                 watched.refuse_frozen(name, todo)
+
+
+def _kind(value: Value) -> tuple[torch.dtype, tuple[int, ...], bool]:
+    """dtype, shape, and whether it is FRACTAL_NZ."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, False
+    assert isinstance(value, FractalNZ) and isinstance(value.like, Tensor)
+    return value.like.dtype, value.like.shape, True
 
 
 def output_tensor(value: Value, index: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from cann_host import watched
 from cann_host.graph import executor, ops  # noqa: F401 - ops registers the operators
-from cann_host.graph.compiled import CompiledGraph, Slot, Step, TensorInfo, output_tensor
+from cann_host.graph.compiled import CompiledGraph, TensorInfo, output_tensor
 from cann_host.graph.device_memory import bytes_at, with_format
 from cann_host.graph.executor import (
     DTYPES,
@@ -22,7 +24,9 @@ from cann_host.graph.executor import (
     Value,
     torch_dtype,
 )
+from cann_host.graph.in_place import plan_writes
 from cann_host.graph.origins import origins_of
+from cann_host.graph.program import Slot, Step
 from cann_host.memory import FRACTAL_NZ
 
 __all__ = ["compile_graph", "ge_dtype"]
@@ -31,6 +35,7 @@ __all__ = ["compile_graph", "ge_dtype"]
 _LAYOUTS = frozenset({"input_layout_info", "output_layout_info"})
 # nodes that hold or pass on tensors
 _PASSIVE = frozenset({"Const", "Constant", "ConstPlaceHolder", "Data", "NetOutput", "RefData"})
+_ENDS = frozenset({"NetOutput", "Cmo"})  # nodes that are needed although no other reads them
 
 
 def _attributes(op: Op, node: Any) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def _attribute(attr: Any) -> Any:
 
 def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
     inputs: dict[str, Slot | list[Slot]] = {}
-    many: list[Slot] = []
+    lists: dict[str, list[Slot]] = {name: [] for name in op.dynamic}
     # control edges, which have no descriptor, come first
     sources = [source for source in node.input if not source.endswith(":-1")]
     for position, source in enumerate(sources):
@@ -70,15 +75,14 @@ def _inputs(op: Op, node: Any) -> dict[str, Slot | list[Slot]]:
             continue
         slot = Slot(producer, int(index))
         name = node.input_desc[position].name if position < len(node.input_desc) else ""
-        if name in op.inputs and name != op.dynamic:
+        many = next((d for d in op.dynamic if name.removeprefix(d).isdecimal()), None)
+        if many is not None:
+            lists[many].append(slot)
+        elif name in op.inputs and name not in op.dynamic:
             inputs[name] = slot
-        elif op.dynamic and name.removeprefix(op.dynamic).isdecimal():
-            many.append(slot)
         else:
             raise GraphError(f"node {node.name} ({node.type}): unknown input {name or position}")
-    if op.dynamic:
-        inputs[op.dynamic] = many
-    return inputs
+    return inputs | lists
 
 
 def _data_info(node: Any) -> TensorInfo:
@@ -155,28 +159,34 @@ def compile_graph(model: bytes) -> CompiledGraph:
                 declared.append(TensorInfo(_proto_dtype(desc.dtype), tuple(desc.shape.dim)))
         else:
             op = executor.find_op(node.type)
-            steps.append(Step(op, node.name, _inputs(op, node), _attributes(op, node)))
+            after = frozenset(source.rpartition(":")[0] for source in node.input if source)
+            steps.append(Step(op, node.name, _inputs(op, node), _attributes(op, node), after))
     if sorted(data) != list(range(len(data))):
         raise GraphError(f"graph inputs are numbered {sorted(data)}, not from 0 without gaps")
     inputs = [data[index] for index in range(len(data))]
 
-    steps = _sorted(steps, {*inputs, *constants}, graph.name)
+    steps = _sorted(steps, {slot.node for slot in (*inputs, *constants)}, graph.name)
+    places = [Slot(name, 0) for name, _, _ in borrowed]
+    written = plan_writes(steps, {*inputs, *places}, outputs)
     static = all(info.known for info in infos.values())
+    returns_one: dict[Step, bool] = {}
     if static:
-        steps = _predict(steps, constants, infos, formats, outputs, declared)
+        steps, returns_one = _predict(steps, constants, infos, formats, outputs, declared, places)
     static = static and all(info.known for info in declared)
-    _mark_last_uses(steps, outputs)
     return CompiledGraph(
         graph.name,
         inputs,
-        constants,
-        steps,
+        [infos[slot] for slot in inputs],
+        [formats[slot] for slot in inputs],
         outputs,
         declared,
+        constants,
+        steps,
+        returns_one,
         static,
         borrowed,
-        [formats[slot] for slot in inputs],
         watched.watch(address for _, address, _ in borrowed),
+        written,
     )
 
 
@@ -192,10 +202,10 @@ def _placeholder(node: Any) -> tuple[Value, int, int]:
 
 
 def _needed(nodes: Sequence[Any]) -> list[Any]:
-    """Inputs, outputs and the nodes that some output needs, in order. GE removes the others too
-    (ge.oo.deadCodeElimination)."""
+    """Inputs, outputs, prefetches and the nodes that one of these needs, in order. GE removes the
+    others too (ge.oo.deadCodeElimination)."""
     by_name = {node.name: node for node in nodes}
-    needed = {node.name for node in nodes if node.type in ("NetOutput", "Data", "RefData")}
+    needed = {node.name for node in nodes if node.type in ("Data", "RefData", *_ENDS)}
     waiting = list(needed)
     while waiting:
         for source in by_name[waiting.pop()].input:
@@ -227,30 +237,26 @@ def _check_known(graph: Any, nodes: Sequence[Any]) -> None:
     )
 
 
-def _sources(step: Step) -> Iterable[Slot]:
-    for slots in step.inputs.values():
-        yield from slots if isinstance(slots, list) else [slots]
-
-
-def _sorted(steps: list[Step], known: set[Slot], graph: str) -> list[Step]:
-    """The steps in an order in which every input is computed before it is read."""
-    nodes = {slot.node for slot in known}
+def _sorted(steps: list[Step], known: set[str], graph: str) -> list[Step]:
+    """The steps in an order in which every input is computed before it is read: the graph's own
+    order, which decides between a write in place and a read that no edge connects, if it allows
+    that."""
+    missing = {step: len(step.after - known) for step in steps}
+    readers: defaultdict[str, list[tuple[int, Step]]] = defaultdict(list)
+    for at, step in enumerate(steps):
+        for node in step.after - known:
+            readers[node].append((at, step))
+    ready = [(at, step) for at, step in enumerate(steps) if not missing[step]]  # a heap
     ordered: list[Step] = []
-    waiting = steps
-    while waiting:
-        ready = []
-        blocked = []
-        for step in waiting:
-            if all(slot.node in nodes for slot in _sources(step)):
-                ready.append(step)
-                nodes.add(step.node)
-            else:
-                blocked.append(step)
-        if not ready:
-            names = ", ".join(step.node for step in blocked)
-            raise GraphError(f"graph {graph}: inputs of {names} are never computed")
-        ordered += ready
-        waiting = blocked
+    while ready:
+        ordered.append(heapq.heappop(ready)[1])
+        for at, step in readers.pop(ordered[-1].node, ()):
+            missing[step] -= 1
+            if not missing[step]:
+                heapq.heappush(ready, (at, step))
+    if len(ordered) < len(steps):
+        names = ", ".join(step.node for step in steps if missing[step])
+        raise GraphError(f"graph {graph}: inputs of {names} are never computed")
     return ordered
 
 
@@ -261,38 +267,53 @@ def _predict(
     formats: dict[Slot, int],
     outputs: list[Slot],
     declared: list[TensorInfo],
-) -> list[Step]:
+    borrowed: Iterable[Slot],
+) -> tuple[list[Step], dict[Step, bool]]:
     """Run a static graph on meta tensors: every operator checks its inputs, as GE does.
 
     Constant values are added to `constants` and their steps are removed; `declared` gets the shapes
     and dtypes that the operators really return, which torchair compares with torch's.
 
     Returns:
-        The steps that every run computes.
+        The steps that every run computes, and `returns_one` of those that need no more checks.
     """
     values: dict[Slot, Any] = dict(constants)
+    for slot in borrowed:  # what it holds now, a run may find changed
+        values[slot] = executor.to_meta(values[slot])
     for slot, info in infos.items():
         dtype = torch_dtype(info.dtype, f"input {slot.node}")
         like = torch.empty(info.shape, dtype=dtype, device="meta")
         values[slot] = FractalNZ(like, None) if formats[slot] == FRACTAL_NZ else like
     left: list[Step] = []
+    returns_one: dict[Step, bool] = {}
     for step in steps:
+        given = [_value(values, slot, f"node {step.node}") for slot in step.sources]
         try:
-            results = step.run(values, compiling=True)
+            result = step.compute(*given, compiling=True)
         except ShapeUnknownError:
-            return steps  # shapes that depend on values: in GE such a graph is dynamic
-        slots = [Slot(step.node, index) for index in range(len(results))]
-        values.update(zip(slots, results, strict=True))
-        if any(executor.is_meta(result) for result in results):
-            left.append(step)
-        else:
-            constants.update(zip(slots, results, strict=True))
+            return steps, {}  # shapes that depend on values: in GE such a graph is dynamic
+        except Exception as error:
+            raise step.failure(error) from (None if isinstance(error, GraphError) else error)
+        results = {Slot(step.node, i): one for i, one in enumerate(executor.as_list(result))}
+        values.update(results)
+        if not any(executor.is_meta(one) for one in results.values()):
+            constants.update(results)
+            continue
+        left.append(step)
+        if executor.takes(step.op, given):
+            returns_one[step] = not isinstance(result, list | tuple)
     for index, slot in enumerate(outputs):
-        result = output_tensor(values[slot], index)
+        result = output_tensor(_value(values, slot, f"output {index}"), index)
         declared[index] = TensorInfo(
             ge_dtype(result, declared[index].dtype, index), tuple(result.shape)
         )
-    return left
+    return left, returns_one
+
+
+def _value(values: dict[Slot, Any], slot: Slot, what: str) -> Any:
+    if slot not in values:
+        raise GraphError(f"{what}: node {slot.node} has no output {slot.port}")
+    return values[slot]
 
 
 def ge_dtype(result: Tensor, declared: int, index: int) -> int:
@@ -303,11 +324,3 @@ def ge_dtype(result: Tensor, declared: int, index: int) -> int:
         if dtype == result.dtype:
             return code
     raise GraphError(f"output {index} has dtype {result.dtype}, which GE does not know")
-
-
-def _mark_last_uses(steps: list[Step], outputs: list[Slot]) -> None:
-    seen = set(outputs)
-    for step in reversed(steps):
-        fresh = {slot for slot in _sources(step) if slot not in seen}
-        step.last_use.extend(fresh)
-        seen |= fresh

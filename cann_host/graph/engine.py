@@ -10,20 +10,29 @@ import atexit
 import ctypes
 import itertools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cann_host import watched
-from cann_host.bindings import GeTensor, give
+from cann_host.bindings import give
 from cann_host.graph import compiler, executor
 from cann_host.graph.compiled import CompiledGraph, TensorInfo
-from cann_host.graph.device_memory import with_format
-from cann_host.graph.executor import GraphError, Op, Value, torch_dtype
+from cann_host.graph.device_memory import Input
+from cann_host.graph.executor import GraphError, Op
 
 __all__ = ["GraphEngine"]
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """The caller may be inside `with torch.device("npu")` or a mode of its own; and tensors that
+    are kept from run to run must not be inference tensors, which cannot be written to later."""
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class GraphEngine:
@@ -67,7 +76,7 @@ class GraphEngine:
             from torchair.core._backend import TorchNpuGraph
 
             watched.watch_torchair(TorchNpuGraph)
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with _plain_torch():
                 graph = compiler.compile_graph(ctypes.string_at(model, size))
             self._library.cann_host_ge_set_static(summary, graph.is_static)
             for info in graph.output_infos:
@@ -81,36 +90,52 @@ class GraphEngine:
             return self._fail(error)
         return 0
 
-    def _run(self, number: int, inputs: int, count: int, outputs: int) -> int:
+    def _run(
+        self, number: int, inputs: int, count: int, dims: int, dim_count: int, outputs: int
+    ) -> int:
         try:
             graph = self._graphs[number]
-            given = (GeTensor * count).from_address(inputs) if count else ()
-            # The caller may be inside `with torch.device("npu")` or its own mode.
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with _plain_torch():
+                given = graph.memory.read(inputs, count, dims, dim_count)
                 if (tensors := watched.given_inputs()) is not None:
-                    graph.check_unchanged(tensors, [info.data or 0 for info in given])
-                results = graph.run([_read(info) for info in given])
-                for index, (result, info) in enumerate(
-                    zip(results, graph.output_infos, strict=True)
-                ):
-                    if not self._write(outputs, index, result, info):
-                        return 1
+                    graph.check_unchanged(tensors, given)
+                results = graph.run([one.value for one in given])
+                if not self._write(outputs, results, graph.output_infos, given):
+                    return 1
         except Exception as error:
             return self._fail(error)
         return 0
 
-    def _write(self, outputs: int, index: int, result: Tensor, info: TensorInfo) -> bool:
-        result = result.contiguous()
-        size = result.numel() * result.element_size()
-        dtype = compiler.ge_dtype(result, info.dtype, index)
-        if dtype != info.dtype:
-            raise GraphError(f"output {index} has GE dtype {dtype}; the graph says {info.dtype}")
-        target = self._library.cann_host_ge_output(
-            outputs, index, dtype, _int64s(result.shape), result.dim(), size
-        )
-        if target is None:
-            return False
-        ctypes.memmove(target, result.data_ptr(), size)
+    def _write(
+        self,
+        outputs: int,
+        results: Sequence[Tensor],
+        infos: Sequence[TensorInfo],
+        inputs: Sequence[Input],
+    ) -> bool:
+        """Copy the results to the outputs, which may be the memory of inputs."""
+        addresses = {one.address for one in inputs}
+        copies = []
+        for index, (result, info) in enumerate(zip(results, infos, strict=True)):
+            result = result.contiguous()
+            size = result.numel() * result.element_size()
+            dtype = compiler.ge_dtype(result, info.dtype, index)
+            if dtype != info.dtype:
+                raise GraphError(
+                    f"output {index} has GE dtype {dtype}; the graph says {info.dtype}"
+                )
+            target = self._library.cann_host_ge_output(
+                outputs, index, dtype, _int64s(result.shape), result.dim(), size
+            )
+            if target is None:
+                return False
+            if target == result.data_ptr():  # it was written in place
+                continue
+            if result.untyped_storage().data_ptr() in addresses:
+                result = result.clone()  # another output may be the memory that it views
+            copies.append((target, result, size))
+        for target, result, size in copies:
+            ctypes.memmove(target, result.data_ptr(), size)
         return True
 
     def _release(self, number: int) -> int:
@@ -120,10 +145,3 @@ class GraphEngine:
 
 def _int64s(dims: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(dims))(*dims)
-
-
-def _read(tensor: GeTensor) -> Value:
-    dims = tuple(tensor.dims[: tensor.dim_count])
-    shape = tuple(tensor.origin_dims[: tensor.origin_dim_count]) if tensor.has_origin else dims
-    dtype = torch_dtype(tensor.dtype, "an input")
-    return with_format(tensor.data or 0, tensor.size, dtype, tensor.format, shape, dims)

@@ -22,6 +22,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -42,15 +43,20 @@ __all__ = [
     "Op",
     "ShapeUnknownError",
     "Value",
+    "as_list",
+    "compute_op",
     "describe",
     "dtype_name",
     "find_op",
     "ints",
     "is_meta",
     "op",
+    "plain",
     "promoted",
     "run_op",
     "soc_name",
+    "takes",
+    "to_meta",
     "torch_dtype",
 ]
 
@@ -184,9 +190,14 @@ DTYPES: dict[int, torch.dtype] = {
 INT8, INT4 = 2, 29
 
 
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_name(value: Tensor | Int4) -> str:
     """The dtype as CANN's rules spell it."""
-    return "int4" if isinstance(value, Int4) else str(value.dtype).removeprefix("torch.")
+    return "int4" if isinstance(value, Int4) else _name(value.dtype)
 
 
 def describe(value: Tensor | Int4) -> TensorDesc:
@@ -212,21 +223,25 @@ class Op:
         function: the implementation.
         inputs: names of the inputs, in order.
         host: the inputs whose values decide the shape of the result.
-        dynamic: the dynamic input, if there is one.
+        dynamic: the dynamic inputs.
         attrs: names of the attributes.
         accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
         is_collective: whether it communicates with other processes; then it is never computed while
             a graph is compiled.
+        writes: the inputs that the function writes into; its first outputs are these tensors. They
+            are the caller's memory only if they come from an input of the graph or from a constant
+            in the caller's memory; otherwise the function gets copies.
     """
 
     type: str
     function: Callable[..., Any]
     inputs: tuple[str, ...]
     host: frozenset[str]
-    dynamic: str | None
+    dynamic: frozenset[str]
     attrs: frozenset[str]
     accepts_internal_formats: bool
     is_collective: bool = False
+    writes: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}
@@ -236,13 +251,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def op(
-    *types: str, accepts_internal_formats: bool = False, is_collective: bool = False
+    *types: str,
+    accepts_internal_formats: bool = False,
+    is_collective: bool = False,
+    writes: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register a function under its GE op types, before or after the stand-in is active.
 
     Args:
         types: GE op types.
-        accepts_internal_formats, is_collective: see `Op`.
+        accepts_internal_formats, is_collective, writes: see `Op`.
     """
 
     def register(function: F) -> F:
@@ -254,10 +272,11 @@ def op(
                 function=function,
                 inputs=tuple(_ge_name(p.name) for p in inputs),
                 host=frozenset(_ge_name(p.name) for p in inputs if "Host" in str(p.annotation)),
-                dynamic=next((p.name for p in inputs if p.annotation == "Dynamic"), None),
+                dynamic=frozenset(p.name for p in inputs if p.annotation == "Dynamic"),
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 accepts_internal_formats=accepts_internal_formats,
                 is_collective=is_collective,
+                writes=writes,
             )
             if runtime.is_active():
                 runtime.current().graphs.announce(OPS[type_])
@@ -288,7 +307,7 @@ def run_op(
 
     Args:
         op: what to compute.
-        inputs: values by input name; the dynamic input is a list. Absent ones are left out.
+        inputs: values by input name; a dynamic input is a list. Absent ones are left out.
         attrs: attributes by name.
         compiling: whether to compute only shapes, and the values that are already known.
 
@@ -299,39 +318,65 @@ def run_op(
         ShapeUnknownError: a value that decides a shape is not known yet.
         GraphError: the operator refuses.
     """
+    return as_list(compute_op(op, inputs, attrs, compiling=compiling))
+
+
+def as_list(result: Any) -> list[Any]:
+    """The outputs of an operator, from what its function returned."""
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def takes(op: Op, values: Sequence[Any]) -> bool:
+    """Whether the operator's function takes these values as they are."""
+    return op.accepts_internal_formats or not any(
+        isinstance(value, Int4 | FractalNZ) for value in values
+    )
+
+
+def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compiling: bool) -> Any:
+    """`run_op`, but what the operator's function returned."""
     if any(is_meta(inputs.get(name)) for name in op.host):
         raise ShapeUnknownError
+    for name in op.writes:
+        if not isinstance(inputs.get(name), Tensor):
+            raise GraphError(f"{name} has an internal format, into which cann_host does not write")
     values = [v for value in inputs.values() for v in (value if type(value) is list else [value])]
-    if not op.accepts_internal_formats and any(
-        isinstance(value, Int4 | FractalNZ) for value in values
-    ):
-        inputs = {name: _plain(op, value) for name, value in inputs.items()}
+    if not takes(op, values):
+        inputs = {name: plain(op.type, value) for name, value in inputs.items()}
     first = inputs.get(op.inputs[0]) if op.type in DEFINED else None
     if isinstance(first, Tensor):
         refusal = check_definition(op.type, soc_name(), dtype_name(first))
         if refusal is not None:
             raise GraphError(refusal)
     if (compiling and op.is_collective) or any(is_meta(value) for value in values):
-        inputs = {k: v if k in op.host else _to_meta(v) for k, v in inputs.items()}
+        inputs = {k: v if k in op.host else to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
-    result = op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
-    return list(result) if isinstance(result, list | tuple) else [result]
+    return op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)
 
 
-def _plain(op: Op, value: Any) -> Any:
-    """A value as ND: GE converts it before operators that take ND. It does not convert int4."""
+def plain(type_: str, value: Any) -> Any:
+    """A value as ND: GE converts it before operators that take ND. It does not convert int4.
+
+    Args:
+        type_: of the operator, for the message.
+        value: of an input.
+
+    Raises:
+        GraphError: it is int4.
+    """
     if type(value) is list:
-        return [_plain(op, v) for v in value]
+        return [plain(type_, v) for v in value]
     if isinstance(value, FractalNZ):
         value = value.nd
     if isinstance(value, Int4):
-        raise GraphError(f"{op.type} does not take int4 inputs")
+        raise GraphError(f"{type_} does not take int4 inputs")
     return value
 
 
-def _to_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
+    """A value of which only the shape and dtype are known."""
     if type(value) is list:
-        return [_to_meta(v) for v in value]
+        return [to_meta(v) for v in value]
     if isinstance(value, FractalNZ):
         return FractalNZ(value.like, value.storage_shape)
     if isinstance(value, Int4):
@@ -352,7 +397,8 @@ def torch_dtype(code: int, what: str = "an attribute") -> torch.dtype:
 
 
 def ints(value: Host) -> list[int]:
-    return [int(v) for v in value.reshape(-1).tolist()]
+    flat = value if value.dim() == 1 else value.reshape(-1)
+    return list(map(int, flat.tolist()))
 
 
 def soc_name() -> str:

@@ -7,6 +7,7 @@ op_api for an eager call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from .activation_dtypes import Dtypes, check_dtypes
@@ -92,6 +93,7 @@ def dynamic_quant_ignores(soc: str, smooth: bool, groups: bool) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4096)  # a model makes the same few calls again and again
 def check_dynamic_quant(call: DynamicQuantCall) -> Refusal | None:
     """Why a DynamicQuant is refused; None if it is accepted.
 

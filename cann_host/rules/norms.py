@@ -13,7 +13,7 @@ from .descriptors import TensorDesc
 from .products import A2, A950, P310, soc_family
 from .refusal import INVALID, NO_KERNEL, TILING, Refusal, one_of
 
-__all__ = ["RmsNormCall", "check_layer_norm", "check_rms_norm"]
+__all__ = ["RmsNormCall", "check_add_rms_norm_cast", "check_layer_norm", "check_rms_norm"]
 
 # family: (dtype of x: dtypes of gamma) of RmsNorm, rms_norm_def.cpp. add_rms_norm_def.cpp has the
 # same dtypes of x, and gamma has x's.
@@ -67,6 +67,17 @@ def check_rms_norm(call: RmsNormCall) -> Refusal | None:
         if 0 in call.x.shape or 0 in call.gamma.shape:
             return None  # aclnn returns before it calls the kernel
     return _check_tiling(call)
+
+
+def check_add_rms_norm_cast(call: RmsNormCall) -> Refusal | None:
+    """Why an AddRmsNormCast is refused; None if it is accepted. It is AddRmsNorm of halves."""
+    soc, x = call.soc, call.x.dtype
+    if soc_family(soc) == P310:
+        return Refusal(f"AddRmsNormCast has no kernel on {soc}", NO_KERNEL)
+    if x == "float32":
+        code = NO_KERNEL if call.is_graph else INVALID
+        return Refusal(f"x is {x}; {soc} allows float16 or bfloat16", code)
+    return check_rms_norm(call)
 
 
 def _check_dtypes(call: RmsNormCall, table: dict[str, tuple[str, ...]]) -> Refusal | None:

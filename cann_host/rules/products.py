@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 __all__ = ["A2", "A950", "P310", "SOC_PREFIXES", "soc_family"]
 
 A2 = "Atlas A2/A3"
@@ -18,6 +20,7 @@ SOC_PREFIXES = (
 )
 
 
+@cache
 def soc_family(soc: str) -> str | None:
     """The family of a SoC name such as Ascend910B2; None if there are no rules for it."""
     return next((family for prefix, family in SOC_PREFIXES if soc.startswith(prefix)), None)

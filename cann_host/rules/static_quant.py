@@ -1,5 +1,5 @@
-"""Static quantization: AscendQuantV2 and aclnnAscendQuantV3, which multiply; aclnnQuantize, which
-divides.
+"""Static quantization: AscendQuantV2 and aclnnAscendQuantV3, which multiply; Quantize and
+aclnnQuantize, which divide.
 
 Source: hicann/ops-nn quant/ascend_quant_v2/op_host, its tiling, and op_api for an eager call;
 quant/quantize/op_api/aclnn_quantize.cpp.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .activation_dtypes import Dtypes, check_dtypes
 from .descriptors import TensorDesc
 from .products import A2, A950, P310, soc_family
-from .refusal import INVALID, TILING, Refusal, one_of
+from .refusal import INVALID, NO_KERNEL, TILING, Refusal, one_of
 
 __all__ = [
     "AscendQuantCall",
@@ -20,6 +20,7 @@ __all__ = [
     "ascend_quant_axis",
     "check_ascend_quant",
     "check_quantize",
+    "flat_scales",
 ]
 
 # ---- AscendQuant ----
@@ -124,7 +125,7 @@ def _check_axis_and_scale_shape(call: AscendQuantCall) -> Refusal | None:
     return None
 
 
-# ---- aclnnQuantize ----
+# ---- Quantize ----
 
 
 class _QuantizeDtypes(NamedTuple):
@@ -148,7 +149,7 @@ _QUANTIZE = {
 
 
 class QuantizeCall(NamedTuple):
-    """A call of aclnnQuantize.
+    """A call of Quantize.
 
     Attributes:
         soc: name of the chip.
@@ -157,6 +158,8 @@ class QuantizeCall(NamedTuple):
         zero_points: like scales, or None.
         out: result.
         axis: the dim of x that scales is along, if it has more than one value.
+        is_graph: whether it is the graph's operator, whose scales have a dim for each of x, of one
+            value but for the axis (quantize_tiling_arch35.cpp); see `flat_scales`.
     """
 
     soc: str
@@ -165,14 +168,55 @@ class QuantizeCall(NamedTuple):
     zero_points: TensorDesc | None
     out: TensorDesc
     axis: int
+    is_graph: bool = False
+
+
+def flat_scales(x: TensorDesc, scales: TensorDesc, axis: int) -> TensorDesc | None:
+    """The scales of a graph's Quantize as a vector; None if they have another shape."""
+    shape, dims = scales.shape, len(x.shape)
+    others = [size for i, size in enumerate(shape) if i != axis % dims] if dims else []
+    if len(shape) == 1:
+        return scales
+    if len(shape) != dims or any(size != 1 for size in others):
+        return None
+    return scales._replace(shape=(shape[axis],))
 
 
 def check_quantize(call: QuantizeCall) -> Refusal | None:
-    """Why an aclnnQuantize is refused; None if it is accepted."""
+    """Why a Quantize is refused; None if it is accepted."""
+    if call.is_graph:
+        return _check_quantize_in_graph(call)
     allowed = _QUANTIZE.get(soc_family(call.soc) or "")
     if allowed is None:
         return Refusal(f"cann_host has no rules for {call.soc}", None)
     return _check_quantize_shapes(call) or _check_quantize_dtypes(call, allowed)
+
+
+def _check_quantize_in_graph(call: QuantizeCall) -> Refusal | None:
+    """As an eager call: a dtype finds no kernel, and the tiling refuses a shape. quantize_def.cpp
+    has no float16 scales."""
+    scales, points = call.scales, call.zero_points
+    if scales.dtype == "float16":
+        return Refusal(f"scales is {scales.dtype}; float32 or bfloat16 are allowed", NO_KERNEL)
+    dims = len(call.x.shape)
+    if not -dims <= call.axis < dims:
+        return Refusal(f"axis is {call.axis} and x has {dims} dims", TILING)
+    flat = [None if t is None else flat_scales(call.x, t, call.axis) for t in (scales, points)]
+    if flat[0] is None or (points is not None and flat[1] is None):
+        return Refusal(
+            f"scales has shape {scales.shape}; it must have x's dims, of one value but for axis "
+            f"{call.axis}",
+            TILING,
+        )
+    eager = call._replace(scales=flat[0], zero_points=flat[1], is_graph=False)
+    allowed = _QUANTIZE.get(soc_family(call.soc) or "")
+    if allowed is None:
+        return Refusal(f"cann_host has no rules for {call.soc}", None)
+    if refusal := _check_quantize_dtypes(eager, allowed):
+        return Refusal(refusal.reason, NO_KERNEL)
+    if refusal := _check_quantize_shapes(eager):
+        return Refusal(refusal.reason, TILING)
+    return None
 
 
 def _check_quantize_shapes(call: QuantizeCall) -> Refusal | None:

@@ -39,12 +39,15 @@ class Arithmetic(Enum):
         HALF: float16 x * float16(127 / peak), halves rounded away from zero, scale
             peak * (1 / 127) in float32. dynamic_quant_align_310p.h and both unalign files. The
             factor leaves float16 for a peak below 127 / 65504.
+        STEP: float32 x * (1 / scale), scale peak / top.
+            quant/dequant_swiglu_quant/op_kernel/dequant_swiglu_quant_dynamic_base.hpp.
     """
 
     MULTIPLY = "multiply"
     RECIPROCAL = "reciprocal"
     DIVIDE = "divide"
     HALF = "half"
+    STEP = "step"
 
 
 # A2 and A3 write the scale as peak * (1 / top) up to a k that depends on whether there are smooth
@@ -120,6 +123,9 @@ def quantize_rows(
     scale = peak * (1 / top)
     if arithmetic is Arithmetic.DIVIDE:
         return _to_integer(x.to(torch.float32) / scale.unsqueeze(-1), bits), scale
+    if arithmetic is Arithmetic.STEP:
+        scale = peak / torch.full_like(peak, top)
+        return _to_integer(x.to(torch.float32) * _ratio(1.0, scale).unsqueeze(-1), bits), scale
     factor = _ratio(top, peak)
     if arithmetic is Arithmetic.HALF:
         factor = factor.masked_fill(peak <= _EPSILON, 0.0).to(torch.float16)

@@ -75,6 +75,16 @@ class NzWeight:
         wanted = nz_shape(*shape, NZ_ROW_BYTES // blocks.element_size())
         return tuple(blocks.shape) == wanted and blocks.is_contiguous()
 
+    def rows(self, index: Tensor) -> Tensor:
+        """A copy of some rows in ND.
+
+        Args:
+            index: int64, one dim, each from 0 to n - 1.
+        """
+        parts = self.blocks.flatten(1, 2)[:, : self.n]  # (columns/c0, n, c0)
+        parts = parts.index_select(1, index)
+        return parts.movedim(0, 1).flatten(1)[:, : self.columns]
+
     def nd(self) -> Tensor:
         """A copy in ND."""
         return nz_to_nd(self.blocks, self.n, self.columns)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 import struct
-from pathlib import Path
 
 import pytest
 
-import cann_host
 from cann_host.aclnn import ACL_DTYPES, OPERATORS, ROUND_MODES, AclTensor, RefusedError
 from cann_host.aclnn.tensors import read_arguments, tensors_of
 from cann_host.rules import QUANT_MODES
+from support.aclnn_sources import SOURCES, declared
 
-SOURCE = "".join(
-    path.read_text() for path in (Path(cann_host.__file__).parent / "csrc").glob("aclnn*.cpp")
-)
 # what each ...GetWorkspaceSize sends: name of the operator, its arguments
-SENT = {
+SENT = declared() | {
     name: [word.strip() for word in arguments.split(",")]
-    for name, arguments in re.findall(r"CANN_HOST_OPERATOR\((aclnn\w+),\s*([^;)]*)\)", SOURCE)
-    + re.findall(r'Prepare\("(aclnn\w+)", workspace_size, executor,\s*([^;]*)\);', SOURCE)
+    for name, arguments in re.findall(
+        r'Prepare\("(aclnn\w+)", workspace_size, executor,\s*([^;]*)\);', SOURCES
+    )
 }
 
 
@@ -33,13 +30,17 @@ def test_every_record_is_complete(name: str) -> None:
     operator = OPERATORS[name]
     assert operator.name == name
     assert callable(operator.check) and callable(operator.compute)
-    assert len(operator.arguments._fields) == len(SENT[name])
+    values = [1.0 for _ in SENT[name]]
+    operator.arguments(*values)
+    for others in (values[1:], [*values, 1.0]):
+        with pytest.raises((TypeError, ValueError)):
+            operator.arguments(*others)
 
 
 def test_texts_are_numbered_as_the_library_numbers_them() -> None:
     for texts in (QUANT_MODES, ROUND_MODES):
         listed = r",\s*".join(f'"{text}"' for text in texts)
-        assert re.search(r"PlaceOf\(\w+, \{" + listed + r"\}\)", SOURCE)
+        assert re.search(r"PlaceOf\(\w+, \{" + listed + r"\}\)", SOURCES)
 
 
 def test_words_become_arguments() -> None:

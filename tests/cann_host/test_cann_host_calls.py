@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cann_host
+from support.aclnn_sources import c_types, declared
 from support.processes import run, start
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
@@ -330,10 +331,10 @@ def parameters() -> dict[str, list[str]]:
         if name in listed:
             names = [" ".join(one.split()) for one in inside.split(",")]
             found[name] = [one for one in names if one and one != "..."]
-    using = dict(re.findall(r"using (\w+) = (?:const )?([\w*]+);", (csrc / "aclnn.h").read_text()))
-    for name, types in re.findall(r"\nCANN_HOST_OPERATOR\((\w+), ([^)]*)\)", text):
+    types = c_types()
+    for name, arguments in declared().items():
         found[f"{name}GetWorkspaceSize"] = [
-            *(f"{using[one.strip()]} a" for one in types.split(",")),
+            *(f"{types[one]} a" for one in arguments),
             "uint64_t* workspace_size",
             "aclOpExecutor** executor",
         ]

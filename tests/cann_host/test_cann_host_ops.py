@@ -309,6 +309,13 @@ CASES = [
     Case("DynamicQuant", (H, SMOOTH[0], None), {}, dynamic_quant(H * SMOOTH[0].astype("f"))),
     Case("DynamicQuant", (H, SMOOTH, np.int32([0, len(H)])), {},
          dynamic_quant(H * SMOOTH[1].astype("f"))),
+    Case("Quantize", (A, np.float32([[0.02, 0.03, 0.001, 0.04]]), None), {"dtype": "torch.qint8"},
+         np.clip(np.round(A / np.float32([0.02, 0.03, 0.001, 0.04])), -128, 127).astype(np.int8)),
+    Case("Quantize", (A, np.float32([[0.02]]), np.int32([[100]])), {"dtype": "torch.quint8"},
+         np.clip(np.round(A / np.float32(0.02)) + 100, 0, 255).astype(np.uint8)),
+    Case("Quantize", (A, np.float32([[2], [3], [1e-3]]), np.int32([[1], [2], [3]])),
+         {"dtype": "torch.qint32", "axis": 0},
+         np.round(A / np.float32([[2], [3], [1e-3]]) + np.float32([[1], [2], [3]])).astype("i")),
     Case("Bitcast", (np.int32([[1, -1]]),), {"type": GE_I8}, np.int8([[[1, 0, 0, 0], [-1] * 4]])),
     Case("Bitcast", (np.int8([[1, 0, 0, 0]]),), {"type": GE_I32}, np.int32([1])),
     Case("Bitcast", (np.float32([1.0]),), {"type": GE_I32}, np.int32([0x3F800000])),
@@ -316,11 +323,32 @@ CASES = [
 
 # Checked elsewhere, because they are made of several or depend on the product.
 ELSEWHERE = {
+    "ApplyRotaryPosEmb",  # test_rope
+    "InterleaveRope",
+    "RotaryMul",
+    "RotaryPositionEmbedding",
+    "Assign",  # test_cache, test_cache_paged
+    "KvRmsNormRopeCache",
+    "Scatter",
+    "ScatterElements",
+    "ScatterElementsV2",
+    "ScatterNdUpdate",
+    "FusedInferAttentionScore",  # test_attention
+    "IncreFlashAttention",
+    "PromptFlashAttention",
+    "ScatterPaKvCache",
+    "AddRmsNormCast",  # test_fused_norms
+    "AddRmsNormDynamicQuant",
+    "AddRmsNormQuant",
+    "Cmo",  # test_fused_graphs
+    "DequantSwigluQuant",  # test_fused_swiglu
     "HcomAllGather",  # test_cann_host_hccl
     "HcomAllReduce",
     "HcomBroadcast",
     "HcomReduceScatter",
     "QuantBatchMatmulV4",  # test_cann_host_rules, test_products
+    "RmsNormQuant",  # test_fused_norms
+    "SwiGluQuant",  # test_fused_swiglu
 }
 
 
@@ -539,6 +567,9 @@ REFUSED = [
         {},
         "offset has 2 values and 4 are read; .*cann_host has no values",
     ),
+    ("Quantize", {"x": HALF, "scales": HALF[:1]}, {"dtype": "torch.qint8"}, "float16; .*561003"),
+    ("Quantize", {"x": MATRIX, "scales": MATRIX}, {"dtype": "torch.qint8"}, "has shape.*561002"),
+    ("Quantize", {"x": MATRIX, "scales": MATRIX[0]}, {"dtype": "torch.hifloat8"}, "hifloat8"),
     ("RmsNorm", {"x": MATRIX.double(), "gamma": MATRIX[0].double()}, {}, "x is float64.*561003"),
     ("RmsNorm", {"x": MATRIX, "gamma": MATRIX[0, :3]}, {}, r"gamma has shape \(3,\).*561002"),
     ("RmsNorm", {"x": MATRIX, "gamma": MATRIX[0]}, {"epsilon": -1.0}, "epsilon is -1.0.*561002"),

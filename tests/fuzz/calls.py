@@ -6,7 +6,8 @@
 
 A tensor begins `at` bytes after the begin of a block of device memory; with block -1, `at` is its
 address. null is an absent tensor, {"handle": n} a handle that was never made, {"real": x} a double,
-and a plain number an int64. `then` is the step after the first phase of an operator:
+{"flags": [...]} a list of bools, and a plain number an int64. `then` is the step after the first
+phase of an operator:
 
     launch, never     the second phase, or nothing
     twice             the same executor again, which must be refused
@@ -246,6 +247,8 @@ def _mutate(rng: random.Random, arguments: list[Any]) -> None:
         arguments[at] = rng.choice(NUMBERS)
     elif isinstance(value, dict) and "real" in value:
         arguments[at] = {"real": rng.choice((0.0, -1.0, 1e308, float("inf"), float("nan")))}
+    elif isinstance(value, dict) and "flags" in value:
+        arguments[at] = {"flags": [rng.choice((0, 1)) for _ in range(rng.randrange(4))]}
     elif isinstance(value, str):
         arguments[at] = rng.choice(("", "floor", "round" * 100, None))
     else:
@@ -259,6 +262,7 @@ class Target:
         self.library = library
         library.aclCreateTensor.restype = ctypes.c_void_p
         library.aclCreateTensorDesc.restype = ctypes.c_void_p
+        library.aclCreateBoolArray.restype = ctypes.c_void_p
         library.aclCreateDataBuffer.restype = ctypes.c_void_p
         self.blocks = [self.allocate(size) for size in BLOCKS]
         self.bytes = random.Random(0).randbytes(max(BLOCKS))
@@ -288,6 +292,7 @@ class Target:
         if op.startswith("aclrt"):
             return self.memory(op, arguments)
         tensors: list[ctypes.c_void_p] = []
+        flags: list[ctypes.c_void_p] = []
         passed: list[Any] = []
         own = self.allocate(16384) if call["then"] == "freed" else None
         for value in arguments:
@@ -297,11 +302,16 @@ class Target:
                     break
                 tensors.append(handle)
                 passed.append(handle)
+            elif isinstance(value, dict) and "flags" in value:
+                flags.append(self.flags(value["flags"]))
+                passed.append(flags[-1])
             else:
                 passed.append(_plain(value))
         accepted = len(passed) == len(arguments) and self.call(op, call["then"], passed, own)
         for handle in tensors:
             assert self.library.aclDestroyTensor(handle) == 0
+        for handle in flags:
+            assert self.library.aclDestroyBoolArray(handle) == 0
         if tensors and call["then"] == "handle":
             assert self.library.aclDestroyTensor(tensors[0]) != 0  # no longer one
         if own is not None and self.library.cann_host_bytes_at(ctypes.c_void_p(own)):
@@ -312,6 +322,10 @@ class Target:
         block = value["block"]
         begin = 0 if block < 0 else own if own is not None and block == 0 else self.blocks[block]
         return ctypes.c_void_p((begin + value["at"]) % (1 << 64))
+
+    def flags(self, values: list[int]) -> ctypes.c_void_p:
+        made = (ctypes.c_bool * len(values))(*(bool(value) for value in values))
+        return ctypes.c_void_p(self.library.aclCreateBoolArray(made, ctypes.c_uint64(len(values))))
 
     def tensor(self, value: Json, own: int | None) -> ctypes.c_void_p | None:
         dims, strides, storage = (_int64s(value[n]) for n in ("dims", "strides", "storage"))

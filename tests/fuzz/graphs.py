@@ -210,7 +210,9 @@ def _one_operator(rng: random.Random, graph: Any) -> None:
         if parameter.default is not parameter.empty and rng.random() < 0.5:
             continue
         names = (
-            [name] if name != op.dynamic else [f"{name}{i}" for i in range(rng.choice((1, 2, 3)))]
+            [name]
+            if name not in op.dynamic
+            else [f"{name}{i}" for i in range(rng.choice((1, 2, 3)))]
         )
         for each in names:
             source = f"in{len(graph.op)}"

@@ -54,7 +54,10 @@ def main() -> None:
     # ctypes would drop an exception of a callback and return success
     sys.unraisablehook = lambda raised: fail(f"an exception was dropped: {raised.exc_value!r}")
     import calls
+    import fused_calls
     import graphs
+
+    calls.MAKERS.update(fused_calls.MAKERS)
 
     kind = {"calls": calls, "graphs": graphs}[options.kind]
     target = kind.Target(library)

@@ -19,6 +19,17 @@ INSTALLED = f"torch_npu {torch_npu.__version__}"
 HAS_V4 = hasattr(ge_apis, "QuantBatchMatmulV4")
 
 
+def need_operator(name: str, *arguments: str) -> None:
+    """Skip a test of an operator of torch_npu that this one does not have, or not with these
+    arguments."""
+    packet = getattr(torch.ops.npu, name, None)
+    if packet is None:
+        pytest.skip(f"{INSTALLED} has no {name}")
+    taken = {argument.name for argument in packet.default._schema.arguments}
+    if missing := set(arguments) - taken:
+        pytest.skip(f"{INSTALLED}: {name} takes no {', '.join(sorted(missing))}")
+
+
 @cache
 def _why_no_inductor() -> str:
     if find_spec("triton") is not None:

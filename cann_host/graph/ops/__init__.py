@@ -1,5 +1,31 @@
 """The GE operators the stand-in computes, a file for each family. Importing registers them."""
 
-from . import collective, layout, maths, nn, quant
+from . import (
+    attention,
+    cache,
+    collective,
+    fused_norms,
+    fused_swiglu,
+    kv_cache,
+    layout,
+    maths,
+    nn,
+    prefetch,
+    quant,
+    rope,
+)
 
-__all__ = ["collective", "layout", "maths", "nn", "quant"]
+__all__ = [
+    "attention",
+    "cache",
+    "collective",
+    "fused_norms",
+    "fused_swiglu",
+    "kv_cache",
+    "layout",
+    "maths",
+    "nn",
+    "prefetch",
+    "quant",
+    "rope",
+]

@@ -16,6 +16,7 @@ from cann_host.graph.executor import (
     Int4,
     ints,
     op,
+    plain,
     promoted,
     torch_dtype,
 )
@@ -213,10 +214,10 @@ def _split_v(x: Tensor, size_splits: Host, split_dim: Host, *, num_split: int) -
     return torch.split(x, [rest if size < 0 else size for size in sizes], dim)
 
 
-@op("Gather", "GatherV2")
+@op("Gather", "GatherV2", accepts_internal_formats=True)
 def _gather(
-    x: Tensor,
-    indices: Tensor,
+    x: Any,
+    indices: Any,
     axis: Host | None = None,
     *,
     batch_dims: int = 0,
@@ -226,11 +227,18 @@ def _gather(
 ) -> Tensor:
     if batch_dims:
         raise GraphError(f"Gather with batch_dims {batch_dims} is not implemented by cann_host")
-    dim = ints(axis)[0] % x.dim() if axis is not None else 0
+    indices = plain("Gather", indices)
+    shape = x.shape
+    dim = ints(axis)[0] % len(shape) if axis is not None else 0
     index = _whole("indices", indices).reshape(-1)
     # an index outside is undefined on the chip; torch refuses it
-    flat = x.index_select(dim, torch.where(index < 0, index + x.shape[dim], index))
-    return flat.reshape(x.shape[:dim] + indices.shape + x.shape[dim + 1 :])
+    index = torch.where(index < 0, index + shape[dim], index)
+    weight = x.weight if isinstance(x, FractalNZ) and dim == 0 else None
+    if weight is not None and shape == (weight.n, weight.columns) and not x.swapped:
+        flat = weight.rows(index)  # an embedding needs few of them
+    else:
+        flat = plain("Gather", x).index_select(dim, index)
+    return flat.reshape(shape[:dim] + indices.shape + shape[dim + 1 :])
 
 
 @op("IndexByTensor")

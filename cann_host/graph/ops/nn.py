@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cann_host import chips
+from cann_host.chips import NormRoundings
 from cann_host.graph import executor
 from cann_host.graph.executor import GraphError, Host, describe, dtype_name, ints, op
 from cann_host.rules import RmsNormCall, check_layer_norm, check_rms_norm
@@ -61,17 +63,6 @@ def _log_softmax(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
     return torch.log_softmax(logits, axes[0])
 
 
-@op("SwiGlu")
-def _swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
-    if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
-        raise GraphError(
-            f"x has shape {tuple(x.shape)} and dim is {dim}; SwiGlu halves that dim (CANN refuses "
-            "it while it infers shapes)"
-        )
-    left, right = x.float().chunk(2, dim)
-    return (torch.nn.functional.silu(left) * right).to(x.dtype)
-
-
 @op("Conv2D")
 def _conv2d(
     x: Tensor,
@@ -97,21 +88,39 @@ def _conv2d(
     return torch.conv2d(padded, filter, bias, strides[2:], 0, dilations[2:], groups)
 
 
+def _reciprocal_rms(value: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    dims = list(range(-gamma.dim(), 0))
+    return torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
+
+
 def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """y and rstd."""
     value = x.to(torch.float32)
-    dims = list(range(-gamma.dim(), 0))
-    rstd = torch.rsqrt(value.square().mean(dims, keepdim=True) + epsilon)
+    rstd = _reciprocal_rms(value, gamma, epsilon)
     return (value * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
 
 
-def add_rms_norm(
-    x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+def norm_of_sum(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float, rounds: NormRoundings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, rstd and the sum."""
+    """The norm of x1 + x2 in float32, rstd, and the sum in x1's dtype."""
+
+    def after(rounded: bool, value: Tensor) -> Tensor:
+        return value.to(x1.dtype).to(torch.float32) if rounded else value
+
     total = x1.to(torch.float32) + x2.to(torch.float32)
-    y, rstd = rms_norm(total, gamma, epsilon=epsilon)
-    return y.to(x1.dtype), rstd, total.to(x1.dtype)
+    value = after(rounds.total, total)
+    rstd = _reciprocal_rms(value, gamma, epsilon)
+    normalized = after(rounds.normalized, value * rstd)
+    return after(rounds.product, normalized * gamma.to(torch.float32)), rstd, total.to(x1.dtype)
+
+
+def add_rms_norm(
+    soc: str, x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, rstd and the sum, as a chip's kernels compute them."""
+    y, rstd, total = norm_of_sum(x1, x2, gamma, epsilon, chips.add_rms_norm_roundings(soc))
+    return y.to(x1.dtype), rstd, total
 
 
 def _check_rms_norm(x: Tensor, gamma: Tensor, epsilon: float, x2: Tensor | None = None) -> None:
@@ -134,7 +143,7 @@ def _add_rms_norm(
     x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_rms_norm(x1, gamma, epsilon, x2)
-    return add_rms_norm(x1, x2, gamma, epsilon=epsilon)
+    return add_rms_norm(executor.soc_name(), x1, x2, gamma, epsilon=epsilon)
 
 
 @op("LayerNormV4")

@@ -28,6 +28,7 @@ from cann_host.rules import (
     NZ,
     AscendQuantCall,
     DynamicQuantCall,
+    QuantizeCall,
     QuantMatmulCall,
     TensorDesc,
     TransQuantParamCall,
@@ -35,6 +36,7 @@ from cann_host.rules import (
     check_ascend_quant,
     check_dynamic_quant,
     check_quant_matmul,
+    check_quantize,
     check_trans_quant_param,
     dynamic_quant_ignores,
     dynamic_quant_scale_shape,
@@ -49,20 +51,24 @@ from lq_graph.kernels import (
     dynamic_quant,
     dynamic_quant_with_offset,
     logical_k,
+    native,
     pack_scale,
     quant_matmul,
     static_quant,
 )
 
 
-def _optional(tensor: Tensor | None) -> TensorDesc | None:
+def optional_desc(tensor: Tensor | None) -> TensorDesc | None:
+    """The descriptor of an optional tensor, for CANN's rules."""
     return None if tensor is None else describe(tensor)
 
 
 @op("TransQuantParamV2")
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *, round_mode: int = 0) -> Any:
     soc = executor.soc_name()
-    call = TransQuantParamCall(soc, describe(scale), _optional(offset), round_mode, is_graph=True)
+    call = TransQuantParamCall(
+        soc, describe(scale), optional_desc(offset), round_mode, is_graph=True
+    )
     if refusal := check_trans_quant_param(call):
         raise GraphError(refusal)
     shapes = (scale.shape, None if offset is None else offset.shape)
@@ -117,9 +123,9 @@ def _quant_batch_matmul(
         ),
         scale=describe(scale),
         out_dtype=str(out_dtype).removeprefix("torch."),
-        offset=_optional(offset),
-        bias=_optional(bias),
-        pertoken_scale=_optional(pertoken_scale),
+        offset=optional_desc(offset),
+        bias=optional_desc(bias),
+        pertoken_scale=optional_desc(pertoken_scale),
         entry="graph",
     )
     if refusal := check_quant_matmul(call):
@@ -130,8 +136,9 @@ def _quant_batch_matmul(
         return torch.empty((*batch, m, n), dtype=out_dtype, device="meta")
     left: Tensor
     right: Tensor | NzWeight
-    # as the kernel reads a weight: (n, k), also if it comes through a Transpose
-    stored = None if nz is None or len(x2.shape) != 2 else nz.weight
+    # as the compiled kernel reads a weight: (n, k), also if it comes through a Transpose. Without
+    # that kernel, `nd` is a copy that is kept.
+    stored = nz.weight if nz is not None and len(x2.shape) == 2 and native.is_available() else None
     if nz is not None and stored is not None and transpose_x2 != nz.swapped and not transpose_x1:
         left, right = x1.packed if isinstance(x1, Int4) else x1, stored
     else:
@@ -209,7 +216,8 @@ def _quant_batch_matmul_v4(
     )
 
 
-def _quantized_name(dst_type: int) -> str:
+def quantized_name(dst_type: int) -> str:
+    """The dtype that dst_type means, as the rules spell it."""
     names = {INT8: "int8", INT4: "int4", 34: "hifloat8", 35: "float8_e5m2", 36: "float8_e4m3fn"}
     return names.get(dst_type, f"GE dtype {dst_type}")
 
@@ -230,8 +238,8 @@ def _ascend_quant(
         soc,
         describe(x),
         describe(scale),
-        _optional(offset),
-        _quantized_name(dst_type),
+        optional_desc(offset),
+        quantized_name(dst_type),
         axis,
         is_graph=True,
     )
@@ -253,6 +261,58 @@ def _ascend_quant(
     assert first is not None and factor is not None
     values = static_quant(first, factor, addend, along, bits=4 if dst_type == INT4 else 8)
     return Int4(values) if dst_type == INT4 else values.reshape(x.shape)
+
+
+# dtype of Quantize's result: the least and largest value
+QUANTIZE_LIMITS = {
+    torch.int8: (-128, 127),
+    torch.uint8: (0, 255),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
+_QUANTIZED = {"torch.qint8": torch.int8, "torch.quint8": torch.uint8, "torch.qint32": torch.int32}
+
+
+def quantize(
+    x: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, dtype: torch.dtype
+) -> Tensor:
+    """What Quantize computes: x / scales + zero_points in float32, rounded half to even.
+
+    Args:
+        x: (..., k).
+        scales, zero_points: one value, valid for any axis, or one for each index of the axis.
+        axis: of x.
+        dtype: of the result.
+    """
+    along = [1] * x.dim()
+    if scales.numel() != 1:
+        along[axis] = -1
+    value = x.to(torch.float32) / scales.to(torch.float32).reshape(along)
+    if zero_points is not None:
+        value += zero_points.to(torch.float32).reshape(along)
+    low, high = QUANTIZE_LIMITS[dtype]
+    # a NaN has no integer; quant/quantize/tests/assets/golden.py gives 0
+    return value.to(torch.float64).nan_to_num_(0.0).round_().clamp_(low, high).to(dtype)
+
+
+@op("Quantize")
+def _quantize(
+    x: Tensor, scales: Tensor, zero_points: Tensor | None = None, *, dtype: str, axis: int = 1
+) -> Tensor:
+    if dtype not in _QUANTIZED:
+        raise GraphError(f"dtype {dtype} is not implemented by cann_host")
+    out = _QUANTIZED[dtype]
+    call = QuantizeCall(
+        executor.soc_name(),
+        describe(x),
+        describe(scales),
+        optional_desc(zero_points),
+        describe(x)._replace(dtype=str(out).removeprefix("torch.")),
+        axis,
+        is_graph=True,
+    )
+    if refusal := check_quantize(call):
+        raise GraphError(refusal)
+    return quantize(x, scales, zero_points, axis, out)
 
 
 def smoothed(x: Tensor, factors: Tensor, group_index: Tensor | None = None) -> Tensor:
@@ -337,9 +397,9 @@ def _check_dynamic(
     call = DynamicQuantCall(
         executor.soc_name(),
         describe(x),
-        _quantized_name(dst_type),
-        _optional(smooth_scales),
-        _optional(group_index),
+        quantized_name(dst_type),
+        optional_desc(smooth_scales),
+        optional_desc(group_index),
         mode,
         dst_type_max,
         symmetric,

@@ -1,0 +1,155 @@
+"""Rotary embeddings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cann_host.graph import executor
+from cann_host.graph.ops.rope import apply_rotary, rotary, rotary_position_embedding
+from cann_host.rules import (
+    HALF,
+    INTERLEAVE_HALF,
+    INVALID,
+    ApplyRotaryCall,
+    RotaryCall,
+    apply_rotary_ignores,
+    check_apply_rotary,
+    check_interleave_rope,
+    check_rotary,
+)
+
+from .checks import compute_base_format_only, need
+from .operator import Operator
+from .refusal import RefusedError, raise_refusal
+from .tensors import AclTensor, describe
+
+__all__ = ["OPERATORS"]
+
+
+class ApplyRotaryArguments(NamedTuple):
+    query: AclTensor
+    key: AclTensor
+    cos: AclTensor
+    sin: AclTensor
+    layout: int
+
+
+class ApplyRotaryV2Arguments(NamedTuple):
+    query: AclTensor
+    key: AclTensor
+    cos: AclTensor
+    sin: AclTensor
+    layout: int
+    rotary_mode: str | None
+
+
+class RotaryArguments(NamedTuple):
+    x: AclTensor
+    cos: AclTensor
+    sin: AclTensor
+    mode: int
+    out: AclTensor
+
+
+class RotaryV2Arguments(NamedTuple):
+    x: AclTensor
+    cos: AclTensor
+    sin: AclTensor
+    mode: int
+    rotate: AclTensor | None
+    out: AclTensor
+
+
+class InterleaveRopeArguments(NamedTuple):
+    x: AclTensor
+    cos: AclTensor
+    sin: AclTensor
+    out: AclTensor
+
+
+def _apply_call(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str) -> ApplyRotaryCall:
+    query, key, cos, sin, layout = call[:5]
+    mode = call.rotary_mode if isinstance(call, ApplyRotaryV2Arguments) else None
+    return ApplyRotaryCall(
+        soc, query.desc, key.desc, cos.desc, sin.desc, layout, HALF if mode is None else mode
+    )
+
+
+def _check_apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str) -> None:
+    need(query=call.query, key=call.key, cos=call.cos, sin=call.sin)
+    described = _apply_call(call, soc)
+    raise_refusal(check_apply_rotary(described))
+    compute_base_format_only(query=call.query, key=call.key, cos=call.cos, sin=call.sin)
+    if ignored := apply_rotary_ignores(soc, described.mode):
+        executor.caution(ignored)
+
+
+def _apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str) -> None:
+    query, key, cos, sin = (t.view() for t in (call.query, call.key, call.cos, call.sin))
+    mode = _apply_call(call, soc).mode
+    turned = [apply_rotary(soc, x, cos, sin, mode) for x in (query, key)]
+    for tensor, values in zip((query, key), turned, strict=True):
+        tensor.copy_(values)
+
+
+def _v2(call: RotaryArguments | RotaryV2Arguments) -> RotaryV2Arguments:
+    if isinstance(call, RotaryV2Arguments):
+        return call
+    return RotaryV2Arguments(call.x, call.cos, call.sin, call.mode, None, call.out)
+
+
+def _rotary_call(call: RotaryV2Arguments, soc: str) -> RotaryCall:
+    x, cos, sin, mode, rotate, _ = call
+    return RotaryCall(soc, x.desc, cos.desc, sin.desc, mode, describe(rotate))
+
+
+def _check_out(x: AclTensor, out: AclTensor) -> None:
+    if (out.shape, out.dtype) != (x.shape, x.dtype):
+        raise RefusedError(f"x is {x.desc} and out {out.desc}", INVALID)
+
+
+def _check_rotary(given: RotaryArguments | RotaryV2Arguments, soc: str) -> None:
+    call = _v2(given)
+    need(x=call.x, cos=call.cos, sin=call.sin, out=call.out)
+    if 0 in call.out.shape:  # aclnn returns before it calls the kernel
+        return
+    raise_refusal(check_rotary(_rotary_call(call, soc)))
+    tensors = {"x": call.x, "cos": call.cos, "sin": call.sin, "out": call.out}
+    compute_base_format_only(**tensors, rotate=call.rotate)
+    _check_out(call.x, call.out)
+
+
+def _rotary(given: RotaryArguments | RotaryV2Arguments, soc: str) -> None:
+    call = _v2(given)
+    if 0 in call.out.shape:
+        return
+    rotate = None if call.rotate is None else call.rotate.view()
+    x, cos, sin = call.x.view(), call.cos.view(), call.sin.view()
+    values = rotary_position_embedding(_rotary_call(call, soc), x, cos, sin, rotate)
+    call.out.view().copy_(values)
+
+
+def _check_interleave_rope(call: InterleaveRopeArguments, soc: str) -> None:
+    x, cos, sin, out = call
+    need(x=x, cos=cos, sin=sin, out=out)
+    raise_refusal(check_interleave_rope(RotaryCall(soc, x.desc, cos.desc, sin.desc)))
+    compute_base_format_only(x=x, cos=cos, sin=sin, out=out)
+    _check_out(x, out)
+
+
+def _interleave_rope(call: InterleaveRopeArguments, _soc: str) -> None:
+    x, cos, sin, out = (t.view() for t in call)
+    out.copy_(rotary(x, cos, sin, INTERLEAVE_HALF))
+
+
+OPERATORS = (
+    Operator("aclnnApplyRotaryPosEmb", ApplyRotaryArguments, _check_apply_rotary, _apply_rotary),
+    Operator(
+        "aclnnApplyRotaryPosEmbV2", ApplyRotaryV2Arguments, _check_apply_rotary, _apply_rotary
+    ),
+    Operator("aclnnRotaryPositionEmbedding", RotaryArguments, _check_rotary, _rotary),
+    Operator("aclnnRotaryPositionEmbeddingV2", RotaryV2Arguments, _check_rotary, _rotary),
+    Operator(
+        "aclnnInterleaveRope", InterleaveRopeArguments, _check_interleave_rope, _interleave_rope
+    ),
+)

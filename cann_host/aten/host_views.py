@@ -1,0 +1,114 @@
+"""Npu tensors as CPU tensors over the same memory. Device memory is the host's here, so an ordinary
+operator needs no copies of its inputs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from cann_host import weights
+from cann_host.aclnn import ACL_DTYPES, BASE_FORMATS
+from cann_host.memory import flat_over
+
+__all__ = ["HostViews", "can_write", "note_written"]
+
+_DTYPES = frozenset(ACL_DTYPES.values())
+_MOST_FLATS = 1 << 14
+
+
+class HostViews:
+    """Makes views of npu tensors, and waits for the work that they depend on."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        import torch_npu
+
+        self._state = library.cann_host_state
+        self._bytes_at = library.cann_host_bytes_at
+        self._raw_stream = torch_npu._C._npu_getCurrentRawStream
+        self._format_of = torch.ops.npu.get_npu_format.default
+        # of a storage: address, bytes, dtype
+        self._flats: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._known_state = 0
+
+    def state(self, device: torch.device) -> int:
+        """The library's state, after torch_npu has launched what waits in its task queue for the
+        current stream of the device."""
+        self._raw_stream(device.index)
+        state: int = self._state()
+        if state != self._known_state:
+            self._flats.clear()  # memory was freed, perhaps
+            self._known_state = state
+        return state
+
+    @staticmethod
+    def wait(devices: Iterable[torch.device]) -> None:
+        """Wait for the current streams of devices, as a copy to the CPU does.
+
+        Raises:
+            RuntimeError: a launch has failed.
+        """
+        for device in devices:
+            torch.npu.current_stream(device).synchronize()  # type: ignore[attr-defined]
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """A CPU tensor over the same memory; None if a copy is needed: for an internal format, lazy
+        conjugation or negation, a subclass, a layout that is not strided, no memory."""
+        kind, dtype = type(tensor), tensor.dtype
+        if (
+            (kind is not Tensor and kind is not Parameter)
+            or dtype not in _DTYPES
+            or tensor.layout is not torch.strided
+            or tensor.is_neg()
+            or tensor.is_conj()
+            or self._format_of(tensor) not in BASE_FORMATS
+        ):
+            return None
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        key = address, size, dtype
+        flat = self._flats.get(key)
+        if flat is None:
+            count = size // dtype.itemsize
+            if count == 0 or self._bytes_at(address) < size:
+                return None
+            if len(self._flats) >= _MOST_FLATS:
+                self._flats.clear()
+            flat = self._flats[key] = flat_over(address, dtype, count)
+        try:
+            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        except RuntimeError:  # its storage has shrunk; the copy says so
+            return None
+
+
+def can_write(written: Sequence[Tensor], used: Sequence[Tensor]) -> bool:
+    """Whether an operator may write straight into tensors: each has elements, each element its own
+    memory, and the storage is no other argument's. Otherwise the order of reads and writes would
+    matter."""
+    targets = set(map(id, written))
+    ranges = []
+    for tensor in used:
+        is_target = id(tensor) in targets
+        if is_target and (tensor.numel() == 0 or torch._debug_has_internal_overlap(tensor) != 0):
+            return False
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        ranges.append((address, address + storage.nbytes(), is_target))
+    ranges.sort()
+    end = end_of_target = 0
+    for begin, its_end, is_target in ranges:
+        if begin < (end if is_target else end_of_target):
+            return False
+        end = max(end, its_end)
+        if is_target:
+            end_of_target = max(end_of_target, its_end)
+    return True
+
+
+def note_written(tensor: Tensor) -> None:
+    """Tell that an npu tensor was written through a view."""
+    storage = tensor.untyped_storage()
+    weights.wrote(storage.data_ptr(), storage.nbytes())

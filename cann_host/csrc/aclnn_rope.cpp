@@ -1,0 +1,10 @@
+// libopapi: rotary embeddings. cann_host/aclnn/rope.py has their checks and computes them.
+#include "aclnn.h"
+
+#define GROUP "Operators (aclnn)"
+
+CANN_HOST_OPERATOR(aclnnApplyRotaryPosEmb, Tensor, Tensor, Tensor, Tensor, Int)
+CANN_HOST_OPERATOR(aclnnApplyRotaryPosEmbV2, Tensor, Tensor, Tensor, Tensor, Int, Text)
+CANN_HOST_OPERATOR(aclnnRotaryPositionEmbedding, Tensor, Tensor, Tensor, Int, Tensor)
+CANN_HOST_OPERATOR(aclnnRotaryPositionEmbeddingV2, Tensor, Tensor, Tensor, Int, Tensor, Tensor)
+CANN_HOST_OPERATOR(aclnnInterleaveRope, Tensor, Tensor, Tensor, Tensor)
