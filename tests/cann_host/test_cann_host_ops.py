@@ -140,6 +140,8 @@ CASES = [
     Case("Mod", (N, D), {}, np.array([-1, -2, 0, 0, 1])),
     Case("FloorMod", (N, D), {}, np.array([1, -2, 0, 0, 1])),
     Case("Pow", (P, np.float32(1.5)), {}, P**1.5),
+    Case("Pow", (P, 2 * P), {}, P ** (2 * P)),
+    Case("Pow", (N, np.int64(2)), {}, N * N),
     Case("Maximum", (A, B), {}, np.where(A > B, A, B)),
     Case("Minimum", (A, B), {}, np.where(A < B, A, B)),
     Case("ClipByValue", (A, np.float32(-1), np.float32(0.5)), {}, np.clip(A, -1, 0.5)),
@@ -453,6 +455,14 @@ def test_computes(case: Case) -> None:
             atol=1e-3 if one.dtype == F16 else 1e-6,
             equal_nan=True,
         )
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2.0, 3.0, -0.5])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_the_power_of_one_exponent_is_that_of_eager_mode(dtype: torch.dtype, exponent) -> None:
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.1
+    inputs = {"x1": x, "x2": torch.tensor(exponent, dtype=dtype)}
+    assert torch.equal(run_op(find_op("Pow"), inputs, {})[0], torch.pow(x, exponent))
 
 
 @pytest.mark.parametrize("through_transpose", [False, True])

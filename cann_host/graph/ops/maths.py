@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cann_host.graph.executor import GraphError, Host, ints, op, promoted, torch_dtype
+from cann_host.graph.executor import GraphError, Host, ints, is_meta, op, promoted, torch_dtype
 
 UNDEFINED = 28  # GE's dtype of an attribute that was not given
 
@@ -87,7 +87,10 @@ def _floor_div(x1: Tensor, x2: Tensor) -> Tensor:
 
 @op("Pow")
 def _pow(x1: Tensor, x2: Tensor) -> Tensor:
-    return torch.pow(x1, x2)
+    if x2.dim() or is_meta(x1) or is_meta(x2):
+        return torch.pow(x1, x2)
+    # torch's kernel for one exponent, which rounds otherwise: the same numbers as in eager mode
+    return torch.pow(x1, x2.item()).to(torch.result_type(x1, x2))
 
 
 @op("Maximum")
