@@ -303,6 +303,51 @@ def reason(log: str) -> str:
     return re.sub(r"/\S+/", ".../", (found or ["no output"])[0])[:200]
 
 
+# Where torch_npu's name does not contain that of CANN's operator.
+NAMES = {
+    "npu_rotary_mul": "rotarypositionembedding",
+    "npu_fusion_attention": "flashattentionscore",
+    "npu_format_cast": "npuformatcast",
+    "npu_dtype_cast": "cast",
+    "scatter_update_": "scatterupdate",
+}
+OPERATOR = re.compile(r"(?:torch_npu|torch\.ops\.npu)\.(npu_\w+|scatter_update_)")
+OTHER_OPERATOR = re.compile(r"torch\.ops\.(?!npu\b)(\w+)\.\w+")
+OTHER_PACKAGES = ("tilelang", "diffusers", "cann_ops_transformer", "custom_ops")
+
+
+def others(recipes: Path) -> None:
+    """What the sources of each model name that is not here. Nothing runs."""
+    import torch_npu
+
+    from cann_host.aclnn.runner import OPERATORS
+
+    def plain(name: str) -> str:
+        return re.sub(r"v\d+$", "", re.sub(r"^aclnn(inplace)?|^npu_|_", "", name.lower()))
+
+    here = {plain(name) for name in OPERATORS}
+    print(f"{'model':30} not here, by reading its sources")
+    for folder in sorted(path for path in (recipes / "models").iterdir() if path.is_dir()):
+        text = "\n".join(file.read_text(errors="replace") for file in folder.rglob("*.py"))
+        if "fuse_moe_gmm" in text:
+            text += (recipes / "module" / "fuse_moe_gmm.py").read_text()
+        names = sorted(set(OPERATOR.findall(text)))
+        absent = [name for name in names if not hasattr(torch_npu, name)]
+        missing = [
+            name
+            for name in names
+            if name not in absent and NAMES.get(name, plain(name)) not in here
+        ]
+        parts = [" ".join(missing)] if missing else []
+        parts += [f"not in this torch_npu: {' '.join(absent)}"] if absent else []
+        libraries = sorted(set(OTHER_OPERATOR.findall(text)) - {"higher_order", "aten"})
+        libraries += [name for name in OTHER_PACKAGES if f"import {name}" in text]
+        libraries += [name for name in OTHER_PACKAGES if f"from {name}" in text]
+        if libraries:
+            parts.append(f"operators of other packages: {' '.join(dict.fromkeys(libraries))}")
+        print(f"{folder.name:30} {'; '.join(parts) or ('nothing' if text else 'no sources')}")
+
+
 def runs(args: argparse.Namespace) -> Iterator[Run]:
     for model in MODELS:
         for weights in WEIGHTS:
@@ -320,6 +365,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="devices, such as 1 2")
     parser.add_argument("--tokens", type=int, default=len(ANSWER) + 1, help="how many to generate")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one run")
+    parser.add_argument("--others", action="store_true", help="what the other models would need")
     parser.add_argument("--logs", type=Path, help="keep the logs in this folder")
     args = parser.parse_args()
     recipes = args.recipes.resolve()
@@ -329,6 +375,9 @@ def main() -> int:
     if missing:
         parser.error(f"the recipe needs packages that are not installed: {' '.join(missing)}")
     cann_host.activate()  # transformers imports torch_npu if it is installed
+    if args.others:
+        others(recipes)
+        return 0
     with tempfile.TemporaryDirectory() as temporary:
         return report(recipes, args, Path(temporary))
 
