@@ -423,19 +423,19 @@ def overrun(text: str) -> None:
     caution(text)
 
 
-_cautions = 0
+# one entry for each
+_cautioned: list[int] = []
 
 
 def cautions() -> int:
     """How often this process was cautioned."""
-    return _cautions
+    return len(_cautioned)
 
 
 def caution(text: str) -> None:
     """Warn about something that the device does without an error. The warning says that it is
     cann_host's own."""
-    global _cautions
-    _cautions += 1
+    _cautioned.append(1)
     if "cann_host" not in text:
         text = f"{text} (cann_host's caution; CANN reports nothing)"
     warnings.warn(text, RuntimeWarning, stacklevel=3)
