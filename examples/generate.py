@@ -226,8 +226,9 @@ def compiled(decoder: Decoder, mode: str) -> tuple[Callable[..., Tensor], Any]:
 def on_npu(decoder: Decoder) -> Decoder:
     """A copy on the NPU, its quantized weights as FRACTAL_NZ."""
     decoder = copy.deepcopy(decoder).npu()
-    # without lm_head: its float weight is the embedding's too, which reads ND
-    lq_graph.use_internal_format_weight(decoder.model.model)
+    for layer in decoder.modules():  # float weights stay ND: lm_head's is the embedding's too
+        if isinstance(layer, lq_graph.QuantizedLinear):
+            lq_graph.use_internal_format_weight(layer)
     return decoder
 
 
