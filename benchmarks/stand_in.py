@@ -1,6 +1,7 @@
-"""The time the stand-in adds to a quantized matmul: `python -m cann_host benchmarks/stand_in.py`.
+"""The time the stand-in adds: `python -m cann_host benchmarks/stand_in.py [layer] [decoder]`.
 
-One layer, prepared or not, eagerly and as a torchair graph, beside the CPU kernel alone on the same
+`decoder` is a step of a decoder as a GE graph: see decoder.py. `layer` is a quantized matmul: one
+layer, prepared or not, eagerly and as a torchair graph, beside the CPU kernel alone on the same
 tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a transposed weight, which adds
 Transpose nodes to its graph. All calls of a size run interleaved in this process; the results are
 medians and their ratios to the kernel. Times are those of this machine's CPU, not of a chip.
@@ -8,6 +9,7 @@ medians and their ratios to the kernel. Times are those of this machine's CPU, n
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch_npu
 import torchair
+from decoder import main as decoder
 from graph import in_turns
 from torch import Tensor, nn
 
@@ -70,7 +73,7 @@ def calls(m: int, k: int, n: int, bits: int) -> dict[str, Callable[[], object]]:
 
 
 @torch.no_grad()
-def main() -> None:
+def layer() -> None:
     torch.npu.config.allow_internal_format = True
     torch._dynamo.config.recompile_limit = 256
     warnings.simplefilter("ignore")
@@ -84,6 +87,14 @@ def main() -> None:
                     f"   {name:30s} {taken * 1e6:9,.1f} us   it / the kernel {taken / kernel:6.2f}"
                 )
                 print(line, flush=True)
+
+
+def main() -> None:
+    parts = {"layer": layer, "decoder": decoder}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=(*parts, []), help="default: both")
+    for name in parser.parse_args().parts or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

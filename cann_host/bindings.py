@@ -35,6 +35,7 @@ from cann_host.options import CannHostError
 __all__ = [
     "CALLBACKS",
     "CAPTURES",
+    "FREED",
     "FUNCTIONS",
     "STRUCTS",
     "TRACKS",
@@ -179,3 +180,4 @@ def give(setter: Callable[..., None], *functions: Callable[..., int] | None) -> 
 # The low bits of cann_host_state, whose number changes when memory is freed: a graph is being
 # captured; work waits, or a launch on torch_npu's task queue has failed; memory is tracked.
 CAPTURES, WAITS, TRACKS = 1, 2, 4
+FREED = 3  # bits below the number

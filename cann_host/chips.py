@@ -57,7 +57,8 @@ def add_rms_norm_quant_roundings(
     soc: str, dtype: torch.dtype, *, beta: bool, per_tensor: bool
 ) -> NormRoundings:
     """What AddRmsNormQuant rounds on a chip: norm/add_rms_norm_quant, op_kernel and the golden of
-    tests/st (executor_aclnnAddRmsNormQuant.py).
+    tests/st (executor_aclnnAddRmsNormQuant.py). On A2 the kernel for no more rows than vector cores
+    (add_rms_norm_quant_single_n.h) rounds a bfloat16 sum too. The golden does not, nor does this.
 
     Args:
         soc: name of the chip.

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["FRACTAL_NZ", "flat_over", "over_memory"]
+__all__ = ["FRACTAL_NZ", "flat_over", "over_memory", "view_over"]
 
 FRACTAL_NZ = 29  # its number in aclFormat and in GE's Format
 
@@ -44,6 +44,11 @@ def over_memory(
         reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     flat = flat_over(address + offset * dtype.itemsize, dtype, reach)
     return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
+
+
+view_over = lru_cache(maxsize=1 << 14)(over_memory)
+view_over.__doc__ = """`over_memory`, once for the same arguments: the caller must not change the
+metadata of the tensor."""
 
 
 @lru_cache(maxsize=1 << 14)

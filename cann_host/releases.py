@@ -20,6 +20,8 @@ BROUGHT = {
     # csrc/core/npu/interface/AclInterface.cpp, AclrtPointerGetAttributesExist;
     # csrc/core/npu/NPUGraph.cpp, apply_cache_op_info
     "8.5.0": ("aclrtPointerGetAttributes", "aclrtSetStreamAttribute"),
+    # hicann/ops-transformer: posembedding/rope_with_sin_cos_cache has its V2 in 9.0.0, not 8.5.0
+    "9.0.0": ("aclnnRopeWithSinCosCacheV2", "aclnnRopeWithSinCosCacheV2GetWorkspaceSize"),
     # hicann/ops-nn: quant/dynamic_quant has aclnn_dynamic_quant_v4.h in 9.1.0 and not in 9.0.0;
     # hicann/ops-transformer: posembedding/kv_rms_norm_rope_cache has aclnnKvRmsNormRopeCacheV2.md
     "9.1.0": (

@@ -11,7 +11,8 @@ either.
     quant_matmul  aclnnQuantMatmul*, aclnnTransQuantParam*
     activations   aclnnDynamicQuant*, aclnnAscendQuantV3, aclnnQuantize
     norms         aclnnRmsNorm, aclnnAddRmsNorm
-    rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope
+    rope          aclnnApplyRotaryPosEmb*, aclnnRotaryPositionEmbedding*, aclnnInterleaveRope,
+                  aclnnRopeWithSinCosCache*
     cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
     fused_norms   norms that quantize: aclnnAddRmsNormDynamicQuantV2
     fused_swiglu  aclnnSwiGlu, aclnnDequantSwigluQuantV2, aclnnSwiGluQuantV2

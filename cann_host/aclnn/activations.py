@@ -225,7 +225,7 @@ def _quantize(call: QuantizeArguments, _soc: str) -> None:
 
 OPERATORS = (
     *(
-        Operator(name, DynamicQuantV2Arguments, _check_dynamic_quant_v2, _dynamic_quant_v2)
+        Operator(name, DynamicQuantV2Arguments, _check_dynamic_quant_v2, _dynamic_quant_v2, True)
         for name in ("aclnnDynamicQuant", "aclnnDynamicQuantV2")
     ),
     *(
@@ -233,7 +233,7 @@ OPERATORS = (
         for name in ("aclnnDynamicQuantV3", "aclnnDynamicQuantV4")
     ),
     *(
-        Operator(name, AscendQuantArguments, _check_ascend_quant, _ascend_quant)
+        Operator(name, AscendQuantArguments, _check_ascend_quant, _ascend_quant, True)
         for name in ("aclnnAscendQuant", "aclnnAscendQuantV3")
     ),
     Operator("aclnnQuantize", QuantizeArguments, _check_quantize, _quantize),

@@ -23,15 +23,18 @@ class CopyArguments(NamedTuple):
     source: AclTensor
 
 
+def _expands(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    try:
+        return bool(torch.broadcast_shapes(shape, wanted) == wanted)
+    except RuntimeError:
+        return False
+
+
 def _check_copy(call: CopyArguments, _soc: str) -> None:
     target, source = call
     compute_base_format_only(self=target, source=source)
     _ = target.dtype, source.dtype
-    try:
-        fits = torch.broadcast_shapes(target.shape, source.shape) == target.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if source.shape != target.shape and not _expands(source.shape, target.shape):
         raise RefusedError(
             f"source has shape {source.shape}, which does not expand to {target.shape}"
         )
@@ -143,8 +146,8 @@ def _format_cast(call: FormatCastArguments, _soc: str) -> None:
 
 
 OPERATORS = (
-    Operator("aclnnInplaceCopy", CopyArguments, _check_copy, _copy),
-    Operator("aclnnCast", CastArguments, _check_cast, _cast),
+    Operator("aclnnInplaceCopy", CopyArguments, _check_copy, _copy, True),
+    Operator("aclnnCast", CastArguments, _check_cast, _cast, True),
     Operator("aclnnConstantPadNd", PadArguments, _check_pad, _pad),
     Operator("aclnnInplaceZero", ZeroArguments, _check_zero, _zero),
     Operator("aclnnNpuFormatCast", FormatCastArguments, _check_format_cast, _format_cast),

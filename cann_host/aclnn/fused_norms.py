@@ -63,7 +63,7 @@ def _need_like(code: int | None, wanted: AclTensor, **tensors: AclTensor | None)
 # ---- AddRmsNormDynamicQuant ----
 
 
-class AddRmsNormDynamicQuantV2Arguments(NamedTuple):
+class AddRmsNormDynamicQuantArguments(NamedTuple):
     x1: AclTensor
     x2: AclTensor
     gamma: AclTensor
@@ -95,24 +95,7 @@ class AddRmsNormDynamicQuantV2Arguments(NamedTuple):
         return call if y is None else call._replace(y_dtype=y.dtype_name)
 
 
-class AddRmsNormDynamicQuantArguments(NamedTuple):
-    x1: AclTensor
-    x2: AclTensor
-    gamma: AclTensor
-    smooth_scale1: AclTensor | None
-    smooth_scale2: AclTensor | None
-    epsilon: float
-    y1: AclTensor
-    y2: AclTensor
-    x: AclTensor
-    scale1: AclTensor
-    scale2: AclTensor
-
-    def as_v2(self) -> AddRmsNormDynamicQuantV2Arguments:
-        return AddRmsNormDynamicQuantV2Arguments(*self[:5], None, self.epsilon, None, *self[6:])
-
-
-def _check_add_rms_norm_dynamic_quant(call: AddRmsNormDynamicQuantV2Arguments, soc: str) -> None:
+def _check_add_rms_norm_dynamic_quant(call: AddRmsNormDynamicQuantArguments, soc: str) -> None:
     """Source: hicann/ops-nn norm/add_rms_norm_dynamic_quant/op_host/op_api, V2."""
     need(x1=call.x1, x2=call.x2, gamma=call.gamma, x=call.x, y1=call.y1, y2=call.y2)
     need(scale1=call.scale1, scale2=call.scale2)
@@ -143,7 +126,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _add_rms_norm_dynamic_quant(call: AddRmsNormDynamicQuantV2Arguments, soc: str) -> None:
+def _add_rms_norm_dynamic_quant(call: AddRmsNormDynamicQuantArguments, soc: str) -> None:
     if 0 in call.x1.shape or 0 in call.gamma.shape:
         return
     described = call.described(soc)
@@ -170,14 +153,6 @@ def _add_rms_norm_dynamic_quant(call: AddRmsNormDynamicQuantV2Arguments, soc: st
         if result is not None:
             _store(y, result[0])
             scale.view().copy_(result[1].reshape(scale.shape))
-
-
-def _check_add_rms_norm_dynamic_quant_v1(call: AddRmsNormDynamicQuantArguments, soc: str) -> None:
-    _check_add_rms_norm_dynamic_quant(call.as_v2(), soc)
-
-
-def _add_rms_norm_dynamic_quant_v1(call: AddRmsNormDynamicQuantArguments, soc: str) -> None:
-    _add_rms_norm_dynamic_quant(call.as_v2(), soc)
 
 
 # ---- AddRmsNormQuant ----
@@ -400,14 +375,8 @@ def _inplace_add_rms_norm(call: InplaceAddRmsNormArguments, soc: str) -> None:
 
 OPERATORS = (
     Operator(
-        "aclnnAddRmsNormDynamicQuant",
-        AddRmsNormDynamicQuantArguments,
-        _check_add_rms_norm_dynamic_quant_v1,
-        _add_rms_norm_dynamic_quant_v1,
-    ),
-    Operator(
         "aclnnAddRmsNormDynamicQuantV2",
-        AddRmsNormDynamicQuantV2Arguments,
+        AddRmsNormDynamicQuantArguments,
         _check_add_rms_norm_dynamic_quant,
         _add_rms_norm_dynamic_quant,
     ),

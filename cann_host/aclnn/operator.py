@@ -22,6 +22,8 @@ class Operator(Generic[Arguments]):
             the chip.
         compute: computes a call that was checked; takes the same arguments. The memory of each
             tensor was checked too: `AclTensor.view` lies inside its allocation.
+        is_check_pure: whether `check` depends on the descriptors only, not on data, and warns of
+            nothing. It then runs once for calls with the same words.
         only_reads: names of arguments that it does not write. A weight that is named here stays
             converted (cann_host/weights.py) from one call to the next.
     """
@@ -30,4 +32,5 @@ class Operator(Generic[Arguments]):
     arguments: Callable[..., Arguments]
     check: Callable[[Arguments, str], None]
     compute: Callable[[Arguments, str], None]
+    is_check_pure: bool = False
     only_reads: frozenset[str] = frozenset()

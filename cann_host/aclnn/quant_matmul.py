@@ -199,7 +199,7 @@ _READ = frozenset(QuantMatmulArguments._fields) - {"out"}
 
 OPERATORS = (
     *(
-        Operator(name, QuantMatmulArguments, check, _quant_matmul, _READ)
+        Operator(name, QuantMatmulArguments, check, _quant_matmul, True, _READ)
         for name, check in (
             ("aclnnQuantMatmulV4", _check_v4),
             ("aclnnQuantMatmulV5", _check_v5),

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cann_host.graph import executor
-from cann_host.graph.ops.rope import apply_rotary, rotary, rotary_position_embedding
+from cann_host.graph.ops.rope import apply_rotary, mrope, rotary, rotary_position_embedding
 from cann_host.rules import (
     HALF,
     INTERLEAVE_HALF,
     INVALID,
     ApplyRotaryCall,
+    MropeCall,
     RotaryCall,
     apply_rotary_ignores,
     check_apply_rotary,
     check_interleave_rope,
+    check_mrope,
     check_rotary,
 )
 
@@ -67,6 +69,31 @@ class InterleaveRopeArguments(NamedTuple):
     out: AclTensor
 
 
+class MropeArguments(NamedTuple):
+    positions: AclTensor
+    query: AclTensor
+    key: AclTensor
+    cos_sin_cache: AclTensor
+    section: tuple[int, ...] | None
+    head_size: int
+    is_neox: bool
+    query_out: AclTensor
+    key_out: AclTensor
+
+
+class MropeV2Arguments(NamedTuple):
+    positions: AclTensor
+    query: AclTensor
+    key: AclTensor
+    cos_sin_cache: AclTensor
+    section: tuple[int, ...] | None
+    head_size: int
+    is_neox: bool
+    cache_mode: int
+    query_out: AclTensor
+    key_out: AclTensor
+
+
 def _apply_call(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str) -> ApplyRotaryCall:
     query, key, cos, sin, layout = call[:5]
     mode = call.rotary_mode if isinstance(call, ApplyRotaryV2Arguments) else None
@@ -87,7 +114,7 @@ def _check_apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc
 def _apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str) -> None:
     query, key, cos, sin = (t.view() for t in (call.query, call.key, call.cos, call.sin))
     mode = _apply_call(call, soc).mode
-    turned = [apply_rotary(soc, x, cos, sin, mode) for x in (query, key)]
+    turned = apply_rotary(soc, query, key, cos, sin, call.layout, mode)
     for tensor, values in zip((query, key), turned, strict=True):
         tensor.copy_(values)
 
@@ -142,7 +169,43 @@ def _interleave_rope(call: InterleaveRopeArguments, _soc: str) -> None:
     out.copy_(rotary(x, cos, sin, INTERLEAVE_HALF))
 
 
+def _mrope_call(call: MropeArguments | MropeV2Arguments, soc: str) -> MropeCall:
+    positions, query, key, cache, section, head_size, is_neox = call[:7]
+    return MropeCall(
+        soc,
+        positions.desc,
+        query.desc,
+        key.desc,
+        cache.desc,
+        section,
+        head_size,
+        is_neox,
+        call.cache_mode if isinstance(call, MropeV2Arguments) else 0,
+        (query.strides, key.strides),
+    )
+
+
+def _check_mrope(call: MropeArguments | MropeV2Arguments, soc: str) -> None:
+    need(positions=call.positions, queryIn=call.query, keyIn=call.key)
+    need(cosSinCache=call.cos_sin_cache, queryOut=call.query_out, keyOut=call.key_out)
+    raise_refusal(check_mrope(_mrope_call(call, soc)))
+    for x, out in ((call.query, call.query_out), (call.key, call.key_out)):
+        compute_base_format_only(queryIn=x, queryOut=out)
+        _check_out(x, out)
+    compute_base_format_only(positions=call.positions, cosSinCache=call.cos_sin_cache)
+
+
+def _mrope(call: MropeArguments | MropeV2Arguments, soc: str) -> None:
+    described = _mrope_call(call, soc)
+    tensors = (call.positions, call.query, call.key, call.cos_sin_cache)
+    turned = mrope(described, *(tensor.view() for tensor in tensors))
+    for out, values in zip((call.query_out, call.key_out), turned, strict=True):
+        out.view().copy_(values)
+
+
 OPERATORS = (
+    Operator("aclnnRopeWithSinCosCache", MropeArguments, _check_mrope, _mrope),
+    Operator("aclnnRopeWithSinCosCacheV2", MropeV2Arguments, _check_mrope, _mrope),
     Operator("aclnnApplyRotaryPosEmb", ApplyRotaryArguments, _check_apply_rotary, _apply_rotary),
     Operator(
         "aclnnApplyRotaryPosEmbV2", ApplyRotaryV2Arguments, _check_apply_rotary, _apply_rotary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from cann_host.rules import INNER, INVALID
 from . import (
     activations,
     attention,
+    attention_flash,
     cache,
     copies,
     fused_norms,
@@ -36,6 +38,7 @@ OPERATORS: dict[str, Operator[Any]] = {
     for family in (
         activations,
         attention,
+        attention_flash,
         cache,
         copies,
         fused_norms,
@@ -51,6 +54,16 @@ OPERATORS: dict[str, Operator[Any]] = {
 _MOST_CALLS = 4096
 
 
+class _Call:
+    """The arguments of a call, and the check that they passed."""
+
+    __slots__ = ("arguments", "passed")
+
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
+        self.passed: Callable[[Any, str], None] | None = None
+
+
 class Runner:
     """Runs operators for a library, until `close`.
 
@@ -61,7 +74,7 @@ class Runner:
 
     def __init__(self, library: ctypes.CDLL, soc: str) -> None:
         self.library, self.soc = library, soc
-        self._calls: dict[tuple[str, bytes], Any] = {}
+        self._calls: dict[tuple[str, bytes], _Call] = {}
         give(library.cann_host_set_aclnn_executor, self._run)
 
     def _run(self, name: str, phase: int, words: int, count: int) -> int:
@@ -72,15 +85,13 @@ class Runner:
         """
         try:
             operator = OPERATORS[name]
-            call = self._read(operator, ctypes.string_at(words, count * 8))
+            known = self._read(operator, ctypes.string_at(words, count * 8))
             # A default device or a function mode of the caller must not affect these tensors.
             with torch._C.DisableTorchFunction():
                 if phase:
-                    self._compute(operator, call)
+                    self._compute(operator, known.arguments)
                 else:
-                    operator.check(call, self.soc)
-                    if self.library.cann_host_state() & CAPTURES:
-                        watched.note(tensor.address for tensor in tensors_of(call))
+                    self._check(operator, known)
         except GraphError as error:  # a refusal of the same GE operator
             return self._fail(f"{name}: {error}", INVALID)
         except RefusedError as error:
@@ -89,17 +100,25 @@ class Runner:
             return self._fail(f"{name}: cann_host failed: {type(error).__name__}: {error}", INNER)
         return 0
 
-    def _read(self, operator: Operator[Any], words: bytes) -> Any:
-        """The operator's arguments. Those of earlier calls are kept: a model makes calls with the
-        same words at each step."""
+    def _read(self, operator: Operator[Any], words: bytes) -> _Call:
+        """A call of the operator. Earlier calls are kept: a model makes calls with the same words
+        at each step."""
         key = operator.name, words
         found = self._calls.get(key)
         if found is None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
             numbers = struct.unpack(f"<{len(words) // 8}q", words)
-            found = self._calls[key] = operator.arguments(*read_arguments(numbers))
+            found = self._calls[key] = _Call(operator.arguments(*read_arguments(numbers)))
         return found
+
+    def _check(self, operator: Operator[Any], call: _Call) -> None:
+        if call.passed is not operator.check:
+            operator.check(call.arguments, self.soc)
+            if operator.is_check_pure:
+                call.passed = operator.check
+        if self.library.cann_host_state() & CAPTURES:
+            watched.note(tensor.address for tensor in tensors_of(call.arguments))
 
     def _compute(self, operator: Operator[Any], call: Any) -> None:
         try:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from cann_host.memory import FRACTAL_NZ, over_memory
+from cann_host.memory import FRACTAL_NZ, view_over
 from cann_host.rules import TensorDesc
 
 from .refusal import RefusedError
@@ -115,12 +115,12 @@ class AclTensor(NamedTuple):
         return self.address + self.offset * width, reach * width
 
     def view(self) -> Tensor:
-        """A tensor over the memory, no copy."""
-        return over_memory(self.address, self.dtype, self.shape, self.strides, self.offset)
+        """A tensor over the memory, no copy. Do not change its metadata: later calls get it too."""
+        return view_over(self.address, self.dtype, self.shape, self.strides, self.offset)
 
     def nz_view(self) -> Tensor:
         """A tensor over the FRACTAL_NZ storage, no copy."""
-        return over_memory(self.address, self.dtype, self.storage)
+        return view_over(self.address, self.dtype, self.storage)
 
 
 # The kinds of arguments, the first word of each

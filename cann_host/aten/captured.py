@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cann_host import watched
 from cann_host.aclnn import BASE_FORMATS, INNER
-from cann_host.bindings import give
+from cann_host.bindings import FREED, TRACKS, give
 from cann_host.memory import over_memory
 
 __all__ = ["CapturedWork", "on_memory", "on_meta", "tensors"]
@@ -69,7 +69,12 @@ class CapturedWork:
         return bool(self._library.cann_host_captures(_stream(device)))
 
     def record(
-        self, device: torch.device, what: str, used: list[Tensor], work: Callable[[], None]
+        self,
+        device: torch.device,
+        what: str,
+        used: list[Tensor],
+        written: list[Tensor],
+        work: Callable[[], None],
     ) -> None:
         """Add work to the graph that the current stream captures.
 
@@ -77,6 +82,7 @@ class CapturedWork:
             device: whose stream.
             what: the operator's name, for errors.
             used: every npu tensor whose memory it reads or writes.
+            written: those that it writes.
             work: what each replay calls.
 
         Raises:
@@ -91,15 +97,27 @@ class CapturedWork:
         storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in used}
         memory = [(address, size, block_of(address, size)) for address, size in storages if size]
         watched.note(address for address, *_ in memory)
+        state, wrote = self._library.cann_host_state, self._library.cann_host_wrote
+        targets = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in written}
+        checked_at = -1  # how often memory had been freed
 
         def checked() -> None:
+            nonlocal checked_at
+            freed = state() >> FREED
             # the graph's own pool stays, but memory that was allocated before it may be freed
-            for address, size, block in memory:
-                if block_of(address, size) != block:
-                    raise RuntimeError(
-                        f"{what}: a tensor that the graph uses is no longer allocated"
-                    )
-            work()
+            if freed != checked_at:
+                for address, size, block in memory:
+                    if block_of(address, size) != block:
+                        raise RuntimeError(
+                            f"{what}: a tensor that the graph uses is no longer allocated"
+                        )
+                checked_at = freed
+            try:
+                work()
+            finally:
+                if state() & TRACKS:
+                    for address, size in targets:
+                        wrote(address, size)
 
         self._drop_ended()
         number = next(self._numbers)

@@ -204,10 +204,11 @@ class CpuKernel:
         targets = list(_tensors(written.values())) if written else []
         if targets:
             on_memory = on_memory and self.writes_memory and can_write(targets, found.tensors)
-        views = self._views_of(found.tensors) if on_memory else {}
-        seeded = {
-            id(one): _cpu_generator(one) for one in found.generators if one.device.type == "npu"
-        }
+        views = self._views_of(found.tensors, targets) if on_memory else {}
+        seeded: dict[int, torch.Generator] = {}
+        if found.generators:
+            npu = [one for one in found.generators if one.device.type == "npu"]
+            seeded = {id(one): _cpu_generator(one) for one in npu}
         cpu_args = [_on_cpu(value, views, seeded) for value in args]
         cpu_kwargs = {name: _on_cpu(value, views, seeded) for name, value in kwargs.items()}
         if self.takes_device and cpu_kwargs.get("device") is None:
@@ -227,17 +228,19 @@ class CpuKernel:
             for target in targets:
                 if id(target) in views:
                     note_written(target)
+        if not written and isinstance(result, Tensor):
+            return _to_npu(result, device)
         if targets:
             values = _tensors(self._written(cpu_args, cpu_kwargs).values())
             for target, value in zip(targets, values, strict=True):
                 _finish(target, value, is_view=id(target) in views)
         return self._results(result, written, lambda value: _to_npu(value, device))
 
-    def _views_of(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-        """The views of tensors that can have one, by id."""
-        of, views = self.views.of, {}
+    def _views_of(self, tensors: Iterable[Tensor], targets: Iterable[Tensor]) -> dict[int, Tensor]:
+        """The views of tensors that can have one, by id. An out= may get another shape."""
+        of, views, written = self.views.of, {}, set(map(id, targets))
         for tensor in tensors:
-            if (view := of(tensor)) is not None:
+            if (view := of(tensor, is_new=id(tensor) in written)) is not None:
                 views[id(tensor)] = view
         return views
 
@@ -313,5 +316,6 @@ class CpuKernel:
 
             self._results(self.op(*cpu_args, **cpu_kwargs), cpu_written, place)
 
-        self.captures.record(device, str(self.op), used, work)
+        targets = [*_tensors(written.values()), *made]
+        self.captures.record(device, str(self.op), used, targets, work)
         return results

@@ -12,12 +12,13 @@ from torch.nn import Parameter
 
 from cann_host import weights
 from cann_host.aclnn import ACL_DTYPES, BASE_FORMATS
+from cann_host.bindings import FREED
 from cann_host.memory import flat_over
 
 __all__ = ["HostViews", "can_write", "note_written"]
 
 _DTYPES = frozenset(ACL_DTYPES.values())
-_MOST_FLATS = 1 << 14
+_MOST_VIEWS = 1 << 14
 
 
 class HostViews:
@@ -29,19 +30,18 @@ class HostViews:
         self._state = library.cann_host_state
         self._bytes_at = library.cann_host_bytes_at
         self._raw_stream = torch_npu._C._npu_getCurrentRawStream
-        self._format_of = torch.ops.npu.get_npu_format.default
-        # of a storage: address, bytes, dtype
-        self._flats: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self._known_state = 0
+        self._format_of = torch.ops.npu.get_npu_format.default._op
+        self._views: dict[tuple[object, ...], Tensor] = {}
+        self._freed = 0  # how often memory was, for which the views are known
 
     def state(self, device: torch.device) -> int:
         """The library's state, after torch_npu has launched what waits in its task queue for the
         current stream of the device."""
         self._raw_stream(device.index)
         state: int = self._state()
-        if state != self._known_state:
-            self._flats.clear()  # memory was freed, perhaps
-            self._known_state = state
+        if state >> FREED != self._freed:
+            self._views.clear()
+            self._freed = state >> FREED
         return state
 
     @staticmethod
@@ -54,34 +54,76 @@ class HostViews:
         for device in devices:
             torch.npu.current_stream(device).synchronize()  # type: ignore[attr-defined]
 
-    def of(self, tensor: Tensor) -> Tensor | None:
-        """A CPU tensor over the same memory; None if a copy is needed: for an internal format, lazy
-        conjugation or negation, a subclass, a layout that is not strided, no memory."""
+    def of(self, tensor: Tensor, *, is_new: bool = False) -> Tensor | None:
+        """A CPU tensor over the same memory; None if a copy is needed: for an internal format, a
+        subclass, a layout that is not strided, no memory.
+
+        Args:
+            tensor: on the npu.
+            is_new: return a view that no other call gets, whose metadata may change.
+        """
+        if tensor.is_conj():
+            view = self.of(tensor.conj(), is_new=is_new)
+            return None if view is None else view.conj()
+        if tensor.is_neg():
+            view = self.of(torch._neg_view(tensor), is_new=is_new)
+            return None if view is None else torch._neg_view(view)
         kind, dtype = type(tensor), tensor.dtype
         if (
             (kind is not Tensor and kind is not Parameter)
             or dtype not in _DTYPES
             or tensor.layout is not torch.strided
-            or tensor.is_neg()
-            or tensor.is_conj()
             or self._format_of(tensor) not in BASE_FORMATS
         ):
             return None
         storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        key = address, size, dtype
-        flat = self._flats.get(key)
-        if flat is None:
-            count = size // dtype.itemsize
-            if count == 0 or self._bytes_at(address) < size:
-                return None
-            if len(self._flats) >= _MOST_FLATS:
-                self._flats.clear()
-            flat = self._flats[key] = flat_over(address, dtype, count)
+        key = (
+            storage.data_ptr(),
+            storage.nbytes(),
+            dtype,
+            tensor.shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+        )
+        if is_new:
+            return self._make(*key)
+        view = self._views.get(key)
+        if view is None and (view := self._make(*key)) is not None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            self._views[key] = view
+        return view
+
+    def _make(
+        self,
+        address: int,
+        size: int,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        offset: int,
+    ) -> Tensor | None:
+        count = size // dtype.itemsize
+        if count == 0 or self._bytes_at(address) < size:
+            return None
         try:
-            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            return flat_over(address, dtype, count).as_strided(shape, strides, offset)
         except RuntimeError:  # its storage has shrunk; the copy says so
             return None
+
+
+def _has_overlap(tensor: Tensor) -> bool:
+    """Whether elements may share memory."""
+    known = torch._debug_has_internal_overlap(tensor)
+    if known != 2:  # too hard
+        return known == 1
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def can_write(written: Sequence[Tensor], used: Sequence[Tensor]) -> bool:
@@ -92,7 +134,7 @@ def can_write(written: Sequence[Tensor], used: Sequence[Tensor]) -> bool:
     ranges = []
     for tensor in used:
         is_target = id(tensor) in targets
-        if is_target and (tensor.numel() == 0 or torch._debug_has_internal_overlap(tensor) != 0):
+        if is_target and (tensor.numel() == 0 or _has_overlap(tensor)):
             return False
         storage = tensor.untyped_storage()
         address = storage.data_ptr()

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cann_host import runtime
 from cann_host.aten.captured import CapturedWork
 from cann_host.aten.dispatch import Replacements, stock_kernel
 from cann_host.aten.fallback import CpuKernel
 from cann_host.aten.host_views import HostViews
+from cann_host.graph.converters import add_attention
+from cann_host.rules import A2, soc_family
 
 __all__ = ["AtenKernels"]
 
@@ -51,6 +54,7 @@ KEPT = frozenset(
     }
 )
 
+_ATTENTION = "aten::scaled_dot_product_attention"
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -71,6 +75,22 @@ def _prefer(
     device.
     """
     if all(_is_plain(value) for value in (*args, *kwargs.values())):
+        return stock(keyset, *args, **kwargs)
+    return vendor(keyset, *args, **kwargs)
+
+
+def _attention(
+    stock: Callable[..., Any], vendor: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """scaled_dot_product_attention: the vendor's kernel calls FlashAttentionScore, which is here.
+
+    A call with dropout is decomposed, as its mask is a kernel that is not here.
+    """
+    if not all(_is_plain(value) for value in (*args, *kwargs.values())):
+        add_attention()
+        return vendor(keyset, *args, **kwargs)
+    dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if dropout or soc_family(runtime.options().soc) != A2:
         return stock(keyset, *args, **kwargs)
     return vendor(keyset, *args, **kwargs)
 
@@ -141,7 +161,8 @@ class AtenKernels:
             keys = ["AutogradPrivateUse1"]
         else:
             return False
+        choose = _attention if op._schema.name == _ATTENTION else _prefer
         for key in keys:
-            kernel = partial(_prefer, stock, self._replacements.vendor_kernel(op, key))
+            kernel = partial(choose, stock, self._replacements.vendor_kernel(op, key))
             self._replacements.replace(name, kernel, key, with_keyset=True)
         return True

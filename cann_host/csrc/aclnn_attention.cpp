@@ -51,6 +51,36 @@ CANN_HOST_OPERATOR(aclnnPromptFlashAttentionV3, Tensor, Tensor, Tensor, Tensor, 
 CANN_HOST_OPERATOR(aclnnIncreFlashAttentionV4, QKV, Ints, SCALES, Tensor, Tensor, Int, Real, Text,
                    Int, Int, Int, Tensor)
 
+#define FLASH_MASKS Tensor, Tensor, Tensor, Tensor
+#define FLASH_QKV Tensor, Tensor, Tensor, FLASH_MASKS
+#define FLASH_ROPE_QKV Tensor, Tensor, FLASH_QKV
+#define FLASH_NUMBERS Real, Real, Int, Int, Int, Text, Int, Int
+#define FLASH_OUT Tensor, Tensor, Tensor, Tensor
+
+CANN_HOST_OPERATOR(aclnnFlashAttentionScore, FLASH_QKV, Ints, FLASH_NUMBERS, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionScoreV2, FLASH_QKV, Ints, Ints, Ints, FLASH_NUMBERS, Int,
+                   FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionScoreV3, FLASH_QKV, Tensor, Ints, Ints, Ints, FLASH_NUMBERS,
+                   Int, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionVarLenScore, FLASH_QKV, Ints, Ints, Ints, FLASH_NUMBERS,
+                   FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionVarLenScoreV2, FLASH_QKV, Ints, Ints, Ints, Ints, Ints,
+                   FLASH_NUMBERS, Int, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionVarLenScoreV3, FLASH_ROPE_QKV, Ints, Ints, Ints, Ints, Ints,
+                   FLASH_NUMBERS, Int, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionVarLenScoreV4, FLASH_QKV, Ints, Ints, Ints, FLASH_NUMBERS,
+                   Text, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionVarLenScoreV5, FLASH_ROPE_QKV, Tensor, Ints, Ints, Ints, Ints,
+                   Ints, FLASH_NUMBERS, Int, Text, FLASH_OUT)
+
+#define FLASH_BACKWARD Tensor, FLASH_QKV, Tensor, Tensor, Tensor, Tensor
+
+CANN_HOST_OPERATOR(aclnnFlashAttentionScoreGrad, FLASH_BACKWARD, Ints, FLASH_NUMBERS, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionScoreGradV2, FLASH_BACKWARD, Ints, Ints, Ints, FLASH_NUMBERS,
+                   Int, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionUnpaddingScoreGrad, FLASH_BACKWARD, Ints, Ints, Ints,
+                   FLASH_NUMBERS, FLASH_OUT)
+
 extern "C" int aclDestroyAclOpExecutor(aclOpExecutor* executor) {
   CANN_HOST_CALL(aclDestroyAclOpExecutor);
   if (executor == nullptr || HandlesOf<aclOpExecutor>().Take(executor) != nullptr) return kSuccess;

@@ -6,8 +6,6 @@
 CANN_HOST_OPERATOR(aclnnAddRmsNormCast, Tensor, Tensor, Tensor, Real, Tensor, Tensor, Tensor,
                    Tensor)
 CANN_HOST_OPERATOR(aclnnInplaceAddRmsNorm, Tensor, Tensor, Tensor, Real, Tensor)
-CANN_HOST_OPERATOR(aclnnAddRmsNormDynamicQuant, Tensor, Tensor, Tensor, Tensor, Tensor, Real,
-                   Tensor, Tensor, Tensor, Tensor, Tensor)
 CANN_HOST_OPERATOR(aclnnAddRmsNormDynamicQuantV2, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                    Real, Flags, Tensor, Tensor, Tensor, Tensor, Tensor)
 CANN_HOST_OPERATOR(aclnnAddRmsNormQuant, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,

@@ -25,6 +25,7 @@ from cann_host.graph.executor import (
     torch_dtype,
 )
 from cann_host.graph.in_place import plan_writes
+from cann_host.graph.inference import Inference
 from cann_host.graph.origins import origins_of
 from cann_host.graph.program import Slot, Step
 from cann_host.memory import FRACTAL_NZ
@@ -284,12 +285,13 @@ def _predict(
         dtype = torch_dtype(info.dtype, f"input {slot.node}")
         like = torch.empty(info.shape, dtype=dtype, device="meta")
         values[slot] = FractalNZ(like, None) if formats[slot] == FRACTAL_NZ else like
+    inference = Inference()
     left: list[Step] = []
     returns_one: dict[Step, bool] = {}
     for step in steps:
         given = [_value(values, slot, f"node {step.node}") for slot in step.sources]
         try:
-            result = step.compute(*given, compiling=True)
+            result = inference.result(step, given)
         except ShapeUnknownError:
             return steps, {}  # shapes that depend on values: in GE such a graph is dynamic
         except Exception as error:

@@ -52,6 +52,11 @@ class GraphEngine:
         atexit.register(give, library.cann_host_set_ge_executor, None, None, None)
 
     @property
+    def compiled(self) -> list[CompiledGraph]:
+        """The compiled graphs that exist, in the order in which they were made."""
+        return list(self._graphs.values())
+
+    @property
     def live_graphs(self) -> int:
         """The number of compiled graphs that exist."""
         return len(self._graphs)

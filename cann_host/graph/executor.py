@@ -44,6 +44,7 @@ __all__ = [
     "ShapeUnknownError",
     "Value",
     "as_list",
+    "cautions",
     "compute_op",
     "describe",
     "dtype_name",
@@ -422,9 +423,19 @@ def overrun(text: str) -> None:
     caution(text)
 
 
+# one entry for each
+_cautioned: list[int] = []
+
+
+def cautions() -> int:
+    """How often this process was cautioned."""
+    return len(_cautioned)
+
+
 def caution(text: str) -> None:
     """Warn about something that the device does without an error. The warning says that it is
     cann_host's own."""
+    _cautioned.append(1)
     if "cann_host" not in text:
         text = f"{text} (cann_host's caution; CANN reports nothing)"
     warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -15,6 +15,7 @@ on purpose, so each checks the other: do not import one from the other.
     dynamic_quant      DynamicQuant, DynamicQuantV2
     static_quant       AscendQuantV2, aclnnQuantize
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
+    mrope              RopeWithSinCosCache
     cache              ScatterNdUpdate, Scatter, ScatterElements
     norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
     fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
@@ -23,6 +24,7 @@ on purpose, so each checks the other: do not import one from the other.
     definitions        dtypes of activations and other graph operators
     attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
                        attention_prompt and attention_incre the two sets of rules behind it
+    attention_flash    FlashAttentionScore
 
 A check takes one record of the call and returns None or a `Refusal`. A refusal of CANN has CANN's
 code. If CANN takes a call, but its kernel then reads outside its inputs, or the stand-in does not
@@ -48,7 +50,17 @@ from .attention import (
     query_dims,
     value_head,
 )
+from .attention_antiquant import few_tokens
 from .attention_check import check_attention
+from .attention_flash import (
+    FLASH_WIDTH,
+    FlashCall,
+    check_flash,
+    flash_dims,
+    flash_keys,
+    flash_out_shape,
+    flash_softmax_shape,
+)
 from .cache import (
     ScatterCall,
     check_scatter_elements,
@@ -91,6 +103,7 @@ from .kv_cache import (
     check_scatter_pa_kv_cache,
     kv_rms_norm_rope_ignores,
 )
+from .mrope import MropeCall, check_mrope
 from .norms import RmsNormCall, check_add_rms_norm_cast, check_layer_norm, check_rms_norm
 from .products import A2, A950, P310, soc_family
 from .quant_matmul import KERNELS, Kernel, QuantMatmulCall, check_quant_matmul
@@ -99,6 +112,7 @@ from .rope import (
     HALF,
     INTERLEAVE,
     INTERLEAVE_HALF,
+    LAYOUTS,
     QUARTER,
     ROTARY_MODES,
     ApplyRotaryCall,
@@ -130,6 +144,7 @@ __all__ = [
     "A950",
     "CACHE_MODES",
     "DEFINED",
+    "FLASH_WIDTH",
     "FUSED",
     "HALF",
     "INCRE",
@@ -138,6 +153,7 @@ __all__ = [
     "INTERLEAVE_HALF",
     "INVALID",
     "KERNELS",
+    "LAYOUTS",
     "MASK_SIZE",
     "ND",
     "NO_KERNEL",
@@ -156,9 +172,11 @@ __all__ = [
     "AttentionCall",
     "DequantSwigluQuantCall",
     "DynamicQuantCall",
+    "FlashCall",
     "Kernel",
     "KvRmsNormRopeCall",
     "Lengths",
+    "MropeCall",
     "PackedWords",
     "QuantMatmulCall",
     "QuantizeCall",
@@ -183,10 +201,12 @@ __all__ = [
     "check_definition",
     "check_dequant_swiglu_quant",
     "check_dynamic_quant",
+    "check_flash",
     "check_group_list",
     "check_interleave_rope",
     "check_kv_rms_norm_rope_cache",
     "check_layer_norm",
+    "check_mrope",
     "check_quant_matmul",
     "check_quantize",
     "check_rms_norm",
@@ -203,6 +223,11 @@ __all__ = [
     "dequant_swiglu_quant_ignores",
     "dynamic_quant_ignores",
     "dynamic_quant_scale_shape",
+    "few_tokens",
+    "flash_dims",
+    "flash_keys",
+    "flash_out_shape",
+    "flash_softmax_shape",
     "kind_of",
     "kv_rms_norm_rope_ignores",
     "lse_shape",

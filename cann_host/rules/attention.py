@@ -9,6 +9,7 @@ fused_infer_attention_score_def.cpp and fused_infer_attention_score_tiling.cpp.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from .descriptors import TensorDesc
@@ -213,6 +214,7 @@ class Dims(NamedTuple):
     head: int
 
 
+@lru_cache(maxsize=4096)
 def dims_of(axes: str, shape: tuple[int, ...], heads: int) -> Dims:
     """The sizes of a tensor.
 
@@ -308,6 +310,8 @@ def check_attention_dtypes(call: AttentionCall) -> Refusal | None:
 
 def _check_ranks(call: AttentionCall) -> Refusal | None:
     layout = LAYOUTS.get(call.input_layout)
+    if call.kind == PROMPT and call.input_layout == "SH":
+        return Refusal("cann_host does not compute input_layout SH", None)
     if layout is None:
         return Refusal(f"input_layout is {call.input_layout}; {one_of(LAYOUTS)} is allowed", TILING)
     if call.num_heads <= 0 or call.num_key_value_heads < 0:
@@ -331,6 +335,19 @@ def _check_ranks(call: AttentionCall) -> Refusal | None:
                 )
     if len(call.key[0].shape) != len(call.value[0].shape):
         return Refusal(f"key has shape {call.key[0].shape} and value {call.value[0].shape}", TILING)
+    for name, tensors, heads in (
+        ("query", (call.query,), call.num_heads),
+        ("key", call.key, call.kv_heads),
+        ("value", call.value, call.kv_heads),
+    ):
+        has_rows = "H" in layout.query if name == "query" or not call.is_paged else True
+        for tensor in tensors:
+            if has_rows and len(tensor.shape) == 3 and tensor.shape[2] % heads:
+                return Refusal(
+                    f"{name} has shape {tensor.shape} and {heads} heads; cann_host computes "
+                    "multiples only",
+                    None,
+                )
     return None
 
 
@@ -339,9 +356,9 @@ def check_out(call: AttentionCall) -> Refusal | None:
     refusal = _check_ranks(call)
     if refusal is not None:
         return refusal
-    query, value = query_dims(call), key_dims(call, call.value[0])
+    query = query_dims(call)
     if call.attention_out is not None:
-        expected = out_shape(call.layout.out, query, value.head)
+        expected = out_shape(call.layout.out, query, value_head(call))
         if call.attention_out.shape != expected:
             return Refusal(
                 f"attention_out has shape {call.attention_out.shape}; it must be {expected}", TILING
@@ -394,6 +411,8 @@ def kind_of(call: AttentionCall) -> str:
 
 def value_head(call: AttentionCall) -> int:
     """Head dim of the value, and so of the result."""
+    if call.is_paged and not call.is_packed:
+        return query_dims(call).head  # the two are equal
     return key_dims(call, call.value[0]).head
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import MASK_SIZE, AttentionCall, key_dims, query_dims
+from .attention_antiquant import check_incre_antiquant, most_keys
 from .attention_prompt import check_list_and_prefix
 from .descriptors import TensorDesc
 from .refusal import TILING, Refusal, one_of
@@ -51,7 +52,8 @@ def _check_heads(call: AttentionCall) -> Refusal | None:
         if dims.heads != heads:
             return _refuse(f"{name} has {dims.heads} heads and the attribute says {heads}")
     if key.head != query.head:
-        return _refuse(f"query has a head dim of {query.head} and key of {key.head}")
+        text = f"query has a head dim of {query.head} and key of {key.head}"
+        return _refuse(text) if not call.is_paged else Refusal(f"{text}; not in cann_host", None)
     if call.inner_precise not in (0, 1):
         return _refuse(f"inner_precise is {call.inner_precise}; 0 or 1 is allowed")
     if call.key[0].shape != call.value[0].shape:
@@ -85,13 +87,6 @@ def _check_lengths(call: AttentionCall) -> Refusal | None:
     return None
 
 
-def _most_keys(call: AttentionCall) -> int:
-    """How many keys a shift, a mask or scales per token must cover."""
-    if call.block_table is not None:
-        return call.block_table.shape[1] * call.block_size
-    return max(key_dims(call, key).seq for key in call.key)
-
-
 def _check_paged(call: AttentionCall) -> Refusal | None:
     table, key = call.block_table, call.key[0]
     if table is None:
@@ -119,10 +114,8 @@ def _check_paged(call: AttentionCall) -> Refusal | None:
         )
     lengths = call.actual_seq_lengths_kv
     longest = max(lengths.values, default=0) if lengths and lengths.values else 0
-    if longest > _most_keys(call):
-        return _refuse(
-            f"actual_seq_lengths_kv has {longest}; the table has {_most_keys(call)} keys"
-        )
+    if longest > most_keys(call):
+        return _refuse(f"actual_seq_lengths_kv has {longest}; the table has {most_keys(call)} keys")
     return None
 
 
@@ -132,7 +125,7 @@ def _check_shift(call: AttentionCall) -> Refusal | None:
         return None
     if shift.dtype != call.query.dtype:
         return _refuse(f"pse_shift is {shift.dtype} and query {call.query.dtype}")
-    keys = _most_keys(call)
+    keys = most_keys(call)
     if (
         len(shift.shape) != 4
         or shift.shape[0] not in (1, query.batch)
@@ -160,9 +153,9 @@ def _check_mask(call: AttentionCall) -> Refusal | None:
             )
         return None
     batches, lengths = query_dims(call).batch, call.actual_seq_lengths_kv
-    if mask.shape[0] != batches:
+    if not mask.shape or mask.shape[0] != batches:
         return _refuse(f"atten_mask has shape {mask.shape}; its first dim must be {batches}")
-    needed = _most_keys(call)
+    needed = most_keys(call)
     if not call.is_paged and lengths is not None and lengths.values:
         needed = max(lengths.values[: max(batches, 1)])
     if mask.shape[-1] < needed:
@@ -200,96 +193,8 @@ def _check_quant(call: AttentionCall) -> Refusal | None:
     for name, tensor in (("quant_scale2", scale), ("quant_offset2", offset)):
         if tensor is None or set(tensor.shape) <= {1}:
             continue
-        if tensor.shape not in allowed:
+        if tensor.shape not in allowed and len(tensor.shape) <= 4:
             return _refuse(f"{name} has shape {tensor.shape}; {allowed[-2]} is allowed")
-    return None
-
-
-def _allowed_scales(call: AttentionCall, mode: int, parts: int) -> Callable[[TensorDesc], bool]:
-    """Whether a scale or offset has a shape that the mode takes.
-
-    Args:
-        call: the call.
-        mode: of key and value, or antiquant_mode.
-        parts: 2 if key and value have one tensor, else 1.
-    """
-    dims, batches = key_dims(call, call.key[0]), query_dims(call).batch
-    heads, head, width = dims.heads, dims.head, dims.heads * dims.head
-    keys = _most_keys(call)
-
-    def allows(tensor: TensorDesc) -> bool:
-        shape = tensor.shape
-        if mode == 2:
-            return shape == (heads,)
-        if mode == 3:
-            return len(shape) == 3 and shape[:2] == (batches, heads) and shape[2] >= keys
-        if mode == 4:
-            return shape == (dims.batch, call.block_size)
-        if mode == 5:
-            return shape == (dims.batch, heads, call.block_size)
-        if mode == 1:
-            if len(shape) == 2 and parts == 1:
-                return shape[0] == batches and shape[1] >= keys
-            return len(shape) == 3 and shape[:2] == (parts, batches) and shape[2] >= keys
-        return shape in (
-            (parts,),
-            (parts, heads, 1, head),
-            (parts, 1, heads, head),
-            (parts, heads, head),
-            (parts, width),
-        )
-
-    return allows
-
-
-def _check_antiquant(call: AttentionCall) -> Refusal | None:
-    names = ("antiquant", "key_antiquant", "value_antiquant")
-    scales = {name: getattr(call, f"{name}_scale") for name in names}
-    offsets = {name: getattr(call, f"{name}_offset") for name in names}
-    if call.key[0].dtype != "int8":
-        given = [f"{n}_scale" for n in names if scales[n]] + [
-            f"{n}_offset" for n in names if offsets[n]
-        ]
-        if given:
-            return _refuse(f"{given[0]} is given and key is {call.key[0].dtype}")
-        return None
-    key, value = (scales[n] for n in names[1:])
-    if (key is None) != (value is None) or (offsets[names[1]] is None) != (
-        offsets[names[2]] is None
-    ):
-        return _refuse("only one of key and value has a scale or an offset of its own")
-    if key is None and offsets[names[1]] is not None:
-        return _refuse("key_antiquant_offset is given and key_antiquant_scale is not")
-    if key is None:
-        if call.antiquant_mode not in (0, 1):
-            return _refuse(f"antiquant_mode is {call.antiquant_mode}; 0 or 1 is allowed")
-        if scales["antiquant"] is None:
-            return _refuse("key is int8 and antiquant_scale is not given")
-        return _check_scale(call, "antiquant", call.antiquant_mode, 2)
-    modes = call.key_antiquant_mode, call.value_antiquant_mode
-    if modes[0] != modes[1] and modes != (0, 1):
-        return _refuse(f"key_antiquant_mode is {modes[0]} and value_antiquant_mode {modes[1]}")
-    if not 0 <= modes[0] <= 5:
-        return _refuse(f"key_antiquant_mode is {modes[0]}; 0 to 5 is allowed")
-    if modes[0] in (4, 5) and not call.is_paged:
-        return _refuse(f"key_antiquant_mode is {modes[0]} and block_table is not given")
-    return _check_scale(call, "key_antiquant", modes[0], 1) or _check_scale(
-        call, "value_antiquant", modes[1], 1
-    )
-
-
-def _check_scale(call: AttentionCall, name: str, mode: int, parts: int) -> Refusal | None:
-    scale: TensorDesc = getattr(call, f"{name}_scale")
-    offset: TensorDesc | None = getattr(call, f"{name}_offset")
-    allows = _allowed_scales(call, mode, parts)
-    for what, tensor in (("scale", scale), ("offset", offset)):
-        if tensor is not None and not allows(tensor):
-            return _refuse(f"{name}_{what} has shape {tensor.shape}; not one of mode {mode}")
-    dtype = "float32" if mode in (1, 3, 4, 5) else call.query.dtype
-    if scale.dtype != dtype:
-        return _refuse(f"{name}_scale is {scale.dtype}; mode {mode} takes {dtype}")
-    if offset is not None and offset.dtype != scale.dtype:
-        return _refuse(f"{name}_offset is {offset.dtype} and {name}_scale {scale.dtype}")
     return None
 
 
@@ -301,7 +206,7 @@ _CHECKS: tuple[Callable[[AttentionCall], Refusal | None], ...] = (
     _check_shift,
     _check_mask,
     _check_quant,
-    _check_antiquant,
+    check_incre_antiquant,
 )
 
 
@@ -311,6 +216,10 @@ def check_incre(call: AttentionCall) -> Refusal | None:
         refusal = check(call)
         if refusal is not None:
             return refusal
+    for name in ("quant_scale2", "quant_offset2"):
+        tensor: TensorDesc | None = getattr(call, name)
+        if tensor is not None and len(tensor.shape) > 4:
+            return Refusal(f"cann_host computes no {name} of shape {tensor.shape}", None)
     if call.is_paged and call.input_layout == "BSH" and call.pre_tokens < 2147483647:
         # the kernel then reads only the last pre_tokens keys
         return Refusal(

@@ -18,6 +18,7 @@ from .attention import (
     key_dims,
     query_dims,
 )
+from .attention_antiquant import check_prompt_antiquant
 from .descriptors import TensorDesc
 from .refusal import TILING, Refusal, one_of
 
@@ -28,7 +29,6 @@ _MOST_HEADS, _MOST_GROUPS, _MOST_BATCHES = 256, 64, 65536
 _MOST_TOKENS, _MOST_SEQUENCES = 1048576, 4096  # of TND and NTD_TND
 _BLOCK_STEP, _MOST_BLOCK = 128, 1024
 _WIDEST_ROW = 65535
-_FEW_TOKENS = 16  # the most query tokens with separate antiquantization of key and value
 # head dims of query, key and value that TND and NTD_TND take
 _PACKED_HEADS = {(192, 192, 192), (192, 192, 128), (128, 128, 128), (64, 64, 64)}
 
@@ -59,6 +59,8 @@ def _check_heads(call: AttentionCall) -> Refusal | None:
         step = 32 if "int8" in (call.query.dtype, call.key[0].dtype, call.out_dtype) else 16
         if call.kind == FUSED and query.head % step:
             return _refuse(f"query has a head dim of {query.head}; multiples of {step} are allowed")
+        if call.query.dtype == "float16" and not call.inner_precise & 1 and query.head % 16:
+            return _refuse(f"query has a head dim of {query.head} and inner_precise is 0")
     if call.num_heads > _MOST_HEADS:
         return _refuse(f"num_heads is {call.num_heads}; at most {_MOST_HEADS} is allowed")
     if call.num_heads % call.kv_heads or call.num_heads // call.kv_heads > _MOST_GROUPS:
@@ -73,6 +75,12 @@ def _check_heads(call: AttentionCall) -> Refusal | None:
     ):
         if dims.heads != heads:
             return _refuse(f"{name} has {dims.heads} heads and the attribute says {heads}")
+    if not call.is_paged and not call.is_packed and not call.is_list and key != value:
+        return Refusal(
+            f"key has shape {call.key[0].shape} and value {call.value[0].shape} (cann_host's own "
+            "refusal; the kernel reads outside)",
+            None,
+        )
     return None
 
 
@@ -182,9 +190,11 @@ def _check_packed(call: AttentionCall) -> Refusal | None:
 def _check_cumulative(
     call: AttentionCall, queries: Lengths, keys: Lengths, query: Dims, key: Dims
 ) -> Refusal | None:
+    values = key_dims(call, call.value[0]).seq
     for name, lengths, total, is_cumulative in (
         ("actual_seq_lengths", queries, query.seq, True),
         ("actual_seq_lengths_kv", keys, key.seq, not call.is_paged),
+        ("actual_seq_lengths_kv", keys, values, not call.is_paged),
     ):
         if lengths.values is None:
             continue
@@ -218,6 +228,8 @@ def _check_paged(call: AttentionCall) -> Refusal | None:
     cache = key_dims(call, key)
     if cache.batch != key_dims(call, value).batch or cache.seq != size:
         return _refuse(f"key has shape {key.shape}, value {value.shape} and block_size is {size}")
+    if key.shape[1:-1] != value.shape[1:-1]:
+        return _refuse(f"key has shape {key.shape} and value {value.shape}")
     if len(key.shape) == 3 and key.shape[2] > _WIDEST_ROW:
         return _refuse(f"key has rows of {key.shape[2]} values; at most {_WIDEST_ROW} are allowed")
     if len(key.shape) == 5 and key.shape[4] != 16:
@@ -381,38 +393,6 @@ def _count(tensor: TensorDesc) -> int:
     return count
 
 
-def _check_antiquant(call: AttentionCall) -> Refusal | None:
-    """An int8 key and value."""
-    if call.key[0].dtype != "int8":
-        return None
-    dims, query = key_dims(call, call.key[0]), query_dims(call)
-    separate = call.key_antiquant_scale, call.value_antiquant_scale
-    if any(separate):
-        if query.seq > _FEW_TOKENS and call.query.dtype != "float16":
-            return _refuse(
-                f"key_antiquant_scale is given and query has {query.seq} tokens; at most "
-                f"{_FEW_TOKENS} are allowed"
-            )
-        return None
-    if call.query.dtype == "bfloat16":
-        return _refuse("key is int8 and key_antiquant_scale or value_antiquant_scale is not given")
-    scale = call.antiquant_scale
-    if scale is None:
-        return _refuse("key is int8 and antiquant_scale is not given")
-    width = dims.heads * dims.head
-    allowed = {
-        "BSH": (2, width),
-        "BSND": (2, dims.heads, dims.head),
-    }.get(call.input_layout, (2, dims.heads, 1, dims.head))
-    for name in ("antiquant_scale", "antiquant_offset"):
-        tensor: TensorDesc | None = getattr(call, name)
-        if tensor is not None and tensor.shape not in ((2,), allowed):
-            return _refuse(f"{name} has shape {tensor.shape}; (2,) or {allowed} is allowed")
-    if call.is_paged:
-        return _refuse("block_table is given; the antiquantization must be separate")
-    return None
-
-
 def _check_prefix(call: AttentionCall) -> Refusal | None:
     key, value, length = (
         call.key_shared_prefix,
@@ -456,7 +436,7 @@ _CHECKS: tuple[Callable[[AttentionCall], Refusal | None], ...] = (
     _check_shift,
     _check_tokens,
     _check_quant,
-    _check_antiquant,
+    check_prompt_antiquant,
     _check_causal,
 )
 

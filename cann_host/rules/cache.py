@@ -7,6 +7,7 @@ of an older product that has no public tiling is held to the document.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from .descriptors import TensorDesc
@@ -83,6 +84,7 @@ def _check_dtypes(call: ScatterCall, table: dict[str, tuple[str, ...]]) -> Refus
     return None
 
 
+@lru_cache(maxsize=4096)  # a model makes the same few calls again and again
 def check_scatter_nd_update(call: ScatterCall) -> Refusal | None:
     """Why a ScatterNdUpdate is refused; None if it is accepted. CANN does not compare the shapes:
     its kernel would read or write outside, which cann_host refuses."""
@@ -102,6 +104,7 @@ def check_scatter_nd_update(call: ScatterCall) -> Refusal | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def check_scatter_update(call: ScatterCall) -> Refusal | None:
     """Why a Scatter with reduce "update" is refused; None if it is accepted."""
     if refusal := _check_dtypes(call, _UPDATE):
@@ -142,6 +145,7 @@ def check_scatter_update(call: ScatterCall) -> Refusal | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def check_scatter_elements(call: ScatterCall) -> Refusal | None:
     """Why a ScatterElements is refused; None if it is accepted."""
     if refusal := _check_dtypes(call, _ELEMENTS):

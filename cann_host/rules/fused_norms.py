@@ -348,6 +348,14 @@ def _check_quant_shapes(call: AddRmsNormQuantCall) -> Refusal | None:
     for name, tensor in {"scales1": call.scales1, **call.optional}.items():
         if tensor.shape != gamma:
             return Refusal(f"{name} has shape {tensor.shape}; it must be gamma's, {gamma}", code)
+    if family == A950 and call.zero_points2 is not None and call.scales2 is None:
+        # then there is a second result, and in a graph InferShape gives it one element
+        text = "zero_points2 is given without scales2"
+        return (
+            Refusal(text, TILING)
+            if call.entry == "graph"
+            else Refusal(f"{text}, which cann_host does not compute on {soc}", None)
+        )
     if 0 in x1:
         return Refusal(f"x1 has shape {x1}; cann_host computes no empty one in a graph", None)
     return None

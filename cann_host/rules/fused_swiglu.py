@@ -427,10 +427,12 @@ def check_group_list(counts: list[int], rows: int, what: str = "group_index") ->
         rows: of x.
         what: the argument, for the message.
     """
-    if min(counts, default=0) < 0 or sum(counts) > rows:
+    least, total = min(counts, default=0), sum(counts)
+    if least < 0 or total > rows:
+        found = f"a group of {least} rows" if least < 0 else f"{len(counts)} groups {total} rows"
         return Refusal(
-            f"{what} gives groups of {counts} rows, and x has {rows} (CANN does not check this; "
-            "its kernel would leave the tensors)",
+            f"{what} gives {found}, and x has {rows} (CANN does not check this; its kernel would "
+            "leave the tensors)",
             None,
         )
     return None

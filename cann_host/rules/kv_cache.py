@@ -6,6 +6,7 @@ posembedding/kv_rms_norm_rope_cache: op_api for an eager call, definition and ti
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from .descriptors import TensorDesc
@@ -59,6 +60,7 @@ class ScatterPaCall(NamedTuple):
     is_graph: bool = False
 
 
+@lru_cache(maxsize=4096)  # a model makes the same few calls again and again
 def check_scatter_pa_kv_cache(call: ScatterPaCall) -> Refusal | None:
     """Why a ScatterPaKvCache is refused; None if it is accepted."""
     refusal = _check_pa_dtypes(call)
@@ -230,6 +232,7 @@ def kv_rms_norm_rope_ignores(call: KvRmsNormRopeCall) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def check_kv_rms_norm_rope_cache(call: KvRmsNormRopeCall) -> Refusal | None:
     """Why a KvRmsNormRopeCache is refused; None if it is accepted."""
     family = soc_family(call.soc)

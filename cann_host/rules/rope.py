@@ -8,6 +8,7 @@ public definition; its rules are cann_host's own.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from .descriptors import TensorDesc
@@ -131,6 +132,7 @@ def apply_rotary_ignores(soc: str, mode: str) -> str | None:
     )
 
 
+@lru_cache(maxsize=4096)  # a model makes the same few calls again and again
 def check_apply_rotary(call: ApplyRotaryCall) -> Refusal | None:
     """Why an ApplyRotaryPosEmb is refused; None if it is accepted."""
     tensors = {"query": call.query, "key": call.key, "cos": call.cos, "sin": call.sin}
@@ -238,6 +240,7 @@ def rotary_ignores(call: RotaryCall) -> str | None:
     return f"mode {call.mode} has no effect on {call.soc}: the kernel rotates halves"
 
 
+@lru_cache(maxsize=4096)
 def check_rotary(call: RotaryCall) -> Refusal | None:
     """Why a RotaryPositionEmbedding is refused; None if it is accepted."""
     x, cos, sin, rotate = call.x, call.cos, call.sin, call.rotate
@@ -369,6 +372,7 @@ def _check_matrix(call: RotaryCall, rotate: TensorDesc, shapes: str) -> Refusal 
 # ---- InterleaveRope, RotaryMul ----
 
 
+@lru_cache(maxsize=4096)
 def check_interleave_rope(call: RotaryCall) -> Refusal | None:
     """Why an InterleaveRope is refused; None if it is accepted. Ascend 950 has it as
     RotaryPositionEmbedding, for an eager call only."""
@@ -391,6 +395,7 @@ def check_interleave_rope(call: RotaryCall) -> Refusal | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def check_rotary_mul(call: RotaryCall) -> Refusal | None:
     """Why cann_host refuses a RotaryMul; None if it computes it."""
     x, r1, r2 = call.x, call.cos, call.sin

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,53 +10,12 @@ import torch
 from torch import Tensor
 
 from support import golden_attention as golden
+from support.attention import DECODE, SCALE, TND, Call, Case, close, compiled
 
 torch_npu = pytest.importorskip("torch_npu")
 torchair = pytest.importorskip("torchair")
 
-F16, BF16, I8 = torch.float16, torch.bfloat16, torch.int8
-TRIANGLE = torch.triu(torch.ones(2048, 2048, dtype=torch.bool), 1)
-SCALE = 0.3
-BLOCK = 128
-
-
-class Case(NamedTuple):
-    """A call.
-
-    Attributes:
-        layout: input_layout.
-        queries, keys: lengths of the sequences.
-        heads, kv_heads, head: sizes.
-        dtype: of query, key and value.
-        cache: kind of a paged cache, or "".
-        lengths: whether the actual lengths are given; else the sequences fill the tensors.
-        mode, before, after: sparse_mode, pre_tokens and next_tokens.
-        mask: shape of a random mask, or the triangle if it is (2048, 2048).
-        more: other arguments: Python values by their names in FusedInferAttentionScore.
-    """
-
-    layout: str = "BNSD"
-    queries: tuple[int, ...] = (5, 5)
-    keys: tuple[int, ...] = (7, 7)
-    heads: int = 4
-    kv_heads: int = 2
-    head: int = 32
-    dtype: torch.dtype = F16
-    cache: str = ""
-    lengths: bool = False
-    mode: int = 0
-    before: int = 2147483647
-    after: int = 2147483647
-    mask: tuple[int, ...] = ()
-    more: Mapping[str, Any] = MappingProxyType({})
-
-
-OUT = {
-    "BNSD_BSND": "BSND",
-    "NTD_TND": "TND",
-}
-TND = Case("TND", (3, 1, 4), (6, 1, 9), head=64, dtype=BF16)
-DECODE = Case(queries=(1, 1), keys=(130, 40), lengths=True)
+F16, BF16 = torch.float16, torch.bfloat16
 CASES = {
     **{layout: Case(layout) for layout in ("BNSD", "BSND", "BSH", "BNSD_BSND")},
     "NSD": Case("NSD", (5,), (7,)),
@@ -109,140 +66,6 @@ CASES = {
 }
 
 
-class Call:
-    """The tensors and arguments of a case, and its golden."""
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        self.case, self.generator = case, torch.Generator().manual_seed(seed)
-        heads, kv, head = case.heads, case.kv_heads, case.head
-        self.q = [self.random(heads, n, head) for n in case.queries]
-        self.k, self.v = ([self.random(kv, n, head) for n in case.keys] for _ in range(2))
-        more = case.more
-        axes = case.layout.split("_")[0]
-        self.axes, self.out_axes = axes, OUT.get(case.layout, axes)
-        padding = more.get("padding", (None, None))
-        extra = 3 if case.lengths else 0
-        longest = max(case.queries), max(case.keys)
-        room = [n + extra if n > 1 else n for n in longest]
-        self.size = room[0]
-        self.tensors: dict[str, Tensor] = {
-            "query": golden.place(self.q, axes, room[0], right=padding[0])
-        }
-        self.numbers: dict[str, Any] = {
-            "num_heads": heads,
-            "num_key_value_heads": kv,
-            "scale": SCALE,
-            "input_layout": case.layout,
-            "sparse_mode": case.mode,
-            "pre_tokens": case.before,
-            "next_tokens": case.after,
-            "softmax_lse_flag": "quant_scale2" not in more,
-        }
-        self.place_keys(axes, room[1], padding[1])
-        self.give_lengths()
-        self.give_mask()
-        self.give_others()
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.case.dtype)
-
-    def place_keys(self, axes: str, size: int, right: int | None) -> None:
-        case = self.case
-        for name, parts in (("key", self.k), ("value", self.v)):
-            if not case.cache:
-                self.tensors[name] = golden.place(parts, axes, size, right=right)
-                continue
-            wide = -(-max(case.keys) // BLOCK) + 1
-            table = torch.arange(wide * len(parts)).flip(0).view(len(parts), wide).int()
-            blocks = wide * len(parts)
-            self.tensors["block_table"] = table
-            self.tensors[name] = golden.cached(parts, case.cache, BLOCK, table, blocks)
-            self.numbers["block_size"] = BLOCK
-
-    def give_lengths(self) -> None:
-        case = self.case
-        packed = "T" in case.layout
-        if not (packed or case.lengths):
-            return
-        queries, keys = list(case.queries), list(case.keys)
-        if packed:
-            queries = np.cumsum(queries).tolist()
-            keys = keys if case.cache else np.cumsum(keys).tolist()
-        if "one length" in case.more:
-            keys = keys[:1]
-        self.numbers |= {"actual_seq_lengths": queries, "actual_seq_lengths_kv": keys}
-
-    def give_mask(self) -> None:
-        shape = self.case.mask
-        self.mask: Tensor | None = None
-        if shape[-2:] == (2048, 2048):
-            self.tensors["atten_mask"] = TRIANGLE.view(shape)
-        elif shape:
-            mask = torch.rand(shape, generator=self.generator) < 0.4
-            mask[..., 0] = False  # no query is blind
-            self.tensors["atten_mask"] = self.mask = mask
-
-    def give_others(self) -> None:
-        more, dtype = self.case.more, self.case.dtype
-        if "pse_shift" in more:
-            self.tensors["pse_shift"] = self.random(*more["pse_shift"])
-        if "padding" in more:
-            for name, size in zip(("query", "kv"), more["padding"], strict=True):
-                self.tensors[f"{name}_padding_size"] = torch.tensor([size])
-        if "prefix" in more:
-            size, length = more["prefix"]
-            for name in ("key", "value"):
-                part = self.random(self.case.kv_heads, size, self.case.head)
-                self.tensors[f"{name}_shared_prefix"] = golden.place([part], self.axes)
-                parts = self.k if name == "key" else self.v
-                parts[:] = [torch.cat((part[:, :length], one), 1) for one in parts]
-            if length != size:
-                self.numbers["actual_shared_prefix_len"] = [length]
-        if "quant_scale2" in more:
-            count = 1 if more["quant_scale2"] == "tensor" else self.case.heads * self.case.head
-            self.tensors["quant_scale2"] = 20 * torch.rand(count, generator=self.generator) + 5
-            if dtype == F16:
-                self.tensors["quant_scale2"] = self.tensors["quant_scale2"].float()
-        if "quant_offset2" in more:
-            scale = self.tensors["quant_scale2"]
-            self.tensors["quant_offset2"] = torch.rand(scale.shape, generator=self.generator) * 9
-
-    def seen(self, batch: int) -> Any:
-        case, one = self.case, self.q[batch].shape[1] == 1 and "T" not in self.case.layout
-        queries, keys = self.q[batch].shape[1], self.k[batch].shape[1]
-        mask = None
-        if self.mask is not None:
-            mask = self.mask.reshape(-1, *self.mask.shape[-2:]).numpy()
-            mask = mask[batch if len(mask) > 1 else 0]
-        if one and mask is None:
-            return None
-        return golden.visible(
-            case.mode, queries, keys, before=case.before, after=case.after, mask=mask
-        )
-
-    def golden(self) -> list[tuple[Any, Any]]:
-        shift = self.tensors.get("pse_shift")
-        results = []
-        for batch, (q, k, v) in enumerate(zip(self.q, self.k, self.v, strict=True)):
-            mine = None
-            if shift is not None:
-                mine = shift[batch if len(shift) > 1 else 0].float().numpy()
-            results.append(golden.attention(q, k, v, SCALE, visible=self.seen(batch), shift=mine))
-        return results
-
-    def on_device(self) -> dict[str, Tensor]:
-        return {name: tensor.npu() for name, tensor in self.tensors.items()}
-
-    def eager(self) -> tuple[Tensor, Tensor]:
-        out, lse = torch_npu.npu_fused_infer_attention_score(**self.on_device(), **self.numbers)
-        return out.cpu(), lse.cpu()
-
-
-def close(given: Tensor, want: Any, dtype: torch.dtype) -> None:
-    step = {F16: 2**-10, BF16: 2**-7}[dtype]
-    np.testing.assert_allclose(given.float().numpy(), want, rtol=step, atol=2 * step)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_eager_is_golden(case: Case) -> None:
     call = Call(case)
@@ -270,6 +93,19 @@ def test_eager_is_golden(case: Case) -> None:
         np.testing.assert_allclose(mine, sums, rtol=1e-5, atol=1e-5)
 
 
+def test_captured() -> None:
+    """A replay computes again, from the memory as it is then."""
+    call = Call(DECODE)
+    tensors = call.on_device()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out = torch_npu.npu_fused_infer_attention_score(**tensors, **call.numbers)[0]
+    tensors["query"].mul_(-1)
+    call.tensors["query"] = -call.tensors["query"]
+    graph.replay()
+    assert torch.equal(out.cpu(), call.eager()[0])
+
+
 def test_lse_of_packed_tokens() -> None:
     call = Call(TND)
     lse = call.eager()[1]
@@ -287,7 +123,6 @@ def test_what_is_beyond_the_lengths_is_zero() -> None:
 GRAPHS = (
     "BNSD",
     "lengths",
-    "no key",
     "mode 0 with a mask of each batch",
     "mode 3",
     "TND causal",
@@ -302,14 +137,13 @@ GRAPHS = (
 )
 
 
-def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    backend = torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
-    return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
+# as dynamic graphs too
+DYNAMIC = ("BNSD", "lengths", "mode 3", "TND paged", "decode paged, BSH")
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [*((n, False) for n in GRAPHS), *((n, True) for n in DYNAMIC)]
+)
 def test_graph_is_eager(name: str, dynamic: bool) -> None:
     call = Call(CASES[name])
 
@@ -340,3 +174,72 @@ def test_graph_with_lengths_in_tensors() -> None:
         tensors = [torch.tensor(call.numbers[names[0]]).npu(), torch.tensor(keys).npu()]
         out = graph(*tensors, call.on_device())[0]
         assert torch.equal(out.cpu(), call.eager()[0])
+
+
+# ---- the other operators ----
+
+
+V2 = getattr(torch.ops.npu, "npu_fused_infer_attention_score_v2", None)
+HAS_SINK = V2 is not None and "learnable_sink" in str(V2.default._schema)
+
+
+@pytest.mark.skipif(not HAS_SINK, reason="torch_npu has no learnable_sink here")
+def test_a_sink() -> None:
+    call = Call(TND)
+    sink = torch.randn(4, generator=call.generator).to(BF16)
+    numbers = {
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "softmax_scale": SCALE,
+        "input_layout": "TND",
+        "actual_seq_qlen": call.numbers["actual_seq_lengths"],
+        "actual_seq_kvlen": call.numbers["actual_seq_lengths_kv"],
+        "learnable_sink": sink.npu(),
+    }
+    out = torch_npu.npu_fused_infer_attention_score_v2(**call.on_device(), **numbers)[0]
+    parts = golden.taken(out.cpu(), "TND", list(TND.queries), 4)
+    for part, q, k, v in zip(parts, call.q, call.k, call.v, strict=True):
+        want, _ = golden.attention(q, k, v, SCALE, sink=sink.float().numpy())
+        close(part, want, BF16)
+
+
+OTHERS: dict[str, tuple[str, Case, dict[str, str]]] = {
+    "prompt": (
+        "npu_prompt_flash_attention",
+        Case("BSH", (5, 3), (7, 4), lengths=True, mode=3, mask=(2048, 2048)),
+        {"scale": "scale_value"},
+    ),
+    "incre": (
+        "npu_incre_flash_attention",
+        DECODE._replace(layout="BSH", mask=(2, 1, 1, 140)),
+        {"scale": "scale_value", "actual_seq_lengths_kv": "actual_seq_lengths"},
+    ),
+    "incre paged": (
+        "npu_incre_flash_attention",
+        DECODE._replace(cache="BNSD"),
+        {"scale": "scale_value", "actual_seq_lengths_kv": "actual_seq_lengths"},
+    ),
+}
+_NOT_OF_INCRE = ("sparse_mode", "pre_tokens", "next_tokens", "softmax_lse_flag")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_prompt_and_incre(name: str) -> None:
+    function, case, names = OTHERS[name]
+    call = Call(case)
+    numbers = dict(call.numbers)
+    if "incre" in name:
+        for left_out in (*_NOT_OF_INCRE, "actual_seq_lengths"):
+            numbers.pop(left_out, None)
+    numbers.pop("softmax_lse_flag", None)
+    numbers = {names.get(name, name): value for name, value in numbers.items()}
+
+    def attention(**tensors: Tensor) -> Any:
+        return getattr(torch_npu, function)(**tensors, **numbers)
+
+    out = attention(**call.on_device()).cpu()
+    parts = golden.taken(out, call.out_axes, list(case.queries), case.heads)
+    for part, (want, _) in zip(parts, call.golden(), strict=True):
+        close(part, want, case.dtype)
+    graph = compiled(attention, False)(**call.on_device())
+    assert torch.equal(graph.cpu(), out)

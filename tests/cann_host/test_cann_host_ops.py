@@ -112,6 +112,8 @@ LOWEST = np.array([-(2**31), -(2**31) + 1, 7], np.int32)
 SMOOTH = rng.random((2, 4)).astype(np.float16)
 LONG = (rng.normal(size=48) * 40).astype(np.float32)  # offsets
 WORDS = np.array(golden.trans_quant_param(QS, LONG))
+BELOW_2 = np.array([-1.5, 0, 0.25, 1.75])
+HUGE, TINY = np.float16([8192]), np.float16([1 / 8192])
 SPECIAL = np.array([1.0, np.inf, -np.inf, np.nan], np.float32)
 
 CASES = [
@@ -131,10 +133,15 @@ CASES = [
     Case("Div", (A, P), {}, A / P),
     # the smallest int32 by -1: torch's own division ends the process
     Case("Div", (LOWEST, np.int32(-1)), {}, np.array([-(2**31), 2**31 - 1, -7], np.int32)),
+    Case("TruncateDiv", (N, D), {}, np.array([-3, 0, 0, -1, 2])),
+    Case("TruncateDiv", (LOWEST, np.int32(-1)), {}, np.array([-(2**31), 2**31 - 1, -7], np.int32)),
+    Case("TruncateDiv", (A, P), {}, np.trunc(A / P)),
     Case("FloorDiv", (N, D), {}, np.array([-4, 0, 0, -1, 2])),
     Case("Mod", (N, D), {}, np.array([-1, -2, 0, 0, 1])),
     Case("FloorMod", (N, D), {}, np.array([1, -2, 0, 0, 1])),
     Case("Pow", (P, np.float32(1.5)), {}, P**1.5),
+    Case("Pow", (P, 2 * P), {}, P ** (2 * P)),
+    Case("Pow", (N, np.int64(2)), {}, N * N),
     Case("Maximum", (A, B), {}, np.where(A > B, A, B)),
     Case("Minimum", (A, B), {}, np.where(A < B, A, B)),
     Case("ClipByValue", (A, np.float32(-1), np.float32(0.5)), {}, np.clip(A, -1, 0.5)),
@@ -150,6 +157,16 @@ CASES = [
     Case("LogicalNot", (YES,), {}, np.array([False, False, True, True])),
     Case("BitwiseAnd", (np.array([12, -1]), np.array([10, 7])), {}, np.array([8, 7])),
     Case("BitwiseOr", (np.array([12, -8]), np.array([10, 7])), {}, np.array([14, -1])),
+    Case("Invert", (np.array([12, -1]),), {}, np.array([-13, 0])),
+    Case("RightShift", (np.array([12, -9]), np.array([2, 1])), {}, np.array([3, -5])),
+    Case("Addcmul", (A, B, P, np.float32(0.5)), {}, A + 0.5 * B * P),
+    Case("Addcmul", (N, D, N, np.int64(2)), {}, N + 2 * D * N),
+    # halves are rounded once: the product alone would be infinite
+    Case("Addcmul", (HUGE, HUGE, HUGE, np.float16(-1 / 8192)), {}, np.float16([0])),
+    Case("Addcdiv", (A, B, P, np.float32(-2)), {}, A - 2 * (B / P)),
+    Case("Addcdiv", (HUGE, HUGE, TINY, np.float16(-1 / 8192)), {}, np.float16([0])),
+    Case("Lerp", (A, B, P), {}, A + P * (B - A)),
+    Case("Lerp", (-2 * HUGE, 6 * HUGE, np.float16([0.25])), {}, np.float16([0])),
     Case("MaskedFill", (H, NO, np.float32(-2)), {}, np.where(NO, np.float16(-2), H)),
     Case("SelectV2", (NO, A, B), {}, np.where(NO, A, B)),
     Case("Cast", (np.float32([1.5, -2.5, 3]),), {"dst_type": GE_I32}, np.int32([1, -2, 3])),
@@ -172,6 +189,9 @@ CASES = [
     Case("Exp", (A,), {"base": 2.0, "scale": 3.0, "shift": 1.0}, 2 ** (3 * A + 1)),
     Case("Log", (P,), {}, np.log(P)),
     Case("Log", (P,), {"base": 2.0, "scale": 3.0, "shift": 1.0}, np.log2(3 * P + 1)),
+    Case("Expm1", (np.float32([1e-6, 1, -2]),), {}, np.expm1([1e-6, 1, -2])),
+    Case("Log1p", (np.float32([1e-6, 1, 7]),), {}, np.log1p([1e-6, 1, 7])),
+    Case("Erfinv", (erf(BELOW_2).astype(np.float32),), {}, BELOW_2),
     Case("IsInf", (SPECIAL,), {}, np.array([False, True, True, False])),
     Case("IsNan", (SPECIAL,), {}, np.array([False, False, False, True])),
     Case(
@@ -184,6 +204,19 @@ CASES = [
     Case("ReduceSum", (C, np.array([0, -1])), {}, C.sum((0, 2))),
     Case("ReduceSum", (N.astype(np.int32), np.array([0])), {}, np.int32(0)),
     Case("ReduceMean", (C, np.array([1])), {"keep_dims": True}, C.mean(1, keepdims=True)),
+    Case("ReduceMeanWithCast", (C, np.array([1, 2])), {}, C.mean((1, 2))),
+    Case("ReduceProdD", (np.int32([[2, 3], [4, -5]]),), {"axes": [0, -1]}, np.int32(-120)),
+    Case("ReduceProdD", (C,), {"axes": [1], "keep_dims": True}, C.prod(1, keepdims=True)),
+    Case("ReduceLogSumExp", (C, np.array([-1])), {}, np.log(np.exp(C).sum(-1))),
+    Case("ReduceLogSumExp", (HUGE + 1000 * H[0], np.array([0])), {"keep_dims": True},
+         np.float16([(HUGE + 1000 * H[0]).max()])),
+    Case("ReduceStdV2", (C,), {"dim": [0, 2], "correction": 1},
+         (C.std((0, 2), ddof=1), C.mean((0, 2)))),
+    Case("ReduceStdV2", (C,), {"correction": 0}, (C.std(), C.mean())),
+    Case("LpNormV2", (C,), {"axes": [1], "keepdim": True}, np.sqrt((C * C).sum(1, keepdims=True))),
+    Case("LpNormV2", (C,), {"p": 1.0}, np.abs(C).sum()),
+    Case("LpNormV2", (C,), {"p": math.inf, "axes": [-1]}, np.abs(C).max(-1)),
+    Case("LpNormV2", (A * 0,), {"epsilon": 0.25}, np.float32(0.25)),
     Case("ReduceMax", (C, np.array([1, 2])), {}, C.max((1, 2))),
     Case("ReduceMin", (C, np.array([-1])), {"keep_dims": True}, C.min(-1, keepdims=True)),
     Case("ReduceAny", (np.stack([YES, YES & NO]), np.array([1])), {}, np.array([True, True])),
@@ -198,6 +231,20 @@ CASES = [
         (np.float32([[1]]), np.int64([[1]])),
     ),
     Case("ArgMaxWithValue", (C,), {"dimension": 1}, (C.argmax(1).astype(np.int32), C.max(1))),
+    Case("ArgMinWithValue", (C,), {"dimension": -1, "keep_dims": True},
+         (C.argmin(-1)[..., None].astype(np.int32), C.min(-1, keepdims=True))),
+    Case("ArgMaxV2", (C, np.array(1)), {}, C.argmax(1)),
+    Case("ArgMaxV2", (C, np.array([-1])), {"dtype": GE_I32}, C.argmax(-1).astype(np.int32)),
+    Case("ArgMin", (C, np.array(0)), {}, C.argmin(0)),
+    Case("Sort", (C,), {}, (np.sort(C), np.argsort(C).astype(np.int32))),
+    Case("Sort", (C,), {"axis": 1, "descending": True, "y2_dtype": GE_I64},
+         (-np.sort(-C, 1), np.argsort(-C, 1))),
+    Case("Sort", (np.array([1, 0, 1, 0]),), {"stable": True},
+         (np.array([0, 0, 1, 1]), np.int32([1, 3, 0, 2]))),
+    Case("SearchSorted", (np.array([1, 3, 3, 9]), np.array([0, 3, 9, 10]), None), {},
+         np.array([0, 1, 3, 4])),
+    Case("SearchSorted", (np.array([9, 3, 1, 3]), np.array([3, 9]), np.array([2, 1, 3, 0])),
+         {"right": True, "dtype": GE_I32}, np.int32([3, 4])),
     # ---- layout ----
     Case("Identity", (A,), {}, A),
     Case("TensorMove", (A,), {}, A),
@@ -218,6 +265,14 @@ CASES = [
     Case("Tile", (A, np.array([2, 1])), {}, np.concatenate([A, A])),
     Case("Range", (np.int32(1), np.int32(9), np.int32(3)), {}, np.int32([1, 4, 7])),
     Case("Range", (np.float32(0), np.float32(1), np.float32(0.5)), {}, np.float32([0, 0.5])),
+    Case("LinSpace", (np.float32(1), np.float32(2), np.int32(5)), {},
+         np.float32([1, 1.25, 1.5, 1.75, 2])),
+    Case("LinSpace", (np.float32([3]), np.float32([9]), np.int64([1])), {}, np.float32([3])),
+    Case("ReverseV2", (C, np.array([0, -1])), {}, C[::-1, :, ::-1]),
+    Case("AsStrided", (C, np.array([2, 3]), np.array([1, 4]), np.array([2])), {},
+         C.reshape(-1)[[[2, 6, 10], [3, 7, 11]]]),
+    Case("AsStrided", (C[:, :1], np.array([2, 2]), np.array([4, 0]), np.array([3])), {},
+         np.stack([C[:, 0, 3]] * 2, 1)),
     Case("Slice", (C, np.array([0, 1, 2]), np.array([2, 1, -1])), {}, C[:, 1:2, 2:]),
     Case("StridedSliceV2", (C, [0, 1], [2, 99], [0, 2], [1, 2]), {}, C[0:2, :, 1::2]),
     Case("StridedSliceV2", (C, [1, -2], [2, 3], None, None), {}, C[1:2, -2:3]),
@@ -252,6 +307,20 @@ CASES = [
     Case("Softplus", (A,), {}, np.log(1 + np.exp(A))),
     Case("Swish", (A,), {}, A * sigmoid(A)),
     Case("Swish", (A,), {"scale": 1.7}, A * sigmoid(1.7 * A)),
+    Case("Elu", (A,), {}, np.where(A > 0, A, np.expm1(A))),
+    Case("Elu", (A,), {"alpha": 0.5, "scale": 3.0, "input_scale": 2.0},
+         3 * np.where(A > 0, A, 0.5 * np.expm1(2 * A))),
+    Case("GLU", (C,), {}, C[..., :2] * sigmoid(C[..., 2:])),
+    Case("GLU", (C,), {"dim": 0}, C[:1] * sigmoid(C[1:])),
+    Case("HardSigmoid", (4 * A,), {}, np.clip(4 * A / 6 + 0.5, 0, 1)),
+    Case("HardSigmoid", (A,), {"alpha": 0.2, "beta": 0.4}, np.clip(0.2 * A + 0.4, 0, 1)),
+    Case("HardSwish", (4 * A,), {}, 4 * A * np.clip(4 * A + 3, 0, 6) / 6),
+    Case("LeakyRelu", (A,), {"negative_slope": 0.1}, np.where(A > 0, A, np.float32(0.1) * A)),
+    Case("LogSigmoid", (A,), {}, np.log(sigmoid(A))),
+    Case("Mish", (A,), {}, A * np.tanh(np.log1p(np.exp(A)))),
+    Case("ThresholdV2", (A, np.float32(0.25), np.float32(-7)), {},
+         np.where(A > 0.25, A, np.float32(-7))),
+    Case("ThresholdV2", (N, np.int64(2), None), {}, np.array([0, 0, 0, 0, 7])),
     Case("SwiGlu", (C,), {}, C[..., :2] * sigmoid(C[..., :2]) * C[..., 2:]),
     Case("SwiGlu", (C,), {"dim": 0}, C[:1] * sigmoid(C[:1]) * C[1:]),
     Case("SoftmaxV2", (C,), {"axes": [1]}, softmax(C, 1)),
@@ -333,6 +402,7 @@ ELSEWHERE = {
     "ScatterElements",
     "ScatterElementsV2",
     "ScatterNdUpdate",
+    "FlashAttentionScore",  # test_attention_flash
     "FusedInferAttentionScore",  # test_attention
     "IncreFlashAttention",
     "PromptFlashAttention",
@@ -385,6 +455,14 @@ def test_computes(case: Case) -> None:
             atol=1e-3 if one.dtype == F16 else 1e-6,
             equal_nan=True,
         )
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2.0, 3.0, -0.5])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_the_power_of_one_exponent_is_that_of_eager_mode(dtype: torch.dtype, exponent) -> None:
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.1
+    inputs = {"x1": x, "x2": torch.tensor(exponent, dtype=dtype)}
+    assert torch.equal(run_op(find_op("Pow"), inputs, {})[0], torch.pow(x, exponent))
 
 
 @pytest.mark.parametrize("through_transpose", [False, True])
@@ -536,6 +614,29 @@ REFUSED = [
     ("PadV3", {"x": MATRIX, "paddings": NONE}, {"mode": "reflect"}, "mode reflect"),
     ("StridedSliceV2", SLICE, {"begin_mask": 1}, "masks"),
     ("Cumsum", {"x": MATRIX, "axis": torch.tensor(0)}, {"reverse": True}, "exclusive or reverse"),
+    (
+        "AsStrided",
+        {
+            "x": MATRIX,
+            "size": torch.tensor([2, 2]),
+            "stride": torch.tensor([8, 1]),
+            "storage_offset": torch.tensor([3]),
+        },
+        {},
+        r"AsStrided of 12 values .* offset 3 reads outside",
+    ),
+    (
+        "LinSpace",
+        {"start": ONE, "stop": ONE, "num": torch.tensor([2**40])},
+        {},
+        "num is 1099511627776; cann_host makes 0 to",
+    ),
+    (
+        "SearchSorted",
+        {"sorted_sequence": MATRIX, "values": HALF},
+        {},
+        "values is float16 and sorted_sequence float32",
+    ),
     ("ReduceSum", {"x": MATRIX, "axes": NONE}, {}, "no axes"),
     ("SoftmaxV2", {"x": MATRIX}, {"axes": [0, 1]}, r"axes \[0, 1\]"),
     ("LogSoftmaxV2", {"logits": MATRIX}, {"axes": [0, 1]}, r"axes \[0, 1\]"),

@@ -38,5 +38,5 @@ def wanted() -> str:
 @pytest.mark.parametrize("queue", MODES)
 def test_every_mode_generates_the_same(queue: str, wanted: str) -> None:
     modes = MODES[queue]
-    said = run(f"decoder.py {modes}", TASK_QUEUE_ENABLE=queue).splitlines()
+    said = run(f"vendor_decoder.py {modes}", TASK_QUEUE_ENABLE=queue).splitlines()
     assert dict(zip(modes.split(), said, strict=True)) == dict.fromkeys(modes.split(), wanted)

@@ -15,6 +15,7 @@ from cann_host.graph import executor
 from support import golden, golden_fused
 from support.eager import BF16, F16, F32, refused
 from support.fused import EPSILON, K, assert_bits, either_way, exact, norm_of, positive
+from support.has import need_converter, need_operator
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
@@ -59,6 +60,10 @@ def test_torchair_fuses_a_norm_with_what_follows(fuses: bool, mode: str) -> None
     the bits differ, as on a device; with a cast they are the same."""
     import torchair
 
+    need_operator("npu_add_rms_norm_dynamic_quant")
+    need_converter("npu_add_rms_norm_dynamic_quant")
+    need_operator("npu_add_rms_norm_cast")
+    need_converter("npu_add_rms_norm_cast")
     if not hasattr(torchair.CompilerConfig().experimental_config, "pattern_fusion_pass"):
         pytest.skip("torchair has no pattern_fusion_pass")
     x1, x2 = exact(2, 5, K, dtype=BF16), exact(2, 5, K, dtype=BF16, seed=1)
@@ -85,6 +90,7 @@ def test_torchair_fuses_a_norm_with_what_follows(fuses: bool, mode: str) -> None
 @pytest.mark.parametrize("fuses", [False, True])
 def test_a_captured_graph_fuses_a_norm_with_a_quantization(fuses: bool) -> None:
     """float16 rounds alike in both: aclnnAddRmsNormQuantV2 gives the bits of aclnnQuantize."""
+    need_operator("npu_add_rms_norm_quant")
     x1, x2 = exact(2, 5, K, dtype=F16), exact(2, 5, K, dtype=F16, seed=1)
     args = tuple(t.npu() for t in (x1, x2, exact(K, dtype=F16, seed=2), positive(K)))
     got = compiled(run_static, "reduce-overhead", fuses, *args)
@@ -127,6 +133,8 @@ def prefetches() -> int:
 
 
 def matrices() -> tuple[Tensor, Tensor]:
+    need_operator("npu_prefetch", "offset")
+    need_converter("npu_prefetch")
     return exact(4, K, dtype=F32).npu(), exact(K, K, dtype=F32, seed=1).npu()
 
 

@@ -34,6 +34,7 @@ from support.fused import (
     K,
     as_array,
     assert_bits,
+    compute,
     dtype_of,
     either_way,
     exact,
@@ -41,6 +42,7 @@ from support.fused import (
     positive,
     there,
 )
+from support.has import need_converter, need_operator
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
@@ -92,6 +94,9 @@ def test_a_device_rounds_where_the_document_does_not() -> None:
 @pytest.mark.parametrize("soc", [A2, A950])
 def test_add_rms_norm_cast(soc: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Ascend 950 the float32 result is the rounded y."""
+    need_operator("npu_add_rms_norm_cast")
+    if way != "eager":
+        need_converter("npu_add_rms_norm_cast")
     pretend(monkeypatch, soc)
     x1, x2 = exact(5, K, dtype=BF16), exact(5, K, dtype=BF16, seed=1)
     gamma = exact(K, dtype=BF16, seed=2)
@@ -107,10 +112,8 @@ def test_add_rms_norm_cast(soc: str, way: str, monkeypatch: pytest.MonkeyPatch) 
         assert_bits(got, expected)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch_npu, "npu_add_rms_norm_v2"), reason="torch_npu has no npu_add_rms_norm_v2"
-)
 def test_add_rms_norm_in_place() -> None:
+    need_operator("npu_add_rms_norm_v2")
     x1, x2 = exact(5, K, dtype=F16), exact(5, K, dtype=F16, seed=1)
     gamma = exact(K, dtype=F16, seed=2)
     y, total = x1.npu(), x2.npu()
@@ -153,6 +156,9 @@ def test_add_rms_norm_dynamic_quant_of_chips(
 
 
 def check_dynamic(case: str, way: str, dtype: torch.dtype, kernel: str = "reciprocal") -> None:
+    need_operator("npu_add_rms_norm_dynamic_quant", "output_mask", "y_dtype")
+    if way != "eager":
+        need_converter("npu_add_rms_norm_dynamic_quant")
     has_smooth, has_beta, mask, int4, wanted = DYNAMIC[case]
     x1, x2 = exact(2, 5, K, dtype=dtype), exact(2, 5, K, dtype=dtype, seed=1)
     gamma = exact(K, dtype=dtype, seed=2)
@@ -210,6 +216,7 @@ def test_add_rms_norm_quant(
     case: str, with_points: bool, second: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The eager operator, and the graph's, which torchair does not make."""
+    need_operator("npu_add_rms_norm_quant", "beta", "div_mode")
     soc, dtype, of_scales, of_points, plain, with_beta = QUANT[case]
     pretend(monkeypatch, soc)
     divides = not second or soc == A950
@@ -246,6 +253,7 @@ def test_add_rms_norm_quant(
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_add_rms_norm_quant_with_one_scale(dtype: torch.dtype) -> None:
     """aclnnAddRmsNormQuantV2 has another kernel: float32, and a multiplication by 1 / scale."""
+    need_operator("npu_add_rms_norm_quant", "beta")
     x1, x2 = exact(2, 5, K, dtype=dtype), exact(2, 5, K, dtype=dtype, seed=1)
     gamma, beta = exact(K, dtype=dtype, seed=2), exact(K, dtype=dtype, seed=3)
     scale, offset = positive(1), points(1)
@@ -259,12 +267,25 @@ def test_add_rms_norm_quant_with_one_scale(dtype: torch.dtype) -> None:
     assert_bits(x, total)
 
 
+def test_add_rms_norm_quant_of_950() -> None:
+    """torch_npu calls aclnnAddRmsNormQuant there, without beta."""
+    x1, x2 = exact(2, 5, K, dtype=BF16), exact(2, 5, K, dtype=BF16, seed=1)
+    gamma, scale, offset = exact(K, dtype=BF16, seed=2), positive(K), points(K, dtype=F32)
+    y1, y2, x = torch.zeros(2, 5, K, dtype=I8), torch.zeros(2, 5, K, dtype=I8), torch.zeros_like(x1)
+    given = (x1, x2, gamma, scale, None, offset, None, -1, EPSILON, 1, y1, y2, x)
+    compute("aclnnAddRmsNormQuant", *given, soc=A950)
+    want, _, total = norm_of(x1, x2, gamma)
+    assert_bits(y1, golden_fused.quantize(want, as_array(scale), as_array(offset)))
+    assert_bits(x, total)
+
+
 # ---- RmsNormQuant ----
 
 
 @pytest.mark.parametrize("int4", [False, True], ids=["int8", "int4"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_rms_norm_quant(dtype: torch.dtype, int4: bool) -> None:
+    need_operator("npu_rms_norm_quant", "dst_dtype")
     x, gamma = exact(2, 5, K, dtype=dtype), exact(K, dtype=dtype, seed=1)
     beta, scale = exact(K, dtype=dtype, seed=2), positive(1, dtype=dtype)
     offset = points(1, dtype=I8)
@@ -285,6 +306,7 @@ def test_rms_norm_quant(dtype: torch.dtype, int4: bool) -> None:
 
 
 def test_rms_norm_quant_reads_one_scale() -> None:
+    need_operator("npu_rms_norm_quant")
     x, one = exact(2, K, dtype=F16), torch.ones(K, dtype=F16)
     with pytest.warns(RuntimeWarning, match=r"reads one scale and one offset of \(64,\)"):
         torch_npu.npu_rms_norm_quant(
@@ -349,6 +371,7 @@ REFUSED = [
     (AddRmsNormQuantCall, {"gamma": SHORT}, 161002, None, "last dims of x1"),
     (AddRmsNormQuantCall, {"beta": SHORT}, 161002, None, "beta has shape"),
     (AddRmsNormQuantCall, {"y_dtype": "int4"}, 161002, 561003, "y is int4.*allows int8"),
+    (AddRmsNormQuantCall, {"soc": A950, "zero_points2": POINTS}, None, 561002, "without scales2"),
     # RmsNormQuant
     (RmsNormQuantCall, {"x": of(X, "float32")}, 161002, 561003, "x is float32"),
     (RmsNormQuantCall, {"gamma": of(G, "float16")}, 161002, 561003, "gamma is float16"),
@@ -420,6 +443,8 @@ def test_add_rms_norm_cast_refuses(soc: str, dtype: str, code: int) -> None:
 
 
 def test_refusals_arrive_by_torch_npu() -> None:
+    for name in ("add_rms_norm_dynamic_quant", "add_rms_norm_quant", "rms_norm_quant"):
+        need_operator(f"npu_{name}")
     x, gamma = exact(5, K, dtype=F16).npu(), exact(K, dtype=F16).npu()
     with refused(
         r"561003[\s\S]*aclnnAddRmsNormDynamicQuantV2: gamma is float32; it must be float16"

@@ -27,7 +27,8 @@ from cann_host.rules import (
 )
 from support import golden_fused
 from support.eager import BF16, F16, F32, I8, I32, as_numpy, refused
-from support.fused import as_array, either_way, positive, there
+from support.fused import as_array, compute, either_way, positive, there
+from support.has import need_converter, need_operator
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
@@ -99,11 +100,7 @@ DEQUANT: dict[str, dict[str, Any]] = {
         "quant_scale": positive(2),
         "quant_offset": normal(2),
     },
-    "groups of bfloat16": {
-        "quant_mode": 1,
-        "groups": [5, 7],
-        "x": normal(ROWS, 2 * H, dtype=BF16),
-    },
+    "bfloat16 groups": {"quant_mode": 1, "groups": [5], "x": normal(5, 2 * H, dtype=BF16)},
     "numbered groups": {"quant_mode": 1, "groups": [[2, 5], [0, 7], [1, 0]]},
     "GPT-OSS by columns": {"quant_mode": 1, "groups": [5, 7], "swiglu_mode": 1, "clamp_limit": 2.0},
     "GPT-OSS by halves": {
@@ -169,6 +166,10 @@ def dequant_golden(given: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None
 @pytest.mark.parametrize("case", DEQUANT)
 def test_dequant_swiglu_quant(case: str, way: str) -> None:
     given = dequant_arguments(case)
+    variant = [name for name in ("swiglu_mode",) if name in given]
+    need_operator("npu_dequant_swiglu_quant", *variant)
+    if way != "eager":
+        need_converter("npu_dequant_swiglu_quant")
     options = {k: v for k, v in given.items() if not isinstance(v, Tensor) and v is not None}
     tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
     names = list(tensors)
@@ -189,6 +190,9 @@ def test_dequant_swiglu_quant(case: str, way: str) -> None:
 @WAYS
 def test_the_rest_of_padded_groups_stays(way: str) -> None:
     """No kernel writes rows after the last group; the others are as ever."""
+    need_operator("npu_dequant_swiglu_quant")
+    if way != "eager":
+        need_converter("npu_dequant_swiglu_quant")
     given = {**dequant_arguments("groups"), "group_index": torch.tensor([2, 0, 3])}
     call = torch_npu.npu_dequant_swiglu_quant
 
@@ -213,6 +217,8 @@ def test_the_rest_of_padded_groups_stays(way: str) -> None:
 
 def test_a_quantized_matmul_feeds_it() -> None:
     """int32 of npu_quant_matmul, eagerly and in one graph, gives the same bits."""
+    need_operator("npu_dequant_swiglu_quant")
+    need_converter("npu_dequant_swiglu_quant")
     x = torch.randint(-128, 128, (ROWS, 32), generator=torch.Generator().manual_seed(3)).to(I8)
     weight = torch.randint(-128, 128, (32, 2 * H), generator=torch.Generator().manual_seed(4)).to(
         I8
@@ -242,6 +248,7 @@ def test_a_quantized_matmul_feeds_it() -> None:
 
 
 def test_swiglu_mode_without_groups_is_said_to_have_no_effect() -> None:
+    need_operator("npu_dequant_swiglu_quant", "swiglu_mode")
     given = dequant_arguments("dynamic")
     tensors = {k: there(v) for k, v in given.items() if isinstance(v, Tensor)}
     x = tensors.pop("x")
@@ -285,6 +292,7 @@ SWI_GLU_QUANT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("case", SWI_GLU_QUANT)
 def test_swiglu_quant(case: str, dtype: torch.dtype, int4: bool) -> None:
+    need_operator("npu_swiglu_quant")
     x, given = normal(ROWS, 2 * H, dtype=dtype), SWI_GLU_QUANT[case]
     if int4 and case == "static":
         given = {**given, "smooth_scales": given["smooth_scales"] / 8}
@@ -434,6 +442,8 @@ def test_refusals(call: Any, eager: Any, graph: Any, text: str, is_graph: bool) 
 
 
 def test_refusals_arrive_by_torch_npu() -> None:
+    need_operator("npu_dequant_swiglu_quant", "swiglu_mode")
+    need_operator("npu_swiglu_quant")
     given = {k: there(v) for k, v in dequant_arguments("groups").items()}
     x = given.pop("x")
     with refused(r"161002[\s\S]*aclnnSwiGlu: x is int8; Ascend910B2 allows"):
@@ -441,14 +451,14 @@ def test_refusals_arrive_by_torch_npu() -> None:
     with refused(r"561002[\s\S]*aclnnDequantSwigluQuantV2: weight_scale has shape \(2, 128\)"):
         weight_scale = given["weight_scale"][:2].contiguous()
         torch_npu.npu_dequant_swiglu_quant(x, **{**given, "weight_scale": weight_scale})
-    with refused(r"gives groups of \[9, 9, 9\] rows, and x has 12"):
+    with refused("gives 3 groups 27 rows, and x has 12"):
         groups = torch.tensor([9, 9, 9]).npu()
         torch_npu.npu_dequant_swiglu_quant(x, **{**given, "group_index": groups})
     with refused(r"group_index names group 7; there are 1"):
         groups = torch.tensor([[7, 2]]).npu()
         one = {**given, "weight_scale": given["weight_scale"][0], "group_index": groups}
         torch_npu.npu_dequant_swiglu_quant(x, **one)
-    with refused(r"aclnnSwiGluQuantV2: group_index gives groups of \[13\] rows"):
+    with refused("aclnnSwiGluQuantV2: group_index gives 1 groups 13 rows"):
         groups = torch.tensor([13], dtype=I32).npu()
         torch_npu.npu_swiglu_quant(
             normal(ROWS, 2 * H).npu(),
@@ -456,3 +466,33 @@ def test_refusals_arrive_by_torch_npu() -> None:
             group_index=groups,
             quant_mode=1,
         )
+
+
+def test_ends_of_groups_that_fall_are_refused() -> None:
+    need_operator("npu_swiglu_quant")
+    with refused("group_index gives a group of -3 rows, and x has 12"):
+        torch_npu.npu_swiglu_quant(
+            normal(ROWS, 2 * H).npu(),
+            smooth_scales=positive(2, H).npu(),
+            group_index=torch.tensor([5, 2], dtype=I32).npu(),
+            quant_mode=1,
+        )
+
+
+# ---- the functions that older wheels, and those for Ascend 950, call ----
+
+
+def test_v1_is_v2_without_its_attributes() -> None:
+    need_operator("npu_dequant_swiglu_quant")
+    x, weight, act = sums(ROWS, 2 * H), positive(2 * H) / 5, positive(ROWS)
+    y, scale = torch.zeros(ROWS, H, dtype=I8), torch.zeros(ROWS)
+    arguments = (x, weight, act, None, None, None, None, 1, "dynamic", y, scale)
+    compute("aclnnDequantSwigluQuant", *arguments)
+    want = torch_npu.npu_dequant_swiglu_quant(
+        x.npu(),
+        weight_scale=weight.npu(),
+        activation_scale=act.npu(),
+        activate_left=True,
+        quant_mode=1,
+    )
+    assert torch.equal(y, want[0].cpu()) and torch.equal(scale, want[1].cpu())

@@ -6,8 +6,8 @@
 
 A tensor begins `at` bytes after the begin of a block of device memory; with block -1, `at` is its
 address. null is an absent tensor, {"handle": n} a handle that was never made, {"real": x} a double,
-{"flags": [...]} a list of bools, and a plain number an int64. `then` is the step after the first
-phase of an operator:
+{"flags": [...]} a list of bools, {"ints": [...]} of int64, and a plain number an int64. `then` is
+the step after the first phase of an operator:
 
     launch, never     the second phase, or nothing
     twice             the same executor again, which must be refused
@@ -249,6 +249,8 @@ def _mutate(rng: random.Random, arguments: list[Any]) -> None:
         arguments[at] = {"real": rng.choice((0.0, -1.0, 1e308, float("inf"), float("nan")))}
     elif isinstance(value, dict) and "flags" in value:
         arguments[at] = {"flags": [rng.choice((0, 1)) for _ in range(rng.randrange(4))]}
+    elif isinstance(value, dict) and "ints" in value:
+        arguments[at] = {"ints": [rng.choice(NUMBERS) for _ in range(rng.randrange(5))]}
     elif isinstance(value, str):
         arguments[at] = rng.choice(("", "floor", "round" * 100, None))
     else:
@@ -263,6 +265,7 @@ class Target:
         library.aclCreateTensor.restype = ctypes.c_void_p
         library.aclCreateTensorDesc.restype = ctypes.c_void_p
         library.aclCreateBoolArray.restype = ctypes.c_void_p
+        library.aclCreateIntArray.restype = ctypes.c_void_p
         library.aclCreateDataBuffer.restype = ctypes.c_void_p
         self.blocks = [self.allocate(size) for size in BLOCKS]
         self.bytes = random.Random(0).randbytes(max(BLOCKS))
@@ -286,6 +289,7 @@ class Target:
         call = json.loads(data)
         for address, size in zip(self.blocks, BLOCKS, strict=True):
             ctypes.memmove(address, self.bytes, size)
+        ctypes.memset(self.blocks[-1], 0, BLOCKS[-1])  # for indices
         op, arguments = call["op"], call["arguments"]
         if op == "Identity":
             return self.identity(*arguments)
@@ -293,6 +297,7 @@ class Target:
             return self.memory(op, arguments)
         tensors: list[ctypes.c_void_p] = []
         flags: list[ctypes.c_void_p] = []
+        ints: list[ctypes.c_void_p] = []
         passed: list[Any] = []
         own = self.allocate(16384) if call["then"] == "freed" else None
         for value in arguments:
@@ -305,6 +310,9 @@ class Target:
             elif isinstance(value, dict) and "flags" in value:
                 flags.append(self.flags(value["flags"]))
                 passed.append(flags[-1])
+            elif isinstance(value, dict) and "ints" in value:
+                ints.append(self.ints(value["ints"]))
+                passed.append(ints[-1])
             else:
                 passed.append(_plain(value))
         accepted = len(passed) == len(arguments) and self.call(op, call["then"], passed, own)
@@ -312,6 +320,8 @@ class Target:
             assert self.library.aclDestroyTensor(handle) == 0
         for handle in flags:
             assert self.library.aclDestroyBoolArray(handle) == 0
+        for handle in ints:
+            assert self.library.aclDestroyIntArray(handle) == 0
         if tensors and call["then"] == "handle":
             assert self.library.aclDestroyTensor(tensors[0]) != 0  # no longer one
         if own is not None and self.library.cann_host_bytes_at(ctypes.c_void_p(own)):
@@ -326,6 +336,10 @@ class Target:
     def flags(self, values: list[int]) -> ctypes.c_void_p:
         made = (ctypes.c_bool * len(values))(*(bool(value) for value in values))
         return ctypes.c_void_p(self.library.aclCreateBoolArray(made, ctypes.c_uint64(len(values))))
+
+    def ints(self, values: list[int]) -> ctypes.c_void_p:
+        count = ctypes.c_uint64(len(values))
+        return ctypes.c_void_p(self.library.aclCreateIntArray(_int64s(values), count))
 
     def tensor(self, value: Json, own: int | None) -> ctypes.c_void_p | None:
         dims, strides, storage = (_int64s(value[n]) for n in ("dims", "strides", "storage"))

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cann_host.aclnn import OPERATORS, AclTensor
+from cann_host.aclnn.tensors import ACL_DTYPES
 from support import golden_fused
 from support.eager import F32, as_numpy
 
@@ -58,3 +60,19 @@ def norm_of(x1: Tensor, x2: Tensor, gamma: Tensor, rounds: str = "") -> Any:
 
 def assert_bits(got: Tensor, want: Any) -> None:
     np.testing.assert_array_equal(as_array(got.cpu()), want)
+
+
+def compute(name: str, *arguments: Any, soc: str = "Ascend910B2") -> None:
+    """Check and compute an aclnn operator, which this torch_npu does not call, on host tensors."""
+    codes = {dtype: code for code, dtype in ACL_DTYPES.items()}
+
+    def passed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        shape, strides = tuple(value.shape), value.stride()
+        return AclTensor(value.data_ptr(), codes[value.dtype], 2, 0, shape, strides, shape)
+
+    operator = OPERATORS[name]
+    call = operator.arguments(*(passed(value) for value in arguments))
+    operator.check(call, soc)
+    operator.compute(call, soc)

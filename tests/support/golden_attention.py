@@ -66,6 +66,36 @@ def attention(
     return out, lse
 
 
+def gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dy: Tensor,
+    scale: float,
+    *,
+    visible: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of query, key and value of one sequence, by the derivative of the softmax."""
+    q, k, v, g = (t.float().numpy() for t in (query, key, value, dy))
+    heads, queries, _ = q.shape
+    group = heads // k.shape[0]
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for head in range(heads):
+        mine = head // group
+        for row in range(queries):
+            scores = k[mine] @ q[head, row] * np.float32(scale)
+            if visible is not None:
+                scores = np.where(visible[row], scores, -np.inf)
+            shares = np.exp(scores - scores.max())
+            shares /= shares.sum()
+            d_shares = v[mine] @ g[head, row]
+            d_scores = shares * (d_shares - (shares * d_shares).sum())
+            dq[head, row] = scale * d_scores @ k[mine]
+            dk[mine] += scale * np.outer(d_scores, q[head, row])
+            dv[mine] += np.outer(shares, g[head, row])
+    return dq, dk, dv
+
+
 def visible(
     mode: int,
     queries: int,

@@ -93,3 +93,43 @@ def apply_rotary(
             away=older,
         )
     return np.moveaxis(by_head, 0, heads)
+
+
+def mrope(
+    positions: Array,
+    x: Array,
+    cache: Array,
+    section: list[int],
+    head_size: int,
+    mode: str,
+    cache_mode: str,
+    dtype: str,
+) -> Array:
+    """RopeWithSinCosCache of query, or of key: angle by angle.
+
+    Args:
+        positions: (tokens,), or a row of tokens for each section.
+        x: (tokens, heads * head_size).
+        cache: a row has D / 2 cosines, then as many sines.
+        section: how many angles are of each row of positions.
+        mode: half or interleave.
+        cache_mode: default, one section after another; interleave, every third angle.
+        dtype: of the result.
+    """
+    d = cache.shape[1]
+    rows = positions if positions.ndim == 2 else positions[None]
+    row_of = np.zeros(d // 2, int)  # the row of positions of each angle
+    if positions.ndim == 2 and cache_mode == "default":
+        row_of = np.repeat(np.arange(len(section)), section)
+    elif positions.ndim == 2:
+        for row in (1, 2):
+            row_of[row : 3 * section[row] : 3] = row
+    out = x.copy()
+    for token, values in enumerate(out):
+        angle_of = np.arange(d) // 2 if mode == "interleave" else np.arange(d) % (d // 2)
+        places = rows[row_of, token]
+        cos = cache[places, np.arange(d // 2)][angle_of]
+        sin = cache[places, np.arange(d // 2, d)][angle_of]
+        for head in values.reshape(-1, head_size):
+            head[:d] = rotary(head[:d], cos, sin, mode, dtype)
+    return out

@@ -62,3 +62,9 @@ def int4_nz() -> str:
         return f"{INSTALLED}: {str(error).splitlines()[0]}"
     values = cast.untyped_storage().nbytes() * 2
     return "" if values == 16 * 64 else f"{INSTALLED}: blocks of {values // 16} values"
+
+
+def need_converter(name: str) -> None:
+    """Skip a test of an operator of torch_npu that torchair does not convert."""
+    if find_spec(f"torchair._ge_concrete_graph.ge_converter.custom.{name}") is None:
+        pytest.skip(f"torchair of {INSTALLED} does not convert {name}")

@@ -2,6 +2,7 @@
 
 from . import (
     attention,
+    attention_flash,
     cache,
     collective,
     fused_norms,
@@ -13,10 +14,12 @@ from . import (
     prefetch,
     quant,
     rope,
+    sorting,
 )
 
 __all__ = [
     "attention",
+    "attention_flash",
     "cache",
     "collective",
     "fused_norms",
@@ -28,4 +31,5 @@ __all__ = [
     "prefetch",
     "quant",
     "rope",
+    "sorting",
 ]

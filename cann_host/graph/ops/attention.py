@@ -116,10 +116,10 @@ def _fused_infer_attention_score(
     out_dtype: int = 0,
 ) -> tuple[Tensor, Tensor]:
     arguments = dict(locals())
-    for name in ("q_start_idx", "kv_start_idx", "pse_type"):
-        if arguments.pop(name) not in (None, 0):
-            raise GraphError(f"{name} is not implemented by cann_host")
     del arguments["out_dtype"]  # of float8
+    starts = [arguments.pop(name) for name in ("q_start_idx", "kv_start_idx")]
+    if arguments.pop("pse_type") or any(start is not None for start in starts):
+        raise GraphError("q_start_idx, kv_start_idx and pse_type are not implemented by cann_host")
     return _attention(FUSED, **arguments)
 
 

@@ -22,11 +22,20 @@ from cann_host.rules import (
     MASK_SIZE,
     PROMPT,
     AttentionCall,
+    few_tokens,
     kind_of,
     value_head,
 )
 
-__all__ = ["AttentionTensors", "as_axes", "as_heads", "attend", "band", "fused_attention"]
+__all__ = [
+    "AttentionTensors",
+    "as_axes",
+    "as_heads",
+    "attend",
+    "band",
+    "fused_attention",
+    "need_triangle",
+]
 
 _LEAST = torch.finfo(torch.float32).min
 
@@ -97,6 +106,7 @@ def attend(
     outside: Tensor | None = None,
     shift: Tensor | None = None,
     sink: Tensor | None = None,
+    shift_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the heads of one sequence, or of several with the same lengths.
 
@@ -108,7 +118,7 @@ def attend(
             that has no other score sees each key in the same way.
         outside: bool, the keys that a query does not read; the result of a query that reads none
             is 0.
-        shift: added to the scaled scores.
+        shift: added to the scaled scores; before they are scaled, if `shift_first`.
         sink: (heads, 1, 1), a score whose key has no value.
 
     Returns:
@@ -118,8 +128,11 @@ def attend(
     outer, (heads, queries) = query.shape[:-3], query.shape[-3:-1]
     grouped = (*outer, key.shape[-3], -1)
     rows = query.float().reshape(*grouped, query.shape[-1])
-    scores = torch.matmul(rows, key.float().mT).view(*outer, heads, queries, -1).mul_(scale)
-    if shift is not None:
+    scores = torch.matmul(rows, key.float().mT).view(*outer, heads, queries, -1)
+    if shift is not None and shift_first:
+        scores += shift
+    scores *= scale
+    if shift is not None and not shift_first:
         scores += shift
     if mask is not None:
         scores.masked_fill_(mask, _LEAST)
@@ -204,8 +217,7 @@ def _sequences(call: AttentionCall, tensors: AttentionTensors) -> Iterator[_Sequ
     query = as_heads(tensors.query, call.layout.query, call.num_heads)
     batches, tokens = query.shape[0], query.shape[2]
     after, kv_after = (
-        max(0, int(tensors.optional[name])) if name in tensors.optional else None
-        for name in ("query_padding_size", "kv_padding_size")
+        _padding(tensors, name) for name in ("query_padding_size", "kv_padding_size")
     )
     for batch in range(batches):
         first_query, count, first_key = 0, tokens, 0
@@ -221,6 +233,12 @@ def _sequences(call: AttentionCall, tensors: AttentionTensors) -> Iterator[_Sequ
             if kv_after is not None and not call.is_paged and not call.is_list:
                 first_key = full - kv_after - has
         yield _Sequence(batch, first_query, count, first_key, has)
+
+
+def _padding(tensors: AttentionTensors, name: str) -> int | None:
+    """How much padding follows the sequences; None if they begin at the first place."""
+    size = tensors.optional.get(name)
+    return None if size is None or size.numel() == 0 else max(0, int(size.reshape(-1)[0]))
 
 
 def _keys(call: AttentionCall, tensors: AttentionTensors, name: str, one: _Sequence) -> Tensor:
@@ -281,8 +299,8 @@ def _antiquantized(
 ) -> Tensor:
     """(rows + offset) * scale.
 
-    The joint scales of many query tokens are of a kernel that stores float16 (the restriction of
-    the document: the cache is dequantized to FLOAT16); the others never store it.
+    The kernels of more than a few query tokens, and those of joint scales, store the result as
+    float16 (aclnnFusedInferAttentionScoreV4.md); the others do not store it.
     """
     own = f"{name}_antiquant_scale" in tensors.optional
     mode = getattr(call, f"{name}_antiquant_mode") if own else call.antiquant_mode
@@ -297,7 +315,8 @@ def _antiquantized(
     scale, offset = numbers
     result = rows.float() if offset is None else rows.float() + offset
     result = result if scale is None else result * scale
-    return result if own or kind_of(call) == INCRE else result.to(torch.float16)
+    stored = kind_of(call) == PROMPT and not (own and few_tokens(call))
+    return result.to(torch.float16) if stored else result
 
 
 def _spread(
@@ -349,7 +368,7 @@ def _mask(
             return None
         return mask.reshape(-1, mask.shape[-1])[one.batch, columns].bool().unsqueeze(0)
     if call.sparse_mode >= 2:
-        _need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE))
+        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE))
         return None
     if mask.dim() > 2:
         mask = mask[one.batch if mask.shape[0] > 1 else 0]
@@ -358,7 +377,7 @@ def _mask(
     return mask[one.rows, columns].bool()
 
 
-def _need_triangle(mask: Tensor) -> None:
+def need_triangle(mask: Tensor) -> None:
     """Refuse a mask that is not the triangle that sparse_mode 2 to 4 need; its borders tell."""
     first, last, column = mask[0].bool(), mask[-1].bool(), mask[:, -1].bool()
     if (

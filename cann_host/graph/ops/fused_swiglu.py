@@ -88,8 +88,9 @@ class _Groups(NamedTuple):
     of_row: Tensor
 
     def pick(self, tensor: Tensor) -> Tensor:
-        """For each row the values of its group, (rows, -1)."""
-        return tensor.reshape(len(tensor), -1)[self.of_row]
+        """For each row the values of its group, (rows, -1); (1, -1) for one group."""
+        values = tensor.reshape(len(tensor), -1)
+        return values if len(values) == 1 else values[self.of_row]
 
 
 def _groups_of(group_index: Tensor, rows: int, groups: int) -> _Groups:
@@ -271,15 +272,13 @@ def swi_glu_quant(
     value = _gated(x.to(torch.float32), SwiGluOptions(activate_left))
     ends = _ends_of(group_index, call.group_list_type, len(x))
     count = len(ends)
-    of_row = torch.repeat_interleave(
-        torch.arange(count), torch.tensor(ends).diff(prepend=torch.tensor([0]))
-    )
-    grouped = len(of_row)
-    value[:grouped] *= smooth_scales.reshape(count, -1)[of_row]
+    counts = torch.tensor(ends).diff(prepend=torch.tensor([0]))
+    groups = _Groups(ends[-1], torch.repeat_interleave(torch.arange(count), counts))
+    value[: groups.rows] *= groups.pick(smooth_scales.reshape(count, -1))
     bits = 4 if call.dst_type == "int4" else 8
     if call.quant_mode == "static":
         assert offsets is not None
-        value[:grouped] += offsets.reshape(count, -1)[of_row]
+        value[: groups.rows] += groups.pick(offsets.reshape(count, -1))
         return to_integers(value, bits), None
     peak = value.abs().amax(-1)
     values, _ = quantize_rows(value, peak, bits, Arithmetic.MULTIPLY)

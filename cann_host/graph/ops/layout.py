@@ -23,6 +23,7 @@ from cann_host.graph.executor import (
 from lq_graph.kernels import INT4_PER_INT32, storage_k
 
 MOST_OUTPUTS = 1 << 16  # of one node; a tensor each
+MOST_VALUES = 1 << 30  # of a result whose size is a value of the graph
 
 
 @op("Identity", "TensorMove", accepts_internal_formats=True)
@@ -112,6 +113,32 @@ def _range(start: Host, limit: Host, delta: Host) -> Tensor:
     dtype = promoted([start, limit, delta])[0].dtype
     first, last, step = (t.reshape(()).item() for t in (start, limit, delta))
     return torch.arange(first, last, step, dtype=dtype, device="cpu")
+
+
+@op("LinSpace")
+def _lin_space(start: Host, stop: Host, num: Host) -> Tensor:
+    first, last = (t.reshape(()).item() for t in (start, stop))
+    count = ints(num)[0]
+    if not 0 <= count <= MOST_VALUES:
+        raise GraphError(f"num is {count}; cann_host makes 0 to {MOST_VALUES} values")
+    return torch.linspace(first, last, count, dtype=start.dtype, device="cpu")
+
+
+@op("ReverseV2")
+def _reverse(x: Tensor, axis: Host) -> Tensor:
+    return x.flip(ints(axis))
+
+
+@op("AsStrided")
+def _as_strided(x: Tensor, size: Host, stride: Host, storage_offset: Host) -> Tensor:
+    sizes, strides, offset = ints(size), ints(stride), ints(storage_offset)[0]
+    last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if min([offset, *sizes, *strides]) < 0 or (0 not in sizes and last >= x.numel()):
+        raise GraphError(
+            f"AsStrided of {x.numel()} values with size {sizes}, stride {strides} and offset "
+            f"{offset} reads outside of them"
+        )
+    return x.contiguous().reshape(-1).as_strided(sizes, strides, offset)
 
 
 @op("Slice")

@@ -4,11 +4,14 @@ does."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cann_host.graph.executor import GraphError, Host, ints, op, promoted, torch_dtype
+from cann_host.graph.executor import GraphError, Host, ints, is_meta, op, promoted, torch_dtype
+
+UNDEFINED = 28  # GE's dtype of an attribute that was not given
 
 
 @op("Add", "AddV2")
@@ -70,6 +73,13 @@ def _div(x1: Tensor, x2: Tensor) -> Tensor:
     return torch.where(negates, -left, quotient)
 
 
+@op("TruncateDiv")
+def _truncate_div(x1: Tensor, x2: Tensor) -> Tensor:
+    if x1.is_floating_point() or x2.is_floating_point():
+        return torch.div(x1, x2, rounding_mode="trunc")
+    return _div(x1, x2)
+
+
 @op("FloorDiv")
 def _floor_div(x1: Tensor, x2: Tensor) -> Tensor:
     return torch.floor_divide(x1, x2)
@@ -77,7 +87,10 @@ def _floor_div(x1: Tensor, x2: Tensor) -> Tensor:
 
 @op("Pow")
 def _pow(x1: Tensor, x2: Tensor) -> Tensor:
-    return torch.pow(x1, x2)
+    if x2.dim() or is_meta(x1) or is_meta(x2):
+        return torch.pow(x1, x2)
+    # torch's kernel for one exponent, which rounds otherwise: the same numbers as in eager mode
+    return torch.pow(x1, x2.item()).to(torch.result_type(x1, x2))
 
 
 @op("Maximum")
@@ -158,6 +171,39 @@ def _bitwise_and(x1: Tensor, x2: Tensor) -> Tensor:
 @op("BitwiseOr")
 def _bitwise_or(x1: Tensor, x2: Tensor) -> Tensor:
     return x1 | x2
+
+
+@op("Invert")
+def _invert(x: Tensor) -> Tensor:
+    return torch.bitwise_not(x)
+
+
+@op("RightShift")
+def _right_shift(x: Tensor, y: Tensor) -> Tensor:
+    return torch.bitwise_right_shift(x, y)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Halves as float32, for a formula that is rounded once."""
+    return x.float() if x.is_floating_point() else x
+
+
+@op("Addcmul")
+def _addcmul(input_data: Tensor, x1: Tensor, x2: Tensor, value: Tensor) -> Tensor:
+    total = _wide(input_data) + _wide(value) * _wide(x1) * _wide(x2)
+    return total.to(input_data.dtype)
+
+
+@op("Addcdiv")
+def _addcdiv(input_data: Tensor, x1: Tensor, x2: Tensor, value: Tensor) -> Tensor:
+    total = _wide(input_data) + _wide(value) * (_wide(x1) / _wide(x2))
+    return total.to(input_data.dtype)
+
+
+@op("Lerp")
+def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    total = _wide(start) + _wide(weight) * (_wide(end) - _wide(start))
+    return total.to(start.dtype)
 
 
 @op("MaskedFill")
@@ -252,6 +298,21 @@ def _log(x: Tensor, *, base: float = -1.0, scale: float = 1.0, shift: float = 0.
     return value if base == -1.0 else value / math.log(base)
 
 
+@op("Expm1")
+def _expm1(x: Tensor) -> Tensor:
+    return torch.expm1(x)
+
+
+@op("Log1p")
+def _log1p(x: Tensor) -> Tensor:
+    return torch.log1p(x)
+
+
+@op("Erfinv")
+def _erfinv(input_x: Tensor) -> Tensor:
+    return torch.erfinv(input_x)
+
+
 @op("IsInf")
 def _is_inf(x: Tensor) -> Tensor:
     return x.isinf()
@@ -291,6 +352,60 @@ def _reduce_mean(
     return x.mean(_dims(x, axes), keep_dims)
 
 
+@op("ReduceMeanWithCast")
+def _reduce_mean_with_cast(
+    x: Tensor,
+    axes: Host,
+    *,
+    keep_dims: bool = False,
+    noop_with_empty_axes: bool = True,
+    dtype: int = UNDEFINED,
+) -> Tensor:
+    result = x.dtype if dtype == UNDEFINED else torch_dtype(dtype)
+    return x.mean(_dims(x, axes), keep_dims, dtype=result)
+
+
+@op("ReduceProdD")
+def _reduce_prod(x: Tensor, *, axes: Sequence[int], keep_dims: bool = False) -> Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = x.prod(axis, keep_dims, dtype=x.dtype)
+    return x
+
+
+@op("ReduceLogSumExp")
+def _reduce_log_sum_exp(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
+    return torch.logsumexp(_wide(x), _dims(x, axes), keep_dims).to(x.dtype)
+
+
+@op("ReduceStdV2")
+def _reduce_std(
+    x: Tensor,
+    *,
+    dim: Sequence[int] = (),
+    correction: int = 1,
+    keepdim: bool = False,
+    is_mean_out: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The second result, the mean, is computed in any case."""
+    dims = tuple(dim) or tuple(range(x.dim()))
+    std, mean = torch.std_mean(_wide(x), dims, correction=correction, keepdim=keepdim)
+    return std.to(x.dtype), mean.to(x.dtype)
+
+
+@op("LpNormV2")
+def _lp_norm(
+    x: Tensor,
+    *,
+    p: float = 2.0,
+    axes: Sequence[int] = (),
+    keepdim: bool = False,
+    epsilon: float = 1e-12,
+) -> Tensor:
+    dims = tuple(axes) or None
+    norm: Tensor = torch.linalg.vector_norm(_wide(x), p, dims, keepdim)
+    return norm.clamp(min=epsilon).to(x.dtype)
+
+
 @op("ReduceMax")
 def _reduce_max(x: Tensor, axes: Host, *, keep_dims: bool = False) -> Tensor:
     return x.amax(_dims(x, axes), keep_dims)
@@ -316,26 +431,3 @@ def _cumsum(x: Tensor, axis: Host, *, exclusive: bool = False, reverse: bool = F
     if exclusive or reverse:
         raise GraphError("Cumsum, exclusive or reverse, is not implemented by cann_host")
     return x.cumsum(ints(axis)[0], dtype=x.dtype)
-
-
-@op("TopKV2")
-def _top_k(
-    x: Tensor,
-    k: Host,
-    *,
-    sorted: bool = True,
-    dim: int = -1,
-    largest: bool = True,
-    indices_dtype: int = 3,
-    sort_policy: int = 1,  # which algorithm the kernel takes
-) -> tuple[Tensor, Tensor]:
-    values, indices = x.topk(ints(k)[0], dim, largest, sorted)
-    return values, indices.to(torch_dtype(indices_dtype))
-
-
-@op("ArgMaxWithValue")
-def _arg_max_with_value(
-    x: Tensor, *, dimension: int, keep_dims: bool = False
-) -> tuple[Tensor, Tensor]:
-    values, indices = x.max(dimension, keepdim=keep_dims)
-    return indices.to(torch.int32), values

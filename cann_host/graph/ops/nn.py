@@ -49,6 +49,49 @@ def _swish(x: Tensor, *, scale: float = 1.0) -> Tensor:
     return torch.nn.functional.silu(x) if scale == 1.0 else x * torch.sigmoid(x * scale)
 
 
+@op("Elu")
+def _elu(x: Tensor, *, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    result: Tensor = torch.ops.aten.elu(x, alpha, scale, input_scale)
+    return result
+
+
+@op("GLU")
+def _glu(x: Tensor, *, dim: int = -1) -> Tensor:
+    return torch.nn.functional.glu(x, dim)
+
+
+@op("HardSigmoid")
+def _hard_sigmoid(input_x: Tensor, *, alpha: float = 1 / 6, beta: float = 0.5) -> Tensor:
+    return (input_x.float() * alpha + beta).clamp(0, 1).to(input_x.dtype)
+
+
+@op("HardSwish")
+def _hard_swish(x: Tensor) -> Tensor:
+    return torch.nn.functional.hardswish(x)
+
+
+@op("LeakyRelu")
+def _leaky_relu(x: Tensor, *, negative_slope: float = 0.0) -> Tensor:
+    return torch.nn.functional.leaky_relu(x, negative_slope)
+
+
+@op("LogSigmoid")
+def _log_sigmoid(x: Tensor) -> Tensor:
+    return torch.nn.functional.logsigmoid(x)
+
+
+@op("Mish")
+def _mish(x: Tensor) -> Tensor:
+    return torch.nn.functional.mish(x)
+
+
+@op("ThresholdV2")
+def _threshold(x: Tensor, threshold: Tensor, value: Tensor | None = None) -> Tensor:
+    """x where it is above the threshold, else the value; without one 0."""
+    other = torch.zeros_like(x) if value is None else value.to(x.dtype)
+    return torch.where(x > threshold, x, other)
+
+
 @op("SoftmaxV2")
 def _softmax(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
     if len(axes) != 1:

