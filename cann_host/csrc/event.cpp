@@ -14,13 +14,8 @@ int NoEvent(const char* symbol, void* handle) {
 
 namespace {
 
-constexpr uint32_t kExternal = 0x20;           // ACL_EVENT_EXTERNAL
-constexpr uint32_t kEqual = 1, kLastWait = 3;  // ACL_STREAM_WAIT_VALUE_EQ, _NOR
-
-bool IsValue(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % sizeof(uint64_t) == 0 &&
-         IsAllocated(address, sizeof(uint64_t));
-}
+constexpr uint32_t kExternal = 0x20;  // ACL_EVENT_EXTERNAL
+constexpr uint32_t kEqual = 1;        // ACL_STREAM_WAIT_VALUE_EQ
 
 int NewEvent(const char* symbol, void** out, uint32_t flags) {
   if (out == nullptr) return Fail(kInvalidParam, "%s: no place for the event", symbol);
@@ -118,28 +113,6 @@ int aclrtResetEvent(void* handle, void* on) {
     return kSuccess;
   }
   return Add("aclrtResetEvent", on, WriteValue(&event->value, 0, event));
-}
-
-// A value in device memory that work waits for and writes: torch_npu's external events.
-int aclrtValueWait(void* address, uint64_t value, uint32_t condition, void* stream) {
-  CANN_HOST_CALL(aclrtValueWait);
-  if (condition > kLastWait || !IsValue(address)) {
-    return Fail(kInvalidParam, "aclrtValueWait: 8 bytes at %p, condition %u", address, condition);
-  }
-  const Lock lock(GetStreams().mutex);
-  return Add("aclrtValueWait", stream,
-             WaitForValue(static_cast<uint64_t*>(address), value, condition, nullptr));
-}
-
-int aclrtValueWrite(void* address, uint64_t value, uint32_t, void* stream) {
-  CANN_HOST_CALL(aclrtValueWrite);
-  if (!IsValue(address)) {
-    return Fail(kInvalidParam, "aclrtValueWrite: %p is not 8 bytes of device memory", address);
-  }
-  Item item = WriteValue(static_cast<uint64_t*>(address), value, nullptr);
-  if (!IsDeferring()) return item.task();
-  const Lock lock(GetStreams().mutex);
-  return Add("aclrtValueWrite", stream, std::move(item));
 }
 
 // An event that was never recorded is complete, as in CANN. A query does the work, like

@@ -90,11 +90,11 @@ Done IsRecorded(const EventState* event, uint64_t number) {
 }
 
 // The other streams that will write to an address. The caller holds the lock.
-std::vector<std::shared_ptr<StreamState>> WritersOf(const uint64_t* address,
+std::vector<std::shared_ptr<StreamState>> WritersOf(const void* address,
                                                     const std::shared_ptr<StreamState>& but) {
   std::vector<std::shared_ptr<StreamState>> found;
   const auto writes = [&](const Item& item) {
-    return item.does == Item::Does::kTask && item.address == address;
+    return item.does == Item::Does::kTask && item.value.data == address;
   };
   const auto look = [&](const std::shared_ptr<StreamState>& stream) {
     const auto& queue = stream->queue;
@@ -126,7 +126,7 @@ bool WaitForItsValue(const std::shared_ptr<StreamState>& stream, const Item& wai
   std::vector<std::shared_ptr<StreamState>> sources;
   {
     const Lock lock(state.mutex);
-    sources = WritersOf(wait.address, stream);
+    sources = WritersOf(wait.value.data, stream);
   }
   for (const auto& source : sources) {
     Work(source, wait.holds);
@@ -157,6 +157,11 @@ void Work(const std::shared_ptr<StreamState>& stream, const Done& is_done) {
     } else if (item.does == Item::Does::kWait) {
       WaitForEvent(stream, item);
     } else if (item.does == Item::Does::kWaitValue) {
+      if (!IsThere(item.value)) {
+        stream->failure =
+            Fail(kInvalidParam, "aclrtValueWait: %p is no longer allocated", item.value.data);
+        continue;
+      }
       if (WaitForItsValue(stream, item)) continue;
       const Lock lock(state.mutex);
       stream->queue.push_front(std::move(item));
@@ -294,57 +299,6 @@ int OnStream(const char* symbol, void* handle, Task task) {
     }
   }
   return task();
-}
-
-Item WaitForValue(const uint64_t* address, uint64_t value, uint32_t condition,
-                  std::shared_ptr<EventState> event) {
-  // hicann/runtime, docs: aclrtValueWait
-  const auto holds = [=, reach = ReachOf(address, sizeof value)] {
-    if (!IsThere(reach)) return true;  // nothing can write it any more
-    const uint64_t found = *address;
-    switch (condition) {
-      case 0:
-        return static_cast<int64_t>(found - value) >= 0;
-      case 1:
-        return found == value;
-      case 2:
-        return (found & value) != 0;
-      default:
-        return ~(found | value) != 0;
-    }
-  };
-  WorkLate();
-  Item item{Item::Does::kWaitValue, nullptr, std::move(event)};
-  item.address = address;
-  item.holds = holds;
-  return item;
-}
-
-Item WriteValue(uint64_t* address, uint64_t value, std::shared_ptr<EventState> event) {
-  Item item;
-  item.task = [=, reach = ReachOf(address, sizeof value)] {
-    if (!IsThere(reach)) {
-      return Fail(kInvalidParam, "aclrtValueWrite: %p is no longer allocated", reach.data);
-    }
-    *address = value;
-    return +kSuccess;
-  };
-  item.event = std::move(event);
-  item.address = address;
-  return item;
-}
-
-int Add(const char* symbol, void* handle, Item item) {
-  StreamsState& state = GetStreams();
-  const auto stream = FindStream(handle);
-  if (!stream) return NoStream(symbol, handle);
-  if (state.updating.count(stream.get()) || state.grouping.count(stream.get())) {
-    return Fail(kInvalidParam, "%s: not in a group of tasks (cann_host)", symbol);
-  }
-  const bool is_captured = state.graph && state.capturing.count(stream.get());
-  auto& items = is_captured ? state.graph->items : stream->queue;
-  items.push_back(std::move(item));
-  return kSuccess;
 }
 
 int OnStreamInTurn(const char* symbol, void* handle, Task task) {

@@ -34,11 +34,11 @@ struct EventState {
 struct Item {
   enum class Does { kTask, kRecord, kWait, kWaitValue };
   Does does = Does::kTask;
-  Task task;
-  std::shared_ptr<EventState> event;
-  uint64_t number = 0;                // the record, of the event's
-  const uint64_t* address = nullptr;  // of the value; a task that has one writes there
-  std::function<bool()> holds;        // whether the wait for a value is over
+  Task task{};
+  std::shared_ptr<EventState> event{};
+  uint64_t number = 0;            // the record, of the event's
+  Reach value{nullptr, 0, 0};     // what is waited for; a task that has one writes it
+  std::function<bool()> holds{};  // whether the wait for a value is over
 };
 
 // The wait for a value, and the task that writes one. The event, if any, owns the address.

@@ -101,6 +101,14 @@ def refused() -> None:
         wait(ctypes.byref(host), ctypes.c_uint64(1), 1, stream),
         library.aclrtValueWrite(None, ctypes.c_uint64(1), 0, stream),
     )
+    gone = ctypes.c_void_p()
+    assert library.aclrtMalloc(ctypes.byref(gone), ctypes.c_size_t(64), 0) == 0
+    assert wait(gone, ctypes.c_uint64(1 << 60), 1, stream) == 0
+    assert library.aclrtFree(gone) == 0
+    try:
+        graph.updates.synchronize()
+    except RuntimeError as error:
+        print("is no longer allocated" in str(error))
     torch.npu.graph_task_update_begin(graph.updates, graph.group)
     with torch.npu.stream(graph.updates):
         graph.operator(1.0)
