@@ -81,8 +81,12 @@ CANN_HOST_OPERATOR(aclnnFlashAttentionScoreGradV2, FLASH_BACKWARD, Ints, Ints, I
 CANN_HOST_OPERATOR(aclnnFlashAttentionUnpaddingScoreGrad, FLASH_BACKWARD, Ints, Ints, Ints,
                    FLASH_NUMBERS, FLASH_OUT)
 
-extern "C" int aclDestroyAclOpExecutor(aclOpExecutor* executor) {
+extern "C" {
+
+int aclDestroyAclOpExecutor(aclOpExecutor* executor) {
   CANN_HOST_CALL(aclDestroyAclOpExecutor);
   if (executor == nullptr || HandlesOf<aclOpExecutor>().Take(executor) != nullptr) return kSuccess;
   return NoHandle("aclDestroyAclOpExecutor", executor);
 }
+
+}  // extern "C"

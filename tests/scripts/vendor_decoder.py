@@ -1,6 +1,6 @@
 """Generates with a small decoder of the vendor's operators: `vendor_decoder.py MODE ...`.
 
-A mode is eager, ge_graph or npugraph_ex. The prompt is computed eagerly, as in the vendor's
+A mode is eager, ge_graph or npugraph_ex. The prompt is computed eagerly, as in the recipes.
 recipes. Prints a line of tokens for each mode."""
 
 from __future__ import annotations

@@ -16,10 +16,14 @@ SOURCES = "".join(
 )
 
 
-def declared() -> dict[str, list[str]]:
-    """The types of each operator's arguments, by the names that csrc/aclnn.h gives them."""
+def declared(macro: str = "OPERATOR") -> dict[str, list[str]]:
+    """The types of each operator's arguments, by the names that csrc/aclnn.h gives them.
+
+    Args:
+        macro: what declares them, without CANN_HOST_.
+    """
     lists = dict(re.findall(r"#define (\w+) ([^\n()]+)\n", SOURCES))
-    found = re.findall(r"\nCANN_HOST_OPERATOR\((\w+),([^)]*)\)", SOURCES)
+    found = re.findall(rf"\nCANN_HOST_{macro}\((\w+),([^)]*)\)", SOURCES)
     return {name: _expanded(types, lists) for name, types in found}
 
 
