@@ -7,7 +7,7 @@ tests passed, failed and were skipped, how many failures say that the stand-in o
 torch_npu does not have something ("not here"), and the reasons. The exit status is 1 if the
 interpreter crashed or a file ran out of time; with --strict also if a test failed.
 
-The tests need `pip install expecttest pyyaml`; the extra `test` installs pytest.
+The tests need `pip install einops expecttest pyyaml`; the extra `test` installs pytest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The tests of quantized matmuls, their parameters, formats and graphs.
+# The tests of quantized matmuls, their parameters, formats and graphs, and of the operators of a
+# decoder: attention, rotary embeddings, cache updates, fused norms and activations.
 FILES = {
     "op-plugin": (
         "test/**/test_npu_quant_matmul.py",
@@ -36,6 +37,22 @@ FILES = {
         "test/**/test_quantize_per_*.py",
         "test/**/test_format_cast.py",
         "test/**/test_native_format_print.py",
+        "test/**/test_npu_fused_infer_attention_score*.py",
+        "test/**/test_prompt_flash_attention.py",
+        "test/**/test_incre_flash_attention.py",
+        "test/**/test_npu_flash_attention*.py",
+        "test/**/test_scaled_dot_product_attention.py",
+        "test/**/test_npu_apply_rotary_pos_emb.py",
+        "test/**/test_npu_rotary_mul*.py",
+        "test/**/test_npu_scatter_nd_update.py",
+        "test/**/test_npu_scatter_pa_cache.py",
+        "test/**/test_scatter_pa_kv_cache.py",
+        "test/**/test_npu_kv_rms_norm_rope_cache.py",
+        "test/**/test_npu_add_rms_norm*.py",
+        "test/**/test_npu_rms_norm_quant.py",
+        "test/**/test_npu_dequant_swiglu_quant.py",
+        "test/**/test_npu_swiglu_quant.py",
+        "test/**/test_npu_prefetch.py",
     ),
     "pytorch": (
         "test/contrib/test_linear_quant.py",
@@ -62,6 +79,12 @@ PREFIXES = (
     "npu.npu_dynamic_quant.default",
     "npu.npu_quantize",
     "npu.npu_rms_norm.default",
+    "npu.npu_prompt_flash_attention",
+    "npu.npu_incre_flash_attention",
+    "npu.npu_rotary_mul",
+    "npu.npu_add_rms_norm",
+    "npu.npu_swiglu",
+    "npu.npu_prefetch",
     "aten.add.",
     "aten.mul.",
     "aten.mm.",

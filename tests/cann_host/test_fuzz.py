@@ -34,6 +34,11 @@ def test_malformed_inputs_are_refused_or_computed(tmp_path: Path, tally) -> None
         tally("malformed graphs and calls under the sanitizers", inputs)
 
 
+def test_valid_calls_of_every_operator_are_accepted() -> None:
+    said = output_of(python(FUZZ / "accepted.py", "--calls", "20"))
+    assert said.splitlines()[-1].endswith(" 0 never accepted"), said
+
+
 def test_the_same_seed_makes_the_same_inputs() -> None:
     said = output_of(python(FUZZ / "same_seed.py"))
     assert said.splitlines() == ["True True", "True True"]

@@ -6,8 +6,8 @@
 
 A tensor begins `at` bytes after the begin of a block of device memory; with block -1, `at` is its
 address. null is an absent tensor, {"handle": n} a handle that was never made, {"real": x} a double,
-{"flags": [...]} a list of bools, {"ints": [...]} of int64, and a plain number an int64. `then` is
-the step after the first phase of an operator:
+{"flags": [...]} and {"ints": [...]} lists, {"tensors": [...]} a list of tensors, {"scalar": n} a
+scalar, and a plain number an int64. `then` is the step after the first phase of an operator:
 
     launch, never     the second phase, or nothing
     twice             the same executor again, which must be refused
@@ -91,6 +91,11 @@ def _quant_matmul(rng: random.Random) -> list[Any]:
     return [x1, x2, rows, scale, None, None, offset, None, bias, 0, 0, 0, result]
 
 
+def _quant_matmul_v4(rng: random.Random) -> list[Any]:
+    x1, x2, rows, scale, _, _, offset, _, bias, first, second, _, out = _quant_matmul(rng)
+    return [x1, x2, scale, offset, rows, bias, first, second, out]
+
+
 def _trans_quant_param(rng: random.Random) -> list[Any]:
     n = rng.choice((1, 3, 16, 100))
     shape = rng.choice(((n,), (1, n), (1,), (1, 1)))
@@ -145,6 +150,11 @@ def _dynamic_quant_v3(rng: random.Random) -> list[Any]:
     return [*first, int(offset is None), mode, y, scale, offset]
 
 
+def _dynamic_quant_v4(rng: random.Random) -> list[Any]:
+    *first, y, scale, offset = _dynamic_quant_v3(rng)
+    return [*first, {"real": 0.0}, y, scale, offset]
+
+
 def _ascend_quant(rng: random.Random) -> list[Any]:
     m, k, dtype = rng.choice((1, 4)), rng.choice((8, 16, 64)), rng.choice((F16, BF16, F32))
     scale = tensor((rng.choice((1, k)),), dtype, 2)
@@ -180,14 +190,20 @@ def _memset(rng: random.Random) -> list[Any]:
 
 
 MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
+    "aclnnAscendQuant": lambda rng: [a for i, a in enumerate(_ascend_quant(rng)) if i != 6],
     "aclnnAscendQuantV3": _ascend_quant,
     "aclnnCast": _cast,
+    "aclnnDynamicQuant": lambda rng: [
+        a for i, a in enumerate(_dynamic_quant(rng)) if i not in (2, 3, 6)
+    ],
     "aclnnDynamicQuantV2": _dynamic_quant,
     "aclnnDynamicQuantV3": _dynamic_quant_v3,
+    "aclnnDynamicQuantV4": _dynamic_quant_v4,
     "aclnnInplaceCopy": _copy,
     "aclnnInplaceZero": _zero,
     "aclnnNpuFormatCast": _format_cast,
     "aclnnNpuFormatCastCalculateSizeAndFormat": _size_and_format,
+    "aclnnQuantMatmulV4": _quant_matmul_v4,
     "aclnnQuantMatmulV5": _quant_matmul,
     "aclnnQuantMatmulWeightNz": _quant_matmul,
     "aclnnRmsNorm": _rms_norm,
@@ -250,7 +266,11 @@ def _mutate(rng: random.Random, arguments: list[Any]) -> None:
     elif isinstance(value, dict) and "flags" in value:
         arguments[at] = {"flags": [rng.choice((0, 1)) for _ in range(rng.randrange(4))]}
     elif isinstance(value, dict) and "ints" in value:
-        arguments[at] = {"ints": [rng.choice(NUMBERS) for _ in range(rng.randrange(5))]}
+        arguments[at] = {"ints": [rng.choice(NUMBERS) for _ in range(rng.randrange(4))]}
+    elif isinstance(value, dict) and "tensors" in value:
+        _mutate(rng, value["tensors"]) if value["tensors"] and rng.random() < 0.7 else (
+            value["tensors"].append(tensor(_shape(rng), F16, 0))
+        )
     elif isinstance(value, str):
         arguments[at] = rng.choice(("", "floor", "round" * 100, None))
     else:
@@ -264,8 +284,8 @@ class Target:
         self.library = library
         library.aclCreateTensor.restype = ctypes.c_void_p
         library.aclCreateTensorDesc.restype = ctypes.c_void_p
-        library.aclCreateBoolArray.restype = ctypes.c_void_p
-        library.aclCreateIntArray.restype = ctypes.c_void_p
+        for kind in ("BoolArray", "IntArray", "Scalar", "TensorList"):
+            getattr(library, f"aclCreate{kind}").restype = ctypes.c_void_p
         library.aclCreateDataBuffer.restype = ctypes.c_void_p
         self.blocks = [self.allocate(size) for size in BLOCKS]
         self.bytes = random.Random(0).randbytes(max(BLOCKS))
@@ -296,32 +316,27 @@ class Target:
         if op.startswith("aclrt"):
             return self.memory(op, arguments)
         tensors: list[ctypes.c_void_p] = []
-        flags: list[ctypes.c_void_p] = []
-        ints: list[ctypes.c_void_p] = []
+        others: list[tuple[str, ctypes.c_void_p]] = []
         passed: list[Any] = []
         own = self.allocate(16384) if call["then"] == "freed" else None
         for value in arguments:
-            if isinstance(value, dict) and "dims" in value:
+            if not isinstance(value, dict) or value.keys() & {"handle", "real"}:
+                passed.append(_plain(value))
+            elif "dims" in value:
                 handle = self.tensor(value, own)
                 if handle is None:  # refused already
                     break
                 tensors.append(handle)
                 passed.append(handle)
-            elif isinstance(value, dict) and "flags" in value:
-                flags.append(self.flags(value["flags"]))
-                passed.append(flags[-1])
-            elif isinstance(value, dict) and "ints" in value:
-                ints.append(self.ints(value["ints"]))
-                passed.append(ints[-1])
             else:
-                passed.append(_plain(value))
+                kind, handle = self.list_or_scalar(value, own)
+                others.append((kind, handle))
+                passed.append(handle)
         accepted = len(passed) == len(arguments) and self.call(op, call["then"], passed, own)
         for handle in tensors:
             assert self.library.aclDestroyTensor(handle) == 0
-        for handle in flags:
-            assert self.library.aclDestroyBoolArray(handle) == 0
-        for handle in ints:
-            assert self.library.aclDestroyIntArray(handle) == 0
+        for kind, handle in others:
+            assert getattr(self.library, f"aclDestroy{kind}")(handle) == 0
         if tensors and call["then"] == "handle":
             assert self.library.aclDestroyTensor(tensors[0]) != 0  # no longer one
         if own is not None and self.library.cann_host_bytes_at(ctypes.c_void_p(own)):
@@ -333,13 +348,26 @@ class Target:
         begin = 0 if block < 0 else own if own is not None and block == 0 else self.blocks[block]
         return ctypes.c_void_p((begin + value["at"]) % (1 << 64))
 
-    def flags(self, values: list[int]) -> ctypes.c_void_p:
-        made = (ctypes.c_bool * len(values))(*(bool(value) for value in values))
-        return ctypes.c_void_p(self.library.aclCreateBoolArray(made, ctypes.c_uint64(len(values))))
-
-    def ints(self, values: list[int]) -> ctypes.c_void_p:
-        count = ctypes.c_uint64(len(values))
-        return ctypes.c_void_p(self.library.aclCreateIntArray(_int64s(values), count))
+    def list_or_scalar(self, value: Json, own: int | None) -> tuple[str, ctypes.c_void_p]:
+        """What aclDestroy calls its kind, and the handle."""
+        ((name, content),) = value.items()
+        if name == "scalar":
+            number = ctypes.c_double(content)
+            made = self.library.aclCreateScalar(ctypes.byref(number), 11)
+            return "Scalar", ctypes.c_void_p(made)
+        if name == "tensors":
+            members = [
+                self.tensor(one, own) if isinstance(one, dict) and "dims" in one else None
+                for one in content
+            ]
+            handles = [member for member in members if member is not None]
+            kind, listed = "TensorList", (ctypes.c_void_p * len(handles))(*handles)
+        elif name == "flags":
+            kind, listed = "BoolArray", (ctypes.c_bool * len(content))(*map(bool, content))
+        else:
+            kind, listed = "IntArray", _int64s(content)
+        made = getattr(self.library, f"aclCreate{kind}")(listed, ctypes.c_uint64(len(listed)))
+        return kind, ctypes.c_void_p(made)
 
     def tensor(self, value: Json, own: int | None) -> ctypes.c_void_p | None:
         dims, strides, storage = (_int64s(value[n]) for n in ("dims", "strides", "storage"))

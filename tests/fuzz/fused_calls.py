@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from calls import BF16, F16, F32, I8, I32, I64, tensor
@@ -74,10 +75,49 @@ def _swi_glu_quant(rng: random.Random) -> list[Any]:
             tensor((m,), F32, 3)]  # fmt: skip
 
 
+def _norm(rng: random.Random, *, y1: int | None = None, in_place: bool = False) -> list[Any]:
+    """AddRmsNorm, AddRmsNormCast, whose y1 is another dtype, and InplaceAddRmsNorm."""
+    first, m, k, dtype = _sum_and_norm(rng)
+    rstd, y = tensor((m, 1), F32, 3), tensor((m, k), dtype, 0, at=8192)
+    if in_place:
+        return [*first, {"real": 1e-6}, rstd]
+    ys = [y] if y1 is None else [tensor((m, k), y1, 0, at=4096), y]
+    return [*first, {"real": 1e-6}, *ys, rstd, tensor((m, k), dtype, 1, at=8192)]
+
+
+def _quantize(rng: random.Random) -> list[Any]:
+    m, k, out = rng.choice((1, 4)), rng.choice((8, 16, 64)), rng.choice((I8, 4, I32))
+    size, dtype = rng.choice((1, k)), rng.choice((F16, BF16, F32))
+    points = tensor((size,), rng.choice((I8, I32)), 3) if rng.random() < 0.5 else None
+    scales = tensor((size,), BF16 if dtype == BF16 else F32, 2)
+    return [tensor((m, k), dtype, 0), scales, points, out, rng.choice((1, -1)),
+            tensor((m, k), out, 1)]  # fmt: skip
+
+
+def _pad(rng: random.Random) -> list[Any]:
+    m, k, left, right = (rng.choice((0, 1, 4)) for _ in range(4))
+    dtype = rng.choice((F16, F32, I8, I32))
+    return [tensor((m, k), dtype, 0), {"ints": [left, right]}, {"scalar": 1.0},
+            tensor((m, k + left + right), dtype, 1)]  # fmt: skip
+
+
+def _without(maker: Callable[[random.Random], list[Any]], *places: int) -> Any:
+    """An older version of an operator: without the arguments at these places."""
+    return lambda rng: [a for i, a in enumerate(maker(rng)) if i not in places]
+
+
 MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
+    "aclnnAddRmsNorm": _norm,
+    "aclnnAddRmsNormCast": partial(_norm, y1=F32),
+    "aclnnAddRmsNormDynamicQuant": _without(_add_rms_norm_dynamic_quant, 5, 7),
     "aclnnAddRmsNormDynamicQuantV2": _add_rms_norm_dynamic_quant,
+    "aclnnAddRmsNormQuant": _without(_add_rms_norm_quant, 7, 14),
     "aclnnAddRmsNormQuantV2": _add_rms_norm_quant,
+    "aclnnConstantPadNd": _pad,
+    "aclnnDequantSwigluQuant": _without(_dequant_swiglu_quant, *range(9, 16)),
     "aclnnDequantSwigluQuantV2": _dequant_swiglu_quant,
+    "aclnnInplaceAddRmsNorm": partial(_norm, in_place=True),
+    "aclnnQuantize": _quantize,
     "aclnnRmsNormQuant": _rms_norm_quant,
     "aclnnSwiGlu": _swi_glu,
     "aclnnSwiGluQuantV2": _swi_glu_quant,

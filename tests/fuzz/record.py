@@ -5,6 +5,9 @@ Weights are small, and constants in memory point to the blocks of graphs.py.
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ import lq_graph.converters  # noqa: E402 - registers ours
 from cann_host.graph import compiler  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
+sys.path.insert(0, str(CORPUS.parents[2] / "benchmarks"))
+import vendor_layer  # noqa: E402 # isort: skip
 
 
 class Vendor(nn.Module):
@@ -48,7 +53,138 @@ def ours(out: torch.dtype, **options: Any) -> nn.Module:
     return layer
 
 
+def recorded(name: str, function: Callable[..., Any], *inputs: Any) -> None:
+    """Write the graph of a call: its Data nodes stand for the inputs."""
+    found: list[bytes] = []
+    compile_graph = compiler.compile_graph
+    compiler.compile_graph = lambda model: found.append(model) or compile_graph(model)
+    torch._dynamo.reset()
+    config = torchair.CompilerConfig()
+    config.experimental_config.frozen_parameter = False
+    backend = torchair.get_npu_backend(compiler_config=config)
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=False)(*inputs)
+    compiler.compile_graph = compile_graph
+    for number, model in enumerate(found):
+        path = CORPUS / f"graph_{name}{number or ''}.pb"
+        parsed = ModelDef.FromString(model)
+        path.write_bytes(parsed.SerializeToString(deterministic=True))
+        print(f"{path.name}: {len(parsed.graph[0].op)} nodes, {path.stat().st_size:,} bytes")
+
+
+def npu(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device="npu")
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Indices."""
+    return torch.zeros(shape, dtype=dtype, device="npu")
+
+
+def attention() -> None:
+    """The attentions of inference, of a prompt and of a step."""
+    q, kv = npu(1, 2, 3, 32), npu(1, 2, 5, 32)
+    options = {"num_heads": 2, "input_layout": "BNSD", "scale_value": 0.2}
+    recorded(
+        "flash", lambda q, k, v: torch_npu.npu_fusion_attention(q, k, v, 2, "BNSD")[0], q, kv, kv
+    )
+    recorded(
+        "prompt",
+        lambda q, k, v: torch_npu.npu_prompt_flash_attention(q, k, v, **options),
+        q,
+        kv,
+        kv,
+    )
+    recorded(
+        "incre",
+        lambda q, k, v: torch_npu.npu_incre_flash_attention(q, k, v, **options),
+        q[:, :, :1],
+        kv,
+        kv,
+    )
+    packed, ends = npu(4, 2, 64, dtype=torch.bfloat16), [1, 4]
+    recorded(
+        "attention_packed",
+        lambda q, k, v: torch_npu.npu_fused_infer_attention_score(
+            q,
+            k,
+            v,
+            num_heads=2,
+            input_layout="TND",
+            actual_seq_lengths=ends,
+            actual_seq_lengths_kv=ends,
+            softmax_lse_flag=True,
+        ),
+        packed,
+        packed,
+        packed,
+    )
+
+
+def caches() -> None:
+    """Rotary embeddings and cache updates."""
+    x, cos = npu(1, 3, 2, 64), npu(1, 3, 1, 64)
+    recorded("rotary", torch_npu.npu_rotary_mul, x, cos, cos)
+    recorded(
+        "interleave_rope",
+        torch_npu.npu_interleave_rope,
+        npu(1, 2, 3, 64),
+        npu(1, 1, 3, 64),
+        npu(1, 1, 3, 64),
+    )
+    recorded(
+        "scatter",
+        lambda c, i, u: torch_npu.scatter_update(c, i, u, -2),
+        npu(2, 3, 8, 4),
+        zeros(2),
+        npu(2, 3, 1, 4),
+    )
+    recorded(
+        "scatter_pa",
+        torch_npu.npu_scatter_pa_kv_cache,
+        npu(2, 1, 16),
+        npu(2, 1, 16),
+        npu(2, 1, 4, 16),
+        npu(2, 1, 4, 16),
+        zeros(2),
+    )
+    recorded(
+        "kv_norm_rope",
+        lambda *a: torch_npu.npu_kv_rmsnorm_rope_cache(*a, cache_mode="PA"),
+        npu(1, 1, 1, 576),
+        npu(512),
+        npu(1, 1, 1, 64),
+        npu(1, 1, 1, 64),
+        zeros(1),
+        npu(2, 4, 1, 64),
+        npu(2, 4, 1, 512),
+    )
+
+
+def fused() -> None:
+    """A norm with a cast, and SwiGlu."""
+    x, gamma = npu(2, 64), npu(64)
+    recorded("norm_cast", lambda x, g: torch_npu.npu_add_rms_norm_cast(x, x, g), x, gamma)
+    recorded("swiglu", torch_npu.npu_swiglu, x)
+
+
+def decoders() -> None:
+    recorded("decoder", vendor_layer.PagedLayer().npu(), *vendor_layer.step_inputs(3))
+    for family in (attention, caches, fused):
+        family()
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("linear", "decoder"))
+    only = parser.parse_args().only
+    if only != "linear":
+        decoders()
+    if only != "decoder":
+        linear()
+
+
+def linear() -> None:
     i8, f16, bf16 = torch.int8, torch.float16, torch.bfloat16
     x = torch.randint(-128, 128, (4, 64), dtype=i8)
     int4 = torch.randint(-(2**31), 2**31 - 1, (32, 8), dtype=torch.int32)

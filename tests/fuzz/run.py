@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 SUFFIX = {"graphs": "pb", "calls": "json"}
 SKIPPED = 77  # exit status where the compiler has no sanitizers
 HANGS_AFTER = 30.0  # seconds with one input
+STARTS_AFTER = 180.0  # seconds until the first one, on a busy machine
 ENVIRONMENT = {
     # torch and Python keep memory to the end; what is too large is an error, as on a full machine
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024",
@@ -100,10 +101,11 @@ class Fuzz:
                 now = Path(state).read_bytes()[: HEAD.size]
                 if now != seen:
                     seen, since = now, time.time()
-                elif time.time() - since > HANGS_AFTER:
+                limit = HANGS_AFTER if any(now) else STARTS_AFTER
+                if now == seen and time.time() - since > limit:
                     process.kill()
                     process.wait()
-                    return f"none after {HANGS_AFTER:.0f} s"
+                    return f"none after {limit:.0f} s"
 
     def replay(self, files: list[Path], *arguments: str) -> Tally:
         total = Tally()

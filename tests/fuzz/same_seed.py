@@ -8,6 +8,7 @@ cann_host.activate()
 
 import calls  # noqa: E402
 import graphs  # noqa: E402
+import makers  # noqa: E402, F401 - the other families of calls
 
 for kind in (calls, graphs):
     target = kind.Target(cann_host.runtime.current().library)

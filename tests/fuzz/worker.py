@@ -53,15 +53,9 @@ def main() -> None:
     library: Any = cann_host.runtime.current().library
     # ctypes would drop an exception of a callback and return success
     sys.unraisablehook = lambda raised: fail(f"an exception was dropped: {raised.exc_value!r}")
-    import attention_calls
-    import cache_calls
     import calls
-    import fused_calls
     import graphs
-
-    calls.MAKERS.update(fused_calls.MAKERS)
-    calls.MAKERS.update(attention_calls.MAKERS)
-    calls.MAKERS.update(cache_calls.MAKERS)
+    import makers  # noqa: F401 - the other families of calls
 
     kind = {"calls": calls, "graphs": graphs}[options.kind]
     target = kind.Target(library)

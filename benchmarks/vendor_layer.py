@@ -1,0 +1,101 @@
+"""One small decoder layer in the vendor's fused operators: its cache is in blocks and is written in
+place. For `soak.py` and for the graphs of tests/fuzz."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_npu
+from torch import Tensor, nn
+
+__all__ = ["BATCH", "PagedLayer", "step_inputs"]
+
+HEADS, KV_HEADS, HEAD, INNER = 4, 2, 64, 128
+WIDTH, KV_WIDTH = HEADS * HEAD, KV_HEADS * HEAD
+BATCH, BLOCK, BLOCKS = 2, 128, 4
+EPSILON = 1e-6
+
+
+class QuantLinear(nn.Module):
+    """Per-token x1, per-channel weight."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__()
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(torch.rand(n) * 0.01, requires_grad=False)
+
+    def forward(self, x: Tensor, pertoken: Tensor) -> Tensor:
+        return torch_npu.npu_quant_matmul(
+            x,
+            self.weight.t(),
+            self.scale,
+            pertoken_scale=pertoken,
+            output_dtype=torch.float16,
+        )
+
+
+class PagedLayer(nn.Module):
+    """Attention and MLP of one decode step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = QuantLinear(WIDTH, WIDTH + 2 * KV_WIDTH)
+        self.out = QuantLinear(WIDTH, WIDTH)
+        self.up = QuantLinear(WIDTH, 2 * INNER)
+        self.down = QuantLinear(INNER, WIDTH)
+        self.first, self.second = (nn.Parameter(torch.ones(WIDTH).half()) for _ in range(2))
+        for name in ("keys", "values"):
+            cache = torch.zeros(BLOCKS, BLOCK, KV_WIDTH, dtype=torch.float16)
+            self.register_buffer(name, cache)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        slots: Tensor,
+        table: Tensor,
+        lengths: Tensor | list[int],
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual (batch, width); slots (batch, 1): a row of the cache for each sequence."""
+        normed = torch_npu.npu_add_rms_norm_dynamic_quant(x, residual, self.first, epsilon=EPSILON)
+        quantized, _, residual, scale, _ = normed
+        fused = self.qkv(quantized, scale)
+        query, key, value = fused.split((WIDTH, KV_WIDTH, KV_WIDTH), -1)
+        query, key = torch_npu.npu_apply_rotary_pos_emb(
+            query.reshape(BATCH, 1, HEADS, HEAD), key.reshape(BATCH, 1, KV_HEADS, HEAD), *rotary
+        )
+        for cache, rows in ((self.keys, key), (self.values, value)):
+            torch_npu.npu_scatter_nd_update_(
+                cache.view(-1, KV_WIDTH), slots, rows.reshape(BATCH, KV_WIDTH)
+            )
+        attended, _ = torch_npu.npu_fused_infer_attention_score(
+            query.reshape(BATCH, 1, WIDTH),
+            self.keys,
+            self.values,
+            actual_seq_lengths_kv=lengths,
+            block_table=table,
+            block_size=BLOCK,
+            num_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            input_layout="BSH",
+            scale=HEAD**-0.5,
+        )
+        projected = self.out(*torch_npu.npu_dynamic_quant(attended.view(BATCH, WIDTH)))
+        quantized, _, residual, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
+            projected, residual, self.second, epsilon=EPSILON
+        )
+        gate = torch_npu.npu_swiglu(self.up(quantized, scale))
+        return self.down(*torch_npu.npu_dynamic_quant(gate)), residual
+
+
+def step_inputs(position: int, device: str = "npu") -> list[Any]:
+    """The arguments of a step at a position below the block size."""
+    x, residual = (torch.ones(BATCH, WIDTH, dtype=torch.float16, device=device) for _ in range(2))
+    angle = torch.full((BATCH, 1, 1, HEAD), float(position))
+    rotary = tuple(values.half().to(device) for values in (angle.cos(), angle.sin()))
+    table = torch.arange(BLOCKS, dtype=torch.int32).view(BATCH, -1)
+    slots = table[:, :1] * BLOCK + position
+    return [x, residual, rotary, slots.to(device), table.to(device), [position + 1] * BATCH]
