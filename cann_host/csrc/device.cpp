@@ -1,4 +1,5 @@
 // libascendcl: life cycle, versions, devices and contexts, compile options, logs.
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +19,8 @@ using cann_host::kSuccess;
 namespace {
 
 constexpr int kMostDevices = 64;
+
+std::atomic<bool> was_set[kMostDevices];  // by some thread, since its last reset
 
 // Leaked on purpose: torch_npu still calls in while the process runs its static destructors.
 struct Acl {
@@ -119,6 +122,20 @@ int aclrtSetDevice(int32_t device) {
                 GetOptions().devices);
   }
   current_device = device;
+  was_set[device] = true;
+  return kSuccess;
+}
+
+// Whether a device has a context: torch_npu asks before it makes one. A caller that wants only one of
+// the two passes null for the other.
+int aclrtGetPrimaryCtxState(int32_t device, uint32_t* flags, int32_t* active) {
+  CANN_HOST_CALL(aclrtGetPrimaryCtxState);
+  if (device < 0 || device >= GetOptions().devices) {
+    return Fail(kInvalidDevice, "aclrtGetPrimaryCtxState: there is no device %d; cann_host has %d",
+                device, GetOptions().devices);
+  }
+  if (flags != nullptr) *flags = 0;
+  if (active != nullptr) *active = was_set[device] ? 1 : 0;
   return kSuccess;
 }
 
@@ -126,6 +143,7 @@ int aclrtResetDevice(int32_t device) {
   CANN_HOST_CALL(aclrtResetDevice);
   cann_host::DoAllWork();
   if (device == current_device) current_device = -1;
+  if (device >= 0 && device < kMostDevices) was_set[device] = false;
   return kSuccess;
 }
 

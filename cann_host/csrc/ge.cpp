@@ -243,10 +243,9 @@ Status Run(uint64_t session, uint32_t id, const std::vector<Tensor>& inputs,
     dims.insert(dims.end(), desc.origin_dims.begin(), desc.origin_dims.end());
   }
   cann_host_ge_outputs sink{outputs, placement};
-  const int code =
-      GetExecutor().run.Call("ge.run", cann_host::kFailure, "(KKKKKK)", Number(graph->number),
-                             Number(views.data()), Number(views.size()), Number(dims.data()),
-                             Number(dims.size()), Number(&sink));
+  const int code = GetExecutor().run.Call(
+      "ge.run", cann_host::kFailure, "(KKKKKK)", Number(graph->number), Number(views.data()),
+      Number(views.size()), Number(dims.data()), Number(dims.size()), Number(&sink));
   for (ge::Tensor& output : outputs) cann_host::NoteWrite(output.Impl().data, output.Impl().size);
   return code == 0 ? GRAPH_SUCCESS : kFailed;
 }

@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--calls", type=int, default=40)
     options = parser.parse_args()
-    torch.npu.set_device(0)
+    torch.npu.set_device(0)  # type: ignore[attr-defined]
     library = cann_host.runtime.current().library
     target = calls.Target(library)
     missing = 0

@@ -361,6 +361,7 @@ class Target:
                 for one in content
             ]
             handles = [member for member in members if member is not None]
+            listed: Any
             kind, listed = "TensorList", (ctypes.c_void_p * len(handles))(*handles)
         elif name == "flags":
             kind, listed = "BoolArray", (ctypes.c_bool * len(content))(*map(bool, content))

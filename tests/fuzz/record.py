@@ -27,7 +27,7 @@ from cann_host.graph import compiler  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 sys.path.insert(0, str(CORPUS.parents[2] / "benchmarks"))
-import vendor_layer  # noqa: E402 # isort: skip
+import vendor_layer  # type: ignore[import-not-found]  # noqa: E402 # isort: skip
 
 
 class Vendor(nn.Module):
@@ -57,7 +57,12 @@ def recorded(name: str, function: Callable[..., Any], *inputs: Any) -> None:
     """Write the graph of a call: its Data nodes stand for the inputs."""
     found: list[bytes] = []
     compile_graph = compiler.compile_graph
-    compiler.compile_graph = lambda model: found.append(model) or compile_graph(model)
+
+    def noted(model: bytes) -> Any:
+        found.append(model)
+        return compile_graph(model)
+
+    compiler.compile_graph = noted
     torch._dynamo.reset()
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = False
