@@ -37,6 +37,13 @@ class Refused(NamedTuple):
     text: str
 
 
+def nearly_a_triangle() -> Tensor:
+    """One that also hides key 1 from query 3."""
+    mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+    mask[3, 1] = True
+    return mask
+
+
 def ones(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
@@ -61,6 +68,9 @@ REFUSED = {
     "no mask": Refused(PROMPT, {"sparse_mode": 3}, TILING, "3 and atten_mask is not given"),
     "small triangle": Refused(
         PROMPT, {"sparse_mode": 2, "atten_mask": ones(5, 7)}, TILING, r"must be \(2048, 2048\)"
+    ),
+    "nearly a triangle": Refused(
+        PROMPT, {"sparse_mode": 2, "atten_mask": nearly_a_triangle()}, None, "not the triangle"
     ),
     "no triangle": Refused(
         PROMPT, {"sparse_mode": 2, "atten_mask": ones(2048, 2048)}, None, "not the triangle"

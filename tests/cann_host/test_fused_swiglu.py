@@ -215,6 +215,27 @@ def test_the_rest_of_padded_groups_stays(way: str) -> None:
     assert_steps(scale[:5], steps)
 
 
+@WAYS
+def test_numbered_groups_that_begin_with_an_empty_one_have_no_rows(way: str) -> None:
+    """The kernel ends at the first empty group, so it writes nothing."""
+    need_operator("npu_dequant_swiglu_quant")
+    if way != "eager":
+        need_converter("npu_dequant_swiglu_quant")
+    given = dequant_arguments("numbered groups")
+    names = ("x", "weight_scale", "activation_scale")
+    groups = torch.tensor([[2, 0], [0, 7], [1, 5]])
+
+    def run(x: Tensor, w: Tensor, a: Tensor, groups: Tensor) -> Any:
+        return torch_npu.npu_dequant_swiglu_quant(
+            x, weight_scale=w, activation_scale=a, group_index=groups, quant_mode=1
+        )
+
+    y, scale = either_way(run, way)(*(given[name].npu() for name in names), groups.npu())
+    assert y.shape == (ROWS, H) and scale.shape == (ROWS,)
+    if way != "eager":  # an eager result is memory of before
+        assert not y.any() and not scale.any()
+
+
 def test_a_quantized_matmul_feeds_it() -> None:
     """int32 of npu_quant_matmul, eagerly and in one graph, gives the same bits."""
     need_operator("npu_dequant_swiglu_quant")
@@ -454,10 +475,11 @@ def test_refusals_arrive_by_torch_npu() -> None:
     with refused("gives 3 groups 27 rows, and x has 12"):
         groups = torch.tensor([9, 9, 9]).npu()
         torch_npu.npu_dequant_swiglu_quant(x, **{**given, "group_index": groups})
-    with refused(r"group_index names group 7; there are 1"):
-        groups = torch.tensor([[7, 2]]).npu()
-        one = {**given, "weight_scale": given["weight_scale"][0], "group_index": groups}
-        torch_npu.npu_dequant_swiglu_quant(x, **one)
+    for number in (7, -1):
+        with refused(rf"group_index names group {number}; there are 1"):
+            groups = torch.tensor([[number, 2]]).npu()
+            one = {**given, "weight_scale": given["weight_scale"][0], "group_index": groups}
+            torch_npu.npu_dequant_swiglu_quant(x, **one)
     with refused("aclnnSwiGluQuantV2: group_index gives 1 groups 13 rows"):
         groups = torch.tensor([13], dtype=I32).npu()
         torch_npu.npu_swiglu_quant(

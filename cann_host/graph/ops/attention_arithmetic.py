@@ -368,7 +368,7 @@ def _mask(
             return None
         return mask.reshape(-1, mask.shape[-1])[one.batch, columns].bool().unsqueeze(0)
     if call.sparse_mode >= 2:
-        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE))
+        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE), one.queries)
         return None
     if mask.dim() > 2:
         mask = mask[one.batch if mask.shape[0] > 1 else 0]
@@ -377,14 +377,20 @@ def _mask(
     return mask[one.rows, columns].bool()
 
 
-def need_triangle(mask: Tensor) -> None:
-    """Refuse a mask that is not the triangle that sparse_mode 2 to 4 need; its borders tell."""
+def need_triangle(mask: Tensor, queries: int) -> None:
+    """Refuse a mask that is not the triangle that sparse_mode 2 to 4 need.
+
+    Its borders tell, and the part of as many rows and columns as there are queries: all of it
+    would cost a decode step more than its attention.
+    """
+    part = mask[:queries, :queries].bool()
     first, last, column = mask[0].bool(), mask[-1].bool(), mask[:, -1].bool()
     if (
         bool(first[0])
         or not bool(first[1:].all())
         or bool(last.any())
         or not bool(column[:-1].all())
+        or not torch.equal(part, torch.ones_like(part).triu_(1))
     ):
         raise GraphError(
             "atten_mask is not the triangle of torch.triu(torch.ones(2048, 2048), 1); cann_host "

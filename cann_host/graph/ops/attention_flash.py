@@ -51,7 +51,7 @@ def flash_attention(
     if mask is not None and mask.dim() == 0:
         mask = None
     if mask is not None and call.sparse_mode in (2, 3, 4):
-        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE))
+        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE), q.shape[2])
     for rows, columns in _parts(call, q.shape[2], k.shape[2]):
         part = q[:, :, rows]
         if not part.numel() or not k[:, :, columns].numel():

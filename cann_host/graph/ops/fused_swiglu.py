@@ -101,11 +101,15 @@ def _groups_of(group_index: Tensor, rows: int, groups: int) -> _Groups:
         end = next(i for i, count in enumerate(counts) if count <= 0)
         numbers, counts = numbers[:end], counts[:end]
     counts = [max(count, 0) for count in counts]
-    if any(not 0 <= number < groups for number in numbers):
-        raise GraphError(f"group_index names group {max(numbers)}; there are {groups}")
+    wrong = [number for number in numbers if not 0 <= number < groups]
+    if wrong:
+        raise GraphError(f"group_index names group {wrong[0]}; there are {groups}")
     if refusal := check_group_list(counts, rows):
         raise GraphError(refusal)
-    of_row = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(counts))
+    # the dtype is int64 also if there is no group
+    of_row = torch.tensor(numbers, dtype=torch.int64).repeat_interleave(
+        torch.tensor(counts, dtype=torch.int64)
+    )
     return _Groups(len(of_row), of_row)
 
 
