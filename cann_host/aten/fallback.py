@@ -205,6 +205,9 @@ class CpuKernel:
         if targets:
             on_memory = on_memory and self.writes_memory and can_write(targets, found.tensors)
         views = self._views_of(found.tensors, targets) if on_memory else {}
+        for target in targets:
+            if id(target) not in views:
+                self.views.check_written(target, self.op)
         seeded: dict[int, torch.Generator] = {}
         if found.generators:
             npu = [one for one in found.generators if one.device.type == "npu"]

@@ -94,6 +94,25 @@ class HostViews:
             self._views[key] = view
         return view
 
+    def check_written(self, tensor: Tensor, op: object) -> None:
+        """Refuse to write to a view of an internal format that is not contiguous: torch_npu's copy_
+        would fill the whole storage in the order of the view.
+
+        Raises:
+            RuntimeError: it is one.
+        """
+        if (
+            type(tensor) in (Tensor, Parameter)
+            and tensor.layout is torch.strided
+            and not tensor.is_contiguous()
+            and self._format_of(tensor) not in BASE_FORMATS
+        ):
+            raise RuntimeError(
+                f"cann_host: {op} writes to a view of shape {tuple(tensor.shape)} and strides "
+                f"{tensor.stride()} of an internal format. What to do: write to the whole tensor, "
+                "or cast it to ND before."
+            )
+
     def _make(
         self,
         address: int,

@@ -139,6 +139,13 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const aclTensor* source, int format
     }
   }
   if (format == kFormatNz) {
+    // torch_npu then moves the bytes with Identity. If this were taken, its npu_format_cast_ and its
+    // copy_ to an internal format would cast the old values once more and drop the new ones.
+    if (source->format == kFormatNz) {
+      return Fail(kRuntimeError,
+                  "aclnnNpuFormatCast: the tensor is FRACTAL_NZ already (CANN error %d)",
+                  kRuntimeError);
+    }
     const int64_t width = cann_host::DtypeBytes(additional_dtype);
     if (out.size() < 2 || width == 0 || width > 4) {
       return Fail(kInvalid,

@@ -107,6 +107,48 @@ def test_fractal_nz_is_converted_once_for_each_version() -> None:
         torch.npu.config.allow_internal_format = False
 
 
+ONES = torch.ones(K, N, dtype=torch.int8)
+IN_PLACE: dict[str, Callable[[Tensor, torch.device], object]] = {
+    "add_": lambda w, _: w.add_(1),
+    "copy_": lambda w, on: w.copy_(ONES.to(on)),
+    "copy_ from the host": lambda w, _: w.copy_(ONES),
+    "fill_": lambda w, _: w.fill_(1),
+    "foreach": lambda w, _: torch._foreach_add_([w], 1),
+    "index_put_": lambda w, on: w.index_put_((torch.tensor([2]).to(on),), ONES[0].to(on)),
+    "out=": lambda w, on: torch.add(ONES.to(on), 1, out=w),
+    "zero_": lambda w, _: w.zero_(),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_writes_to_fractal_nz(name: str) -> None:
+    torch.npu.config.allow_internal_format = True
+    try:
+        wanted, x = int8(K, N, seed=1), int8(M, K, seed=0)
+        weight = torch_npu.npu_format_cast(wanted.npu(), FRACTAL_NZ)
+        address = weight.data_ptr()
+        matmul(x, weight)  # keeps its conversion
+        IN_PLACE[name](weight, torch.device("npu"))
+        IN_PLACE[name](wanted, torch.device("cpu"))
+        assert torch.equal(weight.cpu(), wanted)
+        assert (torch_npu.get_npu_format(weight), weight.data_ptr()) == (FRACTAL_NZ, address)
+        np.testing.assert_array_equal(matmul(x, weight), golden(x, wanted))
+    finally:
+        torch.npu.config.allow_internal_format = False
+
+
+def test_a_write_to_a_transposed_view_of_fractal_nz_is_refused() -> None:
+    torch.npu.config.allow_internal_format = True
+    try:
+        square = int8(K, K, seed=1)
+        weight = torch_npu.npu_format_cast(square.npu(), FRACTAL_NZ)
+        with pytest.raises(RuntimeError, match=r"cann_host: aten\.add_\.Tensor .* internal format"):
+            weight.t().add_(torch.arange(K, dtype=torch.int8).npu())
+        assert torch.equal(weight.cpu(), square)
+    finally:
+        torch.npu.config.allow_internal_format = False
+
+
 def test_freed_memory_that_another_weight_gets() -> None:
     x = int8(M, K, seed=0)
     for seed in range(1, 6):
