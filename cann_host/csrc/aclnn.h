@@ -65,10 +65,10 @@ struct aclOpExecutor {
 namespace cann_host {
 namespace aclnn {
 
-constexpr int kNullPointer = 161001;  // ACLNN_ERR_PARAM_NULLPTR
-constexpr int kInvalid = 161002;      // ACLNN_ERR_PARAM_INVALID
+constexpr int kNullPointer = 161001;   // ACLNN_ERR_PARAM_NULLPTR
+constexpr int kInvalid = 161002;       // ACLNN_ERR_PARAM_INVALID
 constexpr int kRuntimeError = 361001;  // ACLNN_ERR_RUNTIME_ERROR
-constexpr int kInternal = 561000;     // ACLNN_ERR_INNER
+constexpr int kInternal = 561000;      // ACLNN_ERR_INNER
 
 constexpr int kFormatNd = 2;
 constexpr int kFormatNz = 29;
