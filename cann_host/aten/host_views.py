@@ -32,11 +32,16 @@ class HostViews:
         self._raw_stream = torch_npu._C._npu_getCurrentRawStream
         self._format_of = torch.ops.npu.get_npu_format.default._op
         self._views: dict[tuple[object, ...], Tensor] = {}
+        self._started: set[int] = set()
         self._freed = 0  # how often memory was, for which the views are known
 
     def state(self, device: torch.device) -> int:
         """The library's state, after torch_npu has launched what waits in its task queue for the
         current stream of the device."""
+        if device.index not in self._started:  # it has no streams yet
+            with torch.npu.device(device):  # type: ignore[attr-defined]
+                torch.empty(1, device=device)
+            self._started.add(device.index)
         self._raw_stream(device.index)
         state: int = self._state()
         if state >> FREED != self._freed:
