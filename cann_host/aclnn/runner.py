@@ -61,7 +61,7 @@ class _Call:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
-        self.passed: Callable[[Any, str], None] | None = None
+        self.passed: tuple[Callable[[Any, str], None], str] | None = None  # and on which chip
 
 
 class Runner:
@@ -113,10 +113,11 @@ class Runner:
         return found
 
     def _check(self, operator: Operator[Any], call: _Call) -> None:
-        if call.passed is not operator.check:
+        now = operator.check, self.soc
+        if call.passed != now:
             operator.check(call.arguments, self.soc)
             if operator.is_check_pure:
-                call.passed = operator.check
+                call.passed = now
         if self.library.cann_host_state() & CAPTURES:
             watched.note(tensor.address for tensor in tensors_of(call.arguments))
 
