@@ -109,7 +109,6 @@ def _without(maker: Callable[[random.Random], list[Any]], *places: int) -> Any:
 MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
     "aclnnAddRmsNorm": _norm,
     "aclnnAddRmsNormCast": partial(_norm, y1=F32),
-    "aclnnAddRmsNormDynamicQuant": _without(_add_rms_norm_dynamic_quant, 5, 7),
     "aclnnAddRmsNormDynamicQuantV2": _add_rms_norm_dynamic_quant,
     "aclnnAddRmsNormQuant": _without(_add_rms_norm_quant, 7, 14),
     "aclnnAddRmsNormQuantV2": _add_rms_norm_quant,
