@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import cann_host
 from cann_host.graph.executor import GraphError, find_op, run_op
@@ -24,30 +21,13 @@ from cann_host.rules import (
     check_scatter_update,
 )
 from support import golden_cache
-from support.eager import BF16, F16, F32, I8, I32, as_numpy, refused
+from support.eager import BF16, F16, F32, I8, I32, as_numpy, assert_equal, refused, values
 from support.refusals import described, told
 
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torch_npu = pytest.importorskip("torch_npu")
 A2, A950, P310 = "Ascend910B2", "Ascend950PR_9579", "Ascend310P3"
 I64 = torch.int64
-
-
-def values(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 50
-    return made.to(dtype)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import torchair
-
-    torch._dynamo.reset()
-    backend = torchair.get_npu_backend()
-    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
-
-
-def equal(got: Tensor, want: np.ndarray) -> None:
-    np.testing.assert_array_equal(as_numpy(got.cpu()), want)
 
 
 # ---- ScatterNdUpdate ----
@@ -71,10 +51,10 @@ def test_scatter_nd_update(var, indices, dtype, kind) -> None:
     updates = values(*places.shape[:-1], *var[places.shape[-1] :], dtype=dtype, seed=1)
     want = golden_cache.scatter_nd_update(*map(as_numpy, (cache, places, updates)))
     on_npu = cache.npu()
-    equal(torch_npu.npu_scatter_nd_update(on_npu, places.npu(), updates.npu()), want)
-    equal(on_npu, as_numpy(cache))
+    assert_equal(torch_npu.npu_scatter_nd_update(on_npu, places.npu(), updates.npu()), want)
+    assert_equal(on_npu, as_numpy(cache))
     torch_npu.npu_scatter_nd_update_(on_npu, places.npu(), updates.npu())
-    equal(on_npu, want)
+    assert_equal(on_npu, want)
 
 
 def test_scatter_nd_update_of_a_view() -> None:
@@ -83,7 +63,7 @@ def test_scatter_nd_update_of_a_view() -> None:
     want[[4, 2], 1] = 7
     places, updates = torch.tensor([[4], [2]]).npu(), torch.full((2, 4), 7.0).npu()
     torch_npu.npu_scatter_nd_update_(cache[:, 1], places, updates)
-    equal(cache, want)
+    assert_equal(cache, want)
 
 
 def test_the_last_of_equal_rows_remains() -> None:
@@ -175,10 +155,10 @@ def test_scatter_update(var, window, indices, axis, dtype, kind) -> None:
     cache, updates = values(*var, dtype=dtype), values(*window, dtype=dtype, seed=1)
     want = golden_cache.scatter_update(*map(as_numpy, (cache, places, updates)), axis)
     on_npu = cache.npu()
-    equal(torch_npu.scatter_update(on_npu, places.npu(), updates.npu(), axis), want)
-    equal(on_npu, as_numpy(cache))
+    assert_equal(torch_npu.scatter_update(on_npu, places.npu(), updates.npu(), axis), want)
+    assert_equal(on_npu, as_numpy(cache))
     torch_npu.scatter_update_(on_npu, places.npu(), updates.npu(), axis)
-    equal(on_npu, want)
+    assert_equal(on_npu, want)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +228,7 @@ def test_scatter_elements(data, shape, indices, axis, reduction, dtype) -> None:
     given = {"data": x.clone(), "indices": places, "updates": updates}
     for type_ in ("ScatterElements", "ScatterElementsV2"):
         (got,) = run_op(find_op(type_), given, {"axis": axis, "reduction": reduction})
-        equal(got, want)
+        assert_equal(got, want)
         assert torch.equal(given["data"], x)  # the result is a tensor of its own
 
 

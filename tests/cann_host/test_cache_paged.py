@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,18 @@ from cann_host.rules import (
     check_scatter_pa_kv_cache,
 )
 from support import golden, golden_cache
-from support.eager import BF16, F16, F32, I8, I32, as_numpy, pretend, refused
+from support.eager import (
+    BF16,
+    F16,
+    I8,
+    I32,
+    as_numpy,
+    assert_equal,
+    compiled,
+    pretend,
+    refused,
+    values,
+)
 from support.has import need_operator
 from support.refusals import described, told
 
@@ -32,23 +42,6 @@ pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_
 torch_npu = pytest.importorskip("torch_npu")
 A2, A950, P310 = "Ascend910B2", "Ascend950PR_9579", "Ascend310P3"
 I64 = torch.int64
-
-
-def values(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 50
-    return made.to(dtype)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import torchair
-
-    torch._dynamo.reset()
-    backend = torchair.get_npu_backend()
-    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
-
-
-def equal(got: Tensor, want: np.ndarray) -> None:
-    np.testing.assert_array_equal(as_numpy(got.cpu()), want)
 
 
 # ---- ScatterPaKvCache ----
@@ -89,7 +82,7 @@ def test_scatter_pa_kv_cache(dtype, heads, dk, dv, mode, dims, way) -> None:
     d0 = 32 // dtype.itemsize if mode == "PA_NZ" else 0
     for row, cache in zip(rows, caches, strict=True):
         empty = np.zeros(cache.shape, as_numpy(row).dtype)
-        equal(cache, golden_cache.write_pages(empty, as_numpy(row), slots.numpy(), 4, d0=d0))
+        assert_equal(cache, golden_cache.write_pages(empty, as_numpy(row), slots.numpy(), 4, d0=d0))
 
 
 def test_a_slot_outside_writes_nothing() -> None:
@@ -372,4 +365,4 @@ def test_950_adds_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = run_op(find_op("KvRmsNormRopeCache"), given, {"cache_mode": "PA"})[0]
     rope = x[0, 0, 0, 32:].float().numpy()
     want = golden_cache.quantized(np.r_[rope[::2], rope[1::2]], np.float32(0.5), np.float32(3))
-    equal(cache[0, 3, 0], want)
+    assert_equal(cache[0, 3, 0], want)

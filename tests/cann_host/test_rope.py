@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from cann_host.rules import (
     check_rotary_mul,
 )
 from support import golden_rope
-from support.eager import BF16, F16, F32, as_numpy, pretend, refused
+from support.eager import BF16, F16, F32, as_numpy, compiled, pretend, refused
 from support.has import need_operator
 from support.refusals import described, told
 
@@ -44,14 +43,6 @@ def randn(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import torchair
-
-    torch._dynamo.reset()
-    backend = torchair.get_npu_backend()
-    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
 
 def equal(got: Tensor, want: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch, soc: str) -> None:
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * 50).to(dtype)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one static GE graph of torchair's."""
+    import torchair
+
+    torch._dynamo.reset()
+    backend = torchair.get_npu_backend()
+    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
 
 # ---- the aclnn operators ----
@@ -116,11 +126,15 @@ class Inputs:
         )
 
 
+def assert_equal(got: Tensor, expected: np.ndarray) -> None:
+    """For a tensor of any device."""
+    np.testing.assert_array_equal(as_numpy(got.cpu()), expected)
+
+
 def assert_same(got: Tensor, expected: np.ndarray) -> None:
     assert got.device.type == "npu"
-    host = as_numpy(got.cpu())
-    assert host.shape == expected.shape
-    np.testing.assert_array_equal(host, expected)
+    assert got.shape == expected.shape
+    assert_equal(got, expected)
 
 
 # ---- what it refuses ----
