@@ -45,13 +45,13 @@ SIZES: dict[str, Any] = {
 }
 
 
-def quantized(layers: int) -> nn.Module:
-    """The model in float16, its linear layers quantized, except lm_head, which is tied."""
+def quantized(layers: int, dtype: torch.dtype = torch.float16) -> nn.Module:
+    """The model, its linear layers quantized, except lm_head, which is tied."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, num_hidden_layers=layers, attn_implementation="eager")
-    model = LlamaForCausalLM(config).half().eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     lq_graph.quantize(model, lq_graph.A8W8Dynamic())
     return model
 

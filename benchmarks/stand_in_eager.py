@@ -18,9 +18,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from decoder import quantized
 from torch import Tensor, nn
-
-import lq_graph
 
 
 class Step(NamedTuple):
@@ -30,29 +29,7 @@ class Step(NamedTuple):
     rewind: Callable[[], None]
 
 
-# of SmolLM2-135M
-SIZES: dict[str, Any] = {
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192,
-}
 CACHE, POSITION = 256, 100
-
-
-def make_model(layers: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=layers, attn_implementation="eager")
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
-    return model
 
 
 def make_step(model: nn.Module, device: str, wrap: Callable[..., Any] = lambda f: f) -> Step:
@@ -98,7 +75,7 @@ def npugraph_ex(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def contestants(layers: int, wanted: list[str]) -> dict[str, Step]:
-    model = make_model(layers)
+    model = quantized(layers, torch.bfloat16)
     makers: dict[str, Callable[[], Step]] = {
         "plain CPU": lambda: make_step(model, "cpu"),
         "eager": lambda: make_step(model, "npu"),
