@@ -52,6 +52,7 @@ __all__ = [
     "ints",
     "is_meta",
     "op",
+    "optional_desc",
     "plain",
     "promoted",
     "run_op",
@@ -204,6 +205,11 @@ def dtype_name(value: Tensor | Int4) -> str:
 def describe(value: Tensor | Int4) -> TensorDesc:
     """Dtype and shape, for CANN's rules."""
     return TensorDesc(dtype_name(value), tuple(value.shape))
+
+
+def optional_desc(tensor: Tensor | Int4 | None) -> TensorDesc | None:
+    """The descriptor of an optional tensor, for CANN's rules."""
+    return None if tensor is None else describe(tensor)
 
 
 def is_meta(value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cann_host import chips
 from cann_host.graph import executor
-from cann_host.graph.executor import INT4, GraphError, Int4, describe, op
+from cann_host.graph.executor import INT4, GraphError, Int4, describe, op, optional_desc
 from cann_host.rules import (
     A950,
     AddRmsNormDynamicQuantCall,
@@ -30,7 +30,7 @@ from cann_host.rules import (
 from lq_graph.kernels import dynamic_quant, static_quant
 
 from .nn import norm_of_sum, rms_norm
-from .quant import optional_desc, quantized_name
+from .quant import quantized_name
 
 __all__ = [
     "add_rms_norm_cast",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cann_host.graph import executor
-from cann_host.graph.executor import INT4, GraphError, Int4, describe, op
+from cann_host.graph.executor import INT4, GraphError, Int4, describe, op, optional_desc
 from cann_host.rules import (
     DequantSwigluQuantCall,
     SwiGluCall,
@@ -26,7 +26,7 @@ from cann_host.rules import (
 from lq_graph.kernels import Arithmetic, quantize_rows
 
 from .fused_norms import to_integers
-from .quant import optional_desc, quantized_name
+from .quant import quantized_name
 
 __all__ = ["SwiGluOptions", "dequant_swiglu_quant", "swi_glu", "swi_glu_quant"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cann_host.graph import executor
-from cann_host.graph.executor import GraphError, describe, op
+from cann_host.graph.executor import GraphError, describe, op, optional_desc
 from cann_host.graph.ops.cache import last_writers
 from cann_host.graph.ops.rope import rotary
 from cann_host.rules import (
@@ -21,7 +21,6 @@ from cann_host.rules import (
     INTERLEAVE_HALF,
     KvRmsNormRopeCall,
     ScatterPaCall,
-    TensorDesc,
     check_kv_rms_norm_rope_cache,
     check_scatter_pa_kv_cache,
     kv_rms_norm_rope_ignores,
@@ -30,10 +29,6 @@ from cann_host.rules import (
 )
 
 _ROW_BYTES = 32  # of the last dim of NZ blocks
-
-
-def _optional(tensor: Tensor | None) -> TensorDesc | None:
-    return None if tensor is None else describe(tensor)
 
 
 def check_slots(name: str, slots: Tensor, places: int) -> None:
@@ -257,9 +252,9 @@ def _kv_rms_norm_rope_cache(
         describe(index),
         describe(k_cache),
         describe(ckv_cache),
-        (_optional(k_rope_scale), _optional(c_kv_scale)),
-        (_optional(k_rope_offset), _optional(c_kv_offset)),
-        _optional(v),
+        (optional_desc(k_rope_scale), optional_desc(c_kv_scale)),
+        (optional_desc(k_rope_offset), optional_desc(c_kv_offset)),
+        optional_desc(v),
         cache_mode,
         is_output_kv,
         is_graph=True,

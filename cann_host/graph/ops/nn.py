@@ -10,7 +10,7 @@ from torch import Tensor
 from cann_host import chips
 from cann_host.chips import NormRoundings
 from cann_host.graph import executor
-from cann_host.graph.executor import GraphError, Host, describe, dtype_name, ints, op
+from cann_host.graph.executor import GraphError, Host, describe, dtype_name, ints, op, optional_desc
 from cann_host.rules import RmsNormCall, check_layer_norm, check_rms_norm
 
 
@@ -167,7 +167,7 @@ def add_rms_norm(
 
 
 def _check_rms_norm(x: Tensor, gamma: Tensor, epsilon: float, x2: Tensor | None = None) -> None:
-    other = None if x2 is None else describe(x2)
+    other = optional_desc(x2)
     call = RmsNormCall(
         executor.soc_name(), describe(x), describe(gamma), epsilon, other, is_graph=True
     )

@@ -21,6 +21,7 @@ from cann_host.graph.executor import (
     describe,
     dtype_name,
     op,
+    optional_desc,
     torch_dtype,
 )
 from cann_host.rules import (
@@ -30,7 +31,6 @@ from cann_host.rules import (
     DynamicQuantCall,
     QuantizeCall,
     QuantMatmulCall,
-    TensorDesc,
     TransQuantParamCall,
     ascend_quant_axis,
     check_ascend_quant,
@@ -56,11 +56,6 @@ from lq_graph.kernels import (
     quant_matmul,
     static_quant,
 )
-
-
-def optional_desc(tensor: Tensor | None) -> TensorDesc | None:
-    """The descriptor of an optional tensor, for CANN's rules."""
-    return None if tensor is None else describe(tensor)
 
 
 @op("TransQuantParamV2")

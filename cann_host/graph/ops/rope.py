@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cann_host.graph import executor
-from cann_host.graph.executor import GraphError, describe, op
+from cann_host.graph.executor import GraphError, describe, op, optional_desc
 from cann_host.rules import (
     A2,
     A950,
@@ -175,7 +175,7 @@ def _rotary_position_embedding(
         describe(cos),
         describe(sin),
         mode,
-        None if rotate is None else describe(rotate),
+        optional_desc(rotate),
         is_graph=True,
     )
     if refusal := check_rotary(call):
