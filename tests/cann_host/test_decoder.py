@@ -38,5 +38,7 @@ def wanted() -> str:
 @pytest.mark.parametrize("queue", MODES)
 def test_every_mode_generates_the_same(queue: str, wanted: str) -> None:
     modes = MODES[queue]
-    said = run(f"vendor_decoder.py {modes}", TASK_QUEUE_ENABLE=queue).splitlines()
+    # npu_apply_rotary_pos_emb returns what it writes into: torch refuses that where CI is set
+    variables = {"TASK_QUEUE_ENABLE": queue, "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0"}
+    said = run(f"vendor_decoder.py {modes}", **variables).splitlines()
     assert dict(zip(modes.split(), said, strict=True)) == dict.fromkeys(modes.split(), wanted)
