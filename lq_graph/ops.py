@@ -15,6 +15,7 @@ the epilogue of a small layer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -179,6 +180,19 @@ class _LazyConverter:
         return self._op._ge_converter(*args, **kwargs)  # type: ignore[attr-defined]
 
 
+def _traced(where: str) -> Callable[..., Any]:
+    """A fake kernel. A program that compiles for the NPU has imported the compiler by the first
+    trace; then the compiler gets to know our fusions."""
+    kernel = _lazy(where)
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        if "torch_npu" in sys.modules:
+            load("fusion.torchair:register")()
+        return kernel(*args, **kwargs)
+
+    return fake
+
+
 # "PrivateUse1" is what the npu device is called before torch_npu renames it.
 _AUTOCAST = {"AutocastCPU": "cpu", "AutocastPrivateUse1": "npu"}
 
@@ -186,7 +200,7 @@ _AUTOCAST = {"AutocastCPU": "cpu", "AutocastPrivateUse1": "npu"}
 def _register(lib: torch.library.Library, operator: Operator) -> None:
     name = operator.name
     lib.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"lq_graph::{name}", _lazy(operator.fake), lib=lib)
+    torch.library.register_fake(f"lq_graph::{name}", _traced(operator.fake), lib=lib)
     lib.impl(name, _lazy(operator.cpu), "CPU")
     lib.impl(name, _lazy(operator.npu), "PrivateUse1")
     # The output requires no grad. torch's own fallback would give it an undefined gradient. The

@@ -8,10 +8,12 @@ kernels/symbolic.py. torchair's private names are in converters/_torchair.py.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import FuncTorchInterpreter, coerce_cinterpreter
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.autograd import forward_ad  # its `_current_level` is private
 from torch.utils import _pytree as pytree
@@ -20,9 +22,11 @@ __all__ = [
     "FuncTorchInterpreter",
     "OpOverload",
     "coerce_cinterpreter",
+    "detect_fake_mode",
     "excluded",
     "forward_ad",
     "functorch",
+    "patterns_of_call",
     "pytree",
 ]
 
@@ -33,3 +37,16 @@ def excluded(key: str) -> AbstractContextManager[None]:
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     )
     return guard
+
+
+def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
+    """Patterns of torch's matcher: any call of an operator, its first argument named. A pattern
+    matches calls with one number of positional arguments."""
+    from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, Ignored, KeywordArg
+
+    positional = [arg for arg in op._schema.arguments if not arg.kwarg_only]
+    least = sum(not arg.has_default_value() for arg in positional)
+    return [
+        CallFunction(op, KeywordArg(name), *(Ignored() for _ in range(1, count)), _users=MULTIPLE)
+        for count in range(least, len(positional) + 1)
+    ]

@@ -34,7 +34,7 @@ BASE = {"errors", "reports"}
 RULES = BASE | {"kernels", "rules"}
 OPS = RULES | {"backends", "ops"}
 MODULES = OPS | {"modules"}
-ALL = MODULES | {"quantization", "checkpoints", "parallel", "analysis", "converters"}
+ALL = MODULES | {"quantization", "checkpoints", "parallel", "analysis", "converters", "fusion"}
 DOCTOR = ALL | {"torch", "torch_npu", "torchair", "cann_host"}  # in other processes
 
 
@@ -58,9 +58,10 @@ TABLE = {
     "rules": Allowed(BASE | {"kernels"}, {"torch"}),
     "backends": Allowed(RULES, {"torch"}, NPU),
     # The records name functions of these; what is imported at the first call counts here too.
-    "ops": Allowed({"rules", "backends", "converters", "parallel"}, {"torch"}),
+    "ops": Allowed({"rules", "backends", "converters", "parallel", "fusion"}, {"torch"}),
     "modules": Allowed(OPS, {"torch", "tqdm"}, NPU),
     "quantization": Allowed(MODULES, {"torch", "tqdm"}),
+    "fusion": Allowed(MODULES, {"torch"}, NPU),
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
@@ -74,7 +75,13 @@ TABLE = {
 
 # files, by how they begin, that may import private modules of torch
 PRIVATE = {
-    "lq_graph/backends/compat.py": {"torch._C", "torch._functorch", "torch._ops"},
+    "lq_graph/backends/compat.py": {
+        "torch._C",
+        "torch._functorch",
+        "torch._guards",
+        "torch._inductor",
+        "torch._ops",
+    },
     "lq_graph/ops.py": {"torch._ops"},  # a type
     "lq_graph/modules/": {"torch.utils._pytree"},
     "lq_graph/quantization/": {"torch.utils._pytree", "torch.utils._python_dispatch"},

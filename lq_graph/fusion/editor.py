@@ -1,0 +1,185 @@
+"""A graph under change, and the record of what was done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from ..backends.compat import OpOverload, detect_fake_mode
+from ..reports import table
+
+__all__ = [
+    "Editor",
+    "FusionReport",
+    "Line",
+    "Pass",
+    "is_pure",
+    "layer_of",
+    "same_shape",
+    "shape_of",
+    "value_of",
+]
+
+# what a new node takes over from a node that it replaces
+_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "stream_label", "custom", "seq_nr")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A fusion at one place of a graph.
+
+    Attributes:
+        fusion: its name.
+        layer: the module whose forward made the node, or "".
+        why_not: "" if it was done; else what did not fit.
+    """
+
+    fusion: str
+    layer: str
+    why_not: str = ""
+
+
+@dataclass
+class FusionReport:
+    """What the fusions did in a graph.
+
+    Attributes:
+        lines: what fused, and what came near and did not, in the order of the table.
+        nodes_before, nodes_after: calls of operators in the FX graph.
+    """
+
+    nodes_before: int = 0
+    nodes_after: int = 0
+    lines: list[Line] = field(default_factory=list)
+
+    def done(self, fusion: str) -> int:
+        """How often a fusion was done."""
+        return sum(line.fusion == fusion and not line.why_not for line in self.lines)
+
+    def __str__(self) -> str:
+        count: dict[tuple[str, str], int] = {}
+        for line in self.lines:
+            key = line.fusion, line.why_not
+            count[key] = count.get(key, 0) + 1
+        rows: list[tuple[object, ...]] = [("fusion", "places", "left, because")]
+        rows += [(fusion, times, why) for (fusion, why), times in count.items()]
+        head = f"{self.nodes_before:,} calls before, {self.nodes_after:,} after"
+        return "\n".join([head, *table(rows)])
+
+
+class Editor:
+    """Reads a graph and changes it.
+
+    Every node of it has its fake tensors in `meta["val"]`, and so have the nodes that are added.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.module = module
+        self.graph: Graph = module.graph
+        self.report = FusionReport(nodes_before=self.count())
+        values = (node.meta.get("val") for node in self.graph.nodes)
+        self._fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
+
+    def count(self) -> int:
+        """Calls of operators."""
+        return sum(isinstance(n.target, OpOverload) for n in self.graph.nodes)
+
+    # ---- reading ----
+
+    def calls(self, *targets: Any) -> list[Node]:
+        """The calls of operators, in the graph's order."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target in targets]
+
+    # ---- changing ----
+
+    def call(
+        self, target: Any, *args: Any, before: Node, like: Node | None = None, **kwargs: Any
+    ) -> Node:
+        """Add a call of an operator before a node.
+
+        Args:
+            target: the overload.
+            before: a node that stands after all arguments.
+            like: the node whose place in the model it takes over; default `before`.
+        """
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        origin = before if like is None else like
+        node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta})
+        values = torch.fx.node.map_arg((args, kwargs), value_of)
+        if self._fake is None:
+            node.meta["val"] = target(*values[0], **values[1])
+        else:
+            with self._fake:
+                node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let every user of `old` use `new`; `old` goes, and with it what only it used."""
+        old.replace_all_uses_with(new)
+        self.drop(old)
+
+    def drop(self, *nodes: Node) -> None:
+        """Erase calls without users, and then those that only they used."""
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node._erased or node.users or node.op != "call_function" or not is_pure(node):
+                continue
+            inputs = node.all_input_nodes
+            self.graph.erase_node(node)
+            waiting += inputs
+
+    # ---- the record ----
+
+    def did(self, fusion: str, node: Node) -> None:
+        """Note that a fusion was done."""
+        self.report.lines.append(Line(fusion, layer_of(node)))
+
+    def left(self, fusion: str, node: Node, why: str) -> None:
+        """Note that a fusion came near and was not done."""
+        self.report.lines.append(Line(fusion, layer_of(node), why))
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a call may be dropped if nobody uses it, and is the same each time."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, OpOverload):
+        return node.target.__module__ in ("_operator", "operator")
+    tags = node.target.tags
+    return not (node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
+
+
+def value_of(node: Node) -> Any:
+    """The fake tensors of a node."""
+    return node.meta["val"]
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """The shape of a node's tensor; sizes may be symbolic."""
+    return tuple(value_of(node).shape)
+
+
+def same_shape(first: Node, second: Node) -> bool:
+    """Whether two tensors have the same sizes, as far as this is known without a guard."""
+    one, two = shape_of(first), shape_of(second)
+    return len(one) == len(two) and all(
+        a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def layer_of(node: Node) -> str:
+    """The name of the innermost module whose forward made a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [str(name) for name, _ in stack.values()]
+    return names[-1] if names else ""
+
+
+Pass = Callable[[Editor], None]

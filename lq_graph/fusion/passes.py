@@ -1,0 +1,58 @@
+"""The fusions of the table, run over a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch.fx import GraphModule
+
+from .editor import Editor, FusionReport
+from .options import FusionOptions, get_fusion
+from .table import FUSIONS
+
+__all__ = ["fuse", "reports"]
+
+_listeners: list[Callable[[FusionReport], None]] = []
+
+
+def fuse(module: GraphModule, *_: object, options: FusionOptions | None = None) -> FusionReport:
+    """Run the fusions over a graph of ATen, lq_graph's and torch_npu's operators, in place.
+
+    torchair runs this by itself in every graph with a quantized layer. Call it in a pass of your
+    own (`config.post_grad_custom_pre_pass`, whose other arguments it does not read) to see the
+    fused graph there, or where torchair's `pattern_fusion_pass` is off. A second run changes
+    nothing.
+
+    Args:
+        module: the graph; its nodes have fake tensors in `meta["val"]`.
+        options: default those of `get_fusion`.
+
+    Returns:
+        What was done. The graph computes the same, up to the roundings that the table names.
+
+    Source: post_grad_custom_pre_pass of Ascend/torchair, whose signature it has.
+    """
+    chosen = get_fusion() if options is None else options
+    editor = Editor(module)
+    if chosen.enabled:
+        for fusion in FUSIONS:
+            if fusion.name not in chosen.off and (fusion.exact or not chosen.exact):
+                fusion.run(editor)
+        module.graph.lint()
+        module.recompile()
+    editor.report.nodes_after = editor.count()
+    for listener in _listeners:
+        listener(editor.report)
+    return editor.report
+
+
+@contextmanager
+def reports() -> Iterator[list[FusionReport]]:
+    """The reports of all graphs that are compiled inside the block."""
+    found: list[FusionReport] = []
+    _listeners.append(found.append)
+    try:
+        yield found
+    finally:
+        _listeners.remove(found.append)

@@ -1,0 +1,52 @@
+"""Views and casts that change nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .editor import Editor, same_shape, value_of
+
+__all__ = ["remove_needless"]
+
+_aten = torch.ops.aten
+_VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
+
+
+def remove_needless(editor: Editor) -> None:
+    """Let a view of a view read the first tensor; drop views, expands, casts and products with 1
+    that change nothing."""
+    for node in editor.calls(*_VIEWS):
+        source = node.args[0]
+        if isinstance(source, Node) and source.op == "call_function" and source.target in _VIEWS:
+            node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+            editor.drop(source)
+    for node in editor.calls(
+        *_VIEWS, _aten.expand.default, _aten._to_copy.default, _aten.mul.Tensor
+    ):
+        if _changes_nothing(node):
+            editor.did("shapes", node)
+            editor.replace(node, node.args[0])  # type: ignore[arg-type]
+
+
+def _changes_nothing(node: Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, Node) or _is_returned(node):
+        return False
+    before, after = value_of(source), value_of(node)
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    if node.target is _aten.mul.Tensor and node.args[1] not in (1, 1.0):
+        return False
+    return (
+        same_shape(source, node)
+        and before.dtype == after.dtype
+        and before.device == after.device
+        and before.stride() == after.stride()
+    )
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns the tensor: it must then be no input's own memory."""
+    return any(user.op == "output" for user in node.users)

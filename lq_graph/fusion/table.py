@@ -1,0 +1,60 @@
+"""Every fusion, in the order in which they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import quantizations, shapes
+from .editor import Pass
+
+__all__ = ["FUSIONS", "Fusion"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A fusion.
+
+    Attributes:
+        name: of `set_fusion(off=...)`.
+        what: the pattern and what replaces it.
+        saves: kernels at each place.
+        exact: whether no bit of the result changes.
+        differs: where it is not exact, the roundings that are gone.
+        source: the public definition of what replaces it.
+        run: does it at every place of a graph.
+    """
+
+    name: str
+    what: str
+    saves: str
+    exact: bool
+    run: Pass
+    source: str = ""
+    differs: str = ""
+
+
+FUSIONS = (
+    Fusion(
+        name="shapes",
+        what="views of views, views and casts that change nothing: gone",
+        saves="a cast or a copy each; views cost no kernel",
+        exact=True,
+        run=shapes.remove_needless,
+    ),
+    Fusion(
+        name="equal_calls",
+        what="equal quantizations of one tensor, and equal products of it: one",
+        saves="2 DynamicQuant for q, k, v; 1 for gate, up",
+        exact=True,
+        run=quantizations.merge_equal,
+    ),
+    Fusion(
+        name="npu_operators",
+        what="lq_graph::dynamic_quant to int8: torch_npu's npu_dynamic_quant, which torchair's and "
+        "others' patterns know",
+        saves="what those patterns save",
+        exact=True,
+        run=quantizations.name_as_torch_npu,
+        source="npu_dynamic_quant (Ascend/op-plugin)",
+    ),
+)
