@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+    from .fusion.options import set_fusion
+    from .fusion.passes import fuse
+    from .modules.fusion_options import get_fusion
     from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
     from .modules.linear_quant import LinearQuant
     from .modules.prepare import use_internal_format_weight
@@ -55,7 +58,9 @@ __all__ = [
     "dynamic_quant",
     "explain",
     "from_fractal_nz",
+    "fuse",
     "get_cann_version",
+    "get_fusion",
     "get_product",
     "linear_quant",
     "load_checkpoint",
@@ -64,6 +69,7 @@ __all__ = [
     "quantize",
     "save_checkpoint",
     "set_cann_version",
+    "set_fusion",
     "set_product",
     "static_quant",
     "to_fractal_nz",
@@ -81,6 +87,9 @@ _HOMES = {
     "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
+    "fusion.options": ("set_fusion",),
+    "fusion.passes": ("fuse",),
+    "modules.fusion_options": ("get_fusion",),
     "modules.layouts": ("from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"),
     "modules.linear_quant": ("LinearQuant",),
     "modules.prepare": ("use_internal_format_weight",),

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from versions import versions
 
+from lq_graph.fusion.table import FUSIONS
 from lq_graph.rules.cann import since_of
 from lq_graph.rules.tables import (
     PRODUCTS,
@@ -136,7 +137,22 @@ def cpu_kernel() -> str:
     return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
 
 
-_MADE = (linear_quant, later_dtypes, activations, products, cpu_kernel, versions)
+def fusions() -> str:
+    """The fusions in the order in which they run."""
+    rows = [
+        [
+            f"`{fusion.name}`",
+            fusion.what,
+            fusion.saves,
+            "yes" if fusion.exact else fusion.differs,
+            fusion.source,
+        ]
+        for fusion in FUSIONS
+    ]
+    return markdown(["name", "what becomes what", "saves", "exact", "source"], rows)
+
+
+_MADE = (linear_quant, later_dtypes, activations, products, cpu_kernel, versions, fusions)
 TABLES = {made.__name__: made for made in _MADE}
 
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch.fx import GraphModule
 
+from ..modules.fusion_options import FusionOptions
 from .editor import Editor, FusionReport
-from .options import FusionOptions, get_fusion
+from .options import checked
 from .table import FUSIONS
 
 __all__ = ["fuse", "reports"]
@@ -28,12 +29,15 @@ def fuse(module: GraphModule, *_: object, options: FusionOptions | None = None) 
         module: the graph; its nodes have fake tensors in `meta["val"]`.
         options: default those of `get_fusion`.
 
+    Raises:
+        LinearQuantValueError: LQ_GRAPH_FUSION is not understood.
+
     Returns:
         What was done. The graph computes the same, up to the roundings that the table names.
 
     Source: post_grad_custom_pre_pass of Ascend/torchair, whose signature it has.
     """
-    chosen = get_fusion() if options is None else options
+    chosen = checked() if options is None else options
     editor = Editor(module)
     if chosen.enabled:
         for fusion in FUSIONS:

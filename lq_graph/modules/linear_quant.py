@@ -16,6 +16,7 @@ from ..ops import trans_quant_param
 from ..rules.plan import check_finite
 from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
+from .fusion_options import FusionOptions, get_fusion
 
 __all__ = ["PARAMETERS", "LinearQuant", "check_whole_words", "keeping_dtypes", "layer_of"]
 
@@ -209,7 +210,8 @@ class LinearQuant(nn.Module):
         return None  # another scale or offset was assigned since
 
     def extra_repr(self) -> str:
-        """Every quantization setting: torchair's cache_compile keys its cache on it."""
+        """Every setting of quantization and fusion: torchair's cache_compile keys its cache on
+        it."""
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
         for name in PARAMETERS:
             tensor = getattr(self, name)
@@ -218,6 +220,8 @@ class LinearQuant(nn.Module):
                 setting = f"{setting} FRACTAL_NZ"
             parts.append(f"{name}={setting}")
         parts.append(f"output_dtype={dtype_name(self.output_dtype or torch.int8)}")
+        if (fusion := get_fusion()) != FusionOptions():
+            parts.append(f"fusion={fusion}")
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:

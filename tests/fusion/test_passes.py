@@ -1,0 +1,186 @@
+"""Running the fusions: where they run, what turns them off, and what they leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch_npu  # noqa: F401
+import torchair
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import lq_graph
+from lq_graph.fusion.passes import reports
+from lq_graph.fusion.table import FUSIONS
+from lq_graph.modules.fusion_options import FusionOptions, get_fusion, put_fusion
+
+_npu = torch.ops.npu
+MODES = ["GE", "npugraph_ex"]
+
+
+@pytest.fixture(autouse=True)
+def default_options() -> Iterator[None]:
+    yield
+    put_fusion(None)
+
+
+class Three(nn.Module):
+    """Three quantized layers that read one tensor."""
+
+    def __init__(self, scheme: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 32, bias=False).half() for _ in range(3)]
+        self.layers = nn.ModuleList(layers)
+        scheme = scheme or lq_graph.A8W8Dynamic()
+        batches = [torch.randn(4, 64).half()] if isinstance(scheme, lq_graph.A8W8Static) else None
+        lq_graph.quantize(self, scheme, batches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+def compiled(
+    model: Callable[..., Any], mode: str, dynamic: bool = False, **passes: Callable[..., None]
+) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    if mode == "npugraph_ex":
+        options = {f"post_grad_custom_{name}_pass": one for name, one in passes.items()}
+        return torch.compile(
+            model, backend="npugraph_ex", dynamic=dynamic, fullgraph=True, options=options
+        )
+    config = torchair.CompilerConfig()
+    for name, one in passes.items():
+        setattr(config, f"post_grad_custom_{name}_pass", one)
+    backend = torchair.get_npu_backend(compiler_config=config)
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+
+
+def graph_of(model: nn.Module, mode: str, *inputs: Tensor, **options: Any) -> tuple[Any, list[str]]:
+    """The result, and the names of the operators in the graph after all passes."""
+    seen: list[list[str]] = []
+
+    def post(module: GraphModule, *_: Any) -> None:
+        seen.append([str(n.target) for n in module.graph.nodes if n.op == "call_function"])
+
+    with torch.no_grad():
+        result = compiled(model, mode, post=post, **options)(*inputs)
+    return result, seen[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("scheme", "quantization"),
+    [
+        (lq_graph.A8W8Dynamic(), "npu.npu_dynamic_quant.default"),
+        (lq_graph.A4W4Dynamic(), "lq_graph.dynamic_quant.default"),
+    ],
+    ids=str,
+)
+def test_one_tensor_is_quantized_once(
+    scheme: Any, quantization: str, dynamic: bool, mode: str
+) -> None:
+    model, x = Three(scheme).npu(), torch.randn(4, 64).half().npu()
+    want = model(x)
+    got, names = graph_of(model, mode, x, dynamic=dynamic)
+    assert names.count(quantization) == 1
+    assert sum("quant" in name for name in names) == 1 + 3
+    assert torch.equal(got, want)
+
+
+def test_layers_with_one_static_scale_share_the_quantization() -> None:
+    model, x = Three(lq_graph.A8W8Static()).npu(), torch.randn(4, 64).half().npu()
+    want = model(x)
+    got, names = graph_of(model, "GE", x)
+    # each layer has a scale of its own: equal values in different tensors
+    assert names.count("lq_graph.static_quant.default") == 3
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_users_passes_run_too(mode: str) -> None:
+    seen: list[str] = []
+
+    def pre(module: GraphModule, *_: Any) -> None:
+        seen.append("pre")
+        assert any("lq_graph.dynamic_quant" in str(n.target) for n in module.graph.nodes)
+        before = lq_graph.fuse(module)
+        again = lq_graph.fuse(module)
+        assert before.done("equal_calls") == 2
+        assert (again.nodes_before, again.lines) == (before.nodes_after, [])
+
+    def post(module: GraphModule, *_: Any) -> None:
+        seen.append("post")
+
+    model, x = Three().npu(), torch.randn(4, 64).half().npu()
+    with torch.no_grad():
+        got = compiled(model, mode, pre=pre, post=post)(x)
+    assert seen == ["pre", "post"]
+    assert torch.equal(got, model(x))
+
+
+@pytest.mark.parametrize(
+    ("variable", "count"), [("off", 0), ("exact", 2), ("on", 2), ("on,-equal_calls", 0)]
+)
+def test_the_environment_chooses(
+    variable: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LQ_GRAPH_FUSION", variable)
+    assert str(get_fusion()) == variable
+    with reports() as found:
+        graph_of(Three().npu(), "GE", torch.randn(4, 64).half().npu())
+    assert [report.done("equal_calls") for report in found] == [count]
+
+
+@pytest.mark.parametrize("variable", ["", "yes", "on,equal_calls", "exact,-", "on,-none"])
+def test_what_the_environment_may_not_say(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LQ_GRAPH_FUSION", variable)
+    with pytest.raises(lq_graph.LinearQuantValueError, match=r"LQ_GRAPH_FUSION.*allowed are"):
+        lq_graph.fuse(torch.fx.symbolic_trace(nn.Identity()))
+
+
+def test_set_fusion() -> None:
+    assert lq_graph.set_fusion(exact=True, off=["shapes"]) == FusionOptions(
+        True, frozenset(["shapes"])
+    )
+    layer = lq_graph.LinearQuant(32, 32, output_dtype=torch.float16)
+    assert repr(layer).endswith("fusion=exact,-shapes)")
+    lq_graph.set_fusion()
+    assert "fusion" not in repr(layer)
+    with pytest.raises(lq_graph.LinearQuantValueError, match="no fusion is called norm; allowed"):
+        lq_graph.set_fusion(off=["norm"])
+
+
+def test_names_are_told_apart() -> None:
+    names = [fusion.name for fusion in FUSIONS]
+    assert len(set(names)) == len(names)
+    assert all(fusion.exact or fusion.differs for fusion in FUSIONS)
+
+
+def test_a_graph_without_our_layers_is_left_alone() -> None:
+    def twice(x: Tensor) -> Tensor:
+        one, _ = _npu.npu_dynamic_quant(x)
+        two, _ = _npu.npu_dynamic_quant(x)
+        return one + two
+
+    with reports() as found, torch.no_grad():
+        compiled(twice, "GE")(torch.randn(4, 64).half().npu())
+    assert found == []
+
+
+def test_a_tensor_that_is_written_between_is_quantized_twice() -> None:
+    class Writes(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.layers[0](x)
+            x.mul_(2)
+            return first + self.layers[1](x)
+
+    model, x = Writes().npu(), torch.randn(4, 64).half().npu()
+    want = model(x.clone())
+    got, names = graph_of(model, "GE", x.clone())
+    assert names.count("npu.npu_dynamic_quant.default") == 2
+    assert torch.equal(got, want)
