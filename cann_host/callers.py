@@ -51,10 +51,10 @@ def _checked(method: Callable[..., Any], callers: dict[int, int]) -> Callable[..
         if callers.setdefault(graph, thread) != thread:
             raise ConcurrentCallError(
                 "cann_host: two threads call one compiled graph at once. torchair keeps the inputs "
-                "of a call in the graph and does not check this, so a device could compute one call "
-                "with the inputs of the other; this refusal is cann_host's own. What to do: hold a "
-                "lock around the call, from the first one on, or compile the function once for each "
-                "thread."
+                "of a call in the graph and does not check this, so a device could compute one "
+                "call with the inputs of the other; this refusal is cann_host's own. What to do: "
+                "hold a lock around the call, from the first one on, or compile the function once "
+                "for each thread."
             )
         try:
             return method(self, *args, **kwargs)

@@ -16,7 +16,7 @@ from cann_host import callers
 pytestmark = pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only")
 torchair = pytest.importorskip("torchair")
 
-THREADS, TURNS = 4, 60
+THREADS, TURNS = 4, 30
 
 
 @pytest.fixture(autouse=True)
