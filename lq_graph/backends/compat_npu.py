@@ -11,14 +11,16 @@ What torchair lacks is in converters/_torchair.py.
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Any
 
 import torch
 
 from ..errors import LinearQuantError
 from ..rules.tables import FRACTAL_NZ
+from .compat import OpOverload
 
-__all__ = ["ACL_INT32", "import_torchair", "installed", "why_no_int4_nz"]
+__all__ = ["ACL_INT32", "find_operator", "import_torchair", "installed", "why_no_int4_nz"]
 
 ACL_INT32 = 3  # aclDataType
 
@@ -28,6 +30,22 @@ def installed() -> str:
     import torch_npu
 
     return f"torch_npu {torch_npu.__version__}"
+
+
+def find_operator(name: str, *arguments: str) -> OpOverload | None:
+    """An operator of torch_npu that graphs may call, if it is there and takes these arguments.
+
+    torchair has to convert it, once torchair has loaded its converters of torch_npu's operators. It
+    keeps a converter as an attribute of the overload.
+    """
+    packet = getattr(torch.ops.npu, name, None)
+    if packet is None:
+        return None
+    found: OpOverload = packet.default
+    taken = {argument.name for argument in found._schema.arguments}
+    loaded = "torchair._ge_concrete_graph.ge_converter.custom" in sys.modules
+    converted = not loaded or hasattr(found, "_ge_converter")
+    return found if converted and taken.issuperset(arguments) else None
 
 
 def import_torchair() -> Any:

@@ -20,10 +20,14 @@ __all__ = [
     "FusionReport",
     "Line",
     "Pass",
+    "arguments_of",
+    "is_contiguous",
     "is_pure",
     "layer_of",
     "same_shape",
+    "same_size",
     "shape_of",
+    "storages_of",
     "value_of",
 ]
 
@@ -103,6 +107,16 @@ class Editor:
         """The calls of operators, in the graph's order."""
         return [n for n in self.graph.nodes if n.op == "call_function" and n.target in targets]
 
+    def written(self) -> set[int]:
+        """The storages that calls of the graph write into: what reads one of them may have another
+        value at another place."""
+        found: set[int] = set()
+        for node in self.graph.nodes:
+            if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+                for read in node.all_input_nodes:
+                    found |= storages_of(value_of(read))
+        return found
+
     # ---- changing ----
 
     def call(
@@ -174,13 +188,44 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(value_of(node).shape)
 
 
+def storages_of(value: Any) -> set[int]:
+    """The storages of fake tensors."""
+    if isinstance(value, Tensor):
+        return {value.untyped_storage()._cdata}
+    if isinstance(value, tuple | list):
+        return set().union(*map(storages_of, value))
+    return set()
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an operator by their names, those that are not given too."""
+    assert isinstance(node.target, OpOverload)
+    arguments = node.target._schema.arguments
+    found = {one.name: one.default_value for one in arguments}
+    found.update(zip((one.name for one in arguments), node.args, strict=False))
+    return {**found, **node.kwargs}
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same, as far as this is known without a guard."""
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+
+
 def same_shape(first: Node, second: Node) -> bool:
     """Whether two tensors have the same sizes, as far as this is known without a guard."""
     one, two = shape_of(first), shape_of(second)
-    return len(one) == len(two) and all(
-        a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
-        for a, b in zip(one, two, strict=True)
-    )
+    return len(one) == len(two) and all(map(same_size, one, two))
+
+
+def is_contiguous(node: Node) -> bool:
+    """Whether a tensor is row-major without gaps, as far as this is known without a guard."""
+    value, wanted = value_of(node), 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not same_size(size, 1):
+            if not same_size(stride, wanted):
+                return False
+            wanted = wanted * size
+    return True
 
 
 def layer_of(node: Node) -> str:

@@ -7,11 +7,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from ..backends.compat import OpOverload
-from .editor import Editor, is_pure, value_of
+from .editor import Editor, is_pure, storages_of, value_of
 
 __all__ = ["merge_equal", "name_as_torch_npu"]
 
@@ -32,12 +30,12 @@ def merge_equal(editor: Editor) -> None:
         _ours.static_quant.default,
         _ours.linear_quant.default,
     }
-    written = _written(editor)
+    written = editor.written()
     first: dict[Hashable, Node] = {}
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or node.target not in targets or not is_pure(node):
             continue
-        if any(_storages(value_of(i)) & written for i in node.all_input_nodes):
+        if any(storages_of(value_of(i)) & written for i in node.all_input_nodes):
             continue
         key = node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("stream_label")
         known = first.setdefault(key, node)
@@ -60,24 +58,6 @@ def name_as_torch_npu(editor: Editor) -> None:
         if value_of(node)[0].dtype == torch.int8 and value_of(node)[0].device.type == "npu":
             node.target, node.kwargs = npu.default, {}
             editor.did("npu_operators", node)
-
-
-def _written(editor: Editor) -> set[int]:
-    """The storages that calls of the graph write into."""
-    found: set[int] = set()
-    for node in editor.graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            for read in node.all_input_nodes:
-                found |= _storages(value_of(read))
-    return found
-
-
-def _storages(value: Any) -> set[int]:
-    if isinstance(value, Tensor):
-        return {value.untyped_storage()._cdata}
-    if isinstance(value, tuple | list):
-        return set().union(*map(_storages, value))
-    return set()
 
 
 def _frozen(value: Any) -> Hashable:

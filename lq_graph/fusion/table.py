@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import quantizations, shapes
+from . import norm_followers, norms, quantizations, shapes
 from .editor import Pass
 
 __all__ = ["FUSIONS", "Fusion"]
@@ -47,6 +47,46 @@ FUSIONS = (
         saves="2 DynamicQuant for q, k, v; 1 for gate, up",
         exact=True,
         run=quantizations.merge_equal,
+    ),
+    Fusion(
+        name="rms_norm",
+        what="the pieces of an RMSNorm, as transformers, torch.nn.RMSNorm and Gemma write it: "
+        "npu_rms_norm",
+        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay",
+        exact=False,
+        run=norms.rms_norm,
+        source="npu_rms_norm (Ascend/op-plugin), norm/rms_norm (hicann/ops-nn)",
+        differs="x / rms(x) is not rounded to float16 or bfloat16 before the weight",
+    ),
+    Fusion(
+        name="add_rms_norm",
+        what="a sum of two tensors and its npu_rms_norm: npu_add_rms_norm, which gives both",
+        saves="1 Add",
+        exact=False,
+        run=norms.add_rms_norm,
+        source="npu_add_rms_norm (Ascend/op-plugin), norm/add_rms_norm (hicann/ops-nn)",
+        differs="before Ascend 950, x / rms(x) is rounded before the weight, as models write it",
+    ),
+    Fusion(
+        name="add_rms_norm_dynamic_quant",
+        what="npu_add_rms_norm and one or two dynamic quantizations of the norm, through views: "
+        "npu_add_rms_norm_dynamic_quant",
+        saves="1 or 2 DynamicQuant",
+        exact=False,
+        run=norm_followers.add_rms_norm_dynamic_quant,
+        source="npu_add_rms_norm_dynamic_quant (Ascend/op-plugin), "
+        "norm/add_rms_norm_dynamic_quant (hicann/ops-nn)",
+        differs="the norm is of the sum before it is rounded, and is quantized before it is "
+        "rounded; the scale is 1 / (127 / peak)",
+    ),
+    Fusion(
+        name="add_rms_norm_cast",
+        what="npu_add_rms_norm and a cast of the norm to float32: npu_add_rms_norm_cast",
+        saves="1 Cast",
+        exact=False,
+        run=norm_followers.add_rms_norm_cast,
+        source="npu_add_rms_norm_cast (Ascend/op-plugin), norm/add_rms_norm_cast (hicann/ops-nn)",
+        differs="none before Ascend 950; there the float32 result is not rounded before",
     ),
     Fusion(
         name="npu_operators",

@@ -1,0 +1,189 @@
+"""What follows a sum and its norm, npu_add_rms_norm: quantizations of the norm, or a cast of it.
+
+What the operators take is hicann/ops-nn's: norm/add_rms_norm_dynamic_quant and
+norm/add_rms_norm_cast (op_host: definition and tiling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..rules.products import get_product
+from ..rules.tables import dtype_name
+from .editor import Editor, arguments_of, same_shape, same_size, shape_of, value_of
+from .matching import (
+    VIEWS,
+    cast_from,
+    check_place,
+    every,
+    is_call,
+    need,
+    operator_of,
+    replace_results,
+    results,
+)
+
+__all__ = ["add_rms_norm_cast", "add_rms_norm_dynamic_quant"]
+
+_ours, _npu = torch.ops.lq_graph, torch.ops.npu
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+# AddRmsNormDynamicQuant and AddRmsNormCast, which the 310P does not have
+HALVES: dict[str, tuple[torch.dtype, ...]] = {
+    "310P": (),
+    "A2": (F16, BF16),
+    "A3": (F16, BF16),
+    "950": (F16, BF16),
+}
+
+
+def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
+    """Each node that reads a tensor, or a view of it with the same last dim, and what it reads."""
+    for user in node.users:
+        size, view = shape_of(node)[-1], is_call(user, *VIEWS)
+        if view and shape_of(user) and same_size(shape_of(user)[-1], size):
+            yield from _readers(user)
+        else:
+            yield user, node
+
+
+def _items(call: Node, index: int) -> list[Node]:
+    """The nodes of one result of a call."""
+    return [n for n in call.users if n.op == "call_function" and n.args[1] == index]
+
+
+@dataclass(frozen=True)
+class _Quantization:
+    """A dynamic quantization to int8.
+
+    Attributes:
+        call: the node.
+        reads: the norm or a view of it.
+        smooth: its smooth scales.
+    """
+
+    call: Node
+    reads: Node
+    smooth: Node | None
+
+
+def _dynamic_quant(call: Node, reads: Node) -> _Quantization | None:
+    """A reader of a norm as a quantization; None if it is another operator."""
+    if not _is_quantization(call):
+        return None
+    given = arguments_of(call)
+    plain = {"group_index": None, "quant_mode": "pertoken", "dst_type_max": 0.0}
+    for name, value in plain.items():
+        need(given.get(name, value) == value, f"the quantization has {name}")
+    dtype = value_of(call)[0].dtype
+    need(dtype == torch.int8, "the quantization is to int4, which torchair lowers to more nodes")
+    return _Quantization(call, reads, given.get("smooth_scales"))
+
+
+def add_rms_norm_dynamic_quant(editor: Editor) -> None:
+    """npu_add_rms_norm and one or two dynamic quantizations: npu_add_rms_norm_dynamic_quant."""
+    name, targets = "add_rms_norm_dynamic_quant", []
+    for norm in ("npu_add_rms_norm", "npu_rms_norm"):
+        targets += [getattr(_npu, norm).default] if hasattr(_npu, norm) else []
+    every(editor, name, editor.calls(*targets), _add_rms_norm_dynamic_quant_at)
+
+
+def _add_rms_norm_dynamic_quant_at(editor: Editor, norm: Node, written: set[int]) -> bool:
+    readers = [pair for y in _items(norm, 0) for pair in _readers(y)]
+    if not any(_is_quantization(user) for user, _ in readers):
+        return False
+    given = arguments_of(norm)
+    need("x1" in given, "there is no sum before the norm, and no operator without it")
+    need(not _items(norm, 1), "the reciprocal root is used")
+    found = [(user, _dynamic_quant(user, reads)) for user, reads in readers]
+    others = [str(user.target) for user, quantization in found if quantization is None]
+    need(not others, f"{', '.join(others)} reads the norm too, which the operator does not give")
+    ways: dict[Node | None, list[_Quantization]] = {}
+    for _, one in found:
+        assert one is not None
+        ways.setdefault(one.smooth, []).append(one)
+    need(len(ways) <= 2, f"{len(ways)} quantizations; the operator has two results")
+    x1, x2, gamma = (given[name] for name in ("x1", "x2", "gamma"))
+    _check_quantized(norm, gamma, list(ways))
+    extra: dict[str, Any] = {f"smooth_scale{i}": s for i, s in enumerate(ways, 1) if s is not None}
+    if len(ways) == 2 and None in ways:  # else the smooth scales say it
+        extra["output_mask"] = [True, True]
+    target = operator_of("npu_add_rms_norm_dynamic_quant", *extra)
+    inputs = [x1, x2, gamma, *(smooth for smooth in ways if smooth is not None)]
+    check_place(written, inputs, norm, *(user for user, _ in readers))
+    extra["epsilon"] = given["epsilon"]
+    call = editor.call(target, x1, x2, gamma, before=norm, like=norm, **extra)
+    made = results(editor, call, norm)
+    for total in _items(norm, 2):
+        editor.replace(total, made(2))
+    for index, same in enumerate(ways.values()):
+        for one in same:
+            values = _viewed(editor, made(index), one, drop=0)
+            scale = _viewed(editor, made(3 + index), one, drop=1)
+            replace_results(editor, one.call, {0: values, 1: scale})
+    return True
+
+
+def _viewed(editor: Editor, result: Node, one: _Quantization, drop: int) -> Node:
+    """A result of the norm's shape in the shape of what the quantization reads."""
+    if not is_call(one.reads, *VIEWS):
+        return result
+    sizes = list(one.reads.args[1])  # type: ignore[arg-type]
+    target = one.reads.target
+    return editor.call(target, result, sizes[: len(sizes) - drop], before=one.call)
+
+
+def _is_quantization(node: Node) -> bool:
+    npu = getattr(_npu, "npu_dynamic_quant", None)
+    return is_call(node, _ours.dynamic_quant.default, *([npu.default] if npu else []))
+
+
+def _check_quantized(norm: Node, gamma: Node, smooth: list[Node | None]) -> None:
+    """The conditions of AddRmsNormDynamicQuant beyond those of AddRmsNorm."""
+    given, product = arguments_of(norm), get_product()
+    dtype = value_of(given["x1"]).dtype
+    need(dtype in HALVES.get(product.key, ()), f"{product} takes no {dtype_name(dtype)}")
+    need(given["epsilon"] > 0, f"epsilon is {given['epsilon']}")
+    need(len(shape_of(gamma)) == 1, f"the weight has shape {shape_of(gamma)}")
+    need(len(shape_of(given["x1"])) >= 2, "x1 has one dim")
+    for scales in smooth:
+        if scales is not None:
+            need(value_of(scales).dtype == dtype, "the smooth scales have another dtype")
+            need(same_shape(scales, gamma), f"the smooth scales have shape {shape_of(scales)}")
+            need(scales < norm, "the smooth scales are computed after the norm")
+
+
+def add_rms_norm_cast(editor: Editor) -> None:
+    """npu_add_rms_norm and a cast of the norm to float32: npu_add_rms_norm_cast."""
+    target = getattr(_npu, "npu_add_rms_norm", None)
+    if target is not None:
+        every(editor, "add_rms_norm_cast", editor.calls(target.default), _add_rms_norm_cast_at)
+
+
+def _add_rms_norm_cast_at(editor: Editor, norm: Node, written: set[int]) -> bool:
+    casts = [
+        (user, reads)
+        for y in _items(norm, 0)
+        for user, reads in _readers(y)
+        if cast_from(user) is not None and value_of(user).dtype == F32
+    ]
+    if not casts:
+        return False
+    given, product = arguments_of(norm), get_product()
+    x1, x2, gamma = (given[name] for name in ("x1", "x2", "gamma"))
+    dtype = value_of(x1).dtype
+    need(dtype in HALVES.get(product.key, ()), f"{product} takes no {dtype_name(dtype)}")
+    target = operator_of("npu_add_rms_norm_cast")
+    check_place(written, [x1, x2, gamma], norm, *(user for user, _ in casts))
+    call = editor.call(target, x1, x2, gamma, given["epsilon"], before=norm, like=norm)
+    made = results(editor, call, norm)
+    for user, reads in casts:
+        viewed = _viewed(editor, made(0), _Quantization(user, reads, None), drop=0)
+        editor.replace(user, viewed)
+    replace_results(editor, norm, {i: made(i + 1) for i in (0, 1, 2)})
+    return True
