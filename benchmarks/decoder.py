@@ -57,30 +57,23 @@ def quantized(layers: int, dtype: torch.dtype = torch.float16) -> nn.Module:
 
 
 class Decoder(nn.Module):
-    """A model with a cache of keys and values, which a step writes in place.
-
-    transformers' own StaticCache uses index_copy_, for which torchair has no converter.
-    """
+    """A model with a cache of keys and values, which a step writes in place."""
 
     def __init__(self, model: nn.Module, device: str) -> None:
-        from transformers import StaticCache
+        from lq_graph.integrations.transformers import StaticCache
 
         super().__init__()
         config: Any = model.config
         self.model = copy.deepcopy(model).to(device)
-        self.cache = StaticCache(config=config, max_cache_len=CACHE)
+        self.cache = StaticCache(config, CACHE)
         size = config.hidden_size // config.num_attention_heads
-        shape = (1, config.num_key_value_heads, 1, size)
-        for layer in self.cache.layers:
-            one = torch.zeros(shape, dtype=torch.float16, device=device)
-            layer.lazy_initialization(one, one)
-            layer.update = functools.partial(_update, layer)
-            layer.get_seq_length = lambda: POSITION
+        shape = (1, config.num_key_value_heads, POSITION, size)
+        zeros = torch.zeros(shape, dtype=torch.float16, device=device)
+        for layer in range(config.num_hidden_layers):
+            self.cache.update(zeros, zeros, layer)
 
     def forward(self, token: Tensor, position: Tensor) -> Tensor:
         places = torch.arange(CACHE, device=token.device)
-        for layer in self.cache.layers:
-            layer.here = (places == position).view(1, 1, -1, 1)
         mask = torch.where(places <= position, 0.0, -65504.0).to(torch.float16)
         logits: Tensor = self.model(
             token,
@@ -89,13 +82,8 @@ class Decoder(nn.Module):
             past_key_values=self.cache,
             use_cache=True,
         ).logits
+        self.cache.crop(-1)  # the next step is this one again
         return logits
-
-
-def _update(layer: Any, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    for whole, new in ((layer.keys, key), (layer.values, value)):
-        whole.copy_(torch.where(layer.here, new, whole))
-    return layer.keys, layer.values
 
 
 def step(decode: Callable[[Tensor, Tensor], Tensor], device: str) -> Callable[[], Tensor]:

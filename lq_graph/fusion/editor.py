@@ -231,13 +231,12 @@ def is_contiguous(node: Node) -> bool:
 def layer_of(node: Node) -> str:
     """The name of the innermost module whose forward made a node, as in named_modules()."""
     stack = node.meta.get("nn_module_stack") or {}
-    names = [str(name) for name, _ in stack.values()]
-    # Dynamo writes names as it finds them in the frame: L['self'].layers[0]
-    return (
-        re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", names[-1]).removeprefix("L.self").lstrip(".")
-        if names
-        else ""
-    )
+    if not stack:
+        return ""
+    *_, (name, _) = stack.values()
+    # Dynamo names a module as it finds it in the frame: L['self'].layers[0], L['args'][0].layers
+    name = re.sub(r"^L\[['\"]\w+['\"]\](\[\d+\])?", "", str(name))
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name).strip(".")
 
 
 Pass = Callable[[Editor], None]

@@ -34,7 +34,15 @@ BASE = {"errors", "reports"}
 RULES = BASE | {"kernels", "rules"}
 OPS = RULES | {"backends", "ops"}
 MODULES = OPS | {"modules"}
-ALL = MODULES | {"quantization", "checkpoints", "parallel", "analysis", "converters", "fusion"}
+ALL = MODULES | {
+    "quantization",
+    "checkpoints",
+    "parallel",
+    "analysis",
+    "converters",
+    "fusion",
+    "integrations",
+}
 DOCTOR = ALL | {"torch", "torch_npu", "torchair", "cann_host"}  # in other processes
 
 
@@ -65,6 +73,7 @@ TABLE = {
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
+    "integrations": Allowed(ALL, {"torch", "transformers"}, NPU),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
     "command_line": Allowed(ALL | {"doctor"}, {"torch"}, NPU),

@@ -1,0 +1,237 @@
+"""A cache of keys and values that a step writes in place, with one operator for each.
+
+All positions are kept, also in layers with a sliding window: their mask holds the window. So the
+shapes of every step are the same, and a graph is compiled once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, StaticLayer
+from transformers.cache_utils import DummyLayer, get_layer_types_and_kwargs
+
+__all__ = ["StaticCache"]
+
+# how transformers names layers whose cache is keys and values of all, or of the last, positions
+_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+_NONE = "dummy"  # a layer that has no cache, or reads another's
+
+
+class _Progress:
+    """How far a cache is written, which its layers share: no layer counts by itself.
+
+    Attributes:
+        size: positions that the cache has.
+        length: int64 (batch,), positions written; None before the first step. One value for each
+            row, because the operator takes it so; the values are equal.
+        place: int64 (batch,), where this step writes; None between two steps.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.length: Tensor | None = None
+        self.place: Tensor | None = None
+
+    def start(self, batch: int, device: torch.device) -> None:
+        if self.length is None:
+            self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+            _keep_address(self.length)
+        elif self.length.shape[0] != batch or self.length.device != device:
+            raise ValueError(
+                f"lq_graph: the cache has a batch of {self.length.shape[0]} on "
+                f"{self.length.device}, and a layer one of {batch} on {device}"
+            )
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse a step that does not fit. A graph cannot: its step gives NaN, see `begin`."""
+        if torch.compiler.is_compiling() or self.length is None or _is_capturing(self.length):
+            written = 0
+        else:
+            written = int(self.length[0])
+        if written + tokens > self.size:
+            raise ValueError(
+                f"lq_graph: the cache has {self.size} positions; {written} are written and {tokens}"
+                " more do not fit. What to do: make it with a larger max_cache_len."
+            )
+
+    def begin(self, key: Tensor) -> Tensor:
+        """Where this step writes, when its first layer does.
+
+        Returns:
+            The keys; NaN if the step does not fit, so that its logits are NaN too.
+        """
+        if self.place is not None:
+            raise RuntimeError(
+                "lq_graph: the last step did not reach the last layer of this cache, so it is not "
+                "known what is written. What to do: cache.reset()."
+            )
+        tokens = key.shape[2]
+        self.check_room(tokens)
+        assert self.length is not None  # of a layer that is initialized
+        self.place = self.length
+        if torch.compiler.is_compiling():
+            # never outside of the cache: the operator does not check it
+            self.place = self.length.clamp(max=self.size - tokens)
+            fits = self.place == self.length
+            key = torch.where(fits[:, None, None, None], key, torch.nan)
+        return key
+
+    def end(self, tokens: int) -> None:
+        """The last layer is written."""
+        assert self.length is not None
+        self.length.add_(tokens)
+        if torch.compiler.is_compiling():
+            self.length.clamp_(max=self.size + 1)  # what did not fit once never fits again
+        self.place = None
+
+
+class _Layer(StaticLayer):
+    """Keys and values of one layer, (batch, kv heads, positions, head size)."""
+
+    def __init__(self, progress: _Progress, *, is_first: bool, is_last: bool) -> None:
+        # not StaticLayer's: it would count by itself
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.is_initialized = False
+        self.max_cache_len = progress.size
+        self.progress, self.is_first, self.is_last = progress, is_first, is_last
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device = key_states.device
+        self.progress.start(key_states.shape[0], key_states.device)
+        for name, new in (("keys", key_states), ("values", value_states)):
+            shape = (*new.shape[:2], self.max_cache_len, new.shape[3])
+            setattr(self, name, torch.zeros(shape, dtype=new.dtype, device=new.device))
+            _keep_address(getattr(self, name))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new positions; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        progress = self.progress
+        if self.is_first:
+            key_states = progress.begin(key_states)
+        if progress.place is None:
+            raise RuntimeError(
+                "lq_graph: a layer of the cache is written before the first one, so it is not "
+                "known where"
+            )
+        for whole, new in ((self.keys, key_states), (self.values, value_states)):
+            if whole.shape[0] != new.shape[0]:
+                raise ValueError(
+                    f"lq_graph: the cache has a batch of {whole.shape[0]}, and the step of "
+                    f"{new.shape[0]}"
+                )
+            _write(whole, progress.place, new)
+        if self.is_last:
+            progress.end(key_states.shape[2])
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if isinstance(query_length, int):  # older transformers give the positions
+            self.progress.check_room(query_length)
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> Any:
+        """The positions written: a tensor, because a graph must not depend on its value."""
+        length = self.progress.length
+        return 0 if length is None else length[0]
+
+    def reset(self) -> None:
+        for whole in (self.keys, self.values):
+            if whole is not None:
+                whole.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search, in place: a graph has the addresses."""
+        for whole in (self.keys, self.values):
+            if whole is not None:
+                whole.copy_(whole.index_select(0, beam_idx.to(whole.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("lq_graph: crop the cache, not one layer")
+
+
+class StaticCache(Cache):
+    """transformers' StaticCache for graphs on an NPU: `model(..., past_key_values=cache)`, and
+    `generate(past_key_values=cache)`.
+
+    A step writes keys and values of a layer with one ScatterUpdate each, in place. No shape and
+    no number of the graph depends on the position.
+
+    A step that does not fit is refused when it runs eagerly, and when `generate` prepares it. A
+    graph cannot refuse it: nothing is written outside, and all logits are NaN until `reset`.
+
+    Args:
+        config: of the model.
+        max_cache_len: positions of prompt and text together.
+
+    Raises:
+        NotImplementedError: a layer's cache is not one of keys and values.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int) -> None:
+        kinds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
+        if wrong := [(i, kind) for i, kind in enumerate(kinds) if kind not in (*_KINDS, _NONE)]:
+            raise NotImplementedError(
+                f"lq_graph: layer {wrong[0][0]} is {wrong[0][1]!r}; lq_graph's cache has keys and "
+                "values only. What to do: use transformers' StaticCache."
+            )
+        own = [i for i, kind in enumerate(kinds) if kind != _NONE]
+        self.progress = _Progress(max_cache_len)
+        super().__init__(
+            layers=[
+                DummyLayer()
+                if kind == _NONE
+                else _Layer(self.progress, is_first=i == own[0], is_last=i == own[-1])
+                for i, kind in enumerate(kinds)
+            ]
+        )
+
+    def reset(self) -> None:
+        """Forget all positions; the memory stays where it is."""
+        super().reset()
+        self.progress.place = None
+        if self.progress.length is not None:
+            self.progress.length.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions.
+
+        Args:
+            tokens_to_remove: minus their number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"lq_graph: crop takes minus the number, not {tokens_to_remove}")
+        if self.progress.length is not None:
+            self.progress.length.add_(tokens_to_remove)
+
+
+def _write(whole: Tensor, place: Tensor, new: Tensor) -> None:
+    """Write rows into (batch, kv heads, positions, head size), from position `place` on."""
+    if whole.device.type == "npu":
+        torch.ops.npu.scatter_update_(whole, place, new, -2)
+    else:
+        at = torch.arange(new.shape[2], device=whole.device) + place[0]
+        whole.index_copy_(2, at, new)
+
+
+def _keep_address(x: Tensor) -> None:
+    """A graph may then write into it without copies."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a graph is captured, when the host must not wait for a value."""
+    if x.device.type != "npu":
+        return False
+    npu: Any = torch.get_device_module(x.device)
+    return bool(npu.is_current_stream_capturing())
