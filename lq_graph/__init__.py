@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+    from .fusion.merge import merge
     from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
     from .modules.linear_quant import LinearQuant
     from .modules.prepare import use_internal_format_weight
@@ -59,6 +60,7 @@ __all__ = [
     "get_product",
     "linear_quant",
     "load_checkpoint",
+    "merge",
     "pack_int4",
     "plan",
     "quantize",
@@ -81,6 +83,7 @@ _HOMES = {
     "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
+    "fusion.merge": ("merge",),
     "modules.layouts": ("from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"),
     "modules.linear_quant": ("LinearQuant",),
     "modules.prepare": ("use_internal_format_weight",),

@@ -34,7 +34,7 @@ BASE = {"errors", "reports"}
 RULES = BASE | {"kernels", "rules"}
 OPS = RULES | {"backends", "ops"}
 MODULES = OPS | {"modules"}
-ALL = MODULES | {"quantization", "checkpoints", "parallel", "analysis", "converters"}
+ALL = MODULES | {"quantization", "fusion", "checkpoints", "parallel", "analysis", "converters"}
 DOCTOR = ALL | {"torch", "torch_npu", "torchair", "cann_host"}  # in other processes
 
 
@@ -62,6 +62,7 @@ TABLE = {
     "modules": Allowed(OPS, {"torch", "tqdm"}, NPU),
     "quantization": Allowed(MODULES, {"torch", "tqdm"}),
     "checkpoints": Allowed(MODULES, {"torch"}),
+    "fusion": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
