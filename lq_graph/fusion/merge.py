@@ -97,7 +97,8 @@ class _Tensors:
         known = self._known.get(key)
         if known is None or known[0]() is None:  # the memory may be another tensor's now
             self._count += 1
-            known = self._known[key] = weakref.ref(tensor), self._count
+            owner = tensor if tensor._base is None else tensor._base
+            known = self._known[key] = weakref.ref(owner), self._count
         return known[1]
 
 
