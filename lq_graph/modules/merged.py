@@ -142,8 +142,10 @@ class MergedLinear(LinearQuant):
             data[start:end] = layer.weight.data
             self.weight.data = cast_format(data, acl_format)
             self.note_weight_format()
-        if self._float_scale is not None and layer._float_scale is not None:
-            self._float_scale[start:end] = layer._float_scale
+        if self._float_scale is not None:
+            # a scale that came packed has none: no packed scale is made of zeros
+            kept = layer._float_scale
+            self._float_scale[start:end] = 0 if kept is None else kept
         self._remembered = None
 
     def same_quantizer(self, tensor: Tensor | None) -> Tensor | None:

@@ -23,8 +23,8 @@ from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, converters
 from lq_graph.backends.npu import format_of
 from lq_graph.rules.tables import FRACTAL_NZ, ND
 from support import has
-from support.shared_input import Attention, Gated, inputs, pair, quantized
 from support.lowering import MATMUL
+from support.shared_input import Attention, Gated, inputs, pair, quantized
 
 F16, BF16 = torch.float16, torch.bfloat16
 CONFIGS = [A8W8Dynamic(), A4W4Dynamic(), A8W8Static(), A8W8Static(symmetric=True)]

@@ -14,7 +14,7 @@ import lq_graph
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, LinearQuant, QuantizedLinear
 from lq_graph.backends.npu import format_of
 from lq_graph.rules.tables import FRACTAL_NZ, ND
-from support.shared_input import K, Attention, inputs, pair, quantized
+from support.shared_input import Attention, K, inputs, pair, quantized
 
 F16, BF16 = torch.float16, torch.bfloat16
 
