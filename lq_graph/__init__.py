@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+    from .fusion.merge import merge
     from .fusion.options import set_fusion
     from .fusion.passes import fuse
     from .modules.fusion_options import get_fusion
@@ -64,6 +65,7 @@ __all__ = [
     "get_product",
     "linear_quant",
     "load_checkpoint",
+    "merge",
     "pack_int4",
     "plan",
     "quantize",
@@ -87,6 +89,7 @@ _HOMES = {
     "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
+    "fusion.merge": ("merge",),
     "fusion.options": ("set_fusion",),
     "fusion.passes": ("fuse",),
     "modules.fusion_options": ("get_fusion",),

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..modules.merged import MergedPart
 from ..modules.quantized_linear import QuantizedLinear
 
 __all__ = ["LayerFilter", "layers_with_relu", "pairs_of"]
@@ -50,7 +51,8 @@ def pairs_of(
 def _differing(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module]) -> list[str]:
     """Names of the modules whose class differs between the models."""
     names = [
-        name
+        # eagerly, the whole layer is called, and not the part that it holds of a merged weight
+        name.rpartition(".")[0] if MergedPart in (type(a), type(all_b[name])) else name
         for name, a in all_a.items()
         if name in all_b
         and type(a) is not type(all_b[name])

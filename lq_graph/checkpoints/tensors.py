@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..modules.float_view import FloatView
+
 __all__ = ["bit_equal", "fits", "memory_of"]
 
 
@@ -24,6 +26,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def memory_of(tensor: Tensor) -> object:
     """A key that is equal for tensors that share their memory and read it in the same way."""
+    if isinstance(tensor, FloatView):
+        return object()  # computed when it is read
     plain = not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
     if not plain or not tensor.numel():
         return id(tensor)

@@ -1,8 +1,9 @@
-"""FloatView: a float tensor that is computed from quantized tensors when it is read."""
+"""FloatView: a tensor that is computed from other tensors when it is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +30,11 @@ class FloatView(Tensor):
         LinearQuantTypeError: it is written into.
     """
 
+    refusal = (
+        "QuantizedLinear: its weight or bias was written to {how}, but they are computed from the "
+        "quantized tensors, which would not change. What to do: change the float model and "
+        "quantize it afterwards, or assign to the parameters of layer.linear."
+    )
     _compute: Callable[[], Tensor]
     _is_param = True  # isinstance(layer.weight, nn.Parameter), as of nn.Linear
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -58,14 +64,17 @@ class FloatView(Tensor):
         given += [(argument, kwargs.get(argument.name)) for argument in schema.arguments]
         for argument, value in given:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and any(isinstance(leaf, FloatView) for leaf in tree_leaves(value)):
-                _refuse(f"by {func}")
+            if written:
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, FloatView):
+                        leaf._refuse(f"by {func}")
+        kinds = [type(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FloatView)]
         args, kwargs = tree_map_only(FloatView, lambda view: view._compute(), (args, kwargs))
         out = func(*args, **kwargs)
         is_view = any(
             r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
         )
-        return tree_map_only(Tensor, _view_of, out) if is_view else out
+        return tree_map_only(Tensor, partial(_view_of, kinds[0]), out) if is_view else out
 
     @property
     def data(self) -> Tensor:
@@ -75,16 +84,23 @@ class FloatView(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         del value
-        _refuse("by an assignment to its data")
+        self._refuse("by an assignment to its data")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _refuse("by index")
+        self._refuse("by index")
+
+    def _refuse(self, how: str) -> NoReturn:
+        raise LinearQuantTypeError(self.refusal.format(how=how))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._compute().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._compute().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        del tensor_contents
+        return repr(self._compute())
 
     def numpy(self, *, force: bool = False) -> Any:
         """A numpy array of the values."""
@@ -95,13 +111,5 @@ class FloatView(Tensor):
         return self._compute().tolist()
 
 
-def _view_of(values: Tensor) -> FloatView:
-    return FloatView(lambda: values, values.shape, values.dtype, values.device, values.stride())
-
-
-def _refuse(how: str) -> NoReturn:
-    raise LinearQuantTypeError(
-        f"QuantizedLinear: its weight or bias was written to {how}, but they are computed from the "
-        "quantized tensors, which would not change. What to do: change the float model and "
-        "quantize it afterwards, or assign to the parameters of layer.linear."
-    )
+def _view_of(kind: type[FloatView], values: Tensor) -> FloatView:
+    return kind(lambda: values, values.shape, values.dtype, values.device, values.stride())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,17 @@ from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 from .fusion_options import FusionOptions, get_fusion
 
-__all__ = ["PARAMETERS", "LinearQuant", "check_whole_words", "keeping_dtypes", "layer_of"]
+if TYPE_CHECKING:
+    from .merged import MergedLinear
+
+__all__ = [
+    "PARAMETERS",
+    "LinearQuant",
+    "check_whole_words",
+    "describe",
+    "keeping_dtypes",
+    "layer_of",
+]
 
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 PARAMETERS = ("weight", "scale", "offset", "pertoken_scale", "bias")
@@ -75,6 +85,7 @@ class LinearQuant(nn.Module):
     offset: Tensor | None
     pertoken_scale: Tensor | None
     bias: Tensor | None
+    merged: MergedLinear | None = None  # of a MergedPart, which stands for a LinearQuant
 
     def __init__(
         self,
@@ -164,6 +175,11 @@ class LinearQuant(nn.Module):
         )
         return out
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """int8, or int32 that carries int4."""
+        return self.weight.dtype
+
     def note_weight_format(self) -> None:
         """Store the weight's format in an attribute, so that torch.compile guards on it.
 
@@ -212,17 +228,7 @@ class LinearQuant(nn.Module):
     def extra_repr(self) -> str:
         """Every setting of quantization and fusion: torchair's cache_compile keys its cache on
         it."""
-        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
-        for name in PARAMETERS:
-            tensor = getattr(self, name)
-            setting = None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
-            if name == "weight" and self._weight_format == FRACTAL_NZ:
-                setting = f"{setting} FRACTAL_NZ"
-            parts.append(f"{name}={setting}")
-        parts.append(f"output_dtype={dtype_name(self.output_dtype or torch.int8)}")
-        if (fusion := get_fusion()) != FusionOptions():
-            parts.append(f"fusion={fusion}")
-        return ", ".join(parts)
+        return describe(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:
         super()._apply(keeping_dtypes(fn), recurse)
@@ -323,6 +329,21 @@ class LinearQuant(nn.Module):
             "pertoken_scale": "(m,)",
         }.get(name, f"(1,) or ({n},)")
         return f"{dtypes}, {shape}"
+
+
+def describe(layer: Any) -> str:
+    """The settings of a LinearQuant, or of a module with its attributes."""
+    parts = [f"in_features={layer.in_features}", f"out_features={layer.out_features}"]
+    for name in PARAMETERS:
+        tensor = getattr(layer, name)
+        setting = None if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
+        if name == "weight" and layer._weight_format == FRACTAL_NZ:
+            setting = f"{setting} FRACTAL_NZ"
+        parts.append(f"{name}={setting}")
+    parts.append(f"output_dtype={dtype_name(layer.output_dtype or torch.int8)}")
+    if (fusion := get_fusion()) != FusionOptions():
+        parts.append(f"fusion={fusion}")
+    return ", ".join(parts)
 
 
 def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

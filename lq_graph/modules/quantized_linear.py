@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,6 +122,13 @@ class QuantizedLinear(nn.Module):
             self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
             self._offset = self.input_offset.to(self.input_dtype)
         self._note()
+        self._share_quantizer()
+
+    def _share_quantizer(self) -> None:
+        """Use the tensors of another layer of a merged weight where they are equal."""
+        if (merged := self.linear.merged) is not None:
+            self._scale_reciprocal = merged.same_quantizer(self._scale_reciprocal)
+            self._offset = merged.same_quantizer(self._offset)
 
     def _note(self) -> None:
         """Remember the tensors that the derived tensors were made from, to see when they change."""
@@ -151,8 +159,7 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The float weight, (n, k) in input_dtype, computed from the quantized weight."""
-        weight = self.linear.weight
-        shape = (*weight.shape[:-1], kernels.logical_k(weight.shape[-1], weight.dtype))
+        shape = (*self.linear.weight.shape[:-1], self.linear.in_features)
         return self._float_view(self._float_weight, shape)
 
     @property
@@ -181,7 +188,8 @@ class QuantizedLinear(nn.Module):
 
     def _float_weight(self) -> Tensor:
         self._check_whole()
-        weight = self.linear.weight
+        weight = self._own("weight")
+        assert weight is not None
         if not torch.compiler.is_compiling() and format_of(weight) != ND:
             weight = cast_format(weight, ND)  # in a graph GE does this
         if weight.dtype == torch.int32:
@@ -193,19 +201,30 @@ class QuantizedLinear(nn.Module):
 
     def _float_bias(self) -> Tensor:
         self._check_whole()
-        bias = self.linear.bias if self.float_bias is None else self.float_bias
+        bias = self._own("bias") if self.float_bias is None else self.float_bias
         assert bias is not None
         if bias.dtype == torch.int32:
             assert self.input_offset is not None
-            zero_point = self.input_offset.to(torch.int32) * self.linear.weight.sum(
-                -1, dtype=torch.int32
-            )
+            weight = self._own("weight")
+            assert weight is not None
+            zero_point = self.input_offset.to(torch.int32) * weight.sum(-1, dtype=torch.int32)
             bias = (bias + zero_point) * self._step()
         return bias.to(self.input_dtype)
 
+    def _own(self, name: str) -> Tensor | None:
+        """A parameter of `linear`, with memory."""
+        linear: Any = self.linear
+        found: Tensor | None
+        if linear.merged is None:
+            found = getattr(linear, name)
+        else:
+            found = linear.merged.rows(linear.index, name)
+        return found
+
     def _step(self) -> Tensor:
         """float32 (n,): the scale of the int32 product, without that of an int8 output."""
-        scale: Tensor = self.linear.scale
+        scale = self._own("scale")
+        assert scale is not None
         if scale.dtype == torch.int64:
             scale = kernels.unpack_scale(scale)[0]
         scale = scale.to(torch.float32)
@@ -238,6 +257,19 @@ class QuantizedLinear(nn.Module):
         return self.input_scale is None
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
+        linear: Any = self.linear
+        if linear.merged is not None and not torch.compiler.is_compiling():
+            self._derive_again()
+            quantizers = self._scale_reciprocal, self._offset
+            compute = partial(self._product, input, linear.merged)
+            out: Tensor | None = linear.merged.product(linear.index, input, quantizers, compute)
+            if out is not None:
+                own: Tensor = linear.own_rows(out)
+                return own
+        return self._product(input, linear)
+
+    def _product(self, input: Tensor, linear: LinearQuant) -> Tensor:
+        """The product of an input with `linear`, or with the weight that it is merged into."""
         rows = input.reshape(-1, input.shape[-1])
         some = rows.shape[0] > 0
         if kernels.is_exporting():
@@ -247,14 +279,14 @@ class QuantizedLinear(nn.Module):
         elif torch.compiler.is_compiling():
             some = kernels.guard_or_false(some)
         if some:
-            out = self._rows(rows)
+            out = self._rows(rows, linear)
         else:
             # an expert without tokens has no rows, and the operators need one
             one = rows.new_zeros(1, rows.shape[1])
-            out = self._rows(torch.cat([rows, one]))[: rows.shape[0]]
+            out = self._rows(torch.cat([rows, one]), linear)[: rows.shape[0]]
         return out.view(*input.shape[:-1], out.shape[-1])
 
-    def _rows(self, rows: Tensor) -> Tensor:
+    def _rows(self, rows: Tensor, linear: LinearQuant) -> Tensor:
         """(m, k) to (m, n)."""
         out: Tensor
         if rows.dtype == torch.int8 and not self.takes_int8:
@@ -268,10 +300,10 @@ class QuantizedLinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._derive_again()
         if self._scale_reciprocal is None:
-            quantized, scale = self.quantize_rows(rows, self.linear.weight.dtype)
-            out = self.linear(quantized, scale)
+            quantized, scale = self.quantize_rows(rows, linear.weight_dtype)
+            out = linear(quantized, scale)
         elif rows.dtype == torch.int8:
-            out = self.linear(rows)
+            out = linear(rows)
         else:
             if rows.dtype != self.input_dtype and _autocasts(rows, self.input_dtype):
                 rows = rows.to(self.input_dtype)
@@ -281,7 +313,7 @@ class QuantizedLinear(nn.Module):
                     f"for {dtype_name(self.input_dtype)}. What to do: pass "
                     f"x.to({self.input_dtype}), or quantize the model in the dtype it runs in."
                 )
-            out = self.linear(_static_quant(rows, self._scale_reciprocal, self._offset))
+            out = linear(_static_quant(rows, self._scale_reciprocal, self._offset))
         return out
 
     def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -305,6 +337,7 @@ class QuantizedLinear(nn.Module):
         self._derive_again()
         super()._apply(keeping_dtypes(fn), recurse)
         self._note()
+        self._share_quantizer()
         return self
 
     def _load_from_state_dict(

@@ -62,12 +62,18 @@ def why_not_replaceable(
     return why or next(filter(None, (_why_not_in(parent) for parent, _ in places)), "")
 
 
+def _hooks_of(module: nn.Module) -> str:
+    for attribute, what in _HOOKS.items():
+        if vars(module).get(attribute):
+            return f"it has {what}, which would be lost"
+    return ""
+
+
 def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
     """What a module has that a new module of its class does not have; empty if nothing."""
     own, kind = vars(module), type(plain)
-    for attribute, what in _HOOKS.items():
-        if own.get(attribute):
-            return f"it has {what}, which would be lost"
+    if why := _hooks_of(module):
+        return why
     if own.get("_compiled_call_impl") is not None:
         return "module.compile() was called on it, which would be lost: call it afterwards"
     added = {
@@ -86,9 +92,14 @@ def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
         if child is not None and usual is None:
             return f"it holds an additional module, {name}, which would be lost"
         if child is not None and usual is not None:
-            if type(child) is not type(usual):
+            # a MergedPart stands for a LinearQuant
+            stands_for = getattr(type(child), "stands_for", type(child))
+            if stands_for is not type(usual):
                 return f"its {name} is a {type(child).__name__}"
-            if why := _own_behaviour(child, usual):
+            why = (
+                _hooks_of(child) if stands_for is not type(child) else _own_behaviour(child, usual)
+            )
+            if why:
                 return f"its {name}: {why}"
     usual_tensors = {**plain._parameters, **plain._buffers}
     if absent := [name for name in plain._parameters if name not in module._parameters]:

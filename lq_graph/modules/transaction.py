@@ -1,4 +1,5 @@
-"""Atomic changes: steps are undone on failure, Ctrl-C waits, one thread at a time."""
+"""Atomic changes: steps are undone on failure, Ctrl-C waits, one thread at a time; and a model as
+it was after a run."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 __all__ = [
     "all_or_nothing",
+    "evaluating",
     "keeps_grad_mode",
     "one_at_a_time",
     "uninterrupted",
@@ -90,3 +93,16 @@ def all_or_nothing() -> Iterator[ExitStack]:
     with uninterrupted(), ExitStack() as undo:
         yield undo
         undo.pop_all()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

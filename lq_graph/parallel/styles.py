@@ -117,6 +117,11 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
                 "torch's own plans are for nn.Linear."
             )
         layer = layer_in(module)
+        if layer.merged is not None:
+            raise LinearQuantValueError(
+                f"{name}: the layer is merged with {' and '.join(layer.merged.names)} into one "
+                "weight. What to do: split a model that is not merged."
+            )
         if SPLIT in vars(layer):
             raise LinearQuantValueError(
                 f"{name}: the layer is split already, by load_checkpoint or another plan. What to "

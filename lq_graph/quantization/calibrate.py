@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..modules.transaction import uninterrupted
+from ..modules.transaction import evaluating, uninterrupted
 
-__all__ = ["Range", "Seen", "call", "check_batches", "evaluating", "observe"]
+__all__ = ["Range", "Seen", "call", "check_batches", "observe"]
 
 
 class Range:
@@ -71,19 +71,6 @@ def check_batches(function: str, name: str, batches: object) -> None:
             f"{function}: {name} is a {type(batches).__name__}; allowed is an iterable of inputs. "
             "What to do: pass [inputs]."
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Seen:
