@@ -16,34 +16,46 @@ __all__ = ["merge_equal", "name_as_torch_npu"]
 _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 
 
-def merge_equal(editor: Editor) -> None:
-    """Make one of equal calls: quantizations, quantized products, and the views between.
+# namespaces whose operators say whether they draw random numbers
+_NAMESPACES = ("aten", "lq_graph", "prims")
+_VENDORS = ("npu::_npu_dtype_cast", "npu::npu_dynamic_quant", "npu::npu_quantize")
+_VIEWS = (_aten.view.default, _aten.reshape.default, operator.getitem)
 
-    Other operators are left to the compilers. A call that reads a tensor which the graph writes
-    into is left: its value may differ from place to place.
+
+def merge_equal(editor: Editor) -> None:
+    """Make one of equal calls of operators.
+
+    Left alone are a call that reads or makes a tensor which the graph writes into, because its
+    value may differ from place to place, and a tensor that the graph returns, because its reader
+    may write into it.
     """
-    targets = {
-        _aten.view.default,
-        _aten.reshape.default,
-        operator.getitem,
-        _ours.dynamic_quant.default,
-        _ours.static_quant.default,
-        _ours.linear_quant.default,
-    }
     written = editor.written()
     first: dict[Hashable, Node] = {}
     for node in list(editor.graph.nodes):
-        if node.op != "call_function" or node.target not in targets or not is_pure(node):
+        if not _may_be_equal(node):
             continue
-        if any(storages_of(value_of(i)) & written for i in node.all_input_nodes):
+        if any(storages_of(value_of(n)) & written for n in (node, *node.all_input_nodes)):
             continue
         key = node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("stream_label")
         known = first.setdefault(key, node)
         if known is not node:
             node.replace_all_uses_with(known)
             editor.graph.erase_node(node)
-            if node.target in (_ours.dynamic_quant.default, _ours.static_quant.default):
+            if node.target not in _VIEWS:
                 editor.did("equal_calls", node)
+
+
+def _may_be_equal(node: Node) -> bool:
+    if node.op != "call_function" or not is_pure(node):
+        return False
+    if any(user.op == "output" for user in node.users):
+        return False
+    if node.target is operator.getitem:
+        return True
+    name: str = node.target._schema.name  # type: ignore[union-attr]
+    if "empty" in name:  # its values are nobody's
+        return False
+    return name.partition("::")[0] in _NAMESPACES or name in _VENDORS
 
 
 def name_as_torch_npu(editor: Editor) -> None:

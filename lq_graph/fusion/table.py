@@ -43,8 +43,8 @@ FUSIONS = (
     ),
     Fusion(
         name="equal_calls",
-        what="equal quantizations of one tensor, and equal products of it: one",
-        saves="2 DynamicQuant for q, k, v; 1 for gate, up",
+        what="equal calls of an operator, as the quantizations of one tensor are: one",
+        saves="2 DynamicQuant for q, k, v; 1 for gate, up; merged layers: their products",
         exact=True,
         run=quantizations.merge_equal,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from ..rules.plan import check_finite
 from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 from .fusion_options import FusionOptions, get_fusion
-
-if TYPE_CHECKING:
-    from .merged import MergedLinear
 
 __all__ = [
     "PARAMETERS",
@@ -85,7 +82,7 @@ class LinearQuant(nn.Module):
     offset: Tensor | None
     pertoken_scale: Tensor | None
     bias: Tensor | None
-    merged: MergedLinear | None = None  # of a MergedPart, which stands for a LinearQuant
+    merged: Any = None  # of a MergedPart: the MergedLinear that computes it
 
     def __init__(
         self,
