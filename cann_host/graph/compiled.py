@@ -67,6 +67,7 @@ class CompiledGraph:
     def __post_init__(self) -> None:
         self._program = self._make(self.returns_one)
         self.memory = Inputs()
+        self._scalars = [i for i, info in enumerate(self.input_infos) if info.shape == ()]
         self._expected = [
             (torch_dtype(info.dtype), info.shape, form == FRACTAL_NZ)
             for info, form in zip(self.input_infos, self.formats, strict=True)
@@ -89,6 +90,7 @@ class CompiledGraph:
         for name, address, size in self.borrowed:
             if bytes_at(address) < size:
                 raise GraphError(f"the memory of constant {name} was freed after compilation")
+        inputs = self._as_declared(inputs)
         program = self._program
         if self.returns_one and self._expected != [_kind(value) for value in inputs]:
             program = self._make({})  # every step checks again
@@ -98,6 +100,17 @@ class CompiledGraph:
             for value in self._written(inputs):
                 weights.wrote(value.data_ptr(), value.nbytes)
         return [output_tensor(result, i) for i, result in enumerate(results)]
+
+    def _as_declared(self, inputs: Sequence[Value]) -> Sequence[Value]:
+        """torchair declares a symbolic size as a scalar, and passes one element."""
+        if not self._scalars:
+            return inputs
+        values = list(inputs)
+        for i in self._scalars:
+            value = values[i]
+            if isinstance(value, Tensor) and value.shape == (1,):
+                values[i] = value[0]
+        return values
 
     def _written(self, inputs: Sequence[Value]) -> Iterator[Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))

@@ -382,3 +382,11 @@ def test_steps_that_differ_are_inferred_apart() -> None:
         assert list(result.shape) == shape
     turned = inference.result(step, [like.t(), torch.tensor([12])])
     assert turned.shape == (12,)
+
+
+def test_a_symbolic_size_beside_a_constant() -> None:
+    """Pack makes the shape of both; torchair declares the size as a scalar and passes (1,)."""
+    run = compiled(lambda x, n: torch.ops.aten.view.default(x, [n, 8]) * 2, dynamic=True)
+    for n in (2, 3):
+        x = torch.arange(8.0 * n)
+        assert torch.equal(run(x.npu(), n).cpu(), x.view(n, 8) * 2)
