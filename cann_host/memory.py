@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["FRACTAL_NZ", "flat_over", "over_memory", "view_over"]
+__all__ = ["FRACTAL_NZ", "flat_over", "has_overlap", "offsets", "over_memory", "view_over"]
 
 FRACTAL_NZ = 29  # its number in aclFormat and in GE's Format
 
@@ -58,3 +59,27 @@ def flat_over(address: int, dtype: torch.dtype, count: int) -> Tensor:
     memory = _memoryview(address, count * dtype.itemsize, _WRITABLE)
     with torch.inference_mode(False):  # it outlives the mode of this call
         return torch.frombuffer(memory, dtype=dtype)
+
+
+def offsets(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """The place of each element of a strided tensor, in elements from the first; of one dim."""
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for size, stride in zip(shape, strides, strict=True):
+        places = places[..., None] + torch.arange(size, device="cpu") * stride
+    return places.flatten()
+
+
+@lru_cache(maxsize=1 << 12)
+def has_overlap(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements of a strided tensor share memory."""
+    count = math.prod(shape)
+    if count == 0:
+        return False
+    if count > 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)):
+        return True
+    reach = 0
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return len(offsets(shape, strides).unique()) < count
+        reach += (size - 1) * stride
+    return False

@@ -132,10 +132,10 @@ def _dynamic_quant(call: DynamicQuantV4Arguments, soc: str) -> None:
         symmetric=bool(call.is_symmetrical),
         mode=QUANT_MODES[call.mode],
     )
-    call.y.view().copy_(kernels.pack_int4(values) if is_int4 else values)
-    call.scale.view().copy_(scales)
+    call.y.write(kernels.pack_int4(values) if is_int4 else values)
+    call.scale.write(scales)
     if call.offset is not None and offsets is not None:
-        call.offset.view().copy_(offsets)
+        call.offset.write(offsets)
 
 
 def _check_dynamic_quant_v2(call: DynamicQuantV2Arguments, soc: str) -> None:
@@ -187,7 +187,7 @@ def _ascend_quant(call: AscendQuantArguments, _soc: str) -> None:
     offset = None if call.offset is None else call.offset.view().to(x.dtype)
     is_int4 = y.dtype == torch.int32
     values = kernels.static_quant(x.view(), scale, offset, call.axis, bits=4 if is_int4 else 8)
-    y.view().copy_(kernels.pack_int4(values) if is_int4 else values)
+    y.write(kernels.pack_int4(values) if is_int4 else values)
 
 
 # ---- Quantize ----
@@ -220,7 +220,7 @@ def _quantize(call: QuantizeArguments, _soc: str) -> None:
     if 0 in x.shape or 0 in scales.shape:
         return  # CANN returns immediately
     points = None if call.zero_points is None else call.zero_points.view()
-    out.view().copy_(quantize(x.view(), scales.view(), points, call.axis, out.dtype))
+    out.write(quantize(x.view(), scales.view(), points, call.axis, out.dtype))
 
 
 OPERATORS = (

@@ -183,7 +183,7 @@ def _compute(kind: str) -> Callable[[FusedArguments, str], None]:
         keys, weighed = [t.view() for t in key], [t.view() for t in value]
         tensors = AttentionTensors(query.view(), keys, weighed, scale, optional)
         values, most = fused_attention(call, tensors)
-        out.view().copy_(values)
+        out.write(values)
         if call.softmax_lse_flag and lse is not None:
             lse.copy_(most)
 

@@ -168,7 +168,7 @@ def _compute(arguments: FlashArguments, soc: str) -> None:
     call = _call(arguments, soc)
     results = flash_attention(call, query.view(), key.view(), value.view(), scale, **optional)
     for tensor, values in zip((most, total, out), results, strict=True):
-        tensor.view().copy_(values)
+        tensor.write(values)
 
 
 # ---- the gradient ----
@@ -298,7 +298,7 @@ def _compute_gradient(arguments: GradientArguments, soc: str) -> None:
     outputs = (arguments.dq, arguments.dk, arguments.dv, arguments.dpse)
     for tensor, values in zip(outputs, results, strict=True):
         if tensor is not None and values is not None:
-            tensor.view().copy_(values)
+            tensor.write(values)
 
 
 OPERATORS: tuple[Operator[Any], ...] = (

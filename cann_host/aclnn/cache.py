@@ -7,7 +7,7 @@ from typing import NamedTuple
 from cann_host.graph.ops.cache import scatter_nd_update, scatter_update
 from cann_host.rules import ScatterCall, check_scatter_nd_update, check_scatter_update
 
-from .checks import compute_base_format_only, need
+from .checks import compute_base_format_only, need, update_without_overlap
 from .operator import Operator
 from .refusal import raise_refusal
 from .tensors import AclTensor
@@ -33,6 +33,7 @@ def _check_scatter_nd_update(call: ScatterNdUpdateArguments, soc: str) -> None:
     var, indices, updates = call
     raise_refusal(check_scatter_nd_update(ScatterCall(soc, var.desc, indices.desc, updates.desc)))
     compute_base_format_only(var=var, indices=indices, updates=updates)
+    update_without_overlap(var=var)
 
 
 def _scatter_nd_update(call: ScatterNdUpdateArguments, _soc: str) -> None:
@@ -48,6 +49,7 @@ def _check_scatter_update(call: ScatterUpdateArguments, soc: str) -> None:
         )
     )
     compute_base_format_only(data=data, indices=indices, updates=updates)
+    update_without_overlap(data=data)
 
 
 def _scatter_update(call: ScatterUpdateArguments, _soc: str) -> None:

@@ -45,7 +45,7 @@ def _view(tensor: AclTensor | None) -> Tensor | None:
 
 def _store(y: AclTensor, values: Tensor) -> None:
     """Quantized values; an int32 y holds eight int4 values of the last dim in each element."""
-    y.view().copy_(kernels.pack_int4(values) if y.dtype == torch.int32 else values)
+    y.write(kernels.pack_int4(values) if y.dtype == torch.int32 else values)
 
 
 def _quantized_shape(y: AclTensor) -> tuple[int, ...]:
@@ -146,13 +146,13 @@ def _add_rms_norm_dynamic_quant(call: AddRmsNormDynamicQuantArguments, soc: str)
         described.wanted,
         8 if described.y_dtype == "int8" else 4,
     )
-    call.x.view().copy_(total)
+    call.x.write(total)
     for (y, scale), result in zip(
         ((call.y1, call.scale1), (call.y2, call.scale2)), results, strict=True
     ):
         if result is not None:
             _store(y, result[0])
-            scale.view().copy_(result[1].reshape(scale.shape))
+            scale.write(result[1].reshape(scale.shape))
 
 
 # ---- AddRmsNormQuant ----
@@ -247,10 +247,10 @@ def _add_rms_norm_quant(call: AddRmsNormQuantV2Arguments, soc: str, *, entry: st
         _view(call.beta),
         call.epsilon,
     )
-    call.x.view().copy_(total)
+    call.x.write(total)
     for y, values in zip((call.y1, call.y2), results, strict=True):
         if values is not None:
-            y.view().copy_(values)
+            y.write(values)
 
 
 def _check_add_rms_norm_quant_v1(call: AddRmsNormQuantArguments, soc: str) -> None:
@@ -343,7 +343,7 @@ def _add_rms_norm_cast(call: AddRmsNormCastArguments, soc: str) -> None:
     )
     for tensor, values in zip(call[4:], results, strict=True):
         assert isinstance(tensor, AclTensor)
-        tensor.view().copy_(values)
+        tensor.write(values)
 
 
 class InplaceAddRmsNormArguments(NamedTuple):
@@ -368,9 +368,9 @@ def _inplace_add_rms_norm(call: InplaceAddRmsNormArguments, soc: str) -> None:
     if 0 in x1.shape or 0 in gamma.shape:
         return
     y, rstd, total = add_rms_norm(soc, x1.view(), x2.view(), gamma.view(), epsilon=call.epsilon)
-    x1.view().copy_(y)
-    x2.view().copy_(total)
-    call.rstd.view().copy_(rstd)
+    x1.write(y)
+    x2.write(total)
+    call.rstd.write(rstd)
 
 
 OPERATORS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def _check_swi_glu(call: SwiGluArguments, soc: str) -> None:
 
 
 def _swi_glu(call: SwiGluArguments, _soc: str) -> None:
-    call.out.view().copy_(swi_glu(call.x.view(), call.dim))
+    call.out.write(swi_glu(call.x.view(), call.dim))
 
 
 class SwiGluGradArguments(NamedTuple):
@@ -196,7 +197,7 @@ def _fill_rows(tensor: AclTensor, values: Tensor) -> None:
         return
     whole = rows.clone()
     whole[: len(values)] = values
-    view.copy_(whole.reshape(view.shape))
+    tensor.write(whole.reshape(view.shape))
 
 
 def _check_dequant_swiglu_quant_v1(call: DequantSwigluQuantArguments, soc: str) -> None:
@@ -265,12 +266,11 @@ def _swi_glu_quant(call: SwiGluQuantArguments, soc: str) -> None:
         _view(call.group_index),
         activate_left=bool(call.activate_left),
     )
-    y = call.y.view()
-    y.copy_(
-        _int4_pairs(values, y.numel()).view_as(y) if call.dst_type == INT4 else values.view_as(y)
-    )
+    if call.dst_type == INT4:
+        values = _int4_pairs(values, math.prod(call.y.shape))
+    call.y.write(values.view(call.y.shape))
     if factors is not None:
-        call.scale.view().copy_(factors.reshape(call.scale.shape))
+        call.scale.write(factors.reshape(call.scale.shape))
 
 
 OPERATORS = (

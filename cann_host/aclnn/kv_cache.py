@@ -15,7 +15,7 @@ from cann_host.rules import (
     check_scatter_pa_kv_cache,
 )
 
-from .checks import compute_base_format_only, need
+from .checks import compute_base_format_only, need, update_without_overlap
 from .operator import Operator
 from .refusal import RefusedError, raise_refusal
 from .tensors import AclTensor, describe
@@ -106,6 +106,7 @@ def _check_scatter_pa(call: ScatterPaArguments, soc: str) -> None:
     compute_base_format_only(
         key=key, key_cache=key_cache, slot_mapping=slots, value=value, value_cache=value_cache
     )
+    update_without_overlap(key_cache=key_cache, value_cache=value_cache)
 
 
 def _scatter_pa(call: ScatterPaArguments, _soc: str) -> None:
@@ -144,6 +145,7 @@ def _check_kv(call: KvRmsNormRopeArguments | KvRmsNormRopeV2Arguments, soc: str)
     described = _kv_call(call, soc)
     raise_refusal(check_kv_rms_norm_rope_cache(described))
     compute_base_format_only(kv=call.kv, k_cache=call.k_cache, ckv_cache=call.ckv_cache)
+    update_without_overlap(k_cache=call.k_cache, ckv_cache=call.ckv_cache)
     outputs = (("k_rope", call.k_rope), ("c_kv", call.c_kv))
     for (name, out), d in zip(outputs, described.rope_and_norm, strict=True):
         if (out.dtype, out.shape) != (call.kv.dtype, (*call.kv.shape[:3], d)):
@@ -170,8 +172,8 @@ def _kv(call: KvRmsNormRopeArguments | KvRmsNormRopeV2Arguments, soc: str) -> No
         if cache.data_ptr() != written.data_ptr():
             cache.copy_(written)
     if made is not None:
-        call.k_rope.view().copy_(made[0])
-        call.c_kv.view().copy_(made[1])
+        call.k_rope.write(made[0])
+        call.c_kv.write(made[1])
 
 
 OPERATORS = (

@@ -55,8 +55,8 @@ def _rms_norm(call: RmsNormArguments, _soc: str) -> None:
     if 0 in call.x.shape:
         return
     y, rstd = rms_norm(call.x.view(), call.gamma.view(), epsilon=call.epsilon)
-    call.y.view().copy_(y)
-    call.rstd.view().copy_(rstd)
+    call.y.write(y)
+    call.rstd.write(rstd)
 
 
 def _check_add_rms_norm(call: AddRmsNormArguments, soc: str) -> None:
@@ -77,7 +77,7 @@ def _add_rms_norm(call: AddRmsNormArguments, soc: str) -> None:
         return
     results = add_rms_norm(soc, x1.view(), x2.view(), gamma.view(), epsilon=call.epsilon)
     for tensor, values in zip((call.y, call.rstd, call.x), results, strict=True):
-        tensor.view().copy_(values)
+        tensor.write(values)
 
 
 OPERATORS = (

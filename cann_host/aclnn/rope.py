@@ -140,8 +140,8 @@ def _apply_rotary(call: ApplyRotaryArguments | ApplyRotaryV2Arguments, soc: str)
     query, key, cos, sin = (t.view() for t in (call.query, call.key, call.cos, call.sin))
     mode = _apply_call(call, soc).mode
     turned = apply_rotary(soc, query, key, cos, sin, call.layout, mode)
-    for tensor, values in zip((query, key), turned, strict=True):
-        tensor.copy_(values)
+    for tensor, values in zip((call.query, call.key), turned, strict=True):
+        tensor.write(values)
 
 
 def _v2(call: RotaryArguments | RotaryV2Arguments) -> RotaryV2Arguments:
@@ -178,7 +178,7 @@ def _rotary(given: RotaryArguments | RotaryV2Arguments, soc: str) -> None:
     rotate = None if call.rotate is None else call.rotate.view()
     x, cos, sin = call.x.view(), call.cos.view(), call.sin.view()
     values = rotary_position_embedding(_rotary_call(call, soc), x, cos, sin, rotate)
-    call.out.view().copy_(values)
+    call.out.write(values)
 
 
 def _check_rotary_grad(call: RotaryGradArguments, soc: str) -> None:
@@ -215,8 +215,8 @@ def _check_interleave_rope(call: InterleaveRopeArguments, soc: str) -> None:
 
 
 def _interleave_rope(call: InterleaveRopeArguments, _soc: str) -> None:
-    x, cos, sin, out = (t.view() for t in call)
-    out.copy_(rotary(x, cos, sin, INTERLEAVE_HALF))
+    x, cos, sin, out = call
+    out.write(rotary(x.view(), cos.view(), sin.view(), INTERLEAVE_HALF))
 
 
 def _mrope_call(call: MropeArguments | MropeV2Arguments, soc: str) -> MropeCall:
@@ -250,7 +250,7 @@ def _mrope(call: MropeArguments | MropeV2Arguments, soc: str) -> None:
     tensors = (call.positions, call.query, call.key, call.cos_sin_cache)
     turned = mrope(described, *(tensor.view() for tensor in tensors))
     for out, values in zip((call.query_out, call.key_out), turned, strict=True):
-        out.view().copy_(values)
+        out.write(values)
 
 
 OPERATORS = (

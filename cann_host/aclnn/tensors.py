@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from cann_host.memory import FRACTAL_NZ, view_over
+from cann_host.memory import FRACTAL_NZ, flat_over, has_overlap, offsets, view_over
 from cann_host.rules import TensorDesc
 
 from .refusal import RefusedError
@@ -49,6 +49,8 @@ ACL_DTYPES: dict[int, torch.dtype] = {
     36: torch.float8_e4m3fn,
 }
 _DTYPE_NAMES = {code: str(dtype).removeprefix("torch.") for code, dtype in ACL_DTYPES.items()}
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 T = TypeVar("T")
 
@@ -117,6 +119,31 @@ class AclTensor(NamedTuple):
     def view(self) -> Tensor:
         """A tensor over the memory, no copy. Do not change its metadata: later calls get it too."""
         return view_over(self.address, self.dtype, self.shape, self.strides, self.offset)
+
+    def write(self, values: Tensor) -> None:
+        """Write values of its shape, or of one that expands to it.
+
+        Raises:
+            RefusedError: elements share memory and would get different values. CANN writes them in
+                an order that it does not document.
+        """
+        if not has_overlap(self.shape, self.strides):
+            self.view().copy_(values)
+            return
+        bits = _BITS.get(self.dtype.itemsize, self.dtype)  # indexing does not take every dtype
+        wanted = values.to(self.dtype).expand(self.shape).flatten().view(bits)
+        address, size = self.bytes
+        memory = flat_over(address, bits, size // bits.itemsize)
+        places, made = offsets(self.shape, self.strides), memory.clone()
+        made[places] = wanted
+        if not torch.equal(made[places], wanted):
+            raise RefusedError(
+                f"elements of a result of shape {self.shape} and strides {self.strides} share "
+                "memory and get different values. CANN takes the call, and the order of its writes "
+                "is not documented; this refusal is cann_host's own",
+                None,
+            )
+        memory.copy_(made)
 
     def nz_view(self) -> Tensor:
         """A tensor over the FRACTAL_NZ storage, no copy."""

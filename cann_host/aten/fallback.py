@@ -13,7 +13,13 @@ from torch import Tensor
 
 from cann_host.aten import captured
 from cann_host.aten.captured import CapturedWork
-from cann_host.aten.host_views import HostViews, can_write, note_written
+from cann_host.aten.host_views import (
+    HostViews,
+    can_write,
+    check_overlap,
+    is_expanded,
+    note_written,
+)
 from cann_host.bindings import CAPTURES, WAITS
 
 __all__ = ["CpuKernel"]
@@ -203,7 +209,11 @@ class CpuKernel:
         written = self._written(args, kwargs)
         targets = list(_tensors(written.values())) if written else []
         if targets:
-            on_memory = on_memory and self.writes_memory and can_write(targets, found.tensors)
+            if not can_write(targets, found.tensors):
+                check_overlap(targets, found.tensors)
+                # the kernel itself takes or refuses a tensor that was expanded
+                on_memory = on_memory and any(map(is_expanded, targets))
+            on_memory = on_memory and self.writes_memory
         views = self._views_of(found.tensors, targets) if on_memory else {}
         for target in targets:
             if id(target) not in views:
@@ -288,6 +298,7 @@ class CpuKernel:
                 "or PyTorch does not tell it."
             ) from error
         written = self._written(args, kwargs)
+        check_overlap(list(_tensors(written.values())), captured.tensors([*args, *kwargs.values()]))
         for name, meta in self._written(meta_args, meta_kwargs).items():
             if isinstance(meta, Tensor) and meta.shape != written[name].shape:
                 raise RuntimeError(f"cann_host: {self.op} would resize {name} in a captured graph.")

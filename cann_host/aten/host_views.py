@@ -13,12 +13,13 @@ from torch.nn import Parameter
 from cann_host import weights
 from cann_host.aclnn import ACL_DTYPES, BASE_FORMATS
 from cann_host.bindings import FREED
-from cann_host.memory import flat_over
+from cann_host.memory import flat_over, has_overlap
 
-__all__ = ["HostViews", "can_write", "note_written"]
+__all__ = ["HostViews", "can_write", "check_overlap", "is_expanded", "note_written"]
 
 _DTYPES = frozenset(ACL_DTYPES.values())
 _MOST_VIEWS = 1 << 14
+_OVERLAP, _TOO_HARD = 1, 2  # c10's MemOverlap
 
 
 class HostViews:
@@ -136,18 +137,60 @@ class HostViews:
             return None
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements certainly share memory, by torch's rule: a dim has a stride of 0."""
+    return torch._debug_has_internal_overlap(tensor) == _OVERLAP
+
+
 def _has_overlap(tensor: Tensor) -> bool:
-    """Whether elements may share memory."""
+    """Whether elements share memory."""
     known = torch._debug_has_internal_overlap(tensor)
-    if known != 2:  # too hard
-        return known == 1
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
+    if known != _TOO_HARD:
+        return known == _OVERLAP
+    return has_overlap(tuple(tensor.shape), tensor.stride())
+
+
+def check_overlap(written: Sequence[Tensor], used: Iterable[Tensor]) -> None:
+    """Refuse to write to a part of what is read, as torch's own kernels do and torch_npu's for many
+    operators, and to write to memory twice: the order of reads and writes would matter. Like
+    torch, it does not look at tensors with gaps.
+
+    Args:
+        written: the tensors that an operator writes to.
+        used: all its tensors.
+
+    Raises:
+        RuntimeError: two of them overlap.
+    """
+    targets = [(target, *_range(target)) for target in written if _is_dense(target)]
+    for i, (target, begin, end) in enumerate(targets):
+        for _, its_begin, its_end in targets[:i]:
+            if its_begin < end and begin < its_end:
+                raise RuntimeError(_refer_to_one("two of the written-to tensors"))
+        for tensor in used:
+            if tensor is target or not _is_dense(tensor):
+                continue
+            its_begin, its_end = _range(tensor)
+            is_same = (its_begin, its_end, tensor.stride()) == (begin, end, target.stride())
+            if its_begin < end and begin < its_end and not is_same:
+                raise RuntimeError(_refer_to_one("the input tensor and the written-to tensor"))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def _refer_to_one(what: str) -> str:  # torch's own text
+    return (
+        f"unsupported operation: some elements of {what} refer to a single memory location. Please "
+        "clone() the tensor before performing the operation."
+    )
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """Where the memory of a tensor without gaps begins and ends."""
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.nbytes
 
 
 def can_write(written: Sequence[Tensor], used: Sequence[Tensor]) -> bool:
