@@ -36,6 +36,7 @@ class NearMissError(Exception):
 
 
 def need(condition: bool, why: str) -> None:
+    """Raise NearMissError unless a condition holds."""
     if not condition:
         raise NearMissError(why)
 
@@ -58,6 +59,7 @@ def every(
 
 
 def operator_of(name: str, *arguments: str) -> Any:
+    """An operator of torch_npu that takes these arguments."""
     found = find_operator(name, *arguments)
     need(found is not None, f"this torch_npu or its torchair has no {name}")
     return found
@@ -77,6 +79,7 @@ def check_place(written: set[int], inputs: list[Node], *nodes: Node) -> None:
 
 
 def only_user(node: Node, name: str) -> Node:
+    """The one user that a node must have; name is what the reason calls it."""
     users = list(node.users)
     need(len(users) == 1, f"{name} has {len(users)} users")
     return users[0]
@@ -101,19 +104,20 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
-def results(editor: Editor, call: Node, before: Node) -> Callable[[int], Node]:
-    """Makes the results of a call, each when it is first asked for."""
+def results(editor: Editor, call: Node) -> Callable[[int], Node]:
+    """Makes the results of a call after it, each when it is first asked for."""
     made: dict[int, Node] = {}
 
     def result(index: int) -> Node:
         if index not in made:
-            made[index] = editor.call(operator.getitem, call, index, before=before, like=call)
+            made[index] = editor.call(operator.getitem, call, index, before=call.next, like=call)
         return made[index]
 
     return result
 
 
 def replace_results(editor: Editor, old: Node, new: dict[int, Node]) -> None:
+    """Let every user of a call's results use others; the call goes, and results without users."""
     for item in list(old.users):
         editor.replace(item, new[item.args[1]])  # type: ignore[index]
     for node in (old, *new.values()):

@@ -118,7 +118,7 @@ def _add_rms_norm_dynamic_quant_at(editor: Editor, norm: Node, written: set[int]
     check_place(written, inputs, norm, *(user for user, _ in readers))
     extra["epsilon"] = given["epsilon"]
     call = editor.call(target, x1, x2, gamma, before=norm, like=norm, **extra)
-    made = results(editor, call, norm)
+    made = results(editor, call)
     for total in _items(norm, 2):
         editor.replace(total, made(2))
     for index, same in enumerate(ways.values()):
@@ -181,7 +181,7 @@ def _add_rms_norm_cast_at(editor: Editor, norm: Node, written: set[int]) -> bool
     target = operator_of("npu_add_rms_norm_cast")
     check_place(written, [x1, x2, gamma], norm, *(user for user, _ in casts))
     call = editor.call(target, x1, x2, gamma, given["epsilon"], before=norm, like=norm)
-    made = results(editor, call, norm)
+    made = results(editor, call)
     for user, reads in casts:
         viewed = _viewed(editor, made(0), _Quantization(user, reads, None), drop=0)
         editor.replace(user, viewed)

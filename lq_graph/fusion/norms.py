@@ -255,7 +255,7 @@ def _add_rms_norm_at(editor: Editor, norm: Node, written: set[int]) -> bool:
     place = added if gamma < added else min(added.users)
     need(gamma < place, "the weight is computed after the sum is used")
     call = editor.call(target, x1, x2, gamma, epsilon, before=place, like=norm)
-    result = results(editor, call, place)
+    result = results(editor, call)
     replace_results(editor, norm, {0: result(0), 1: result(1)})
     editor.replace(added, result(2))
     return True
