@@ -43,8 +43,10 @@ def attention_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any)
     """
     from transformers import AttentionMaskInterface
 
+    from .compat import queries_of
+
     # several queries without a mask would need a mask of 2048 x 2048 in its place
-    skip = allow_is_causal_skip and kwargs.get("q_length") == 1
+    skip = allow_is_causal_skip and queries_of(kwargs) == 1
     sees: Tensor | None = AttentionMaskInterface()["sdpa"](
         *args, allow_is_causal_skip=skip, **kwargs
     )

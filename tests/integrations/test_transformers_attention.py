@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -210,15 +211,29 @@ def test_masks_of_other_dtypes_are_refused() -> None:
         call("npu", inputs(), torch.ones(BATCH, 1, 1, KEYS, dtype=torch.int64), layer())
 
 
+def mask_of(queries: int) -> Any:
+    """The mask of the last queries, as a model asks for it."""
+    older = (
+        "cache_position"
+        in inspect.signature(transformers.AttentionMaskInterface()["sdpa"]).parameters
+    )
+    first = KEYS - queries
+    given: dict[str, Any] = (
+        dict(cache_position=torch.arange(first, KEYS).npu())
+        if older
+        else dict(q_length=queries, q_offset=first, device="npu")
+    )
+    return module.attention_mask(batch_size=BATCH, kv_length=KEYS, **given)
+
+
 def test_the_mask_of_a_step() -> None:
     """Inverted once for all layers; of a changed mask, the inverse is not used."""
-    shape = dict(batch_size=BATCH, q_length=3, kv_length=KEYS, q_offset=KEYS - 3)
-    made = module.attention_mask(**shape, device="npu")
-    assert made is not None and torch.equal(made.cpu(), sees(3))
+    made = mask_of(3)
+    assert torch.equal(made.cpu(), sees(3))
     assert module._inverse(made) is module._inverse(made)
     made[0, 0, :, 1] = False
     assert torch.equal(module._inverse(made), made.logical_not())
     with torch.inference_mode():
-        made = module.attention_mask(**shape, device="npu")
-        assert made is not None and torch.equal(module._inverse(made).cpu(), ~sees(3))
-    assert module.attention_mask(**{**shape, "q_length": 1, "q_offset": 11}, device="npu") is None
+        made = mask_of(3)
+        assert torch.equal(module._inverse(made).cpu(), ~sees(3))
+    assert mask_of(1) is None
