@@ -55,6 +55,7 @@ except ModuleNotFoundError as error:
     sys.exit(f'generate.py: {error}. What to do: pip install -e ".[generate]"')
 
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static
+from lq_graph.integrations.transformers import StaticCache
 
 if not NO_NPU:
     torch.npu.config.allow_internal_format = True  # FRACTAL_NZ weights
@@ -127,25 +128,6 @@ def quantized(model: Any, scheme: Scheme, tokenizer: Any) -> tuple[Any, Any]:
     return model, lq_graph.quantize(model, scheme.config, batches, filter_fn=is_quantized)
 
 
-class StaticCache:
-    """Keys and values of all positions, written in place: what transformers' attention calls.
-
-    transformers' own StaticCache uses index_copy_, for which torchair has no converter.
-    """
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], positions: Tensor) -> None:
-        self.keys, self.values, self.positions = keys, values, positions
-
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new positions of a layer; returns all of them, (1, heads, length, size)."""
-        at = self.positions[:, None].expand_as(key)
-        self.keys[layer].scatter_(2, at, key)
-        self.values[layer].scatter_(2, at, value)
-        return self.keys[layer], self.values[layer]
-
-
 class Decoder(nn.Module):
     """One step: tokens and the position of the first in, logits of the next token out."""
 
@@ -154,27 +136,19 @@ class Decoder(nn.Module):
         self.model, self.length = model, length
         config = model.config
         self.layers = len(model.model.layers)
-        shape = (1, config.num_key_value_heads, length, config.head_dim)
-        for name in self._names("keys") + self._names("values"):
-            self.register_buffer(name, torch.zeros(shape, dtype=model.dtype), persistent=False)
+        self.cache = StaticCache(config, length)  # of lq_graph: a step writes it in place
+        self.shape = 1, config.num_key_value_heads, config.head_dim
         parameters = inspect.signature(model.forward).parameters
-        self.cache = "cache" if "cache" in parameters else "past_key_values"  # older transformers
-
-    def _names(self, what: str) -> list[str]:
-        return [f"{what}_{layer}" for layer in range(self.layers)]
+        self.argument = "cache" if "cache" in parameters else "past_key_values"  # older ones
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
         """(1, n) tokens and (1,) position -> (1, vocabulary) logits."""
-        keys, values = (
-            [getattr(self, name) for name in self._names(what)] for what in ("keys", "values")
-        )
         positions = position + torch.arange(ids.shape[1], device=ids.device)
         seen = torch.arange(self.length, device=ids.device) <= positions[:, None]
         mask = torch.where(seen, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
-        cache = {self.cache: StaticCache(keys, values, positions)}
         output = self.model(
             ids, attention_mask=mask[None, None], position_ids=positions[None], logits_to_keep=1,
-            use_cache=True, **cache,
+            use_cache=True, **{self.argument: self.cache},
         )  # fmt: skip
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -229,6 +203,8 @@ def on_npu(decoder: Decoder) -> Decoder:
     for layer in decoder.modules():  # float weights stay ND: lm_head's is the embedding's too
         if isinstance(layer, lq_graph.QuantizedLinear):
             lq_graph.use_internal_format_weight(layer)
+    # a graph needs it before the first step
+    decoder.cache.early_initialization(*decoder.shape, decoder.model.dtype, torch.device("npu:0"))
     return decoder
 
 

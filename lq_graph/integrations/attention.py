@@ -28,6 +28,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_STEP, _LARGEST_HEAD, _MOST_HEADS, _MOST_GROUPS = 16, 512, 256, 64
 _ROW_WITHOUT_KEYS = 2  # inner_precise: high precision, and zeros for a query that sees no key
 
+_INVERSE = "_lq_graph_inverse"  # attribute of a mask
+
 _said: set[str] = set()
 
 
@@ -35,20 +37,32 @@ def attention_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any)
     """The mask of a step, for `attention`: what AttentionMaskInterface calls once for all layers.
 
     Returns:
-        On an NPU uint8 (batch, 1, queries, keys), 1 where a query does not see a key, as the
-        operator takes it. A mask of bool has the opposite meaning in transformers, so the dtype
-        says which it is. Elsewhere transformers' own mask for sdpa. None if every key is seen.
+        transformers' own mask for sdpa, bool (batch, 1, queries, keys), True where a query sees a
+        key. None if every key is seen. On an NPU it carries its inverse, which the operator takes:
+        otherwise each layer would compute it.
     """
     from transformers import AttentionMaskInterface
 
+    from .compat import queries_of
+
     # several queries without a mask would need a mask of 2048 x 2048 in its place
-    skip = allow_is_causal_skip and kwargs.get("q_length") == 1
+    skip = allow_is_causal_skip and queries_of(kwargs) == 1
     sees: Tensor | None = AttentionMaskInterface()["sdpa"](
         *args, allow_is_causal_skip=skip, **kwargs
     )
-    if sees is None or sees.device.type != "npu":
-        return sees
-    return sees.logical_not().to(torch.uint8)
+    if sees is not None and sees.device.type == "npu":
+        sees = sees.contiguous()
+        setattr(sees, _INVERSE, sees.logical_not())
+    return sees
+
+
+def _inverse(sees: Tensor) -> Tensor:
+    """True where a query does not see a key. A model may have changed a mask in place, which is
+    not known while a graph is traced; no model of transformers does it with this mask."""
+    known: Tensor | None = getattr(sees, _INVERSE, None)
+    if known is not None and not torch.compiler.is_compiling():
+        known = None if sees.is_inference() or sees._version else known
+    return sees.logical_not() if known is None else known
 
 
 def attention(
@@ -68,12 +82,22 @@ def attention(
         module: the layer.
         query: (batch, heads, queries, head size).
         key, value: (batch, kv heads, keys, head size).
-        attention_mask: as `attention_mask` makes it; bool, True where a query sees a key; or
-            floating-point, which is added to the scores.
+        attention_mask: bool, True where a query sees a key, or floating-point, which is added to
+            the scores.
 
     Returns:
         (batch, queries, heads, head size), and the weights if the caller wants them.
+
+    Raises:
+        TypeError: the mask has another dtype.
     """
+    if attention_mask is not None and not (
+        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    ):
+        raise TypeError(
+            f"lq_graph: attention_mask is {attention_mask.dtype}. What to do: give bool, True where"
+            " a query sees a key, or floating-point, which is added to the scores."
+        )
     given = {"scaling": scaling, "dropout": dropout, **kwargs}
     if needs := _needs_eager(attention_mask, kwargs):
         if query.device.type == "npu":
@@ -94,8 +118,6 @@ def attention(
         _say_once(f"{type(module).__name__}: {blocked}, so transformers' sdpa computes it")
     from transformers import AttentionInterface
 
-    if attention_mask is not None and attention_mask.dtype == torch.uint8:
-        attention_mask = attention_mask == 0
     attended: Attended = AttentionInterface()["sdpa"](
         module, query, key, value, attention_mask, is_causal=is_causal, **given
     )
@@ -120,7 +142,7 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     groups = key.shape[1]
     if not _is_on_chip():
         return "only Atlas A2 and A3 have FusedInferAttentionScore"
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return "gradients are wanted"
     if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"query is {query.dtype}, key {key.dtype} and value {value.dtype}"
@@ -143,8 +165,7 @@ def _fused(
     """One FusedInferAttentionScore. `_blocked` came before."""
     batch, heads, queries, size = query.shape
     if mask is not None:
-        hidden = mask if mask.dtype == torch.uint8 else mask.logical_not()
-        mask = hidden.expand(batch, -1, -1, -1).contiguous()
+        mask = _inverse(mask).expand(batch, -1, -1, -1).contiguous()
     one = queries == 1  # the layout that also transposes the result takes several queries only
     out: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
         query.contiguous(),  # in a step of one token it is
@@ -164,9 +185,8 @@ def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The mask in the form of eager functions: what is added to the scores."""
     if mask is None or mask.is_floating_point():
         return mask
-    hidden = mask.bool() if mask.dtype == torch.uint8 else mask.logical_not()
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return zeros.masked_fill(hidden, torch.finfo(dtype).min)
+    return zeros.masked_fill(_inverse(mask), torch.finfo(dtype).min)
 
 
 @torch.compiler.assume_constant_result

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, StaticLayer
-from transformers.cache_utils import DummyLayer, get_layer_types_and_kwargs
+
+from .compat import NO_CACHE, layer_kinds, no_cache
 
 __all__ = ["StaticCache"]
 
 # how transformers names layers whose cache is keys and values of all, or of the last, positions
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
-_NONE = "dummy"  # a layer that has no cache, or reads another's
 
 
 class _Progress:
@@ -99,7 +99,9 @@ class _Layer(StaticLayer):
         self.max_cache_len = progress.size
         self.progress, self.is_first, self.is_last = progress, is_first, is_last
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Take the memory. Older transformers give no values: they are then like the keys."""
+        value_states = key_states if value_states is None else value_states
         self.device = key_states.device
         self.progress.start(key_states.shape[0], key_states.device)
         for name, new in (("keys", key_states), ("values", value_states)):
@@ -134,9 +136,11 @@ class _Layer(StaticLayer):
             progress.end(key_states.shape[2])
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if isinstance(query_length, int):  # older transformers give the positions
-            self.progress.check_room(query_length)
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Keys of a mask, and the first's position. Older transformers give the positions of the
+        queries."""
+        count = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        self.progress.check_room(count)
         return self.max_cache_len, 0
 
     def get_seq_length(self) -> Any:
@@ -178,18 +182,18 @@ class StaticCache(Cache):
     """
 
     def __init__(self, config: Any, max_cache_len: int) -> None:
-        kinds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
-        if wrong := [(i, kind) for i, kind in enumerate(kinds) if kind not in (*_KINDS, _NONE)]:
+        kinds = layer_kinds(config)
+        if wrong := [(i, kind) for i, kind in enumerate(kinds) if kind not in (*_KINDS, NO_CACHE)]:
             raise NotImplementedError(
                 f"lq_graph: layer {wrong[0][0]} is {wrong[0][1]!r}; lq_graph's cache has keys and "
                 "values only. What to do: use transformers' StaticCache."
             )
-        own = [i for i, kind in enumerate(kinds) if kind != _NONE]
+        own = [i for i, kind in enumerate(kinds) if kind != NO_CACHE]
         self.progress = _Progress(max_cache_len)
         super().__init__(
             layers=[
-                DummyLayer()
-                if kind == _NONE
+                no_cache()
+                if kind == NO_CACHE
                 else _Layer(self.progress, is_first=i == own[0], is_last=i == own[-1])
                 for i, kind in enumerate(kinds)
             ]

@@ -78,12 +78,15 @@ def compiled(model: Any, mode: str, config: Any = None) -> Any:
 # ---- numbers ----
 
 
-@pytest.mark.filterwarnings("ignore:attn_implementation")  # gemma2's softcap
 @pytest.mark.parametrize("device", ["cpu", "npu"])
 @pytest.mark.parametrize("name", MODELS)
 def test_eager_writes_the_same_text(name: str, device: str) -> None:
     model = ours(name, device)
-    assert_close(greedy(model, StaticCache(model.config, ROOM)), name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RuntimeWarning)
+        assert_close(greedy(model, StaticCache(model.config, ROOM)), name)
+    said = [str(one.message) for one in told if "attn_implementation" in str(one.message)]
+    assert len(said) == (name == "gemma2" and device == "npu"), said
 
 
 @pytest.mark.filterwarnings("ignore:attn_implementation")
@@ -148,9 +151,8 @@ def test_a_step_of_a_layer_is_three_operators_and_one_graph(name: str) -> None:
     layers = model.config.num_hidden_layers
     assert ops.count("FusedInferAttentionScore") == layers
     assert ops.count("Scatter") == 2 * layers
-    assert not {"TensorMove", "SoftmaxV2", "ScatterElements", "IndexByTensor"} & {*ops} - {
-        "IndexByTensor"  # of the padding mask, once
-    }
+    assert ops.count("LogicalNot") == 1  # of the mask
+    assert not {"TensorMove", "SoftmaxV2", "BroadcastTo"} & {*ops}
     by_name = {node.name: node for node in step.nodes}
     for node in step.compute:
         if node.op != "FusedInferAttentionScore":
@@ -158,7 +160,7 @@ def test_a_step_of_a_layer_is_three_operators_and_one_graph(name: str) -> None:
         query, key, value, mask = node.inputs
         assert _reached(by_name, query.source) == "Add"  # the rotary embedding
         assert [by_name[edge.source].op for edge in (key, value)] == ["Scatter", "Scatter"]
-        assert mask.dtype == "uint8"
+        assert mask.dtype == "bool"
         keys, values = (by_name[edge.source] for edge in (key, value))
         assert _reached(by_name, keys.inputs[2].source) in ("Add", "SelectV2")
         assert _reached(by_name, values.inputs[2].source) in ("BatchMatMul", "MatMulV2")
@@ -188,6 +190,31 @@ def _first_kernel(step: Any, node: Any) -> str:
 
 
 # ---- generate ----
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_generate_with_a_graph(name: str) -> None:
+    """transformers makes the masks before the graph, which they enter."""
+    model, config = ours(name), torchair.CompilerConfig()
+    eager = model.forward
+    later = compiled(model.forward, "ge", config)
+    model.forward = lambda input_ids=None, **kwargs: (later if input_ids.shape[1] == 1 else eager)(
+        input_ids=input_ids, **kwargs
+    )
+    model._validate_model_kwargs = lambda _: None  # it reads forward's signature
+    ids, mask = prompt()
+    made = StaticCache(model.config, ROOM)
+    with graph.capture(config) as graphs:
+        text = model.generate(
+            input_ids=ids.npu(), attention_mask=mask.npu(), past_key_values=made,
+            max_new_tokens=4, do_sample=False, eos_token_id=-1,
+        )  # fmt: skip
+    assert torch.equal(text[:, PROMPT:].cpu().T, wanted(name)[0])
+    assert len(graphs) == 1
+    layers = model.config.num_hidden_layers
+    assert graphs[0].ops().count("FusedInferAttentionScore") == layers
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -97,7 +98,7 @@ def assert_close(got: Tensor, want: Any, dtype: Any = F16) -> None:
     np.testing.assert_allclose(got.double().cpu().numpy(), want, atol=limit, rtol=limit)
 
 
-MASKS = ("none", "bool", "uint8", "padded")
+MASKS = ("none", "causal", "padded")
 
 
 @pytest.mark.parametrize("device", ["cpu", "npu"])
@@ -119,10 +120,7 @@ def test_numbers(
 ) -> None:
     qkv = inputs(heads, kv_heads, size, queries, dtype)
     seen = None if mask == "none" else sees(queries, padded=4 if mask == "padded" else 0)
-    given = seen
-    if seen is not None and mask == "uint8":
-        given = (~seen).to(torch.uint8)
-    got, weights = call(device, qkv, given, layer(heads, kv_heads), scaling=size**-0.5)
+    got, weights = call(device, qkv, seen, layer(heads, kv_heads), scaling=size**-0.5)
     want = golden(*qkv, added_of(seen), size**-0.5)
     real = slice(None) if seen is None else seen.any(-1)[:, 0].numpy()  # padding sees nothing
     got, want = (got.cpu(), want) if seen is None else (got.cpu()[real], want[real])
@@ -135,7 +133,7 @@ def test_a_query_that_sees_nothing_is_finite() -> None:
     """Padding: its keys and values of the next layer are multiplied by 0."""
     seen = sees(5)
     seen[0, 0, :3] = False
-    got, _ = call("npu", inputs(queries=5), (~seen).to(torch.uint8), layer())
+    got, _ = call("npu", inputs(queries=5), seen, layer())
     assert bool(got.isfinite().all())
 
 
@@ -163,7 +161,7 @@ def test_left_to_transformers(name: str, fused: list[int], monkeypatch: pytest.M
     qkv = inputs(**case.pop("inputs", {}), queries=KEYS if aligned else 3)
     seen = sees(KEYS if aligned else 3)
     added = case.pop("added", None)
-    mask = case.pop("mask", (~seen).to(torch.uint8))
+    mask = case.pop("mask", seen)
     owner = layer(model=case.pop("model", "llama"))
     if product:
         monkeypatch.setattr(module, "_PRODUCTS", ())
@@ -206,3 +204,36 @@ def test_weights_that_a_caller_wants(name: str) -> None:
     assert len(got) == len(want) == 2
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=5e-3, rtol=0)
+
+
+def test_masks_of_other_dtypes_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"attention_mask is torch\.int64"):
+        call("npu", inputs(), torch.ones(BATCH, 1, 1, KEYS, dtype=torch.int64), layer())
+
+
+def mask_of(queries: int) -> Any:
+    """The mask of the last queries, as a model asks for it."""
+    older = (
+        "cache_position"
+        in inspect.signature(transformers.AttentionMaskInterface()["sdpa"]).parameters
+    )
+    first = KEYS - queries
+    given: dict[str, Any] = (
+        dict(cache_position=torch.arange(first, KEYS).npu())
+        if older
+        else dict(q_length=queries, q_offset=first, device="npu")
+    )
+    return module.attention_mask(batch_size=BATCH, kv_length=KEYS, **given)
+
+
+def test_the_mask_of_a_step() -> None:
+    """Inverted once for all layers; of a changed mask, the inverse is not used."""
+    made = mask_of(3)
+    assert torch.equal(made.cpu(), sees(3))
+    assert module._inverse(made) is module._inverse(made)
+    made[0, 0, :, 1] = False
+    assert torch.equal(module._inverse(made), made.logical_not())
+    with torch.inference_mode():
+        made = mask_of(3)
+        assert torch.equal(module._inverse(made).cpu(), ~sees(3))
+    assert mask_of(1) is None
