@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import norm_followers, norms, quantizations, shapes
+from . import norm_followers, norms, quantizations, shapes, swiglu
 from .editor import Pass
 
 __all__ = ["FUSIONS", "Fusion"]
@@ -96,5 +96,18 @@ FUSIONS = (
         exact=True,
         run=quantizations.name_as_torch_npu,
         source="npu_dynamic_quant (Ascend/op-plugin)",
+    ),
+    Fusion(
+        name="swiglu",
+        what="silu(gate) * up of the halves of one tensor: npu_swiglu; if they are one quantized "
+        "product, and the result is quantized per token: the product in int32, and "
+        "npu_dequant_swiglu_quant",
+        saves="SplitV, Swish, Mul and DynamicQuant become one",
+        exact=False,
+        run=swiglu.fuse_swiglu,
+        source="npu_dequant_swiglu_quant, npu_swiglu (Ascend/op-plugin); DequantSwigluQuant, "
+        "SwiGlu (hicann/ops-nn)",
+        differs="gate and up, silu(gate), and before the quantization silu(gate) * up are not "
+        "rounded to the dtype of the layer",
     ),
 )

@@ -1,0 +1,61 @@
+"""Functions compiled with fusions: the results, the operators that are left, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torchair
+from torch import Tensor
+from torch.fx import GraphModule
+
+from lq_graph.fusion.editor import FusionReport
+from lq_graph.fusion.passes import reports
+
+MODES = ("GE", "npugraph_ex")
+VIEWS = ("getitem", "reshape", "view", "slice", "split", "transpose", "squeeze", "sym_size")
+
+
+class Fused(NamedTuple):
+    """A compiled function that ran once.
+
+    Attributes:
+        results: of the function, on the CPU.
+        kernels: names of the operators in the graph that are no views.
+        report: of the fusions.
+    """
+
+    results: Any
+    kernels: list[str]
+    report: FusionReport
+
+    def reasons(self, fusion: str) -> list[str]:
+        """Why a fusion was left, at each place."""
+        return [
+            line.why_not for line in self.report.lines if line.fusion == fusion and line.why_not
+        ]
+
+
+def run(function: Callable[..., Any], mode: str, *inputs: Any, dynamic: bool = False) -> Fused:
+    """Compile a function that calls an operator of lq_graph, and run it once on the NPU."""
+    seen: list[list[str]] = []
+
+    def post(module: GraphModule, *_: Any) -> None:
+        seen.append([str(n.target) for n in module.graph.nodes if n.op == "call_function"])
+
+    torch._dynamo.reset()
+    if mode == "npugraph_ex":
+        given: dict[str, Any] = {"backend": mode, "options": {"post_grad_custom_post_pass": post}}
+    else:
+        config = torchair.CompilerConfig()
+        config.mode = {"GE": "max-autotune"}.get(mode, mode)
+        config.post_grad_custom_post_pass = post
+        given = {"backend": torchair.get_npu_backend(compiler_config=config)}
+    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, **given)
+    there = [one.npu() if isinstance(one, Tensor) else one for one in inputs]
+    with torch.no_grad(), reports() as found:
+        results = compiled(*there)
+    kernels = [name for name in seen[0] if not any(view in name for view in VIEWS)]
+    on_cpu = torch.utils._pytree.tree_map_only(Tensor, lambda one: one.cpu(), results)
+    return Fused(on_cpu, kernels, found[0])
