@@ -35,6 +35,9 @@ __all__ = [
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "stream_label", "custom", "seq_nr")
 
 
+_NAMES = 3  # of modules, in a line of a report's table
+
+
 @dataclass(frozen=True)
 class Line:
     """A fusion at one place of a graph.
@@ -76,7 +79,9 @@ class FusionReport:
             found.setdefault((line.fusion, line.why_not), Counter())[layer or "(model)"] += 1
         rows: list[list[object]] = [["fusion", "places", "in", "left, because"]]
         for (fusion, why), layers in found.items():
-            rows.append([fusion, sum(layers.values()), ", ".join(layers), why])
+            names = [name for name, _ in layers.most_common(_NAMES)]
+            names += [f"and {more} more"] * bool(more := len(layers) - len(names))
+            rows.append([fusion, sum(layers.values()), ", ".join(names), why])
         return rows
 
     def __str__(self) -> str:
