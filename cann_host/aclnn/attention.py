@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cann_host.graph.ops.attention_arithmetic import AttentionTensors, fused_attention
-from cann_host.rules import FUSED, INCRE, PROMPT, AttentionCall, Lengths, check_attention
+from cann_host.rules import (
+    FUSED,
+    INCRE,
+    PROMPT,
+    AttentionCall,
+    Lengths,
+    TensorDesc,
+    check_attention,
+)
 
 from .checks import compute_base_format_only, need
 from .operator import Operator
@@ -140,14 +148,15 @@ def _call(kind: str, arguments: FusedArguments, soc: str) -> AttentionCall:
             fields[name] = argument.desc
         else:
             fields[name] = bool(argument) if name == "softmax_lse_flag" else argument
-    return AttentionCall(
-        soc,
-        kind,
-        query.desc,
-        tuple(tensor.desc for tensor in key),
-        tuple(tensor.desc for tensor in value),
-        **fields,
-    )
+    keys, values = [tensor.desc for tensor in key], [tensor.desc for tensor in value]
+    if kind == FUSED and keys[0].dtype == values[0].dtype == "int32":
+        # aclnn_fused_infer_attention_score_inner.cpp: eight int4 values in each element
+        keys, values = ([_as_int4(desc) for desc in descs] for descs in (keys, values))
+    return AttentionCall(soc, kind, query.desc, tuple(keys), tuple(values), **fields)
+
+
+def _as_int4(desc: TensorDesc) -> TensorDesc:
+    return desc._replace(dtype="int4", shape=(*desc.shape[:-1], 8 * desc.shape[-1]))
 
 
 def _check(kind: str) -> Callable[[FusedArguments, str], None]:

@@ -54,6 +54,15 @@ REFUSED = {
     "dtype of key": Refused(
         PROMPT, {"key": BF16, "value": BF16}, INVALID, "float16 or int4 or int8"
     ),
+    "int4 in int32": Refused(
+        Case(),
+        {
+            "key": torch.zeros(2, 2, 7, 4, dtype=torch.int32),
+            "value": torch.zeros(2, 2, 7, 4, dtype=torch.int32),
+        },
+        None,
+        "cann_host does not compute attention with an int4 key and value",
+    ),
     "float32": Refused(
         PROMPT, dict.fromkeys(("query", "key", "value"), torch.float32), INVALID, "query is float32"
     ),
