@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from cann_host.graph.ops.maths import cast
 from cann_host.memory import FRACTAL_NZ
 from lq_graph import kernels
 
@@ -41,7 +42,7 @@ def _check_copy(call: CopyArguments, _soc: str) -> None:
 
 def _copy(call: CopyArguments, _soc: str) -> None:
     target, source = call
-    target.write(source.view())
+    target.write(cast(source.view(), target.dtype))
 
 
 class CastArguments(NamedTuple):
@@ -59,7 +60,7 @@ def _check_cast(call: CastArguments, soc: str) -> None:
 
 def _cast(call: CastArguments, _soc: str) -> None:
     source, _, out = call
-    out.write(source.view())
+    out.write(cast(source.view(), out.dtype))
 
 
 class PadArguments(NamedTuple):

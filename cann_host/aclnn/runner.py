@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,41 +15,30 @@ from cann_host.bindings import CAPTURES, TRACKS, give
 from cann_host.graph.executor import GraphError
 from cann_host.rules import INNER, INVALID
 
-from . import (
-    activations,
-    attention,
-    attention_flash,
-    cache,
-    copies,
-    fused_norms,
-    fused_swiglu,
-    kv_cache,
-    norms,
-    quant_matmul,
-    rope,
-)
 from .operator import Operator
 from .refusal import RefusedError
 from .tensors import read_arguments, tensors_of
 
 __all__ = ["OPERATORS", "Runner"]
 
+_FAMILIES = (
+    "activations",
+    "attention",
+    "attention_flash",
+    "cache",
+    "copies",
+    "fused_norms",
+    "fused_swiglu",
+    "kv_cache",
+    "norms",
+    "quant_matmul",
+    "rope",
+)
+
 OPERATORS: dict[str, Operator[Any]] = {
     operator.name: operator
-    for family in (
-        activations,
-        attention,
-        attention_flash,
-        cache,
-        copies,
-        fused_norms,
-        fused_swiglu,
-        kv_cache,
-        norms,
-        quant_matmul,
-        rope,
-    )
-    for operator in family.OPERATORS
+    for family in _FAMILIES
+    for operator in import_module(f".{family}", __package__).OPERATORS
 }
 
 _MOST_CALLS = 4096

@@ -233,8 +233,8 @@ class Op:
         dynamic: the dynamic inputs.
         attrs: names of the attributes.
         accepts_internal_formats: whether the function takes Int4 and FractalNZ directly.
-        is_collective: whether it communicates with other processes; then it is never computed while
-            a graph is compiled.
+        only_at_run_time: whether it does more than to compute its results, such as to communicate
+            with other processes; then it is never computed while a graph is compiled.
         writes: the inputs that the function writes into; its first outputs are these tensors. They
             are the caller's memory only if they come from an input of the graph or from a constant
             in the caller's memory; otherwise the function gets copies.
@@ -247,7 +247,7 @@ class Op:
     dynamic: frozenset[str]
     attrs: frozenset[str]
     accepts_internal_formats: bool
-    is_collective: bool = False
+    only_at_run_time: bool = False
     writes: tuple[str, ...] = ()
 
 
@@ -260,14 +260,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 def op(
     *types: str,
     accepts_internal_formats: bool = False,
-    is_collective: bool = False,
+    only_at_run_time: bool = False,
     writes: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Register a function under its GE op types, before or after the stand-in is active.
 
     Args:
         types: GE op types.
-        accepts_internal_formats, is_collective, writes: see `Op`.
+        accepts_internal_formats, only_at_run_time, writes: see `Op`.
     """
 
     def register(function: F) -> F:
@@ -282,7 +282,7 @@ def op(
                 dynamic=frozenset(p.name for p in inputs if p.annotation == "Dynamic"),
                 attrs=frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
                 accepts_internal_formats=accepts_internal_formats,
-                is_collective=is_collective,
+                only_at_run_time=only_at_run_time,
                 writes=writes,
             )
             if runtime.is_active():
@@ -355,7 +355,7 @@ def compute_op(op: Op, inputs: dict[str, Any], attrs: dict[str, Any], *, compili
         refusal = check_definition(op.type, soc_name(), dtype_name(first))
         if refusal is not None:
             raise GraphError(refusal)
-    if (compiling and op.is_collective) or any(is_meta(value) for value in values):
+    if (compiling and op.only_at_run_time) or any(is_meta(value) for value in values):
         inputs = {k: v if k in op.host else to_meta(v) for k, v in inputs.items()}
     names = {"else": "else_"}
     return op.function(**{names.get(name, name): v for name, v in inputs.items()}, **attrs)

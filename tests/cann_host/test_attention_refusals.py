@@ -37,10 +37,10 @@ class Refused(NamedTuple):
     text: str
 
 
-def nearly_a_triangle() -> Tensor:
-    """One that also hides key 1 from query 3."""
+def nearly_a_triangle(query: int = 3, key: int = 1) -> Tensor:
+    """One that also hides a key from a query, or the other way round."""
     mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-    mask[3, 1] = True
+    mask[query, key].logical_not_()
     return mask
 
 
@@ -80,6 +80,9 @@ REFUSED = {
     ),
     "nearly a triangle": Refused(
         PROMPT, {"sparse_mode": 2, "atten_mask": nearly_a_triangle()}, None, "not the triangle"
+    ),
+    "a triangle as far as there are queries": Refused(
+        PROMPT, {"sparse_mode": 3, "atten_mask": nearly_a_triangle(1000, 900)}, None, "not the tri"
     ),
     "no triangle": Refused(
         PROMPT, {"sparse_mode": 2, "atten_mask": ones(2048, 2048)}, None, "not the triangle"
@@ -189,6 +192,20 @@ def test_refusals(one: Refused) -> None:
     with pytest.raises(RuntimeError, match=one.text) as error:
         call.eager()
     assert (f"CANN error {one.code or ''}" in str(error.value)) == (one.code is not None)
+
+
+def test_a_mask_that_was_a_triangle_is_looked_at_again() -> None:
+    call = Call(PROMPT)
+    call.numbers["sparse_mode"] = 3
+    call.tensors["atten_mask"] = nearly_a_triangle(5, 5).npu()
+    with pytest.raises(RuntimeError, match="not the triangle"):
+        call.eager()
+    call.tensors["atten_mask"][5, 5] = False
+    out = call.eager()[0]
+    assert torch.equal(call.eager()[0], out)
+    call.tensors["atten_mask"][1700, 3] = True
+    with pytest.raises(RuntimeError, match="not the triangle"):
+        call.eager()
 
 
 def test_a_refusal_in_a_graph() -> None:

@@ -26,6 +26,7 @@ from cann_host.rules import (
     kind_of,
     value_head,
 )
+from cann_host.weights import converted
 
 __all__ = [
     "AttentionTensors",
@@ -368,7 +369,7 @@ def _mask(
             return None
         return mask.reshape(-1, mask.shape[-1])[one.batch, columns].bool().unsqueeze(0)
     if call.sparse_mode >= 2:
-        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE), one.queries)
+        need_triangle(mask)
         return None
     if mask.dim() > 2:
         mask = mask[one.batch if mask.shape[0] > 1 else 0]
@@ -377,25 +378,28 @@ def _mask(
     return mask[one.rows, columns].bool()
 
 
-def need_triangle(mask: Tensor, queries: int) -> None:
+def need_triangle(mask: Tensor) -> None:
     """Refuse a mask that is not the triangle that sparse_mode 2 to 4 need.
 
-    Its borders tell, and the part of as many rows and columns as there are queries: all of it
-    would cost a decode step more than its attention.
+    A kernel reads it in blocks, at the distance between its queries and keys: so anywhere. The
+    answer is kept until the bytes of the mask are written; to look costs a decode step more than
+    its attention.
     """
-    part = mask[:queries, :queries].bool()
-    first, last, column = mask[0].bool(), mask[-1].bool(), mask[:, -1].bool()
-    if (
-        bool(first[0])
-        or not bool(first[1:].all())
-        or bool(last.any())
-        or not bool(column[:-1].all())
-        or not torch.equal(part, torch.ones_like(part).triu_(1))
-    ):
+    mask = mask.reshape(MASK_SIZE, MASK_SIZE)
+    if mask.is_contiguous():
+        kind = "is a triangle", mask.dtype
+        is_one = converted(kind, mask.data_ptr(), mask.nbytes, lambda: _is_triangle(mask))
+    else:
+        is_one = _is_triangle(mask)
+    if not is_one:
         raise GraphError(
             "atten_mask is not the triangle of torch.triu(torch.ones(2048, 2048), 1); cann_host "
             "computes sparse_mode 2, 3 and 4 with no other"
         )
+
+
+def _is_triangle(mask: Tensor) -> Tensor:
+    return (mask.bool() == torch.ones_like(mask, dtype=torch.bool).triu_(1)).all()
 
 
 def _shift(tensors: AttentionTensors, one: _Sequence, keys: int) -> Tensor | None:

@@ -19,7 +19,6 @@ from cann_host.graph.ops.attention_arithmetic import (
 )
 from cann_host.rules import (
     FLASH_WIDTH,
-    MASK_SIZE,
     FlashCall,
     Lengths,
     check_flash,
@@ -51,7 +50,7 @@ def flash_attention(
     if mask is not None and mask.dim() == 0:
         mask = None
     if mask is not None and call.sparse_mode in (2, 3, 4):
-        need_triangle(mask.reshape(MASK_SIZE, MASK_SIZE), q.shape[2])
+        need_triangle(mask)
     for rows, columns in _parts(call, q.shape[2], k.shape[2]):
         part = q[:, :, rows]
         if not part.numel() or not k[:, :, columns].numel():

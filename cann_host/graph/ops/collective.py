@@ -46,7 +46,7 @@ def _check_ranks(group: str, rank_size: int) -> None:
         raise GraphError(f"rank_size is {rank_size}, and {group} has {have} ranks")
 
 
-@op("HcomAllReduce", is_collective=True)
+@op("HcomAllReduce", only_at_run_time=True)
 def _all_reduce(
     x: Tensor, *, reduction: str, group: str, fusion: int = 1, fusion_id: int = -1
 ) -> Tensor:
@@ -55,7 +55,7 @@ def _all_reduce(
     return _run(group, _ALL_REDUCE, x, out, x.numel(), reduction)
 
 
-@op("HcomReduceScatter", is_collective=True)
+@op("HcomReduceScatter", only_at_run_time=True)
 def _reduce_scatter(
     x: Tensor,
     *,
@@ -73,7 +73,7 @@ def _reduce_scatter(
     return _run(group, _REDUCE_SCATTER, x, out, out.numel(), reduction)
 
 
-@op("HcomAllGather", is_collective=True)
+@op("HcomAllGather", only_at_run_time=True)
 def _all_gather(
     x: Tensor, *, rank_size: int, group: str, fusion: int = 0, fusion_id: int = -1
 ) -> Tensor:
@@ -85,7 +85,7 @@ def _all_gather(
     return _run(group, _ALL_GATHER, x, out, x.numel())
 
 
-@op("HcomBroadcast", is_collective=True)
+@op("HcomBroadcast", only_at_run_time=True)
 def _broadcast(
     x: Dynamic, *, root_rank: int, group: str, fusion: int = 0, fusion_id: int = -1
 ) -> list[Tensor]:

@@ -218,7 +218,15 @@ def _select(condition: Tensor, then: Tensor, else_: Tensor) -> Tensor:
 
 @op("Cast")
 def _cast(x: Tensor, *, dst_type: int) -> Tensor:
-    return x.to(torch_dtype(dst_type))
+    return cast(x, torch_dtype(dst_type))
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another dtype. An integer of NaN is 0: aclnnCast.md, Constraints."""
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+    if is_integer and x.is_floating_point():
+        x = torch.nan_to_num(x, nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return x.to(dtype)
 
 
 @op("Neg")

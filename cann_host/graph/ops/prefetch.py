@@ -23,8 +23,8 @@ def _bytes(value: Any) -> int:
     return like.numel() * like.itemsize
 
 
-# It is never done while a graph is compiled, even if src is a constant.
-@op("Cmo", accepts_internal_formats=True, is_collective=True)
+# A prefetch of a constant is done at run time too.
+@op("Cmo", accepts_internal_formats=True, only_at_run_time=True)
 def _cmo(src: Any, *, max_size: int, type: int = _PREFETCH, offset: int = 0) -> Tensor:
     if type != _PREFETCH:
         raise GraphError(f"type {type} is not implemented by cann_host; it does {_PREFETCH}")
