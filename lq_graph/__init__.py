@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .modules.vendor import convert
     from .quantization.quantize import quantize
     from .quantization.schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
+    from .quantization.smooth import smooth
     from .rules.check import Check, check
     from .rules.plan import Plan, plan
     from .rules.products import get_cann_version, get_product, set_cann_version, set_product
@@ -73,6 +74,7 @@ __all__ = [
     "set_cann_version",
     "set_fusion",
     "set_product",
+    "smooth",
     "static_quant",
     "to_fractal_nz",
     "trans_quant_param",
@@ -100,6 +102,7 @@ _HOMES = {
     "modules.vendor": ("convert",),
     "quantization.quantize": ("quantize",),
     "quantization.schemes": ("A4W4Dynamic", "A8W8Dynamic", "A8W8Static"),
+    "quantization.smooth": ("smooth",),
     "rules.check": ("Check", "check"),
     "rules.plan": ("Plan", "plan"),
     "rules.products": (

@@ -17,7 +17,14 @@ from tqdm import tqdm
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..modules.transaction import evaluating, uninterrupted
 
-__all__ = ["Range", "Seen", "call", "check_batches", "observe"]
+__all__ = [
+    "Range",
+    "Seen",
+    "call",
+    "check_batches",
+    "observe",
+    "restore_forward",
+]
 
 
 class Range:
@@ -116,7 +123,7 @@ def observe(
     count = 0
     with uninterrupted() as may_end, ExitStack() as undo:
         for module in [*seen.ranges, *others]:
-            undo.callback(_restore_forward, module, vars(module).get("forward"))
+            undo.callback(restore_forward, module, vars(module).get("forward"))
             vars(module)["forward"] = _watched(module, seen, running)
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.compiler.set_stance("force_eager"))
@@ -150,7 +157,7 @@ def _watched(module: nn.Module, seen: Seen, running: list[nn.Module]) -> Callabl
     return watched
 
 
-def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+def restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
     if own is not None:
         vars(module)["forward"] = own
     else:
