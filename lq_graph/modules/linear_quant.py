@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from ..ops import trans_quant_param
 from ..rules.plan import check_finite
 from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
-
-if TYPE_CHECKING:
-    from .merged import MergedLinear
 
 __all__ = [
     "PARAMETERS",
@@ -84,7 +81,7 @@ class LinearQuant(nn.Module):
     offset: Tensor | None
     pertoken_scale: Tensor | None
     bias: Tensor | None
-    merged: MergedLinear | None = None  # of a MergedPart, which stands for a LinearQuant
+    merged: nn.Module | None = None  # of a MergedPart, which stands for a LinearQuant
 
     def __init__(
         self,

@@ -120,7 +120,7 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
         if (merged := merged_of(layer)) is not None:
             raise LinearQuantValueError(
                 f"{name}: the layer is merged: {', '.join(merged.names)} have one weight. "
-                "What to do: split the model before lq_graph.merge, which leaves split layers alone."
+                "What to do: split the model before lq_graph.merge, which leaves its layers alone."
             )
         if SPLIT in vars(layer):
             raise LinearQuantValueError(
