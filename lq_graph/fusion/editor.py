@@ -80,7 +80,8 @@ class FusionReport:
         rows: list[list[object]] = [["fusion", "places", "in", "left, because"]]
         for (fusion, why), layers in found.items():
             names = [name for name, _ in layers.most_common(_NAMES)]
-            names += [f"and {more} more"] * bool(more := len(layers) - len(names))
+            if more := len(layers) - len(names):
+                names.append(f"and {more} more")
             rows.append([fusion, sum(layers.values()), ", ".join(names), why])
         return rows
 

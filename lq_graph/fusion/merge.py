@@ -13,7 +13,7 @@ from ..backends.npu import cast_format, format_of
 from ..modules.linear_quant import LinearQuant
 from ..modules.merged import MergedLinear, MergedPart
 from ..modules.places import held_elsewhere, places_of, put
-from ..modules.quantized_linear import QuantizedLinear
+from ..modules.quantized_linear import QuantizedLinear, merged_of
 from ..modules.transaction import (
     all_or_nothing,
     evaluating,
@@ -71,7 +71,7 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
         report = []
         with torch.inference_mode(False), torch.no_grad(), all_or_nothing() as undo:
             for group in groups:
-                merged = group[0][1].linear.merged
+                merged = merged_of(group[0][1].linear)
                 if merged is None:
                     _merge(group, undo)
                 report.append(_reported(group, changed=merged is None))
@@ -146,7 +146,7 @@ def _grouped(
             by_tensors.setdefault(tuple(numbers), []).append(layer)
             for number in dict.fromkeys(numbers):
                 readers.setdefault(number, []).append(layer)
-        elif isinstance(layer, QuantizedLinear) and layer.linear.merged is None:
+        elif isinstance(layer, QuantizedLinear) and merged_of(layer.linear) is None:
             alone.append(LeftAlone(names[layer], "the run did not call it"))
     groups: list[_Group] = []
     for read, layers in by_tensors.items():
@@ -172,8 +172,8 @@ def _parted(
     merged: dict[MergedLinear, _Group] = {}
     parts: dict[str, _Group] = {}
     for name, layer in layers:
-        if isinstance(layer, QuantizedLinear) and layer.linear.merged is not None:
-            merged.setdefault(layer.linear.merged, []).append((name, layer))
+        if isinstance(layer, QuantizedLinear) and (owner := merged_of(layer.linear)) is not None:
+            merged.setdefault(owner, []).append((name, layer))
         elif why := why_not(layer, facts):
             alone.append(LeftAlone(name, why))
         else:

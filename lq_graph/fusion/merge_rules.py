@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..modules.linear_quant import PARAMETERS
+from ..modules.linear_quant import PARAMETERS, LinearQuant
 from ..modules.places import Place
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import why_not_replaceable
@@ -67,8 +67,8 @@ def why_not(layer: nn.Module, model: Model) -> str:
     if not isinstance(layer, QuantizedLinear):
         return "it is float"
     linear = layer.linear
-    if linear.merged is not None:
-        return f"it is merged with {' and '.join(linear.merged.names)} already"
+    if not isinstance(linear, LinearQuant):
+        return "its linear is the vendor's"
     if SPLIT in vars(linear):
         return "it is split over devices"
     if why := why_not_replaceable(layer, QuantizedLinear, model.places.get(layer, ())):

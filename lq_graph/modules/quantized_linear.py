@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from .float_view import FloatView
 from .linear_quant import LinearQuant, keeping_dtypes
 from .split import SPLIT
 
-__all__ = ["QuantizedLinear"]
+if TYPE_CHECKING:
+    from .merged import MergedLinear
+
+__all__ = ["QuantizedLinear", "merged_of"]
 
 _dynamic_quant = torch.ops.lq_graph.dynamic_quant.default
 _static_quant = torch.ops.lq_graph.static_quant.default
@@ -126,7 +129,7 @@ class QuantizedLinear(nn.Module):
 
     def _share_quantizer(self) -> None:
         """Use the tensors of another layer of a merged weight where they are equal."""
-        if (merged := self.linear.merged) is not None:
+        if (merged := merged_of(self.linear)) is not None:
             self._scale_reciprocal = merged.same_quantizer(self._scale_reciprocal)
             self._offset = merged.same_quantizer(self._offset)
 
@@ -215,10 +218,10 @@ class QuantizedLinear(nn.Module):
         """A parameter of `linear`, with memory."""
         linear: Any = self.linear
         found: Tensor | None
-        if linear.merged is None:
+        if (merged := merged_of(linear)) is None:
             found = getattr(linear, name)
         else:
-            found = linear.merged.rows(linear.index, name)
+            found = merged.rows(linear.index, name)
         return found
 
     def _step(self) -> Tensor:
@@ -258,11 +261,11 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         linear: Any = self.linear
-        if linear.merged is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (merged := merged_of(linear)) is not None:
             self._derive_again()
             quantizers = self._scale_reciprocal, self._offset
-            compute = partial(self._product, input, linear.merged)
-            out: Tensor | None = linear.merged.product(linear.index, input, quantizers, compute)
+            compute = partial(self._product, input, merged)
+            out = merged.product(linear.index, input, quantizers, compute)
             if out is not None:
                 own: Tensor = linear.own_rows(out)
                 return own
@@ -353,6 +356,13 @@ class QuantizedLinear(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self._derive()
+
+
+def merged_of(linear: nn.Module) -> MergedLinear | None:
+    """The merged weight that a layer has a part of. The vendor's LinearQuant, which `convert` may
+    put here, has no such attribute."""
+    found: MergedLinear | None = getattr(linear, "merged", None)
+    return found
 
 
 def _version(tensor: Tensor) -> int:

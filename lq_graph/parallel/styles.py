@@ -37,7 +37,7 @@ from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
 from ..modules.linear_quant import LinearQuant, check_whole_words
-from ..modules.quantized_linear import QuantizedLinear
+from ..modules.quantized_linear import QuantizedLinear, merged_of
 from ..modules.split import SPLIT, SplitStyle
 from ..modules.supported import plan_of_layer
 from ..modules.transaction import all_or_nothing
@@ -117,10 +117,10 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
                 "torch's own plans are for nn.Linear."
             )
         layer = layer_in(module)
-        if layer.merged is not None:
+        if (merged := merged_of(layer)) is not None:
             raise LinearQuantValueError(
-                f"{name}: the layer is merged with {' and '.join(layer.merged.names)} into one "
-                "weight. What to do: split a model that is not merged."
+                f"{name}: the layer is merged: {', '.join(merged.names)} have one weight. "
+                "What to do: split the model before lq_graph.merge, which leaves its layers alone."
             )
         if SPLIT in vars(layer):
             raise LinearQuantValueError(

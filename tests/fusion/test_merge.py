@@ -170,8 +170,8 @@ def test_int4_in_fractal_nz() -> None:
         assert torch.equal(model.state_dict()[name].cpu(), tensor), name
 
 
-@pytest.mark.parametrize("nz", [False, True])
-@pytest.mark.parametrize("config", [A8W8Dynamic(), A8W8Static()], ids=repr)
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "nz"), [(A8W8Dynamic(), True), (A8W8Static(), False)], ids=repr)
 def test_captured_graph(config: Any, nz: bool) -> None:
     plain, model = pair(config)
     model = merged_npu(model, config, nz)
@@ -181,6 +181,7 @@ def test_captured_graph(config: Any, nz: bool) -> None:
         assert torch.equal(step(inputs(m).npu()).cpu(), plain(inputs(m)))
 
 
+@pytest.mark.slow
 def test_graph_for_any_number_of_rows() -> None:
     plain, model = pair(A8W8Dynamic())
     model = merged_npu(model, A8W8Dynamic(), nz=True)

@@ -270,7 +270,7 @@ def test_a_merged_layer_is_not_split(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        with pytest.raises(LinearQuantValueError, match="merged with q and k and v into one"):
+        with pytest.raises(LinearQuantValueError, match="merged: q, k, v have one weight"):
             ColwiseLinearQuant()._apply(model.q, mesh)
     finally:
         dist.destroy_process_group()

@@ -249,6 +249,15 @@ def test_static_layers_with_other_scales(name: str, value: float) -> None:
     assert why["k"].startswith(f"its {name} is [") and "and that of q is [" in why["k"]
 
 
+def test_a_layer_with_the_vendors_module() -> None:
+    model = quantized(Attention(), A8W8Static()).npu()
+    lq_graph.convert(model.v, to="torch_npu")
+    want = model(inputs().npu())
+    groups, why = found(lq_graph.merge(model, inputs().npu()))
+    assert groups == [("q", "k")] and why == {"v": "its linear is the vendor's"}
+    assert torch.equal(model(inputs().npu()), want)
+
+
 def test_int8_between_layers_is_left_alone() -> None:
     layers = nn.Sequential(nn.Linear(K, K), nn.Linear(K, 16))
     model = quantized(nn.Sequential(layers), A8W8Static())
