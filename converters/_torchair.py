@@ -13,7 +13,9 @@ from typing import Any
 import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 from torchair import register_fx_node_ge_converter
 from torchair._ge_concrete_graph import ge_apis as ge
+from torchair._ge_concrete_graph.compat_ir import ge_op
 from torchair.ge import Const, DataType, Tensor, TensorSpec
+from torchair.ge import attr as ge_attr
 from torchair.ge._ge_graph import GraphDef, ProtoDataType, torch_type_to_ge_type
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "TensorSpec",
     "dump_to",
     "ge",
+    "ge_attr",
     "ge_dtype_to_proto",
+    "ge_op",
     "register_fx_node_ge_converter",
     "torch_type_to_ge_type",
 ]

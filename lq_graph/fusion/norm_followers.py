@@ -1,7 +1,7 @@
 """What follows a sum and its norm, npu_add_rms_norm: quantizations of the norm, or a cast of it.
 
-What the operators take is hicann/ops-nn's: norm/add_rms_norm_dynamic_quant and
-norm/add_rms_norm_cast (op_host: definition and tiling).
+What the operators take is hicann/ops-nn's: norm/add_rms_norm_dynamic_quant, add_rms_norm_quant,
+add_rms_norm_quant_v2 and add_rms_norm_cast (op_host: definition and tiling).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..rules.products import get_product
+from ..rules.products import get_cann_version, get_product
 from ..rules.tables import dtype_name
 from .editor import Editor, arguments_of, same_shape, same_size, shape_of, value_of
 from .matching import (
@@ -28,7 +28,7 @@ from .matching import (
     results,
 )
 
-__all__ = ["add_rms_norm_cast", "add_rms_norm_dynamic_quant"]
+__all__ = ["add_rms_norm_cast", "add_rms_norm_dynamic_quant", "add_rms_norm_quant"]
 
 _ours, _npu = torch.ops.lq_graph, torch.ops.npu
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -40,6 +40,18 @@ HALVES: dict[str, tuple[torch.dtype, ...]] = {
     "A3": (F16, BF16),
     "950": (F16, BF16),
 }
+# AddRmsNormQuant: product, (dtypes of x1, x2 and gamma, dtype of scales, of zero points). The 950
+# has more.
+_WITH_INTEGERS = ((F16, BF16), F32, torch.int32)
+QUANT: dict[str, tuple[tuple[tuple[torch.dtype, ...], torch.dtype, torch.dtype], ...]] = {
+    "310P": (((F16,), F32, torch.int32),),
+    "A2": (_WITH_INTEGERS, ((BF16,), BF16, BF16)),
+    "A3": (_WITH_INTEGERS, ((BF16,), BF16, BF16)),
+    "950": (_WITH_INTEGERS, ((BF16,), BF16, BF16), ((F16,), F16, F16)),
+}
+LEAST_310P = 32  # values of the weight
+BLOCK = 32  # bytes; torchair's own pattern takes rows of a multiple of it
+MULTIPLIES_SINCE = "8.3.RC1"  # aclnnAddRmsNormQuantV2, which has div_mode
 
 
 def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
@@ -129,7 +141,9 @@ def _add_rms_norm_dynamic_quant_at(editor: Editor, norm: Node, written: set[int]
     return True
 
 
-def _viewed(editor: Editor, result: Node, one: _Quantization, drop: int) -> Node:
+def _viewed(
+    editor: Editor, result: Node, one: _Quantization | _StaticQuantization, drop: int
+) -> Node:
     """A result of the norm's shape in the shape of what the quantization reads."""
     if not is_call(one.reads, *VIEWS):
         return result
@@ -156,6 +170,106 @@ def _check_quantized(norm: Node, gamma: Node, smooth: list[Node | None]) -> None
             need(value_of(scales).dtype == dtype, "the smooth scales have another dtype")
             need(same_shape(scales, gamma), f"the smooth scales have shape {shape_of(scales)}")
             need(scales < norm, "the smooth scales are computed after the norm")
+
+
+@dataclass(frozen=True)
+class _StaticQuantization:
+    """A static quantization to int8.
+
+    Attributes:
+        call: the node.
+        reads: the norm or a view of it.
+        scale, points: its scale, and its zero points if it has some.
+        divides: whether it divides by the scale.
+    """
+
+    call: Node
+    reads: Node
+    scale: Node
+    points: Node | None
+    divides: bool
+
+
+def _static_quant(call: Node, reads: Node) -> _StaticQuantization | None:
+    """A reader of a norm as a static quantization; None if it is another operator."""
+    if is_call(call, _ours.static_quant.default):
+        given = arguments_of(call)
+        scale, points = given["scale_reciprocal"], given["offset"]
+        return _StaticQuantization(call, reads, scale, points, False)
+    npu = getattr(_npu, "npu_quantize", None)
+    if npu is None or not is_call(call, npu.default) or value_of(call).dtype != torch.int8:
+        return None
+    given = arguments_of(call)
+    last = len(shape_of(call)) - 1
+    need(given["axis"] in (-1, last), f"the quantization is along axis {given['axis']}")
+    divides = given.get("div_mode", True)
+    return _StaticQuantization(call, reads, given["scales"], given["zero_points"], divides)
+
+
+def add_rms_norm_quant(editor: Editor) -> None:
+    """npu_add_rms_norm and a static quantization of the norm: npu_add_rms_norm_quant."""
+    target = getattr(_npu, "npu_add_rms_norm", None)
+    if target is not None:
+        every(editor, "add_rms_norm_quant", editor.calls(target.default), _add_rms_norm_quant_at)
+
+
+def _add_rms_norm_quant_at(editor: Editor, norm: Node, written: set[int]) -> bool:
+    readers = [pair for y in _items(norm, 0) for pair in _readers(y)]
+    found = [(user, _static_quant(user, reads)) for user, reads in readers]
+    if not any(one for _, one in found):
+        return False
+    others = [str(user.target) for user, one in found if one is None]
+    need(not others, f"{', '.join(others)} reads the norm too, which the operator does not give")
+    need(not _items(norm, 1), "the reciprocal root is used")
+    same = [one for _, one in found if one is not None]
+    first = same[0]
+    ways = {(one.scale, one.points, one.divides) for one in same}
+    need(len(ways) == 1, f"{len(ways)} quantizations with scales of their own")
+    given = arguments_of(norm)
+    x1, x2, gamma = (given[name] for name in ("x1", "x2", "gamma"))
+    _check_static(norm, first, gamma)
+    target = operator_of("npu_add_rms_norm_quant", *(() if first.divides else ("div_mode",)))
+    inputs = [x1, x2, gamma, first.scale, *([] if first.points is None else [first.points])]
+    check_place(written, inputs, norm, *(user for user, _ in readers))
+    options: dict[str, Any] = {"epsilon": given["epsilon"]}
+    if not first.divides:
+        options["div_mode"] = False
+    tensors = (x1, x2, gamma, first.scale, first.points)
+    call = editor.call(target, *tensors, before=norm, like=norm, **options)
+    made = results(editor, call)
+    for total in _items(norm, 2):
+        editor.replace(total, made(2))
+    for one in same:
+        editor.replace(one.call, _viewed(editor, made(0), one, drop=0))
+    return True
+
+
+def _check_static(norm: Node, one: _StaticQuantization, gamma: Node) -> None:
+    """The conditions of AddRmsNormQuant beyond those of AddRmsNorm."""
+    dtype, product = value_of(arguments_of(norm)["x1"]).dtype, get_product()
+    shape = shape_of(gamma)
+    need(len(shape) == 1, f"the weight has shape {shape}")
+    k, width = shape[0], value_of(gamma).element_size()
+    whole = isinstance(k, int) and k * width % BLOCK == 0
+    need(whole, f"a row has {k} values of {width} bytes; a multiple of {BLOCK} bytes is taken")
+    need(product.key != "310P" or k >= LEAST_310P, f"{product} takes {LEAST_310P} values or more")
+    for what, tensor in (("the scale", one.scale), ("the zero point", one.points)):
+        if tensor is not None:
+            fits = same_shape(tensor, gamma)
+            need(fits, f"{what} has shape {shape_of(tensor)}; the operator takes {shape}")
+            need(tensor < norm, f"{what} is computed after the norm")
+    rows = [row for row in QUANT.get(product.key, ()) if dtype in row[0]]
+    need(bool(rows), f"{product} takes no {dtype_name(dtype)}")
+    scale, points = value_of(one.scale).dtype, one.points
+    allowed = " or ".join(dtype_name(row[1]) for row in rows)
+    rows = [row for row in rows if row[1] == scale]
+    need(bool(rows), f"the scale is {dtype_name(scale)}; {product} takes {allowed}")
+    if points is not None:
+        kind, wanted = value_of(points).dtype, rows[0][2]
+        need(kind == wanted, f"the zero point is {dtype_name(kind)}, not {dtype_name(wanted)}")
+    cann = get_cann_version()
+    multiplies = cann is None or cann.has(MULTIPLIES_SINCE)
+    need(one.divides or multiplies, f"CANN {cann} divides only; {MULTIPLIES_SINCE} multiplies")
 
 
 def add_rms_norm_cast(editor: Editor) -> None:

@@ -80,6 +80,17 @@ FUSIONS = (
         "rounded; the scale is 1 / (127 / peak)",
     ),
     Fusion(
+        name="add_rms_norm_quant",
+        what="npu_add_rms_norm and a static quantization of the norm by a scale for each of k, "
+        "through views: npu_add_rms_norm_quant",
+        saves="1 AscendQuant or Quantize",
+        exact=False,
+        run=norm_followers.add_rms_norm_quant,
+        source="npu_add_rms_norm_quant (Ascend/op-plugin), norm/add_rms_norm_quant (hicann/ops-nn)",
+        differs="none for float16 on Atlas A2 and A3; bfloat16 is quantized before it is rounded, "
+        "and x / rms(x) is not rounded",
+    ),
+    Fusion(
         name="add_rms_norm_cast",
         what="npu_add_rms_norm and a cast of the norm to float32: npu_add_rms_norm_cast",
         saves="1 Cast",

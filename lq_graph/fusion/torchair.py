@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..backends.compat import patterns_of_call
+from ..ops import load
 from .passes import fuse
 
 __all__ = ["register"]
@@ -38,6 +39,8 @@ def register() -> None:
     for compiler, public in _COMPILERS.items():
         if compiler in sys.modules and compiler not in _known:
             _known.add(compiler)
+            if public == "torchair":
+                load("converters:register")()  # before a fusion asks what torchair converts
             _register(getattr(import_module(public), "register_replacement", None))
 
 

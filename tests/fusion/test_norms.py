@@ -17,8 +17,8 @@ from torch import Tensor
 import cann_host
 import lq_graph
 from support import golden_fused
-from support.eager import BF16, F16, F32, I8
-from support.fused import EPSILON, K, as_array, assert_bits, dtype_of, exact, norm_of
+from support.eager import BF16, F16, F32, I8, I32
+from support.fused import EPSILON, K, as_array, assert_bits, dtype_of, exact, norm_of, positive
 from support.fused_graphs import calls_of, fused, outcomes, traced
 from support.has import need_operator
 
@@ -269,6 +269,52 @@ def test_two_quantizations_of_one_norm(first: bool) -> None:
         assert_bits(scale, want_scale.reshape(scale.shape))
 
 
+QUANTIZED = {
+    # id: dtypes of x, of the scales and of the zero points; roundings of Atlas A2
+    "ours": (BF16, BF16, BF16, ""),
+    "theirs, multiplied": (BF16, BF16, BF16, ""),
+    "theirs, divided": (F16, F32, I32, "tnp"),
+}
+
+
+def statically(way: str, y: Tensor, scale: Tensor, points: Tensor | None) -> Tensor:
+    if way == "ours":
+        return lq_graph.static_quant(y, scale, points)
+    divides = way == "theirs, divided"
+    values: Tensor = torch_npu.npu_quantize(y, scale, points, torch.qint8, -1, divides)
+    return values
+
+
+@pytest.mark.parametrize("has_points", [False, True], ids=["symmetric", "points"])
+@pytest.mark.parametrize("flat", [False, True], ids=["3 dims", "view"])
+@pytest.mark.parametrize("way", QUANTIZED)
+def test_add_rms_norm_quant(way: str, flat: bool, has_points: bool) -> None:
+    need_operator("npu_add_rms_norm_quant", "div_mode")
+    dtype, of_scale, of_points, rounds = QUANTIZED[way]
+    x, residual, w = inputs_of(dtype)
+    divides = way == "theirs, divided"
+    scale = positive(K, dtype=of_scale) * (1 if divides else 100)
+    points = exact(K, dtype=F32, seed=5).round().to(of_points) if has_points else None
+    inputs = [x, residual, w, scale, scale if points is None else points]
+
+    def layer(x: Tensor, r: Tensor, w: Tensor, scale: Tensor, points: Tensor) -> Any:
+        total = x + r
+        y = transformers(total, w)
+        y = y.view(-1, K) if flat else y
+        return statically(way, y, scale, points if has_points else None), total
+
+    module, report = fused(layer, *(t.npu() for t in inputs))
+    got = calls_of(module)
+    assert got.pop("view", 0) == flat and got == {"npu_add_rms_norm_quant": 1}
+    assert outcomes(report)["add_rms_norm_quant"] == [""]
+    values, total = run(module, *inputs)
+    want, _, want_total = norm_of(x, residual, w, rounds)
+    want = golden_fused.quantize(want, as_array(scale), as_array(points), divides=divides)
+    assert_bits(values, want.reshape(values.shape))
+    assert_bits(total, want_total)
+    assert values.shape == ((6, K) if flat else (2, 3, K)) and values.dtype == I8
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["3 dims", "view"])
 def test_add_rms_norm_cast(flat: bool) -> None:
     """On Atlas A2 the float32 result is the rounded norm, so no bit changes."""
@@ -443,6 +489,75 @@ def test_quantizations_that_are_left(case: str) -> None:
     assert calls_of(module)["npu_add_rms_norm"] == 1
     (found,) = outcomes(report)["add_rms_norm_dynamic_quant"]
     assert re.search(why, found), found
+
+
+STATIC: dict[str, tuple[torch.dtype, Callable[[Tensor, Tensor], Any], str]] = {
+    "one value": (BF16, lambda y, s: lq_graph.static_quant(y, s[:1]), r"scale has shape \(1,\)"),
+    "a float16 scale": (F16, lq_graph.static_quant, "the scale is float16; .* takes float32"),
+    "two scales": (
+        BF16,
+        lambda y, s: (lq_graph.static_quant(y, s), lq_graph.static_quant(y, s.abs())),
+        "2 quantizations with scales of their own",
+    ),
+    "a second reader": (
+        BF16,
+        lambda y, s: (lq_graph.static_quant(y, s), y.abs()),
+        "aten.abs.default reads the norm too",
+    ),
+    "axis": (
+        F16,
+        lambda y, s: torch_npu.npu_quantize(y, s.float()[:2], None, torch.qint8, 0),
+        "along axis 0",
+    ),
+    "int8 points": (
+        BF16,
+        lambda y, s: torch_npu.npu_quantize(y, s, s.to(I8), torch.qint8, -1),
+        "the zero point is computed after the norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATIC)
+def test_static_quantizations_that_are_left(case: str) -> None:
+    need_operator("npu_add_rms_norm_quant", "div_mode")
+    dtype, function, why = STATIC[case]
+    x, residual, w = inputs_of(dtype)
+    inputs = [t.npu() for t in (x, residual, w, exact(K, dtype=dtype, seed=3))]
+    module, report = fused(lambda x, r, w, s: function(transformers(x + r, w), s), *inputs)
+    assert calls_of(module)["npu_add_rms_norm"] == 1
+    (found,) = outcomes(report)["add_rms_norm_quant"]
+    assert re.search(why, found), found
+
+
+@pytest.mark.parametrize(
+    ("k", "of_points", "product", "cann", "why"),
+    [
+        (K, BF16, "A2", "8.2.RC1", "CANN 8.2.RC1 divides only"),
+        (24, BF16, "A2", None, "a row has 24 values of 2 bytes"),
+        (K, F32, "A2", None, "the zero point is float32, not bfloat16"),
+        (K, BF16, "310P", None, ""),
+    ],
+)
+def test_conditions_of_add_rms_norm_quant(
+    k: int, of_points: torch.dtype, product: str, cann: str | None, why: str
+) -> None:
+    need_operator("npu_add_rms_norm_quant", "div_mode")
+
+    def layer(x: Tensor, r: Tensor, w: Tensor, points: Tensor) -> Any:
+        y = torch_npu.npu_add_rms_norm(x, r, w, EPSILON)[0]
+        return torch_npu.npu_quantize(y, w, points, torch.qint8, -1, False)
+
+    x = exact(2, k, dtype=BF16).npu()
+    w, points = exact(k, dtype=BF16).npu(), exact(k, dtype=of_points).npu()
+    lq_graph.set_product(product)
+    lq_graph.set_cann_version(cann)
+    try:
+        _, report = fused(layer, x, x, w, points)
+    finally:
+        lq_graph.set_product(None)
+        lq_graph.set_cann_version(None)
+    (found,) = outcomes(report)["add_rms_norm_quant"]
+    assert re.search(why or "takes no bfloat16", found), found
 
 
 def test_a_norm_without_a_sum_is_not_quantized() -> None:
