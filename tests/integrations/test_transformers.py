@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.hf_models import MODELS, PROMPT, ROOM, cache_argument, greedy, model_of, prompt
+from support.hf_models import MODELS, PROMPT, ROOM, cached, greedy, model_of, prompt
 
 transformers = pytest.importorskip("transformers")
 torch_npu = pytest.importorskip("torch_npu")
@@ -30,7 +30,12 @@ FP16 = torch.float16
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     attention_module._said.clear()
-    with warnings.catch_warnings():
+    functorch: Any = torch._functorch.config
+    allowed = {}
+    if hasattr(functorch, "error_on_custom_op_aliasing"):
+        # npugraph_ex: the operator returns what it writes into. torch refuses that where CI is set
+        allowed["error_on_custom_op_aliasing"] = False
+    with functorch.patch(allowed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # names of older transformers
         yield
 
@@ -65,7 +70,15 @@ def assert_close(got: tuple[Tensor, Tensor], name: str) -> None:
     assert (got[1] - logits).abs().max() <= 0.01 * logits.abs().max()
 
 
+@cache
+def _ge_first() -> None:
+    """A process that ran npugraph_ex has no GE graphs afterwards: torchair registers twice."""
+    torch.compile(torch.neg, backend=torchair.get_npu_backend())(torch.ones(2).npu())
+    torch._dynamo.reset()
+
+
 def compiled(model: Any, mode: str, config: Any = None) -> Any:
+    _ge_first()
     backend: Any = mode
     if mode == "ge" or mode not in torch._dynamo.list_backends():
         config = config or torchair.CompilerConfig()
@@ -127,7 +140,7 @@ def test_prompt_as_a_graph(mode: str, is_early: bool) -> None:
     with torch.no_grad():
         logits = step(
             input_ids=ids.npu(), attention_mask=room.npu(), position_ids=position.npu(),
-            **{cache_argument(model): made},
+            **cached(model, made, 0, PROMPT),
         ).logits[:, -1]  # fmt: skip
     want = wanted("qwen3")[1][0]
     assert torch.cosine_similarity(logits.float().cpu(), want, dim=-1).min() >= 0.9999
@@ -152,7 +165,7 @@ def test_a_step_of_a_layer_is_three_operators_and_one_graph(name: str) -> None:
     assert ops.count("FusedInferAttentionScore") == layers
     assert ops.count("Scatter") == 2 * layers
     assert ops.count("LogicalNot") == 1  # of the mask
-    assert not {"TensorMove", "SoftmaxV2", "BroadcastTo"} & {*ops}
+    assert not {"TensorMove", "SoftmaxV2"} & {*ops}
     by_name = {node.name: node for node in step.nodes}
     for node in step.compute:
         if node.op != "FusedInferAttentionScore":
@@ -250,13 +263,13 @@ def test_a_graph_beyond_the_end_gives_nan_and_writes_nothing_outside(mode: str) 
     made = StaticCache(model.config, PROMPT + 1)
     position = torch.full((2, 1), PROMPT).npu()
     mask = torch.ones(2, PROMPT + 1, dtype=torch.int64).npu()
-    argument = {cache_argument(model): made}
+    whole, last = cached(model, made, 0, PROMPT), cached(model, made, PROMPT, 1)
     ids, _ = prompt()
     with torch.no_grad():
-        model(input_ids=ids.npu(), attention_mask=mask, **argument)
+        model(input_ids=ids.npu(), attention_mask=mask, **whole)
         one = torch.full((2, 1), 5).npu()
         finite = [
-            later(input_ids=one, attention_mask=mask, position_ids=position, **argument)
+            later(input_ids=one, attention_mask=mask, position_ids=position, **last)
             .logits.isfinite()
             .any()
             .item()
@@ -264,10 +277,10 @@ def test_a_graph_beyond_the_end_gives_nan_and_writes_nothing_outside(mode: str) 
         ]
     assert finite == [True] + [False] * 7
     with pytest.raises(ValueError, match="do not fit"):
-        model(input_ids=one, attention_mask=mask, **argument)
+        model(input_ids=one, attention_mask=mask, **last)
     made.reset()
     with torch.no_grad():
-        logits = model(input_ids=ids.npu(), attention_mask=mask, **argument).logits
+        logits = model(input_ids=ids.npu(), attention_mask=mask, **whole).logits
     assert bool(logits.isfinite().all())
 
 
@@ -281,8 +294,9 @@ def small() -> tuple[Any, StaticCache]:
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor, made: Any) -> Tensor:
-    argument = {cache_argument(model): made}
-    out: Tensor = model(input_ids=ids.npu(), use_cache=True, **argument).logits[:, -1]
+    queries = ids.shape[1]
+    given = cached(model, made, int(made.get_seq_length()), queries)
+    out: Tensor = model(input_ids=ids.npu(), use_cache=True, **given).logits[:, -1]
     return out.cpu()
 
 

@@ -75,20 +75,26 @@ def prompt() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def cache_argument(model: nn.Module) -> str:
-    """Its name in this version of transformers."""
+def cached(model: nn.Module, cache: Any, first: int, queries: int) -> dict[str, Any]:
+    """The arguments of a step with a cache, by their names in this version of transformers.
+
+    Args:
+        model: on any device.
+        cache: of the model.
+        first: position of the first query.
+        queries: how many.
+    """
     names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    given: dict[str, Any] = {"cache" if "cache" in names else "past_key_values": cache}
+    if "cache_position" in names:  # older: else it is read from the cache, which no graph can
+        device = next(model.parameters()).device
+        given["cache_position"] = torch.arange(first, first + queries, device=device)
+    return given
 
 
 @torch.no_grad()
 def greedy(
-    model: Any,
-    cache: Any,
-    *,
-    later: Callable[..., Any] | None = None,
-    tokens: int = TOKENS,
-    teacher: Tensor | None = None,
+    model: Any, cache: Any, *, later: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Write a text.
 
@@ -96,8 +102,6 @@ def greedy(
         model: on any device.
         cache: empty.
         later: the model that takes the steps after the prompt.
-        tokens: how many.
-        teacher: (steps, 2), tokens that go in instead of the most likely ones.
 
     Returns:
         tokens (steps, 2), float32 logits (steps, 2, vocabulary).
@@ -107,22 +111,20 @@ def greedy(
     room = torch.zeros(2, ROOM, dtype=torch.int64)
     room[:, :PROMPT] = mask
     written, logits = [], []
-    for step in range(tokens):
-        width = PROMPT + step
-        whole = cache.get_max_length() if hasattr(cache, "get_max_length") else -1
-        seen = room if whole > 0 else room[:, :width]
-        position = (room[:, :width].cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        take = model if step == 0 or later is None else later
+    for width in range(PROMPT, PROMPT + TOKENS):
+        queries = ids.shape[1]
+        seen = room if cache.is_compileable else room[:, :width]
+        position = (room[:, :width].cumsum(-1) - 1).clamp(min=0)[:, -queries:]
+        take = model if width == PROMPT or later is None else later
         out = take(
             input_ids=ids.to(device),
             attention_mask=seen.to(device),
             position_ids=position.contiguous().to(device),
             use_cache=True,
-            **{cache_argument(model): cache},
+            **cached(model, cache, width - queries, queries),
         )
         logits.append(out.logits[:, -1].float().cpu())
         written.append(logits[-1].argmax(-1))
-        ids = (written[-1] if teacher is None else teacher[step])[:, None].clone()
-        if width < ROOM:
-            room[:, width] = 1
+        ids = written[-1][:, None].clone()
+        room[:, width] = 1
     return torch.stack(written), torch.stack(logits)
