@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cann_host import _native, importing, releases
+from cann_host import _native, callers, importing, releases
 from cann_host.options import CannHostError, Fault, Options, parse_faults
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def _connect(wanted: Options, library: ctypes.CDLL, faults: Faults) -> Runtime:
     from cann_host.graph.engine import GraphEngine
     from cann_host.watched import CaptureWatch
 
+    callers.watch()
     captures = CapturedWork(library)
     return Runtime(
         options=wanted,

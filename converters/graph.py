@@ -26,6 +26,23 @@ __all__ = ["Edge", "Graph", "Node", "capture", "read"]
 
 # nodes that hold or pass on tensors and compute nothing
 PASSIVE = frozenset({"Const", "ConstPlaceHolder", "Data", "FileConstant", "NetOutput", "RefData"})
+# compute nodes that are no kernel on a device: the memory stays as it is
+VIEWS = frozenset(
+    {
+        "Bitcast",
+        "ExpandDims",
+        "Flatten",
+        "FlattenV2",
+        "Identity",
+        "Reshape",
+        "Squeeze",
+        "SqueezeV2",
+        "SqueezeV3",
+        "Unsqueeze",
+        "UnsqueezeV2",
+        "UnsqueezeV3",
+    }
+)
 _FORMATS = {2: "ND", 29: "FRACTAL_NZ"}
 # GE's dtype names that differ from torch's
 _DTYPES = {"float": "float32", "bf16": "bfloat16", "double": "float64"}
@@ -81,6 +98,11 @@ class Graph:
     def compute(self) -> tuple[Node, ...]:
         """The nodes that do work on the device."""
         return tuple(node for node in self.nodes if node.op not in PASSIVE)
+
+    @property
+    def launches(self) -> tuple[Node, ...]:
+        """The compute nodes that are kernels on a device. GE's own fusions can make fewer."""
+        return tuple(node for node in self.compute if node.op not in VIEWS)
 
     def ops(self) -> list[str]:
         """GE op types of the compute nodes, in order."""

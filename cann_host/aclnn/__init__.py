@@ -15,7 +15,7 @@ either.
                   aclnnRopeWithSinCosCache*
     cache         aclnnScatterNdUpdate, aclnnInplaceScatterUpdate
     fused_norms   norms that quantize: aclnnAddRmsNormDynamicQuantV2
-    fused_swiglu  aclnnSwiGlu, aclnnDequantSwigluQuantV2, aclnnSwiGluQuantV2
+    fused_swiglu  aclnnSwiGlu*, aclnnDequantSwigluQuantV2, aclnnSwiGluQuantV2
     kv_cache      aclnnScatterPaKvCache, aclnnKvRmsNormRopeCache*
     copies        copies, casts of dtype and format, padding
     runner        OPERATORS; Runner, which the library calls

@@ -149,10 +149,14 @@ def _check(arguments: FlashArguments, soc: str) -> None:
     compute_base_format_only(**tensors)
 
 
-def _check_packed(arguments: FlashArguments, soc: str) -> None:
-    layout = arguments.given.get("input_layout")
+def _need_packed(given: dict[str, Any]) -> None:
+    layout = given.get("input_layout")
     if layout not in (None, "TND"):
         raise RefusedError(f"input_layout is {layout}; TND is allowed")
+
+
+def _check_packed(arguments: FlashArguments, soc: str) -> None:
+    _need_packed(arguments.given)
     _check(arguments, soc)
 
 
@@ -221,6 +225,17 @@ _GRADIENT_FUNCTIONS: dict[str, tuple[str, ...]] = {
         *_NUMBERS,
         *_GRADIENTS,
     ),
+    "aclnnFlashAttentionUnpaddingScoreGradV4": (
+        *_QKV,
+        "dy",
+        *_MASKS,
+        *_SOFTMAX,
+        "prefix",
+        *_LENGTHS,
+        *_NUMBERS,
+        *_GRADIENTS,
+        "softmax_layout",
+    ),
 }
 
 
@@ -260,6 +275,14 @@ def _check_gradient(arguments: GradientArguments, soc: str) -> None:
     compute_base_format_only(**tensors, dpse=dpse)
 
 
+def _check_packed_gradient(arguments: GradientArguments, soc: str) -> None:
+    _need_packed(arguments.given)
+    layout = arguments.given.get("softmax_layout", "")
+    if layout not in ("", "same_as_input"):
+        raise RefusedError(f"softmax_layout is {layout}; same_as_input or none is allowed")
+    _check_gradient(arguments, soc)
+
+
 def _compute_gradient(arguments: GradientArguments, soc: str) -> None:
     given, call = arguments.given, _gradient_call(arguments, soc)
     optional = {n: t.view() for n, t in given.items() if n in ("atten_mask", "real_shift")}
@@ -284,7 +307,12 @@ OPERATORS: tuple[Operator[Any], ...] = (
         for name, names in _FUNCTIONS.items()
     ),
     *(
-        Operator(name, _gradient_arguments(names), _check_gradient, _compute_gradient)
+        Operator(
+            name,
+            _gradient_arguments(names),
+            _check_packed_gradient if "Unpadding" in name else _check_gradient,
+            _compute_gradient,
+        )
         for name, names in _GRADIENT_FUNCTIONS.items()
     ),
 )

@@ -1,4 +1,4 @@
-"""SwiGLU, and SwiGLU that dequantizes and quantizes."""
+"""SwiGLU, its gradient, and SwiGLU that dequantizes and quantizes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cann_host.graph.ops.fused_swiglu import (
     SwiGluOptions,
     dequant_swiglu_quant,
     swi_glu,
+    swi_glu_grad,
     swi_glu_quant,
 )
 from cann_host.graph.ops.quant import quantized_name
@@ -19,9 +20,11 @@ from cann_host.rules import (
     TILING,
     DequantSwigluQuantCall,
     SwiGluCall,
+    SwiGluGradCall,
     SwiGluQuantCall,
     check_dequant_swiglu_quant,
     check_swi_glu,
+    check_swi_glu_grad,
     check_swi_glu_quant,
 )
 from lq_graph import kernels
@@ -67,6 +70,27 @@ def _check_swi_glu(call: SwiGluArguments, soc: str) -> None:
 
 def _swi_glu(call: SwiGluArguments, _soc: str) -> None:
     call.out.view().copy_(swi_glu(call.x.view(), call.dim))
+
+
+class SwiGluGradArguments(NamedTuple):
+    y_grad: AclTensor
+    x: AclTensor
+    dim: int
+    out: AclTensor
+
+
+def _check_swi_glu_grad(call: SwiGluGradArguments, soc: str) -> None:
+    """Source: hicann/ops-nn activation/swi_glu_grad/docs/aclnnSwiGluGrad.md."""
+    y_grad, x, dim, out = call
+    need(yGrad=y_grad, x=x, out=out)
+    compute_base_format_only(yGrad=y_grad, x=x, out=out)
+    raise_refusal(check_swi_glu_grad(SwiGluGradCall(y_grad.desc, SwiGluCall(soc, x.desc, dim))))
+    if (out.dtype, out.shape) != (x.dtype, x.shape):
+        raise RefusedError(f"out is {out.desc} and x {x.desc}")
+
+
+def _swi_glu_grad(call: SwiGluGradArguments, _soc: str) -> None:
+    call.out.view().copy_(swi_glu_grad(call.y_grad.view(), call.x.view(), call.dim))
 
 
 # ---- DequantSwigluQuant ----
@@ -251,6 +275,7 @@ def _swi_glu_quant(call: SwiGluQuantArguments, soc: str) -> None:
 
 OPERATORS = (
     Operator("aclnnSwiGlu", SwiGluArguments, _check_swi_glu, _swi_glu),
+    Operator("aclnnSwiGluGrad", SwiGluGradArguments, _check_swi_glu_grad, _swi_glu_grad),
     Operator(
         "aclnnDequantSwigluQuant",
         DequantSwigluQuantArguments,

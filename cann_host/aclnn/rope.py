@@ -5,19 +5,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cann_host.graph import executor
-from cann_host.graph.ops.rope import apply_rotary, mrope, rotary, rotary_position_embedding
+from cann_host.graph.ops.rope import (
+    apply_rotary,
+    mrope,
+    rotary,
+    rotary_grad,
+    rotary_position_embedding,
+)
 from cann_host.rules import (
     HALF,
+    INTERLEAVE,
     INTERLEAVE_HALF,
     INVALID,
     ApplyRotaryCall,
     MropeCall,
     RotaryCall,
+    RotaryGradCall,
     apply_rotary_ignores,
     check_apply_rotary,
     check_interleave_rope,
     check_mrope,
     check_rotary,
+    check_rotary_grad,
+    rotary_ignores,
 )
 
 from .checks import compute_base_format_only, need
@@ -60,6 +70,21 @@ class RotaryV2Arguments(NamedTuple):
     mode: int
     rotate: AclTensor | None
     out: AclTensor
+
+
+class RotaryGradArguments(NamedTuple):
+    dy: AclTensor
+    cos: AclTensor
+    sin: AclTensor
+    x: AclTensor | None
+    mode: int
+    dx: AclTensor
+    dcos: AclTensor
+    dsin: AclTensor
+
+    def described(self, soc: str) -> RotaryGradCall:
+        x = describe(self.x)
+        return RotaryGradCall(soc, self.dy.desc, self.cos.desc, self.sin.desc, x, self.mode)
 
 
 class InterleaveRopeArguments(NamedTuple):
@@ -132,7 +157,7 @@ def _rotary_call(call: RotaryV2Arguments, soc: str) -> RotaryCall:
 
 def _check_out(x: AclTensor, out: AclTensor) -> None:
     if (out.shape, out.dtype) != (x.shape, x.dtype):
-        raise RefusedError(f"x is {x.desc} and out {out.desc}", INVALID)
+        raise RefusedError(f"out is {out.desc}; it must be like {x.desc}", INVALID)
 
 
 def _check_rotary(given: RotaryArguments | RotaryV2Arguments, soc: str) -> None:
@@ -154,6 +179,31 @@ def _rotary(given: RotaryArguments | RotaryV2Arguments, soc: str) -> None:
     x, cos, sin = call.x.view(), call.cos.view(), call.sin.view()
     values = rotary_position_embedding(_rotary_call(call, soc), x, cos, sin, rotate)
     call.out.view().copy_(values)
+
+
+def _check_rotary_grad(call: RotaryGradArguments, soc: str) -> None:
+    """Source: hicann/ops-transformer posembedding/rotary_position_embedding_grad/docs."""
+    need(dy=call.dy, cos=call.cos, sin=call.sin, dx=call.dx, dcos=call.dcos, dsin=call.dsin)
+    described = call.described(soc)
+    raise_refusal(check_rotary_grad(described))
+    compute_base_format_only(
+        **{name: t for name, t in call._asdict().items() if isinstance(t, AclTensor)}
+    )
+    _check_out(call.dy, call.dx)
+    if call.x is not None:
+        _check_out(call.cos, call.dcos)
+        _check_out(call.sin, call.dsin)
+    if ignored := rotary_ignores(described.forward):
+        executor.caution(ignored)
+
+
+def _rotary_grad(call: RotaryGradArguments, _soc: str) -> None:
+    x = None if call.x is None else call.x.view()
+    mode = INTERLEAVE if call.mode == 1 else HALF
+    gradients = rotary_grad(call.dy.view(), call.cos.view(), call.sin.view(), x, mode)
+    for out, values in zip((call.dx, call.dcos, call.dsin), gradients, strict=True):
+        if values is not None:  # without x, the kernel leaves dcos and dsin as they are
+            out.view().copy_(values)
 
 
 def _check_interleave_rope(call: InterleaveRopeArguments, soc: str) -> None:
@@ -212,6 +262,9 @@ OPERATORS = (
     ),
     Operator("aclnnRotaryPositionEmbedding", RotaryArguments, _check_rotary, _rotary),
     Operator("aclnnRotaryPositionEmbeddingV2", RotaryV2Arguments, _check_rotary, _rotary),
+    Operator(
+        "aclnnRotaryPositionEmbeddingGrad", RotaryGradArguments, _check_rotary_grad, _rotary_grad
+    ),
     Operator(
         "aclnnInterleaveRope", InterleaveRopeArguments, _check_interleave_rope, _interleave_rope
     ),

@@ -20,6 +20,7 @@ from cann_host import runtime
 from cann_host.aten.captured import CapturedWork
 from cann_host.aten.dispatch import Replacements, stock_kernel
 from cann_host.aten.fallback import CpuKernel
+from cann_host.aten.gradients import GRADIENTS
 from cann_host.aten.host_views import HostViews
 from cann_host.graph.converters import add_attention
 from cann_host.rules import A2, soc_family
@@ -140,7 +141,7 @@ class AtenKernels:
             self.count += self._replace(name, op)
 
     def _replace(self, name: str, op: torch._ops.OpOverload) -> bool:
-        """Replace one overload's kernels. Returns whether PyTorch has a kernel for it."""
+        """Replace one overload's kernels. Returns whether there is one here."""
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         stock: Callable[..., Any]
         if has_kernel(name, "CompositeImplicitAutograd"):
@@ -159,6 +160,9 @@ class AtenKernels:
             # The vendor's gradient would call the vendor's backward kernels.
             stock = stock_kernel(op, "AutogradCPU")
             keys = ["AutogradPrivateUse1"]
+        elif name in GRADIENTS:
+            self._replacements.replace(name, GRADIENTS[name], "PrivateUse1")
+            return True
         else:
             return False
         choose = _attention if op._schema.name == _ATTENTION else _prefer

@@ -80,6 +80,8 @@ CANN_HOST_OPERATOR(aclnnFlashAttentionScoreGradV2, FLASH_BACKWARD, Ints, Ints, I
                    Int, FLASH_OUT)
 CANN_HOST_OPERATOR(aclnnFlashAttentionUnpaddingScoreGrad, FLASH_BACKWARD, Ints, Ints, Ints,
                    FLASH_NUMBERS, FLASH_OUT)
+CANN_HOST_OPERATOR(aclnnFlashAttentionUnpaddingScoreGradV4, FLASH_BACKWARD, Ints, Ints, Ints,
+                   FLASH_NUMBERS, FLASH_OUT, Text)
 
 extern "C" {
 

@@ -14,6 +14,7 @@ CANN_HOST_OPERATOR(aclnnAddRmsNormQuantV2, Tensor, Tensor, Tensor, Tensor, Tenso
                    Tensor, Int, Real, Flag, Tensor, Tensor, Tensor, Tensor)
 CANN_HOST_OPERATOR(aclnnRmsNormQuant, Tensor, Tensor, Tensor, Tensor, Tensor, Real, Tensor)
 CANN_HOST_OPERATOR(aclnnSwiGlu, Tensor, Int, Tensor)
+CANN_HOST_OPERATOR(aclnnSwiGluGrad, Tensor, Tensor, Int, Tensor)
 CANN_HOST_OPERATOR(aclnnSwiGluQuantV2, Tensor, Tensor, Tensor, Tensor, Flag, Text, Int, Int, Tensor,
                    Tensor)
 CANN_HOST_OPERATOR(aclnnDequantSwigluQuant, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,

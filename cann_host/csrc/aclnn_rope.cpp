@@ -7,6 +7,8 @@ CANN_HOST_OPERATOR(aclnnApplyRotaryPosEmb, Tensor, Tensor, Tensor, Tensor, Int)
 CANN_HOST_OPERATOR(aclnnApplyRotaryPosEmbV2, Tensor, Tensor, Tensor, Tensor, Int, Text)
 CANN_HOST_OPERATOR(aclnnRotaryPositionEmbedding, Tensor, Tensor, Tensor, Int, Tensor)
 CANN_HOST_OPERATOR(aclnnRotaryPositionEmbeddingV2, Tensor, Tensor, Tensor, Int, Tensor, Tensor)
+CANN_HOST_OPERATOR(aclnnRotaryPositionEmbeddingGrad, Tensor, Tensor, Tensor, Tensor, Int, Tensor,
+                   Tensor, Tensor)
 CANN_HOST_OPERATOR(aclnnInterleaveRope, Tensor, Tensor, Tensor, Tensor)
 CANN_HOST_OPERATOR(aclnnRopeWithSinCosCache, Tensor, Tensor, Tensor, Tensor, Ints, Int, Flag,
                    Tensor, Tensor)

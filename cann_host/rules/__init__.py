@@ -15,11 +15,12 @@ on purpose, so each checks the other: do not import one from the other.
     dynamic_quant      DynamicQuant, DynamicQuantV2
     static_quant       AscendQuantV2, aclnnQuantize
     rope               ApplyRotaryPosEmb, RotaryPositionEmbedding, InterleaveRope
+    rope_grad          RotaryPositionEmbeddingGrad, RotaryMulGrad
     mrope              RopeWithSinCosCache
     cache              ScatterNdUpdate, Scatter, ScatterElements
     norms              RmsNorm, AddRmsNorm, AddRmsNormCast, LayerNormV4
     fused_norms        norms that quantize: AddRmsNormDynamicQuant, AddRmsNormQuant, RmsNormQuant
-    fused_swiglu       SwiGlu, DequantSwigluQuant, SwiGluQuant
+    fused_swiglu       SwiGlu, SwiGluGrad, DequantSwigluQuant, SwiGluQuant
     kv_cache           ScatterPaKvCache, KvRmsNormRopeCache
     definitions        dtypes of activations and other graph operators
     attention          FusedInferAttentionScore: layouts, dtypes; attention_check has its check,
@@ -88,10 +89,12 @@ from .fused_norms import (
 from .fused_swiglu import (
     DequantSwigluQuantCall,
     SwiGluCall,
+    SwiGluGradCall,
     SwiGluQuantCall,
     check_dequant_swiglu_quant,
     check_group_list,
     check_swi_glu,
+    check_swi_glu_grad,
     check_swi_glu_quant,
     dequant_swiglu_quant_ignores,
 )
@@ -124,6 +127,7 @@ from .rope import (
     check_rotary_mul,
     rotary_ignores,
 )
+from .rope_grad import RotaryGradCall, check_rotary_grad, check_rotary_mul_grad
 from .static_quant import (
     AscendQuantCall,
     QuantizeCall,
@@ -184,9 +188,11 @@ __all__ = [
     "RmsNormCall",
     "RmsNormQuantCall",
     "RotaryCall",
+    "RotaryGradCall",
     "ScatterCall",
     "ScatterPaCall",
     "SwiGluCall",
+    "SwiGluGradCall",
     "SwiGluQuantCall",
     "TensorDesc",
     "TransQuantParamCall",
@@ -212,12 +218,15 @@ __all__ = [
     "check_rms_norm",
     "check_rms_norm_quant",
     "check_rotary",
+    "check_rotary_grad",
     "check_rotary_mul",
+    "check_rotary_mul_grad",
     "check_scatter_elements",
     "check_scatter_nd_update",
     "check_scatter_pa_kv_cache",
     "check_scatter_update",
     "check_swi_glu",
+    "check_swi_glu_grad",
     "check_swi_glu_quant",
     "check_trans_quant_param",
     "dequant_swiglu_quant_ignores",

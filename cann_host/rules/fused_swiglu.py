@@ -1,7 +1,7 @@
-"""SwiGlu, and SwiGLU that dequantizes and quantizes: DequantSwigluQuant, SwiGluQuant.
+"""SwiGlu, its gradient, and SwiGLU that dequantizes and quantizes: DequantSwigluQuant, SwiGluQuant.
 
-Source: hicann/ops-nn activation/swi_glu, quant/dequant_swiglu_quant and quant/swi_glu_quant:
-op_host (definition, InferShape and tiling), and docs for the codes of an eager call.
+Source: hicann/ops-nn activation/swi_glu and swi_glu_grad, quant/dequant_swiglu_quant and
+swi_glu_quant: op_host (definition, InferShape and tiling), and docs for the codes of an eager call.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from typing import NamedTuple
 
 from .definitions import DEFINED
 from .descriptors import TensorDesc
-from .products import A2, P310, soc_family
+from .products import A2, A950, P310, soc_family
 from .refusal import INVALID, NO_KERNEL, NULL_POINTER, TILING, Refusal, one_of
 
 __all__ = [
     "SWIGLU_QUANT_MODES",
     "DequantSwigluQuantCall",
     "SwiGluCall",
+    "SwiGluGradCall",
     "SwiGluQuantCall",
     "check_dequant_swiglu_quant",
     "check_group_list",
     "check_swi_glu",
+    "check_swi_glu_grad",
     "check_swi_glu_quant",
     "dequant_swiglu_quant_ignores",
 ]
@@ -68,6 +70,37 @@ def check_swi_glu(call: SwiGluCall) -> Refusal | None:
     half = prod(shape[dim % len(shape) :]) // 2 * _WIDTHS[call.x.dtype]
     if soc_family(soc) == P310 and (half % 64 or 0 in shape):
         return Refusal(f"half of x has {half} bytes; {soc} takes multiples of 64", TILING)
+    return None
+
+
+class SwiGluGradCall(NamedTuple):
+    """A call of SwiGluGrad.
+
+    Attributes:
+        y_grad: gradient of the result.
+        forward: the SwiGlu that it is the gradient of.
+    """
+
+    y_grad: TensorDesc
+    forward: SwiGluCall
+
+
+def check_swi_glu_grad(call: SwiGluGradCall) -> Refusal | None:
+    """Why a SwiGluGrad is refused; None if it is accepted. It has the dtypes of SwiGlu."""
+    y_grad, (soc, x, dim, is_graph) = call
+    if y_grad.dtype != x.dtype:
+        code = NO_KERNEL if is_graph else INVALID
+        return Refusal(f"y_grad is {y_grad.dtype} and x {x.dtype}", code)
+    if refusal := check_swi_glu(call.forward):
+        return refusal
+    axis = dim % len(x.shape)
+    if y_grad.shape != (*x.shape[:axis], x.shape[axis] // 2, *x.shape[axis + 1 :]):
+        text = f"x has shape {x.shape}, dim is {dim}, and y_grad has shape {y_grad.shape}"
+        if soc_family(soc) == A950:
+            return Refusal(text, TILING)
+        return Refusal(f"{text}. CANN does not check it; cann_host does", None)
+    if 0 in x.shape:
+        return Refusal(f"x has shape {x.shape}; cann_host computes no empty one", None)
     return None
 
 

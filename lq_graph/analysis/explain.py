@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ..backends.compat_npu import import_torchair
 from ..errors import LinearQuantValueError
+from ..fusion.editor import FusionReport
+from ..fusion.passes import reports
+from ..modules.fusion_options import FusionOptions, fusion
 from ..modules.linear_quant import LinearQuant
 from ..modules.prepare import use_internal_format_weight
 from ..modules.vendor import convert
@@ -96,6 +99,9 @@ class Explanation:
         product: whose support table was read.
         layers: one for each LinearQuant that was called, in order of the calls.
         graphs: the GE graphs of the whole model.
+        unfused: the same, lowered without our fusions.
+        fusions: what fused in each graph, and what did not and why
+            (`lq_graph.fusion.editor.FusionReport`).
         peak: the figures from which the bounds are estimated.
     """
 
@@ -103,6 +109,8 @@ class Explanation:
     product: Product
     layers: tuple[LayerExplanation, ...]
     graphs: tuple[Any, ...]
+    unfused: tuple[Any, ...]
+    fusions: tuple[FusionReport, ...]
     peak: Peak
 
     def rows(self) -> list[list[object]]:
@@ -145,6 +153,11 @@ class Explanation:
             "",
             f"at least {total * 1e6:.2f} us in these layers: {self.peak}",
         ]
+        launches = [sum(len(g.launches) for g in way) for way in (self.unfused, self.graphs)]
+        fused = f"{launches[0]} kernels without fusion, {launches[1]} with"
+        lines += ["", f"whole model: {fused}"]
+        for report in self.fusions:
+            lines += table(report.rows()) if report.lines else []
         seen = set()
         for layer in self.layers:
             shown = (str(layer.ours), str(layer.vendor))
@@ -175,9 +188,9 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
     """Lower a model as for deployment, and show the GE nodes of each quantized layer.
 
     Works on a copy of the model. The copy is prepared (`use_internal_format_weight`), run once for
-    the shapes, and lowered as a whole. Then each different LinearQuant is lowered alone, and so is
-    the vendor's module, prepared by torchair's own function. Sets
-    torch.npu.config.allow_internal_format to True, as a deployment does.
+    the shapes, and lowered as a whole, with our fusions and without. Then each different
+    LinearQuant is lowered alone, and so is the vendor's module, prepared by torchair's own
+    function. Sets torch.npu.config.allow_internal_format to True, as a deployment does.
 
     Args:
         model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
@@ -224,8 +237,18 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
         ours, theirs = lowered[key]
         nz = "FRACTAL_NZ" if "FRACTAL_NZ" in str(ours) else "ND"
         layers.append(LayerExplanation(name, found, tensors, nz, ours, theirs, peak))
+    with reports() as fusions:
+        graphs = _lower(model, arguments)
+    with fusion(FusionOptions(enabled=False)):
+        unfused = _lower(model, arguments)
     return Explanation(
-        npu.get_device_name(), product, tuple(layers), tuple(_lower(model, arguments)), peak
+        npu.get_device_name(),
+        product,
+        tuple(layers),
+        tuple(graphs),
+        tuple(unfused),
+        tuple(fusions),
+        peak,
     )
 
 

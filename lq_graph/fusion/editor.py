@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,15 +63,21 @@ class FusionReport:
         """How often a fusion was done."""
         return sum(line.fusion == fusion and not line.why_not for line in self.lines)
 
-    def __str__(self) -> str:
-        count: dict[tuple[str, str], int] = {}
+    def rows(self) -> list[list[object]]:
+        """The table of fusions, its head first: how often, in which modules, and what was left
+        for which reason. A number in a module's name is shown as *."""
+        found: dict[tuple[str, str], Counter[str]] = {}
         for line in self.lines:
-            key = line.fusion, line.why_not
-            count[key] = count.get(key, 0) + 1
-        rows: list[tuple[object, ...]] = [("fusion", "places", "left, because")]
-        rows += [(fusion, times, why) for (fusion, why), times in count.items()]
-        head = f"{self.nodes_before:,} calls before, {self.nodes_after:,} after"
-        return "\n".join([head, *table(rows)])
+            layer = re.sub(r"(?<![^.])\d+(?![^.])", "*", line.layer)
+            found.setdefault((line.fusion, line.why_not), Counter())[layer or "(model)"] += 1
+        rows: list[list[object]] = [["fusion", "places", "in", "left, because"]]
+        for (fusion, why), layers in found.items():
+            rows.append([fusion, sum(layers.values()), ", ".join(layers), why])
+        return rows
+
+    def __str__(self) -> str:
+        head = f"{self.nodes_before:,} calls of operators before, {self.nodes_after:,} after"
+        return "\n".join([head, *table(self.rows())])
 
 
 class Editor:
@@ -181,10 +189,15 @@ def same_shape(first: Node, second: Node) -> bool:
 
 
 def layer_of(node: Node) -> str:
-    """The name of the innermost module whose forward made a node."""
+    """The name of the innermost module whose forward made a node, as in named_modules()."""
     stack = node.meta.get("nn_module_stack") or {}
     names = [str(name) for name, _ in stack.values()]
-    return names[-1] if names else ""
+    # Dynamo writes names as it finds them in the frame: L['self'].layers[0]
+    return (
+        re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", names[-1]).removeprefix("L.self").lstrip(".")
+        if names
+        else ""
+    )
 
 
 Pass = Callable[[Editor], None]

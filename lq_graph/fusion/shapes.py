@@ -1,4 +1,4 @@
-"""Views and casts that change nothing."""
+"""Views, transposes and casts that change nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .editor import Editor, same_shape, value_of
+from .editor import Editor, same_shape, shape_of, value_of
 
 __all__ = ["remove_needless"]
 
@@ -16,18 +16,55 @@ _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
 
 def remove_needless(editor: Editor) -> None:
     """Let a view of a view read the first tensor; drop views, expands, casts and products with 1
-    that change nothing."""
+    that change nothing. A transpose of a transpose is gone if they cancel, and a transpose that
+    moves only dims of size 1 becomes a reshape, which is no kernel."""
     for node in editor.calls(*_VIEWS):
         source = node.args[0]
         if isinstance(source, Node) and source.op == "call_function" and source.target in _VIEWS:
             node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
             editor.drop(source)
+    for node in editor.calls(_aten.transpose.int, _aten.permute.default):
+        _remove_transpose(editor, node)
     for node in editor.calls(
         *_VIEWS, _aten.expand.default, _aten._to_copy.default, _aten.mul.Tensor
     ):
         if _changes_nothing(node):
             editor.did("shapes", node)
             editor.replace(node, node.args[0])  # type: ignore[arg-type]
+
+
+def _remove_transpose(editor: Editor, node: Node) -> None:
+    source, order = node.args[0], _order(node)
+    if not isinstance(source, Node) or order is None or _is_returned(node):
+        return
+    inner = _order(source)
+    if inner is not None and [inner[dim] for dim in order] == sorted(order):
+        editor.did("shapes", node)
+        editor.replace(node, source.args[0])  # type: ignore[arg-type]
+        return
+    shape = shape_of(node)
+    moved = [dim for dim in order if shape_of(source)[dim] != 1]
+    if moved == sorted(moved) and sum(not isinstance(size, int) for size in shape) <= 1:
+        target = [size if isinstance(size, int) else -1 for size in shape]
+        editor.did("shapes", node)
+        view = editor.call(_aten.reshape.default, source, target, before=node)
+        editor.replace(node, view)
+
+
+def _order(node: Node) -> list[int] | None:
+    """For a transpose, the dim of its input that each dim of its output is."""
+    if node.op != "call_function" or node.target not in (
+        _aten.transpose.int,
+        _aten.permute.default,
+    ):
+        return None
+    dims = len(shape_of(node))
+    order = list(range(dims))
+    if node.target is _aten.permute.default:
+        return [int(dim) % dims for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+    one, two = (int(dim) % dims for dim in node.args[1:3])  # type: ignore[arg-type]
+    order[one], order[two] = order[two], order[one]
+    return order
 
 
 def _changes_nothing(node: Node) -> bool:

@@ -7,11 +7,13 @@ It stands here because LinearQuant shows it: torchair's cache_compile keys its c
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import LinearQuantValueError
 
-__all__ = ["VARIABLE", "FusionOptions", "get_fusion", "put_fusion"]
+__all__ = ["VARIABLE", "FusionOptions", "fusion", "get_fusion", "put_fusion"]
 
 VARIABLE = "LQ_GRAPH_FUSION"
 
@@ -62,3 +64,14 @@ def get_fusion() -> FusionOptions:
             'fusions with a minus: "on,-swiglu".'
         )
     return FusionOptions(first == "exact", frozenset(n[1:] for n in others), first != "off")
+
+
+@contextmanager
+def fusion(options: FusionOptions) -> Iterator[None]:
+    """Other options inside a block."""
+    before = _set
+    put_fusion(options)
+    try:
+        yield
+    finally:
+        put_fusion(before)

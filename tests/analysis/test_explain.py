@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -135,3 +136,27 @@ def test_without_a_device_it_says_what_to_do() -> None:
     command = ("-m", "lq_graph", "explain", "math:pi")
     done = python(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.returncode == 2 and "python -m cann_host -m lq_graph explain" in done.stderr
+
+
+class Three(nn.Module):
+    """Three layers that quantize one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [LinearQuant(32, 16, bias=False, pertoken_scale=True, output_dtype=F16)] * 3
+        self.layers = nn.ModuleList(QuantizedLinear(copy.deepcopy(one)) for one in layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+def test_what_fused_is_said() -> None:
+    told = explain(Three(), [torch.randn(4, 32).half()])
+    launches = [[node.op for node in graphs[0].launches] for graphs in (told.unfused, told.graphs)]
+    assert [ops.count("DynamicQuant") for ops in launches] == [3, 1]
+    assert [ops.count("QuantBatchMatmulV3") for ops in launches] == [3, 3]
+    assert (
+        f"whole model: {len(launches[0])} kernels without fusion, {len(launches[1])} with"
+        in str(told)
+    )
+    assert re.search(r"^equal_calls +2  layers\.\*$", str(told), re.MULTILINE)

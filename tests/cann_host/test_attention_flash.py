@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cann_host.aclnn import RefusedError
+from cann_host.rules import INVALID
 from support import golden_attention as golden
 from support.attention import TRIANGLE, close, compiled
+from support.fused import compute
+from support.has import need_operator
 
 torch_npu = pytest.importorskip("torch_npu")
 
@@ -180,10 +184,15 @@ def test_graph_is_eager(name: str, dynamic: bool) -> None:
 GRADIENTS = ("BNSD", "SBH", "TND", "float32", "mask of each batch", "mode 3", "TND causal")
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_gradient_is_golden(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "softmax_layout"), [*((name, "") for name in GRADIENTS), ("TND causal", "TND")]
+)
+def test_gradient_is_golden(name: str, softmax_layout: str) -> None:
     case = CASES[name]
     call = Call(case)
+    if softmax_layout:  # aclnnFlashAttentionUnpaddingScoreGradV4
+        need_operator("npu_fusion_attention", "softmax_layout")
+        call.numbers["softmax_layout"] = softmax_layout
     tensors = {
         n: t.requires_grad_(n in ("query", "key", "value")) for n, t in call.on_device().items()
     }
@@ -325,3 +334,17 @@ def test_a_blind_query() -> None:
     call.numbers["inner_precise"] = 2
     out, most, total = call.eager()
     assert not out[:, :, 3].any() and torch.isfinite(total).all() and (most[:, :, 3] < -3e38).all()
+
+
+def test_gradient_of_packed_tokens_refuses_other_layouts() -> None:
+    tokens, wide = torch.zeros(5, 4, 32), torch.zeros(5, 4, 8)
+    numbers = (0.5, 1.0, 2147483647, 2147483647, 4)
+    before = (*[tokens] * 4, *[None] * 4, wide, wide, None, tokens, None, (2, 5), (2, 5), *numbers)
+    after = (0, 0, *[torch.zeros_like(tokens) for _ in range(3)], None)
+    name = "aclnnFlashAttentionUnpaddingScoreGradV4"
+    compute(name, *before, "TND", *after, "same_as_input")
+    with pytest.raises(RefusedError, match="softmax_layout is TND") as refusal:
+        compute(name, *before, "TND", *after, "TND")
+    assert refusal.value.code == INVALID
+    with pytest.raises(RefusedError, match="input_layout is BSND; TND is allowed"):
+        compute(name, *before, "BSND", *after, "")

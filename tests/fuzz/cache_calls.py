@@ -40,6 +40,13 @@ def _rotary_v2(rng: random.Random) -> list[Any]:
     return [*first, tensor((d, d), out["dtype"], 2) if rng.random() < 0.3 else None, out]
 
 
+def _rotary_grad(rng: random.Random) -> list[Any]:
+    x, cos, sin, mode, dx = _rotary(rng)
+    dcos = {**cos, "block": 4}
+    given = x if rng.random() < 0.8 else None
+    return [x, cos, sin, given, mode, dx, dcos, {**dcos, "block": 5}]
+
+
 def _interleave_rope(rng: random.Random) -> list[Any]:
     b, n, s, dtype = rng.choice((1, 2)), rng.choice((1, 4)), rng.choice((1, 3)), F16
     cos = tensor((b, 1, s, 64), dtype, 2)
@@ -134,6 +141,7 @@ MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
     "aclnnRopeWithSinCosCache": lambda rng: _mrope(rng, v2=False),
     "aclnnRopeWithSinCosCacheV2": lambda rng: _mrope(rng, v2=True),
     "aclnnRotaryPositionEmbedding": _rotary,
+    "aclnnRotaryPositionEmbeddingGrad": _rotary_grad,
     "aclnnRotaryPositionEmbeddingV2": _rotary_v2,
     "aclnnScatterNdUpdate": _scatter_nd_update,
     "aclnnScatterPaKvCache": _scatter_pa,

@@ -47,6 +47,11 @@ def _swi_glu(rng: random.Random) -> list[Any]:
     return [tensor((m, k), dtype, 0), -1, tensor((m, k // 2), dtype, 1)]
 
 
+def _swi_glu_grad(rng: random.Random) -> list[Any]:
+    x, dim, y_grad = _swi_glu(rng)
+    return [y_grad, x, dim, {**x, "block": 2}]
+
+
 def _dequant_swiglu_quant(rng: random.Random) -> list[Any]:
     m, k, x = rng.choice((1, 4)), rng.choice((16, 64, 128)), rng.choice((I32, I32, BF16))
     groups, dynamic = rng.choice((0, 1, 2)), rng.random() < 0.7
@@ -119,5 +124,6 @@ MAKERS: dict[str, Callable[[random.Random], list[Any]]] = {
     "aclnnQuantize": _quantize,
     "aclnnRmsNormQuant": _rms_norm_quant,
     "aclnnSwiGlu": _swi_glu,
+    "aclnnSwiGluGrad": _swi_glu_grad,
     "aclnnSwiGluQuantV2": _swi_glu_quant,
 }

@@ -1,6 +1,5 @@
 """The independent golden of fused norms, SwiGLU and their quantization, in plain numpy.
 
-Written from the formulas of hicann/ops-nn's documents and the roundings of its golden generators
 Written from the formulas of hicann/ops-nn's documents, and the roundings of its golden generators
 and kernels.
 
@@ -101,6 +100,14 @@ def swiglu(
     else:
         result = a / (1 + np.exp(-a)) * b
     return np.asarray(result, F32)
+
+
+def swiglu_grad(grad: Array, value: Array) -> Array:
+    """float32 gradient of `swiglu` for (..., 2h), in float64 inside."""
+    grad, value = grad.astype(np.float64), value.astype(np.float64)
+    a, b = np.split(value, 2, -1)
+    s = 1 / (1 + np.exp(-a))
+    return np.concatenate([grad * (s + s * (1 - s) * a) * b, grad * s * a], -1, dtype=F32)
 
 
 def dequantized(

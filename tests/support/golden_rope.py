@@ -69,6 +69,28 @@ def rotary(
     return rounded(straight + turned, dtype, away=away)
 
 
+def rotary_grad(
+    dy: Array, x: Array, cos: Array, sin: Array, mode: str, dtype: str
+) -> tuple[Array, Array, Array]:
+    """Gradients of `rotary` for x, cos and sin: each value of dy goes back to what it came from.
+
+    Args:
+        dy, x, cos, sin: float32 values that dtype can hold.
+        mode: half or interleave.
+        dtype: of the results.
+    """
+    partner, sign = planes(x.shape[-1], mode)
+    cos_of, sin_of = (np.broadcast_to(t, x.shape).astype(F32) for t in (cos, sin))
+    dx, dcos, dsin = (np.zeros(t.shape, F32) for t in (x, cos, sin))
+    axes = tuple(axis for axis in range(x.ndim) if cos.shape[axis] == 1)
+    for i, (p, s) in enumerate(zip(partner, sign, strict=True)):
+        dx[..., i] += dy[..., i] * cos_of[..., i]
+        dx[..., p] += dy[..., i] * sin_of[..., i] * s
+    dcos += (dy * x).sum(axes, keepdims=True, dtype=np.float64)
+    dsin += (dy * x[..., partner] * sign).sum(axes, keepdims=True, dtype=np.float64)
+    return rounded(dx, dtype), rounded(dcos, dtype), rounded(dsin, dtype)
+
+
 def apply_rotary(
     x: Array, cos: Array, sin: Array, layout: str, mode: str, dtype: str, product: str
 ) -> Array:

@@ -16,10 +16,12 @@ from cann_host.graph.executor import INT4, GraphError, Int4, describe, op, optio
 from cann_host.rules import (
     DequantSwigluQuantCall,
     SwiGluCall,
+    SwiGluGradCall,
     SwiGluQuantCall,
     check_dequant_swiglu_quant,
     check_group_list,
     check_swi_glu,
+    check_swi_glu_grad,
     check_swi_glu_quant,
     dequant_swiglu_quant_ignores,
 )
@@ -28,7 +30,7 @@ from lq_graph.kernels import Arithmetic, quantize_rows
 from .fused_norms import to_integers
 from .quant import quantized_name
 
-__all__ = ["SwiGluOptions", "dequant_swiglu_quant", "swi_glu", "swi_glu_quant"]
+__all__ = ["SwiGluOptions", "dequant_swiglu_quant", "swi_glu", "swi_glu_grad", "swi_glu_quant"]
 
 
 def swi_glu(x: Tensor, dim: int = -1) -> Tensor:
@@ -43,6 +45,22 @@ def _swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
     if refusal := check_swi_glu(call):
         raise GraphError(refusal)
     return swi_glu(x, dim)
+
+
+def swi_glu_grad(y_grad: Tensor, x: Tensor, dim: int = -1) -> Tensor:
+    """The gradients of both halves of x, one rounding."""
+    grad, (left, right) = y_grad.float(), x.float().chunk(2, dim)
+    gate = torch.sigmoid(left)
+    slope = gate * (1 - gate) * left + gate
+    return torch.cat((slope * grad * right, gate * left * grad), dim).to(x.dtype)
+
+
+@op("SwiGluGrad")
+def _swi_glu_grad(y_grad: Tensor, x: Tensor, *, dim: int = -1) -> Tensor:
+    forward = SwiGluCall(executor.soc_name(), describe(x), dim, is_graph=True)
+    if refusal := check_swi_glu_grad(SwiGluGradCall(describe(y_grad), forward)):
+        raise GraphError(refusal)
+    return swi_glu_grad(y_grad, x, dim)
 
 
 # ---- DequantSwigluQuant ----

@@ -1,7 +1,7 @@
 """Rotary embeddings.
 
 Source: cann/ops-transformer, posembedding: the kernels of apply_rotary_pos_emb,
-rotary_position_embedding, interleave_rope and rope_with_sin_cos_cache.
+rotary_position_embedding and its gradient, interleave_rope and rope_with_sin_cos_cache.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from cann_host.rules import (
     ApplyRotaryCall,
     MropeCall,
     RotaryCall,
+    RotaryGradCall,
     apply_rotary_ignores,
     check_apply_rotary,
     check_interleave_rope,
     check_rotary,
     check_rotary_mul,
+    check_rotary_mul_grad,
     rotary_ignores,
     soc_family,
 )
@@ -72,6 +74,27 @@ def rotary(
     if mode == INTERLEAVE_HALF:
         value = torch.cat((value[..., ::2], value[..., 1::2]), -1)
     return _turned(value, cos, sin, mode).to(x.dtype)
+
+
+def rotary_grad(
+    dy: Tensor, cos: Tensor, sin: Tensor, x: Tensor | None, mode: str = HALF
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `rotary` for x, cos and sin, the last two only if x is given; in float32, summed
+    over the dims that broadcast, rounded once.
+
+    Args:
+        dy, cos, sin, x: `check_rotary_grad` accepted them.
+        mode: HALF or INTERLEAVE, whose rotation is the negative of its transpose.
+    """
+    turn, grad = _ROTATIONS[mode], dy.float()
+    dx = grad * cos.float() - turn(grad * sin.float())
+    if x is None:
+        return dx.to(dy.dtype), None, None
+    value = x.float()
+    dcos, dsin = (
+        (grad * factor).sum_to_size(cos.shape).to(dy.dtype) for factor in (value, turn(value))
+    )
+    return dx.to(dy.dtype), dcos, dsin
 
 
 def _bfloat16_away(x: Tensor) -> Tensor:
@@ -208,3 +231,17 @@ def _rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
     if refusal := check_rotary_mul(call):
         raise GraphError(refusal)
     return rotary(x, r1, r2)
+
+
+@op("RotaryMulGrad")
+def _rotary_mul_grad(
+    x: Tensor, r1: Tensor, r2: Tensor, dy: Tensor, *, need_backward: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = describe(dy), describe(r1), describe(r2), describe(x)
+    if refusal := check_rotary_mul_grad(RotaryGradCall(executor.soc_name(), *tensors)):
+        raise GraphError(refusal)
+    if not need_backward:
+        raise GraphError("need_backward is False; cann_host computes the gradients of r1 and r2")
+    dx, dr1, dr2 = rotary_grad(dy, r1, r2, x)
+    assert dr1 is not None and dr2 is not None
+    return dx, dr1, dr2
