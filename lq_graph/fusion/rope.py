@@ -66,17 +66,23 @@ class _Rotation:
     way: str
     shape: Rotated
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether what it reads was another rotation, which is an operator now."""
+        return any(node._erased for node in (self.x, self.cos, self.sin))
+
 
 def fuse_rope(editor: Editor) -> None:
     """Fuse every rotation; those of query and key together where that is possible."""
     found = [r for node in editor.calls(_aten.add.Tensor) if (r := _rotation_at(editor, node))]
+    alone: set[Node] = set()
     while found:
         first = found.pop(0)
-        if first.x._erased:  # it was another rotation, and is an operator now
+        if first.is_stale:
             again = _rotation_at(editor, first.sum)
             found = ([] if again is None else [again]) + found
             continue
-        second = next((r for r in found if not r.x._erased and _belongs(first, r)), None)
+        second = None if first.sum in alone else _partner(first, found, alone)
         if second is not None:
             why = _why_not_together(editor, first, second)
             if not why:
@@ -84,12 +90,11 @@ def fuse_rope(editor: Editor) -> None:
                 _apply_rotary(editor, first, second)
                 continue
             editor.left(NAME, first.sum, f"query and key are two kernels: {why}")
-            found.remove(second)
-        for one in (first,) if second is None else (first, second):
-            if why := why_not_rotary_mul(one.shape, editor.kind, get_product()):
-                editor.left(NAME, one.sum, why)
-            else:
-                _rotary_mul(editor, one)
+            alone.add(second.sum)
+        if why := why_not_rotary_mul(first.shape, editor.kind, get_product()):
+            editor.left(NAME, first.sum, why)
+        else:
+            _rotary_mul(editor, first)
 
 
 # ---- what is there ----
@@ -209,6 +214,14 @@ def _before_transposition(x: Node) -> Node | None:
 # ---- query and key together ----
 
 
+def _partner(first: _Rotation, others: list[_Rotation], alone: set[Node]) -> _Rotation | None:
+    """The next rotation by the same angles."""
+    for one in others:
+        if not one.is_stale and one.sum not in alone and _belongs(first, one):
+            return one
+    return None
+
+
 def _belongs(first: _Rotation, second: _Rotation) -> bool:
     """Whether two rotations are by the same angles."""
     return (
@@ -295,6 +308,8 @@ def _angles(editor: Editor, one: _Rotation) -> tuple[Node, Node]:
 
 
 def _angle(editor: Editor, node: Node, way: str) -> Node:
+    if way == _SAME and value_of(node).dim() == 4:
+        return node
     before = node.next
     while before.op == "placeholder":
         before = before.next

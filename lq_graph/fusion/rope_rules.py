@@ -97,9 +97,7 @@ def _why_not_at_all(one: Rotated, product: Product) -> str:
 def why_not_apply_rotary(query: Rotated, key: Rotated, graph: str, product: Product) -> str:
     """Why query and key cannot be one npu_apply_rotary_pos_emb; empty if they can."""
     if graph != GE:
-        return (
-            "npu_apply_rotary_pos_emb writes into what it reads, which only a GE graph copies before"
-        )
+        return "npu_apply_rotary_pos_emb writes into what it reads; only a GE graph is right then"
     if why := _why_not_at_all(query, product) or _why_not_at_all(key, product):
         return why
     if query.mode != HALF or key.mode != HALF:
@@ -130,7 +128,7 @@ def _why_not_in_buffer(query: Rotated, key: Rotated, product: Product) -> str:
     needed = 5 * row + 4 * one + (8 * query.d if is_cast else 0)
     room = _UNIFIED_BUFFER[product.key]
     if needed > room:
-        return f"a row of {heads} heads takes {needed} bytes of a vector core, which has {room}"
+        return f"a row of {heads} heads takes {needed:,} bytes of a vector core, which has {room:,}"
     return ""
 
 
