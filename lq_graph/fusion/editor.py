@@ -94,10 +94,15 @@ class Editor:
     """Reads a graph and changes it.
 
     Every node of it has its fake tensors in `meta["val"]`, and so have the nodes that are added.
+
+    Attributes:
+        kind: "GE" if it becomes a GE graph, "captured" if its operators are called one by one and
+            captured, or "" if that is not known.
     """
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, kind: str = "") -> None:
         self.module = module
+        self.kind = kind
         self.graph: Graph = module.graph
         self.report = FusionReport(nodes_before=self.count())
         values = (node.meta.get("val") for node in self.graph.nodes)

@@ -17,16 +17,27 @@ __all__ = ["fuse", "reports"]
 _listeners: list[Callable[[FusionReport], None]] = []
 
 
-def fuse(module: GraphModule, *_: object, options: FusionOptions | None = None) -> FusionReport:
+_KINDS = {"max-autotune": "GE", "reduce-overhead": "captured", "npugraph_ex": "captured"}
+
+
+def fuse(
+    module: GraphModule,
+    inputs: object = None,
+    config: object = None,
+    *,
+    options: FusionOptions | None = None,
+) -> FusionReport:
     """Run the fusions over a graph of ATen, lq_graph's and torch_npu's operators, in place.
 
     torchair runs this by itself in every graph with a quantized layer. Call it in a pass of your
-    own (`config.post_grad_custom_pre_pass`, whose other arguments it does not read) to see the
-    fused graph there, or where torchair's `pattern_fusion_pass` is off. A second run changes
-    nothing.
+    own (`config.post_grad_custom_pre_pass`) to see the fused graph there, or where torchair's
+    `pattern_fusion_pass` is off. A second run changes nothing.
 
     Args:
         module: the graph; its nodes have fake tensors in `meta["val"]`.
+        inputs: not read.
+        config: torchair's, which says whether the graph becomes GE's or is captured; None if that
+            is not known: then only what is right in both.
         options: default those of `get_fusion`.
 
     Raises:
@@ -38,7 +49,9 @@ def fuse(module: GraphModule, *_: object, options: FusionOptions | None = None) 
     Source: post_grad_custom_pre_pass of Ascend/torchair, whose signature it has.
     """
     chosen = checked() if options is None else options
-    editor = Editor(module)
+    del inputs
+    mode = getattr(config, "mode", None)
+    editor = Editor(module, _KINDS.get(getattr(mode, "value", ""), ""))
     if chosen.enabled:
         for fusion in FUSIONS:
             if fusion.name not in chosen.off and (fusion.exact or not chosen.exact):

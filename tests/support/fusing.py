@@ -22,13 +22,18 @@ class Fused(NamedTuple):
 
     Attributes:
         results: of the function, on the CPU.
-        kernels: names of the operators in the graph that are no views.
+        names: of the operators in the graph.
         report: of the fusions.
     """
 
     results: Any
-    kernels: list[str]
+    names: list[str]
     report: FusionReport
+
+    @property
+    def kernels(self) -> list[str]:
+        """The operators that are no views."""
+        return [name for name in self.names if not any(view in name for view in VIEWS)]
 
     def reasons(self, fusion: str) -> list[str]:
         """Why a fusion was left, at each place."""
@@ -56,6 +61,5 @@ def run(function: Callable[..., Any], mode: str, *inputs: Any, dynamic: bool = F
     there = [one.npu() if isinstance(one, Tensor) else one for one in inputs]
     with torch.no_grad(), reports() as found:
         results = compiled(*there)
-    kernels = [name for name in seen[0] if not any(view in name for view in VIEWS)]
     on_cpu = torch.utils._pytree.tree_map_only(Tensor, lambda one: one.cpu(), results)
-    return Fused(on_cpu, kernels, found[0])
+    return Fused(on_cpu, seen[0], found[0])
