@@ -88,24 +88,22 @@ def test_with_a_lock_no_call_is_refused(mode: str) -> None:
     assert call_on_threads(compiled(mode), threading.Lock()) == ([], 0)
 
 
-class Graph:
-    """Runs until it is told to end."""
-
-    def __init__(self) -> None:
-        self.entered, self.end = threading.Event(), threading.Event()
-
-    def run(self) -> str:
-        self.entered.set()
-        assert self.end.wait(20)
-        return "ran"
-
-
 def test_the_second_thread_is_refused_and_the_first_goes_on() -> None:
-    class Watched(Graph):
-        pass
+    class Graph:
+        """Runs until it is told to end."""
 
-    callers.one_caller(Watched, "run")
-    graph, other, results = Watched(), Watched(), []
+        def __init__(self) -> None:
+            self.entered, self.end = threading.Event(), threading.Event()
+
+        def run(self) -> str:
+            self.entered.set()
+            assert self.end.wait(20)
+            return "ran"
+
+    callers.one_caller(Graph, "run", "__call__")
+    assert "__call__" not in vars(Graph)
+    graph, other = Graph(), Graph()
+    results: list[str] = []
     thread = threading.Thread(target=lambda: results.append(graph.run()))
     thread.start()
     assert graph.entered.wait(20)
