@@ -24,7 +24,8 @@ __all__ = ["ConcurrentCallError", "one_caller", "watch"]
 _GRAPHS = {
     "._ge_concrete_graph.fx2ge_converter": ("GeConcreteGraph", "__call__"),
     ".core._backend": ("TorchNpuGraph", "load", "compile", "run"),
-    "._acl_concrete_graph.acl_graph": ("AclGraph", "__call__"),
+    "._acl_concrete_graph.fx2acl_converter": ("AclConcreteGraph", "__call__"),
+    "._acl_concrete_graph.acl_graph": ("AclGraph", "__call__"),  # not in old versions
 }
 
 
@@ -37,11 +38,12 @@ def one_caller(kind: Any, *methods: str) -> None:
 
     Args:
         kind: a class of graphs.
-        methods: the names of its methods.
+        methods: the names of methods that it defines; others are left alone.
     """
     callers: dict[int, int] = {}  # the thread that is in a graph's method, by the graph's id
     for method in methods:
-        setattr(kind, method, _checked(getattr(kind, method), callers))
+        if method in vars(kind):
+            setattr(kind, method, _checked(getattr(kind, method), callers))
 
 
 def _checked(method: Callable[..., Any], callers: dict[int, int]) -> Callable[..., Any]:
