@@ -162,7 +162,8 @@ def _check_quantized(norm: Node, gamma: Node, smooth: list[Node | None]) -> None
     given, product = arguments_of(norm), get_product()
     dtype = value_of(given["x1"]).dtype
     need(dtype in HALVES.get(product.key, ()), f"{product} takes no {dtype_name(dtype)}")
-    need(given["epsilon"] > 0, f"epsilon is {given['epsilon']}")
+    epsilon = given["epsilon"]
+    need(isinstance(epsilon, int | float) and epsilon > 0, f"epsilon is {epsilon}")
     need(len(shape_of(gamma)) == 1, f"the weight has shape {shape_of(gamma)}")
     need(len(shape_of(given["x1"])) >= 2, "x1 has one dim")
     for scales in smooth:

@@ -237,6 +237,7 @@ def _add_rms_norm_at(editor: Editor, norm: Node, written: set[int]) -> bool:
     if not isinstance(x1, Node) or not isinstance(x2, Node):
         return False  # a tensor and a number
     dtype = value_of(added).dtype
+    need(isinstance(epsilon, int | float), "epsilon is not a number")
     need(terms["alpha"] == 1, f"the sum has alpha {terms['alpha']}")
     need(same_shape(x1, x2), f"the sum is of {shape_of(x1)} and {shape_of(x2)}")
     dtypes = [value_of(one).dtype for one in (x1, x2)]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import cann_host
 import lq_graph
+from lq_graph.fusion.options import set_fusion
+from lq_graph.fusion.passes import reports
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,6 +134,7 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    set_fusion()
 
 
 def model_of(family: str) -> Any:
@@ -150,11 +153,25 @@ def model_of(family: str) -> Any:
     + [("Llama", "dynamic")],
 )
 def test_generates_what_the_cpu_generates(family: str, mode: str) -> None:
+    """Bit by bit, by the fusions that change no bit."""
+    set_fusion(exact=True)
     decoder = Decoder(model_of(family))
     want = generate(copy.deepcopy(decoder), "cpu")
     assert want.isfinite().all() and not torch.equal(want[0], want[1])
     got = generate(compiled(decoder.npu(), mode), "npu")
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["static", "captured"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_step_is_close_to_the_cpu(family: str, mode: str) -> None:
+    decoder = Decoder(model_of(family))
+    ids, position = torch.arange(5, 5 + PROMPT)[None], torch.tensor([0])
+    with torch.no_grad(), reports() as found:
+        want = copy.deepcopy(decoder)(ids, position)
+        got = compiled(decoder.npu(), mode)(ids.npu(), position.npu()).cpu()
+    assert found[0].done("add_rms_norm") >= 2
+    assert torch.cosine_similarity(got.float(), want.float(), -1).min() > 0.999
 
 
 def test_the_cache_is_the_context() -> None:
