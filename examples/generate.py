@@ -193,7 +193,7 @@ def on_npu(decoder: Decoder) -> Decoder:
     for layer in decoder.modules():  # float weights stay ND: lm_head's is the embedding's too
         if isinstance(layer, lq_graph.QuantizedLinear):
             lq_graph.use_internal_format_weight(layer)
-    # a graph needs it before the first step
+    # before a graph is compiled, which then keeps its addresses
     decoder.cache.early_initialization(*decoder.shape, decoder.model.dtype, torch.device("npu:0"))
     return decoder
 
