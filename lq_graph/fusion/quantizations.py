@@ -19,7 +19,8 @@ _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 
 
 def merge_equal(editor: Editor) -> None:
-    """Make one of equal calls: quantizations, quantized products, and the views between.
+    """Make one of equal calls: quantizations, quantized products, and the views between. A split
+    is a view for torch, and a kernel in GE.
 
     Other operators are left to the compilers. A call that reads a tensor which the graph writes
     into is left: its value may differ from place to place.
@@ -27,6 +28,8 @@ def merge_equal(editor: Editor) -> None:
     targets = {
         _aten.view.default,
         _aten.reshape.default,
+        _aten.split.Tensor,
+        _aten.split_with_sizes.default,
         operator.getitem,
         _ours.dynamic_quant.default,
         _ours.static_quant.default,

@@ -298,6 +298,7 @@ def test_neighbours_in_one_product(order: str, mode: str, operators: list[str], 
     assert [name for name in fused.kernels if "npu" in name] == operators
     assert_golden(fused, [q.detach(), k.detach(), cos, sin], operators[0])
     assert torch.equal(fused.results[2], v)
+    assert sum("split" in name for name in fused.names) == 1
 
 
 # ---- near misses ----
