@@ -11,7 +11,7 @@ the rotation, and is a reshape if S is 1.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.fx import Node
 from ..rules.products import get_product
 from .editor import Editor, same_shape, value_of
 from .match import (
+    Part,
     arguments,
     dtype_name,
     is_call,
@@ -31,6 +32,7 @@ from .match import (
     same_stream,
 )
 from .rope_rules import (
+    CAPTURED,
     HALF,
     INTERLEAVE,
     Rotated,
@@ -88,6 +90,10 @@ def fuse_rope(editor: Editor) -> None:
             if not why:
                 found.remove(second)
                 _apply_rotary(editor, first, second)
+                continue
+            if not _why_not_as_one(editor, first, second):
+                found.remove(second)
+                _as_one(editor, first, second)
                 continue
             editor.left(NAME, first.sum, f"query and key are two kernels: {why}")
             alone.add(second.sum)
@@ -267,16 +273,71 @@ def _apply_rotary(editor: Editor, first: _Rotation, second: _Rotation) -> None:
     editor.did(NAME, node)
 
 
+# ---- query and key as heads of one tensor ----
+
+
+def _why_not_as_one(editor: Editor, first: _Rotation, second: _Rotation) -> str:
+    """Why query and key are not neighbours in one product, or cannot be rotated as one tensor.
+
+    For captured graphs: there the parts are views; in GE each would be a kernel.
+    """
+    if editor.kind != CAPTURED or _neighbours(first, second) is None:
+        return "query and key are no neighbours in a captured graph"
+    if not same_stream(first.sum, second.sum) or _place(editor, first, second) is None:
+        return "they are not computed at one place"
+    if sum(number(size) is None for size in first.shape.sizes) > 1:
+        return "run time alone knows B and S"
+    return why_not_rotary_mul(_together(first, second), editor.kind, get_product())
+
+
+def _neighbours(first: _Rotation, second: _Rotation) -> Part | None:
+    """The part of a product that has query and then key, each (rows, N * D)."""
+    one, two = (part_of(_behind_reshapes(r.x)) for r in (first, second))
+    if one is None or two is None or first.shape.heads != 2:
+        return None
+    is_next = one.source is two.source and one.stop == two.start and one.step == two.step == 1
+    wide = [r.shape.n * r.shape.d for r in (first, second)]
+    if not is_next or [one.stop - one.start, two.stop - two.start] != wide:
+        return None
+    return Part(one.source, one.start, two.stop)
+
+
+def _together(first: _Rotation, second: _Rotation) -> Rotated:
+    b, s, n, d = first.shape.sizes
+    return replace(first.shape, sizes=(b, s, n + second.shape.n, d))
+
+
+def _as_one(editor: Editor, first: _Rotation, second: _Rotation) -> None:
+    place, part = _place(editor, first, second), _neighbours(first, second)
+    assert place is not None and part is not None
+    source, start, stop, _ = part
+    x = editor.call(_aten.slice.Tensor, source, -1, start, stop, before=place, like=first.sum)
+    x = editor.call(_aten.reshape.default, x, _sizes(_together(first, second).sizes), before=place)
+    node = _call_rotary_mul(editor, first, x, place)
+    n = first.shape.n
+    new = []
+    for one, span in ((first, (0, n)), (second, (n, n + second.shape.n))):
+        heads = editor.call(_aten.slice.Tensor, node, 2, *span, before=place, like=one.sum)
+        new.append(_as_it_was(editor, one, heads, place))
+    editor.replace(first.sum, new[0])
+    editor.replace(second.sum, new[1])
+    editor.did(NAME, node)
+
+
 # ---- one tensor ----
 
 
 def _rotary_mul(editor: Editor, one: _Rotation) -> None:
-    x = _as_bsnd(editor, one, one.sum)
-    cos, sin = _angles(editor, one)
-    npu, mode = torch.ops.npu.npu_rotary_mul.default, one.shape.mode
-    node = editor.call(npu, x, cos, sin, *([] if mode == HALF else [mode]), before=one.sum)
+    node = _call_rotary_mul(editor, one, _as_bsnd(editor, one, one.sum), one.sum)
     editor.replace(one.sum, _as_it_was(editor, one, node, one.sum))
     editor.did(NAME, node)
+
+
+def _call_rotary_mul(editor: Editor, one: _Rotation, x: Node, before: Node) -> Node:
+    cos, sin = _angles(editor, one)
+    npu, mode = torch.ops.npu.npu_rotary_mul.default, one.shape.mode
+    given = [] if mode == HALF else [mode]
+    return editor.call(npu, x, cos, sin, *given, before=before, like=one.sum)
 
 
 # ---- (B, S, N, D) and back ----
@@ -290,7 +351,14 @@ def _sizes(sizes: tuple[Any, ...]) -> list[int]:
 def _as_bsnd(editor: Editor, one: _Rotation, before: Node) -> Node:
     if one.way != _ONE_STEP:
         return one.x
-    return editor.call(_aten.reshape.default, one.x, _sizes(one.shape.sizes), before=before)
+    source = _behind_reshapes(one.x)
+    return editor.call(_aten.reshape.default, source, _sizes(one.shape.sizes), before=before)
+
+
+def _behind_reshapes(node: Node) -> Node:
+    while is_call(node, *_RESHAPES) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _as_it_was(editor: Editor, one: _Rotation, node: Node, before: Node) -> Node:

@@ -248,6 +248,59 @@ def test_rotated_twice() -> None:
         torch.testing.assert_close(got, want, rtol=2e-3, atol=4e-3)
 
 
+# ---- query and key of one product ----
+
+
+class Merged(torch.nn.Module):
+    """One product for query, key and value, as `lq_graph.merge` makes it: a split for each."""
+
+    def __init__(self, order: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        sizes = {"q": HEADS * D, "k": KV_HEADS * D, "v": KV_HEADS * D}
+        self.order, self.sizes, self.dtype = order, [sizes[name] for name in order], dtype
+        generator = torch.Generator().manual_seed(7)
+        weight = torch.randint(-99, 99, (sum(self.sizes), 32), dtype=I8, generator=generator)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.scale = torch.nn.Parameter(torch.full((sum(self.sizes),), 0.002), requires_grad=False)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        out = lq_graph.linear_quant(x.flatten(0, 1), self.weight, self.scale, output_dtype=BF16)
+        found = []
+        for name in "qkv":
+            part = torch.split(out, self.sizes, -1)[self.order.index(name)]
+            found.append(part.reshape(*x.shape[:2], -1, D))
+        return found
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        q, k, v = self.heads(x)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+@pytest.mark.parametrize(
+    ("order", "mode", "operators"),
+    [
+        ("qkv", "npugraph_ex", [MUL]),
+        ("vqk", "npugraph_ex", [MUL]),
+        ("qvk", "npugraph_ex", [MUL, MUL]),
+        ("kqv", "npugraph_ex", [MUL, MUL]),
+        ("qkv", "GE", [APPLY]),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, S])
+def test_neighbours_in_one_product(order: str, mode: str, operators: list[str], steps: int) -> None:
+    x = torch.randint(-99, 99, (B, steps, 32), dtype=I8, generator=torch.Generator().manual_seed(8))
+    _, _, cos, sin, *_ = tensors(BF16, s=steps)
+    model = Merged(order, BF16)
+    q, k, v = model.heads(x)
+    fused = run(model.npu(), mode, x, cos, sin)
+    assert [name for name in fused.kernels if "npu" in name] == operators
+    assert_golden(fused, [q.detach(), k.detach(), cos, sin], operators[0])
+    assert torch.equal(fused.results[2], v)
+    assert sum("split" in name for name in fused.names) == 1
+
+
 # ---- near misses ----
 
 
