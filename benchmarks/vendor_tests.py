@@ -122,7 +122,7 @@ CAUSES = (
     (
         "PyTorch's or torch_npu's own check",
         r"expected scalar type|empty_quantized|expects a Float Tensor|only works on Float Tensor|"
-        r"should be consistent|should equal to query|resultValue: NCHW",
+        r"should be consistent|should equal to query|transpose are not same|resultValue: NCHW",
     ),
 )
 OTHERS = "the numbers that the test compares with, or the test"
