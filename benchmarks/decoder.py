@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lq_graph
 from cann_host import runtime
+from cann_host.aten.captured import CapturedWork
 from cann_host.graph import compiler
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -132,6 +133,7 @@ def _ours_timed() -> Iterator[Counter[str]]:
         return wrapper
 
     places = [
+        (CapturedWork, "record", "cann_host, capturing its work"),
         (compiler, "compile_graph", "cann_host, the graph's compilation"),
         *((linear_quant, o.name, "lq_graph, converters") for o in lq_graph.ops.OPERATORS),
         *((fake, o.name, "lq_graph, fake kernels") for o in lq_graph.ops.OPERATORS),
