@@ -1,10 +1,10 @@
 """One decode step of a Llama of SmolLM2-135M's sizes, A8W8 dynamic, random weights: what the
-stand-in adds to it as a GE graph. `stand_in.py decoder` runs this.
+stand-in adds to it. `stand_in.py decoder` runs this.
 
-Plain CPU tensors and the graph, each with a model and a cache of its own, take their steps in this
-process in a random order; their numbers are compared first. Beside the time by the clock is the
-process's CPU time, which other programs on the machine change less. Set OMP_NUM_THREADS to
-compare runs.
+Plain CPU tensors, eager npu, a GE graph and npugraph_ex, each with a model and a cache of its own,
+take their steps in this process in a random order; their numbers are compared first. Beside the
+time by the clock is the process's CPU time, which other programs on the machine change less. Set
+OMP_NUM_THREADS to compare runs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lq_graph
 from cann_host import runtime
+from cann_host.aten.captured import CapturedWork
 from cann_host.graph import compiler
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,13 +46,13 @@ SIZES: dict[str, Any] = {
 }
 
 
-def quantized(layers: int, dtype: torch.dtype = torch.float16) -> nn.Module:
+def quantized(layers: int) -> nn.Module:
     """The model, its linear layers quantized, except lm_head, which is tied."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, num_hidden_layers=layers, attn_implementation="eager")
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).half().eval().requires_grad_(False)
     lq_graph.quantize(model, lq_graph.A8W8Dynamic())
     return model
 
@@ -120,6 +121,7 @@ def _ours_timed() -> Iterator[Counter[str]]:
         return wrapper
 
     places = [
+        (CapturedWork, "record", "cann_host, capturing its work"),
         (compiler, "compile_graph", "cann_host, the graph's compilation"),
         *((linear_quant, o.name, "lq_graph, converters") for o in lq_graph.ops.OPERATORS),
         *((fake, o.name, "lq_graph, fake kernels") for o in lq_graph.ops.OPERATORS),
@@ -155,41 +157,67 @@ def _in_turns(
     return taken
 
 
-def main(layers: int = 30, rounds: int = 20) -> None:
-    """Print the time of a step, and whose time the compilation takes."""
-    torch.npu.config.allow_internal_format = True
-    warnings.simplefilter("ignore")
-    model = quantized(layers)
-    plain, decoder = Decoder(model, "cpu"), Decoder(model, "npu")
-    lq_graph.use_internal_format_weight(decoder)
-    backend = torchair.get_npu_backend()
-    compiled = torch.compile(decoder, backend=backend, dynamic=False, fullgraph=True)
-    calls = {"plain CPU": step(plain, "cpu"), "GE graph": step(compiled, "npu")}
-    start = time.process_time()
-    with _ours_timed() as ours:
-        logits = calls["GE graph"]()
-    first = time.process_time() - start
-    # the fusions round less often than the pieces; random weights make the most of a difference
-    close = torch.cosine_similarity(logits.cpu().float(), calls["plain CPU"]().float(), -1)
-    assert close.min() > 0.95, "the graph computes other numbers"
+MODES = "eager npu", "GE graph", "npugraph_ex"
 
-    graph = next(iter(runtime.current().graphs.compiled))
-    print(
-        f"\n{layers} layers, {len(graph.steps):,} nodes a step; {torch.get_num_threads()} threads"
+
+def _in_mode(decoder: Decoder, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if mode == "eager npu":
+        return decoder
+    backend: Any = torchair.get_npu_backend()
+    if mode == "npugraph_ex":
+        backend = mode
+        if mode not in torch._dynamo.list_backends():  # its name in older versions
+            config = torchair.CompilerConfig()
+            config.mode = "reduce-overhead"
+            backend = torchair.get_npu_backend(compiler_config=config)
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(
+        decoder, backend=backend, dynamic=False, fullgraph=True
     )
+    return compiled
+
+
+def _print_steps(taken: dict[str, tuple[list[float], list[float]]]) -> None:
     print(f"{'':12}{'clock, ms':>20}{'':10}{'CPU time, ms':>20}")
-    print(
-        f"{'':12}{'min':>10}{'median':>10}{'/ plain':>10}{'min':>10}{'median':>10}{'/ plain':>10}"
-    )
-    taken = _in_turns(calls, rounds)
+    print(f"{'':12}" + f"{'min':>10}{'median':>10}{'/ plain':>10}" * 2)
     for name, times in taken.items():
         line = f"{name:12}"
         for one, base in zip(times, taken["plain CPU"], strict=True):
             ratio = min(one) / min(base)
             line += f"{min(one) * 1e3:10.1f}{statistics.median(one) * 1e3:10.1f}{ratio:10.2f}"
         print(line)
-    theirs = first - sum(ours.values()) - min(taken["GE graph"][1])
-    print(f"\n{'compilation':44}{'CPU s':>8}{'/ theirs':>10}")
-    for what, seconds in {"dynamo, AOT autograd and torchair": theirs, **ours}.items():
-        print(f"{what:44}{seconds:8.2f}{seconds / theirs:10.3f}")
-    print(f"{'ours, all':44}{sum(ours.values()):8.2f}{sum(ours.values()) / theirs:10.3f}")
+
+
+def main(layers: int = 30, rounds: int = 20) -> None:
+    """Print the time of a step, and whose time the compilations take."""
+    torch.npu.config.allow_internal_format = True
+    warnings.simplefilter("ignore")
+    lq_graph.set_fusion(exact=True)  # the others round less often than plain tensors
+    model = quantized(layers)
+    calls = {"plain CPU": step(Decoder(model, "cpu"), "cpu")}
+    expected = calls["plain CPU"]()
+    compilations = {}
+    for mode in MODES:
+        decoder = Decoder(model, "npu")
+        for layer in decoder.modules():  # lm_head's weight is the embedding's and stays ND
+            if isinstance(layer, lq_graph.QuantizedLinear):
+                lq_graph.use_internal_format_weight(layer)
+        calls[mode] = step(_in_mode(decoder, mode), "npu")
+        start = time.process_time()
+        with _ours_timed() as ours:
+            logits = calls[mode]()
+        if mode != "eager npu":
+            compilations[mode] = time.process_time() - start, ours
+        assert torch.equal(logits.cpu(), expected), f"{mode} computes other numbers"
+
+    graph = next(iter(runtime.current().graphs.compiled))
+    print(
+        f"\n{layers} layers, {len(graph.steps):,} nodes a step; {torch.get_num_threads()} threads"
+    )
+    taken = _in_turns(calls, rounds)
+    _print_steps(taken)
+    for mode, (first, ours) in compilations.items():
+        theirs = first - sum(ours.values()) - min(taken[mode][1])
+        print(f"\n{f'compilation, {mode}':44}{'CPU s':>8}{'/ theirs':>10}")
+        parts = {"dynamo, AOT autograd and torchair": theirs, **ours}
+        for what, seconds in {**parts, "ours, all": sum(ours.values())}.items():
+            print(f"{what:44}{seconds:8.2f}{seconds / theirs:10.3f}")

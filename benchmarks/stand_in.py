@@ -1,10 +1,11 @@
 """The time the stand-in adds: `python -m cann_host benchmarks/stand_in.py [layer] [decoder]`.
 
-`decoder` is a step of a decoder as a GE graph: see decoder.py. `layer` is a quantized matmul: one
-layer, prepared or not, eagerly and as a torchair graph, beside the CPU kernel alone on the same
-tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a transposed weight, which adds
-Transpose nodes to its graph. All calls of a size run interleaved in this process; the results are
-medians and their ratios to the kernel. Times are those of this machine's CPU, not of a chip.
+`decoder` is a step of a decoder in every mode, and its compilation: see decoder.py. `layer` is a
+quantized matmul: one layer, prepared or not, eagerly and as a torchair graph, beside the CPU
+kernel alone on the same tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a
+transposed weight, which adds Transpose nodes to its graph. All calls of a size run interleaved in
+this process; the results are medians and their ratios to the kernel. Times are those of this
+machine's CPU, not of a chip.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def quantized(model: Any, name: str, tokenizer: Any, smooth: bool) -> tuple[Any,
     """A quantized copy of the float model, and the report."""
     model = copy.deepcopy(model)
     ids = tokens_of(tokenizer, CALIBRATION)
-    batches = [{"input_ids": ids[i : i + 128][None]} for i in range(0, 4096, 128)]
+    parts = (ids[i : i + 128][None] for i in range(0, 4096, 128))
+    batches = [{"input_ids": part, "use_cache": False, "logits_to_keep": 1} for part in parts]
     if smooth:
         lq_graph.smooth(model, batches)
     config = SCHEMES[name]

@@ -48,7 +48,7 @@ def merge_equal(editor: Editor) -> None:
 def _may_be_equal(node: Node) -> bool:
     if node.op != "call_function" or not is_pure(node):
         return False
-    if any(user.op == "output" for user in node.users):
+    if _is_returned(node):
         return False
     if node.target is operator.getitem:
         return True
@@ -56,6 +56,15 @@ def _may_be_equal(node: Node) -> bool:
     if "empty" in name:  # its values are nobody's
         return False
     return name.partition("::")[0] in _NAMESPACES or name in _VENDORS
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns a tensor of the call, or a view of it."""
+    mine = storages_of(value_of(node))
+    return any(
+        user.op == "output" or (mine & storages_of(value_of(user)) and _is_returned(user))
+        for user in node.users
+    )
 
 
 def name_as_torch_npu(editor: Editor) -> None:

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "constants": (lambda x: x + torch.ones(8) * torch.ones(8), 3, 4),
     "memory without values": (lambda x: torch.empty_like(x).copy_(x) * torch.empty_like(x), 4, 4),
     "results that are returned": (lambda x: (x + 1, x + 1), 2, 2),
+    "views that are returned": (lambda x: ((x + 1)[0], (x + 1)[1]), 4, 4),
     "a tensor that is written": (written, 4, 4),
     "a result that is written": (written_result, 4, 4),
     "random numbers": (random, 3, 3),
