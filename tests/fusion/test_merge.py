@@ -272,7 +272,7 @@ def change_parameter(model: Any, x: Tensor) -> None:
 
 
 def change_product(model: Any, x: Tensor) -> None:
-    lq_graph.set_product("Ascend 950")
+    lq_graph.set_product("310P")  # whose dynamic_quant differs in some last bits
 
 
 @pytest.mark.parametrize(
