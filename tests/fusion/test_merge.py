@@ -272,7 +272,7 @@ def change_parameter(model: Any, x: Tensor) -> None:
 
 
 def change_product(model: Any, x: Tensor) -> None:
-    lq_graph.set_product("Ascend 950")
+    lq_graph.set_product("950")  # whose dynamic_quant differs in a few last bits
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_change_between_the_layers_counts(change: Any, gated: tuple[Any, Any])
     product = lq_graph.get_product()
     try:
         with torch.no_grad():
-            x = inputs()
+            x = inputs(2000)
             model.gate(x)
             change(model, x)
             out = model.up(x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lq_graph
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, LinearQuant, QuantizedLinear
 from lq_graph.backends.npu import format_of
+from lq_graph.fusion import merge as merging
 from lq_graph.rules.tables import FRACTAL_NZ, ND
 from support.shared_input import Attention, K, inputs, pair, quantized
 
@@ -326,8 +327,8 @@ def test_a_failure_is_undone(
             raise RuntimeError("out of memory")
         return part(*args)
 
-    part = lq_graph.fusion.merge.MergedPart
-    monkeypatch.setattr("lq_graph.fusion.merge.MergedPart", failing)
+    part = merging.MergedPart
+    monkeypatch.setattr(merging, "MergedPart", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         lq_graph.merge(model, inputs().npu())
     monkeypatch.undo()
