@@ -17,6 +17,7 @@ __all__ = [
     "arguments",
     "behind_views",
     "dtype_name",
+    "has_operator",
     "is_call",
     "number",
     "part_of",
@@ -41,6 +42,14 @@ _VIEWS = {
 }
 _SPLITS = {_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default}
 _END = 2**63 - 1  # of a slice without an end
+
+
+def has_operator(name: str, *taken: str) -> bool:
+    """Whether torch_npu has an operator, and it takes these arguments."""
+    packet = getattr(torch.ops.npu, name, None)
+    if packet is None:
+        return False
+    return {one.name for one in packet.default._schema.arguments}.issuperset(taken)
 
 
 def is_call(node: Any, *targets: Any) -> bool:

@@ -23,6 +23,7 @@ from .match import (
     Part,
     arguments,
     dtype_name,
+    has_operator,
     is_call,
     number,
     part_of,
@@ -97,7 +98,7 @@ def fuse_rope(editor: Editor) -> None:
                 continue
             editor.left(NAME, first.sum, f"query and key are two kernels: {why}")
             alone.add(second.sum)
-        if why := why_not_rotary_mul(first.shape, editor.kind, get_product()):
+        if why := _why_not_rotary_mul(editor, first.shape):
             editor.left(NAME, first.sum, why)
         else:
             _rotary_mul(editor, first)
@@ -240,6 +241,8 @@ def _belongs(first: _Rotation, second: _Rotation) -> bool:
 
 
 def _why_not_together(editor: Editor, first: _Rotation, second: _Rotation) -> str:
+    if not has_operator("npu_apply_rotary_pos_emb"):
+        return "torch_npu has no npu_apply_rotary_pos_emb"
     why = why_not_apply_rotary(first.shape, second.shape, editor.kind, get_product())
     if not why and not same_stream(first.sum, second.sum):
         why = "they run on two streams"
@@ -264,8 +267,9 @@ def _apply_rotary(editor: Editor, first: _Rotation, second: _Rotation) -> None:
     assert place is not None
     query, key = _as_bsnd(editor, first, place), _as_bsnd(editor, second, place)
     cos, sin = _angles(editor, first)
+    # by default (B, S, N, D); older converters take no layout but their default, BSH
     npu = torch.ops.npu.npu_apply_rotary_pos_emb.default
-    node = editor.call(npu, query, key, cos, sin, layout="BSND", before=place, like=first.sum)
+    node = editor.call(npu, query, key, cos, sin, before=place, like=first.sum)
     turned = [editor.call(operator.getitem, node, i, before=place) for i in range(2)]
     new = [_as_it_was(editor, r, t, place) for r, t in zip((first, second), turned, strict=True)]
     editor.replace(first.sum, new[0])
@@ -287,7 +291,7 @@ def _why_not_as_one(editor: Editor, first: _Rotation, second: _Rotation) -> str:
         return "they are not computed at one place"
     if sum(number(size) is None for size in first.shape.sizes) > 1:
         return "run time alone knows B and S"
-    return why_not_rotary_mul(_together(first, second), editor.kind, get_product())
+    return _why_not_rotary_mul(editor, _together(first, second))
 
 
 def _neighbours(first: _Rotation, second: _Rotation) -> Part | None:
@@ -325,6 +329,12 @@ def _as_one(editor: Editor, first: _Rotation, second: _Rotation) -> None:
 
 
 # ---- one tensor ----
+
+
+def _why_not_rotary_mul(editor: Editor, shape: Rotated) -> str:
+    if not has_operator("npu_rotary_mul", *([] if shape.mode == HALF else ["rotary_mode"])):
+        return f"torch_npu has no npu_rotary_mul of mode {shape.mode}"
+    return why_not_rotary_mul(shape, editor.kind, get_product())
 
 
 def _rotary_mul(editor: Editor, one: _Rotation) -> None:

@@ -25,6 +25,7 @@ from .match import (
     arguments,
     behind_views,
     dtype_name,
+    has_operator,
     is_call,
     number,
     part_of,
@@ -182,6 +183,8 @@ def _why_not_alone(glu: _Glu) -> str:
 
 def _why_not_swiglu(editor: Editor, glu: _Glu) -> str:
     assert glu.whole is not None
+    if not has_operator("npu_swiglu"):
+        return "torch_npu has no npu_swiglu"
     if not glu.left:
         return "its second half is activated; SwiGlu activates the first"
     product, value = get_product(), value_of(glu.whole)
@@ -224,7 +227,7 @@ def _quantization_of(glu: _Glu) -> Node | None:
 
 def _why_not_quantized(editor: Editor, glu: _Glu, quantization: Node) -> str:
     whole = behind_views(glu.whole)
-    if not hasattr(torch.ops.npu, "npu_dequant_swiglu_quant"):
+    if not has_operator("npu_dequant_swiglu_quant"):
         return "torch_npu has no npu_dequant_swiglu_quant"
     if get_product() not in _DEQUANT_PRODUCTS:
         return f"npu_dequant_swiglu_quant is not for {get_product().key}"
