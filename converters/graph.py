@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class Edge:
         shape: None if the graph does not have it; -1 or a symbol for a size that only run time
             knows.
         source: for an input, the name of the node that it comes from.
+        output: which output of that node it is.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Edge:
     shape: tuple[int | str, ...] | None
     format: str = "ND"
     source: str = ""
+    output: int = 0
 
     def __str__(self) -> str:
         shape = "?" if self.shape is None else ", ".join(map(str, self.shape))
@@ -101,8 +104,25 @@ class Graph:
 
     @property
     def launches(self) -> tuple[Node, ...]:
-        """The compute nodes that are kernels on a device. GE's own fusions can make fewer."""
-        return tuple(node for node in self.compute if node.op not in VIEWS)
+        """The compute nodes that are kernels on a device. GE's own fusions can make fewer.
+
+        A TensorMove of a computed tensor that nothing else reads is none: GE deletes it
+        (TensorMoveDeletePass, hicann/ge).
+        """
+        readers = Counter((edge.source, edge.output) for node in self.nodes for edge in node.inputs)
+        passive = {node.name for node in self.nodes if node.op in PASSIVE}
+        return tuple(
+            node
+            for node in self.compute
+            if node.op not in VIEWS
+            and not (
+                node.op == "TensorMove"
+                and all(
+                    edge.source not in passive and readers[edge.source, edge.output] == 1
+                    for edge in node.inputs
+                )
+            )
+        )
 
     def ops(self) -> list[str]:
         """GE op types of the compute nodes, in order."""
@@ -139,7 +159,8 @@ def read(path: str | Path) -> Graph:
                 continue
             origin = produced.get(source)
             edge = origin or _edge(desc)
-            inputs.append(replace(edge, name=desc.name, source=source.rpartition(":")[0]))
+            name, _, output = source.rpartition(":")
+            inputs.append(replace(edge, name=desc.name, source=name, output=int(output)))
         outputs = tuple(produced[f"{op.name}:{i}"] for i in range(len(op.output_desc)))
         attrs = {key: _attr(value) for key, value in op.attr.items() if not key.startswith("_")}
         nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs))
