@@ -304,6 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="only the first N, for a quick look"
     )
+    parser.add_argument(
+        "--fusion", choices=("exact", "all", "off"), default="exact", help="of the graphs"
+    )
     parser.add_argument("--perplexity", type=int, default=0, metavar="N", help="tokens of a text")
     options = parser.parse_args(arguments)
     if options.tokens < 2:
@@ -316,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokenizer = load(options.layers)
     device = "" if NO_NPU else f", and {torch.npu.get_device_name()}"
     print(f"SmolLM2-135M-Instruct, {len(model.model.layers)} layers, on the CPU{device}")
+    # the fusions that are not exact round less often than the CPU does; then a text may differ
+    lq_graph.set_fusion(exact=options.fusion == "exact", enabled=options.fusion != "off")
     smooth = not options.no_smooth
     texts = generate(model, options.scheme, tokenizer, modes, options.tokens, smooth)
     print_texts(texts, tokenizer)

@@ -12,6 +12,7 @@ import torch
 
 import cann_host
 from lq_graph import QuantizedLinear
+from lq_graph.modules.fusion_options import FusionOptions, fusion
 from support.processes import output_of, python
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "generate.py"
@@ -51,7 +52,8 @@ def test_every_mode_writes_what_the_cpu_writes(
     scheme: str, example: Any, loaded: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = loaded
-    texts = example.generate(model, scheme, tokenizer, example.MODES, TOKENS)
+    with fusion(FusionOptions(exact=True)):
+        texts = example.generate(model, scheme, tokenizer, example.MODES, TOKENS)
     example.print_texts(texts, tokenizer)
     want = texts[f"{scheme} cpu"]
     assert want.logits.shape == (TOKENS, model.config.vocab_size)
