@@ -21,6 +21,7 @@ __all__ = [
     "Line",
     "Pass",
     "arguments_of",
+    "is_call",
     "is_contiguous",
     "is_pure",
     "layer_of",
@@ -187,6 +188,11 @@ def is_pure(node: Node) -> bool:
         return node.target.__module__ in ("_operator", "operator")
     tags = node.target.tags
     return not (node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether it is a node that calls one of the operators."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def value_of(node: Node) -> Any:

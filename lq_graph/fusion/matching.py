@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..backends.compat_npu import find_operator
-from .editor import Editor, is_contiguous, same_shape, storages_of, value_of
+from .editor import Editor, is_call, is_contiguous, same_shape, storages_of, value_of
 
 __all__ = [
     "VIEWS",
@@ -19,7 +19,6 @@ __all__ = [
     "cast_from",
     "check_place",
     "every",
-    "is_call",
     "need",
     "only_user",
     "operator_of",
@@ -98,10 +97,6 @@ def cast_from(node: Any) -> Node | None:
     before, after = value_of(source), value_of(node)
     same = before.device == after.device and same_shape(source, node)
     return source if same and is_contiguous(source) == is_contiguous(node) else None
-
-
-def is_call(node: Any, *targets: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def results(editor: Editor, call: Node) -> Callable[[int], Node]:

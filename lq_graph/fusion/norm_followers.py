@@ -15,13 +15,20 @@ from torch.fx import Node
 
 from ..rules.products import get_cann_version, get_product
 from ..rules.tables import dtype_name
-from .editor import Editor, arguments_of, same_shape, same_size, shape_of, value_of
+from .editor import (
+    Editor,
+    arguments_of,
+    is_call,
+    same_shape,
+    same_size,
+    shape_of,
+    value_of,
+)
 from .matching import (
     VIEWS,
     cast_from,
     check_place,
     every,
-    is_call,
     need,
     operator_of,
     replace_results,

@@ -24,6 +24,7 @@ from ..rules.tables import dtype_name
 from .editor import (
     Editor,
     arguments_of,
+    is_call,
     is_contiguous,
     same_shape,
     same_size,
@@ -34,7 +35,6 @@ from .matching import (
     cast_from,
     check_place,
     every,
-    is_call,
     need,
     only_user,
     operator_of,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,51 +11,69 @@ from torch.fx import Node
 
 from .editor import Editor, is_pure, storages_of, value_of
 
-__all__ = ["merge_equal", "name_as_torch_npu"]
+__all__ = ["merge_equal", "merge_equal_quantizations", "name_as_torch_npu"]
 
 _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 
 
 # namespaces whose operators say whether they draw random numbers
-_NAMESPACES = ("aten", "lq_graph", "prims")
-_VENDORS = ("npu::_npu_dtype_cast", "npu::npu_dynamic_quant", "npu::npu_quantize")
+_NAMESPACES = ("aten", "lq_graph", "npu", "prims")
+_QUANTIZATIONS = {
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.split.Tensor,  # a view for torch, and a kernel in GE
+    _aten.split_with_sizes.default,
+    operator.getitem,
+    _ours.dynamic_quant.default,
+    _ours.static_quant.default,
+    _ours.linear_quant.default,
+}
 _VIEWS = (_aten.view.default, _aten.reshape.default, operator.getitem)
 
 
-def merge_equal(editor: Editor) -> None:
-    """Make one of equal calls of operators.
+def merge_equal_quantizations(editor: Editor) -> None:
+    """Make one of equal quantizations, quantized products, and the views and splits between.
 
-    Left alone are a call that reads or makes a tensor which the graph writes into, because its
-    value may differ from place to place, and a tensor that the graph returns, because its reader
-    may write into it.
+    This is done before norms are fused: they need a quantization for each reader to be one. Other
+    calls come last (`merge_equal`), because two norms of one tensor have equal pieces.
     """
+    _merge(editor, "equal_quantizations", lambda node: node.target in _QUANTIZATIONS)
+
+
+def merge_equal(editor: Editor) -> None:
+    """Make one of equal calls of any operator without side effects."""
+    _merge(editor, "equal_calls", _has_one_result)
+
+
+def _merge(editor: Editor, fusion: str, fits: Callable[[Node], bool]) -> None:
+    """Left alone are a call that reads or makes a tensor which the graph writes into, because its
+    value may differ from place to place, and two tensors that the graph returns, because their
+    reader may write into one of them."""
     written = editor.written()
     first: dict[Hashable, Node] = {}
     for node in list(editor.graph.nodes):
-        if not _may_be_equal(node):
+        if node.op != "call_function" or not is_pure(node) or not fits(node):
             continue
         if any(storages_of(value_of(n)) & written for n in (node, *node.all_input_nodes)):
             continue
         key = node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("stream_label")
         known = first.setdefault(key, node)
-        if known is not node:
+        if known is not node and not (_is_returned(node) and _is_returned(known)):
             node.replace_all_uses_with(known)
             editor.graph.erase_node(node)
             if node.target not in _VIEWS:
-                editor.did("equal_calls", node)
+                editor.did(fusion, node)
 
 
-def _may_be_equal(node: Node) -> bool:
-    if node.op != "call_function" or not is_pure(node):
-        return False
-    if _is_returned(node):
-        return False
+def _has_one_result(node: Node) -> bool:
+    """Whether a call's result depends on its arguments alone."""
     if node.target is operator.getitem:
         return True
     name: str = node.target._schema.name  # type: ignore[union-attr]
-    if "empty" in name:  # its values are nobody's
-        return False
-    return name.partition("::")[0] in _NAMESPACES or name in _VENDORS
+    space, _, operation = name.partition("::")
+    random = "dropout" in operation or "rand" in operation  # torch_npu's do not say so
+    # the values of empty memory are nobody's
+    return space in _NAMESPACES and not random and "empty" not in operation
 
 
 def _is_returned(node: Node) -> bool:

@@ -17,19 +17,23 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..backends.compat_npu import find_operator
 from ..rules.products import get_product
-from .editor import Editor, same_shape, value_of
-from .match import (
-    Part,
-    arguments,
-    dtype_name,
-    has_operator,
+from .editor import (
+    Editor,
+    arguments_of,
     is_call,
+    same_shape,
+    same_size,
+    value_of,
+)
+from .parts import (
+    Part,
+    dtype_name,
     number,
     part_of,
     reads_written,
     same_place,
-    same_size,
     same_stream,
 )
 from .rope_rules import (
@@ -141,7 +145,7 @@ def _layout(x: Node, sizes: tuple[Any, ...], angles: tuple[Any, ...]) -> tuple[s
 
 def _pieces_of(node: Node) -> tuple[Node, Node, Node, str] | None:
     """x, cos, sin and the mode of x * cos + rotated(x) * sin."""
-    if arguments(node)["alpha"] != 1:
+    if arguments_of(node)["alpha"] != 1:
         return None
     for straight, turned in (node.args[:2], reversed(node.args[:2])):
         if not (is_call(straight, _aten.mul.Tensor) and is_call(turned, _aten.mul.Tensor)):
@@ -167,7 +171,7 @@ def _rotated(node: Any) -> tuple[Node | None, str]:
         mode, stacked = INTERLEAVE, node.args[0]
     if not is_call(stacked, _aten.cat.default if mode == HALF else _aten.stack.default):
         return None, mode
-    given = arguments(stacked)
+    given = arguments_of(stacked)
     if given["dim"] not in (-1, value_of(stacked).dim() - 1) or len(given["tensors"]) != 2:
         return None, mode
     negative, second = given["tensors"]
@@ -241,7 +245,7 @@ def _belongs(first: _Rotation, second: _Rotation) -> bool:
 
 
 def _why_not_together(editor: Editor, first: _Rotation, second: _Rotation) -> str:
-    if not has_operator("npu_apply_rotary_pos_emb"):
+    if not find_operator("npu_apply_rotary_pos_emb"):
         return "torch_npu has no npu_apply_rotary_pos_emb"
     why = why_not_apply_rotary(first.shape, second.shape, editor.kind, get_product())
     if not why and not same_stream(first.sum, second.sum):
@@ -332,7 +336,7 @@ def _as_one(editor: Editor, first: _Rotation, second: _Rotation) -> None:
 
 
 def _why_not_rotary_mul(editor: Editor, shape: Rotated) -> str:
-    if not has_operator("npu_rotary_mul", *([] if shape.mode == HALF else ["rotary_mode"])):
+    if not find_operator("npu_rotary_mul", *([] if shape.mode == HALF else ["rotary_mode"])):
         return f"torch_npu has no npu_rotary_mul of mode {shape.mode}"
     return why_not_rotary_mul(shape, editor.kind, get_product())
 

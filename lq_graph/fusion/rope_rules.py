@@ -15,7 +15,12 @@ from typing import Any
 import torch
 
 from ..rules.tables import ASCEND_950, ATLAS_INFERENCE, Product
-from .match import number, same_size
+from .editor import (
+    same_size,
+)
+from .parts import (
+    number,
+)
 
 __all__ = [
     "CAPTURED",

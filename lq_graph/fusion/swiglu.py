@@ -15,24 +15,28 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..backends.compat_npu import find_operator
 from ..errors import LinearQuantError
 from ..rules.plan import plan
 from ..rules.products import get_product
 from ..rules.tables import A2, A3, ATLAS_INFERENCE
-from .editor import Editor, same_shape, value_of
-from .match import (
+from .editor import (
+    Editor,
+    arguments_of,
+    is_call,
+    same_shape,
+    same_size,
+    value_of,
+)
+from .parts import (
     Part,
-    arguments,
     behind_views,
     dtype_name,
-    has_operator,
-    is_call,
     number,
     part_of,
     parts_of,
     reads_written,
     replay_views,
-    same_size,
     same_stream,
     single_user,
 )
@@ -183,7 +187,7 @@ def _why_not_alone(glu: _Glu) -> str:
 
 def _why_not_swiglu(editor: Editor, glu: _Glu) -> str:
     assert glu.whole is not None
-    if not has_operator("npu_swiglu"):
+    if not find_operator("npu_swiglu"):
         return "torch_npu has no npu_swiglu"
     if not glu.left:
         return "its second half is activated; SwiGlu activates the first"
@@ -227,7 +231,7 @@ def _quantization_of(glu: _Glu) -> Node | None:
 
 def _why_not_quantized(editor: Editor, glu: _Glu, quantization: Node) -> str:
     whole = behind_views(glu.whole)
-    if not has_operator("npu_dequant_swiglu_quant"):
+    if not find_operator("npu_dequant_swiglu_quant"):
         return "torch_npu has no npu_dequant_swiglu_quant"
     if get_product() not in _DEQUANT_PRODUCTS:
         return f"npu_dequant_swiglu_quant is not for {get_product().key}"
@@ -242,7 +246,7 @@ def _why_not_quantized(editor: Editor, glu: _Glu, quantization: Node) -> str:
 
 
 def _why_not_that_quantization(glu: _Glu, quantization: Node) -> str:
-    given = arguments(quantization)
+    given = arguments_of(quantization)
     if quantization.target is _ours.static_quant.default:
         return (
             "static_quant has 1 / scale in the dtype of x; DequantSwigluQuant takes the scale in "
@@ -278,7 +282,7 @@ def _why_not_those_readers(glu: _Glu, whole: Node) -> str:
 
 def _why_not_int32(whole: Node) -> str:
     """Why the product cannot be int32, with its scales applied by DequantSwigluQuant."""
-    given, value = arguments(whole), value_of(whole)
+    given, value = arguments_of(whole), value_of(whole)
     scale, pertoken, bias = (given[name] for name in ("scale", "pertoken_scale", "bias"))
     if value.dim() != 2:
         return f"the product has {value.dim()} dims; it must have 2"
@@ -305,7 +309,7 @@ def _int32_operands(given: dict[str, Any]) -> list[Any]:
 
 def _quantize(editor: Editor, glu: _Glu, quantization: Node) -> None:
     whole = behind_views(glu.whole)
-    given = arguments(whole)
+    given = arguments_of(whole)
     product = editor.call(
         whole.target, *_int32_operands(given), output_dtype=torch.int32, before=whole
     )

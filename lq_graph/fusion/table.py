@@ -42,11 +42,11 @@ FUSIONS = (
         run=shapes.remove_needless,
     ),
     Fusion(
-        name="equal_calls",
-        what="equal calls of an operator, as the quantizations of one tensor are: one",
+        name="equal_quantizations",
+        what="equal quantizations of one tensor, and equal products of merged layers: one",
         saves="2 DynamicQuant for q, k, v; 1 for gate, up; merged layers: their products",
         exact=True,
-        run=quantizations.merge_equal,
+        run=quantizations.merge_equal_quantizations,
     ),
     Fusion(
         name="rms_norm",
@@ -134,5 +134,12 @@ FUSIONS = (
         differs="npu_rotary_mul does not round the two products; npu_apply_rotary_pos_emb neither, "
         "in bfloat16, and it rounds the sum half away from zero (in float16 it rounds as the "
         "pieces do)",
+    ),
+    Fusion(
+        name="equal_calls",
+        what="other equal calls: one",
+        saves="1 each",
+        exact=True,
+        run=quantizations.merge_equal,
     ),
 )

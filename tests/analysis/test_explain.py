@@ -159,4 +159,4 @@ def test_what_fused_is_said() -> None:
         f"whole model: {len(launches[0])} kernels without fusion, {len(launches[1])} with"
         in str(told)
     )
-    assert re.search(r"^equal_calls +2  layers\.\*$", str(told), re.MULTILINE)
+    assert re.search(r"^equal_quantizations +2  layers\.\*$", str(told), re.MULTILINE)

@@ -110,7 +110,7 @@ def test_the_users_passes_run_too(mode: str) -> None:
         assert any("lq_graph.dynamic_quant" in str(n.target) for n in module.graph.nodes)
         before = lq_graph.fuse(module)
         again = lq_graph.fuse(module)
-        assert before.done("equal_calls") == 2
+        assert before.done("equal_quantizations") == 2
         assert (again.nodes_before, again.lines) == (before.nodes_after, [])
 
     def post(module: GraphModule, *_: Any) -> None:
@@ -124,7 +124,7 @@ def test_the_users_passes_run_too(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "count"), [("off", 0), ("exact", 2), ("on", 2), ("on,-equal_calls", 0)]
+    ("variable", "count"), [("off", 0), ("exact", 2), ("on", 2), ("on,-equal_quantizations", 0)]
 )
 def test_the_environment_chooses(
     variable: str, count: int, monkeypatch: pytest.MonkeyPatch
@@ -133,10 +133,10 @@ def test_the_environment_chooses(
     assert str(get_fusion()) == variable
     with reports() as found:
         graph_of(Three().npu(), "GE", torch.randn(4, 64).half().npu())
-    assert [report.done("equal_calls") for report in found] == [count]
+    assert [report.done("equal_quantizations") for report in found] == [count]
 
 
-@pytest.mark.parametrize("variable", ["", "yes", "on,equal_calls", "exact,-", "on,-none"])
+@pytest.mark.parametrize("variable", ["", "yes", "on,equal_quantizations", "exact,-", "on,-none"])
 def test_what_the_environment_may_not_say(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LQ_GRAPH_FUSION", variable)
     with pytest.raises(lq_graph.LinearQuantValueError, match=r"LQ_GRAPH_FUSION.*allowed are"):

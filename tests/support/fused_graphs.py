@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
@@ -20,7 +20,7 @@ __all__ = ["calls_of", "fused", "outcomes", "traced"]
 
 def traced(function: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> GraphModule:
     """The function's graph of ATen operators with fake tensors, as torchair's passes get it."""
-    mode = "symbolic" if dynamic else "fake"
+    mode: Literal["symbolic", "fake"] = "symbolic" if dynamic else "fake"
     with torch.no_grad():
         module = make_fx(function, tracing_mode=mode)(*inputs)
         if any(name.endswith("_.Scalar") for name in calls_of(module)):  # inside torch's rms_norm

@@ -6,26 +6,20 @@ import operator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from ..backends.compat import OpOverload
-from .editor import Editor, value_of
+from .editor import Editor, arguments_of, is_call, storages_of, value_of
 
 __all__ = [
     "Part",
-    "arguments",
     "behind_views",
     "dtype_name",
-    "has_operator",
-    "is_call",
     "number",
     "part_of",
     "parts_of",
     "reads_written",
     "replay_views",
     "same_place",
-    "same_size",
     "same_stream",
     "single_user",
 ]
@@ -44,37 +38,9 @@ _SPLITS = {_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.defau
 _END = 2**63 - 1  # of a slice without an end
 
 
-def has_operator(name: str, *taken: str) -> bool:
-    """Whether torch_npu has an operator, and it takes these arguments."""
-    packet = getattr(torch.ops.npu, name, None)
-    if packet is None:
-        return False
-    return {one.name for one in packet.default._schema.arguments}.issuperset(taken)
-
-
-def is_call(node: Any, *targets: Any) -> bool:
-    """Whether it is a node that calls one of the operators."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call by their names in the schema, with defaults."""
-    assert isinstance(node.target, OpOverload)
-    given: dict[str, Any] = {}
-    for i, one in enumerate(node.target._schema.arguments):
-        default = one.default_value if one.has_default_value() else None
-        given[one.name] = node.args[i] if i < len(node.args) else node.kwargs.get(one.name, default)
-    return given
-
-
 def number(size: Any) -> int | None:
     """A size, if it is known while the graph is compiled."""
     return size if type(size) is int else None
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same, as far as this is known without a guard."""
-    return bool(a == b) if type(a) is int and type(b) is int else str(a) == str(b)
 
 
 def dtype_name(node: Node) -> str:
@@ -129,20 +95,8 @@ def replay_views(editor: Editor, node: Node, last: Node, first: Node, before: No
 
 def reads_written(editor: Editor, *nodes: Any) -> bool:
     """Whether the graph writes into one of the tensors: it may have another value elsewhere."""
-    written: set[int] = set()
-    for node in editor.graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            for read in node.all_input_nodes:
-                written |= _storages(value_of(read))
-    return any(_storages(value_of(node)) & written for node in nodes if isinstance(node, Node))
-
-
-def _storages(value: Any) -> set[int]:
-    if isinstance(value, Tensor):
-        return {value.untyped_storage()._cdata}
-    if isinstance(value, tuple | list):
-        return set().union(*map(_storages, value))
-    return set()
+    written = editor.written()
+    return any(storages_of(value_of(node)) & written for node in nodes if isinstance(node, Node))
 
 
 class Part(NamedTuple):
@@ -158,11 +112,11 @@ def part_of(node: Any) -> Part | None:
     """Which part of a tensor's last dim a slice, or one result of a split, is; None if it is none,
     or if run time alone knows."""
     if is_call(node, _aten.slice.Tensor):
-        given = arguments(node)
+        given = arguments_of(node)
         source, dim, step = given["self"], given["dim"], given["step"]
         start, stop = given["start"] or 0, _END if given["end"] is None else given["end"]
     elif is_call(node, operator.getitem) and is_call(node.args[0], *_SPLITS):
-        given = arguments(node.args[0])
+        given = arguments_of(node.args[0])
         source, dim, step = given["self"], given["dim"], 1
         sizes = [value_of(node.args[0])[i].shape[dim] for i in range(len(value_of(node.args[0])))]
         if any(type(size) is not int for size in sizes):
