@@ -72,8 +72,8 @@ class MergeReport(list[MergedGroup]):
             alone = [[layer.name, layer.why] for layer in self.left_alone]
             lines += table([["left alone", "why"], *alone])
         before = sum(len(group.names) for group in self)
-        merged = f"{before} layers are {len(self)} products" if self else "nothing to merge"
-        return "\n".join([*lines, f"{merged}, {len(self.left_alone)} layers left alone"])
+        merged = f"layers merged: {before} into {len(self)}" if self else "nothing to merge"
+        return "\n".join([*lines, f"{merged}; left alone: {len(self.left_alone)}"])
 
 
 def _together(names: Sequence[str]) -> str:

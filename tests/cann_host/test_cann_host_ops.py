@@ -395,6 +395,7 @@ ELSEWHERE = {
     "ApplyRotaryPosEmb",  # test_rope
     "InterleaveRope",
     "RotaryMul",
+    "RotaryMulGrad",  # test_gradients.py
     "RotaryPositionEmbedding",
     "Assign",  # test_cache, test_cache_paged
     "KvRmsNormRopeCache",
@@ -419,6 +420,7 @@ ELSEWHERE = {
     "QuantBatchMatmulV4",  # test_cann_host_rules, test_products
     "RmsNormQuant",  # test_fused_norms
     "SwiGluQuant",  # test_fused_swiglu
+    "SwiGluGrad",  # test_gradients.py
 }
 
 

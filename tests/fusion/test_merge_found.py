@@ -404,12 +404,12 @@ def test_report_and_repr() -> None:
         "attention: q, k  A8W8 dynamic  64  40 + 24",
         "left alone   why",
         "attention.v  it has forward hooks, which would be lost",
-        "2 layers are 1 products, 1 layers left alone",
+        "layers merged: 2 into 1; left alone: 1",
     ]
     text = str(model)
     assert "rows=40:64 of 64" in text and "merged=q + k" in text
     assert str(lq_graph.merge(nn.Linear(4, 4), torch.ones(1, 4))) == (
-        "nothing to merge, 0 layers left alone"
+        "nothing to merge; left alone: 0"
     )
 
 
