@@ -1,0 +1,20 @@
+"""Fusions need a torchair that runs passes of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch_npu  # noqa: F401  (makes the name `torchair` importable)
+    import torchair
+
+    if hasattr(torchair, "register_replacement"):
+        return
+    skip = pytest.mark.skip(reason="torchair has no register_replacement")
+    for item in items:
+        path = Path(item.path)
+        if path.parent == Path(__file__).parent and not path.name.startswith("test_merge"):
+            item.add_marker(skip)
