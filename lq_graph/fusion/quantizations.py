@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..backends.compat import OpOverload
 from .editor import Editor, is_pure, storages_of, value_of
 
 __all__ = ["merge_equal", "merge_equal_quantizations", "name_as_torch_npu"]
@@ -67,9 +68,9 @@ def _merge(editor: Editor, fusion: str, fits: Callable[[Node], bool]) -> None:
 
 def _has_one_result(node: Node) -> bool:
     """Whether a call's result depends on its arguments alone."""
-    if node.target is operator.getitem:
+    if not isinstance(node.target, OpOverload):  # of the operator module, on sizes and results
         return True
-    name: str = node.target._schema.name  # type: ignore[union-attr]
+    name = node.target._schema.name
     space, _, operation = name.partition("::")
     random = "dropout" in operation or "rand" in operation  # torch_npu's do not say so
     # the values of empty memory are nobody's
