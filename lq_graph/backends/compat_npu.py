@@ -58,20 +58,21 @@ def import_torchair() -> Any:
     import torch_npu  # noqa: F401  (makes the name `torchair` importable)
 
     handler = signal.getsignal(signal.SIGINT)
+    outer = sys.exc_info()[1]  # what the caller handles has nothing to do with this import
     try:
         import torchair
 
         torchair.CompilerConfig  # noqa: B018  (torch_npu imports the module at the first attribute)
     except Exception as error:  # torch_npu raises its own, with the cause as context
-        raise _not_importable(error) from error
+        raise _not_importable(error, outer) from error
     if signal.getsignal(signal.SIGINT) is not handler:
         signal.signal(signal.SIGINT, handler)
     return torchair
 
 
-def _not_importable(error: BaseException) -> LinearQuantError:
+def _not_importable(error: BaseException, outer: BaseException | None) -> LinearQuantError:
     causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause is not outer:
         causes.append(cause)
     missing = next((c.name for c in causes if isinstance(c, ModuleNotFoundError)), None)
     if missing == "pkg_resources":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -65,33 +66,49 @@ def test_the_overloads_take_numbers_for_dtypes() -> None:
         assert torch.equal(out, overload(x1, weight.mT, scale, output_dtype=dtype))
 
 
-def chained(first: BaseException, last: BaseException) -> BaseException:
-    last.__context__ = first
-    return last
+def import_torchair(handling: bool) -> None:
+    """Import it, on request while the program handles another exception."""
+    try:
+        if handling:
+            raise KeyError("another")
+        compat_npu.import_torchair()
+    except KeyError:
+        compat_npu.import_torchair()
 
 
+def raise_in_turn(errors: Sequence[Exception]) -> None:
+    """Raise the first, and while it is handled the next."""
+    try:
+        raise errors[0]
+    except Exception:
+        if errors[1:]:
+            raise_in_turn(errors[1:])
+        raise
+
+
+@pytest.mark.parametrize("handling", [False, True], ids=["", "in an except block"])
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("errors", "said"),
     [
         (
-            chained(ModuleNotFoundError("", name="pkg_resources"), ImportError("asynchronous")),
+            [ModuleNotFoundError("", name="pkg_resources"), ImportError("asynchronous")],
             r'pkg_resources, which setuptools 82 no longer has. What to do: .*"setuptools<81"',
         ),
-        (ModuleNotFoundError("", name="google"), "imports google, .* What to do: install google"),
-        (chained(OSError("libge.so"), ImportError("x")), "cannot be imported: libge.so. What to"),
+        ([ModuleNotFoundError("", name="google")], "imports google, .* What to do: install google"),
+        ([OSError("libge.so"), ImportError("x")], "cannot be imported: libge.so. What to"),
     ],
     ids=["pkg_resources", "module", "library"],
 )
 def test_a_torchair_that_cannot_be_imported_is_one_sentence(
-    error: BaseException, said: str, monkeypatch
+    errors: list[Exception], said: str, handling: bool, monkeypatch
 ) -> None:
     class Absent:
         def __getattr__(self, name: str) -> None:
-            raise error
+            raise_in_turn(errors)
 
     monkeypatch.setitem(sys.modules, "torchair", Absent())
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(LinearQuantError, match=said) as caught:
-        compat_npu.import_torchair()
+        import_torchair(handling)
     assert str(caught.value).startswith(f"torchair of {has.INSTALLED} cannot be imported: ")
     assert signal.getsignal(signal.SIGINT) is handler
