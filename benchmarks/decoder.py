@@ -106,6 +106,7 @@ def _ours_timed() -> Iterator[Counter[str]]:
     from lq_graph import converters
     from lq_graph.backends import fake
     from lq_graph.converters import linear_quant
+    from lq_graph.fusion import torchair as fusion
 
     seconds: Counter[str] = Counter()
 
@@ -121,6 +122,7 @@ def _ours_timed() -> Iterator[Counter[str]]:
         return wrapper
 
     places = [
+        (fusion, "fuse", "lq_graph, fusions"),
         (CapturedWork, "record", "cann_host, capturing its work"),
         (compiler, "compile_graph", "cann_host, the graph's compilation"),
         *((linear_quant, o.name, "lq_graph, converters") for o in lq_graph.ops.OPERATORS),
