@@ -13,7 +13,6 @@ from .editor import Editor, arguments_of, is_call, storages_of, value_of
 __all__ = [
     "Part",
     "behind_views",
-    "dtype_name",
     "number",
     "part_of",
     "parts_of",
@@ -41,11 +40,6 @@ _END = 2**63 - 1  # of a slice without an end
 def number(size: Any) -> int | None:
     """A size, if it is known while the graph is compiled."""
     return size if type(size) is int else None
-
-
-def dtype_name(node: Node) -> str:
-    """The dtype of a node's tensor, as torch names it."""
-    return str(value_of(node).dtype).removeprefix("torch.")
 
 
 def same_stream(*nodes: Node) -> bool:

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..backends.compat_npu import find_operator
 from ..rules.products import get_product
+from ..rules.tables import dtype_name
 from .editor import (
     Editor,
     arguments_of,
@@ -29,7 +30,6 @@ from .editor import (
 )
 from .parts import (
     Part,
-    dtype_name,
     number,
     part_of,
     reads_written,
@@ -189,8 +189,10 @@ def _rotated(node: Any) -> tuple[Node | None, str]:
 
 def _why_not_pieces(editor: Editor, node: Node, x: Node, cos: Node, sin: Node) -> str:
     tensors = {"x": x, "cos": cos, "sin": sin}
-    if len({dtype_name(one) for one in (node, *tensors.values())}) > 1:
-        return ", ".join(f"{name} is {dtype_name(one)}" for name, one in tensors.items())
+    if len({value_of(one).dtype for one in (node, *tensors.values())}) > 1:
+        return ", ".join(
+            f"{name} is {dtype_name(value_of(one).dtype)}" for name, one in tensors.items()
+        )
     if value_of(x).dim() != 4 or not same_shape(node, x):
         return f"x has shape {list(value_of(x).shape)}; it must have 4 dims, more than cos"
     if value_of(cos).dim() > 4 or not same_shape(cos, sin):

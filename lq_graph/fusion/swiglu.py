@@ -19,7 +19,7 @@ from ..backends.compat_npu import find_operator
 from ..errors import LinearQuantError
 from ..rules.plan import plan
 from ..rules.products import get_product
-from ..rules.tables import A2, A3, ATLAS_INFERENCE
+from ..rules.tables import A2, A3, ATLAS_INFERENCE, dtype_name
 from .editor import (
     Editor,
     arguments_of,
@@ -31,7 +31,6 @@ from .editor import (
 from .parts import (
     Part,
     behind_views,
-    dtype_name,
     number,
     part_of,
     parts_of,
@@ -171,7 +170,7 @@ def _why_not_alone(glu: _Glu) -> str:
     first, second = glu.operands
     if not (same_shape(glu.product, first) and same_shape(glu.product, second)):
         return "gate and up have other shapes"
-    if len({dtype_name(node) for node in (glu.product, glu.silu, glu.gate, glu.up)}) > 1:
+    if len({value_of(node).dtype for node in (glu.product, glu.silu, glu.gate, glu.up)}) > 1:
         return "gate, up and their product have other dtypes"
     if not single_user(glu.silu, glu.product):
         return "silu(gate) has another reader"
@@ -193,7 +192,7 @@ def _why_not_swiglu(editor: Editor, glu: _Glu) -> str:
         return "its second half is activated; SwiGlu activates the first"
     product, value = get_product(), value_of(glu.whole)
     if value.dtype not in _SWIGLU_DTYPES[product.key]:
-        return f"{product.key} has no SwiGlu of {dtype_name(glu.whole)}"
+        return f"{product.key} has no SwiGlu of {dtype_name(value_of(glu.whole).dtype)}"
     half = value.shape[-1] // 2 * value.element_size()
     if product is ATLAS_INFERENCE and half % _INFERENCE_BYTES:
         return f"half of a row has {half} bytes; {product.key} takes multiples of 64"
@@ -293,7 +292,8 @@ def _why_not_int32(whole: Node) -> str:
     if pertoken is not None and not same_size(value_of(pertoken).numel(), value.shape[0]):
         return "pertoken_scale does not have a value for each row"
     if bias is not None and value_of(bias).dtype != torch.int32:
-        return f"the product has a {dtype_name(bias)} bias; an int32 product takes int32"
+        kind = dtype_name(value_of(bias).dtype)
+        return f"the product has a {kind} bias; an int32 product takes int32"
     operands: list[Any] = [None if t is None else value_of(t) for t in _int32_operands(given)]
     try:
         plan(*operands, output_dtype=torch.int32)
