@@ -85,7 +85,7 @@ def only_user(node: Node, name: str) -> Node:
 
 
 def cast_from(node: Any) -> Node | None:
-    """What a node casts to another dtype, if it does nothing else."""
+    """What a node casts to another dtype, if it does nothing else but to close gaps in memory."""
     casts = [_aten._to_copy.default, _prims.convert_element_type.default]
     if (cast := getattr(_npu, "_npu_dtype_cast", None)) is not None:
         casts.append(cast.default)
@@ -96,7 +96,7 @@ def cast_from(node: Any) -> Node | None:
         return None
     before, after = value_of(source), value_of(node)
     same = before.device == after.device and same_shape(source, node)
-    return source if same and is_contiguous(source) == is_contiguous(node) else None
+    return source if same and (is_contiguous(node) or not is_contiguous(source)) else None
 
 
 def results(editor: Editor, call: Node) -> Callable[[int], Node]:
