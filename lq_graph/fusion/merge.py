@@ -234,10 +234,8 @@ def _merge(group: _Group, undo: ExitStack) -> None:
     for i, (layer, old) in enumerate(zip(layers, olds, strict=True)):
         part = MergedPart(merged, i, cast("nn.Parameter | None", old.pertoken_scale))
         part.train(old.training)
-        undo.callback(layer._share_quantizer)
         undo.callback(put, layer, "linear", old)
         put(layer, "linear", part)
-        layer._share_quantizer()
 
 
 def _cast(layer: LinearQuant, acl_format: int) -> None:

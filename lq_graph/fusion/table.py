@@ -81,14 +81,14 @@ FUSIONS = (
     ),
     Fusion(
         name="add_rms_norm_quant",
-        what="npu_add_rms_norm and a static quantization of the norm by a scale for each of k, "
-        "through views: npu_add_rms_norm_quant",
-        saves="1 AscendQuant or Quantize",
+        what="npu_add_rms_norm and one or two static quantizations of the norm, through views: "
+        "npu_add_rms_norm_quant",
+        saves="1 or 2 AscendQuant or Quantize",
         exact=False,
         run=norm_followers.add_rms_norm_quant,
         source="npu_add_rms_norm_quant (Ascend/op-plugin), norm/add_rms_norm_quant (hicann/ops-nn)",
-        differs="none for float16 on Atlas A2 and A3; bfloat16 is quantized before it is rounded, "
-        "and x / rms(x) is not rounded",
+        differs="none for float16 on Atlas A2 and A3; for bfloat16 the norm is of the sum before "
+        "it is rounded, x / rms(x) is not rounded, and it is quantized before it is rounded",
     ),
     Fusion(
         name="add_rms_norm_cast",
@@ -111,15 +111,16 @@ FUSIONS = (
     Fusion(
         name="swiglu",
         what="silu(gate) * up of the halves of one tensor: npu_swiglu; if they are one quantized "
-        "product, and the result is quantized per token: the product in int32, and "
+        "product, and the result is quantized, per token or statically: the product in int32, and "
         "npu_dequant_swiglu_quant",
-        saves="SplitV, Swish, Mul and DynamicQuant become one",
+        saves="SplitV, Swish, Mul and DynamicQuant or AscendQuant become one",
         exact=False,
         run=swiglu.fuse_swiglu,
         source="npu_dequant_swiglu_quant, npu_swiglu (Ascend/op-plugin); DequantSwigluQuant, "
         "SwiGlu (hicann/ops-nn)",
         differs="gate and up, silu(gate), and before the quantization silu(gate) * up are not "
-        "rounded to the dtype of the layer",
+        "rounded to the dtype of the layer; a static quantization multiplies by 1 / scale, "
+        "divided again in float32",
     ),
     Fusion(
         name="rope",
