@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.npu import cast_format, format_of
-from ..modules.linear_quant import LinearQuant
-from ..modules.merged import MergedLinear, MergedPart
-from ..modules.places import held_elsewhere, places_of, put
-from ..modules.quantized_linear import QuantizedLinear, merged_of
-from ..modules.transaction import (
+from ..rules.tables import ND
+from .linear_quant import LinearQuant
+from .merge_report import LeftAlone, MergedGroup, MergeReport
+from .merge_rules import Model, alike, kind_of, why_not, why_not_together
+from .merged import MergedLinear, MergedPart
+from .places import held_elsewhere, places_of, put
+from .quantized_linear import QuantizedLinear, merged_of
+from .transaction import (
     all_or_nothing,
     evaluating,
     keeps_grad_mode,
     one_at_a_time,
     uninterrupted,
 )
-from ..rules.tables import ND
-from .merge_report import LeftAlone, MergedGroup, MergeReport
-from .merge_rules import Model, alike, kind_of, why_not, why_not_together
 
 __all__ = ["merge"]
 
