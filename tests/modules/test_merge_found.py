@@ -15,7 +15,10 @@ from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, LinearQuant, Quantize
 from lq_graph.backends.npu import format_of
 from lq_graph.modules import merge as merging
 from lq_graph.rules.tables import FRACTAL_NZ, ND
+from support import has
 from support.shared_input import Attention, K, inputs, pair, quantized
+
+pytestmark = pytest.mark.skipif(not has.HAS_PASSES, reason="torchair has no register_replacement")
 
 F16, BF16 = torch.float16, torch.bfloat16
 
