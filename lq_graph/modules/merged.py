@@ -1,7 +1,7 @@
 """Layers that read one tensor, as one product: the merged weight, and the parts that its layers
 hold.
 
-lq_graph.fusion.merge finds such layers and makes these modules.
+lq_graph.modules.merge finds such layers and makes these modules.
 """
 
 from __future__ import annotations
