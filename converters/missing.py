@@ -50,6 +50,7 @@ _OURS = "_lq_graph"  # attribute of a converter
 
 def _after(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """torchair's converter, and ours where that is not implemented."""
+    theirs = getattr(theirs, "__wrapped__", theirs)  # torchair wraps what this returns
 
     def convert(*args: Any, meta_outputs: TensorSpec | None = None, **kwargs: Any) -> Any:
         try:
@@ -67,5 +68,5 @@ def register_missing() -> None:
         if getattr(theirs, _OURS, False):
             continue
         converter = ours if theirs is None else _after(theirs, ours)
+        setattr(converter, _OURS, True)  # torchair wraps it, and keeps its attributes
         register_fx_node_ge_converter(overload)(converter)
-        setattr(overload._ge_converter, _OURS, True)
