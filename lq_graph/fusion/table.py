@@ -59,6 +59,20 @@ FUSIONS = (
         differs="x / rms(x) is not rounded to float16 or bfloat16 before the weight",
     ),
     Fusion(
+        name="rope",
+        what="x * cos + rotated(x) * sin: npu_apply_rotary_pos_emb for query and key in GE graphs, "
+        "npu_rotary_mul for each in others (one for both, if they are neighbours in one product), "
+        "and where sizes or layout ask for it",
+        saves="10 of 11 for query and key, or 9 (2 Neg, 2 ConcatD, 4 Mul, 2 Add, and the slices)",
+        exact=False,
+        run=rope.fuse_rope,
+        source="npu_apply_rotary_pos_emb, npu_rotary_mul (Ascend/op-plugin); "
+        "posembedding/apply_rotary_pos_emb, rotary_position_embedding (hicann/ops-transformer)",
+        differs="npu_rotary_mul does not round the two products; npu_apply_rotary_pos_emb neither, "
+        "in bfloat16, and it rounds the sum half away from zero (in float16 it rounds as the "
+        "pieces do)",
+    ),
+    Fusion(
         name="add_rms_norm",
         what="a sum of two tensors and its npu_rms_norm: npu_add_rms_norm, which gives both",
         saves="1 Add",
@@ -121,20 +135,6 @@ FUSIONS = (
         differs="gate and up, silu(gate), and before the quantization silu(gate) * up are not "
         "rounded to the dtype of the layer; a static quantization multiplies by 1 / scale, "
         "divided again in float32",
-    ),
-    Fusion(
-        name="rope",
-        what="x * cos + rotated(x) * sin: npu_apply_rotary_pos_emb for query and key in GE graphs, "
-        "npu_rotary_mul for each in others (one for both, if they are neighbours in one product), "
-        "and where sizes or layout ask for it",
-        saves="10 of 11 for query and key, or 9 (2 Neg, 2 ConcatD, 4 Mul, 2 Add, and the slices)",
-        exact=False,
-        run=rope.fuse_rope,
-        source="npu_apply_rotary_pos_emb, npu_rotary_mul (Ascend/op-plugin); "
-        "posembedding/apply_rotary_pos_emb, rotary_position_embedding (hicann/ops-transformer)",
-        differs="npu_rotary_mul does not round the two products; npu_apply_rotary_pos_emb neither, "
-        "in bfloat16, and it rounds the sum half away from zero (in float16 it rounds as the "
-        "pieces do)",
     ),
     Fusion(
         name="equal_calls",

@@ -407,7 +407,7 @@ LEFT: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "a weight of one value": (lambda x, w: transformers(x, w[:1]), r"weight has shape \(1,\)"),
     "a weight of each token": (lambda x, w: transformers(x, x), r"weight has shape \(2, 3, 64\)"),
     "a float32 result": (lambda x, w: transformers(x, w.float() * 2), "users|norm is float32"),
-    "not contiguous": (rms(lambda x: x.transpose(0, 1)), "x is not contiguous"),
+    "not contiguous": (rms(lambda x: x.transpose(0, 1).abs()), "x is not contiguous"),
 }
 
 
