@@ -26,12 +26,12 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
-    from .fusion.merge import merge
     from .fusion.options import set_fusion
     from .fusion.passes import fuse
     from .modules.fusion_options import get_fusion
     from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
     from .modules.linear_quant import LinearQuant
+    from .modules.merge import merge
     from .modules.prepare import use_internal_format_weight
     from .modules.quantized_linear import QuantizedLinear
     from .modules.vendor import convert
@@ -91,12 +91,12 @@ _HOMES = {
     "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
-    "fusion.merge": ("merge",),
     "fusion.options": ("set_fusion",),
     "fusion.passes": ("fuse",),
     "modules.fusion_options": ("get_fusion",),
     "modules.layouts": ("from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"),
     "modules.linear_quant": ("LinearQuant",),
+    "modules.merge": ("merge",),
     "modules.prepare": ("use_internal_format_weight",),
     "modules.quantized_linear": ("QuantizedLinear",),
     "modules.vendor": ("convert",),

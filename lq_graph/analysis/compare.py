@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import LinearQuantValueError
-from ..modules.transaction import evaluating
-from ..quantization.calibrate import call, check_batches
+from ..modules.runs import call, evaluating
+from ..quantization.calibrate import check_batches
 from .compare_pairs import LayerFilter, layers_with_relu, pairs_of
 from .compare_tensors import as_float, check_picked, copy_of, first_float, inputs_for, tensor_of
 from .comparison import Comparison, LayerComparison

@@ -28,6 +28,7 @@ __all__ = [
     "import_torchair",
     "installed",
     "why_no_int4_nz",
+    "why_no_passes",
 ]
 
 ACL_INT32 = 3  # aclDataType
@@ -105,6 +106,20 @@ def _not_importable(error: BaseException, outer: BaseException | None) -> Linear
     return LinearQuantError(
         f"torchair of {installed()} cannot be imported: {why}. What to do: {fix}."
     )
+
+
+def why_no_passes() -> str:
+    """Why torchair runs no passes of other libraries in a graph; empty if it does, or if there is
+    no torchair that makes graphs."""
+    if "torch_npu" not in sys.modules:
+        return ""
+    try:
+        torchair = import_torchair()
+    except LinearQuantError:
+        return ""
+    if hasattr(torchair, "register_replacement"):
+        return ""
+    return f"torchair of {installed()} runs no passes of other libraries"
 
 
 def why_no_int4_nz() -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,12 @@ from ..rules.plan import check_finite
 from ..rules.products import get_product, get_target
 from ..rules.tables import FRACTAL_NZ, ND, Product, dtype_name, storage_name
 from .linear_quant import LinearQuant
+from .merge import merge_layers, one_change_at_a_time
+from .merge_report import MergeReport
+from .merge_rules import memory
+from .runs import arguments_of
 from .supported import plan_of_layer
-from .transaction import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
+from .transaction import keeps_grad_mode
 from .vendor import vendor_layers
 
 __all__ = ["Prepared", "Report", "use_internal_format_weight"]
@@ -38,7 +42,7 @@ class Prepared:
 
     Attributes:
         name: the module's qualified name.
-        before, after: dtype and format of the weight, and dtype of the scale.
+        before, after: dtype and format of the weight, and dtype of the scale if it has one.
         bytes: size of the weight's storage, padding included.
         note: what was not done, and why; empty if everything was done.
     """
@@ -56,9 +60,19 @@ class Prepared:
 
 
 class Report(list[Prepared]):
-    """What use_internal_format_weight did, one line for each layer; prints as a table."""
+    """What use_internal_format_weight did, one line for each layer; prints as a table.
+
+    Attributes:
+        merged: which layers were merged, and why others were not; None without an example.
+    """
+
+    merged: MergeReport | None = None
 
     def __str__(self) -> str:
+        merged = [] if self.merged is None else [str(self.merged)]
+        return "\n".join([*merged, self._prepared()])
+
+    def _prepared(self) -> str:
         if not self:
             return "no LinearQuant in this model"
         head = ["module", "before", "after", "bytes", ""]
@@ -73,17 +87,22 @@ class Report(list[Prepared]):
 
 
 @keeps_grad_mode
-def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Report:
+def use_internal_format_weight(
+    model: nn.Module, *, example: Any = None, int4_nz: bool = False
+) -> Report:
     """Prepare every LinearQuant of a model for the NPU.
 
-    Folds a float32 scale, with the offset, into the packed int64 scale if the layer's row of the
+    With an example of the model's inputs, first merges layers that read one tensor, as `merge`
+    does: q, k and v, or gate and up, become one product. Then, with or without it,
+    folds a float32 scale, with the offset, into the packed int64 scale if the layer's row of the
     support table reads it, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and
     the vendor's LinearQuant and LinearA8W8Quant. Everything else (Linear, Conv2d, ...) goes to
-    torchair's function of the same name.
+    torchair's function of the same name, except a Linear whose weight is an embedding's too: that
+    reads ND.
 
     Idempotent and atomic: if a step fails, the model is unchanged. Ctrl-C waits for the end, and
-    threads wait for each other. Layers are prepared one at a time, so it needs memory for one
-    weight beside the model.
+    threads wait for each other. Layers are merged and prepared one after the other, so it needs
+    memory for one weight, merged or not, beside the model.
 
     Prepare before the first call of a compiled model. A graph is compiled for the format that its
     weights have then, and a device does not check it again. If a weight is prepared, moved
@@ -99,6 +118,9 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
 
     Args:
         model: on the NPU.
+        example: what to call the model with, once, to see which layers read one tensor: a mapping
+            by keyword, a tuple or list by position, a tensor as the only argument. A short one will
+            do. Its tensors are moved to the model's device. None merges nothing.
         int4_nz: cast int4 weights to FRACTAL_NZ too. CANN has kernels for that from 9.0.0 on, for
             Atlas A2 and A3; no public release has them for Ascend 950. Some versions of torch_npu
             cannot cast them. A cast layer runs in GE graphs only: eagerly, npu_quant_matmul calls
@@ -116,13 +138,20 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
         LinearQuantValueError: the model is not on the NPU, a scale holds NaN or infinity, or
             int4_nz with a CANN that has no kernels for it, or with a torch_npu that cannot cast
             int4 weights.
-        LinearQuantTypeError: a layer has no row in the product's table, or a newer CANN brought it.
+        LinearQuantTypeError: a layer has no row in the product's table, or a newer CANN brought it;
+            an example that a model cannot be called with.
         LinearQuantError: torchair cannot be imported.
 
     Source: torchair's use_internal_format_weight.
     """
-    with uninterrupted(), _ONE_AT_A_TIME:  # an interrupt could leave the lock locked
-        report, others_changed = _prepare_all(model, int4_nz)
+    with one_change_at_a_time() as undo:
+        merged = None
+        if example is not None:
+            args, kwargs = arguments_of(example, _EXAMPLE_IS)
+            _checked_layers(model, int4_nz)  # before the model runs
+            merged = merge_layers(model, args, kwargs, undo)
+        report, others_changed = _prepare_all(model, int4_nz, undo)
+        report.merged = merged
     if any(_OFF in prepared.note for prepared in report):
         warnings.warn(
             "use_internal_format_weight: weights stay ND, because "
@@ -141,18 +170,31 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     return report
 
 
-def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
-    """The report, and the name of a module whose new format torch.compile does not notice; empty if
-    there is none."""
-    kinds: tuple[type[nn.Module], ...] = (LinearQuant, *vendor_layers())
+def _kinds() -> tuple[type[nn.Module], ...]:
+    return (LinearQuant, *vendor_layers())
+
+
+def _checked_layers(
+    model: nn.Module, int4_nz: bool
+) -> tuple[list[tuple[str, LinearQuant]], list[bool]]:
+    """The layers with their names, and whether to fold the scale of each; refuses a layer that
+    cannot be prepared."""
+    kinds = _kinds()
     # cast: the vendor's modules have the attributes of ours
     layers = [
         (name, cast(LinearQuant, m)) for name, m in model.named_modules() if isinstance(m, kinds)
     ]
     folds = [_check(name or "the model", layer, int4_nz) for name, layer in layers]
-    kept_float = _scales_read_otherwise(layers, folds)
     if int4_nz:
         _check_int4_nz(layers)
+    return layers, folds
+
+
+def _prepare_all(model: nn.Module, int4_nz: bool, undo: ExitStack) -> tuple[Report, str]:
+    """The report, and the name of a module whose new format torch.compile does not notice; empty if
+    there is none."""
+    layers, folds = _checked_layers(model, int4_nz)
+    kept_float = _scales_read_otherwise(layers, folds)
 
     from tqdm import tqdm
 
@@ -165,31 +207,29 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
             holders.setdefault(layer.scale, []).append(layer)
     # None: no progress bar if the output is not a terminal
     bar = tqdm(layers, "preparing weights", disable=None if len(layers) >= _PROGRESS_FROM else True)
-    with all_or_nothing() as undo:
-        for _, layer in layers:  # undone last, because layers may share a weight
-            if isinstance(layer, LinearQuant):
-                undo.callback(layer.note_weight_format)
-        for (name, layer), fold in zip(bar, folds, strict=True):
-            was = format_of(layer.weight)
-            why_float = kept_float.get(layer.scale, "")
-            sharing = holders.get(layer.scale, [])
-            report.append(_prepare(name, layer, fold, why_float, int4_nz, sharing, undo))
-            if format_of(layer.weight) != was and not isinstance(layer, LinearQuant):
-                others_changed = others_changed or name or type(layer).__name__
-        for rest in _others(model, kinds):
-            before = {parameter: format_of(parameter) for parameter in rest.parameters()}
-            for parameter, acl_format in before.items():
-                # torchair casts weights and folds scales, which are short enough to keep
-                scale = parameter.data if parameter.dim() < 2 else None
-                undo.callback(_restore, parameter, acl_format, scale)
-            torchair.use_internal_format_weight(rest)
-            if any(format_of(parameter) != was for parameter, was in before.items()):
-                others_changed = others_changed or type(rest).__name__
+    for _, layer in layers:  # undone last, because layers may share a weight
+        if isinstance(layer, LinearQuant):
+            undo.callback(layer.note_weight_format)
+            undo.callback(layer.note_scale)
+    for (name, layer), fold in zip(bar, folds, strict=True):
+        was = format_of(layer.weight)
+        why_float = kept_float.get(layer.scale, "")
+        sharing = holders.get(layer.scale, [])
+        report.append(_prepare(name, layer, fold, why_float, int4_nz, sharing, undo))
+        if format_of(layer.weight) != was and not isinstance(layer, LinearQuant):
+            others_changed = others_changed or name or type(layer).__name__
+    tied = _tied(model)
+    report += tied.values()
+    for rest in _others(model, _kinds(), tied):
+        before = {parameter: format_of(parameter) for parameter in rest.parameters()}
+        for parameter, acl_format in before.items():
+            # torchair casts weights and folds scales, which are short enough to keep
+            scale = parameter.data if parameter.dim() < 2 else None
+            undo.callback(_restore, parameter, acl_format, scale)
+        torchair.use_internal_format_weight(rest)
+        if any(format_of(parameter) != was for parameter, was in before.items()):
+            others_changed = others_changed or type(rest).__name__
     return report, others_changed
-
-
-# one thread at a time: the float32 scale is kept and packed in two steps
-_ONE_AT_A_TIME = one_at_a_time()
 
 
 def _has_compiled() -> bool:
@@ -221,6 +261,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 _OFF = "allow_internal_format is off"
+_EXAMPLE_IS = "use_internal_format_weight: example is"
 
 
 def _check(name: str, layer: LinearQuant, int4_nz: bool) -> bool:
@@ -303,12 +344,17 @@ def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> No
         one._float_scale = scale.data
     undo.callback(_restore, scale, ND, scale.data)
     scale.data = trans_quant_param(scale.data, layer.offset)
+    for one in sharing:
+        one.note_scale()
 
 
 def _describe(layer: LinearQuant) -> str:
-    acl_format = format_of(layer.weight)
-    layout = _FORMATS.get(acl_format, f"format {acl_format}")
-    return f"{storage_name(layer.weight.dtype)} {layout}, scale {dtype_name(layer.scale.dtype)}"
+    return f"{_describe_weight(layer.weight)}, scale {dtype_name(layer.scale.dtype)}"
+
+
+def _describe_weight(weight: Tensor) -> str:
+    acl_format = format_of(weight)
+    return f"{storage_name(weight.dtype)} {_FORMATS.get(acl_format, f'format {acl_format}')}"
 
 
 def _cast(parameter: Tensor, acl_format: int) -> None:
@@ -333,10 +379,29 @@ def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
     return ""
 
 
-def _others(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
-    """The largest parts of a model without a layer of `kinds`, for torchair's own function."""
-    if not any(isinstance(m, kinds) for m in module.modules()):
+def _others(
+    module: nn.Module, kinds: tuple[type, ...], left: Container[nn.Module]
+) -> Iterator[nn.Module]:
+    """The largest parts of a model without a layer of `kinds`, or one that is left as it is, for
+    torchair's own function."""
+    if not any(isinstance(m, kinds) or m in left for m in module.modules()):
         yield module
     elif not isinstance(module, kinds):
         for child in module.children():
-            yield from _others(child, kinds)
+            yield from _others(child, kinds, left)
+
+
+def _tied(model: nn.Module) -> dict[nn.Module, Prepared]:
+    """Linear layers whose weight an embedding has too. It reads ND: in FRACTAL_NZ, each step of a
+    graph would cast the whole table back."""
+    embeddings = {
+        memory(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    found: dict[nn.Module, Prepared] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (other := embeddings.get(memory(module.weight))):
+            is_now, size = _describe_weight(module.weight), module.weight.untyped_storage().nbytes()
+            found[module] = Prepared(name, is_now, is_now, size, f"{other} has the same weight")
+    return found

@@ -1,5 +1,4 @@
-"""Atomic changes: steps are undone on failure, Ctrl-C waits, one thread at a time; and a model as
-it was after a run."""
+"""Atomic changes: steps are undone on failure, Ctrl-C waits, one thread at a time."""
 
 from __future__ import annotations
 
@@ -12,11 +11,9 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 __all__ = [
     "all_or_nothing",
-    "evaluating",
     "keeps_grad_mode",
     "one_at_a_time",
     "uninterrupted",
@@ -93,16 +90,3 @@ def all_or_nothing() -> Iterator[ExitStack]:
     with uninterrupted(), ExitStack() as undo:
         yield undo
         undo.pop_all()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

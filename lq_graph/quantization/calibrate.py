@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,15 +14,15 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..modules.transaction import evaluating, uninterrupted
+from ..modules.runs import Forward, call, running
+from ..modules.transaction import uninterrupted
 
 __all__ = [
     "Range",
     "Seen",
-    "call",
     "check_batches",
     "observe",
-    "restore_forward",
+    "run",
 ]
 
 
@@ -48,21 +47,6 @@ class Range:
             self.finite = self.finite and math.isfinite(low) and math.isfinite(high)
             self.low, self.high = min(self.low, low), max(self.high, high)
             self.batches += 1
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with one element of an iterable of inputs: a mapping by keyword, a tuple or list
-    by position, a tensor as the only argument."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    raise LinearQuantTypeError(
-        f"inputs hold a {type(inputs).__name__}; allowed are a tensor, a tuple or list of "
-        "positional arguments, or a mapping of keyword arguments. What to do: wrap it in a tuple."
-    )
 
 
 def check_batches(function: str, name: str, batches: object) -> None:
@@ -104,13 +88,10 @@ def observe(
 ) -> Seen:
     """Run a model, and record the ranges of its layers' inputs and who else reads their weights.
 
-    Compiled parts run eagerly here, because graphs that were traced before do not call the watched
-    forwards. Ctrl-C waits for the end of a batch.
-
     Args:
         model: float; unchanged afterwards, also after an error.
         name: of the argument that holds the batches, for the messages.
-        batches: what the model is called with, one at a time; see `call`.
+        batches: what the model is called with, one at a time; see `runs.call`.
         layers: those to watch, modules of the model that take one tensor and have a weight.
         others: modules whose calls are counted.
 
@@ -119,58 +100,72 @@ def observe(
         LinearQuantValueError: no batches.
     """
     seen = Seen(layers)
-    running: list[nn.Module] = []
+    inside: list[nn.Module] = []
+    forwards = {module: _watched(module, seen, inside) for module in [*seen.ranges, *others]}
+    run(model, batches, f"quantize: {name} has no inputs", forwards, _Reads(seen, inside))
+    return seen
+
+
+def run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    empty: str,
+    forwards: Mapping[nn.Module, Forward],
+    mode: TorchDispatchMode,
+    after: Callable[[Any], None] | None = None,
+) -> None:
+    """Run a model on each batch. Ctrl-C waits for the end of a batch.
+
+    Args:
+        model: unchanged afterwards, also after an error.
+        batches: what it is called with.
+        empty: what to say if there are none.
+        forwards: for the modules to watch, what is called instead of theirs.
+        mode: watches the operators.
+        after: gets what each run returned.
+
+    Raises:
+        LinearQuantTypeError: an input that a model cannot be called with.
+        LinearQuantValueError: no batches.
+    """
     count = 0
-    with uninterrupted() as may_end, ExitStack() as undo:
-        for module in [*seen.ranges, *others]:
-            undo.callback(restore_forward, module, vars(module).get("forward"))
-            vars(module)["forward"] = _watched(module, seen, running)
-        undo.enter_context(evaluating(model))
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        undo.enter_context(_Reads(seen, running))
+    with uninterrupted() as may_end, running(model, forwards), mode:
         # None: no progress bar if the output is not a terminal
         for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
-            call(model, inputs)
+            returned = call(model, inputs)
+            if after is not None:
+                after(returned)
             count += 1
             may_end()
     if not count:
         raise LinearQuantValueError(
-            f"quantize: {name} has no inputs. What to do: pass a few batches of what the model "
-            "will see."
+            f"{empty}. What to do: pass a few batches of what the model will see."
         )
-    return seen
 
 
-def _watched(module: nn.Module, seen: Seen, running: list[nn.Module]) -> Callable[..., Any]:
+def _watched(module: nn.Module, seen: Seen, inside: list[nn.Module]) -> Forward:
     forward = module.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         seen.calls[module] += 1
         if module in seen.ranges:
             seen.ranges[module].add(args[0] if args else kwargs["input"])
-        running.append(module)
+        inside.append(module)
         try:
             return forward(*args, **kwargs)
         finally:
-            running.pop()
+            inside.pop()
 
     return watched
-
-
-def restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
-    if own is not None:
-        vars(module)["forward"] = own
-    else:
-        vars(module).pop("forward", None)
 
 
 class _Reads(TorchDispatchMode):
     """Records operators that read the weight of a layer while the layer does not run. Reading its
     dtype, shape or device is not an operator."""
 
-    def __init__(self, seen: Seen, running: list[nn.Module]) -> None:
+    def __init__(self, seen: Seen, inside: list[nn.Module]) -> None:
         super().__init__()
-        self._seen, self._running = seen, running
+        self._seen, self._inside = seen, inside
         self._layers: dict[int, list[nn.Module]] = {}
         for layer in seen.ranges:
             weight = layer.weight
@@ -189,7 +184,7 @@ class _Reads(TorchDispatchMode):
             # by its memory: weight.data is another object
             if type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided:
                 layers = self._layers.get(leaf.data_ptr(), ())
-                if not any(layer in self._running for layer in layers):
+                if not any(layer in self._inside for layer in layers):
                     for layer in layers:
                         self._seen.read.setdefault(layer, str(func))
         return func(*args, **kwargs)

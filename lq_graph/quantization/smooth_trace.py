@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,11 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from tqdm import tqdm
 
-from ..errors import LinearQuantValueError
-from ..modules.transaction import evaluating, uninterrupted
-from .calibrate import call, restore_forward
+from .calibrate import run
 
 __all__ = ["Source", "Trace", "address_of", "trace"]
 
@@ -210,31 +206,15 @@ def _is_proportional(
 def trace(model: nn.Module, batches: Iterable[Any]) -> Trace:
     """Run a model, and find which modules made the inputs of its linear layers.
 
-    Compiled parts run eagerly. Ctrl-C waits for the end of a batch.
-
     Args:
         model: float; unchanged afterwards, also after an error.
-        batches: what the model is called with, one at a time; see `call`.
+        batches: what the model is called with, one at a time; see `runs.call`.
 
     Raises:
         LinearQuantTypeError: an input that a model cannot be called with.
         LinearQuantValueError: no batches.
     """
     found = Trace(model)
-    count = 0
-    with uninterrupted() as may_end, ExitStack() as undo:
-        for module in found.sources:
-            undo.callback(restore_forward, module, vars(module).get("forward"))
-            vars(module)["forward"] = found.watched(module)
-        undo.enter_context(evaluating(model))
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        undo.enter_context(found)
-        for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
-            found.end(call(model, inputs))
-            count += 1
-            may_end()
-    if not count:
-        raise LinearQuantValueError(
-            "smooth: inputs is empty. What to do: pass a few batches of what the model will see."
-        )
+    forwards = {module: found.watched(module) for module in found.sources}
+    run(model, batches, "smooth: inputs is empty", forwards, found, found.end)
     return found

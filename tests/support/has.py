@@ -11,12 +11,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch_npu
+import torchair
 from torchair._ge_concrete_graph import ge_apis
 
 INSTALLED = f"torch_npu {torch_npu.__version__}"
 
 # torchair's raw operator, to which its own converter lowers on Ascend 950
 HAS_V4 = hasattr(ge_apis, "QuantBatchMatmulV4")
+
+
+# what fusions and merge need
+HAS_PASSES = hasattr(torchair, "register_replacement")
 
 
 def need_operator(name: str, *arguments: str) -> None:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..modules.linear_quant import PARAMETERS, LinearQuant
-from ..modules.places import Place
-from ..modules.quantized_linear import QuantizedLinear
-from ..modules.replaceable import why_not_replaceable
-from ..modules.split import SPLIT
-from ..modules.supported import LayerKind, why_not_supported
 from ..rules.tables import dtype_name
+from .linear_quant import PARAMETERS, LinearQuant
+from .places import Place
+from .quantized_linear import QuantizedLinear
+from .replaceable import why_not_replaceable
+from .split import SPLIT
+from .supported import LayerKind, why_not_supported
 
 __all__ = ["Model", "alike", "kind_of", "why_not", "why_not_together"]
 

@@ -24,7 +24,10 @@ from lq_graph import (
     LinearQuantValueError,
 )
 from lq_graph.backends.npu import format_of
+from support import has
 from support.shared_input import Attention, inputs, pair, quantized
+
+pytestmark = pytest.mark.skipif(not has.HAS_PASSES, reason="torchair has no register_replacement")
 
 F16, BF16 = torch.float16, torch.bfloat16
 CONFIGS = [A8W8Dynamic(), A4W4Dynamic(), A8W8Static(), A8W8Static(symmetric=True)]

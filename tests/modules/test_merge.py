@@ -26,6 +26,8 @@ from support import has
 from support.lowering import MATMUL
 from support.shared_input import Attention, Gated, inputs, pair, quantized
 
+pytestmark = pytest.mark.skipif(not has.HAS_PASSES, reason="torchair has no register_replacement")
+
 F16, BF16 = torch.float16, torch.bfloat16
 CONFIGS = [A8W8Dynamic(), A4W4Dynamic(), A8W8Static(), A8W8Static(symmetric=True)]
 EACH = pytest.mark.parametrize("config", CONFIGS, ids=repr)

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 import lq_graph
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, LinearQuant, QuantizedLinear
 from lq_graph.backends.npu import format_of
-from lq_graph.fusion import merge as merging
+from lq_graph.modules import merge as merging
 from lq_graph.rules.tables import FRACTAL_NZ, ND
+from support import has
 from support.shared_input import Attention, K, inputs, pair, quantized
+
+pytestmark = pytest.mark.skipif(not has.HAS_PASSES, reason="torchair has no register_replacement")
 
 F16, BF16 = torch.float16, torch.bfloat16
 
@@ -280,7 +283,7 @@ def test_int8_between_layers_is_left_alone() -> None:
 def test_what_the_product_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """No product limits n today."""
     monkeypatch.setattr(
-        "lq_graph.fusion.merge_rules.why_not_supported",
+        "lq_graph.modules.merge_rules.why_not_supported",
         lambda kind, k, n, **_: (f"n is {n}", "") if n > 70 else ("", ""),
     )
     model = quantized(Attention(), A8W8Dynamic())

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.compat_npu import why_no_passes
 from ..backends.npu import cast_format, format_of
-from ..modules.linear_quant import LinearQuant
-from ..modules.merged import MergedLinear, MergedPart
-from ..modules.places import held_elsewhere, places_of, put
-from ..modules.quantized_linear import QuantizedLinear, merged_of
-from ..modules.transaction import (
-    all_or_nothing,
-    evaluating,
-    keeps_grad_mode,
-    one_at_a_time,
-    uninterrupted,
-)
 from ..rules.tables import ND
+from .linear_quant import LinearQuant
 from .merge_report import LeftAlone, MergedGroup, MergeReport
 from .merge_rules import Model, alike, kind_of, why_not, why_not_together
+from .merged import MergedLinear, MergedPart
+from .places import held_elsewhere, places_of, put
+from .quantized_linear import QuantizedLinear, merged_of
+from .runs import moved_to_model, running
+from .transaction import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 
-__all__ = ["merge"]
+__all__ = ["merge", "merge_layers", "one_change_at_a_time"]
 
 _ONE_AT_A_TIME = one_at_a_time()
 _Group = list[tuple[str, QuantizedLinear]]
+
+
+@contextmanager
+def one_change_at_a_time() -> Iterator[ExitStack]:
+    """A block that merges or prepares: all or nothing, see `all_or_nothing`; threads wait for each
+    other, and Ctrl-C waits for the end, because it could leave the lock locked."""
+    with (
+        uninterrupted(), _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(),
+        all_or_nothing() as undo,
+    ):  # fmt: skip
+        yield undo
 
 
 @keeps_grad_mode
@@ -39,15 +47,17 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
     The layers are found by a run of the model, not by name. The result of every layer is the same
     as before, bit for bit. Layers for which that is not so are left alone, and the report says why:
     static layers with other scales, one with a bias and one without, other dtypes, layers with
-    hooks, split over devices, or with int8 output.
+    hooks, split over devices, or with int8 output. All layers are left alone if torchair is too
+    old to run passes of other libraries: a graph would then compute the product for each layer.
 
     The merged weight is held once. State dicts and checkpoints have the layers as they were: the
     same names, shapes and dtypes, which load into models that are merged or not.
     `layer.weight` and `layer.linear.weight` are computed from it. load_checkpoint puts new layers
     into a model, which are not merged.
 
-    Merge after `quantize` or `load_checkpoint`, and before `use_internal_format_weight` (prepared
-    layers are prepared afterwards too) and torch.compile. Without a graph, a product is kept until
+    `use_internal_format_weight(model, example=...)` merges and prepares in one call. By itself:
+    after `quantize` or `load_checkpoint`, and before torch.compile; prepared layers are prepared
+    afterwards too. Without a graph, a product is kept until
     each layer has taken its part. In inference mode that is not possible: layers in ND compute
     their own rows, and layers in FRACTAL_NZ compute the whole product each.
 
@@ -57,25 +67,34 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
     Args:
         model: with QuantizedLinear layers, on CPU or NPU. It runs once, in evaluation mode and
             without compiled graphs.
-        args, kwargs: what to call the model with: a short example. Layers that the run does not
-            call (experts without tokens) are left alone. A cache that is passed is filled.
+        args, kwargs: what to call the model with: a short example. Its tensors are moved to the
+            model's device. Layers that the run does not call (experts without tokens) are left
+            alone. A cache that is passed is filled.
 
     Returns:
         A MergeReport: a list with one `MergedGroup` for each group, and `left_alone`.
 
     Source: the merged projections of vLLM (QKVParallelLinear, MergedColumnParallelLinear).
     """
-    with uninterrupted(), _ONE_AT_A_TIME:
-        reads = _reads(model, args, kwargs)
-        groups, alone = _grouped(model, reads)
-        report = []
-        with torch.inference_mode(False), torch.no_grad(), all_or_nothing() as undo:
-            for group in groups:
-                merged = merged_of(group[0][1].linear)
-                if merged is None:
-                    _merge(group, undo)
-                report.append(_reported(group, changed=merged is None))
-    return MergeReport(report, alone)
+    with one_change_at_a_time() as undo:
+        return merge_layers(model, args, kwargs, undo)
+
+
+def merge_layers(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], undo: ExitStack
+) -> MergeReport:
+    """Do what `merge` does; before each step, `undo` gets the function that undoes it."""
+    reads = _reads(model, *moved_to_model(model, (args, kwargs)))
+    groups, alone = _grouped(model, reads)
+    new = [group for group in groups if merged_of(group[0][1].linear) is None]
+    if new and (why := why_no_passes()):
+        why = f"{why}: each merged layer would compute the whole product"
+        alone += [LeftAlone(name, why) for group in new for name, _ in group]
+        groups = [group for group in groups if group not in new]
+        new = []
+    for group in new:
+        _merge(group, undo)
+    return MergeReport([_reported(group, changed=group in new) for group in groups], alone)
 
 
 # ---- which tensors the layers read ----
@@ -122,10 +141,8 @@ def _reads(
     with ExitStack() as undo:
         for layer in layers:
             undo.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        undo.enter_context(torch.inference_mode(False))
-        undo.enter_context(evaluating(model))
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        model(*args, **kwargs)
+        with running(model):
+            model(*args, **kwargs)
     return {**reads, **{layer: [] for layer in layers if layer not in reads}}
 
 
@@ -234,10 +251,8 @@ def _merge(group: _Group, undo: ExitStack) -> None:
     for i, (layer, old) in enumerate(zip(layers, olds, strict=True)):
         part = MergedPart(merged, i, cast("nn.Parameter | None", old.pertoken_scale))
         part.train(old.training)
-        undo.callback(layer._share_quantizer)
         undo.callback(put, layer, "linear", old)
         put(layer, "linear", part)
-        layer._share_quantizer()
 
 
 def _cast(layer: LinearQuant, acl_format: int) -> None:

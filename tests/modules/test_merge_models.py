@@ -18,7 +18,10 @@ import cann_host
 import lq_graph
 from lq_graph import converters
 from lq_graph.modules.fusion_options import FusionOptions, fusion
+from support import has
 from support.lowering import MATMUL
+
+pytestmark = pytest.mark.skipif(not has.HAS_PASSES, reason="torchair has no register_replacement")
 
 transformers = pytest.importorskip("transformers")
 
