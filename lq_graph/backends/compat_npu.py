@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .compat import OpOverload
 
 __all__ = [
     "ACL_INT32",
+    "config_of_patterns",
     "find_operator",
     "import_torchair",
     "installed",
@@ -53,6 +55,18 @@ def find_operator(name: str, *arguments: str) -> OpOverload | None:
     loaded = "torchair._ge_concrete_graph.ge_converter.custom" in sys.modules
     converted = not loaded or hasattr(found, "_ge_converter")
     return found if converted and taken.issuperset(arguments) else None
+
+
+def config_of_patterns() -> Any:
+    """torchair's configuration, in the check of a match; None elsewhere.
+
+    The check does not get it. The function that applies the patterns has it:
+    `_apply_pattern_passes` of torchair and of npugraph_ex, a caller of this function.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_apply_pattern_passes":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("config")
 
 
 def import_torchair() -> Any:

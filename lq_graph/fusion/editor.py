@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,8 @@ class Editor:
     Attributes:
         kind: "GE" if it becomes a GE graph, "captured" if its operators are called one by one and
             captured, or "" if that is not known.
+        written: the storages that calls of the graph write into: what reads one of them may have
+            another value at another place.
     """
 
     def __init__(self, module: GraphModule, kind: str = "") -> None:
@@ -107,6 +110,12 @@ class Editor:
         self.kind = kind
         self.graph: Graph = module.graph
         self.report = FusionReport(nodes_before=self.count())
+        self.written: set[int] = set()
+        self._alive: list[Any] = []  # else another tensor may get the place of such a storage
+        for node in self.graph.nodes:  # once: no fusion adds a call that writes
+            if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+                for read in node.all_input_nodes:
+                    self._note_written(value_of(read))
         values = (node.meta.get("val") for node in self.graph.nodes)
         self._fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
 
@@ -124,15 +133,9 @@ class Editor:
         """The calls of operators, in the graph's order."""
         return [n for n in self.graph.nodes if n.op == "call_function" and n.target in targets]
 
-    def written(self) -> set[int]:
-        """The storages that calls of the graph write into: what reads one of them may have another
-        value at another place."""
-        found: set[int] = set()
-        for node in self.graph.nodes:
-            if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-                for read in node.all_input_nodes:
-                    found |= storages_of(value_of(read))
-        return found
+    def _note_written(self, value: Any) -> None:
+        self.written |= storages_of(value)
+        self._alive.append(value)
 
     # ---- changing ----
 
@@ -151,15 +154,16 @@ class Editor:
         origin = before if like is None else like
         node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta})
         values = torch.fx.node.map_arg((args, kwargs), value_of)
-        if self._fake is None:
+        # an item of a tuple is there; to enter the fake mode takes longer than to get it
+        mode = self._fake if isinstance(target, OpOverload) else None
+        with mode or nullcontext():
             node.meta["val"] = target(*values[0], **values[1])
-        else:
-            with self._fake:
-                node.meta["val"] = target(*values[0], **values[1])
         return node
 
     def replace(self, old: Node, new: Node) -> None:
         """Let every user of `old` use `new`; `old` goes, and with it what only it used."""
+        if storages_of(value_of(old)) & self.written:
+            self._note_written(value_of(new))
         old.replace_all_uses_with(new)
         self.drop(old)
 

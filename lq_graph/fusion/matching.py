@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from ..backends.compat_npu import find_operator
 from .editor import Editor, is_call, is_contiguous, same_shape, storages_of, value_of
+from .parts import same_stream
 
 __all__ = [
     "VIEWS",
@@ -44,12 +45,11 @@ def every(
     editor: Editor, fusion: str, nodes: list[Node], run: Callable[[Editor, Node, set[int]], bool]
 ) -> None:
     """Run a fusion at each node, and note what was done or what came near."""
-    written = editor.written() if nodes else set()
     for node in nodes:
         if node._erased:
             continue
         try:
-            done = run(editor, node, written)
+            done = run(editor, node, editor.written)
         except NearMissError as why:
             editor.left(fusion, node, str(why))
             continue
@@ -69,8 +69,7 @@ def check_place(written: set[int], inputs: list[Node], *nodes: Node) -> None:
     device = value_of(inputs[0]).device
     need(device.type == "npu", f"the tensors are on {device.type}")
     need(all(value_of(node).device == device for node in inputs), "the tensors are on two devices")
-    streams = {node.meta.get("stream_label") for node in nodes}
-    need(len(streams) == 1, "its nodes are on two streams")
+    need(same_stream(*nodes), "its nodes are on two streams")
     need(
         not any(storages_of(value_of(node)) & written for node in inputs),
         "the graph writes into a tensor that it reads",

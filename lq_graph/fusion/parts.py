@@ -90,8 +90,8 @@ def replay_views(editor: Editor, node: Node, last: Node, first: Node, before: No
 
 def reads_written(editor: Editor, *nodes: Any) -> bool:
     """Whether the graph writes into one of the tensors: it may have another value elsewhere."""
-    written = editor.written()
-    return any(storages_of(value_of(node)) & written for node in nodes if isinstance(node, Node))
+    tensors = [node for node in nodes if isinstance(node, Node)]
+    return any(storages_of(value_of(node)) & editor.written for node in tensors)
 
 
 def order_of(node: Any) -> list[int] | None:

@@ -50,12 +50,11 @@ def _merge(editor: Editor, fusion: str, fits: Callable[[Node], bool]) -> None:
     """Left alone are a call that reads or makes a tensor which the graph writes into, because its
     value may differ from place to place, and two tensors that the graph returns, because their
     reader may write into one of them."""
-    written = editor.written()
     first: dict[Hashable, Node] = {}
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or not is_pure(node) or not fits(node):
             continue
-        if any(storages_of(value_of(n)) & written for n in (node, *node.all_input_nodes)):
+        if any(storages_of(value_of(n)) & editor.written for n in (node, *node.all_input_nodes)):
             continue
         key = node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("stream_label")
         known = first.setdefault(key, node)

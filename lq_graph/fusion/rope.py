@@ -254,7 +254,7 @@ def _why_not_together(editor: Editor, first: _Rotation, second: _Rotation) -> st
         why = ""
     if not why and not same_stream(first.sum, second.sum):
         why = "they run on two streams"
-    if not why and _place(editor, first, second) is None:
+    if not why and _place(first, second) is None:
         why = "the one is read before the other is there"
     return why
 
@@ -272,19 +272,18 @@ def _repeated(shape: Rotated) -> tuple[Any, ...]:
     return shape.sizes[0], *shape.cos[1:]
 
 
-def _place(editor: Editor, first: _Rotation, second: _Rotation) -> Node | None:
+def _place(first: _Rotation, second: _Rotation) -> Node | None:
     """A node before which both can be computed: at the second, if nobody reads the first before;
     else at the first, if what the second reads is there."""
-    order = {node: i for i, node in enumerate(editor.graph.nodes)}
-    if all(order[user] > order[second.sum] for user in first.sum.users):
+    if all(second.sum < user for user in first.sum.users):
         return second.sum
-    if all(order[one] < order[first.sum] for one in (second.x, second.cos, second.sin)):
+    if all(one < first.sum for one in (second.x, second.cos, second.sin)):
         return first.sum
     return None
 
 
 def _apply_rotary(editor: Editor, first: _Rotation, second: _Rotation) -> None:
-    place = _place(editor, first, second)
+    place = _place(first, second)
     assert place is not None
     query, key = _as_bsnd(editor, first, place), _as_bsnd(editor, second, place)
     cos, sin = _angles(editor, first)
@@ -314,7 +313,7 @@ def _why_not_as_one(editor: Editor, first: _Rotation, second: _Rotation) -> str:
     """
     if editor.kind != CAPTURED or _neighbours(first, second) is None:
         return "query and key are no neighbours in a captured graph"
-    if not same_stream(first.sum, second.sum) or _place(editor, first, second) is None:
+    if not same_stream(first.sum, second.sum) or _place(first, second) is None:
         return "they are not computed at one place"
     if any(number(size) != 1 for size in first.shape.sizes[:2]):
         return "there are several rows, or run time alone knows B and S"
@@ -339,7 +338,7 @@ def _together(first: _Rotation, second: _Rotation) -> Rotated:
 
 
 def _as_one(editor: Editor, first: _Rotation, second: _Rotation) -> None:
-    place, part = _place(editor, first, second), _neighbours(first, second)
+    place, part = _place(first, second), _neighbours(first, second)
     assert place is not None and part is not None
     source, start, stop, _ = part
     x = editor.call(_aten.slice.Tensor, source, -1, start, stop, before=place, like=first.sum)

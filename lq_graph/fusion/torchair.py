@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..backends.compat import patterns_of_call
+from ..backends.compat_npu import config_of_patterns
 from ..ops import load
 from .passes import fuse
 
@@ -65,14 +66,5 @@ def _run(match: Any) -> bool:
     module = match.ctx.graph.owning_module
     if not getattr(module, _DONE, False):
         setattr(module, _DONE, True)
-        fuse(module, None, _config())
+        fuse(module, None, config_of_patterns())
     return False
-
-
-def _config() -> Any:
-    """torchair's configuration. A check of a match does not get it; the function that applies the
-    patterns has it: _apply_pattern_passes of torchair and of npugraph_ex."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_name != "_apply_pattern_passes":
-        frame = frame.f_back
-    return frame.f_locals.get("config")

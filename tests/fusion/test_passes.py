@@ -11,8 +11,10 @@ import torch_npu  # noqa: F401
 import torchair
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lq_graph
+from lq_graph.fusion.editor import Editor, storages_of, value_of
 from lq_graph.fusion.passes import reports
 from lq_graph.fusion.table import FUSIONS
 from lq_graph.modules.fusion_options import FusionOptions, get_fusion, put_fusion
@@ -187,3 +189,19 @@ def test_a_tensor_that_is_written_between_is_quantized_twice() -> None:
     got, names = graph_of(model, "GE", x.clone())
     assert names.count("npu.npu_dynamic_quant.default") == 2
     assert torch.equal(got, want)
+
+
+def test_a_new_node_is_written_if_the_one_before_was() -> None:
+    def write(x: Tensor, y: Tensor) -> Tensor:
+        made = x + y
+        made.add_(1)
+        return made
+
+    module = make_fx(write, tracing_mode="fake")(torch.ones(4), torch.ones(4))
+    editor = Editor(module)
+    (made,) = editor.calls(torch.ops.aten.add.Tensor)
+    new = editor.call(torch.ops.aten.mul.Tensor, *made.args, before=made)
+    assert storages_of(value_of(made)) <= editor.written
+    assert not storages_of(value_of(new)) & editor.written
+    editor.replace(made, new)
+    assert storages_of(value_of(new)) <= editor.written
