@@ -1,8 +1,8 @@
 """Kernels of a decoder layer: one decode step of models of transformers that nobody has rewritten,
-A8W8 dynamic, beside a layer in the vendor's own fused operators.
+in every A8W8 scheme, beside a layer in the vendor's own fused operators.
 
-    python -m cann_host benchmarks/launches.py            # all models
-    python -m cann_host benchmarks/launches.py llama      # one of them
+    python -m cann_host benchmarks/launches.py                              # all
+    python -m cann_host benchmarks/launches.py llama --scheme static        # one model, one scheme
 
 A layer's kernels are those of a model of two layers less those of a model of one. By one rule for
 all: in a GE graph every node is a kernel except inputs, constants and reshapes
@@ -14,6 +14,7 @@ how much work the graphs are, and nothing about a chip.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -53,6 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"hidden_activation": "silu"}),
 }
 MODES = ("GE", "npugraph_ex")
+SCHEMES = ("dynamic", "static", "smoothed")  # smoothed is static too
 WAYS = {  # arguments of set_fusion
     "fused": {},
     "exact": {"exact": True},
@@ -72,7 +74,7 @@ class Graph:
 class Step(nn.Module):
     """One decode step of a model, its cache written in place."""
 
-    def __init__(self, name: str, layers: int) -> None:
+    def __init__(self, name: str, layers: int, scheme: str = "dynamic") -> None:
         super().__init__()
         kind, special = MODELS[name]
         config = getattr(transformers, f"{kind}Config")(
@@ -80,7 +82,7 @@ class Step(nn.Module):
         )
         torch.manual_seed(0)
         model = getattr(transformers, f"{kind}ForCausalLM")(config).half().eval()
-        lq_graph.quantize(model.requires_grad_(False), lq_graph.A8W8Dynamic())
+        quantize(model.requires_grad_(False), scheme)
         self.model = model.npu()
         prompt = torch.arange(1, PROMPT + 1)[None].npu()
         lq_graph.use_internal_format_weight(self.model, example=prompt)
@@ -90,6 +92,17 @@ class Step(nn.Module):
     def forward(self, token: Tensor) -> Tensor:
         logits: Tensor = self.model(token, past_key_values=self.cache, use_cache=True).logits
         return logits
+
+
+def quantize(model: nn.Module, scheme: str) -> None:
+    """Quantize a model on the CPU, in place."""
+    if scheme == "dynamic":
+        lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+        return
+    texts = [torch.randint(1, SIZES["vocab_size"], (2, 4 * PROMPT)) for _ in range(2)]
+    if scheme == "smoothed":
+        lq_graph.smooth(model, texts)
+    lq_graph.quantize(model, lq_graph.A8W8Static(), texts)
 
 
 class VendorStep(nn.Module):
@@ -165,27 +178,34 @@ def later_calls(graphs: dict[str, Graph]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[[], *MODELS])
-    names = parser.parse_args().models or list(MODELS)
+    parser.add_argument("--scheme", choices=SCHEMES, action="append")
+    given = parser.parse_args()
+    cases = list(itertools.product(given.models or MODELS, given.scheme or SCHEMES))
     torch.npu.config.allow_internal_format = True
     warnings.simplefilter("ignore")
     token = [torch.tensor([[7]]).npu()]
-    print(f"{'':24}{'kernels a layer':>16}{'compilation':>13}{'later call':>12}")
+    print(f"{'':32}{'kernels a layer':>16}{'compilation':>13}{'later call':>12}")
     for mode in MODES:
         theirs, _ = measured(VendorStep, step_inputs(100), mode)
-        print(f"{mode}\n  {'vendor operators':22}{theirs:16}")
-        for name in names:
-            found = {}
-            for way, choice in WAYS.items():
-                lq_graph.set_fusion(**choice)
-                found[way] = measured(lambda layers, name=name: Step(name, layers), token, mode)
-            graphs = {way: graph for way, (_, graph) in found.items()}
-            taken, base = later_calls(graphs), graphs["unfused"]
-            for way, (kernels, graph) in found.items():
-                print(
-                    f"  {name:13}{way:9}{kernels:16}{graph.compilation / base.compilation:13.2f}"
-                    f"{taken[way] / taken['unfused']:12.2f}",
-                    flush=True,
-                )
+        print(f"{mode}\n  {'vendor operators':30}{theirs:16}")
+        for name, scheme in cases:
+            report(name, scheme, mode, token)
+
+
+def report(name: str, scheme: str, mode: str, token: list[Any]) -> None:
+    """Print one model's kernels and times, fused and not."""
+    found = {}
+    for way, choice in WAYS.items():
+        lq_graph.set_fusion(**choice)
+        found[way] = measured(lambda layers: Step(name, layers, scheme), token, mode)
+    graphs = {way: graph for way, (_, graph) in found.items()}
+    taken, base = later_calls(graphs), graphs["unfused"]
+    for way, (kernels, graph) in found.items():
+        print(
+            f"  {name:11}{scheme:10}{way:9}{kernels:16}"
+            f"{graph.compilation / base.compilation:13.2f}{taken[way] / taken['unfused']:12.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -14,21 +14,22 @@ if __name__ != "lq_graph.converters":  # found in the checkout's own folder
 
 from lq_graph.ops import OPERATORS, load
 
-from . import graph, norms
+from . import graph, missing, norms
 from ._torchair import register_fx_node_ge_converter
 
 __all__ = ["graph", "register"]
 
 
 def register() -> None:
-    """Register every converter with torchair, and those of torch_npu's operators that it lacks.
-    Registering again changes nothing.
+    """Register every converter with torchair, and those of ATen's and torch_npu's operators that it
+    lacks. Registering again changes nothing.
 
     Source: torchair's register_fx_node_ge_converter.
     """
     for operator in OPERATORS:
         register_fx_node_ge_converter(operator.overload)(load(operator.converter))
     norms.register_missing()
+    missing.register_missing()
 
 
 register()

@@ -37,10 +37,12 @@ def linear_quant(
     bias: Tensor | None = None,
     *,
     output_dtype: torch.dtype | None = None,
+    float_scale: Tensor | None = None,
     meta_outputs: TensorSpec = None,
 ) -> Tensor:
     """NB: lq_graph::linear_quant(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None,
-    Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) -> Tensor
+    Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None,
+    Tensor? float_scale=None) -> Tensor
 
     One QuantBatchMatmulV3 (V4 on Ascend 950, if torchair has it) with transpose_x2; the weight
     stays (n, k). Before it, only if needed: TransQuantParamV2 for a float32 scale that must be
@@ -104,9 +106,16 @@ def static_quant(
     x: Tensor,
     scale_reciprocal: Tensor,
     offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    reciprocals: Tensor | None = None,
+    zero_points: Tensor | None = None,
     meta_outputs: TensorSpec = None,
 ) -> Tensor:
-    """NB: lq_graph::static_quant(Tensor x, Tensor scale_reciprocal, Tensor? offset=None) -> Tensor
+    """NB: lq_graph::static_quant(Tensor x, Tensor scale_reciprocal, Tensor? offset=None, *,
+    Tensor? scale=None, Tensor? zero_point=None, Tensor? reciprocals=None, Tensor? zero_points=None)
+    -> Tensor
 
     One AscendQuantV2.
     """

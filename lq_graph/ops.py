@@ -9,6 +9,10 @@ docs/add.md tells how to add an operator: its functions, then its record in OPER
 names functions as "module:function": `import lq_graph` registers the operators and must stay light.
 It loads this module and torch only, and a function's module is imported at the first call.
 
+Some arguments are for the fusions of a graph alone, and no kernel reads them: `float_scale`, and
+those of static_quant after `offset`. The operators that replace ours read them, and a graph could
+compute them only by more kernels.
+
 `Library.define` is used rather than `custom_op`, whose Python wrapper costs more per call than
 the epilogue of a small layer.
 """
@@ -86,8 +90,8 @@ OPERATORS = (
     Operator(
         name="linear_quant",
         schema="(Tensor x1, Tensor weight, Tensor scale, Tensor? offset=None, "
-        "Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None) "
-        "-> Tensor",
+        "Tensor? pertoken_scale=None, Tensor? bias=None, *, ScalarType? output_dtype=None, "
+        "Tensor? float_scale=None) -> Tensor",
         plan="rules.plan:plan",
         fake="backends.fake:linear_quant",
         cpu="backends.cpu:linear_quant",
@@ -120,7 +124,8 @@ OPERATORS = (
     ),
     Operator(
         name="static_quant",
-        schema="(Tensor x, Tensor scale_reciprocal, Tensor? offset=None) -> Tensor",
+        schema="(Tensor x, Tensor scale_reciprocal, Tensor? offset=None, *, Tensor? scale=None, "
+        "Tensor? zero_point=None, Tensor? reciprocals=None, Tensor? zero_points=None) -> Tensor",
         plan="rules.activations:plan_static_quant",
         fake="backends.fake:static_quant",
         cpu="backends.cpu:static_quant",
@@ -237,6 +242,7 @@ def linear_quant(
     bias: Tensor | None = None,
     *,
     output_dtype: torch.dtype | None = None,
+    float_scale: Tensor | None = None,
 ) -> Tensor:
     """Quantized linear layer: `x1 @ weight.T`, scaled, on CPU, NPU, meta and in graphs.
 
@@ -252,6 +258,8 @@ def linear_quant(
         bias: int32 (added before the scale), or a float dtype if the row of the support table has
             it (added last); (n,) or (batch, 1, n).
         output_dtype: torch.int8 (default), float16, bfloat16 or int32.
+        float_scale: the values of a packed scale, float32 with its shape. The kernels do not read
+            it. In a graph it lets the scale be applied by the operator after the product.
 
     Returns:
         (..., m, n) of output_dtype.
@@ -263,7 +271,14 @@ def linear_quant(
     Source: torch_npu.contrib.module.LinearQuant; aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
     out: Tensor = _linear_quant(
-        x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
+        x1,
+        weight,
+        scale,
+        offset,
+        pertoken_scale,
+        bias,
+        output_dtype=output_dtype,
+        float_scale=float_scale,
     )
     return out
 
@@ -323,7 +338,16 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     return out
 
 
-def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+def static_quant(
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    reciprocals: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> Tensor:
     """Quantize activations with a scale from calibration.
 
     Args:
@@ -331,6 +355,11 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
         scale_reciprocal: 1 / scale, in the dtype of x, (1,) or (k,). The chip multiplies by it, so
             its rounding changes the numbers.
         offset: the zero point, with the dtype and shape of scale_reciprocal; None for 0.
+        scale, zero_point: the same numbers, float32 (1,): 1 / scale_reciprocal, and offset. Here
+            and below: the kernels do not read them; in a graph they let the operator before
+            quantize.
+        reciprocals, zero_points: the same numbers for each of k, (k,): float32 and int32, or both
+            bfloat16 if x is bfloat16.
 
     Returns:
         int8, x's shape: x * scale_reciprocal + offset in float32, rounded half to even, clamped to
@@ -348,5 +377,13 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
 
     Source: torch_npu.npu_quantize with div_mode=False; aclnnAscendQuantV3.md (hicann/ops-nn).
     """
-    out: Tensor = _static_quant(x, scale_reciprocal, offset)
+    out: Tensor = _static_quant(
+        x,
+        scale_reciprocal,
+        offset,
+        scale=scale,
+        zero_point=zero_point,
+        reciprocals=reciprocals,
+        zero_points=zero_points,
+    )
     return out

@@ -26,13 +26,28 @@ def dynamic_quant(
 
 
 def static_quant(
-    key: str, device: str, x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None
+    key: str,
+    device: str,
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    reciprocals: Tensor | None = None,
+    zero_points: Tensor | None = None,
 ) -> Tensor:
     """Casts x to the dtype of the scale, which is part of the layer's numbers."""
     del device
     with excluded(key):
         out: Tensor = torch.ops.lq_graph.static_quant.default(
-            _cast(x, scale_reciprocal.dtype), scale_reciprocal, offset
+            _cast(x, scale_reciprocal.dtype),
+            scale_reciprocal,
+            offset,
+            scale=scale,
+            zero_point=zero_point,
+            reciprocals=reciprocals,
+            zero_points=zero_points,
         )
         return out
 

@@ -24,8 +24,10 @@ def linear_quant(
     bias: Tensor | None = None,
     *,
     output_dtype: torch.dtype | None = None,
+    float_scale: Tensor | None = None,
 ) -> Tensor:
     """CPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    del float_scale
     if check_gradients("linear_quant", scale, offset, pertoken_scale, bias):
         with torch.no_grad():
             return linear_quant(
@@ -74,8 +76,18 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     return (kernels.pack_int4(quantized) if p.int4 else quantized), scale
 
 
-def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+def static_quant(
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    reciprocals: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> Tensor:
     """CPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
+    del scale, zero_point, reciprocals, zero_points
     if check_gradients("static_quant", x, scale_reciprocal, offset):
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)

@@ -23,6 +23,7 @@ def linear_quant(
     bias: Tensor | None = None,
     *,
     output_dtype: torch.dtype | None = None,
+    float_scale: Tensor | None = None,
 ) -> Tensor:
     """Fake kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
     check_devices(
@@ -33,6 +34,7 @@ def linear_quant(
         offset=offset,
         pertoken_scale=pertoken_scale,
         bias=bias,
+        float_scale=float_scale,
     )
     check_gradients("linear_quant", scale, offset, pertoken_scale, bias)
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
@@ -55,9 +57,27 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
 
 
-def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+def static_quant(
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    reciprocals: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> Tensor:
     """Fake kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
-    check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
+    check_devices(
+        "static_quant",
+        x=x,
+        scale_reciprocal=scale_reciprocal,
+        offset=offset,
+        scale=scale,
+        zero_point=zero_point,
+        reciprocals=reciprocals,
+        zero_points=zero_points,
+    )
     check_gradients("static_quant", x, scale_reciprocal, offset)
     p = plan_static_quant(x, scale_reciprocal, offset)
     return x.new_empty(p.output_shape, dtype=p.row.output_dtype)

@@ -59,8 +59,11 @@ def linear_quant(
     bias: Tensor | None = None,
     *,
     output_dtype: torch.dtype | None = None,
+    float_scale: Tensor | None = None,
 ) -> Tensor:
     """NPU kernel of lq_graph::linear_quant; contract in `lq_graph.linear_quant`."""
+    if float_scale is not None:
+        check_devices("linear_quant", x1=x1, float_scale=float_scale)
     if check_gradients("linear_quant", scale, offset, pertoken_scale, bias):
         with torch.no_grad():
             return linear_quant(
@@ -124,10 +127,28 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     return out
 
 
-def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
+def static_quant(
+    x: Tensor,
+    scale_reciprocal: Tensor,
+    offset: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    reciprocals: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> Tensor:
     """NPU kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
     import torch_npu
 
+    if scale is not None or zero_point is not None or reciprocals is not None:
+        check_devices(
+            "static_quant",
+            x=x,
+            scale=scale,
+            zero_point=zero_point,
+            reciprocals=reciprocals,
+            zero_points=zero_points,
+        )
     if check_gradients("static_quant", x, scale_reciprocal, offset):
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)

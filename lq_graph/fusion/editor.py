@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,8 @@ class FusionReport:
 class Editor:
     """Reads a graph and changes it.
 
-    Every node of it has its fake tensors in `meta["val"]`, and so have the nodes that are added.
+    Every node that another reads has its fake tensors in `meta["val"]`, and so have the nodes that
+    are added.
 
     Attributes:
         kind: "GE" if it becomes a GE graph, "captured" if its operators are called one by one and
@@ -114,6 +115,10 @@ class Editor:
         return sum(isinstance(n.target, OpOverload) for n in self.graph.nodes)
 
     # ---- reading ----
+
+    def unknown(self) -> Node | None:
+        """A node that others read and that has no fake tensor, if there is one."""
+        return next((n for n in self.graph.nodes if n.users and "val" not in n.meta), None)
 
     def calls(self, *targets: Any) -> list[Node]:
         """The calls of operators, in the graph's order."""
@@ -186,8 +191,9 @@ def is_pure(node: Node) -> bool:
         return False
     if not isinstance(node.target, OpOverload):
         return node.target.__module__ in ("_operator", "operator")
-    tags = node.target.tags
-    return not (node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
+    schema, tags = node.target._schema, node.target.tags
+    checks = not schema.returns  # of a condition, such as _assert_scalar
+    return not (checks or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -196,8 +202,8 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def value_of(node: Node) -> Any:
-    """The fake tensors of a node."""
-    return node.meta["val"]
+    """The fake tensors of a node; None if it returns nothing."""
+    return node.meta.get("val")
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
@@ -234,10 +240,12 @@ def same_shape(first: Node, second: Node) -> bool:
     return len(one) == len(two) and all(map(same_size, one, two))
 
 
-def is_contiguous(node: Node) -> bool:
-    """Whether a tensor is row-major without gaps, as far as this is known without a guard."""
+def is_contiguous(node: Node, order: Sequence[int] | None = None) -> bool:
+    """Whether a tensor is row-major without gaps, as far as this is known without a guard; or, with
+    an order of its dims, whether it is with the dims in that order."""
     value, wanted = value_of(node), 1
-    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+    for dim in reversed(range(value.dim()) if order is None else order):
+        size, stride = value.shape[dim], value.stride(dim)
         if not same_size(size, 1):
             if not same_size(stride, wanted):
                 return False

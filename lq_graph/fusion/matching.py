@@ -84,8 +84,9 @@ def only_user(node: Node, name: str) -> Node:
     return users[0]
 
 
-def cast_from(node: Any) -> Node | None:
-    """What a node casts to another dtype, if it does nothing else."""
+def cast_from(node: Any, *, same_layout: bool = True) -> Node | None:
+    """What a node casts to another dtype, if it does nothing else; a cast of a part of a tensor may
+    also make it contiguous, unless `same_layout`."""
     casts = [_aten._to_copy.default, _prims.convert_element_type.default]
     if (cast := getattr(_npu, "_npu_dtype_cast", None)) is not None:
         casts.append(cast.default)
@@ -95,8 +96,10 @@ def cast_from(node: Any) -> Node | None:
     if not isinstance(source, Node) or not isinstance(value_of(source), Tensor):
         return None
     before, after = value_of(source), value_of(node)
-    same = before.device == after.device and same_shape(source, node)
-    return source if same and is_contiguous(source) == is_contiguous(node) else None
+    if before.device != after.device or not same_shape(source, node):
+        return None
+    same = not same_layout or is_contiguous(source) == is_contiguous(node)
+    return source if same else None
 
 
 def results(editor: Editor, call: Node) -> Callable[[int], Node]:

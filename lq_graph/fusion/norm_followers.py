@@ -202,7 +202,9 @@ def _static_quant(call: Node, reads: Node) -> _StaticQuantization | None:
     """A reader of a norm as a static quantization; None if it is another operator."""
     if is_call(call, _ours.static_quant.default):
         given = arguments_of(call)
-        scale, points = given["scale_reciprocal"], given["offset"]
+        scale, points = given["reciprocals"], given["zero_points"]
+        if scale is None:
+            scale, points = given["scale_reciprocal"], given["offset"]
         return _StaticQuantization(call, reads, scale, points, False)
     npu = getattr(_npu, "npu_quantize", None)
     if npu is None or not is_call(call, npu.default) or value_of(call).dtype != torch.int8:
@@ -215,7 +217,7 @@ def _static_quant(call: Node, reads: Node) -> _StaticQuantization | None:
 
 
 def add_rms_norm_quant(editor: Editor) -> None:
-    """npu_add_rms_norm and a static quantization of the norm: npu_add_rms_norm_quant."""
+    """npu_add_rms_norm and one or two static quantizations: npu_add_rms_norm_quant."""
     target = getattr(_npu, "npu_add_rms_norm", None)
     if target is not None:
         every(editor, "add_rms_norm_quant", editor.calls(target.default), _add_rms_norm_quant_at)
@@ -229,26 +231,35 @@ def _add_rms_norm_quant_at(editor: Editor, norm: Node, written: set[int]) -> boo
     others = [str(user.target) for user, one in found if one is None]
     need(not others, f"{', '.join(others)} reads the norm too, which the operator does not give")
     need(not _items(norm, 1), "the reciprocal root is used")
-    same = [one for _, one in found if one is not None]
-    first = same[0]
-    ways = {(one.scale, one.points, one.divides) for one in same}
-    need(len(ways) == 1, f"{len(ways)} quantizations with scales of their own")
+    ways: dict[tuple[Node, Node | None], list[_StaticQuantization]] = {}
+    for _, one in found:
+        assert one is not None
+        ways.setdefault((one.scale, one.points), []).append(one)
+    need(len(ways) <= 2, f"{len(ways)} quantizations with scales of their own")
     given = arguments_of(norm)
     x1, x2, gamma = (given[name] for name in ("x1", "x2", "gamma"))
-    _check_static(norm, first, gamma)
-    target = operator_of("npu_add_rms_norm_quant", *(() if first.divides else ("div_mode",)))
-    inputs = [x1, x2, gamma, first.scale, *([] if first.points is None else [first.points])]
+    divides = {one.divides for _, one in found if one is not None}
+    need(len(divides) == 1, "one quantization divides and one multiplies")
+    for same in ways.values():
+        _check_static(norm, same[0], gamma)
+    options: dict[str, Any] = {} if divides == {True} else {"div_mode": False}
+    (scale, points), *more = ways
+    for other in more:
+        kinds = [value_of(one).dtype for one in (scale, other[0])]
+        need(kinds[0] == kinds[1], "the scales have two dtypes")
+        options["scales2"], options["zero_points2"] = other
+    target = operator_of("npu_add_rms_norm_quant", *options)
+    inputs = [x1, x2, gamma, *(tensor for way in ways for tensor in way if tensor is not None)]
     check_place(written, inputs, norm, *(user for user, _ in readers))
-    options: dict[str, Any] = {"epsilon": given["epsilon"]}
-    if not first.divides:
-        options["div_mode"] = False
-    tensors = (x1, x2, gamma, first.scale, first.points)
+    options["epsilon"] = given["epsilon"]
+    tensors = (x1, x2, gamma, scale, points)
     call = editor.call(target, *tensors, before=norm, like=norm, **options)
     made = results(editor, call)
     for total in _items(norm, 2):
         editor.replace(total, made(2))
-    for one in same:
-        editor.replace(one.call, _viewed(editor, made(0), one, drop=0))
+    for index, same in enumerate(ways.values()):
+        for one in same:
+            editor.replace(one.call, _viewed(editor, made(index), one, drop=0))
     return True
 
 

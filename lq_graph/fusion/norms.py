@@ -41,6 +41,7 @@ from .matching import (
     replace_results,
     results,
 )
+from .parts import order_of
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -84,9 +85,28 @@ def _rms_norm_at(editor: Editor, mean: Node, written: set[int]) -> bool:
     gamma, result, nodes = _weighted(x, normal)
     target = operator_of("npu_rms_norm")
     check_place(written, [x, gamma], mean, root.last, normal, *nodes)
-    call = editor.call(target, x, gamma, epsilon, before=result, like=mean)
-    editor.replace(result, editor.call(operator.getitem, call, 0, before=result, like=mean))
+    rows = _rows(x, result)
+    call = editor.call(target, rows, gamma, epsilon, before=result, like=mean)
+    new = editor.call(operator.getitem, call, 0, before=result, like=mean)
+    if rows is not x:
+        new = editor.call(x.target, new, *x.args[1:], before=result, like=mean)
+    editor.replace(result, new)
     return True
+
+
+def _rows(x: Node, result: Node) -> Node:
+    """What the operator reads so that its result, which is contiguous, has the layout of the
+    pieces' result: x, or what x transposes, which is then transposed afterwards."""
+    if is_contiguous(x) or is_contiguous(result):
+        return x
+    order, last = order_of(x), len(shape_of(x)) - 1
+    need(order is not None and order[-1] == last, "x is not contiguous")
+    assert order is not None
+    back = [order.index(dim) for dim in range(last + 1)]
+    need(is_contiguous(result, back), "x is not contiguous")
+    source = x.args[0]
+    assert isinstance(source, Node)
+    return source
 
 
 def _squared(node: Any) -> Node | None:
@@ -150,18 +170,17 @@ def _normalized(mean: Node, wide: Node, root: _Root) -> tuple[Node, float, Node]
     only_user(root.added, "the sum with epsilon")
     normal = only_user(root.last, "the reciprocal root")
     need(value_of(wide).dtype == F32, f"it is computed in {dtype_name(value_of(wide).dtype)}")
-    source = cast_from(wide)
+    source = cast_from(wide, same_layout=False)
     x = source if source is not None and value_of(source).dtype in (F16, BF16) else wide
     if root.divides:
         factors = [normal.args[0]]
     else:
         factors = list(normal.args) if is_call(normal, _aten.mul.Tensor) else []
     # x itself, which the product widens, or a second cast of it
-    fits = any(one in (x, wide) or cast_from(one) is x for one in factors)
+    fits = any(one in (x, wide) or cast_from(one, same_layout=False) is x for one in factors)
     fits = fits and same_shape(normal, wide) and value_of(normal).dtype == F32
     need(fits, "the reciprocal root multiplies another tensor")
     need(last < MAX_DIMS, f"x has {last + 1} dims")
-    need(is_contiguous(x), "x is not contiguous")
     need(not any(same_size(size, 0) for size in shape_of(x)), "x is empty")
     return x, epsilon, normal
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from .editor import Editor, arguments_of, is_call, storages_of, value_of
+from .editor import Editor, arguments_of, is_call, shape_of, storages_of, value_of
 
 __all__ = [
     "Part",
     "behind_views",
     "number",
+    "order_of",
     "part_of",
     "parts_of",
     "reads_written",
@@ -91,6 +92,19 @@ def reads_written(editor: Editor, *nodes: Any) -> bool:
     """Whether the graph writes into one of the tensors: it may have another value elsewhere."""
     written = editor.written()
     return any(storages_of(value_of(node)) & written for node in nodes if isinstance(node, Node))
+
+
+def order_of(node: Any) -> list[int] | None:
+    """For a transpose, the dim of its input that each dim of its output is."""
+    if not is_call(node, _aten.transpose.int, _aten.permute.default):
+        return None
+    dims = len(shape_of(node))
+    order = list(range(dims))
+    if node.target is _aten.permute.default:
+        return [int(dim) % dims for dim in node.args[1]]
+    one, two = (int(dim) % dims for dim in node.args[1:3])
+    order[one], order[two] = order[two], order[one]
+    return order
 
 
 class Part(NamedTuple):

@@ -37,7 +37,7 @@ def fuse(
     `pattern_fusion_pass` is off. A second run changes nothing.
 
     Args:
-        module: the graph; its nodes have fake tensors in `meta["val"]`.
+        module: the graph; its nodes have fake tensors in `meta["val"]`, else it is left alone.
         inputs: not read.
         config: torchair's, which says whether the graph becomes GE's or is captured; None if that
             is not known: then only what is right in both.
@@ -55,7 +55,11 @@ def fuse(
     del inputs
     mode = getattr(config, "mode", None)
     editor = Editor(module, _KINDS.get(getattr(mode, "value", ""), ""))
-    if chosen.enabled:
+    unknown = editor.unknown()
+    if chosen.enabled and unknown is not None:
+        why = f"{unknown} has no fake tensor, so nothing of the graph is fused"
+        editor.left(FUSIONS[0].name, unknown, why)
+    elif chosen.enabled:
         for fusion in FUSIONS:
             if fusion.name not in chosen.off and (fusion.exact or not chosen.exact):
                 fusion.run(editor)

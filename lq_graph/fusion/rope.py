@@ -249,12 +249,27 @@ def _belongs(first: _Rotation, second: _Rotation) -> bool:
 def _why_not_together(editor: Editor, first: _Rotation, second: _Rotation) -> str:
     if not find_operator("npu_apply_rotary_pos_emb"):
         return "torch_npu has no npu_apply_rotary_pos_emb"
-    why = why_not_apply_rotary(first.shape, second.shape, editor.kind, get_product())
+    why = _why_not_apply(editor, first.shape, second.shape)
+    if why and not _why_not_apply(editor, *map(_for_each_batch, (first.shape, second.shape))):
+        why = ""
     if not why and not same_stream(first.sum, second.sum):
         why = "they run on two streams"
     if not why and _place(editor, first, second) is None:
         why = "the one is read before the other is there"
     return why
+
+
+def _why_not_apply(editor: Editor, query: Rotated, key: Rotated) -> str:
+    return why_not_apply_rotary(query, key, editor.kind, get_product())
+
+
+def _for_each_batch(shape: Rotated) -> Rotated:
+    """With cos and sin repeated for each batch: two copies, which all layers share."""
+    return shape if number(shape.sizes[0]) is None else replace(shape, cos=_repeated(shape))
+
+
+def _repeated(shape: Rotated) -> tuple[Any, ...]:
+    return shape.sizes[0], *shape.cos[1:]
 
 
 def _place(editor: Editor, first: _Rotation, second: _Rotation) -> Node | None:
@@ -273,6 +288,11 @@ def _apply_rotary(editor: Editor, first: _Rotation, second: _Rotation) -> None:
     assert place is not None
     query, key = _as_bsnd(editor, first, place), _as_bsnd(editor, second, place)
     cos, sin = _angles(editor, first)
+    if _why_not_apply(editor, first.shape, second.shape):
+        sizes = _sizes(_repeated(first.shape))
+        cos, sin = (
+            editor.call(_aten.expand.default, one, sizes, before=one.next) for one in (cos, sin)
+        )
     # by default (B, S, N, D); older converters take no layout but their default, BSH
     npu = torch.ops.npu.npu_apply_rotary_pos_emb.default
     node = editor.call(npu, query, key, cos, sin, before=place, like=first.sum)
@@ -289,14 +309,15 @@ def _apply_rotary(editor: Editor, first: _Rotation, second: _Rotation) -> None:
 def _why_not_as_one(editor: Editor, first: _Rotation, second: _Rotation) -> str:
     """Why query and key are not neighbours in one product, or cannot be rotated as one tensor.
 
-    For captured graphs: there the parts are views; in GE each would be a kernel.
+    For captured graphs: there the parts are views; in GE each would be a kernel. Of several rows
+    the parts would have gaps, and what reads them may need memory without.
     """
     if editor.kind != CAPTURED or _neighbours(first, second) is None:
         return "query and key are no neighbours in a captured graph"
     if not same_stream(first.sum, second.sum) or _place(editor, first, second) is None:
         return "they are not computed at one place"
-    if sum(number(size) is None for size in first.shape.sizes) > 1:
-        return "run time alone knows B and S"
+    if any(number(size) != 1 for size in first.shape.sizes[:2]):
+        return "there are several rows, or run time alone knows B and S"
     return _why_not_rotary_mul(editor, _together(first, second))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .editor import Editor, same_shape, shape_of, value_of
+from .parts import order_of
 
 __all__ = ["remove_needless"]
 
@@ -34,10 +35,10 @@ def remove_needless(editor: Editor) -> None:
 
 
 def _remove_transpose(editor: Editor, node: Node) -> None:
-    source, order = node.args[0], _order(node)
+    source, order = node.args[0], order_of(node)
     if not isinstance(source, Node) or order is None or _is_returned(node):
         return
-    inner = _order(source)
+    inner = order_of(source)
     if inner is not None and [inner[dim] for dim in order] == sorted(order):
         editor.did("shapes", node)
         editor.replace(node, source.args[0])  # type: ignore[arg-type]
@@ -49,22 +50,6 @@ def _remove_transpose(editor: Editor, node: Node) -> None:
         editor.did("shapes", node)
         view = editor.call(_aten.reshape.default, source, target, before=node)
         editor.replace(node, view)
-
-
-def _order(node: Node) -> list[int] | None:
-    """For a transpose, the dim of its input that each dim of its output is."""
-    if node.op != "call_function" or node.target not in (
-        _aten.transpose.int,
-        _aten.permute.default,
-    ):
-        return None
-    dims = len(shape_of(node))
-    order = list(range(dims))
-    if node.target is _aten.permute.default:
-        return [int(dim) % dims for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-    one, two = (int(dim) % dims for dim in node.args[1:3])  # type: ignore[arg-type]
-    order[one], order[two] = order[two], order[one]
-    return order
 
 
 def _changes_nothing(node: Node) -> bool:

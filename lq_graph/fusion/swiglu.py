@@ -9,6 +9,7 @@ torch_npu-npu_dequant_swiglu_quant.md and torch_npu-npu_swiglu.md (Ascend/op-plu
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,6 +237,8 @@ def _why_not_quantized(editor: Editor, glu: _Glu, quantization: Node) -> str:
         return f"npu_dequant_swiglu_quant is not for {get_product().key}"
     if not is_call(whole, _ours.linear_quant.default):
         return "gate and up are no quantized product"
+    # A static product has no activation_scale. Without it the tiling and the kernel read none;
+    # torch_npu's page asks for one, CANN's do not.
     return (
         _why_not_that_quantization(glu, quantization)
         or _why_not_those_readers(glu, whole)
@@ -244,14 +247,40 @@ def _why_not_quantized(editor: Editor, glu: _Glu, quantization: Node) -> str:
     )
 
 
+def _is_static(quantization: Node) -> bool:
+    return quantization.target is _ours.static_quant.default
+
+
 def _why_not_that_quantization(glu: _Glu, quantization: Node) -> str:
+    if not same_stream(quantization, glu.product):
+        return "it runs on two streams"
+    if _is_static(quantization):
+        values = value_of(quantization)
+        why = _why_not_static(quantization)
+    else:
+        values = value_of(quantization)[0]
+        why = _why_not_dynamic(quantization)
+    unknown = [size for size in values.shape if number(size) is None]
+    if not why and len(unknown) > 1 and values.dim() != 2:
+        return "its quantization has several sizes that run time alone knows"
+    return why
+
+
+def _why_not_static(quantization: Node) -> str:
     given = arguments_of(quantization)
-    if quantization.target is _ours.static_quant.default:
+    forms = [given["scale"], given["zero_point"]]
+    if None in forms:
         return (
             "static_quant has 1 / scale in the dtype of x; DequantSwigluQuant takes the scale in "
             "float32, and computing it is more kernels than are saved"
         )
-    values = value_of(quantization)[0]
+    if any(value_of(form).numel() != 1 or value_of(form).dtype != _F32 for form in forms):
+        return "its quantization's scale and zero_point are not float32 of one value"
+    return ""
+
+
+def _why_not_dynamic(quantization: Node) -> str:
+    given, values = arguments_of(quantization), value_of(quantization)[0]
     if values.dtype != torch.int8:
         return "it is quantized to int4; DequantSwigluQuant has int8"
     for name in ("smooth_scales", "group_index"):
@@ -259,11 +288,6 @@ def _why_not_that_quantization(glu: _Glu, quantization: Node) -> str:
             return f"its quantization has {name}"
     if given.get("quant_mode", "pertoken") != "pertoken":
         return f"its quantization has quant_mode {given['quant_mode']}"
-    if not same_stream(quantization, glu.product):
-        return "it runs on two streams"
-    unknown = [size for size in values.shape if number(size) is None]
-    if len(unknown) > 1 and values.dim() != 2:
-        return "its quantization has several sizes that run time alone knows"
     return ""
 
 
@@ -282,7 +306,7 @@ def _why_not_those_readers(glu: _Glu, whole: Node) -> str:
 def _why_not_int32(whole: Node) -> str:
     """Why the product cannot be int32, with its scales applied by DequantSwigluQuant."""
     given, value = arguments_of(whole), value_of(whole)
-    scale, pertoken, bias = (given[name] for name in ("scale", "pertoken_scale", "bias"))
+    scale, pertoken, bias = _scale_of(given), given["pertoken_scale"], given["bias"]
     if value.dim() != 2:
         return f"the product has {value.dim()} dims; it must have 2"
     if value_of(scale).dtype == torch.int64:
@@ -302,9 +326,14 @@ def _why_not_int32(whole: Node) -> str:
     return ""
 
 
+def _scale_of(given: dict[str, Any]) -> Any:
+    """The scale of a product as float32, if the graph has it."""
+    return given["scale"] if given["float_scale"] is None else given["float_scale"]
+
+
 def _int32_operands(given: dict[str, Any]) -> list[Any]:
     """The arguments of the int32 product, in their order."""
-    return [given["x1"], given["weight"], given["scale"], None, None, given["bias"]]
+    return [given["x1"], given["weight"], _scale_of(given), None, None, given["bias"]]
 
 
 def _quantize(editor: Editor, glu: _Glu, quantization: Node) -> None:
@@ -313,7 +342,7 @@ def _quantize(editor: Editor, glu: _Glu, quantization: Node) -> None:
     product = editor.call(
         whole.target, *_int32_operands(given), output_dtype=torch.int32, before=whole
     )
-    scale = given["scale"]
+    scale = _scale_of(given)
     if value_of(scale).dtype != torch.float32:
         scale = editor.call(_aten._to_copy.default, scale, dtype=torch.float32, before=whole)
     node = editor.call(
@@ -322,15 +351,30 @@ def _quantize(editor: Editor, glu: _Glu, quantization: Node) -> None:
         weight_scale=scale,
         activation_scale=given["pertoken_scale"],
         activate_left=glu.left,
-        quant_mode=1,
+        **_mode_of(quantization),
         before=quantization,
         like=glu.product,
     )
-    for getitem in list(quantization.users):
-        one = editor.call(getitem.target, node, getitem.args[1], before=quantization)
-        if not same_shape(one, getitem):
-            sizes = [-1 if number(size) is None else size for size in value_of(getitem).shape]
+    for result, index in _results_of(quantization):
+        one = editor.call(operator.getitem, node, index, before=quantization)
+        if not same_shape(one, result):
+            sizes = [-1 if number(size) is None else size for size in value_of(result).shape]
             one = editor.call(_aten.reshape.default, one, sizes, before=quantization)
-        editor.replace(getitem, one)
+        editor.replace(result, one)
     editor.drop(quantization)
     editor.did(NAME, node)
+
+
+def _results_of(quantization: Node) -> list[tuple[Node, Any]]:
+    """The tensors that a quantization makes, and which result of the fused operator each is."""
+    if _is_static(quantization):
+        return [(quantization, 0)]
+    return [(item, item.args[1]) for item in quantization.users]
+
+
+def _mode_of(quantization: Node) -> dict[str, Any]:
+    """The arguments of npu_dequant_swiglu_quant that say how it quantizes."""
+    if not _is_static(quantization):
+        return {"quant_mode": 1}
+    given = arguments_of(quantization)
+    return {"quant_mode": 0, "quant_scale": given["scale"], "quant_offset": given["zero_point"]}

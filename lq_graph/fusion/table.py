@@ -59,6 +59,20 @@ FUSIONS = (
         differs="x / rms(x) is not rounded to float16 or bfloat16 before the weight",
     ),
     Fusion(
+        name="rope",
+        what="x * cos + rotated(x) * sin: npu_apply_rotary_pos_emb for query and key in GE graphs, "
+        "npu_rotary_mul for each in others (one for both, if they are neighbours in one product), "
+        "and where sizes or layout ask for it",
+        saves="10 of 11 for query and key, or 9 (2 Neg, 2 ConcatD, 4 Mul, 2 Add, and the slices)",
+        exact=False,
+        run=rope.fuse_rope,
+        source="npu_apply_rotary_pos_emb, npu_rotary_mul (Ascend/op-plugin); "
+        "posembedding/apply_rotary_pos_emb, rotary_position_embedding (hicann/ops-transformer)",
+        differs="npu_rotary_mul does not round the two products; npu_apply_rotary_pos_emb neither, "
+        "in bfloat16, and it rounds the sum half away from zero (in float16 it rounds as the "
+        "pieces do)",
+    ),
+    Fusion(
         name="add_rms_norm",
         what="a sum of two tensors and its npu_rms_norm: npu_add_rms_norm, which gives both",
         saves="1 Add",
@@ -81,14 +95,14 @@ FUSIONS = (
     ),
     Fusion(
         name="add_rms_norm_quant",
-        what="npu_add_rms_norm and a static quantization of the norm by a scale for each of k, "
-        "through views: npu_add_rms_norm_quant",
-        saves="1 AscendQuant or Quantize",
+        what="npu_add_rms_norm and one or two static quantizations of the norm, through views: "
+        "npu_add_rms_norm_quant",
+        saves="1 or 2 AscendQuant or Quantize",
         exact=False,
         run=norm_followers.add_rms_norm_quant,
         source="npu_add_rms_norm_quant (Ascend/op-plugin), norm/add_rms_norm_quant (hicann/ops-nn)",
-        differs="none for float16 on Atlas A2 and A3; bfloat16 is quantized before it is rounded, "
-        "and x / rms(x) is not rounded",
+        differs="none for float16 on Atlas A2 and A3; for bfloat16 the norm is of the sum before "
+        "it is rounded, x / rms(x) is not rounded, and it is quantized before it is rounded",
     ),
     Fusion(
         name="add_rms_norm_cast",
@@ -111,29 +125,16 @@ FUSIONS = (
     Fusion(
         name="swiglu",
         what="silu(gate) * up of the halves of one tensor: npu_swiglu; if they are one quantized "
-        "product, and the result is quantized per token: the product in int32, and "
+        "product, and the result is quantized, per token or statically: the product in int32, and "
         "npu_dequant_swiglu_quant",
-        saves="SplitV, Swish, Mul and DynamicQuant become one",
+        saves="SplitV, Swish, Mul and DynamicQuant or AscendQuant become one",
         exact=False,
         run=swiglu.fuse_swiglu,
         source="npu_dequant_swiglu_quant, npu_swiglu (Ascend/op-plugin); DequantSwigluQuant, "
         "SwiGlu (hicann/ops-nn)",
         differs="gate and up, silu(gate), and before the quantization silu(gate) * up are not "
-        "rounded to the dtype of the layer",
-    ),
-    Fusion(
-        name="rope",
-        what="x * cos + rotated(x) * sin: npu_apply_rotary_pos_emb for query and key in GE graphs, "
-        "npu_rotary_mul for each in others (one for both, if they are neighbours in one product), "
-        "and where sizes or layout ask for it",
-        saves="10 of 11 for query and key, or 9 (2 Neg, 2 ConcatD, 4 Mul, 2 Add, and the slices)",
-        exact=False,
-        run=rope.fuse_rope,
-        source="npu_apply_rotary_pos_emb, npu_rotary_mul (Ascend/op-plugin); "
-        "posembedding/apply_rotary_pos_emb, rotary_position_embedding (hicann/ops-transformer)",
-        differs="npu_rotary_mul does not round the two products; npu_apply_rotary_pos_emb neither, "
-        "in bfloat16, and it rounds the sum half away from zero (in float16 it rounds as the "
-        "pieces do)",
+        "rounded to the dtype of the layer; a static quantization multiplies by 1 / scale, "
+        "divided again in float32",
     ),
     Fusion(
         name="equal_calls",

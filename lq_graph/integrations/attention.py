@@ -166,19 +166,32 @@ def _fused(
     batch, heads, queries, size = query.shape
     if mask is not None:
         mask = _inverse(mask).expand(batch, -1, -1, -1).contiguous()
-    one = queries == 1  # the layout that also transposes the result takes several queries only
+    one = queries == 1
+    groups = key.shape[1]
+    if _is_bsnd(key) and _is_bsnd(value):  # a view of our cache
+        layout = "BSND"
+        query = query.reshape(batch, 1, heads, size) if one else query.transpose(1, 2)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    else:
+        # the layout that also transposes the result takes several queries only
+        layout = "BNSD" if one else "BNSD_BSND"
     out: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
         query.contiguous(),  # in a step of one token it is
         key.contiguous(),
         value.contiguous(),
         atten_mask=mask,
         num_heads=heads,
-        num_key_value_heads=key.shape[1],
+        num_key_value_heads=groups,
         scale=size**-0.5 if scaling is None else float(scaling),
-        input_layout="BNSD" if one else "BNSD_BSND",
+        input_layout=layout,
         inner_precise=0 if one or mask is None else _ROW_WITHOUT_KEYS,
     )[0]
-    return out.view(batch, 1, heads, size) if one else out
+    return out.view(batch, 1, heads, size) if layout == "BNSD" else out
+
+
+def _is_bsnd(x: Tensor) -> bool:
+    """Whether (batch, heads, keys, head size) is a transposed view of (batch, keys, heads, ..)."""
+    return x.stride(1) <= x.stride(2) and x.transpose(1, 2).is_contiguous()
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,7 +1,13 @@
-"""A cache of keys and values that a step writes in place, with one operator for each.
+"""A cache of keys and values that a step writes in place, both of a layer with one operator.
 
 All positions are kept, also in layers with a sliding window: their mask holds the window. So the
 shapes of every step are the same, and a graph is compiled once.
+
+Where ScatterPaKvCache is not to be had, keys and values are two writes (ScatterUpdate), and the
+memory is in another order. What transformers sees is the same.
+
+Sources: hicann/ops-transformer attention/scatter_pa_kv_cache (document, definition, kernel);
+Ascend/op-plugin torch_npu-npu_scatter_pa_kv_cache.md.
 """
 
 from __future__ import annotations
@@ -12,12 +18,19 @@ import torch
 from torch import Tensor
 from transformers import Cache, StaticLayer
 
+from ..backends.compat_npu import find_operator
+from ..rules.products import get_product
+from ..rules.tables import A2, A3
 from .compat import NO_CACHE, layer_kinds, no_cache
 
 __all__ = ["StaticCache"]
 
 # how transformers names layers whose cache is keys and values of all, or of the last, positions
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+# ScatterPaKvCache; it is for Ascend 950 too, where attention is not one operator
+_PRODUCTS = (A2, A3)
+_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class _Progress:
@@ -27,18 +40,25 @@ class _Progress:
         size: positions that the cache has.
         length: int64 (batch,), positions written; None before the first step. One value for each
             row, because the operator takes it so; the values are equal.
+        first: int64 (batch,), the slot of each row's first position: batch * size.
         place: int64 (batch,), where this step writes; None between two steps.
+        slots: int64 (batch * tokens,), the same as ScatterPaKvCache takes it: for each token,
+            batch * size + position. None until a layer of the step asks.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.length: Tensor | None = None
+        self.first: Tensor | None = None
         self.place: Tensor | None = None
+        self.slots: Tensor | None = None
 
     def start(self, batch: int, device: torch.device) -> None:
         if self.length is None:
             self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.first = torch.arange(batch, dtype=torch.int64, device=device) * self.size
             _keep_address(self.length)
+            _keep_address(self.first)
         elif self.length.shape[0] != batch or self.length.device != device:
             raise ValueError(
                 f"lq_graph: the cache has a batch of {self.length.shape[0]} on "
@@ -79,33 +99,66 @@ class _Progress:
             key = torch.where(fits[:, None, None, None], key, torch.nan)
         return key
 
+    def slots_of(self, tokens: int) -> Tensor:
+        """The slots of a step, made once for all layers. No two are the same."""
+        if self.slots is None:
+            assert self.place is not None and self.first is not None
+            self.slots = self.first + self.place
+            if tokens > 1:
+                steps = torch.arange(tokens, device=self.place.device)
+                self.slots = (self.slots[:, None] + steps).reshape(-1)
+        return self.slots
+
     def end(self, tokens: int) -> None:
         """The last layer is written."""
         assert self.length is not None
         self.length.add_(tokens)
         if torch.compiler.is_compiling():
             self.length.clamp_(max=self.size + 1)  # what did not fit once never fits again
-        self.place = None
+        self.place = self.slots = None
 
 
 class _Layer(StaticLayer):
-    """Keys and values of one layer, (batch, kv heads, positions, head size)."""
+    """Keys and values of one layer.
+
+    Attributes:
+        whole_keys, whole_values: the memory, None before the first step: (batch, positions, kv
+            heads, head size) if `is_paged`, else (batch, kv heads, positions, head size).
+        is_paged: whether ScatterPaKvCache writes them. For it, a row of the batch is a block.
+    """
 
     def __init__(self, progress: _Progress, *, is_first: bool, is_last: bool) -> None:
         # not StaticLayer's: it would count by itself
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.whole_keys: Tensor | None = None
+        self.whole_values: Tensor | None = None
+        self.is_paged = False
         self.is_initialized = False
         self.max_cache_len = progress.size
         self.progress, self.is_first, self.is_last = progress, is_first, is_last
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(batch, kv heads, positions, head size), a view of the memory."""
+        return self._seen(self.whole_keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        return self._seen(self.whole_values)
+
+    def _seen(self, whole: Tensor | None) -> Tensor | None:
+        return whole.transpose(1, 2) if whole is not None and self.is_paged else whole
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take the memory. Older transformers give no values: they are then like the keys."""
         value_states = key_states if value_states is None else value_states
         self.device = key_states.device
         self.progress.start(key_states.shape[0], key_states.device)
-        for name, new in (("keys", key_states), ("values", value_states)):
-            shape = (*new.shape[:2], self.max_cache_len, new.shape[3])
+        self.is_paged = _is_paged(key_states, value_states)
+        for name, new in (("whole_keys", key_states), ("whole_values", value_states)):
+            batch, heads, _, size = new.shape
+            rows = (self.max_cache_len, heads) if self.is_paged else (heads, self.max_cache_len)
+            shape = (batch, *rows, size)
             setattr(self, name, torch.zeros(shape, dtype=new.dtype, device=new.device))
             _keep_address(getattr(self, name))
         self.is_initialized = True
@@ -116,7 +169,7 @@ class _Layer(StaticLayer):
         """Write the new positions; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.whole_keys is not None and self.whole_values is not None
         progress = self.progress
         if self.is_first:
             key_states = progress.begin(key_states)
@@ -125,15 +178,29 @@ class _Layer(StaticLayer):
                 "lq_graph: a layer of the cache is written before the first one, so it is not "
                 "known where"
             )
-        for whole, new in ((self.keys, key_states), (self.values, value_states)):
+        pairs = ((self.whole_keys, key_states), (self.whole_values, value_states))
+        for whole, new in pairs:
             if whole.shape[0] != new.shape[0]:
                 raise ValueError(
                     f"lq_graph: the cache has a batch of {whole.shape[0]}, and the step of "
                     f"{new.shape[0]}"
                 )
-            _write(whole, progress.place, new)
+        if self.is_paged:
+            slots = progress.slots_of(key_states.shape[2])
+            torch.ops.npu.npu_scatter_pa_kv_cache(
+                _rows(key_states),
+                _rows(value_states),
+                self.whole_keys,
+                self.whole_values,
+                slots,
+                cache_mode="Norm",
+            )
+        else:
+            for whole, new in pairs:
+                _write(whole, progress.place, new)
         if self.is_last:
             progress.end(key_states.shape[2])
+        assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
@@ -149,13 +216,13 @@ class _Layer(StaticLayer):
         return 0 if length is None else length[0]
 
     def reset(self) -> None:
-        for whole in (self.keys, self.values):
+        for whole in (self.whole_keys, self.whole_values):
             if whole is not None:
                 whole.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search, in place: a graph has the addresses."""
-        for whole in (self.keys, self.values):
+        for whole in (self.whole_keys, self.whole_values):
             if whole is not None:
                 whole.copy_(whole.index_select(0, beam_idx.to(whole.device)))
 
@@ -167,8 +234,9 @@ class StaticCache(Cache):
     """transformers' StaticCache for graphs on an NPU: `model(..., past_key_values=cache)`, and
     `generate(past_key_values=cache)`.
 
-    A step writes keys and values of a layer with one ScatterUpdate each, in place. No shape and
-    no number of the graph depends on the position.
+    A step writes keys and values of a layer in place, with one ScatterPaKvCache in float16 and
+    bfloat16 on Atlas A2 and A3, else with one ScatterUpdate each. No shape and no number of the
+    graph depends on the position.
 
     A step that does not fit is refused when it runs eagerly, and when `generate` prepares it. A
     graph cannot refuse it: nothing is written outside, and all logits are NaN until `reset`.
@@ -202,7 +270,7 @@ class StaticCache(Cache):
     def reset(self) -> None:
         """Forget all positions; the memory stays where it is."""
         super().reset()
-        self.progress.place = None
+        self.progress.place = self.progress.slots = None
         if self.progress.length is not None:
             self.progress.length.zero_()
 
@@ -216,6 +284,31 @@ class StaticCache(Cache):
             raise ValueError(f"lq_graph: crop takes minus the number, not {tokens_to_remove}")
         if self.progress.length is not None:
             self.progress.length.add_(tokens_to_remove)
+
+
+def _is_paged(key: Tensor, value: Tensor) -> bool:
+    """Whether one ScatterPaKvCache can write keys and values."""
+    if key.device.type != "npu" or key.dtype not in _DTYPES or value.dtype != key.dtype:
+        return False
+    return key.shape[1] == value.shape[1] and _has_scatter_pa()
+
+
+@torch.compiler.assume_constant_result
+def _has_scatter_pa() -> bool:
+    """Older ones of torch_npu write blocks of FRACTAL_NZ only: their operator has no cache_mode."""
+    if get_product() not in _PRODUCTS:
+        return False
+    functional = "npu_scatter_pa_kv_cache_functional"  # what torchair converts
+    return find_operator(functional, "cache_mode") is not None
+
+
+def _rows(new: Tensor) -> Tensor:
+    """(batch, kv heads, tokens, head size) as (batch * tokens, kv heads, head size). Contiguous:
+    the kernel does not read strides."""
+    batch, heads, tokens, size = new.shape
+    if tokens > 1:
+        new = new.transpose(1, 2)
+    return new.reshape(batch * tokens, heads, size).contiguous()
 
 
 def _write(whole: Tensor, place: Tensor, new: Tensor) -> None:

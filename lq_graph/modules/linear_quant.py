@@ -11,7 +11,14 @@ from torch.nn.parameter import Parameter
 
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
-from ..kernels import INT4_PER_INT32, PartialGroupError, logical_k, storage_k
+from ..kernels import (
+    INT4_PER_INT32,
+    PartialGroupError,
+    is_exporting,
+    logical_k,
+    storage_k,
+    unpack_scale,
+)
 from ..ops import trans_quant_param
 from ..rules.plan import check_finite
 from ..rules.refusal import refused
@@ -82,6 +89,7 @@ class LinearQuant(nn.Module):
     offset: Tensor | None
     pertoken_scale: Tensor | None
     bias: Tensor | None
+    _unpacked_scale: Tensor | None
     merged: Any = None  # of a MergedPart: the MergedLinear that computes it
 
     def __init__(
@@ -120,6 +128,8 @@ class LinearQuant(nn.Module):
         self._weight_format = ND
         self.x1_dtype = x1_dtype
         self.x2_dtype = x2_dtype
+        # the values of a packed scale, for the fusions of a graph
+        self.register_buffer("_unpacked_scale", None, persistent=False)
 
         def parameter(
             name: str, wanted: bool, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0
@@ -161,6 +171,9 @@ class LinearQuant(nn.Module):
             _check_stated("x1", x1, self.x1_dtype)
         if self.x2_dtype is not None:
             _check_stated("x2", weight, self.x2_dtype)
+        given: dict[str, Any] = {}
+        if torch.compiler.is_compiling():
+            given = self._for_fusions(x1, scale)
         out: Tensor = _linear_quant(
             x1,
             weight,
@@ -169,8 +182,17 @@ class LinearQuant(nn.Module):
             pertoken if pertoken_scale is None else pertoken_scale,
             bias,
             output_dtype=self.output_dtype,
+            **given,
         )
         return out
+
+    def _for_fusions(self, x1: Tensor, scale: Tensor) -> dict[str, Any]:
+        """What the fusions of a graph for the NPU read beside the layer's own tensors."""
+        values = self._unpacked_scale
+        if values is None or x1.device.type != "npu" or is_exporting():
+            return {}
+        # a layer that is split has a part of the scale
+        return {"float_scale": values} if values.shape == scale.shape else {}
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -192,6 +214,24 @@ class LinearQuant(nn.Module):
         super().register_parameter(name, param)
         if name == "weight":
             self.note_weight_format()
+        if name == "scale":
+            self.note_scale()
+
+    def note_scale(self) -> None:
+        """Unpack a packed scale, for fused operators: they read it in float32, and a graph can see
+        no values. All code that packs or replaces the scale calls this; only `scale.data = ...`
+        cannot."""
+        scale = self._parameters.get("scale")
+        if type(scale) is not Parameter or scale.dtype != torch.int64 or scale.is_meta:
+            self._unpacked_scale = None
+            return
+        known = self._unpacked_scale
+        with torch.inference_mode(False), torch.no_grad():
+            values = unpack_scale(scale.data.cpu())[0].to(scale.device)
+            if known is not None and (known.shape, known.device) == (values.shape, values.device):
+                known.copy_(values)  # graphs that were captured read this memory
+            else:
+                self._unpacked_scale = values
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -210,6 +250,7 @@ class LinearQuant(nn.Module):
         packed = _pack(scale, self.offset)
         self._float_scale = scale
         self.scale.data = packed
+        self.note_scale()
 
     def _scale_before_folding(self) -> Tensor | None:
         """The float32 scale that the packed scale was made from; None if the packed scale was
@@ -291,6 +332,7 @@ class LinearQuant(nn.Module):
             self.weight.data = cast_format(self.weight.data, acl_format)
             self.note_weight_format()
         if "scale" in found:
+            self.note_scale()
             self._float_scale = scale.detach().clone() if refold and scale is not None else None
 
     def _save_to_state_dict(

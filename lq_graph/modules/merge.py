@@ -256,10 +256,8 @@ def _merge(group: _Group, undo: ExitStack) -> None:
         part.train(old.training)
         if (split := vars(old).get(SPLIT)) is not None:
             split.mark(part)
-        undo.callback(layer._share_quantizer)
         undo.callback(put, layer, "linear", old)
         put(layer, "linear", part)
-        layer._share_quantizer()
 
 
 def _cast(layer: LinearQuant, acl_format: int) -> None:

@@ -85,7 +85,6 @@ class MergedLinear(LinearQuant):
         self.x1_dtype, self.x2_dtype = first.x1_dtype, first.x2_dtype
         self.sizes = [layer.out_features for layer in layers]
         self.names = names
-        self._quantizers: list[Tensor] = []
         self._remembered: _Remembered | None = None
         for name in ("weight", "scale", "bias"):
             if getattr(first, name) is not None:
@@ -146,22 +145,8 @@ class MergedLinear(LinearQuant):
             # a scale that came packed has none: no packed scale is made of zeros
             kept = layer._float_scale
             self._float_scale[start:end] = 0 if kept is None else kept
+        self.note_scale()
         self._remembered = None
-
-    def same_quantizer(self, tensor: Tensor | None) -> Tensor | None:
-        """The scale or the offset of an earlier layer, if it is equal to this one's. Then a graph
-        has one input for both, and quantizes once."""
-        if type(tensor) is not Tensor or tensor.is_meta:
-            return tensor
-        for other in self._quantizers:
-            if (other.device, other.dtype, other.shape) == (
-                tensor.device,
-                tensor.dtype,
-                tensor.shape,
-            ) and torch.equal(other, tensor):
-                return other
-        self._quantizers = [*self._quantizers, tensor][-2 * len(self.sizes) :]
-        return tensor
 
     def product(
         self,

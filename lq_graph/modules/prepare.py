@@ -210,6 +210,7 @@ def _prepare_all(model: nn.Module, int4_nz: bool, undo: ExitStack) -> tuple[Repo
     for _, layer in layers:  # undone last, because layers may share a weight
         if isinstance(layer, LinearQuant):
             undo.callback(layer.note_weight_format)
+            undo.callback(layer.note_scale)
     for (name, layer), fold in zip(bar, folds, strict=True):
         was = format_of(layer.weight)
         why_float = kept_float.get(layer.scale, "")
@@ -343,6 +344,8 @@ def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> No
         one._float_scale = scale.data
     undo.callback(_restore, scale, ND, scale.data)
     scale.data = trans_quant_param(scale.data, layer.offset)
+    for one in sharing:
+        one.note_scale()
 
 
 def _describe(layer: LinearQuant) -> str:

@@ -15,6 +15,7 @@ from ..errors import LinearQuantTypeError
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
 from .linear_quant import LinearQuant, keeping_dtypes
+from .quantizer import Forms, quantizer_of, shared
 from .split import SPLIT
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ __all__ = ["QuantizedLinear", "merged_of"]
 
 _dynamic_quant = torch.ops.lq_graph.dynamic_quant.default
 _static_quant = torch.ops.lq_graph.static_quant.default
+# a layer's quantizer: what static_quant reads, and its forms for fused operators
+_QUANTIZER = ("_scale_reciprocal", "_offset")
+_FORMS = tuple(f"_{name}" for name in Forms._fields)
 
 
 class QuantizedLinear(nn.Module):
@@ -107,13 +111,15 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("float_bias", float_bias)
         self.register_buffer("output_scale", output_scale)
         self.register_buffer("output_offset", output_offset)
-        # derived from input_scale and input_offset when they change; the operator reads these
-        self.register_buffer("_scale_reciprocal", None, persistent=False)
-        self.register_buffer("_offset", None, persistent=False)
+        # derived from input_scale and input_offset when they change; the operators read these
+        for name in (*_QUANTIZER, *_FORMS):
+            self.register_buffer(name, None, persistent=False)
         self._derive()
 
     def _derive(self) -> None:
-        self._scale_reciprocal = self._offset = self._derived_from = None
+        self._derived_from = None
+        for name in (*_QUANTIZER, *_FORMS):
+            setattr(self, name, None)
         if self.input_scale is None or self.input_offset is None:
             return
         if self.input_dtype not in (torch.float16, torch.bfloat16):
@@ -122,16 +128,12 @@ class QuantizedLinear(nn.Module):
                 "float16 and bfloat16. What to do: pass the dtype of the layer's input."
             )
         with torch.inference_mode(False), torch.no_grad():
-            self._scale_reciprocal = self.input_scale.reciprocal().to(self.input_dtype)
-            self._offset = self.input_offset.to(self.input_dtype)
+            *found, forms = quantizer_of(
+                self.input_scale, self.input_offset, self.input_dtype, self.in_features
+            )
+        for name, tensor in zip((*_QUANTIZER, *_FORMS), (*found, *forms), strict=True):
+            setattr(self, name, shared(tensor))
         self._note()
-        self._share_quantizer()
-
-    def _share_quantizer(self) -> None:
-        """Use the tensors of another layer of a merged weight where they are equal."""
-        if (merged := merged_of(self.linear)) is not None:
-            self._scale_reciprocal = merged.same_quantizer(self._scale_reciprocal)
-            self._offset = merged.same_quantizer(self._offset)
 
     def _note(self) -> None:
         """Remember the tensors that the derived tensors were made from, to see when they change."""
@@ -316,8 +318,19 @@ class QuantizedLinear(nn.Module):
                     f"for {dtype_name(self.input_dtype)}. What to do: pass "
                     f"x.to({self.input_dtype}), or quantize the model in the dtype it runs in."
                 )
-            out = linear(_static_quant(rows, self._scale_reciprocal, self._offset))
+            forms = self._forms(rows)
+            out = linear(_static_quant(rows, self._scale_reciprocal, self._offset, **forms))
         return out
+
+    def _forms(self, rows: Tensor) -> dict[str, Tensor]:
+        """The quantizer for fused operators, in a graph for the NPU."""
+        if not torch.compiler.is_compiling() or rows.device.type != "npu" or kernels.is_exporting():
+            return {}
+        forms = Forms(*(getattr(self, name) for name in _FORMS))
+        if forms.reciprocals.shape[0] == rows.shape[-1]:
+            return forms._asdict()
+        # the layer is split on k
+        return {"scale": forms.scale, "zero_point": forms.zero_point}
 
     def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Quantize a dynamic layer's input (m, k) to a dtype, with `lq_graph.dynamic_quant`."""
@@ -340,7 +353,8 @@ class QuantizedLinear(nn.Module):
         self._derive_again()
         super()._apply(keeping_dtypes(fn), recurse)
         self._note()
-        self._share_quantizer()
+        for name in (*_QUANTIZER, *_FORMS):
+            setattr(self, name, shared(self._buffers[name]))
         return self
 
     def _load_from_state_dict(

@@ -71,6 +71,7 @@ def linear_quant(
     bias: Any = None,
     *,
     output_dtype: torch.dtype | None = None,
+    float_scale: Any = None,
 ) -> list[Sharding]:
     def placed(**placements: Placement | None) -> list[Placement | None]:
         given = {
@@ -80,6 +81,7 @@ def linear_quant(
             "offset": offset,
             "pertoken_scale": pertoken_scale,
             "bias": bias,
+            **({} if float_scale is None else {"float_scale": float_scale}),
         }
         rest = {name: None if t is None else Replicate() for name, t in given.items()}
         return list({**rest, **placements}.values())
@@ -94,6 +96,11 @@ def linear_quant(
                 scale=_vector_placement(scale, True),
                 offset=_vector_placement(offset, True),
                 bias=_vector_placement(bias, True),
+                **(
+                    {}
+                    if float_scale is None
+                    else {"float_scale": _vector_placement(float_scale, True)}
+                ),
             ),
         ),
         (
@@ -162,11 +169,22 @@ def dynamic_quant(x: Any, *, dtype: torch.dtype | None = None) -> list[Sharding]
     return [([placement, placement], [placement]) for placement in rows]
 
 
-def static_quant(x: Any, scale_reciprocal: Any, offset: Any = None) -> list[Sharding]:
+def static_quant(
+    x: Any,
+    scale_reciprocal: Any,
+    offset: Any = None,
+    *,
+    scale: Any = None,
+    zero_point: Any = None,
+    reciprocals: Any = None,
+    zero_points: Any = None,
+) -> list[Sharding]:
     last = len(x.shape) - 1
-    found: list[Sharding] = [([Replicate()], _replicated(x, scale_reciprocal, offset))]
+    forms = [t for t in (scale, zero_point, reciprocals, zero_points) if t is not None]
+    given = (scale_reciprocal, offset, *forms)
+    found: list[Sharding] = [([Replicate()], _replicated(x, *given))]
     for dim in range(last + 1):
-        vectors = [_vector_placement(t, dim == last) for t in (scale_reciprocal, offset)]
+        vectors = [_vector_placement(t, dim == last) for t in given]
         found.append(([Shard(dim)], [Shard(dim), *vectors]))
     return found
 

@@ -284,6 +284,9 @@ CASES = [
          np.pad(A, ((1, 0), (2, 3)), constant_values=7)),
     Case("PadV3", (A, np.array([0, 0, 0, 1]), None), {}, np.pad(A, ((0, 0), (0, 1)))),
     Case("Fill", (np.array([2, 3]), np.float16(1.5)), {}, np.full((2, 3), 1.5, np.float16)),
+    Case("Empty", (np.array([2, 3]),), {"dtype": GE_F16}, np.full((2, 3), np.nan, np.float16)),
+    Case("Empty", (np.array([2]),), {"dtype": GE_I8}, np.full(2, 127, np.int8)),
+    Case("Empty", (np.array([2, 3]),), {"init": True}, np.zeros((2, 3), np.int32)),
     Case("ZerosLike", (H,), {}, H * 0),
     Case("OnesLike", (H,), {}, H * 0 + 1),
     Case("Pack", ([A, B],), {"axis": 1, "N": 2}, np.stack([A, B], 1)),
@@ -535,7 +538,7 @@ def test_int4_values_through_transpose_and_back(perm: list[int]) -> None:
 
 
 # types whose float results have a dtype of their own, by an attribute or the definition
-OWN_DTYPE = {"Cast", "SoftmaxV2", "DynamicQuant", "DynamicQuantV2", "QuantBatchMatmulV3"}
+OWN_DTYPE = {"Cast", "Empty", "SoftmaxV2", "DynamicQuant", "DynamicQuantV2", "QuantBatchMatmulV3"}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def random(x: Tensor) -> Tensor:
     return torch.rand_like(x) - torch.rand_like(x)
 
 
+def checked(x: Tensor) -> Tensor:
+    torch.ops.aten._assert_async.default((x == x).all())
+    torch.ops.aten._assert_async.default((x == x).all())
+    return x + 1
+
+
 # function of x (4, 8): how many calls are left of how many
 CASES: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "a chain": (lambda x: (x + 1).exp() * (x + 1).exp(), 3, 5),
@@ -47,6 +53,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "a tensor that is written": (written, 4, 4),
     "a result that is written": (written_result, 4, 4),
     "random numbers": (random, 3, 3),
+    "checks, which return nothing": (checked, 5, 7),
 }
 
 

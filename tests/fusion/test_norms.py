@@ -407,7 +407,7 @@ LEFT: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "a weight of one value": (lambda x, w: transformers(x, w[:1]), r"weight has shape \(1,\)"),
     "a weight of each token": (lambda x, w: transformers(x, x), r"weight has shape \(2, 3, 64\)"),
     "a float32 result": (lambda x, w: transformers(x, w.float() * 2), "users|norm is float32"),
-    "not contiguous": (rms(lambda x: x.transpose(0, 1)), "x is not contiguous"),
+    "not contiguous": (rms(lambda x: x.transpose(0, 1).abs()), "x is not contiguous"),
 }
 
 
@@ -494,10 +494,18 @@ def test_quantizations_that_are_left(case: str) -> None:
 STATIC: dict[str, tuple[torch.dtype, Callable[[Tensor, Tensor], Any], str]] = {
     "one value": (BF16, lambda y, s: lq_graph.static_quant(y, s[:1]), r"scale has shape \(1,\)"),
     "a float16 scale": (F16, lq_graph.static_quant, "the scale is float16; .* takes float32"),
-    "two scales": (
+    "three scales": (
         BF16,
-        lambda y, s: (lq_graph.static_quant(y, s), lq_graph.static_quant(y, s.abs())),
-        "2 quantizations with scales of their own",
+        lambda y, s: [lq_graph.static_quant(y, one) for one in (s, s.abs(), -s)],
+        "3 quantizations with scales of their own",
+    ),
+    "two ways": (
+        BF16,
+        lambda y, s: (
+            lq_graph.static_quant(y, s),
+            torch_npu.npu_quantize(y, s, None, torch.qint8, -1),
+        ),
+        "one quantization divides and one multiplies",
     ),
     "a second reader": (
         BF16,

@@ -92,12 +92,15 @@ def test_one_tensor_is_quantized_once(
     assert torch.equal(got, want)
 
 
-def test_layers_with_one_static_scale_share_the_quantization() -> None:
+@pytest.mark.parametrize("factors", [(1, 1, 1), (1, 2, 1), (1, 2, 4)])
+def test_layers_with_one_static_scale_share_the_quantization(factors: tuple[int, ...]) -> None:
+    """Each has a scale of its own; equal ones are equal values in different tensors."""
     model, x = Three(lq_graph.A8W8Static()).npu(), torch.randn(4, 64).half().npu()
+    for layer, factor in zip(model.layers, factors, strict=True):
+        layer.input_scale = layer.input_scale * factor
     want = model(x)
     got, names = graph_of(model, "GE", x)
-    # each layer has a scale of its own: equal values in different tensors
-    assert names.count("lq_graph.static_quant.default") == 3
+    assert names.count("lq_graph.static_quant.default") == len({*factors})
     assert torch.equal(got, want)
 
 

@@ -235,6 +235,25 @@ def test_part_of_a_head(mode: str) -> None:
         np.testing.assert_array_equal(as_array(got), want)
 
 
+@pytest.mark.parametrize("steps", [1, S])
+def test_angles_for_all_batches(steps: int) -> None:
+    """npu_apply_rotary_pos_emb takes none: they are repeated, once for all layers."""
+
+    def graph(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, x1: Tensor, w: Tensor) -> Any:
+        layers = [llama(q, k, cos, sin, x1, w)[:2] for q, k in ((q, k), (q / 2, k / 2))]
+        return *layers[0], *layers[1], product(x1, w)
+
+    q, k, cos, sin, *others = tensors(s=steps)
+    cos, sin = cos[:1], sin[:1]
+    fused = run(graph, "GE", q, k, cos, sin, *others)
+    assert fused.kernels.count(APPLY) == 2 and MUL not in fused.kernels
+    assert fused.names.count("aten.expand.default") == 2
+    angles = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
+    halved = Fused(fused.results[2:], fused.names, fused.report)
+    assert_golden(fused, [q, k, *angles], APPLY)
+    assert_golden(halved, [q / 2, k / 2, *angles], APPLY)
+
+
 def test_rotated_twice() -> None:
     def twice(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, x1: Tensor, w: Tensor) -> Any:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -279,19 +298,25 @@ class Merged(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("order", "mode", "operators"),
+    ("order", "mode", "batch", "steps", "operators"),
     [
-        ("qkv", "npugraph_ex", [MUL]),
-        ("vqk", "npugraph_ex", [MUL]),
-        ("qvk", "npugraph_ex", [MUL, MUL]),
-        ("kqv", "npugraph_ex", [MUL, MUL]),
-        ("qkv", "GE", [APPLY]),
+        ("qkv", "npugraph_ex", 1, 1, [MUL]),
+        ("vqk", "npugraph_ex", 1, 1, [MUL]),
+        ("qvk", "npugraph_ex", 1, 1, [MUL, MUL]),
+        ("kqv", "npugraph_ex", 1, 1, [MUL, MUL]),
+        ("qkv", "npugraph_ex", B, 1, [MUL, MUL]),  # as one, the parts would have gaps
+        ("qkv", "npugraph_ex", 1, S, [MUL, MUL]),
+        ("qkv", "npugraph_ex", B, S, [MUL, MUL]),
+        ("qkv", "GE", 1, 1, [APPLY]),
+        ("qkv", "GE", B, S, [APPLY]),
     ],
 )
-@pytest.mark.parametrize("steps", [1, S])
-def test_neighbours_in_one_product(order: str, mode: str, operators: list[str], steps: int) -> None:
-    x = torch.randint(-99, 99, (B, steps, 32), dtype=I8, generator=torch.Generator().manual_seed(8))
-    _, _, cos, sin, *_ = tensors(BF16, s=steps)
+def test_neighbours_in_one_product(
+    order: str, mode: str, batch: int, steps: int, operators: list[str]
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randint(-99, 99, (batch, steps, 32), dtype=I8, generator=generator)
+    _, _, cos, sin, *_ = tensors(BF16, b=batch, s=steps)
     model = Merged(order, BF16)
     q, k, v = model.heads(x)
     fused = run(model.npu(), mode, x, cos, sin)

@@ -224,6 +224,7 @@ def call_of(op, named: str) -> dict[str, object]:
         given = cases.make(
             Case(output=BF16 if pertoken else I8, offset=not pertoken, bias=I32, pertoken=pertoken)
         )
+        given |= {"float_scale": torch.ones(24)} if named == "float_scale" else {}
         return {name: value for name, value in given.items() if value is not None}
     if op is TRANS_QUANT_PARAM:
         return {"scale": torch.ones(8), "offset": torch.ones(8)}

@@ -193,6 +193,16 @@ def _fill(dims: Host, value: Tensor) -> Tensor:
     return value.reshape(()).expand(ints(dims))
 
 
+@op("Empty")
+def _empty(shape: Host, *, dtype: int = 3, init: bool = False) -> Tensor:
+    """Memory whose values are nobody's: not a number, so that a graph that reads them shows it."""
+    kind = torch_dtype(dtype)
+    unset = torch.nan if kind.is_floating_point else False
+    if not kind.is_floating_point and kind != torch.bool:
+        unset = torch.iinfo(kind).max
+    return torch.full((), 0 if init else unset, dtype=kind).expand(ints(shape))
+
+
 @op("ZerosLike")
 def _zeros_like(x: Tensor) -> Tensor:
     return torch.zeros_like(x)
