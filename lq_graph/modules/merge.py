@@ -20,6 +20,7 @@ from .merged import MergedLinear, MergedPart
 from .places import held_elsewhere, places_of, put
 from .quantized_linear import QuantizedLinear, merged_of
 from .runs import moved_to_model, running
+from .split import SPLIT
 from .transaction import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 
 __all__ = ["merge", "merge_layers", "one_change_at_a_time"]
@@ -47,8 +48,10 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
     The layers are found by a run of the model, not by name. The result of every layer is the same
     as before, bit for bit. Layers for which that is not so are left alone, and the report says why:
     static layers with other scales, one with a bias and one without, other dtypes, layers with
-    hooks, split over devices, or with int8 output. All layers are left alone if torchair is too
-    old to run passes of other libraries: a graph would then compute the product for each layer.
+    hooks, split over devices on k, or with int8 output. All layers are left alone if torchair is
+    too old to run passes of other libraries: a graph would then compute the product for each layer.
+
+    Layers that are split over devices on n are merged on each device. Call it on every rank.
 
     The merged weight is held once. State dicts and checkpoints have the layers as they were: the
     same names, shapes and dtypes, which load into models that are merged or not.
@@ -251,6 +254,8 @@ def _merge(group: _Group, undo: ExitStack) -> None:
     for i, (layer, old) in enumerate(zip(layers, olds, strict=True)):
         part = MergedPart(merged, i, cast("nn.Parameter | None", old.pertoken_scale))
         part.train(old.training)
+        if (split := vars(old).get(SPLIT)) is not None:
+            split.mark(part)
         undo.callback(put, layer, "linear", old)
         put(layer, "linear", part)
 
