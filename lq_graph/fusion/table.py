@@ -52,7 +52,7 @@ FUSIONS = (
         name="rms_norm",
         what="the pieces of an RMSNorm, as transformers, torch.nn.RMSNorm and Gemma write it: "
         "npu_rms_norm",
-        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay, or one after a sum",
+        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay, or one of them",
         exact=False,
         run=norms.rms_norm,
         source="npu_rms_norm (Ascend/op-plugin), norm/rms_norm (hicann/ops-nn)",
