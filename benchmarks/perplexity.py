@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import time
 import warnings
@@ -120,7 +121,8 @@ def print_table(found: dict[str, Found]) -> None:
         loss, loss_error = changed(losses, torch.cat(base.losses))
         divergence, divergence_error = changed(divergences, torch.cat(base.divergences))
         print(
-            f"{name:30}{losses.mean().exp():8.3f} {100 * loss:+8.2f} % {100 * loss_error:5.2f}"
+            f"{name:30}{losses.mean().exp():8.3f} {100 * math.expm1(loss):+8.2f} %"
+            f" {100 * loss_error:5.2f}"
             f"{divergences.mean():7.4f} {divergence:+8.5f} {divergence_error:8.5f}"
             f" {100 * torch.cat(one.same).mean():4.1f} %",
             flush=True,
@@ -129,8 +131,13 @@ def print_table(found: dict[str, Found]) -> None:
 
 def print_text(
     model: Any, tokenizer: Any, graphs: dict[str, Callable[[Tensor], Tensor]], tokens: int
-) -> None:
-    """Where a graph's greedy text would part from that of the quantized model on the CPU."""
+) -> dict[str, list[float]]:
+    """Where a graph's greedy text would part from that of the quantized model on the CPU.
+
+    Returns:
+        For each graph, how far the logit of each token that it would choose instead is above that
+        of the text's.
+    """
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True,
@@ -140,22 +147,23 @@ def print_text(
     written = generate.write(decoder, prompt, tokens, end, "cpu").tokens
     print(f"\n{QUESTION}\n{tokenizer.decode(written)!r}")
     ids = torch.cat([prompt[0], torch.tensor(written)])
-    padded = torch.nn.functional.pad(ids, (0, WINDOW - len(ids)))
+    padded = nn.functional.pad(ids, (0, WINDOW - len(ids)))
+    gaps: dict[str, list[float]] = {}
     for name, graph in graphs.items():
         logits = graph(padded)[prompt.shape[1] - 1 : len(ids) - 1]
         chosen = logits.argmax(-1).tolist()
         other = [i for i, token in enumerate(chosen) if token != written[i]]
+        gaps[name] = [float(logits[i, chosen[i]] - logits[i, written[i]]) for i in other]
         line = f"{name:30}{len(written) - len(other)} of {len(written)} tokens the same"
-        if other:
-            at = other[0]
-            gap = float(logits[at, chosen[at]] - logits[at, written[at]])
-            words = [repr(tokenizer.decode([token])) for token in (chosen[at], written[at])]
-            line += f"; token {at + 1} {words[0]} instead of {words[1]}, by {gap:.3f} of a logit"
+        for i, gap in zip(other, gaps[name], strict=True):
+            words = [repr(tokenizer.decode([token])) for token in (chosen[i], written[i])]
+            line += f"; token {i + 1} {words[0]} instead of {words[1]}, by {gap:.3f} of a logit"
         print(line, flush=True)
+    return gaps
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> dict[str, Found]:
+def main(arguments: list[str] | None = None) -> tuple[dict[str, Found], dict[str, list[float]]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192, help=f"a multiple of {WINDOW}")
     parser.add_argument("--text", type=int, default=48, help="tokens to write")
@@ -184,8 +192,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Found]:
             found[name].add(graph(window), wanted, following)
         print(f"{first + WINDOW:,} tokens: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print_table(found)
-    print_text(model, tokenizer, graphs, options.text)
-    return found
+    return found, print_text(model, tokenizer, graphs, options.text)
 
 
 if __name__ == "__main__":

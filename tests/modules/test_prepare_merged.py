@@ -237,3 +237,24 @@ def test_a_heads_weight_that_is_the_embeddings_stays_nd() -> None:
     assert not last.changed and model.head.weight is model.embed.weight
     tokens = torch.arange(4)
     torch.testing.assert_close(model(tokens.npu()).cpu(), plain(tokens), rtol=2**-9, atol=2**-9)
+
+
+@merges
+@pytest.mark.skipif(bool(has.int4_nz()), reason="torch_npu makes no int4 blocks here")
+@pytest.mark.parametrize("merged_first", [True, False])
+def test_int4_in_fractal_nz(merged_first: bool) -> None:
+    """n of q and k are no multiples of a block's 16 rows."""
+    sizes = {"q": 40, "k": 24, "v": 8}
+    plain, model = pair(A4W4Dynamic(), bias=True, sizes=sizes)
+    model.npu()
+    if not merged_first:
+        prepare(model, int4_nz=True)
+    report = prepare(model, example=inputs(), int4_nz=True)
+    assert [one.changed for one in report] == [merged_first] * 2
+    assert format_of(model.q.linear.merged.weight) == FRACTAL_NZ
+    with torch.no_grad():
+        got, graph = lower(model, inputs().npu())
+    assert Counter(graph.ops())[MATMUL] == 2
+    assert torch.equal(got.cpu(), plain(inputs()))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name].cpu(), tensor), name
