@@ -24,21 +24,20 @@ if hasattr(functorch, "error_on_custom_op_aliasing"):
 
 
 class QuantLinear(nn.Module):
-    """Per-token x1, per-channel weight."""
+    """Per-token x1, per-channel weight. The weight is (k, n), as the recipes keep it: a transpose
+    of it would be a kernel."""
 
     def __init__(self, k: int, n: int) -> None:
         super().__init__()
-        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        weight = torch.randint(-128, 128, (k, n), dtype=torch.int8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(torch.rand(n) * 0.01, requires_grad=False)
 
-    def forward(self, x: Tensor, pertoken: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, pertoken: Tensor | None, dtype: torch.dtype = torch.float16
+    ) -> Tensor:
         return torch_npu.npu_quant_matmul(
-            x,
-            self.weight.t(),
-            self.scale,
-            pertoken_scale=pertoken,
-            output_dtype=torch.float16,
+            x, self.weight, self.scale, pertoken_scale=pertoken, output_dtype=dtype
         )
 
 
@@ -93,8 +92,14 @@ class PagedLayer(nn.Module):
         quantized, _, residual, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
             projected, residual, self.second, epsilon=EPSILON
         )
-        gate = torch_npu.npu_swiglu(self.up(quantized, scale))
-        return self.down(*torch_npu.npu_dynamic_quant(gate)), residual
+        gate = torch_npu.npu_dequant_swiglu_quant(
+            self.up(quantized, None, torch.int32),
+            weight_scale=self.up.scale,
+            activation_scale=scale,
+            activate_left=True,
+            quant_mode=1,
+        )
+        return self.down(*gate), residual
 
 
 def step_inputs(position: int, device: str = "npu") -> list[Any]:

@@ -75,13 +75,15 @@ class Edge:
 
 @dataclass(frozen=True)
 class Node:
-    """One GE node. `inputs` does not list an optional input that is absent."""
+    """One GE node. `inputs` does not list an optional input that is absent. `call` is the name of
+    the call in the FX graph that it is from; "" if the graph does not say it."""
 
     op: str
     name: str
     inputs: tuple[Edge, ...]
     outputs: tuple[Edge, ...]
     attrs: dict[str, Any] = field(default_factory=dict)
+    call: str = ""
 
     def __str__(self) -> str:
         flags = [key for key in ("transpose_x1", "transpose_x2") if self.attrs.get(key)]
@@ -163,7 +165,7 @@ def read(path: str | Path) -> Graph:
             inputs.append(replace(edge, name=desc.name, source=name, output=int(output)))
         outputs = tuple(produced[f"{op.name}:{i}"] for i in range(len(op.output_desc)))
         attrs = {key: _attr(value) for key, value in op.attr.items() if not key.startswith("_")}
-        nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs))
+        nodes.append(Node(op.type, op.name, tuple(inputs), outputs, attrs, _call(op)))
     return Graph(proto.name, tuple(nodes))
 
 
@@ -211,6 +213,13 @@ def _edge(desc: Any) -> Edge:
         return Edge(desc.name, dtype, shape, layout)
     dims = tuple(desc.shape.dim)
     return Edge(desc.name, dtype, dims or None, layout)
+
+
+def _call(op: Any) -> str:
+    """torchair names each tensor that a call returns: linear_quant_1-lq_graph....OUTPUT.0."""
+    names = [d.attr["_fx_tensor_name"].s for d in op.output_desc if "_fx_tensor_name" in d.attr]
+    call: str = names[0].decode().partition("-")[0] if names else ""
+    return call
 
 
 def _attr(value: Any) -> Any:

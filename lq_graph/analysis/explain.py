@@ -18,12 +18,14 @@ from ..fusion.editor import FusionReport
 from ..fusion.passes import reports
 from ..modules.fusion_options import FusionOptions, fusion
 from ..modules.linear_quant import LinearQuant
+from ..modules.merged import MergedLinear
 from ..modules.prepare import use_internal_format_weight
 from ..modules.vendor import convert
 from ..reports import table
 from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
 from ..rules.tables import PEAKS, Peak, Product, dtype_name, storage_name
+from .explain_layers import VENDOR_SOURCE, Block, blocks_of, groups_of
 
 __all__ = ["Explanation", "LayerExplanation", "explain", "require_npu"]
 
@@ -102,6 +104,7 @@ class Explanation:
         unfused: the same, lowered without our fusions.
         fusions: what fused in each graph, and what did not and why
             (`lq_graph.fusion.editor.FusionReport`).
+        blocks: the same for each layer of the model, such as model.layers.0, with its kernels.
         peak: the figures from which the bounds are estimated.
     """
 
@@ -111,7 +114,14 @@ class Explanation:
     graphs: tuple[Any, ...]
     unfused: tuple[Any, ...]
     fusions: tuple[FusionReport, ...]
+    blocks: tuple[Block, ...]
     peak: Peak
+
+    @property
+    def launches(self) -> tuple[int, int]:
+        """Kernels of the whole model, without fusions and with them."""
+        unfused, fused = (sum(len(g.launches) for g in w) for w in (self.unfused, self.graphs))
+        return unfused, fused
 
     def rows(self) -> list[list[object]]:
         """The table of layers, its head first."""
@@ -153,11 +163,12 @@ class Explanation:
             "",
             f"at least {total * 1e6:.2f} us in these layers: {self.peak}",
         ]
-        launches = [sum(len(g.launches) for g in way) for way in (self.unfused, self.graphs)]
-        fused = f"{launches[0]} kernels without fusion, {launches[1]} with"
-        lines += ["", f"whole model: {fused}"]
-        for report in self.fusions:
-            lines += table(report.rows()) if report.lines else []
+        before, after = self.launches
+        lines += ["", f"whole model: {before} kernels without fusion, {after} with"]
+        for block, others in groups_of(self.blocks):
+            lines += block.text(len(others))
+        if any(block.has_attention for block in self.blocks):
+            lines += ["", f"vendor: {VENDOR_SOURCE}"]
         seen = set()
         for layer in self.layers:
             shown = (str(layer.ours), str(layer.vendor))
@@ -187,10 +198,11 @@ class Explanation:
 def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = None) -> Explanation:
     """Lower a model as for deployment, and show the GE nodes of each quantized layer.
 
-    Works on a copy of the model. The copy is prepared (`use_internal_format_weight`), run once for
-    the shapes, and lowered as a whole, with our fusions and without. Then each different
-    LinearQuant is lowered alone, and so is the vendor's module, prepared by torchair's own
-    function. Sets torch.npu.config.allow_internal_format to True, as a deployment does.
+    Works on copies of the model, prepared (`use_internal_format_weight`). One is run once for the
+    shapes; each different LinearQuant of it is lowered alone, and so is the vendor's module,
+    prepared by torchair's own function. In the other, layers that read one tensor are merged; it is
+    lowered as a whole, with our fusions and without. Sets torch.npu.config.allow_internal_format to
+    True, as a deployment does.
 
     Args:
         model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
@@ -211,10 +223,7 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
     npu.config.allow_internal_format = True
     model = convert(copy.deepcopy(model)).to("npu").eval()
     plain = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        # the copy has no graphs yet, but others in this process may
-        warnings.filterwarnings("ignore", "use_internal_format_weight: formats of weights changed")
-        use_internal_format_weight(model)
+    _prepare(model)
     arguments = [tensor.to("npu") for tensor in inputs]
     calls = _calls(model, arguments)
     if not calls:
@@ -237,10 +246,11 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
         ours, theirs = lowered[key]
         nz = "FRACTAL_NZ" if "FRACTAL_NZ" in str(ours) else "ND"
         layers.append(LayerExplanation(name, found, tensors, nz, ours, theirs, peak))
+    _prepare(plain, tuple(arguments))
     with reports() as fusions:
-        graphs = _lower(model, arguments)
-    with fusion(FusionOptions(enabled=False)):
-        unfused = _lower(model, arguments)
+        graphs = _lower(plain, arguments)
+    with fusion(FusionOptions(enabled=False)), reports() as without:
+        unfused = _lower(plain, arguments)
     return Explanation(
         npu.get_device_name(),
         product,
@@ -248,8 +258,16 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
         tuple(graphs),
         tuple(unfused),
         tuple(fusions),
+        blocks_of(unfused, without, graphs, fusions),
         peak,
     )
+
+
+def _prepare(model: nn.Module, example: tuple[Tensor, ...] | None = None) -> None:
+    with warnings.catch_warnings():
+        # the copy has no graphs yet, but others in this process may
+        warnings.filterwarnings("ignore", "use_internal_format_weight: formats of weights changed")
+        use_internal_format_weight(model, example=example)
 
 
 def require_npu() -> Any:
@@ -319,7 +337,7 @@ def _lower_both(
     ours: LinearQuant, original: LinearQuant, x1: Tensor, pertoken: Tensor | None
 ) -> tuple[Any, Any]:
     torchair = import_torchair()
-    theirs = copy.deepcopy(original)
+    theirs = copy.deepcopy(_as_one_layer(original))
     if pertoken is not None:
         theirs.pertoken_scale = nn.Parameter(pertoken.clone(), requires_grad=False)
     vendor = convert(theirs, to="torch_npu")
@@ -328,6 +346,24 @@ def _lower_both(
     (mine,) = _lower(ours, arguments)
     (other,) = _lower(vendor, [x1])
     return mine, other
+
+
+def _as_one_layer(layer: LinearQuant) -> LinearQuant:
+    """Merged layers as one, which the vendor has a module for."""
+    if not isinstance(layer, MergedLinear):
+        return layer
+    one = LinearQuant(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        pertoken_scale=layer.pertoken_scale is not None,
+        output_dtype=layer.output_dtype,
+        dtype=layer.weight.dtype,
+        device="meta",
+    )
+    for name, tensor in layer.named_parameters(recurse=False):
+        setattr(one, name, tensor)
+    return one
 
 
 def _lower(model: nn.Module, arguments: list[Tensor]) -> list[Any]:

@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LinearQuantValueError
+from .explain_layers import VENDOR_KERNELS, VENDOR_SOURCE, Block, groups_of, titled
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -32,10 +33,21 @@ tr:last-child td { border-bottom: 0; }
 .pair svg { max-width: 100%; height: auto; }
 .big { font-size: 22px; font-weight: 600; }
 .facts { display: flex; gap: 36px; flex-wrap: wrap; }
+.layer { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 16px;
+  align-items: start; margin-bottom: 16px; }
+.layer .card { min-width: 0; box-sizing: border-box; }
+.layer td.why { white-space: normal; min-width: 16em; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 6px 12px;
+  align-items: center; margin: 0 0 12px; }
+.bar { height: 12px; border-radius: 3px; background: #9aa5b4; }
+.bar.fused { background: #1769aa; } .bar.vendor { background: #c2571a; }
+h3 { font-size: 14px; margin: 0 0 10px; font-weight: 600; overflow-wrap: anywhere; }
+@media (max-width: 820px) { .layer { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 820px) { .pair { grid-template-columns: 1fr; } }
 """
 
 _MATMUL, _OTHER, _FILL, _ARROW = "#1769aa", "#c2571a", "#eef1f5", "#9aa5b4"
+_LONG = 40  # characters of a cell that may be broken
 # inches: width of a node, gaps to the right of it and below it, height of its head and of a line
 _WIDTH, _GAP, _STEP, _HEAD, _LINE_HEIGHT = 2.5, 0.15, 0.35, 0.36, 0.155
 
@@ -56,7 +68,9 @@ def page(explanation: Explanation) -> str:
     ours = sum(len(layer.ours.compute) for layer in e.layers)
     theirs = sum(len(layer.vendor.compute) for layer in e.layers)
     total = sum(layer.seconds for layer in e.layers)
+    before, after = e.launches
     facts = (
+        (f"{before} to {after}", "kernels of the model, by fusion"),
         (f"{len(e.layers)}", "LinearQuant layers"),
         (f"{ours}", "GE nodes for them"),
         (f"{theirs}", "with the vendor's module"),
@@ -74,7 +88,13 @@ def page(explanation: Explanation) -> str:
         f"<p class=quiet>{escape(e.device)}, {escape(str(e.product))}</p>",
         "<div class='card facts'>",
         *(f"<div><div class=big>{a}</div><div class=quiet>{b}</div></div>" for a, b in facts),
-        "</div><h2>Layers</h2><div class=card>",
+        "</div>",
+        "<h2>Kernels and fusions of each layer</h2>",
+        *(_layer(block, len(others)) for block, others in groups_of(e.blocks)),
+        f"<p class=quiet>The vendor's operators: {escape(VENDOR_SOURCE)}.</p>"
+        if any(block.has_attention for block in e.blocks)
+        else "",
+        "<h2>Quantized layers</h2><div class=card>",
         _table(e.rows()),
         "</div><p class=quiet>us at peak: the larger of operations and bytes, each over the peak "
         f"of {escape(str(e.peak))}. A lower bound: no kernel reaches its peak.</p>",
@@ -94,6 +114,25 @@ def page(explanation: Explanation) -> str:
     return "\n".join([*parts, "</main></html>"])
 
 
+def _layer(block: Block, others: int) -> str:
+    """Bars of its kernels and their table, beside what fused and what did not."""
+    ways = {"unfused": block.unfused.total(), "fused": block.fused.total()}
+    if block.has_attention:
+        ways["vendor"] = sum(VENDOR_KERNELS.values())
+    most = max(*ways.values(), 1)
+    bars = "".join(
+        f"<span class=quiet>{way}</span>"
+        f"<span class='bar {way}' style='width: {100 * count / most:.1f}%'></span><b>{count}</b>"
+        for way, count in ways.items()
+    )
+    fusions = _table(block.fusions()) if block.lines else "<p>no pattern came near</p>"
+    return (
+        f"<h3>{escape(titled(block.name, others))}</h3><div class=layer>"
+        f"<div class=card><div class=bars>{bars}</div>{_table(block.kernels())}</div>"
+        f"<div class=card>{fusions}</div></div>"
+    )
+
+
 def _table(rows: list[list[object]]) -> str:
     numeric = [all(isinstance(c, int) for c in column[1:]) for column in zip(*rows, strict=True)]
 
@@ -101,7 +140,8 @@ def _table(rows: list[list[object]]) -> str:
         cells = []
         for cell, number in zip(row, numeric, strict=True):
             text = f"{cell:,}" if isinstance(cell, int) else escape(str(cell))
-            cells.append(f"<{tag}{' class=number' if number else ''}>{text}</{tag}>")
+            kind = " class=number" if number else " class=why" if len(text) > _LONG else ""
+            cells.append(f"<{tag}{kind}>{text}</{tag}>")
         return f"<tr>{''.join(cells)}</tr>"
 
     return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"

@@ -62,11 +62,14 @@ class FusionReport:
     Attributes:
         lines: what fused, and what came near and did not, in the order of the table.
         nodes_before, nodes_after: calls of operators in the FX graph.
+        modules: for each call of the graph afterwards, by the name of its node, the module whose
+            forward made it. For `reports()` only.
     """
 
     nodes_before: int = 0
     nodes_after: int = 0
     lines: list[Line] = field(default_factory=list)
+    modules: dict[str, str] = field(default_factory=dict)
 
     def done(self, fusion: str) -> int:
         """How often a fusion was done."""

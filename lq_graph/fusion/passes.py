@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch.fx import GraphModule
 
 from ..modules.fusion_options import FusionOptions
-from .editor import Editor, FusionReport
+from .editor import Editor, FusionReport, layer_of
 from .options import checked
 from .quantizations import repeated_products
 from .table import FUSIONS
@@ -73,6 +73,9 @@ def fuse(
             stacklevel=2,
         )
     editor.report.nodes_after = editor.count()
+    if _listeners:
+        calls = (n for n in module.graph.nodes if n.op == "call_function")
+        editor.report.modules = {node.name: layer_of(node) for node in calls}
     for listener in _listeners:
         listener(editor.report)
     return editor.report
