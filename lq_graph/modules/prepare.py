@@ -79,7 +79,8 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
     Folds a float32 scale, with the offset, into the packed int64 scale if the layer's row of the
     support table reads it, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and
     the vendor's LinearQuant and LinearA8W8Quant. Everything else (Linear, Conv2d, ...) goes to
-    torchair's function of the same name.
+    torchair's function of the same name, except a Linear whose weight another kind of layer reads
+    too, such as a head that is tied to the embedding: an Embedding cannot read FRACTAL_NZ.
 
     Idempotent and atomic: if a step fails, the model is unchanged. Ctrl-C waits for the end, and
     threads wait for each other. Layers are prepared one at a time, so it needs memory for one
@@ -110,7 +111,8 @@ def use_internal_format_weight(model: nn.Module, *, int4_nz: bool = False) -> Re
             format of another library's layer changed after torch.compile had made graphs.
 
     Returns:
-        A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
+        A Report: a list with one `Prepared` for each layer, in the order of `named_modules`, then
+        one for each Linear that was left.
 
     Raises:
         LinearQuantValueError: the model is not on the NPU, a scale holds NaN or infinity, or
@@ -176,7 +178,10 @@ def _prepare_all(model: nn.Module, int4_nz: bool) -> tuple[Report, str]:
             report.append(_prepare(name, layer, fold, why_float, int4_nz, sharing, undo))
             if format_of(layer.weight) != was and not isinstance(layer, LinearQuant):
                 others_changed = others_changed or name or type(layer).__name__
-        for rest in _others(model, kinds):
+        tied = _tied(model)
+        report.extend(_left(name, layer, holder) for name, layer, holder in tied)
+        left: set[nn.Module] = {layer for _, layer, _ in tied}
+        for rest in _others(model, kinds, left):
             before = {parameter: format_of(parameter) for parameter in rest.parameters()}
             for parameter, acl_format in before.items():
                 # torchair casts weights and folds scales, which are short enough to keep
@@ -333,10 +338,35 @@ def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
     return ""
 
 
-def _others(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
-    """The largest parts of a model without a layer of `kinds`, for torchair's own function."""
-    if not any(isinstance(m, kinds) for m in module.modules()):
+def _others(
+    module: nn.Module, kinds: tuple[type, ...], left: set[nn.Module]
+) -> Iterator[nn.Module]:
+    """The largest parts of a model without a layer of `kinds` or in `left`, for torchair's own
+    function."""
+    if not any(isinstance(m, kinds) or m in left for m in module.modules()):
         yield module
     elif not isinstance(module, kinds):
         for child in module.children():
-            yield from _others(child, kinds)
+            yield from _others(child, kinds, left)
+
+
+def _tied(model: nn.Module) -> list[tuple[str, nn.Linear, str]]:
+    """Every Linear whose weight a module of another kind holds too: its name, it, and the other's
+    name."""
+    holders: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(parameter, name)
+    return [
+        (name, module, holders[module.weight])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight in holders
+    ]
+
+
+def _left(name: str, layer: nn.Linear, holder: str) -> Prepared:
+    acl_format = format_of(layer.weight)
+    layout = f"{dtype_name(layer.weight.dtype)} {_FORMATS.get(acl_format, f'format {acl_format}')}"
+    size = layer.weight.untyped_storage().nbytes()
+    return Prepared(name, layout, layout, size, f"left: {holder}, no Linear, reads the weight too")
