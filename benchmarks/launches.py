@@ -43,7 +43,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 128,
     "vocab_size": 1000,
-    "tie_word_embeddings": False,  # else the prepared head would make the embedding FRACTAL_NZ
 }
 # name: class in transformers, and what is special
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

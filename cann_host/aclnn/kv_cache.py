@@ -8,11 +8,13 @@ from torch import Tensor
 
 from cann_host.graph.ops.kv_cache import kv_rms_norm_rope_cache, scatter_pa_kv_cache
 from cann_host.rules import (
+    A950,
     INVALID,
     KvRmsNormRopeCall,
     ScatterPaCall,
     check_kv_rms_norm_rope_cache,
     check_scatter_pa_kv_cache,
+    soc_family,
 )
 
 from .checks import compute_base_format_only, need, update_without_overlap
@@ -107,6 +109,15 @@ def _check_scatter_pa(call: ScatterPaArguments, soc: str) -> None:
         key=key, key_cache=key_cache, slot_mapping=slots, value=value, value_cache=value_cache
     )
     update_without_overlap(key_cache=key_cache, value_cache=value_cache)
+    for name, rows in (("key", key), ("value", value)):
+        # the definition has no AutoContiguous, and the kernel before Ascend 950 reads no strides
+        if soc_family(soc) != A950 and not rows.view().is_contiguous():
+            raise RefusedError(
+                f"{name} has shape {rows.shape} and strides {rows.strides}. CANN's documents want "
+                "it contiguous, CANN does not check it, and the kernel reads other values; this "
+                "refusal is cann_host's own",
+                None,
+            )
 
 
 def _scatter_pa(call: ScatterPaArguments, _soc: str) -> None:

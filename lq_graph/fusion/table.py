@@ -61,8 +61,8 @@ FUSIONS = (
     Fusion(
         name="rope",
         what="x * cos + rotated(x) * sin: npu_apply_rotary_pos_emb for query and key in GE graphs, "
-        "npu_rotary_mul for each in others (one for both, if they are neighbours in one product), "
-        "and where sizes or layout ask for it",
+        "npu_rotary_mul for each in others (one for both, if they are neighbours in one row of a "
+        "product), and where sizes or layout ask for it",
         saves="10 of 11 for query and key, or 9 (2 Neg, 2 ConcatD, 4 Mul, 2 Add, and the slices)",
         exact=False,
         run=rope.fuse_rope,

@@ -1,10 +1,11 @@
-"""A cache of keys and values that a step writes in place, both of a layer with one operator.
+"""A cache of keys and values that a step writes in place.
 
 All positions are kept, also in layers with a sliding window: their mask holds the window. So the
 shapes of every step are the same, and a graph is compiled once.
 
-Where ScatterPaKvCache is not to be had, keys and values are two writes (ScatterUpdate), and the
-memory is in another order. What transformers sees is the same.
+A step of one token is one ScatterPaKvCache for keys and values. A prompt is a ScatterUpdate each,
+and so is every step where ScatterPaKvCache is not to be had; the memory is then in another order.
+What transformers sees is the same.
 
 Sources: hicann/ops-transformer attention/scatter_pa_kv_cache (document, definition, kernel);
 Ascend/op-plugin torch_npu-npu_scatter_pa_kv_cache.md.
@@ -42,8 +43,8 @@ class _Progress:
             row, because the operator takes it so; the values are equal.
         first: int64 (batch,), the slot of each row's first position: batch * size.
         place: int64 (batch,), where this step writes; None between two steps.
-        slots: int64 (batch * tokens,), the same as ScatterPaKvCache takes it: for each token,
-            batch * size + position. None until a layer of the step asks.
+        slots: int64 (batch,), the same for ScatterPaKvCache: batch * size + position. None until a
+            layer of the step asks.
     """
 
     def __init__(self, size: int) -> None:
@@ -99,14 +100,11 @@ class _Progress:
             key = torch.where(fits[:, None, None, None], key, torch.nan)
         return key
 
-    def slots_of(self, tokens: int) -> Tensor:
-        """The slots of a step, made once for all layers. No two are the same."""
+    def one_slot(self) -> Tensor:
+        """The slots of a step of one token, made once for all layers."""
         if self.slots is None:
             assert self.place is not None and self.first is not None
             self.slots = self.first + self.place
-            if tokens > 1:
-                steps = torch.arange(tokens, device=self.place.device)
-                self.slots = (self.slots[:, None] + steps).reshape(-1)
         return self.slots
 
     def end(self, tokens: int) -> None:
@@ -136,15 +134,9 @@ class _Layer(StaticLayer):
         self.max_cache_len = progress.size
         self.progress, self.is_first, self.is_last = progress, is_first, is_last
 
-    @property
-    def keys(self) -> Tensor | None:
-        """(batch, kv heads, positions, head size), a view of the memory."""
-        return self._seen(self.whole_keys)
-
-    @property
-    def values(self) -> Tensor | None:
-        """As `keys`."""
-        return self._seen(self.whole_values)
+    # views of the memory for transformers: (batch, kv heads, positions, head size)
+    keys: Any = property(lambda self: self._seen(self.whole_keys))
+    values: Any = property(lambda self: self._seen(self.whole_values))
 
     def _seen(self, whole: Tensor | None) -> Tensor | None:
         return whole.transpose(1, 2) if whole is not None and self.is_paged else whole
@@ -185,22 +177,19 @@ class _Layer(StaticLayer):
                     f"lq_graph: the cache has a batch of {whole.shape[0]}, and the step of "
                     f"{new.shape[0]}"
                 )
-        if self.is_paged:
-            slots = progress.slots_of(key_states.shape[2])
+        if self.is_paged and key_states.shape[2] == 1:
             torch.ops.npu.npu_scatter_pa_kv_cache(
-                _rows(key_states),
-                _rows(value_states),
+                *(_one_token(new) for _, new in pairs),
                 self.whole_keys,
                 self.whole_values,
-                slots,
+                progress.one_slot(),
                 cache_mode="Norm",
             )
         else:
             for whole, new in pairs:
-                _write(whole, progress.place, new)
+                _write(whole, progress.place, new, is_paged=self.is_paged)
         if self.is_last:
             progress.end(key_states.shape[2])
-        assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
@@ -234,9 +223,9 @@ class StaticCache(Cache):
     """transformers' StaticCache for graphs on an NPU: `model(..., past_key_values=cache)`, and
     `generate(past_key_values=cache)`.
 
-    A step writes keys and values of a layer in place, with one ScatterPaKvCache in float16 and
-    bfloat16 on Atlas A2 and A3, else with one ScatterUpdate each. No shape and no number of the
-    graph depends on the position.
+    A step of one token writes keys and values of a layer in place with one ScatterPaKvCache, in
+    float16 and bfloat16 on Atlas A2 and A3; other steps with one ScatterUpdate each. No shape and
+    no number of the graph depends on the position.
 
     A step that does not fit is refused when it runs eagerly, and when `generate` prepares it. A
     graph cannot refuse it: nothing is written outside, and all logits are NaN until `reset`.
@@ -302,22 +291,26 @@ def _has_scatter_pa() -> bool:
     return find_operator(functional, "cache_mode") is not None
 
 
-def _rows(new: Tensor) -> Tensor:
-    """(batch, kv heads, tokens, head size) as (batch * tokens, kv heads, head size). Contiguous:
-    the kernel does not read strides."""
-    batch, heads, tokens, size = new.shape
-    if tokens > 1:
-        new = new.transpose(1, 2)
-    return new.reshape(batch * tokens, heads, size).contiguous()
+def _one_token(new: Tensor) -> Tensor:
+    """(batch, kv heads, 1, head size) as (batch, kv heads, head size). Contiguous: the kernel does
+    not read strides.
+
+    It takes several tokens too, but as (batch * tokens, kv heads, head size). Of the transpose and
+    the view to that, torchair drops the transpose where torch's tensor has this order in memory
+    already; GE's tensor has not.
+    """
+    return new.reshape(new.shape[0], new.shape[1], new.shape[3]).contiguous()
 
 
-def _write(whole: Tensor, place: Tensor, new: Tensor) -> None:
-    """Write rows into (batch, kv heads, positions, head size), from position `place` on."""
-    if whole.device.type == "npu":
-        torch.ops.npu.scatter_update_(whole, place, new, -2)
-    else:
+def _write(whole: Tensor, place: Tensor, new: Tensor, *, is_paged: bool) -> None:
+    """Write (batch, kv heads, tokens, head size) from position `place` on."""
+    if whole.device.type != "npu":
         at = torch.arange(new.shape[2], device=whole.device) + place[0]
         whole.index_copy_(2, at, new)
+    elif is_paged:
+        torch.ops.npu.scatter_update_(whole, place, new.transpose(1, 2), 1)
+    else:
+        torch.ops.npu.scatter_update_(whole, place, new, -2)
 
 
 def _keep_address(x: Tensor) -> None:

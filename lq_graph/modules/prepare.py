@@ -97,8 +97,8 @@ def use_internal_format_weight(
     folds a float32 scale, with the offset, into the packed int64 scale if the layer's row of the
     support table reads it, and casts int8 weights to FRACTAL_NZ. The layers are lq_graph's and
     the vendor's LinearQuant and LinearA8W8Quant. Everything else (Linear, Conv2d, ...) goes to
-    torchair's function of the same name, except a Linear whose weight is an embedding's too: that
-    reads ND.
+    torchair's function of the same name, except a Linear whose weight another kind of layer reads
+    too, such as a head that is tied to the embedding: an Embedding cannot read FRACTAL_NZ.
 
     Idempotent and atomic: if a step fails, the model is unchanged. Ctrl-C waits for the end, and
     threads wait for each other. Layers are merged and prepared one after the other, so it needs
@@ -134,7 +134,8 @@ def use_internal_format_weight(
             format of another library's layer changed after torch.compile had made graphs.
 
     Returns:
-        A Report: a list with one `Prepared` for each layer, in the order of `named_modules`.
+        A Report: a list with one `Prepared` for each layer, in the order of `named_modules`, then
+        one for each Linear that was left.
 
     Raises:
         LinearQuantValueError: the model is not on the NPU, a scale holds NaN or infinity, or
@@ -383,8 +384,8 @@ def _why_nd(weight: Tensor, product: Product, int4_nz: bool) -> str:
 def _others(
     module: nn.Module, kinds: tuple[type, ...], left: Container[nn.Module]
 ) -> Iterator[nn.Module]:
-    """The largest parts of a model without a layer of `kinds`, or one that is left as it is, for
-    torchair's own function."""
+    """The largest parts of a model without a layer of `kinds` or in `left`, for torchair's own
+    function."""
     if not any(isinstance(m, kinds) or m in left for m in module.modules()):
         yield module
     elif not isinstance(module, kinds):
@@ -393,16 +394,17 @@ def _others(
 
 
 def _tied(model: nn.Module) -> dict[nn.Module, Prepared]:
-    """Linear layers whose weight an embedding has too. It reads ND: in FRACTAL_NZ, each step of a
-    graph would cast the whole table back."""
-    embeddings = {
-        memory(module.weight): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    }
+    """Every Linear whose weight a module of another kind holds too. That reads ND: in FRACTAL_NZ,
+    each step of a graph would cast the whole weight back."""
+    holders: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(memory(parameter), name)
     found: dict[nn.Module, Prepared] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (other := embeddings.get(memory(module.weight))):
+        if isinstance(module, nn.Linear) and (holder := holders.get(memory(module.weight))):
             is_now, size = _describe_weight(module.weight), module.weight.untyped_storage().nbytes()
-            found[module] = Prepared(name, is_now, is_now, size, f"{other} has the same weight")
+            note = f"left: {holder}, no Linear, reads the weight too"
+            found[module] = Prepared(name, is_now, is_now, size, note)
     return found

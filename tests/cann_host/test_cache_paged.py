@@ -96,6 +96,20 @@ def test_a_slot_outside_writes_nothing() -> None:
     assert not caches[0].any() and not caches[1].any()
 
 
+@pytest.mark.parametrize("strided", ["key", "value"])
+def test_rows_with_gaps_are_refused(strided: str) -> None:
+    """The kernel reads no strides."""
+    need_operator("npu_scatter_pa_kv_cache", "cache_mode")
+    caches = [paged(2, 16, F16, "Norm", 4).npu() for _ in range(2)]
+    rows = {name: values(2, 2, 16, dtype=F16).npu() for name in ("key", "value")}
+    rows[strided] = values(2, 4, 16, dtype=F16).npu()[:, :2]
+    with refused(f"(?s)aclnnScatterPaKvCache.*{strided} has shape .* strides .*cann_host's own"):
+        torch_npu.npu_scatter_pa_kv_cache(
+            *rows.values(), *caches, torch.tensor([3, 4]).npu(), cache_mode="Norm"
+        )
+    assert not caches[0].any() and not caches[1].any()
+
+
 def test_operators_of_atb_name_the_library_that_is_not_here() -> None:
     cache = paged(2, 16, F16, "Norm", 4).npu()
     rows = values(2, 2, 16, dtype=F16).npu()

@@ -21,6 +21,7 @@ import torchair  # noqa: E402
 
 from lq_graph.converters import graph  # noqa: E402
 from lq_graph.integrations import attention as attention_module  # noqa: E402
+from lq_graph.integrations import cache as cache_module  # noqa: E402
 from lq_graph.integrations.transformers import NAME, StaticCache  # noqa: E402
 
 FP16 = torch.float16
@@ -163,30 +164,47 @@ def test_a_step_of_a_layer_is_three_operators_and_one_graph(name: str) -> None:
     ops = step.ops()
     layers = model.config.num_hidden_layers
     assert ops.count("FusedInferAttentionScore") == layers
-    assert ops.count("Scatter") == 2 * layers
+    is_one = has_cache_mode()
+    assert ops.count("ScatterPaKvCache") == is_one * layers
+    assert ops.count("Scatter") == (not is_one) * 2 * layers
     assert ops.count("LogicalNot") == 1  # of the mask
     assert not {"TensorMove", "SoftmaxV2"} & {*ops}
     by_name = {node.name: node for node in step.nodes}
+    slots: set[str] = set()
     for node in step.compute:
         if node.op != "FusedInferAttentionScore":
             continue
         query, key, value, mask = node.inputs
         assert _reached(by_name, query.source) == "Add"  # the rotary embedding
-        assert [by_name[edge.source].op for edge in (key, value)] == ["Scatter", "Scatter"]
         assert mask.dtype == "bool"
         keys, values = (by_name[edge.source] for edge in (key, value))
-        assert _reached(by_name, keys.inputs[2].source) in ("Add", "SelectV2")
-        assert _reached(by_name, values.inputs[2].source) in ("BatchMatMul", "MatMulV2")
+        if is_one:
+            assert keys == values and keys.op == "ScatterPaKvCache"
+            written = keys.inputs[0], keys.inputs[3]
+            slots.add(keys.inputs[2].source)
+        else:
+            assert keys.op == values.op == "Scatter"
+            written = keys.inputs[2], values.inputs[2]
+            slots.add(keys.inputs[1].source)
+        assert _reached(by_name, written[0].source) in ("Add", "SelectV2")
+        assert _reached(by_name, written[1].source) in ("BatchMatMul", "MatMulV2")
         after = {
             _first_kernel(step, other)
             for other in step.compute
             if any(edge.source == node.name for edge in other.inputs)
         }
         assert after <= {"BatchMatMul", "MatMulV2"}, after
+    assert len(slots) == 1  # computed once for all layers
     masks = {
         node.inputs[3].source for node in step.compute if node.op == "FusedInferAttentionScore"
     }
     assert len(masks) == 1
+
+
+def has_cache_mode() -> bool:
+    """Whether torch_npu's npu_scatter_pa_kv_cache writes pages that are not NZ blocks."""
+    operator = getattr(torch.ops.npu, "npu_scatter_pa_kv_cache_functional", None)
+    return operator is not None and "cache_mode" in str(operator.default._schema)
 
 
 def _reached(nodes: dict[str, Any], name: str) -> str:
@@ -369,6 +387,51 @@ def test_a_layer_before_the_first() -> None:
     rows = torch.zeros(2, 2, 1, 16, dtype=FP16).npu()
     with pytest.raises(RuntimeError, match="before the first one"):
         made.update(rows, rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_paged"),
+    [
+        ("npu", FP16, True),
+        ("npu", torch.bfloat16, True),
+        ("npu", torch.float32, False),  # ScatterPaKvCache has no such dtype
+        ("cpu", FP16, False),
+    ],
+)
+@pytest.mark.parametrize(("heads", "size"), [(2, 16), (1, 16), (3, 24)])  # 24: no FRACTAL_NZ row
+@pytest.mark.parametrize("steps", [[3, 1, 1], [1, 2, 1]], ids=str)
+def test_what_is_written(
+    steps: list[int], heads: int, size: int, device: str, dtype: torch.dtype, is_paged: bool
+) -> None:
+    """(batch, heads, positions, size), whatever the order in memory."""
+    _, made = small()
+    generator = torch.Generator().manual_seed(5)
+    news = [torch.randn(2, 2, 2, heads, n, size, generator=generator).to(dtype) for n in steps]
+    want = torch.cat(news, -2)
+    for new in news:
+        for layer, (keys, values) in enumerate(new):
+            seen = made.update(keys.to(device), values.to(device), layer)
+    last = made.layers[-1]
+    assert last.is_paged == (is_paged and has_cache_mode())
+    assert made.get_seq_length() == sum(steps)
+    for i, layer in enumerate(made.layers):
+        for whole, rows in zip((layer.keys, layer.values), want[i], strict=True):
+            assert whole.shape == (2, heads, ROOM, size)
+            assert torch.equal(whole[:, :, : sum(steps)].cpu(), rows)
+            assert not whole[:, :, sum(steps) :].any()
+    assert [one.data_ptr() for one in seen] == [last.keys.data_ptr(), last.values.data_ptr()]
+
+
+@pytest.mark.filterwarnings("ignore:attn_implementation")
+@pytest.mark.parametrize("is_paged", [True, False])
+def test_both_orders_of_memory_compute_the_same(
+    is_paged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_paged:
+        monkeypatch.setattr(cache_module, "_PRODUCTS", ())
+    model, made = small()
+    assert_close(greedy(model, made), "llama")
+    assert made.layers[0].is_paged == (is_paged and has_cache_mode())
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "conv"])

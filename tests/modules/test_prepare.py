@@ -56,6 +56,34 @@ def test_outputs_before_and_after_are_equal(case: Case, kind: str) -> None:
     cases.assert_equal(layer(x1), inputs)
 
 
+def test_a_weight_that_an_embedding_reads_stays_nd() -> None:
+    """A head that is tied to the embedding; a Linear of two names is cast."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(32, 16)
+            self.again = nn.Linear(16, 16, bias=False)
+            self.twice = nn.Linear(16, 16, bias=False)
+            self.twice.weight = self.again.weight
+            self.head = nn.Linear(16, 32, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.twice(self.again(self.embed(ids))))
+
+    model = Tied().half().npu()
+    ids = torch.arange(32).npu()
+    want = model(ids)
+    for _ in range(2):
+        (left,) = prepare(model)
+        assert (left.name, left.changed) == ("head", False)
+        assert left.note == "left: embed, no Linear, reads the weight too"
+        assert format_of(model.head.weight) == format_of(model.embed.weight) == ND
+        assert format_of(model.twice.weight) == FRACTAL_NZ
+        assert torch.equal(model(ids), want)
+
+
 @pytest.mark.parametrize(
     ("case", "int4_nz", "ops"),
     [

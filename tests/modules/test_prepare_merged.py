@@ -232,7 +232,7 @@ def test_a_heads_weight_that_is_the_embeddings_stays_nd() -> None:
     assert format_of(model.head.weight) == ND and format_of(model.other.weight) == FRACTAL_NZ
     last = report[-1]
     assert (last.name, last.before, last.note) == (
-        "head", "float16 ND", "embed has the same weight",
+        "head", "float16 ND", "left: embed, no Linear, reads the weight too",
     )  # fmt: skip
     assert not last.changed and model.head.weight is model.embed.weight
     tokens = torch.arange(4)
