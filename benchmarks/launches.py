@@ -80,8 +80,7 @@ class Step(nn.Module):
         quantize(model.requires_grad_(False), scheme)
         self.model = model.npu()
         prompt = torch.arange(1, PROMPT + 1)[None].npu()
-        lq_graph.merge(self.model, prompt)
-        lq_graph.use_internal_format_weight(self.model)
+        lq_graph.use_internal_format_weight(self.model, example=prompt)
         self.cache = StaticCache(config, CACHE)
         self.model(prompt, past_key_values=self.cache, use_cache=True)
 

@@ -189,11 +189,10 @@ def compiled(decoder: Decoder, mode: str) -> tuple[Callable[..., Tensor], Any]:
 
 
 def on_npu(decoder: Decoder) -> Decoder:
-    """A copy on the NPU, its quantized weights as FRACTAL_NZ."""
+    """A copy on the NPU: q, k and v one product, gate and up too, weights as FRACTAL_NZ."""
     decoder = copy.deepcopy(decoder).npu()
-    for layer in decoder.modules():  # float weights stay ND: lm_head's is the embedding's too
-        if isinstance(layer, lq_graph.QuantizedLinear):
-            lq_graph.use_internal_format_weight(layer)
+    example = {"input_ids": torch.arange(4)[None], "use_cache": False}
+    lq_graph.use_internal_format_weight(decoder.model, example=example)
     # before a graph is compiled, which then keeps its addresses
     decoder.cache.early_initialization(*decoder.shape, decoder.model.dtype, torch.device("npu:0"))
     return decoder

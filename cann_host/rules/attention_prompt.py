@@ -258,15 +258,15 @@ def _blocks(call: AttentionCall, batches: int) -> list[int]:
 def _most_keys(call: AttentionCall) -> int | None:
     """How many keys a mask and a shift must cover."""
     prefix = call.actual_shared_prefix_len
-    extra = 0
+    prefix_length = 0
     if call.key_shared_prefix is not None:
-        extra = key_dims(call, call.key_shared_prefix).seq
+        prefix_length = key_dims(call, call.key_shared_prefix).seq
         if prefix is not None and prefix.values:
-            extra = prefix.values[0]
+            prefix_length = prefix.values[0]
     if call.is_paged:
         blocks = _blocks(call, query_dims(call).batch)
-        return max(blocks) * call.block_size + extra if blocks else None
-    return max(key_dims(call, key).seq for key in call.key) + extra
+        return max(blocks) * call.block_size + prefix_length if blocks else None
+    return max(key_dims(call, key).seq for key in call.key) + prefix_length
 
 
 def _check_mask(call: AttentionCall) -> Refusal | None:

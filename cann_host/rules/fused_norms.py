@@ -41,8 +41,8 @@ def _not_computed(soc: str, y: str) -> Refusal | None:
 
 def _check_sum(x1: TensorDesc, x2: TensorDesc, code: int | None) -> Refusal | None:
     if x1.shape != x2.shape:
-        extra = "" if code else " (CANN does not compare them; cann_host does)"
-        return Refusal(f"x1 is {x1} and x2 {x2}{extra}", code)
+        note = "" if code else " (CANN does not compare them; cann_host does)"
+        return Refusal(f"x1 is {x1} and x2 {x2}{note}", code)
     return None
 
 
@@ -162,9 +162,9 @@ def _check_dynamic_shapes(call: AddRmsNormDynamicQuantCall, family: str) -> Refu
     for name, tensor in call.optional.items():
         if tensor.shape != gamma:
             checked = family == A950 or name != "beta"
-            extra = "" if checked else " (CANN does not compare them; cann_host does)"
+            note = "" if checked else " (CANN does not compare them; cann_host does)"
             return Refusal(
-                f"{name} has shape {tensor.shape}; it must be {gamma}{extra}",
+                f"{name} has shape {tensor.shape}; it must be {gamma}{note}",
                 TILING if checked else None,
             )
     parts = {"int4": 2, "int32": 8}.get(call.y_dtype, 1)

@@ -129,14 +129,16 @@ def _add_rms_norm_dynamic_quant_at(editor: Editor, norm: Node, written: set[int]
     need(len(ways) <= 2, f"{len(ways)} quantizations; the operator has two results")
     x1, x2, gamma = (given[name] for name in ("x1", "x2", "gamma"))
     _check_quantized(norm, gamma, list(ways))
-    extra: dict[str, Any] = {f"smooth_scale{i}": s for i, s in enumerate(ways, 1) if s is not None}
+    options: dict[str, Any] = {
+        f"smooth_scale{i}": s for i, s in enumerate(ways, 1) if s is not None
+    }
     if len(ways) == 2 and None in ways:  # else the smooth scales say it
-        extra["output_mask"] = [True, True]
-    target = operator_of("npu_add_rms_norm_dynamic_quant", *extra)
+        options["output_mask"] = [True, True]
+    target = operator_of("npu_add_rms_norm_dynamic_quant", *options)
     inputs = [x1, x2, gamma, *(smooth for smooth in ways if smooth is not None)]
     check_place(written, inputs, norm, *(user for user, _ in readers))
-    extra["epsilon"] = given["epsilon"]
-    call = editor.call(target, x1, x2, gamma, before=norm, like=norm, **extra)
+    options["epsilon"] = given["epsilon"]
+    call = editor.call(target, x1, x2, gamma, before=norm, like=norm, **options)
     made = results(editor, call)
     for total in _items(norm, 2):
         editor.replace(total, made(2))

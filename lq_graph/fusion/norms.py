@@ -245,6 +245,22 @@ def add_rms_norm(editor: Editor) -> None:
         every(editor, "add_rms_norm", editor.calls(target.default), _add_rms_norm_at)
 
 
+def _one_plus(gamma: Node, dtype: torch.dtype) -> tuple[Node, float] | None:
+    """w and the number, if the weight is w + number, as Gemma's 1 + w, computed in float32 of a w
+    that has the sum's dtype: the operator asks for that dtype."""
+    if not is_call(gamma, _aten.add.Tensor, _aten.add.Scalar) or value_of(gamma).dtype != F32:
+        return None
+    given = arguments_of(gamma)
+    terms = [given["self"], given["other"]]
+    numbers = [one for one in terms if type(one) in (int, float)]
+    tensors = [one for one in terms if isinstance(one, Node)]
+    if given["alpha"] != 1 or len(numbers) != 1 or len(tensors) != 1:
+        return None
+    source = tensors[0] if dtype == F32 else cast_from(tensors[0])
+    fits = source is not None and value_of(source).dtype == dtype
+    return (source, numbers[0]) if source is not None and fits else None
+
+
 def _add_rms_norm_at(editor: Editor, norm: Node, written: set[int]) -> bool:
     given = arguments_of(norm)
     added, gamma, epsilon = norm.args[0], given["gamma"], given["epsilon"]
@@ -264,16 +280,20 @@ def _add_rms_norm_at(editor: Editor, norm: Node, written: set[int]) -> bool:
         dtypes == [dtype, dtype],
         f"the sum is of {dtype_name(dtypes[0])} and {dtype_name(dtypes[1])}",
     )
-    kind = value_of(gamma).dtype
-    need(kind == dtype, f"the weight is {dtype_name(kind)} and the sum {dtype_name(dtype)}")
+    kind, weight = value_of(gamma).dtype, _one_plus(gamma, dtype)
+    fits = kind == dtype or weight is not None
+    need(fits, f"the weight is {dtype_name(kind)} and the sum {dtype_name(dtype)}")
     product = get_product()
     need(dtype in ADD_RMS_NORM.get(product.key, ()), f"{product} takes no {dtype_name(dtype)}")
     need(is_contiguous(x1) and is_contiguous(x2), "a tensor of the sum is not contiguous")
     target = operator_of("npu_add_rms_norm")
-    check_place(written, [x1, x2, gamma], added, norm)
+    start = gamma if weight is None else weight[0]
+    check_place(written, [x1, x2, start], added, norm)
     # where the sum is: its other users may come before the norm
-    place = added if gamma < added else min(added.users)
-    need(gamma < place, "the weight is computed after the sum is used")
+    place = added if start < added else min(added.users)
+    need(start < place, "the weight is computed after the sum is used")
+    if weight is not None:
+        gamma = editor.call(_aten.add.Tensor, *weight, before=place, like=gamma)
     call = editor.call(target, x1, x2, gamma, epsilon, before=place, like=norm)
     result = results(editor, call)
     replace_results(editor, norm, {0: result(0), 1: result(1)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from torch.fx import GraphModule
 from ..modules.fusion_options import FusionOptions
 from .editor import Editor, FusionReport, layer_of
 from .options import checked
+from .quantizations import repeated_products
 from .table import FUSIONS
 
 __all__ = ["fuse", "reports"]
@@ -17,6 +19,7 @@ __all__ = ["fuse", "reports"]
 _listeners: list[Callable[[FusionReport], None]] = []
 
 
+_FOR_MERGED = ("equal_quantizations", "equal_calls")  # merged layers need one of them
 _KINDS = {"max-autotune": "GE", "reduce-overhead": "captured", "npugraph_ex": "captured"}
 
 
@@ -62,6 +65,13 @@ def fuse(
                 fusion.run(editor)
         module.graph.lint()
         module.recompile()
+    if _is_off(chosen, *_FOR_MERGED) and (repeated := repeated_products(editor)):
+        warnings.warn(
+            f"fuse: {repeated} products of merged layers are computed once for each layer, because "
+            f"{' and '.join(_FOR_MERGED)} are off. What to do: leave one on; it changes no bit. Or "
+            "do not merge.",
+            stacklevel=2,
+        )
     editor.report.nodes_after = editor.count()
     if _listeners:
         calls = (n for n in module.graph.nodes if n.op == "call_function")
@@ -69,6 +79,10 @@ def fuse(
     for listener in _listeners:
         listener(editor.report)
     return editor.report
+
+
+def _is_off(options: FusionOptions, *names: str) -> bool:
+    return not options.enabled or options.off.issuperset(names)
 
 
 @contextmanager

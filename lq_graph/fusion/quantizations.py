@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.fx import Node
 from ..backends.compat import OpOverload
 from .editor import Editor, is_pure, storages_of, value_of
 
-__all__ = ["merge_equal", "merge_equal_quantizations", "name_as_torch_npu"]
+__all__ = ["merge_equal", "merge_equal_quantizations", "name_as_torch_npu", "repeated_products"]
 
 _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 
@@ -39,6 +40,17 @@ def merge_equal_quantizations(editor: Editor) -> None:
     calls come last (`merge_equal`), because two norms of one tensor have equal pieces.
     """
     _merge(editor, "equal_quantizations", lambda node: node.target in _QUANTIZATIONS)
+
+
+def repeated_products(editor: Editor) -> int:
+    """How many products of merged layers are there more than once: a layer's part is the whole
+    product and a split, until equal ones become one."""
+    seen: Counter[Node] = Counter()
+    for node in editor.calls(_ours.linear_quant.default):
+        weight, split = node.args[1], _aten.split_with_sizes.default
+        if isinstance(weight, Node) and any(user.target is split for user in node.users):
+            seen[weight] += 1
+    return sum(count > 1 for count in seen.values())
 
 
 def merge_equal(editor: Editor) -> None:

@@ -311,6 +311,12 @@ def _why_not_int32(whole: Node) -> str:
         return f"the product has {value.dim()} dims; it must have 2"
     if value_of(scale).dtype == torch.int64:
         return "the product's scale is packed; weight_scale is float32"
+    operands = [given[name] for name in _OPERANDS]
+    if plan(*map(_value, operands), output_dtype=value.dtype).fold_scale:
+        return (
+            "the product's scale is packed in the graph, which cuts it; "
+            "lq_graph.use_internal_format_weight packs it before, and keeps what is left of it"
+        )
     if number(value_of(scale).shape[-1]) != value.shape[-1]:
         return "the product has one scale for all channels; weight_scale has one for each"
     if pertoken is not None and not same_size(value_of(pertoken).numel(), value.shape[0]):
@@ -318,12 +324,18 @@ def _why_not_int32(whole: Node) -> str:
     if bias is not None and value_of(bias).dtype != torch.int32:
         kind = dtype_name(value_of(bias).dtype)
         return f"the product has a {kind} bias; an int32 product takes int32"
-    operands: list[Any] = [None if t is None else value_of(t) for t in _int32_operands(given)]
     try:
-        plan(*operands, output_dtype=torch.int32)
+        plan(*map(_value, _int32_operands(given)), output_dtype=torch.int32)
     except LinearQuantError as error:
         return f"the product cannot be int32: {str(error).partition(';')[0]}"
     return ""
+
+
+_OPERANDS = ("x1", "weight", "scale", "offset", "pertoken_scale", "bias")
+
+
+def _value(node: Node | None) -> Any:
+    return None if node is None else value_of(node)
 
 
 def _scale_of(given: dict[str, Any]) -> Any:

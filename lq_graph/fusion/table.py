@@ -52,7 +52,7 @@ FUSIONS = (
         name="rms_norm",
         what="the pieces of an RMSNorm, as transformers, torch.nn.RMSNorm and Gemma write it: "
         "npu_rms_norm",
-        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay",
+        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay, or one of them",
         exact=False,
         run=norms.rms_norm,
         source="npu_rms_norm (Ascend/op-plugin), norm/rms_norm (hicann/ops-nn)",
@@ -79,7 +79,8 @@ FUSIONS = (
         exact=False,
         run=norms.add_rms_norm,
         source="npu_add_rms_norm (Ascend/op-plugin), norm/add_rms_norm (hicann/ops-nn)",
-        differs="before Ascend 950, x / rms(x) is rounded before the weight, as models write it",
+        differs="before Ascend 950, x / rms(x) is rounded before the weight, as models write it; "
+        "Gemma's 1 + weight is rounded to the dtype of x, which the operator asks for",
     ),
     Fusion(
         name="add_rms_norm_dynamic_quant",

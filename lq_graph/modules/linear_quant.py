@@ -172,8 +172,10 @@ class LinearQuant(nn.Module):
         if self.x2_dtype is not None:
             _check_stated("x2", weight, self.x2_dtype)
         given: dict[str, Any] = {}
-        if torch.compiler.is_compiling():
-            given = self._for_fusions(x1, scale)
+        values: Any = self._buffers["_unpacked_scale"]
+        in_graph = values is not None and torch.compiler.is_compiling() and not is_exporting()
+        if in_graph and x1.device.type == "npu" and values.shape == scale.shape:  # not split
+            given["float_scale"] = values
         out: Tensor = _linear_quant(
             x1,
             weight,
@@ -185,14 +187,6 @@ class LinearQuant(nn.Module):
             **given,
         )
         return out
-
-    def _for_fusions(self, x1: Tensor, scale: Tensor) -> dict[str, Any]:
-        """What the fusions of a graph for the NPU read beside the layer's own tensors."""
-        values = self._unpacked_scale
-        if values is None or x1.device.type != "npu" or is_exporting():
-            return {}
-        # a layer that is split has a part of the scale
-        return {"float_scale": values} if values.shape == scale.shape else {}
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from .merged import MergedLinear, MergedPart
 from .places import held_elsewhere, places_of, put
 from .quantized_linear import QuantizedLinear, merged_of
 from .runs import moved_to_model, running
+from .split import SPLIT
 from .transaction import all_or_nothing, keeps_grad_mode, one_at_a_time, uninterrupted
 
 __all__ = ["merge", "merge_layers", "one_change_at_a_time"]
@@ -47,8 +48,10 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
     The layers are found by a run of the model, not by name. The result of every layer is the same
     as before, bit for bit. Layers for which that is not so are left alone, and the report says why:
     static layers with other scales, one with a bias and one without, other dtypes, layers with
-    hooks, split over devices, or with int8 output. All layers are left alone if torchair is too
-    old to run passes of other libraries: a graph would then compute the product for each layer.
+    hooks, split over devices on k, or with int8 output. All layers are left alone if torchair is
+    too old to run passes of other libraries: a graph would then compute the product for each layer.
+
+    Layers that are split over devices on n are merged on each device. Call it on every rank.
 
     The merged weight is held once. State dicts and checkpoints have the layers as they were: the
     same names, shapes and dtypes, which load into models that are merged or not.
@@ -141,9 +144,24 @@ def _reads(
     with ExitStack() as undo:
         for layer in layers:
             undo.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        with running(model):
+        with _int4_in_nd(model), running(model):
             model(*args, **kwargs)
     return {**reads, **{layer: [] for layer in layers if layer not in reads}}
+
+
+@contextmanager
+def _int4_in_nd(model: nn.Module) -> Iterator[None]:
+    """A block in which int4 weights are ND: in FRACTAL_NZ they run in GE graphs only."""
+    layers = [m for m in model.modules() if isinstance(m, LinearQuant)]
+    int4 = [layer for layer in layers if layer.weight_dtype == torch.int32]
+    formats = [(layer, format_of(layer.weight)) for layer in int4]
+    try:
+        for layer, _ in formats:
+            _cast(layer, ND)
+        yield
+    finally:
+        for layer, acl_format in formats:
+            _cast(layer, acl_format)
 
 
 # ---- which layers are merged ----
@@ -233,9 +251,8 @@ def _merge(group: _Group, undo: ExitStack) -> None:
     internal = next((format_of(old.weight) for old in olds if format_of(old.weight) != ND), ND)
     undo.callback(_note_formats, olds)
     for old in olds:
-        if (was := format_of(old.weight)) != ND:
-            undo.callback(_cast, old, was)
-            _cast(old, ND)
+        undo.callback(_cast, old, format_of(old.weight))
+        _cast(old, ND)
     merged = MergedLinear(olds, _short([name for name, _ in group]))
     # from here on the old tensors are rows of the new ones: no second weight is in memory
     for i, old in enumerate(olds):
@@ -246,16 +263,19 @@ def _merge(group: _Group, undo: ExitStack) -> None:
                 rows = merged.rows(i, name)
                 assert rows is not None
                 tensor.data = rows if internal == ND or name != "weight" else rows.new_empty(0)
-    if internal != ND:
-        _cast(merged, internal)
+    _cast(merged, internal)
     for i, (layer, old) in enumerate(zip(layers, olds, strict=True)):
         part = MergedPart(merged, i, cast("nn.Parameter | None", old.pertoken_scale))
         part.train(old.training)
+        if (split := vars(old).get(SPLIT)) is not None:
+            split.mark(part)
         undo.callback(put, layer, "linear", old)
         put(layer, "linear", part)
 
 
 def _cast(layer: LinearQuant, acl_format: int) -> None:
+    if format_of(layer.weight) == acl_format:
+        return
     layer.weight.data = cast_format(layer.weight.data, acl_format)
     layer.note_weight_format()
 

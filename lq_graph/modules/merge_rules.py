@@ -13,7 +13,7 @@ from .linear_quant import PARAMETERS, LinearQuant
 from .places import Place
 from .quantized_linear import QuantizedLinear
 from .replaceable import why_not_replaceable
-from .split import SPLIT
+from .split import SPLIT, Split
 from .supported import LayerKind, why_not_supported
 
 __all__ = ["Model", "alike", "kind_of", "why_not", "why_not_together"]
@@ -69,9 +69,12 @@ def why_not(layer: nn.Module, model: Model) -> str:
     linear = layer.linear
     if not isinstance(linear, LinearQuant):
         return "its linear is the vendor's"
-    if SPLIT in vars(linear):
-        return "it is split over devices"
-    if why := why_not_replaceable(layer, QuantizedLinear, model.places.get(layer, ())):
+    split: Split | None = vars(linear).get(SPLIT)
+    if split is not None and not split.on_n:
+        return "it is split over devices on k"
+    kept_hooks = frozenset() if split is None else split.hooks
+    places = model.places.get(layer, ())
+    if why := why_not_replaceable(layer, QuantizedLinear, places, kept_hooks):
         return why
     if len(model.places.get(linear, ())) > 1:
         return "another layer holds its LinearQuant too"

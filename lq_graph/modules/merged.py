@@ -363,6 +363,11 @@ class MergedPart(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict, prefix, local_metadata, strict,
+                missing_keys, unexpected_keys, error_msgs,
+            )  # fmt: skip
         alone = self._alone()
         if refused := [
             f"{prefix}{name} is {dtype_name(given.dtype)} {tuple(given.shape)} in the state dict; "

@@ -107,10 +107,12 @@ def use_internal_format_weight(
     Prepare before the first call of a compiled model. A graph is compiled for the format that its
     weights have then, and a device does not check it again. If a weight is prepared, moved
     (`.cpu().npu()`) or replaced (`weight.data = tensor`) afterwards, the graph reads it in the old
-    format and the output is garbage, without an error. torch.compile compiles lq_graph's layers
-    again when the format of their weight changes, except by `weight.data = tensor`. Nothing notices
-    the change in other layers, in cache_compile, and in captured graphs after their first run.
-    cann_host refuses such a run.
+    format and the output is garbage, without an error. The same holds for a packed scale that is
+    replaced by `scale.data = tensor`: a graph may read its values, which are kept beside it.
+
+    torch.compile compiles lq_graph's layers again when the format of their weight changes, except
+    by `weight.data = tensor`. Nothing notices the change in other layers, in cache_compile, and in
+    captured graphs after their first run. cann_host refuses a run in another format.
 
     If forward gets pertoken_scale as an argument, make the layer with pertoken_scale=True.
     Otherwise a layer with float16 output counts as a layer without pertoken_scale, and its scale is
@@ -323,6 +325,7 @@ def _prepare(
             why_nd = f"weight stays ND: torch.npu.config.{_OFF}"
     if isinstance(layer, LinearQuant):
         layer.note_weight_format()
+        layer.note_scale()
     note = "; ".join(why for why in (why_float, why_nd) if why)
     return Prepared(name, before, _describe(layer), weight.untyped_storage().nbytes(), note)
 
@@ -344,8 +347,6 @@ def _fold(layer: LinearQuant, sharing: list[LinearQuant], undo: ExitStack) -> No
         one._float_scale = scale.data
     undo.callback(_restore, scale, ND, scale.data)
     scale.data = trans_quant_param(scale.data, layer.offset)
-    for one in sharing:
-        one.note_scale()
 
 
 def _describe(layer: LinearQuant) -> str:

@@ -84,6 +84,10 @@ class QuantizedLinear(nn.Module):
     output_offset: Tensor | None
     _scale_reciprocal: Tensor | None
     _offset: Tensor | None
+    _scale: Tensor | None
+    _zero_point: Tensor | None
+    _reciprocals: Tensor | None
+    _zero_points: Tensor | None
     _derived_from: list[tuple[str, Tensor, int, int]] | None = None
 
     def __init__(
@@ -326,11 +330,11 @@ class QuantizedLinear(nn.Module):
         """The quantizer for fused operators, in a graph for the NPU."""
         if not torch.compiler.is_compiling() or rows.device.type != "npu" or kernels.is_exporting():
             return {}
-        forms = Forms(*(getattr(self, name) for name in _FORMS))
-        if forms.reciprocals.shape[0] == rows.shape[-1]:
-            return forms._asdict()
-        # the layer is split on k
-        return {"scale": forms.scale, "zero_point": forms.zero_point}
+        forms: dict[str, Any] = {"scale": self._scale, "zero_point": self._zero_point}
+        each: Any = self._reciprocals
+        if each.shape[0] == rows.shape[-1]:  # else the layer is split on k
+            forms["reciprocals"], forms["zero_points"] = each, self._zero_points
+        return forms
 
     def quantize_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Quantize a dynamic layer's input (m, k) to a dtype, with `lq_graph.dynamic_quant`."""

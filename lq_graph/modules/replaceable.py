@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from inspect import signature
 from types import MethodType
 
@@ -37,7 +37,10 @@ _PLAIN: dict[type[nn.Module], nn.Module] = {}
 
 
 def why_not_replaceable(
-    module: nn.Module, kind: type[nn.Module], places: Iterable[Place] = ()
+    module: nn.Module,
+    kind: type[nn.Module],
+    places: Iterable[Place] = (),
+    kept_hooks: Container[int] = (),
 ) -> str:
     """Why a module must not be replaced; empty if it may be.
 
@@ -49,6 +52,7 @@ def why_not_replaceable(
         module: the module to replace.
         kind: the class that the replacement behaves like, nn.Linear for example.
         places: where the model holds it, from `places_of`; some parents do not call their child.
+        kept_hooks: ids of hooks that are not lost.
     """
     if type(module) is not kind:
         return f"a {type(module).__name__}, whose forward may differ from {_name(kind)}'s"
@@ -58,21 +62,21 @@ def why_not_replaceable(
         return "torch.nn.functional.linear was patched, and the patch would be lost"
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "there are forward hooks for all modules, which may act on it"
-    why = _own_behaviour(module, _plain(kind))
+    why = _own_behaviour(module, _plain(kind), kept_hooks)
     return why or next(filter(None, (_why_not_in(parent) for parent, _ in places)), "")
 
 
-def _hooks_of(module: nn.Module) -> str:
+def _hooks_of(module: nn.Module, kept: Container[int]) -> str:
     for attribute, what in _HOOKS.items():
-        if vars(module).get(attribute):
+        if any(hook not in kept for hook in vars(module).get(attribute) or ()):
             return f"it has {what}, which would be lost"
     return ""
 
 
-def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
+def _own_behaviour(module: nn.Module, plain: nn.Module, kept_hooks: Container[int]) -> str:
     """What a module has that a new module of its class does not have; empty if nothing."""
     own, kind = vars(module), type(plain)
-    if why := _hooks_of(module):
+    if why := _hooks_of(module, kept_hooks):
         return why
     if own.get("_compiled_call_impl") is not None:
         return "module.compile() was called on it, which would be lost: call it afterwards"
@@ -97,7 +101,9 @@ def _own_behaviour(module: nn.Module, plain: nn.Module) -> str:
             if stands_for is not type(usual):
                 return f"its {name} is a {type(child).__name__}"
             why = (
-                _hooks_of(child) if stands_for is not type(child) else _own_behaviour(child, usual)
+                _hooks_of(child, kept_hooks)
+                if stands_for is not type(child)
+                else _own_behaviour(child, usual, kept_hooks)
             )
             if why:
                 return f"its {name}: {why}"

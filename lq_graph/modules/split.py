@@ -7,6 +7,8 @@ import of torch.distributed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,10 +20,42 @@ if TYPE_CHECKING:
     from .linear_quant import LinearQuant
     from .quantized_linear import QuantizedLinear
 
-__all__ = ["SPLIT", "SplitStyle"]
+__all__ = ["SPLIT", "Split", "SplitStyle"]
 
-# Attribute of a LinearQuant that holds a part of a layer: (mesh, placements by parameter).
+# Attribute of a LinearQuant that holds a part of a layer: its Split.
 SPLIT = "_lq_graph_split"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a layer is split.
+
+    Attributes:
+        mesh: over which devices.
+        placements: by parameter.
+        save, load: hooks of its state dicts, which hold the whole layer.
+        hooks: ids of its own hooks: these, and those of the layer's forward.
+    """
+
+    mesh: DeviceMesh
+    placements: dict[str, Placement]
+    save: Callable[..., None]
+    load: Callable[..., None]
+    hooks: frozenset[int] = frozenset()
+
+    @property
+    def on_n(self) -> bool:
+        """Whether each device has some of the output channels, and all of k."""
+        return getattr(self.placements.get("weight"), "dim", None) == 0
+
+    def mark(self, layer: nn.Module) -> None:
+        """Give a layer the mark, and the hooks of its state dicts."""
+        handles = (
+            layer.register_state_dict_post_hook(self.save),
+            layer.register_load_state_dict_pre_hook(self.load),
+        )
+        hooks = self.hooks.union(handle.id for handle in handles)
+        vars(layer)[SPLIT] = replace(self, hooks=hooks)
 
 
 class SplitStyle(ABC):

@@ -21,7 +21,7 @@ from ..backends.npu import format_of
 from ..errors import LinearQuantValueError
 from ..modules.linear_quant import PARAMETERS, LinearQuant
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.split import SPLIT
+from ..modules.split import SPLIT, Split
 
 __all__ = [
     "check_same",
@@ -82,17 +82,18 @@ def part_of(
 def to_dtensors(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Hook of state_dict: parts become DTensors, which stand for the whole layer."""
     del metadata
-    mesh, placements = vars(layer)[SPLIT]
-    for name, placement in placements.items():
+    split: Split = vars(layer)[SPLIT]
+    for name, placement in split.placements.items():
         key = prefix + name
         if key in state:
-            state[key] = DTensor.from_local(state[key], mesh, [placement], run_check=False)
+            state[key] = DTensor.from_local(state[key], split.mesh, [placement], run_check=False)
 
 
 def to_parts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook of load_state_dict: DTensors, or whole tensors, become this device's parts."""
-    mesh, placements = vars(layer)[SPLIT]
-    for name, placement in placements.items():
+    split: Split = vars(layer)[SPLIT]
+    mesh = split.mesh
+    for name, placement in split.placements.items():
         given = state.get(prefix + name)
         if isinstance(given, DTensor):
             same = given.device_mesh == mesh and tuple(given.placements) == (placement,)

@@ -38,7 +38,7 @@ from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
 from ..modules.linear_quant import LinearQuant, check_whole_words
 from ..modules.quantized_linear import QuantizedLinear, merged_of
-from ..modules.split import SPLIT, SplitStyle
+from ..modules.split import SPLIT, Split, SplitStyle
 from ..modules.supported import plan_of_layer
 from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic
@@ -120,7 +120,7 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
         if (merged := merged_of(layer)) is not None:
             raise LinearQuantValueError(
                 f"{name}: the layer is merged: {', '.join(merged.names)} have one weight. "
-                "What to do: split the model before lq_graph.merge, which leaves its layers alone."
+                "What to do: split the model before lq_graph.merge."
             )
         if SPLIT in vars(layer):
             raise LinearQuantValueError(
@@ -159,14 +159,15 @@ class LinearQuantStyle(SplitStyle, ParallelStyle):
         """Mark a layer whose parameters are parts, and install its hooks: for input and output, and
         to save and load the whole layer."""
         layer = layer_in(module)
-        vars(layer)[SPLIT] = (mesh, placements)
         n, words = layer.weight.shape
         layer.out_features, layer.in_features = n, logical_k(words, layer.weight.dtype)
         layer._float_scale = None  # of the whole layer; state dicts hold the packed scale
-        layer.register_state_dict_post_hook(to_dtensors)
-        layer.register_load_state_dict_pre_hook(to_parts)
-        module.register_forward_pre_hook(partial(self._take, mesh))
-        module.register_forward_hook(partial(self._give, mesh))
+        handles = (
+            module.register_forward_pre_hook(partial(self._take, mesh)),
+            module.register_forward_hook(partial(self._give, mesh)),
+        )
+        hooks = frozenset(handle.id for handle in handles)
+        Split(mesh, placements, to_dtensors, to_parts, hooks).mark(layer)
         return module
 
     def _take(self, mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> Any:

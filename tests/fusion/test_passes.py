@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch_npu  # noqa: F401
-import torchair
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -18,9 +17,9 @@ from lq_graph.fusion.editor import Editor, storages_of, value_of
 from lq_graph.fusion.passes import reports
 from lq_graph.fusion.table import FUSIONS
 from lq_graph.modules.fusion_options import FusionOptions, get_fusion, put_fusion
+from support.fusing import MODES, compiled, run
 
 _npu = torch.ops.npu
-MODES = ["GE", "npugraph_ex"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,34 +44,6 @@ class Three(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], -1)
 
 
-def compiled(
-    model: Callable[..., Any], mode: str, dynamic: bool = False, **passes: Callable[..., None]
-) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    if mode == "npugraph_ex":
-        options = {f"post_grad_custom_{name}_pass": one for name, one in passes.items()}
-        return torch.compile(
-            model, backend="npugraph_ex", dynamic=dynamic, fullgraph=True, options=options
-        )
-    config = torchair.CompilerConfig()
-    for name, one in passes.items():
-        setattr(config, f"post_grad_custom_{name}_pass", one)
-    backend = torchair.get_npu_backend(compiler_config=config)
-    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
-
-
-def graph_of(model: nn.Module, mode: str, *inputs: Tensor, **options: Any) -> tuple[Any, list[str]]:
-    """The result, and the names of the operators in the graph after all passes."""
-    seen: list[list[str]] = []
-
-    def post(module: GraphModule, *_: Any) -> None:
-        seen.append([str(n.target) for n in module.graph.nodes if n.op == "call_function"])
-
-    with torch.no_grad():
-        result = compiled(model, mode, post=post, **options)(*inputs)
-    return result, seen[0]
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
@@ -87,8 +58,8 @@ def test_one_tensor_is_quantized_once(
     scheme: Any, quantization: str, dynamic: bool, mode: str
 ) -> None:
     model, x = Three(scheme).npu(), torch.randn(4, 64).half().npu()
-    want = model(x)
-    got, names = graph_of(model, mode, x, dynamic=dynamic)
+    want = model(x).cpu()
+    got, names, _ = run(model, mode, x, dynamic=dynamic)
     assert names.count(quantization) == 1
     assert sum("quant" in name for name in names) == 1 + 3
     assert torch.equal(got, want)
@@ -100,8 +71,8 @@ def test_layers_with_one_static_scale_share_the_quantization(factors: tuple[int,
     model, x = Three(lq_graph.A8W8Static()).npu(), torch.randn(4, 64).half().npu()
     for layer, factor in zip(model.layers, factors, strict=True):
         layer.input_scale = layer.input_scale * factor
-    want = model(x)
-    got, names = graph_of(model, "GE", x)
+    want = model(x).cpu()
+    got, names, _ = run(model, "GE", x)
     assert names.count("lq_graph.static_quant.default") == len({*factors})
     assert torch.equal(got, want)
 
@@ -136,9 +107,8 @@ def test_the_environment_chooses(
 ) -> None:
     monkeypatch.setenv("LQ_GRAPH_FUSION", variable)
     assert str(get_fusion()) == variable
-    with reports() as found:
-        graph_of(Three().npu(), "GE", torch.randn(4, 64).half().npu())
-    assert [report.done("equal_quantizations") for report in found] == [count]
+    report = run(Three().npu(), "GE", torch.randn(4, 64).half()).report
+    assert report.done("equal_quantizations") == count
 
 
 @pytest.mark.parametrize("variable", ["", "yes", "on,equal_quantizations", "exact,-", "on,-none"])
@@ -185,8 +155,8 @@ def test_a_tensor_that_is_written_between_is_quantized_twice() -> None:
             return first + self.layers[1](x)
 
     model, x = Writes().npu(), torch.randn(4, 64).half().npu()
-    want = model(x.clone())
-    got, names = graph_of(model, "GE", x.clone())
+    want = model(x.clone()).cpu()
+    got, names, _ = run(model, "GE", x.clone())
     assert names.count("npu.npu_dynamic_quant.default") == 2
     assert torch.equal(got, want)
 

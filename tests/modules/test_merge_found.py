@@ -199,10 +199,13 @@ def of_two_layers(model: Any) -> None:
     model.w = QuantizedLinear(model.v.linear)
 
 
-def split(model: Any) -> None:
-    from lq_graph.modules.split import SPLIT
+def split_on_k(model: Any) -> None:
+    from torch.distributed.tensor import Shard
 
-    vars(model.v.linear)[SPLIT] = None, {}
+    from lq_graph.modules.split import SPLIT, Split
+
+    nothing = lambda *_: None  # noqa: E731
+    vars(model.v.linear)[SPLIT] = Split(None, {"weight": Shard(1)}, nothing, nothing)
 
 
 def static(model: Any) -> None:
@@ -221,7 +224,7 @@ LEFT_ALONE: list[tuple[Callable[[Any], None], str]] = [
     (held_by_an_attribute, "everything holds its tensors too and would keep the old ones"),
     (tied, "another layer has the same weight"),
     (of_two_layers, "another layer holds its LinearQuant too"),
-    (split, "it is split over devices"),
+    (split_on_k, "it is split over devices on k"),
     (of_int4, "its scheme is A4W4 dynamic, and that of q is A8W8 dynamic"),
     (static, "its scheme is A8W8 static, and that of q is A8W8 dynamic"),
 ]

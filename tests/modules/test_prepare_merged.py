@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lq_graph import (
 )
 from lq_graph.backends.npu import format_of
 from lq_graph.modules import prepare as preparing
+from lq_graph.modules.fusion_options import FusionOptions, fusion
 from lq_graph.rules.tables import FRACTAL_NZ, ND
 from support import has
 from support.lowering import MATMUL, lower
@@ -98,6 +100,30 @@ def test_twice_before_and_after() -> None:
     assert not any(one.changed for one in again)
     assert model.q.linear.merged.scale.dtype == torch.int64
     assert torch.equal(model(inputs().npu()).cpu(), plain(inputs()))
+
+
+@merges
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (FusionOptions(enabled=False), True),
+        (FusionOptions(off=frozenset({"equal_quantizations", "equal_calls"})), True),
+        (FusionOptions(off=frozenset({"equal_quantizations"})), False),
+        (FusionOptions(exact=True), False),
+    ],
+    ids=str,
+)
+def test_a_graph_with_the_product_for_each_layer_is_not_silent(
+    options: FusionOptions, warned: bool
+) -> None:
+    plain, model = pair(A8W8Dynamic())
+    prepare(model.npu(), example=inputs())
+    match = "1 products of merged layers are computed once for each layer, because equal_q"
+    expected = pytest.warns(UserWarning, match=match) if warned else nullcontext()
+    with expected, fusion(options), torch.no_grad():
+        got, graph = lower(model, inputs().npu())
+    assert Counter(graph.ops())[MATMUL] == (4 if warned else 2)
+    assert torch.equal(got.cpu(), plain(inputs()))
 
 
 @merges
@@ -211,3 +237,24 @@ def test_a_heads_weight_that_is_the_embeddings_stays_nd() -> None:
     assert not last.changed and model.head.weight is model.embed.weight
     tokens = torch.arange(4)
     torch.testing.assert_close(model(tokens.npu()).cpu(), plain(tokens), rtol=2**-9, atol=2**-9)
+
+
+@merges
+@pytest.mark.skipif(bool(has.int4_nz()), reason="torch_npu makes no int4 blocks here")
+@pytest.mark.parametrize("merged_first", [True, False])
+def test_int4_in_fractal_nz(merged_first: bool) -> None:
+    """n of q and k are no multiples of a block's 16 rows."""
+    sizes = {"q": 40, "k": 24, "v": 8}
+    plain, model = pair(A4W4Dynamic(), bias=True, sizes=sizes)
+    model.npu()
+    if not merged_first:
+        prepare(model, int4_nz=True)
+    report = prepare(model, example=inputs(), int4_nz=True)
+    assert [one.changed for one in report] == [merged_first] * 2
+    assert format_of(model.q.linear.merged.weight) == FRACTAL_NZ
+    with torch.no_grad():
+        got, graph = lower(model, inputs().npu())
+    assert Counter(graph.ops())[MATMUL] == 2
+    assert torch.equal(got.cpu(), plain(inputs()))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name].cpu(), tensor), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 import cann_host
+from support import has
 from support.ranks import assert_right, launch
 
 pytestmark = pytest.mark.distributed
@@ -39,6 +40,13 @@ def test_every_row_that_can_be_split_equals_one_device(
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled(device: str, tmp_path) -> None:
     assert_right(launch("parallel_ranks.py", "compiled", 2, tmp_path, device), 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.skipif(not has.HAS_PASSES, reason="torchair has no register_replacement")
+def test_merged(device: str, tmp_path) -> None:
+    assert_right(launch("parallel_ranks.py", "merged", 2, tmp_path, device), 15)
 
 
 @pytest.mark.slow

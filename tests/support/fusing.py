@@ -42,6 +42,32 @@ class Fused(NamedTuple):
         ]
 
 
+def compiled(
+    function: Callable[..., Any],
+    mode: str,
+    dynamic: bool = False,
+    **passes: Callable[..., None],
+) -> Callable[..., Any]:
+    """A function compiled for the NPU.
+
+    Args:
+        function: calls an operator of lq_graph.
+        mode: one of MODES, or "reduce-overhead".
+        dynamic: whether sizes are symbolic.
+        passes: the user's own, `pre` and `post` of the fusions.
+    """
+    torch._dynamo.reset()
+    named = {f"post_grad_custom_{name}_pass": one for name, one in passes.items()}
+    given: dict[str, Any] = {"backend": mode, "options": named}
+    if mode != "npugraph_ex":
+        config = torchair.CompilerConfig()
+        config.mode = {"GE": "max-autotune"}.get(mode, mode)
+        for name, one in named.items():
+            setattr(config, name, one)
+        given = {"backend": torchair.get_npu_backend(compiler_config=config)}
+    return torch.compile(function, dynamic=dynamic, fullgraph=True, **given)
+
+
 def run(function: Callable[..., Any], mode: str, *inputs: Any, dynamic: bool = False) -> Fused:
     """Compile a function that calls an operator of lq_graph, and run it once on the NPU."""
     seen: list[list[str]] = []
@@ -49,17 +75,9 @@ def run(function: Callable[..., Any], mode: str, *inputs: Any, dynamic: bool = F
     def post(module: GraphModule, *_: Any) -> None:
         seen.append([str(n.target) for n in module.graph.nodes if n.op == "call_function"])
 
-    torch._dynamo.reset()
-    if mode == "npugraph_ex":
-        given: dict[str, Any] = {"backend": mode, "options": {"post_grad_custom_post_pass": post}}
-    else:
-        config = torchair.CompilerConfig()
-        config.mode = {"GE": "max-autotune"}.get(mode, mode)
-        config.post_grad_custom_post_pass = post
-        given = {"backend": torchair.get_npu_backend(compiler_config=config)}
-    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, **given)
+    call = compiled(function, mode, dynamic, post=post)
     there = [one.npu() if isinstance(one, Tensor) else one for one in inputs]
     with torch.no_grad(), reports() as found:
-        results = compiled(*there)
+        results = call(*there)
     on_cpu = torch.utils._pytree.tree_map_only(Tensor, lambda one: one.cpu(), results)
     return Fused(on_cpu, seen[0], found[0])
