@@ -9,7 +9,8 @@ compilation and a step, beside the vendor's operators and the vendor's own recip
 vendor's fused operators (vendor_layer.py), between an embedding and a head. DIR is a checkout of
 cann-recipes-infer, and its packages are installed: see recipes.py.
 
-All of a model's contestants, each with a model and a cache of its own, compile in this process in a
+"unfused" is not merged either: without fusions merged layers compute all of each. All of a model's
+contestants, each with a model and a cache of its own, compile in this process in a
 random order, and take their steps so. Compilation and step are ratios of medians to the unfused
 model's. Nodes and kernels are counted by launches.py's rule. Times are those of two layers on
 cann_host: they tell how much work the graphs are, and nothing about a chip.
@@ -64,7 +65,7 @@ VENDOR = Sizes(
 class Encoder(nn.Module):
     """A BertModel of MiniLM's sizes."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, merged: bool = True) -> None:
         super().__init__()
         config = transformers.BertConfig(
             **MINILM, num_hidden_layers=layers, attn_implementation="lq_graph"
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
         lq_graph.quantize(model.requires_grad_(False), lq_graph.A8W8Dynamic())
         self.model = model.npu()
         example = torch.arange(1, TOKENS + 1)[None].npu()
-        lq_graph.use_internal_format_weight(self.model, example=example)
+        lq_graph.use_internal_format_weight(self.model, example=example if merged else None)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model(tokens).last_hidden_state
@@ -123,19 +124,18 @@ class Contestant:
 
 def contestants(name: str) -> dict[str, Contestant]:
     """Of a model; the vendor's layer is Llama's."""
-    make: Callable[[int], nn.Module] = partial(_step, name)
+    make: Callable[..., nn.Module] = partial(Step, name)
     inputs = [torch.tensor([[7]]).npu()]
     if name == "minilm":
         make, inputs = Encoder, [torch.arange(1, TOKENS + 1)[None].npu()]
-    found = {f"ours, {way}": Contestant(make, inputs, choice) for way, choice in WAYS.items()}
+    found = {
+        f"ours, {way}": Contestant(partial(make, merged=way != "unfused"), inputs, choice)
+        for way, choice in WAYS.items()
+    }
     if name == "llama":
         others = step_inputs(POSITION, sizes=VENDOR)[1:]
         found["vendor operators"] = Contestant(VendorModel, [*inputs, *others], {})
     return found
-
-
-def _step(name: str, layers: int) -> nn.Module:
-    return Step(name, layers)
 
 
 def measure(runners: list[Contestant], mode: str, compilations: int, steps: int) -> None:
