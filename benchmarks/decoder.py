@@ -1,225 +1,240 @@
-"""One decode step of a Llama of SmolLM2-135M's sizes, A8W8 dynamic, random weights: what the
-stand-in adds to it. `stand_in.py decoder` runs this.
+"""A decoder layer of unmodified models of transformers, A8W8 dynamic: its nodes and kernels, its
+compilation and a step, beside the vendor's operators and the vendor's own recipe.
 
-Plain CPU tensors, eager npu, a GE graph and npugraph_ex, each with a model and a cache of its own,
-take their steps in this process in a random order; their numbers are compared first. Beside the
-time by the clock is the process's CPU time, which other programs on the machine change less. Set
-OMP_NUM_THREADS to compare runs.
+    python -m cann_host benchmarks/decoder.py                      # all
+    python -m cann_host benchmarks/decoder.py llama --mode GE      # one model, one mode
+    python -m cann_host benchmarks/decoder.py --recipes DIR        # and the recipe's Qwen3
+
+`minilm` is an encoder layer of MiniLM's sizes, without a cache. "vendor" is Llama's layer in the
+vendor's fused operators (vendor_layer.py), between an embedding and a head. DIR is a checkout of
+cann-recipes-infer, and its packages are installed: see recipes.py.
+
+"unfused" is not merged either: without fusions merged layers compute all of each. All of a model's
+contestants, each with a model and a cache of its own, compile in this process in a
+random order, and take their steps so. Compilation and step are ratios of medians to the unfused
+model's. Nodes and kernels are counted by launches.py's rule. Times are those of two layers on
+cann_host: they tell how much work the graphs are, and nothing about a chip.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import os
+import argparse
+import gc
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch_npu
 import torchair
+import transformers
+from launches import MODES, SIZES, WAYS, Counts, Step, compiled, of_a_layer
 from torch import Tensor, nn
+from vendor_layer import PagedLayer, QuantLinear, Sizes, step_inputs
 
 import lq_graph
-from cann_host import runtime
-from cann_host.aten.captured import CapturedWork
-from cann_host.graph import compiler
+from lq_graph import converters
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-CACHE, POSITION = 128, 100  # length of the cache, and the place of the token
-SIZES: dict[str, Any] = {
-    "hidden_size": 576,
+LAYERS, POSITION = 2, 100
+DECODERS = ("llama", "qwen3", "mistral", "gemma")
+MINILM: dict[str, Any] = {
+    "hidden_size": 384,
     "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192,
+    "num_attention_heads": 12,
+    "vocab_size": 1000,
 }
+TOKENS = 16  # of MiniLM's text
+VENDOR = Sizes(
+    SIZES["num_attention_heads"],
+    SIZES["num_key_value_heads"],
+    SIZES["head_dim"],
+    SIZES["intermediate_size"],
+    batch=1,
+)
 
 
-def quantized(layers: int) -> nn.Module:
-    """The model, its linear layers quantized, except lm_head, which is tied."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+class Encoder(nn.Module):
+    """A BertModel of MiniLM's sizes."""
 
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=layers, attn_implementation="eager")
-    model = LlamaForCausalLM(config).half().eval().requires_grad_(False)
-    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
-    return model
-
-
-class Decoder(nn.Module):
-    """A model with a cache of keys and values, which a step writes in place."""
-
-    def __init__(self, model: nn.Module, device: str) -> None:
-        from lq_graph.integrations.transformers import StaticCache
-
+    def __init__(self, layers: int, *, merged: bool = True) -> None:
         super().__init__()
-        config: Any = model.config
-        self.model = copy.deepcopy(model).to(device)
-        self.cache = StaticCache(config, CACHE)
-        size = config.hidden_size // config.num_attention_heads
-        shape = (1, config.num_key_value_heads, POSITION, size)
-        zeros = torch.zeros(shape, dtype=torch.float16, device=device)
-        for layer in range(config.num_hidden_layers):
-            self.cache.update(zeros, zeros, layer)
+        config = transformers.BertConfig(
+            **MINILM, num_hidden_layers=layers, attn_implementation="lq_graph"
+        )
+        torch.manual_seed(0)
+        model = transformers.BertModel(config, add_pooling_layer=False).half().eval()
+        lq_graph.quantize(model.requires_grad_(False), lq_graph.A8W8Dynamic())
+        self.model = model.npu()
+        example = torch.arange(1, TOKENS + 1)[None].npu()
+        lq_graph.use_internal_format_weight(self.model, example=example if merged else None)
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        places = torch.arange(CACHE, device=token.device)
-        mask = torch.where(places <= position, 0.0, -65504.0).to(torch.float16)
-        logits: Tensor = self.model(
-            token,
-            position_ids=position[None],
-            attention_mask=mask[None, None, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-        self.cache.crop(-1)  # the next step is this one again
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.model(tokens).last_hidden_state
+        return hidden
+
+
+class VendorModel(nn.Module):
+    """A Llama's step in the vendor's operators."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(SIZES["vocab_size"], VENDOR.width).half()
+        self.layers = nn.ModuleList(PagedLayer(VENDOR) for _ in range(layers))
+        self.norm = nn.Parameter(torch.ones(VENDOR.width).half())
+        self.head = QuantLinear(VENDOR.width, SIZES["vocab_size"])
+        torchair.experimental.inference.use_internal_format_weight(self.npu())
+
+    def forward(self, token: Tensor, residual: Tensor, *others: Any) -> Tensor:
+        x = self.embedding(token)[0]
+        for layer in self.layers:
+            x, residual = layer(x, residual, *others)
+        quantized, _, _, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(x, residual, self.norm)
+        logits: Tensor = self.head(quantized, scale)
         return logits
 
 
-def step(decode: Callable[[Tensor, Tensor], Tensor], device: str) -> Callable[[], Tensor]:
-    token = torch.tensor([[7]], device=device)
-    position = torch.tensor([POSITION], device=device)
+@dataclass
+class Contestant:
+    """One way of a model.
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        logits = decode(token, position)
-        torch.npu.synchronize()
-        return logits
+    Attributes:
+        make: a model of so many layers.
+        inputs: of a step.
+        fusion: arguments of set_fusion.
+        counts: of a layer.
+        compilation, step: seconds.
+    """
 
-    return run
-
-
-@contextmanager
-def _ours_timed() -> Iterator[Counter[str]]:
-    """CPU seconds in the functions with which lq_graph and cann_host take part in a compilation."""
-    from lq_graph import converters
-    from lq_graph.backends import fake
-    from lq_graph.converters import linear_quant
-    from lq_graph.fusion import torchair as fusion
-
-    seconds: Counter[str] = Counter()
-
-    def timed(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            start = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                seconds[what] += time.thread_time() - start
-
-        return wrapper
-
-    places = [
-        (fusion, "fuse", "lq_graph, fusions"),
-        (CapturedWork, "record", "cann_host, capturing its work"),
-        (compiler, "compile_graph", "cann_host, the graph's compilation"),
-        *((linear_quant, o.name, "lq_graph, converters") for o in lq_graph.ops.OPERATORS),
-        *((fake, o.name, "lq_graph, fake kernels") for o in lq_graph.ops.OPERATORS),
-    ]
-    kept = [
-        (owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)
-    ]
-    for owner, name, what in places:
-        if hasattr(owner, name):
-            setattr(owner, name, timed(getattr(owner, name), what))
-    converters.register()
-    try:
-        yield seconds
-    finally:
-        for owner, name, function in kept:
-            setattr(owner, name, function)
-        converters.register()
+    make: Callable[[int], nn.Module]
+    inputs: list[Any]
+    fusion: dict[str, Any]
+    counts: Counts = field(init=False)
+    compilation: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
 
 
-def _in_turns(
-    calls: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of each call by the clock and in CPU time; the order of a round is random."""
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    order = [name for name in calls for _ in range(2)]
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            start, cpu = time.perf_counter(), time.process_time()
-            calls[name]()
-            taken[name][0].append(time.perf_counter() - start)
-            taken[name][1].append(time.process_time() - cpu)
-    return taken
+def contestants(name: str) -> dict[str, Contestant]:
+    """Of a model; the vendor's layer is Llama's."""
+    make: Callable[..., nn.Module] = partial(Step, name)
+    inputs = [torch.tensor([[7]]).npu()]
+    if name == "minilm":
+        make, inputs = Encoder, [torch.arange(1, TOKENS + 1)[None].npu()]
+    found = {
+        f"ours, {way}": Contestant(partial(make, merged=way != "unfused"), inputs, choice)
+        for way, choice in WAYS.items()
+    }
+    if name == "llama":
+        others = step_inputs(POSITION, sizes=VENDOR)[1:]
+        found["vendor operators"] = Contestant(VendorModel, [*inputs, *others], {})
+    return found
 
 
-MODES = "eager npu", "GE graph", "npugraph_ex"
+def measure(runners: list[Contestant], mode: str, compilations: int, steps: int) -> None:
+    """Fill in what was counted and measured, the contestants in turns."""
+    for one in runners:
+        lq_graph.set_fusion(**one.fusion)
+        one.counts = of_a_layer(one.make, one.inputs, mode)
+    models = [one.make(LAYERS) for one in runners]
+    pairs = list(zip(runners, models, strict=True))
+    for _ in range(compilations):
+        for one, model in random.sample(pairs, len(pairs)):
+            torch._dynamo.reset()
+            gc.collect()
+            lq_graph.set_fusion(**one.fusion)
+            one.compilation.append(_seconds(compiled(model, mode), one.inputs))
+    torch._dynamo.reset()
+    calls = []
+    for one, model in pairs:
+        lq_graph.set_fusion(**one.fusion)
+        calls.append((one, compiled(model, mode)))
+        calls[-1][1](*one.inputs)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(steps):
+            for one, call in random.sample(calls, len(calls)):
+                one.step.append(_seconds(call, one.inputs))
 
 
-def _in_mode(decoder: Decoder, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if mode == "eager npu":
-        return decoder
-    backend: Any = torchair.get_npu_backend()
-    if mode == "npugraph_ex":
-        backend = mode
-        if mode not in torch._dynamo.list_backends():  # its name in older versions
-            config = torchair.CompilerConfig()
-            config.mode = "reduce-overhead"
-            backend = torchair.get_npu_backend(compiler_config=config)
-    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(
-        decoder, backend=backend, dynamic=False, fullgraph=True
-    )
-    return compiled
+def _seconds(call: Callable[..., Any], inputs: list[Any]) -> float:
+    start = time.perf_counter()
+    call(*inputs)
+    torch.npu.synchronize()
+    return time.perf_counter() - start
 
 
-def _print_steps(taken: dict[str, tuple[list[float], list[float]]]) -> None:
-    print(f"{'':12}{'clock, ms':>20}{'':10}{'CPU time, ms':>20}")
-    print(f"{'':12}" + f"{'min':>10}{'median':>10}{'/ plain':>10}" * 2)
-    for name, times in taken.items():
-        line = f"{name:12}"
-        for one, base in zip(times, taken["plain CPU"], strict=True):
-            ratio = min(one) / min(base)
-            line += f"{min(one) * 1e3:10.1f}{statistics.median(one) * 1e3:10.1f}{ratio:10.2f}"
-        print(line)
+def report(name: str, mode: str, compilations: int, steps: int) -> None:
+    """Measure a model in a mode, and print it."""
+    found = contestants(name)
+    measure(list(found.values()), mode, compilations, steps)
+    base = found["ours, unfused"]
+    for way, one in found.items():
+        compilation, step = (
+            statistics.median(mine) / statistics.median(theirs)
+            for mine, theirs in ((one.compilation, base.compilation), (one.step, base.step))
+        )
+        _print(mode, name, way, one.counts, f"{compilation:13.2f}{step:8.2f}")
 
 
-def main(layers: int = 30, rounds: int = 20) -> None:
-    """Print the time of a step, and whose time the compilations take."""
+def _print(mode: str, name: str, way: str, counts: Counts, times: str) -> None:
+    print(f"{mode:13}{name:9}{way:18}{counts.nodes:7}{counts.kernels:9}{times}", flush=True)
+
+
+# ---- the vendor's recipe ----
+
+
+def recipe_counts(recipes: Path) -> Counts | str:
+    """A layer of the decode graph of the recipe's Qwen3, w8a8 in GE mode; or why there is none.
+
+    It runs in processes of its own, with the recipe's own configuration. Its npugraph_ex mode is
+    not counted: the recipe gives torchair no pass of ours that could see the FX graph.
+    """
+    program = Path(__file__).with_name("recipes.py")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for layers in (1, 2):
+            graphs = Path(folder, str(layers))
+            command = [sys.executable, program, "--recipes", recipes, "--layers", layers]
+            command += ["--only", "qwen3-w8a8-ge_graph", "--tokens", 4, "--graphs", graphs]
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            files = sorted(graphs.glob("dynamo_optimized_*.txt"), key=lambda f: f.stat().st_mtime)
+            if not files:
+                return (done.stderr + done.stdout).strip().rpartition("\n")[2]
+            graph = converters.graph.read(files[-1])  # the prompt is not the last
+            found.append(Counts(len(graph.compute), len(graph.launches)))
+    return Counts(found[1].nodes - found[0].nodes, found[1].kernels - found[0].kernels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [*DECODERS, "minilm"]
+    parser.add_argument("models", nargs="*", choices=[[], *names])
+    parser.add_argument("--mode", choices=MODES, action="append")
+    parser.add_argument("--compilations", type=int, default=3, help="of each contestant")
+    parser.add_argument("--steps", type=int, default=30, help="of each contestant")
+    parser.add_argument("--recipes", type=Path, metavar="DIR", help="of cann-recipes-infer")
+    given = parser.parse_args()
     torch.npu.config.allow_internal_format = True
     warnings.simplefilter("ignore")
-    lq_graph.set_fusion(exact=True)  # the others round less often than plain tensors
-    model = quantized(layers)
-    calls = {"plain CPU": step(Decoder(model, "cpu"), "cpu")}
-    expected = calls["plain CPU"]()
-    compilations = {}
-    for mode in MODES:
-        decoder = Decoder(model, "npu")
-        for layer in decoder.modules():  # lm_head's weight is the embedding's and stays ND
-            if isinstance(layer, lq_graph.QuantizedLinear):
-                lq_graph.use_internal_format_weight(layer)
-        calls[mode] = step(_in_mode(decoder, mode), "npu")
-        start = time.process_time()
-        with _ours_timed() as ours:
-            logits = calls[mode]()
-        if mode != "eager npu":
-            compilations[mode] = time.process_time() - start, ours
-        assert torch.equal(logits.cpu(), expected), f"{mode} computes other numbers"
+    print(f"{'':40}  nodes  kernels  compilation    step")
+    for mode in given.mode or MODES:
+        for name in given.models or names:
+            report(name, mode, given.compilations, given.steps)
+        if given.recipes and mode == "GE":
+            counts = recipe_counts(given.recipes)
+            if isinstance(counts, str):
+                print(f"{mode:13}qwen3    the recipe is not counted: {counts}")
+            else:
+                _print(mode, "qwen3", "vendor's recipe", counts, f"{'-':>13}{'-':>8}")
 
-    graph = next(iter(runtime.current().graphs.compiled))
-    print(
-        f"\n{layers} layers, {len(graph.steps):,} nodes a step; {torch.get_num_threads()} threads"
-    )
-    taken = _in_turns(calls, rounds)
-    _print_steps(taken)
-    for mode, (first, ours) in compilations.items():
-        theirs = first - sum(ours.values()) - min(taken[mode][1])
-        print(f"\n{f'compilation, {mode}':44}{'CPU s':>8}{'/ theirs':>10}")
-        parts = {"dynamo, AOT autograd and torchair": theirs, **ours}
-        for what, seconds in {**parts, "ours, all": sum(ours.values())}.items():
-            print(f"{what:44}{seconds:8.2f}{seconds / theirs:10.3f}")
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -7,21 +7,17 @@ in every A8W8 scheme, beside a layer in the vendor's own fused operators.
 A layer's kernels are those of a model of two layers less those of a model of one. By one rule for
 all: in a GE graph every node is a kernel except inputs, constants and reshapes
 (`Graph.launches`); in npugraph_ex every call in the FX graph after all passes, except views. The
-times are those of the model of two layers on cann_host: compilation, and a later call. They tell
-how much work the graphs are, and nothing about a chip.
+times of compilation and of a step are measured by decoder.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch_npu  # noqa: F401
@@ -35,7 +31,7 @@ import lq_graph
 from lq_graph import converters
 from lq_graph.integrations.transformers import StaticCache
 
-CACHE, PROMPT, ROUNDS = 128, 5, 10
+CACHE, PROMPT = 128, 5
 SIZES: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -50,30 +46,31 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "qwen2": ("Qwen2", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "gemma": ("Gemma", {"hidden_activation": "silu"}),
+    "gemma": ("Gemma", {}),
+    "gemma_silu": ("Gemma", {"hidden_activation": "silu"}),
 }
 MODES = ("GE", "npugraph_ex")
 SCHEMES = ("dynamic", "static", "smoothed")  # smoothed is static too
-WAYS = {  # arguments of set_fusion
+WAYS = {  # arguments of set_fusion; without fusions, merged layers would compute all of each
     "fused": {},
     "exact": {"exact": True},
     "unfused": {"enabled": False},
 }
 
 
-@dataclass
-class Graph:
-    """A compiled model: its kernels, the seconds of the first call, and how to call it again."""
+class Counts(NamedTuple):
+    """Of a graph: what computes, and what of it is a kernel on a device."""
 
+    nodes: int
     kernels: int
-    compilation: float
-    call: Callable[[], Any]
 
 
 class Step(nn.Module):
     """One decode step of a model, its cache written in place."""
 
-    def __init__(self, name: str, layers: int, scheme: str = "dynamic") -> None:
+    def __init__(
+        self, name: str, layers: int, scheme: str = "dynamic", *, merged: bool = True
+    ) -> None:
         super().__init__()
         kind, special = MODELS[name]
         config = getattr(transformers, f"{kind}Config")(
@@ -84,7 +81,7 @@ class Step(nn.Module):
         quantize(model.requires_grad_(False), scheme)
         self.model = model.npu()
         prompt = torch.arange(1, PROMPT + 1)[None].npu()
-        lq_graph.use_internal_format_weight(self.model, example=prompt)
+        lq_graph.use_internal_format_weight(self.model, example=prompt if merged else None)
         self.cache = StaticCache(config, CACHE)
         self.model(prompt, past_key_values=self.cache, use_cache=True)
 
@@ -118,35 +115,37 @@ class VendorStep(nn.Module):
         return x + residual
 
 
-def compiled(model: nn.Module, inputs: list[Any], mode: str) -> Graph:
-    """Compile a model, and count its kernels."""
+def compiled(model: nn.Module, mode: str, config: Any = None, **options: Any) -> Any:
+    """A model for torch.compile's backend of a mode, with a configuration or options of its own."""
+    backend: Any = mode
+    if mode == "GE":
+        backend = torchair.get_npu_backend(compiler_config=config or torchair.CompilerConfig())
+    return torch.compile(
+        model, backend=backend, dynamic=False, fullgraph=True, options=options or None
+    )
+
+
+def counted(model: nn.Module, inputs: list[Any], mode: str) -> Counts:
+    """Compile a model, and count."""
     torch._dynamo.reset()
-    counts: list[int] = []
+    found: list[Counts] = []
 
     def count(module: GraphModule, *_: Any) -> None:
-        counts.append(sum(map(is_kernel, module.graph.nodes)))
+        calls = [n for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+        found.append(Counts(len(calls), sum(map(is_kernel, calls))))
 
     if mode == "GE":
         config = torchair.CompilerConfig()
-        backend = torchair.get_npu_backend(compiler_config=config)
-        run = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
-        start = time.perf_counter()
         with converters.graph.capture(config) as graphs:
-            run(*inputs)
-        counts += [len(graph.launches) for graph in graphs]
+            compiled(model, mode, config)(*inputs)
+        found += [Counts(len(graph.compute), len(graph.launches)) for graph in graphs]
     else:
-        options = {"post_grad_custom_post_pass": count}
-        run = torch.compile(model, backend=mode, dynamic=False, fullgraph=True, options=options)
-        start = time.perf_counter()
-        run(*inputs)
-    seconds = time.perf_counter() - start
-    return Graph(sum(counts), seconds, lambda: run(*inputs))
+        compiled(model, mode, post_grad_custom_post_pass=count)(*inputs)
+    return Counts(*map(sum, zip(*found, strict=True)))
 
 
 def is_kernel(node: torch.fx.Node) -> bool:
     """Whether a call of an FX graph is a kernel: it makes a tensor that is no view of another."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
     schema = node.target._schema
     if schema.name in ("aten::reshape", "aten::_unsafe_view"):  # of contiguous memory here
         return False
@@ -156,22 +155,10 @@ def is_kernel(node: torch.fx.Node) -> bool:
     return not any(alias is not None and not alias.is_write for alias in results)
 
 
-def measured(make: Callable[[int], nn.Module], inputs: list[Any], mode: str) -> tuple[int, Graph]:
-    """The kernels of a layer, and the model of two layers."""
-    one, two = (compiled(make(layers), inputs, mode) for layers in (1, 2))
-    return two.kernels - one.kernels, two
-
-
-def later_calls(graphs: dict[str, Graph]) -> dict[str, float]:
-    """The median of a later call, all graphs in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS):
-        for name in random.sample(list(graphs), len(graphs)):
-            start = time.perf_counter()
-            graphs[name].call()
-            torch.npu.synchronize()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+def of_a_layer(make: Callable[[int], nn.Module], inputs: list[Any], mode: str) -> Counts:
+    """Those of a model of two layers less those of a model of one."""
+    one, two = (counted(make(layers), inputs, mode) for layers in (1, 2))
+    return Counts(two.nodes - one.nodes, two.kernels - one.kernels)
 
 
 def main() -> None:
@@ -183,28 +170,22 @@ def main() -> None:
     torch.npu.config.allow_internal_format = True
     warnings.simplefilter("ignore")
     token = [torch.tensor([[7]]).npu()]
-    print(f"{'':32}{'kernels a layer':>16}{'compilation':>13}{'later call':>12}")
+    print(f"{'':26}{'':6}" + "".join(f"{way:>10}" for way in WAYS))
     for mode in MODES:
-        theirs, _ = measured(VendorStep, step_inputs(100), mode)
-        print(f"{mode}\n  {'vendor operators':30}{theirs:16}")
+        theirs = of_a_layer(VendorStep, step_inputs(100), mode)
+        print(f"{mode}\n  {'vendor operators':30}{theirs.kernels:10}")
         for name, scheme in cases:
-            report(name, scheme, mode, token)
+            line = f"  {name:16}{scheme:14}"
+            for way, choice in WAYS.items():
+                lq_graph.set_fusion(**choice)
+                make = partial(_step, name, scheme, way != "unfused")
+                found = of_a_layer(make, token, mode)
+                line += f"{found.kernels:10}"
+            print(line, flush=True)
 
 
-def report(name: str, scheme: str, mode: str, token: list[Any]) -> None:
-    """Print one model's kernels and times, fused and not."""
-    found = {}
-    for way, choice in WAYS.items():
-        lq_graph.set_fusion(**choice)
-        found[way] = measured(lambda layers: Step(name, layers, scheme), token, mode)
-    graphs = {way: graph for way, (_, graph) in found.items()}
-    taken, base = later_calls(graphs), graphs["unfused"]
-    for way, (kernels, graph) in found.items():
-        print(
-            f"  {name:11}{scheme:10}{way:9}{kernels:16}"
-            f"{graph.compilation / base.compilation:13.2f}{taken[way] / taken['unfused']:12.2f}",
-            flush=True,
-        )
+def _step(name: str, scheme: str, merged: bool, layers: int) -> Step:
+    return Step(name, layers, scheme, merged=merged)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ MODELS = {  # in transformers, and the recipe's name
 }
 WEIGHTS = ("bf16", "w8a8")
 MODES = ("eager", "ge_graph", "npugraph_ex")
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 2, 4, 2, 128, 256, 512
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 4, 2, 128, 256, 512
 CHARACTERS = string.printable[:95] + "".join(map(chr, range(0xE0, 0xFE)))
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 ANSWER = "a graph and an eager call say the same."
@@ -127,7 +127,7 @@ def learn(model: Any, tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True))
 
 
-def make_model(folder: Path, kind: str, prompt: str) -> str:
+def make_model(folder: Path, kind: str, prompt: str, layers: int) -> str:
     """A checkpoint of a tiny model in bfloat16: config.json, model.safetensors and a tokenizer.
     Returns what transformers generates from it."""
     import torch
@@ -138,7 +138,7 @@ def make_model(folder: Path, kind: str, prompt: str) -> str:
         vocab_size=len(SPECIAL) + len(CHARACTERS),
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
@@ -243,20 +243,23 @@ def environment(recipes: Path, run: Run, rank: int, folder: Path, port: int) -> 
     }
 
 
-def start(recipes: Path, run: Run, folder: Path, yaml: Path, limit: float) -> Outcome:
+def start(recipes: Path, run: Run, folder: Path, yaml: Path, args: argparse.Namespace) -> Outcome:
     """Start the recipe's program, a process for each rank, and read what rank 0 generated."""
     begin = time.monotonic()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = str(recipes / "executor" / "offline" / "infer.py")
-    command = [sys.executable, "-m", "cann_host", "--devices", str(run.ranks), program]
+    command = [sys.executable, "-m", "cann_host", "--devices", str(run.ranks)]
+    if args.graphs:
+        args.graphs.mkdir(parents=True, exist_ok=True)
+        command += [str(Path(__file__).with_name("dump_graphs.py")), str(args.graphs.resolve())]
     logs = [folder / f"{run.name}.{rank}.log" for rank in range(run.ranks)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, f"--yaml_file_path={yaml}"],
+                [*command, program, f"--yaml_file_path={yaml}"],
                 cwd=folder,
                 env=environment(recipes, run, rank, folder, port),
                 stdout=output,
@@ -267,9 +270,9 @@ def start(recipes: Path, run: Run, folder: Path, yaml: Path, limit: float) -> Ou
     stopped = ""
     try:
         for process in processes:
-            process.wait(timeout=max(0.0, limit - (time.monotonic() - begin)))
+            process.wait(timeout=max(0.0, args.limit - (time.monotonic() - begin)))
     except subprocess.TimeoutExpired:
-        stopped = f"no end within {limit:g} s"
+        stopped = f"no end within {args.limit:g} s"
     finally:
         for process in processes:
             if process.poll() is None:
@@ -364,6 +367,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a pattern of names, such as qwen3-w8a8")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="devices, such as 1 2")
     parser.add_argument("--tokens", type=int, default=len(ANSWER) + 1, help="how many to generate")
+    parser.add_argument("--layers", type=int, default=2, help="of the tiny model")
+    parser.add_argument("--graphs", type=Path, help="keep the GE graphs in this folder")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one run")
     parser.add_argument("--others", action="store_true", help="what the other models would need")
     parser.add_argument("--logs", type=Path, help="keep the logs in this folder")
@@ -392,7 +397,7 @@ def report(recipes: Path, args: argparse.Namespace, folder: Path) -> int:
         if run.model not in texts:
             show(f"{run.model} learns a sentence")
             kind = MODELS[run.model][0]
-            texts[run.model] = make_model(folder / f"{run.model}-bf16", kind, prompt)
+            texts[run.model] = make_model(folder / f"{run.model}-bf16", kind, prompt, args.layers)
             quantize(folder / f"{run.model}-bf16", folder / f"{run.model}-w8a8")
             print(
                 f"{run.model:6} bf16     transformers on the CPU             {texts[run.model]!r}"
@@ -400,7 +405,7 @@ def report(recipes: Path, args: argparse.Namespace, folder: Path) -> int:
         yaml = folder / f"{run.name}.yaml"
         make_yaml(yaml, run, folder / f"{run.model}-{run.weights}", args.tokens)
         show(run.name)
-        outcome = start(recipes, run, folder, yaml, args.limit)
+        outcome = start(recipes, run, folder, yaml, args)
         if args.logs:
             args.logs.mkdir(parents=True, exist_ok=True)
             for log in folder.glob(f"{run.name}.*.log"):

@@ -1,8 +1,8 @@
 """The time the stand-in adds: `python -m cann_host benchmarks/stand_in.py [layer] [decoder]`.
 
-`decoder` is a step of a decoder in every mode, and its compilation: see decoder.py. `layer` is a
-quantized matmul: one layer, prepared or not, eagerly and as a torchair graph, beside the CPU
-kernel alone on the same tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a
+`decoder` is a step of a decoder in every mode, and its compilation: see stand_in_decoder.py.
+`layer` is a quantized matmul: one layer, prepared or not, eagerly and as a torchair graph, beside
+the CPU kernel alone on the same tensors. Ours is LinearQuant; the vendor's is npu_quant_matmul on a
 transposed weight, which adds Transpose nodes to its graph. All calls of a size run interleaved in
 this process; the results are medians and their ratios to the kernel. Times are those of this
 machine's CPU, not of a chip.
@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 import torch_npu
 import torchair
-from decoder import main as decoder
 from graph import in_turns
+from stand_in_decoder import main as decoder
 from torch import Tensor, nn
 
 import lq_graph

@@ -3,6 +3,7 @@ place. For `soak.py` and for the graphs of tests/fuzz."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,32 @@ import torch_npu
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-__all__ = ["BATCH", "PagedLayer", "step_inputs"]
+__all__ = ["BATCH", "PagedLayer", "QuantLinear", "Sizes", "step_inputs"]
 
-HEADS, KV_HEADS, HEAD, INNER = 4, 2, 64, 128
-WIDTH, KV_WIDTH = HEADS * HEAD, KV_HEADS * HEAD
 BATCH, BLOCK, BLOCKS = 2, 128, 4
 EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head: int = 64
+    inner: int = 128
+    batch: int = BATCH
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head
+
+
+SMALL = Sizes()
 
 # npu_apply_rotary_pos_emb returns the tensors it writes into, and its schema does not say so.
 # torch warns; where the environment has CI, it refuses.
@@ -44,15 +65,16 @@ class QuantLinear(nn.Module):
 class PagedLayer(nn.Module):
     """Attention and MLP of one decode step."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes = SMALL) -> None:
         super().__init__()
-        self.qkv = QuantLinear(WIDTH, WIDTH + 2 * KV_WIDTH)
-        self.out = QuantLinear(WIDTH, WIDTH)
-        self.up = QuantLinear(WIDTH, 2 * INNER)
-        self.down = QuantLinear(INNER, WIDTH)
-        self.first, self.second = (nn.Parameter(torch.ones(WIDTH).half()) for _ in range(2))
+        self.sizes, width, kv_width = sizes, sizes.width, sizes.kv_width
+        self.qkv = QuantLinear(width, width + 2 * kv_width)
+        self.out = QuantLinear(width, width)
+        self.up = QuantLinear(width, 2 * sizes.inner)
+        self.down = QuantLinear(sizes.inner, width)
+        self.first, self.second = (nn.Parameter(torch.ones(width).half()) for _ in range(2))
         for name in ("keys", "values"):
-            cache = torch.zeros(BLOCKS, BLOCK, KV_WIDTH, dtype=torch.float16)
+            cache = torch.zeros(BLOCKS, BLOCK, kv_width, dtype=torch.float16)
             self.register_buffer(name, cache)
 
     def forward(
@@ -65,30 +87,33 @@ class PagedLayer(nn.Module):
         lengths: Tensor | list[int],
     ) -> tuple[Tensor, Tensor]:
         """x, residual (batch, width); slots (batch, 1): a row of the cache for each sequence."""
+        z, batch = self.sizes, self.sizes.batch
         normed = torch_npu.npu_add_rms_norm_dynamic_quant(x, residual, self.first, epsilon=EPSILON)
         quantized, _, residual, scale, _ = normed
         fused = self.qkv(quantized, scale)
-        query, key, value = fused.split((WIDTH, KV_WIDTH, KV_WIDTH), -1)
+        query, key, value = fused.split((z.width, z.kv_width, z.kv_width), -1)
         query, key = torch_npu.npu_apply_rotary_pos_emb(
-            query.reshape(BATCH, 1, HEADS, HEAD), key.reshape(BATCH, 1, KV_HEADS, HEAD), *rotary
+            query.reshape(batch, 1, z.heads, z.head),
+            key.reshape(batch, 1, z.kv_heads, z.head),
+            *rotary,
         )
         for cache, rows in ((self.keys, key), (self.values, value)):
             torch_npu.npu_scatter_nd_update_(
-                cache.view(-1, KV_WIDTH), slots, rows.reshape(BATCH, KV_WIDTH)
+                cache.view(-1, z.kv_width), slots, rows.reshape(batch, z.kv_width)
             )
         attended, _ = torch_npu.npu_fused_infer_attention_score(
-            query.reshape(BATCH, 1, WIDTH),
+            query.reshape(batch, 1, z.width),
             self.keys,
             self.values,
             actual_seq_lengths_kv=lengths,
             block_table=table,
             block_size=BLOCK,
-            num_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
+            num_heads=z.heads,
+            num_key_value_heads=z.kv_heads,
             input_layout="BSH",
-            scale=HEAD**-0.5,
+            scale=z.head**-0.5,
         )
-        projected = self.out(*torch_npu.npu_dynamic_quant(attended.view(BATCH, WIDTH)))
+        projected = self.out(*torch_npu.npu_dynamic_quant(attended.view(batch, z.width)))
         quantized, _, residual, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
             projected, residual, self.second, epsilon=EPSILON
         )
@@ -102,11 +127,12 @@ class PagedLayer(nn.Module):
         return self.down(*gate), residual
 
 
-def step_inputs(position: int, device: str = "npu") -> list[Any]:
+def step_inputs(position: int, device: str = "npu", sizes: Sizes = SMALL) -> list[Any]:
     """The arguments of a step at a position below the block size."""
-    x, residual = (torch.ones(BATCH, WIDTH, dtype=torch.float16, device=device) for _ in range(2))
-    angle = torch.full((BATCH, 1, 1, HEAD), float(position))
+    batch, shape = sizes.batch, (sizes.batch, sizes.width)
+    x, residual = (torch.ones(shape, dtype=torch.float16, device=device) for _ in range(2))
+    angle = torch.full((batch, 1, 1, sizes.head), float(position))
     rotary = tuple(values.half().to(device) for values in (angle.cos(), angle.sin()))
-    table = torch.arange(BLOCKS, dtype=torch.int32).view(BATCH, -1)
+    table = torch.arange(BLOCKS, dtype=torch.int32).view(batch, -1)
     slots = table[:, :1] * BLOCK + position
-    return [x, residual, rotary, slots.to(device), table.to(device), [position + 1] * BATCH]
+    return [x, residual, rotary, slots.to(device), table.to(device), [position + 1] * batch]

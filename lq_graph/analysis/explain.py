@@ -101,7 +101,7 @@ class Explanation:
         product: whose support table was read.
         layers: one for each LinearQuant that was called, in order of the calls.
         graphs: the GE graphs of the whole model.
-        unfused: the same, lowered without our fusions.
+        unfused: the same, lowered without our fusions, and not merged unless the model was.
         fusions: what fused in each graph, and what did not and why
             (`lq_graph.fusion.editor.FusionReport`).
         blocks: the same for each layer of the model, such as model.layers.0, with its kernels.
@@ -200,9 +200,9 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
 
     Works on copies of the model, prepared (`use_internal_format_weight`). One is run once for the
     shapes; each different LinearQuant of it is lowered alone, and so is the vendor's module,
-    prepared by torchair's own function. In the other, layers that read one tensor are merged; it is
-    lowered as a whole, with our fusions and without. Sets torch.npu.config.allow_internal_format to
-    True, as a deployment does.
+    prepared by torchair's own function. It is then lowered as a whole, without our fusions. In the
+    other, layers that read one tensor are merged; it is lowered as a whole, with our fusions. Sets
+    torch.npu.config.allow_internal_format to True, as a deployment does.
 
     Args:
         model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
@@ -249,8 +249,13 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
     _prepare(plain, tuple(arguments))
     with reports() as fusions:
         graphs = _lower(plain, arguments)
-    with fusion(FusionOptions(enabled=False)), reports() as without:
-        unfused = _lower(plain, arguments)
+    with (
+        fusion(FusionOptions(enabled=False)),
+        reports() as without,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "fuse: .* merged layers")  # of a model that was merged
+        unfused = _lower(model, arguments)
     return Explanation(
         npu.get_device_name(),
         product,

@@ -36,18 +36,17 @@ tr:last-child td { border-bottom: 0; }
 .layer { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 16px;
   align-items: start; margin-bottom: 16px; }
 .layer .card { min-width: 0; box-sizing: border-box; }
-.layer td.why { white-space: normal; min-width: 16em; }
+.layer td, .layer th { white-space: normal; } .layer td:first-child { white-space: nowrap; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 6px 12px;
   align-items: center; margin: 0 0 12px; }
 .bar { height: 12px; border-radius: 3px; background: #9aa5b4; }
 .bar.fused { background: #1769aa; } .bar.vendor { background: #c2571a; }
-h3 { font-size: 14px; margin: 0 0 10px; font-weight: 600; overflow-wrap: anywhere; }
+h3 { font-size: 14px; margin: 0 0 10px; font-weight: 600; } h2, h3 { overflow-wrap: anywhere; }
 @media (max-width: 820px) { .layer { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 820px) { .pair { grid-template-columns: 1fr; } }
 """
 
 _MATMUL, _OTHER, _FILL, _ARROW = "#1769aa", "#c2571a", "#eef1f5", "#9aa5b4"
-_LONG = 40  # characters of a cell that may be broken
 # inches: width of a node, gaps to the right of it and below it, height of its head and of a line
 _WIDTH, _GAP, _STEP, _HEAD, _LINE_HEIGHT = 2.5, 0.15, 0.35, 0.36, 0.155
 
@@ -140,8 +139,7 @@ def _table(rows: list[list[object]]) -> str:
         cells = []
         for cell, number in zip(row, numeric, strict=True):
             text = f"{cell:,}" if isinstance(cell, int) else escape(str(cell))
-            kind = " class=number" if number else " class=why" if len(text) > _LONG else ""
-            cells.append(f"<{tag}{kind}>{text}</{tag}>")
+            cells.append(f"<{tag}{' class=number' if number else ''}>{text}</{tag}>")
         return f"<tr>{''.join(cells)}</tr>"
 
     return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
