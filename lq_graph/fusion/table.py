@@ -143,4 +143,13 @@ FUSIONS = (
         exact=True,
         run=quantizations.merge_equal,
     ),
+    Fusion(
+        name="all_dims",
+        what="the first operand of a pointwise call with fewer dims than the result, and as many "
+        "values: a view with all dims, in captured graphs",
+        saves="no kernel; torch's pass that makes calls in place fails on some without it",
+        exact=True,
+        run=shapes.give_all_dims,
+        source="torch.fx.passes.reinplace (PyTorch)",
+    ),
 )
