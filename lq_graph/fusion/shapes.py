@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .editor import Editor, same_shape, shape_of, value_of
+from ..backends.compat import OpOverload
+from .editor import Editor, same_shape, same_size, shape_of, value_of
 from .parts import order_of
+from .rope_rules import CAPTURED
 
-__all__ = ["remove_needless"]
+__all__ = ["give_all_dims", "remove_needless"]
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
@@ -32,6 +34,32 @@ def remove_needless(editor: Editor) -> None:
         if _changes_nothing(node):
             editor.did("shapes", node)
             editor.replace(node, node.args[0])  # type: ignore[arg-type]
+
+
+def give_all_dims(editor: Editor) -> None:
+    """Let the first operand of a pointwise call in a captured graph have all dims of the result.
+
+    The pass that makes such calls in place (torch.fx.passes.reinplace, and torchair's copy of it)
+    compares how many values both have, not their shapes: w (256,) * x (1, 1, 256) would become
+    w.mul_(x), which fails. Cohere's LayerNorm has this. It comes last: patterns know such a w.
+    """
+    if editor.kind != CAPTURED:
+        return
+    for node in list(editor.graph.nodes):
+        if not isinstance(node.target, OpOverload) or torch.Tag.pointwise not in node.target.tags:
+            continue
+        first = node.args[0] if node.args else None
+        if not isinstance(first, Node) or not isinstance(value_of(first), Tensor):
+            continue
+        if not isinstance(value_of(node), Tensor):
+            continue
+        sizes, missing = shape_of(node), len(shape_of(node)) - len(shape_of(first))
+        same = [same_size(*pair) for pair in zip(sizes[missing:], shape_of(first), strict=False)]
+        if missing > 0 and all(same) and all(same_size(size, 1) for size in sizes[:missing]):
+            for _ in range(missing):
+                first = editor.call(_aten.unsqueeze.default, first, 0, before=node)
+            node.update_arg(0, first)
+            editor.did("all_dims", node)
 
 
 def _remove_transpose(editor: Editor, node: Node) -> None:

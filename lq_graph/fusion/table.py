@@ -49,16 +49,6 @@ FUSIONS = (
         run=quantizations.merge_equal_quantizations,
     ),
     Fusion(
-        name="rms_norm",
-        what="the pieces of an RMSNorm, as transformers, torch.nn.RMSNorm and Gemma write it: "
-        "npu_rms_norm",
-        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay, or one of them",
-        exact=False,
-        run=norms.rms_norm,
-        source="npu_rms_norm (Ascend/op-plugin), norm/rms_norm (hicann/ops-nn)",
-        differs="x / rms(x) is not rounded to float16 or bfloat16 before the weight",
-    ),
-    Fusion(
         name="rope",
         what="x * cos + rotated(x) * sin: npu_apply_rotary_pos_emb for query and key in GE graphs, "
         "npu_rotary_mul for each in others (one for both, if they are neighbours in one row of a "
@@ -71,6 +61,16 @@ FUSIONS = (
         differs="npu_rotary_mul does not round the two products; npu_apply_rotary_pos_emb neither, "
         "in bfloat16, and it rounds the sum half away from zero (in float16 it rounds as the "
         "pieces do)",
+    ),
+    Fusion(
+        name="rms_norm",
+        what="the pieces of an RMSNorm, as transformers, torch.nn.RMSNorm and Gemma write it: "
+        "npu_rms_norm",
+        saves="6 to 7 kernels of 7 to 8; of Gemma's 10 the two of 1 + weight stay, or one of them",
+        exact=False,
+        run=norms.rms_norm,
+        source="npu_rms_norm (Ascend/op-plugin), norm/rms_norm (hicann/ops-nn)",
+        differs="x / rms(x) is not rounded to float16 or bfloat16 before the weight",
     ),
     Fusion(
         name="add_rms_norm",
@@ -143,5 +143,14 @@ FUSIONS = (
         saves="1 each",
         exact=True,
         run=quantizations.merge_equal,
+    ),
+    Fusion(
+        name="all_dims",
+        what="the first operand of a pointwise call with fewer dims than the result, and as many "
+        "values: a view with all dims, in captured graphs",
+        saves="no kernel; torch's pass that makes calls in place fails on some without it",
+        exact=True,
+        run=shapes.give_all_dims,
+        source="torch.fx.passes.reinplace (PyTorch)",
     ),
 )

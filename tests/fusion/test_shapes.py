@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch_npu  # noqa: F401
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lq_graph
-from lq_graph.modules.fusion_options import FusionOptions
+from lq_graph.modules.fusion_options import FusionOptions, fusion
+from support.fusing import run
 
 EXACT = FusionOptions(exact=True)
 
@@ -71,3 +72,28 @@ def test_sizes_that_only_run_time_knows() -> None:
     for m in (5, 7):
         x = torch.randn(m, 1, 3, 4)
         assert torch.equal(graph(x), function(x))
+
+
+class Scaled(nn.Module):
+    """A weight of one dim is the first operand of a product with three, as in Cohere's norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 64).half(), requires_grad=False)
+        self.linear = nn.Linear(64, 32).half()
+        lq_graph.quantize(self, lq_graph.A8W8Dynamic())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = self.weight.float() * x.float()
+        return self.linear((1.5 - scaled).half())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_captured_graph_may_work_in_place(exact: bool) -> None:
+    """Without all_dims, the product would be written into a tensor of one dim."""
+    model = Scaled().npu()
+    x = torch.randn(1, 1, 64).half()
+    with fusion(FusionOptions(exact=exact)):
+        found = run(model, "npugraph_ex", x)
+    assert torch.equal(found.results, model(x.npu()).cpu())
+    assert found.report.done("all_dims") == 1
