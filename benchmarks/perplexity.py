@@ -5,8 +5,10 @@
 
 Fused kernels round less often, so the logits differ from those of the exact fusions. Which are
 better is measured against the model in float32, before it was quantized: the mean KL divergence of
-the next token's distribution, and how often the most likely token is the same. "+-" is the standard
-error, over the tokens, of the difference to the first line.
+the next token's distribution, and how often the most likely token is that of float32, and that of
+the exact fusions. "+-" is the standard error, over the tokens, of the difference to the first line.
+The line "last bits" has the exact fusions' arithmetic, and an embedding whose last bits are moved
+at random: what any other rounding does.
 
 Then the greedy text: where the graph would have chosen another token than the CPU, and how far
 apart the two best logits are there.
@@ -51,19 +53,19 @@ class Found:
     Attributes:
         losses: negative log-likelihood of the next token.
         divergences: KL divergence from the float32 model.
-        same: whether the most likely token is that of the float32 model.
+        chosen: the most likely token.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
-    same: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
 
     def add(self, logits: Tensor, reference: Tensor, following: Tensor) -> None:
         """Add a window: logits (n, vocabulary), those of the float32 model, and the next tokens."""
         mine, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
         self.losses.append(-mine.gather(1, following[:, None])[:, 0])
         self.divergences.append((theirs.exp() * (theirs - mine)).sum(-1))
-        self.same.append((logits.argmax(-1) == reference.argmax(-1)).float())
+        self.chosen.append(logits.argmax(-1))
 
 
 class Logits(nn.Module):
@@ -106,6 +108,20 @@ def in_graph(model: Any, options: FusionOptions) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def with_other_last_bits(model: Any) -> Any:
+    """A copy of the quantized model on the CPU, whose embeddings are one step up, down or equal."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        del module, args
+        steps = torch.randint(-1, 2, out.shape, generator=generator, dtype=torch.int16)
+        return (out.view(torch.int16) + steps * (out != 0)).view(out.dtype)
+
+    moved.get_input_embeddings().register_forward_hook(move)
+    return moved
+
+
 def changed(value: Tensor, base: Tensor) -> tuple[float, float]:
     """The mean difference, and its standard error."""
     difference = value - base
@@ -113,18 +129,23 @@ def changed(value: Tensor, base: Tensor) -> tuple[float, float]:
 
 
 def print_table(found: dict[str, Found]) -> None:
-    tokens = sum(map(len, found["exact"].losses))
-    print(f"\n{tokens:,} tokens{'':15}perplexity     change    +-     KL   change       +-   same")
     base = found["exact"]
+    exact, wanted = torch.cat(base.chosen), torch.cat(found["float32"].chosen)
+    print(
+        f"\n{f'{len(exact):,} tokens':30}perplexity   change    +-     KL   change       +-"
+        "  float32  exact"
+    )
     for name, one in found.items():
         losses, divergences = torch.cat(one.losses), torch.cat(one.divergences)
+        chosen = torch.cat(one.chosen)
         loss, loss_error = changed(losses, torch.cat(base.losses))
         divergence, divergence_error = changed(divergences, torch.cat(base.divergences))
         print(
             f"{name:30}{losses.mean().exp():8.3f} {100 * math.expm1(loss):+8.2f} %"
             f" {100 * loss_error:5.2f}"
             f"{divergences.mean():7.4f} {divergence:+8.5f} {divergence_error:8.5f}"
-            f" {100 * torch.cat(one.same).mean():4.1f} %",
+            f"{100 * (chosen == wanted).double().mean():7.1f} %"
+            f"{100 * (chosen == exact).double().mean():6.1f} %",
             flush=True,
         )
 
@@ -182,7 +203,8 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, Found], dict[str
     example = {"input_ids": ids[None, :4], "use_cache": False}
     lq_graph.use_internal_format_weight(on_npu, example=example)
     graphs = {name: in_graph(on_npu, chosen) for name, chosen in ways(options.each).items()}
-    found = {name: Found() for name in ("exact", *graphs, "float32")}
+    moved = with_other_last_bits(model)
+    found = {name: Found() for name in (*graphs, "last bits", "float32")}
     for first in range(0, min(options.tokens, len(ids) - WINDOW), WINDOW):
         start = time.perf_counter()
         window, following = ids[first : first + WINDOW], ids[first + 1 : first + WINDOW + 1]
@@ -190,6 +212,8 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, Found], dict[str
         found["float32"].add(wanted, wanted, following)
         for name, graph in graphs.items():
             found[name].add(graph(window), wanted, following)
+        logits = moved(window[None], use_cache=False).logits[0].float()
+        found["last bits"].add(logits, wanted, following)
         print(f"{first + WINDOW:,} tokens: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print_table(found)
     return found, print_text(model, tokenizer, graphs, options.text)
