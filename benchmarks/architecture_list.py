@@ -31,7 +31,14 @@ _MLA = {
     "num_key_value_heads": 4,
 }
 _EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
-_ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+# all experts for each token: in eight bits, a token between two experts may choose the other one
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+}
 
 
 @dataclass(frozen=True)
