@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from versions import versions
@@ -152,7 +155,68 @@ def fusions() -> str:
     return markdown(["name", "what becomes what", "saves", "exact", "source"], rows)
 
 
-_MADE = (linear_quant, later_dtypes, activations, products, cpu_kernel, versions, fusions)
+# fusions of every graph, which say nothing of a model
+_EVERYWHERE = ("shapes", "equal_quantizations", "npu_operators", "equal_calls")
+
+
+def _measured() -> list[dict[str, Any]]:
+    """What benchmarks/architectures.py left."""
+    lines = (ROOT / "benchmarks/architectures.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def architectures() -> str:
+    """Logits and kernels of public architectures."""
+    rows = []
+    for one in _measured():
+        cells = [f"`{one['name']}`", one["note"]]
+        for mode in ("GE", "npugraph_ex"):
+            cosines = one["cosines"].get(f"{mode} fused")
+            if cosines is None:
+                cells += ["refused", "", ""]
+                continue
+            least = math.floor(min(cosines) * 1e4) / 1e4
+            ways = [one["kernels"].get(f"{mode} {way}", "") for way in ("fused", "unfused")]
+            ways = [str(kernels) for kernels in ways]
+            cells += [f"{least:.4f}", *ways]
+        rows.append(cells)
+    head = ["model", "what is special", "GE: cosine", "fused", "unfused"]
+    return markdown([*head, "npugraph_ex: cosine", "fused", "unfused"], rows)
+
+
+def architectures_fused() -> str:
+    """What fused in public architectures, and what was left."""
+    rows = []
+    for one in _measured():
+        reasons = {why: [mode] for mode, why in one["errors"].items()}
+        done: dict[str, str] = {}
+        for mode, found in one["step"].items():
+            fused = [(n, name) for name, n, why in found if not why and name not in _EVERYWHERE]
+            done[mode] = ", ".join(f"{n} {name}" for n, name in fused) or "-"
+            for name, _, why in found:
+                if why:
+                    reasons.setdefault(f"{name}: {why}", []).append(mode)
+        what = {f"{mode}: {text}" for mode, text in done.items()}
+        if len(set(done.values())) == 1:
+            what = set(done.values())
+        left = [f"{modes[0]}: {why}" if len(modes) == 1 else why for why, modes in reasons.items()]
+        floats = [f"{n} {kind}" for kind, n in one["layers"].items() if kind != "quantized"]
+        left += [f"float: {', '.join(floats)}"] if floats else []
+        rows.append([f"`{one['name']}`", "; ".join(sorted(what)), "; ".join(left)])
+    return markdown(["model", "fused in a layer", "left, because"], rows)
+
+
+_MADE = (
+    linear_quant,
+    later_dtypes,
+    activations,
+    products,
+    cpu_kernel,
+    versions,
+    fusions,
+    architectures,
+    architectures_fused,
+)
 TABLES = {made.__name__: made for made in _MADE}
 
 

@@ -51,8 +51,8 @@ def give_all_dims(editor: Editor) -> None:
         first = node.args[0] if node.args else None
         if not isinstance(first, Node) or not isinstance(value_of(first), Tensor):
             continue
-        if not isinstance(value_of(node), Tensor):
-            continue
+        if not isinstance(value_of(node), Tensor) or not value_of(first).dim():
+            continue  # with dims, a tensor of none would change the dtype of the result
         sizes, missing = shape_of(node), len(shape_of(node)) - len(shape_of(first))
         same = [same_size(*pair) for pair in zip(sizes[missing:], shape_of(first), strict=False)]
         if missing > 0 and all(same) and all(same_size(size, 1) for size in sizes[:missing]):
