@@ -9,9 +9,15 @@ docs/add.md tells how to add an operator: its functions, then its record in OPER
 names functions as "module:function": `import lq_graph` registers the operators and must stay light.
 It loads this module and torch only, and a function's module is imported at the first call.
 
-Some arguments are for the fusions of a graph alone, and no kernel reads them: `float_scale`, and
-those of static_quant after `offset`. The operators that replace ours read them, and a graph could
-compute them only by more kernels.
+Some arguments of the operators are for the fusions of a graph alone, and no kernel reads them. The
+operators that replace ours read them, and a graph could compute them only by more kernels. They
+hold the numbers of other arguments once more, so the functions do not take them: only our layers,
+which derive them, pass them to the operators.
+
+    linear_quant    float_scale: the values of a packed scale, float32 with its shape
+    static_quant    scale, zero_point: 1 / scale_reciprocal and offset, float32 (1,)
+                    reciprocals, zero_points: scale_reciprocal and offset for each of k, (k,):
+                    float32 and int32, or both bfloat16 if x is bfloat16
 
 `Library.define` is used rather than `custom_op`, whose Python wrapper costs more per call than
 the epilogue of a small layer.
@@ -66,6 +72,7 @@ class Operator:
         converter: lowers a call to GE nodes, for torchair.
         sharding: how DTensor may split a call.
         torch_func: the kernel inside torch.func's transforms.
+        for_fusions: the arguments of the schema that lq_graph's function does not take.
     """
 
     name: str
@@ -78,6 +85,7 @@ class Operator:
     converter: str
     sharding: str
     torch_func: str = "backends.derivatives:under_torch_func"
+    for_fusions: tuple[str, ...] = ()
 
     @property
     def overload(self) -> OpOverload:
@@ -99,6 +107,7 @@ OPERATORS = (
         autocast=NotNeeded("its activations are int8 or int4"),
         converter="converters.linear_quant:linear_quant",
         sharding="parallel.sharding:linear_quant",
+        for_fusions=("float_scale",),
     ),
     Operator(
         name="trans_quant_param",
@@ -133,6 +142,7 @@ OPERATORS = (
         autocast="backends.autocast:static_quant",
         converter="converters.linear_quant:static_quant",
         sharding="parallel.sharding:static_quant",
+        for_fusions=("scale", "zero_point", "reciprocals", "zero_points"),
     ),
 )
 
@@ -242,7 +252,6 @@ def linear_quant(
     bias: Tensor | None = None,
     *,
     output_dtype: torch.dtype | None = None,
-    float_scale: Tensor | None = None,
 ) -> Tensor:
     """Quantized linear layer: `x1 @ weight.T`, scaled, on CPU, NPU, meta and in graphs.
 
@@ -258,8 +267,6 @@ def linear_quant(
         bias: int32 (added before the scale), or a float dtype if the row of the support table has
             it (added last); (n,) or (batch, 1, n).
         output_dtype: torch.int8 (default), float16, bfloat16 or int32.
-        float_scale: the values of a packed scale, float32 with its shape. The kernels do not read
-            it. In a graph it lets the scale be applied by the operator after the product.
 
     Returns:
         (..., m, n) of output_dtype.
@@ -278,7 +285,6 @@ def linear_quant(
         pertoken_scale,
         bias,
         output_dtype=output_dtype,
-        float_scale=float_scale,
     )
     return out
 
@@ -338,16 +344,7 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
     return out
 
 
-def static_quant(
-    x: Tensor,
-    scale_reciprocal: Tensor,
-    offset: Tensor | None = None,
-    *,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    reciprocals: Tensor | None = None,
-    zero_points: Tensor | None = None,
-) -> Tensor:
+def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = None) -> Tensor:
     """Quantize activations with a scale from calibration.
 
     Args:
@@ -355,11 +352,6 @@ def static_quant(
         scale_reciprocal: 1 / scale, in the dtype of x, (1,) or (k,). The chip multiplies by it, so
             its rounding changes the numbers.
         offset: the zero point, with the dtype and shape of scale_reciprocal; None for 0.
-        scale, zero_point: the same numbers, float32 (1,): 1 / scale_reciprocal, and offset. Here
-            and below: the kernels do not read them; in a graph they let the operator before
-            quantize.
-        reciprocals, zero_points: the same numbers for each of k, (k,): float32 and int32, or both
-            bfloat16 if x is bfloat16.
 
     Returns:
         int8, x's shape: x * scale_reciprocal + offset in float32, rounded half to even, clamped to
@@ -377,13 +369,5 @@ def static_quant(
 
     Source: torch_npu.npu_quantize with div_mode=False; aclnnAscendQuantV3.md (hicann/ops-nn).
     """
-    out: Tensor = _static_quant(
-        x,
-        scale_reciprocal,
-        offset,
-        scale=scale,
-        zero_point=zero_point,
-        reciprocals=reciprocals,
-        zero_points=zero_points,
-    )
+    out: Tensor = _static_quant(x, scale_reciprocal, offset)
     return out

@@ -66,7 +66,9 @@ class LinearQuant(nn.Module):
         weight: int8 (out_features, in_features), or int32 (out_features, in_features / 8) carrying
             int4; not transposed. A tensor (..., n, k) may be assigned.
         scale: float32 (out_features,). A float32, bfloat16 or packed int64 tensor, (1,) or
-            (out_features,), may be assigned.
+            (out_features,), may be assigned. A graph may read the values of a packed scale from a
+            copy, which it makes when it is compiled, loaded or assigned to: afterwards assign a
+            new Parameter instead of writing in place.
         offset: float32 (out_features,), or None.
         pertoken_scale: float32 (1,), or None. It needs one value for each row of the input, so
             assign it, or pass it to forward.
@@ -156,6 +158,9 @@ class LinearQuant(nn.Module):
         """
         if self._weight_format:  # a guard of torch.compile: another format compiles again
             pass
+        in_graph = torch.compiler.is_dynamo_compiling() and not is_exporting()
+        if in_graph:
+            self._note_scale_written()
         own: dict[str, Any] = self._parameters
         # Read the dict: nn.Module.__getattr__ takes a microsecond for each attribute. Only a
         # parametrized layer needs it.
@@ -172,10 +177,10 @@ class LinearQuant(nn.Module):
         if self.x2_dtype is not None:
             _check_stated("x2", weight, self.x2_dtype)
         given: dict[str, Any] = {}
-        values: Any = self._buffers["_unpacked_scale"]
-        in_graph = values is not None and torch.compiler.is_compiling() and not is_exporting()
-        if in_graph and x1.device.type == "npu" and values.shape == scale.shape:  # not split
-            given["float_scale"] = values
+        if in_graph and x1.device.type == "npu":
+            values: Any = self._buffers["_unpacked_scale"]
+            if values is not None and values.shape == scale.shape:  # not split
+                given["float_scale"] = values
         out: Tensor = _linear_quant(
             x1,
             weight,
@@ -213,8 +218,8 @@ class LinearQuant(nn.Module):
 
     def note_scale(self) -> None:
         """Unpack a packed scale, for fused operators: they read it in float32, and a graph can see
-        no values. All code that packs or replaces the scale calls this; only `scale.data = ...`
-        cannot."""
+        no values. All code that packs or replaces the scale calls this, and torch.compile does for
+        a new graph; a graph that is there already does not notice a write in place."""
         scale = self._parameters.get("scale")
         if type(scale) is not Parameter or scale.dtype != torch.int64 or scale.is_meta:
             self._unpacked_scale = None
@@ -222,10 +227,20 @@ class LinearQuant(nn.Module):
         known = self._unpacked_scale
         with torch.inference_mode(False), torch.no_grad():
             values = unpack_scale(scale.data.cpu())[0].to(scale.device)
-            if known is not None and (known.shape, known.device) == (values.shape, values.device):
-                known.copy_(values)  # graphs that were captured read this memory
-            else:
+            fits = known is not None and (known.shape, known.device) == (
+                values.shape,
+                values.device,
+            )
+            if known is None or not fits or known.is_inference():  # that cannot be written
                 self._unpacked_scale = values
+            elif not torch.equal(known, values):
+                known.copy_(values)  # graphs that were captured read this memory
+
+    @torch.compiler.assume_constant_result
+    def _note_scale_written(self) -> int:
+        """While torch.compile traces: the scale may have been written in place before."""
+        self.note_scale()
+        return 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -56,10 +56,10 @@ class QuantizedLinear(nn.Module):
             input_scale and input_offset. Set it only for a layer whose input is the int8 output of
             another layer.
 
-    `input_scale` and `input_offset` may be assigned, loaded, or written in place. The layer does
-    not notice two kinds of writes: one for which torch counts no version
-    (`input_scale.data.copy_()`), and one in place while the layer runs only compiled. Assign a new
-    tensor instead.
+    `input_scale` and `input_offset` may be assigned, loaded, or written in place. torch.compile
+    reads them when it makes a graph. Otherwise the layer does not notice two kinds of writes: one
+    for which torch counts no version (`input_scale.data.copy_()`), and one in place while the layer
+    runs only compiled, or before torch.export. Assign a new tensor instead.
 
     Shape:
         input (..., in_features) to output (..., out_features); the number of rows may be 0.
@@ -121,10 +121,10 @@ class QuantizedLinear(nn.Module):
         self._derive()
 
     def _derive(self) -> None:
-        self._derived_from = None
-        for name in (*_QUANTIZER, *_FORMS):
-            setattr(self, name, None)
         if self.input_scale is None or self.input_offset is None:
+            self._derived_from = None
+            for name in (*_QUANTIZER, *_FORMS):
+                setattr(self, name, None)
             return
         if self.input_dtype not in (torch.float16, torch.bfloat16):
             raise LinearQuantTypeError(
@@ -158,6 +158,14 @@ class QuantizedLinear(nn.Module):
             ):
                 self._derive()
                 return
+
+    @torch.compiler.assume_constant_result
+    def _derive_for_graph(self) -> int:
+        """While torch.compile traces: derive from what the scale and the offset are now. Equal
+        values leave the same tensors."""
+        if all(type(self._buffers.get(name)) is Tensor for name in ("input_scale", "input_offset")):
+            self._derive()
+        return 0
 
     @classmethod
     def _plain(cls) -> QuantizedLinear:
@@ -267,6 +275,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         linear: Any = self.linear
+        if torch.compiler.is_dynamo_compiling():  # before a buffer is read
+            self._derive_for_graph()
         if not torch.compiler.is_compiling() and (merged := merged_of(linear)) is not None:
             self._derive_again()
             quantizers = self._scale_reciprocal, self._offset

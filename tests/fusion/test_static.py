@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.parametrize
 import torchair
 from torch import Tensor, nn
 
@@ -320,6 +321,68 @@ def test_a_compiled_graph_reads_a_loaded_scale(mode: str) -> None:
     assert (after - want).abs().max() < 0.02 * scale < (after - before).abs().max()
 
 
+def packed(model: Any, factor: float) -> Tensor:
+    return lq_graph.trans_quant_param(model.gate.linear.merged._unpacked_scale * factor)
+
+
+# how a scale is written, so that the module does not hear of it
+WRITES = {
+    "scale.copy_": lambda m: m.gate.linear.merged.scale.copy_(packed(m, 1.5)),
+    "scale.data.copy_": lambda m: m.gate.linear.merged.scale.data.copy_(packed(m, 1.5)),
+    "scale.data =": lambda m: setattr(m.gate.linear.merged.scale, "data", packed(m, 1.5)),
+    "input_scale.mul_": lambda m: m.down.input_scale.mul_(1.5),
+    "input_scale.data.mul_": lambda m: m.down.input_scale.data.mul_(1.5),
+    "all input_scale": lambda m: [
+        each.input_scale.data.mul_(1.5) for each in (m.gate, m.up, m.down)
+    ],
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_a_graph_reads_what_was_written_before_it(write: Any) -> None:
+    _, model = model_of(Mlp, F16)
+    x, _ = inputs_of(F16)
+    with torch.no_grad():
+        before = model(x.npu()).cpu()
+        write(model)
+        fused = run(model, "GE", x)
+        for layer in (model.gate, model.up, model.down):
+            layer.input_scale = layer.input_scale.clone()
+        want = model(x.npu()).cpu()  # by the packed scale itself
+    assert fused.report.done("swiglu") == 1
+    scale = float(want.abs().max())
+    assert (fused.results - want).abs().max() < 0.05 * scale < (want - before).abs().max()
+
+
+def test_a_scale_that_is_computed_is_read() -> None:
+    """By torch's parametrizations: the layer has no packed scale of its own."""
+    _, model = model_of(Mlp, F16)
+    merged = model.gate.linear.merged
+    larger = packed(model, 1.5)
+
+    class Larger(nn.Module):
+        def forward(self, scale: Tensor) -> Tensor:
+            return torch.where(scale != 0, larger, scale)
+
+    nn.utils.parametrize.register_parametrization(merged, "scale", Larger(), unsafe=True)
+    x, _ = inputs_of(F16)
+    with torch.no_grad():
+        want = model(x.npu()).cpu()
+    fused = run(model, "GE", x)
+    assert SWIGLU not in fused.kernels
+    assert (fused.results - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_a_copy_made_in_inference_mode_is_replaced() -> None:
+    _, model = model_of(Mlp, F16)
+    larger = packed(model, 1.5)
+    with torch.inference_mode():
+        model = model.cpu().npu()
+    merged = model.gate.linear.merged
+    merged.scale = nn.Parameter(larger, False)
+    assert torch.equal(lq_graph.trans_quant_param(merged._unpacked_scale), larger)
+
+
 def test_an_exported_program_has_no_forms() -> None:
     plain, _ = model_of(Projections, F16)
     program = torch.export.export(plain, inputs_of(F16))
@@ -356,7 +419,8 @@ def test_forms_that_do_not_fit() -> None:
         gate, up = lq_graph.linear_quant(q, w, one, None, p, output_dtype=F16).chunk(2, -1)
         y = nn.functional.silu(gate) * up
         points = torch.zeros_like(scale)
-        return lq_graph.static_quant(y, r.to(F16), scale=scale, zero_point=points)
+        static_quant = torch.ops.lq_graph.static_quant.default
+        return static_quant(y, r.to(F16), scale=scale, zero_point=points)
 
     for scale in (r.reciprocal().half(), r.reciprocal().expand(H).contiguous()):
         fused = run(layer, "GE", x, w, one, r, scale)
