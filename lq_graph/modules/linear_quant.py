@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ..backends.npu import cast_format, format_of
-from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+from ..errors import LinearQuantError, LinearQuantValueError
 from ..kernels import (
     INT4_PER_INT32,
     PartialGroupError,
@@ -21,9 +21,9 @@ from ..kernels import (
 )
 from ..ops import trans_quant_param
 from ..rules.plan import check_finite
-from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 from .fusion_options import FusionOptions, get_fusion
+from .stated_dtypes import check_stated, storage_dtype
 
 __all__ = [
     "PARAMETERS",
@@ -110,7 +110,7 @@ class LinearQuant(nn.Module):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
-        storage = _storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
+        storage = storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
         if group_size not in (None, 0):
             raise LinearQuantValueError(
                 f"LinearQuant: group_size is {group_size}; per-group scales have no row in the "
@@ -173,9 +173,9 @@ class LinearQuant(nn.Module):
         if self.in_features % INT4_PER_INT32:
             check_whole_words("LinearQuant", self.in_features, weight)
         if self.x1_dtype is not None:
-            _check_stated("x1", x1, self.x1_dtype)
+            check_stated("x1", x1, self.x1_dtype)
         if self.x2_dtype is not None:
-            _check_stated("x2", weight, self.x2_dtype)
+            check_stated("x2", weight, self.x2_dtype)
         given: dict[str, Any] = {}
         if in_graph and x1.device.type == "npu":
             values: Any = self._buffers["_unpacked_scale"]
@@ -472,41 +472,7 @@ def _pack(scale: Tensor, offset: Tensor | None) -> Tensor:
     return trans_quant_param(scale, offset)
 
 
-def _check_stated(name: str, tensor: Tensor, stated: torch.dtype) -> None:
-    """Check a tensor against the dtype that the constructor got."""
-    if tensor.dtype != stated:
-        tensor_name = "weight" if name == "x2" else name
-        raise refused(
-            LinearQuantTypeError,
-            "LinearQuant",
-            tensor_name,
-            f"{tensor_name} is {dtype_name(tensor.dtype)}, and the layer was made with "
-            f"{name}_dtype={dtype_name(stated)}",
-            dtype_name(stated),
-            f"pass {dtype_name(stated)}",
-            f"leave {name}_dtype at None",
-        )
-
-
 def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     """Every dtype that some row of the tables allows for a tensor."""
     columns = ((row.storage,) if name == "weight" else getattr(row, name) for row in ROWS)
     return tuple(dict.fromkeys(d for column in columns for d in column if d is not None))
-
-
-def _storage_dtype(**given: torch.dtype | None) -> torch.dtype:
-    """The dtype on which the constructor's three dtype arguments agree; int8 if none is given."""
-    chosen: dict[str, torch.dtype] = {k: v for k, v in given.items() if v is not None}
-    for name, dtype in chosen.items():
-        if dtype not in STORAGE_DTYPES:
-            raise LinearQuantTypeError(
-                f"LinearQuant: {name} is {dtype}; allowed are torch.int8 and torch.int32 (eight "
-                "int4 each). What to do: leave it None for int8. The output's dtype is "
-                "output_dtype."
-            )
-    if len(set(chosen.values())) > 1:
-        listed = ", ".join(f"{name}={dtype_name(dtype)}" for name, dtype in chosen.items())
-        raise LinearQuantTypeError(
-            f"LinearQuant: {listed}; input and weight have one dtype. What to do: give one of them."
-        )
-    return next(iter(chosen.values()), torch.int8)
