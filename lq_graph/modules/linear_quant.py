@@ -20,6 +20,7 @@ from ..kernels import (
     unpack_scale,
 )
 from ..ops import trans_quant_param
+from ..rules.dtypes import storage_dtype
 from ..rules.plan import check_finite
 from ..rules.refusal import refused
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
@@ -110,7 +111,7 @@ class LinearQuant(nn.Module):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
-        storage = _storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
+        storage = storage_dtype(dtype=dtype, x1_dtype=x1_dtype, x2_dtype=x2_dtype)
         if group_size not in (None, 0):
             raise LinearQuantValueError(
                 f"LinearQuant: group_size is {group_size}; per-group scales have no row in the "
@@ -492,21 +493,3 @@ def _dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     """Every dtype that some row of the tables allows for a tensor."""
     columns = ((row.storage,) if name == "weight" else getattr(row, name) for row in ROWS)
     return tuple(dict.fromkeys(d for column in columns for d in column if d is not None))
-
-
-def _storage_dtype(**given: torch.dtype | None) -> torch.dtype:
-    """The dtype on which the constructor's three dtype arguments agree; int8 if none is given."""
-    chosen: dict[str, torch.dtype] = {k: v for k, v in given.items() if v is not None}
-    for name, dtype in chosen.items():
-        if dtype not in STORAGE_DTYPES:
-            raise LinearQuantTypeError(
-                f"LinearQuant: {name} is {dtype}; allowed are torch.int8 and torch.int32 (eight "
-                "int4 each). What to do: leave it None for int8. The output's dtype is "
-                "output_dtype."
-            )
-    if len(set(chosen.values())) > 1:
-        listed = ", ".join(f"{name}={dtype_name(dtype)}" for name, dtype in chosen.items())
-        raise LinearQuantTypeError(
-            f"LinearQuant: {listed}; input and weight have one dtype. What to do: give one of them."
-        )
-    return next(iter(chosen.values()), torch.int8)
