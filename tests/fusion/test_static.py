@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.utils.parametrize
 import torchair
 from torch import Tensor, nn
 
@@ -24,9 +23,10 @@ from lq_graph import converters
 from lq_graph.modules.fusion_options import FusionOptions, put_fusion
 from support import golden_fused
 from support.eager import BF16, F16, F32, I8
-from support.fused import EPSILON, K, as_array, assert_bits, exact, norm_of
+from support.fused import K, as_array, assert_bits, exact, norm_of
 from support.fusing import MODES, run
 from support.has import need_converter, need_operator
+from support.static_models import H, Mlp, Projections, inputs_of, layers_of, model_of, prepared
 
 pytestmark = [
     pytest.mark.skipif(not cann_host.is_active(), reason="runs on cann_host only"),
@@ -34,7 +34,6 @@ pytestmark = [
 ]
 EACH_MODE = pytest.mark.parametrize("mode", MODES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-H = 96
 HELD = ("_scale_reciprocal", "_offset", "_scale", "_zero_point", "_reciprocals", "_zero_points")
 NORM_QUANT, PRODUCT = "npu.npu_add_rms_norm_quant.default", "lq_graph.linear_quant.default"
 SWIGLU, QUANT = "npu.npu_dequant_swiglu_quant.default", "lq_graph.static_quant.default"
@@ -48,60 +47,6 @@ def _fresh() -> Iterator[None]:
     torch.npu.config.allow_internal_format = True
     yield
     put_fusion(None)
-
-
-class Projections(nn.Module):
-    """A sum, its norm as transformers writes it, and three layers that read the norm."""
-
-    def __init__(self, dtype: torch.dtype, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(exact(K, dtype=dtype, seed=2))
-        self.q, self.k, self.v = (nn.Linear(K, n, bias=bias, dtype=dtype) for n in (64, 32, 32))
-
-    def forward(self, x: Tensor, residual: Tensor) -> Any:
-        total = x + residual
-        wide = total.to(F32)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
-        y = self.weight * wide.to(x.dtype)
-        return torch.cat([self.q(y), self.k(y), self.v(y)], -1), total
-
-
-class Mlp(nn.Module):
-    """As transformers writes it."""
-
-    def __init__(self, dtype: torch.dtype, bias: bool = False) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(K, H, bias=bias, dtype=dtype) for _ in range(2))
-        self.down = nn.Linear(H, K, bias=bias, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-        return result
-
-
-def layers_of(model: Any) -> list[Any]:
-    return [model.q, model.k, model.v]
-
-
-def inputs_of(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return exact(2, 3, K, dtype=dtype), exact(2, 3, K, dtype=dtype, seed=1)
-
-
-def model_of(kind: Any, dtype: torch.dtype, merge: bool = True, **options: Any) -> tuple[Any, Any]:
-    """A calibrated static model on the CPU, and prepared on the NPU."""
-    torch.manual_seed(0)
-    plain = kind(dtype, bias=options.pop("bias", False)).eval().requires_grad_(False)
-    inputs = inputs_of(dtype)[: 1 if kind is Mlp else 2]
-    lq_graph.quantize(plain, lq_graph.A8W8Static(**options), [inputs])
-    return plain, prepared(plain, merge, inputs)
-
-
-def prepared(plain: Any, merge: bool, inputs: tuple[Tensor, ...]) -> Any:
-    model = copy.deepcopy(plain).npu()
-    if merge:
-        lq_graph.merge(model, *(x.npu() for x in inputs))
-    lq_graph.use_internal_format_weight(model)
-    return model
 
 
 # ---- the golden ----
@@ -319,68 +264,6 @@ def test_a_compiled_graph_reads_a_loaded_scale(mode: str) -> None:
         after, want = step(x.npu()).cpu(), plain(x)
     scale = float(want.abs().max())
     assert (after - want).abs().max() < 0.02 * scale < (after - before).abs().max()
-
-
-def packed(model: Any, factor: float) -> Tensor:
-    return lq_graph.trans_quant_param(model.gate.linear.merged._unpacked_scale * factor)
-
-
-# how a scale is written, so that the module does not hear of it
-WRITES = {
-    "scale.copy_": lambda m: m.gate.linear.merged.scale.copy_(packed(m, 1.5)),
-    "scale.data.copy_": lambda m: m.gate.linear.merged.scale.data.copy_(packed(m, 1.5)),
-    "scale.data =": lambda m: setattr(m.gate.linear.merged.scale, "data", packed(m, 1.5)),
-    "input_scale.mul_": lambda m: m.down.input_scale.mul_(1.5),
-    "input_scale.data.mul_": lambda m: m.down.input_scale.data.mul_(1.5),
-    "all input_scale": lambda m: [
-        each.input_scale.data.mul_(1.5) for each in (m.gate, m.up, m.down)
-    ],
-}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
-def test_a_graph_reads_what_was_written_before_it(write: Any) -> None:
-    _, model = model_of(Mlp, F16)
-    x, _ = inputs_of(F16)
-    with torch.no_grad():
-        before = model(x.npu()).cpu()
-        write(model)
-        fused = run(model, "GE", x)
-        for layer in (model.gate, model.up, model.down):
-            layer.input_scale = layer.input_scale.clone()
-        want = model(x.npu()).cpu()  # by the packed scale itself
-    assert fused.report.done("swiglu") == 1
-    scale = float(want.abs().max())
-    assert (fused.results - want).abs().max() < 0.05 * scale < (want - before).abs().max()
-
-
-def test_a_scale_that_is_computed_is_read() -> None:
-    """By torch's parametrizations: the layer has no packed scale of its own."""
-    _, model = model_of(Mlp, F16)
-    merged = model.gate.linear.merged
-    larger = packed(model, 1.5)
-
-    class Larger(nn.Module):
-        def forward(self, scale: Tensor) -> Tensor:
-            return torch.where(scale != 0, larger, scale)
-
-    nn.utils.parametrize.register_parametrization(merged, "scale", Larger(), unsafe=True)
-    x, _ = inputs_of(F16)
-    with torch.no_grad():
-        want = model(x.npu()).cpu()
-    fused = run(model, "GE", x)
-    assert SWIGLU not in fused.kernels
-    assert (fused.results - want).abs().max() < 0.02 * want.abs().max()
-
-
-def test_a_copy_made_in_inference_mode_is_replaced() -> None:
-    _, model = model_of(Mlp, F16)
-    larger = packed(model, 1.5)
-    with torch.inference_mode():
-        model = model.cpu().npu()
-    merged = model.gate.linear.merged
-    merged.scale = nn.Parameter(larger, False)
-    assert torch.equal(lq_graph.trans_quant_param(merged._unpacked_scale), larger)
 
 
 def test_an_exported_program_has_no_forms() -> None:
