@@ -20,7 +20,6 @@ from ..kernels import (
     unpack_scale,
 )
 from ..ops import trans_quant_param
-from ..rules.dtypes import storage_dtype
 from ..rules.plan import check_finite
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 from .fusion_options import FusionOptions, get_fusion

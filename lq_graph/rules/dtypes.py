@@ -23,7 +23,7 @@ from .tables import (
     storage_name,
 )
 
-__all__ = ["row_of_dtypes", "storage_dtype"]
+__all__ = ["row_of_dtypes"]
 
 _BIAS_ORDER = "an int32 bias is added before the scale, a float bias after it"
 _PACKED = "int64 is the packed form of lq_graph.trans_quant_param"
@@ -213,21 +213,3 @@ def _taken_by_aclnn(
     if product.key == "310P" and "pertoken_scale" in blamed and pertoken == torch.float32:
         return "the newest aclnn takes one in some calls, but no graph does"
     return ""
-
-
-def storage_dtype(**given: torch.dtype | None) -> torch.dtype:
-    """The dtype on which the constructor's three dtype arguments agree; int8 if none is given."""
-    chosen: dict[str, torch.dtype] = {k: v for k, v in given.items() if v is not None}
-    for name, dtype in chosen.items():
-        if dtype not in STORAGE_DTYPES:
-            raise LinearQuantTypeError(
-                f"LinearQuant: {name} is {dtype}; allowed are torch.int8 and torch.int32 (eight "
-                "int4 each). What to do: leave it None for int8. The output's dtype is "
-                "output_dtype."
-            )
-    if len(set(chosen.values())) > 1:
-        listed = ", ".join(f"{name}={dtype_name(dtype)}" for name, dtype in chosen.items())
-        raise LinearQuantTypeError(
-            f"LinearQuant: {listed}; input and weight have one dtype. What to do: give one of them."
-        )
-    return next(iter(chosen.values()), torch.int8)
