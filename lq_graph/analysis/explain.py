@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..backends.compat_npu import import_torchair
-from ..errors import LinearQuantValueError
+from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..fusion.editor import FusionReport
 from ..fusion.passes import reports
 from ..modules.fusion_options import FusionOptions, fusion
 from ..modules.linear_quant import LinearQuant
 from ..modules.merged import MergedLinear
 from ..modules.prepare import use_internal_format_weight
+from ..modules.runs import arguments_of
 from ..modules.vendor import convert
 from ..reports import table
 from ..rules.plan import Plan, Spec, plan
@@ -195,7 +197,9 @@ class Explanation:
         Path(path).write_text(page(self))
 
 
-def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = None) -> Explanation:
+def explain(
+    model: nn.Module, inputs: Tensor | Sequence[Any], *, peak: Peak | None = None
+) -> Explanation:
     """Lower a model as for deployment, and show the GE nodes of each quantized layer.
 
     Works on copies of the model, prepared (`use_internal_format_weight`). One is run once for the
@@ -206,7 +210,7 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
 
     Args:
         model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
-        inputs: the model's positional arguments.
+        inputs: the model's positional arguments, or a tensor that is the only one.
         peak: figures of your chip, for the bounds; default `lq_graph.rules.tables.PEAKS`, rough
             figures for each product.
 
@@ -215,16 +219,18 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
 
     Raises:
         LinearQuantValueError: neither an NPU nor cann_host, or no LinearQuant layer was called.
+        LinearQuantTypeError: inputs are neither a tensor nor a tuple or list.
         LinearQuantError: a layer that cannot be converted, prepared or run.
 
     Source: torchair's lowering, read by `lq_graph.converters.graph`.
     """
+    arguments = _by_position(inputs)
     npu = require_npu()
     npu.config.allow_internal_format = True
     model = convert(copy.deepcopy(model)).to("npu").eval()
     plain = copy.deepcopy(model)
     _prepare(model)
-    arguments = [tensor.to("npu") for tensor in inputs]
+    arguments = tree_map_only(Tensor, lambda tensor: tensor.to("npu"), arguments)
     calls = _calls(model, arguments)
     if not calls:
         raise LinearQuantValueError(
@@ -268,7 +274,18 @@ def explain(model: nn.Module, inputs: Sequence[Tensor], *, peak: Peak | None = N
     )
 
 
-def _prepare(model: nn.Module, example: tuple[Tensor, ...] | None = None) -> None:
+def _by_position(inputs: Any) -> list[Any]:
+    positional, by_keyword = arguments_of(inputs, "explain: inputs are")
+    if by_keyword:
+        raise LinearQuantTypeError(
+            "explain: inputs are a mapping; allowed are a tensor, and a tuple or list of "
+            "positional arguments. What to do: wrap the model in a module whose forward takes "
+            "them by position."
+        )
+    return list(positional)
+
+
+def _prepare(model: nn.Module, example: tuple[Any, ...] | None = None) -> None:
     with warnings.catch_warnings():
         # the copy has no graphs yet, but others in this process may
         warnings.filterwarnings("ignore", "use_internal_format_weight: formats of weights changed")
@@ -291,7 +308,7 @@ def require_npu() -> Any:
 
 
 def _calls(
-    model: nn.Module, arguments: list[Tensor]
+    model: nn.Module, arguments: list[Any]
 ) -> list[tuple[str, LinearQuant, Tensor, Tensor | None]]:
     """Each LinearQuant call of one run: name, layer, input, runtime pertoken_scale."""
     calls: list[tuple[str, LinearQuant, Tensor, Tensor | None]] = []
@@ -371,7 +388,7 @@ def _as_one_layer(layer: LinearQuant) -> LinearQuant:
     return one
 
 
-def _lower(model: nn.Module, arguments: list[Tensor]) -> list[Any]:
+def _lower(model: nn.Module, arguments: list[Any]) -> list[Any]:
     """The GE graphs of a model."""
     torchair = import_torchair()
 

@@ -14,6 +14,7 @@ from torch import nn
 from lq_graph import (
     A8W8Dynamic,
     LinearQuant,
+    LinearQuantTypeError,
     LinearQuantValueError,
     QuantizedLinear,
     command_line,
@@ -116,6 +117,11 @@ def test_a_model_without_quantized_layers_is_refused() -> None:
         explain(nn.Linear(4, 4), (torch.ones(1, 4),))
 
 
+def test_inputs_by_keyword_are_refused() -> None:
+    with pytest.raises(LinearQuantTypeError, match="inputs are a mapping; allowed are a tensor"):
+        explain(Model(), {"x": inputs()[0]})
+
+
 def test_command_line(tmp_path: Path, capsys) -> None:
     page = tmp_path / "page.html"
     model = f"{EXAMPLES / 'graph_mode.py'}:example"
@@ -162,7 +168,7 @@ class Three(nn.Module):
 
 
 def test_what_fused_is_said() -> None:
-    told = explain(Three(), [torch.randn(4, 32).half()])
+    told = explain(Three(), torch.randn(4, 32).half())
     launches = [[node.op for node in graphs[0].launches] for graphs in (told.unfused, told.graphs)]
     assert [ops.count("DynamicQuant") for ops in launches] == [3, 1]
     assert [ops.count("QuantBatchMatmulV3") for ops in launches] == [3, 1]  # merged
