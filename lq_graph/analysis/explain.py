@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..backends.compat_npu import import_torchair
 from ..errors import LinearQuantTypeError, LinearQuantValueError
@@ -230,7 +229,7 @@ def explain(
     model = convert(copy.deepcopy(model)).to("npu").eval()
     plain = copy.deepcopy(model)
     _prepare(model)
-    arguments = tree_map_only(Tensor, lambda tensor: tensor.to("npu"), arguments)
+    arguments = [one.to("npu") if isinstance(one, Tensor) else one for one in arguments]
     calls = _calls(model, arguments)
     if not calls:
         raise LinearQuantValueError(
