@@ -47,6 +47,7 @@ HALVES: dict[str, tuple[torch.dtype, ...]] = {
     "A3": (F16, BF16),
     "950": (F16, BF16),
 }
+_NO_SUM = "there is no sum before the norm, and no operator without it"
 # AddRmsNormQuant: product, (dtypes of x1, x2 and gamma, dtype of scales, of zero points). The 950
 # has more.
 _WITH_INTEGERS = ((F16, BF16), F32, torch.int32)
@@ -106,10 +107,13 @@ def _dynamic_quant(call: Node, reads: Node) -> _Quantization | None:
 
 def add_rms_norm_dynamic_quant(editor: Editor) -> None:
     """npu_add_rms_norm and one or two dynamic quantizations: npu_add_rms_norm_dynamic_quant."""
-    name, targets = "add_rms_norm_dynamic_quant", []
-    for norm in ("npu_add_rms_norm", "npu_rms_norm"):
-        targets += [getattr(_npu, norm).default] if hasattr(_npu, norm) else []
-    every(editor, name, editor.calls(*targets), _add_rms_norm_dynamic_quant_at)
+    every(editor, "add_rms_norm_dynamic_quant", _norms(editor), _add_rms_norm_dynamic_quant_at)
+
+
+def _norms(editor: Editor) -> list[Node]:
+    """Norms with a sum before them, and those without, for which the reason is told."""
+    names = ("npu_add_rms_norm", "npu_rms_norm")
+    return editor.calls(*(getattr(_npu, name).default for name in names if hasattr(_npu, name)))
 
 
 def _add_rms_norm_dynamic_quant_at(editor: Editor, norm: Node, written: set[int]) -> bool:
@@ -117,7 +121,7 @@ def _add_rms_norm_dynamic_quant_at(editor: Editor, norm: Node, written: set[int]
     if not any(_is_quantization(user) for user, _ in readers):
         return False
     given = arguments_of(norm)
-    need("x1" in given, "there is no sum before the norm, and no operator without it")
+    need("x1" in given, _NO_SUM)
     need(not _items(norm, 1), "the reciprocal root is used")
     found = [(user, _dynamic_quant(user, reads)) for user, reads in readers]
     others = [str(user.target) for user, quantization in found if quantization is None]
@@ -220,9 +224,7 @@ def _static_quant(call: Node, reads: Node) -> _StaticQuantization | None:
 
 def add_rms_norm_quant(editor: Editor) -> None:
     """npu_add_rms_norm and one or two static quantizations: npu_add_rms_norm_quant."""
-    target = getattr(_npu, "npu_add_rms_norm", None)
-    if target is not None:
-        every(editor, "add_rms_norm_quant", editor.calls(target.default), _add_rms_norm_quant_at)
+    every(editor, "add_rms_norm_quant", _norms(editor), _add_rms_norm_quant_at)
 
 
 def _add_rms_norm_quant_at(editor: Editor, norm: Node, written: set[int]) -> bool:
@@ -230,6 +232,8 @@ def _add_rms_norm_quant_at(editor: Editor, norm: Node, written: set[int]) -> boo
     found = [(user, _static_quant(user, reads)) for user, reads in readers]
     if not any(one for _, one in found):
         return False
+    given = arguments_of(norm)
+    need("x1" in given, _NO_SUM)
     others = [str(user.target) for user, one in found if one is None]
     need(not others, f"{', '.join(others)} reads the norm too, which the operator does not give")
     need(not _items(norm, 1), "the reciprocal root is used")
@@ -238,7 +242,6 @@ def _add_rms_norm_quant_at(editor: Editor, norm: Node, written: set[int]) -> boo
         assert one is not None
         ways.setdefault((one.scale, one.points), []).append(one)
     need(len(ways) <= 2, f"{len(ways)} quantizations with scales of their own")
-    given = arguments_of(norm)
     x1, x2, gamma = (given[name] for name in ("x1", "x2", "gamma"))
     divides = {one.divides for _, one in found if one is not None}
     need(len(divides) == 1, "one quantization divides and one multiplies")

@@ -563,6 +563,16 @@ def test_a_norm_without_a_sum_is_not_quantized() -> None:
     assert "no sum before the norm" in found
 
 
+def test_a_norm_without_a_sum_is_not_quantized_statically() -> None:
+    x, _, w = inputs_of(BF16)
+    module, report = fused(
+        lambda x, w: lq_graph.static_quant(transformers(x, w), w), x.npu(), w.npu()
+    )
+    assert "npu_rms_norm" in calls_of(module)
+    (found,) = outcomes(report)["add_rms_norm_quant"]
+    assert "no sum before the norm" in found
+
+
 def test_a_tensor_that_the_graph_writes_is_left() -> None:
     def layer(x: Tensor, w: Tensor) -> Tensor:
         y = transformers(x, w)
