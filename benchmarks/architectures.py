@@ -34,7 +34,7 @@ import torchair
 import transformers
 from architecture_list import ARCHITECTURES, SIZES, Architecture
 from architecture_results import RESULTS, Measured, Outcome, read, write
-from launches import is_kernel
+from launches import counts_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -157,7 +157,7 @@ def run(step: Step, mode: str, inputs: list[tuple[Tensor, ...]]) -> Run:
     config = torchair.CompilerConfig()
 
     def count(module: GraphModule, *_: Any) -> None:
-        counts[0] += sum(map(is_kernel, module.graph.nodes))
+        counts[0] += counts_of(module).kernels
 
     given: dict[str, Any] = {"backend": mode, "options": {"post_grad_custom_post_pass": count}}
     if mode == "GE":

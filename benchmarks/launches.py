@@ -131,8 +131,7 @@ def counted(model: nn.Module, inputs: list[Any], mode: str) -> Counts:
     found: list[Counts] = []
 
     def count(module: GraphModule, *_: Any) -> None:
-        calls = [n for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-        found.append(Counts(len(calls), sum(map(is_kernel, calls))))
+        found.append(counts_of(module))
 
     if mode == "GE":
         config = torchair.CompilerConfig()
@@ -144,7 +143,13 @@ def counted(model: nn.Module, inputs: list[Any], mode: str) -> Counts:
     return Counts(*map(sum, zip(*found, strict=True)))
 
 
-def is_kernel(node: torch.fx.Node) -> bool:
+def counts_of(module: GraphModule) -> Counts:
+    """Those of an FX graph after all passes."""
+    calls = [n for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return Counts(len(calls), sum(map(_is_kernel, calls)))
+
+
+def _is_kernel(node: torch.fx.Node) -> bool:
     """Whether a call of an FX graph is a kernel: it makes a tensor that is no view of another."""
     schema = node.target._schema
     if schema.name in ("aten::reshape", "aten::_unsafe_view"):  # of contiguous memory here
