@@ -107,7 +107,7 @@ def test_tensors_in_plain_attributes_count_as_float() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lock", ["quantization.quantize _LOCK", "modules.prepare _ONE_AT_A_TIME"])
+@pytest.mark.parametrize("lock", ["quantization.quantize _LOCK", "modules.merge _ONE_AT_A_TIME"])
 def test_a_fork_while_another_thread_holds_the_lock(lock: str) -> None:
     output_of(python(*script(f"locks.py fork lq_graph.{lock}"), TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
 

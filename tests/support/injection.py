@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lq_graph
 from lq_graph.checkpoints import load
-from lq_graph.modules import prepare
+from lq_graph.modules import merge
 from lq_graph.quantization import quantize
 
 __all__ = [
@@ -192,7 +192,7 @@ def modes() -> tuple[object, ...]:
         torch.is_inference_mode_enabled(),
         torch.get_default_device(),
         torch.get_default_dtype(),
-        [_is_free(lock) for lock in (load._LOCK, prepare._ONE_AT_A_TIME, quantize._LOCK)],
+        [_is_free(lock) for lock in (load._LOCK, merge._ONE_AT_A_TIME, quantize._LOCK)],
     )
 
 
