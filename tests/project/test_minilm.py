@@ -90,9 +90,8 @@ def test_every_layer_in_the_graph_is_the_eager_one(
     ops = graphs[0].ops()
     assert ops.count("QuantBatchMatmulV3") == LAYERS and "MatMulV2" not in ops
     static = config == A8W8Static()
-    # dynamic: query, key and value of a block share one quantization; static: each has its scale
-    quants = ops.count("AscendQuantV2" if static else "DynamicQuant")
-    assert quants == (LAYERS if static else LAYERS - 2 * BLOCKS)
+    # query, key and value of a block share one quantization: their static scales are equal
+    assert ops.count("AscendQuantV2" if static else "DynamicQuant") == LAYERS - 2 * BLOCKS
     int4 = config == A4W4Dynamic()
     assert ops.count("Bitcast") == (LAYERS if int4 else 0)  # the weights', none for activations
 
