@@ -34,7 +34,7 @@ import torchair
 import transformers
 from architecture_list import ARCHITECTURES, SIZES, Architecture
 from architecture_results import RESULTS, Measured, Outcome, read, write
-from launches import counts_of
+from launches import compiled, counts_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -134,8 +134,7 @@ def prepared(model: Any, chosen: Architecture, batch: int) -> tuple[Step, str]:
     model = model.npu()
     cache = StaticCache(model.config, CACHE) if chosen.is_decoder else None
     step, first = Step(model, cache), inputs_of(chosen, batch)[0]
-    lq_graph.merge(step, *first)  # the cache takes its memory
-    lq_graph.use_internal_format_weight(model)
+    lq_graph.use_internal_format_weight(step, example=first)  # the cache takes its memory
     if cache is not None:
         cache.reset()
     return step, attention
@@ -159,19 +158,17 @@ def run(step: Step, mode: str, inputs: list[tuple[Tensor, ...]]) -> Run:
     def count(module: GraphModule, *_: Any) -> None:
         counts[0] += counts_of(module).kernels
 
-    given: dict[str, Any] = {"backend": mode, "options": {"post_grad_custom_post_pass": count}}
-    if mode == "GE":
-        given = {"backend": torchair.get_npu_backend(compiler_config=config)}
-    compiled = torch.compile(step, dynamic=False, fullgraph=True, **given)
+    given = {} if mode == "GE" else {"post_grad_custom_post_pass": count}
+    call = compiled(step, mode, config, **given)
     for one in inputs:
         counts[0] = 0
         with reports() as found:
             if mode == "GE":
                 with converters.graph.capture(config) as graphs:
-                    logits = compiled(*one)
+                    logits = call(*one)
                 counts[0] = sum(len(graph.launches) for graph in graphs)
             else:
-                logits = compiled(*one)
+                logits = call(*one)
         result.logits.append(logits.float().cpu())
         result.kernels.append(counts[0])
         result.found += found
