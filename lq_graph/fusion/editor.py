@@ -17,6 +17,8 @@ from ..backends.compat import OpOverload, detect_fake_mode
 from ..reports import table
 
 __all__ = [
+    "CAPTURED",
+    "GE",
     "Editor",
     "FusionReport",
     "Line",
@@ -32,6 +34,8 @@ __all__ = [
     "storages_of",
     "value_of",
 ]
+
+GE, CAPTURED = "GE", "captured"  # kinds of graphs; "" if that is not known
 
 # what a new node takes over from a node that it replaces
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "stream_label", "custom", "seq_nr")
@@ -102,7 +106,7 @@ class Editor:
     are added.
 
     Attributes:
-        kind: "GE" if it becomes a GE graph, "captured" if its operators are called one by one and
+        kind: GE if it becomes a GE graph, CAPTURED if its operators are called one by one and
             captured, or "" if that is not known.
         written: the storages that calls of the graph write into: what reads one of them may have
             another value at another place.

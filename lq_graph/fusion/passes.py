@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch.fx import GraphModule
 
 from ..modules.fusion_options import FusionOptions
-from .editor import Editor, FusionReport, layer_of
+from .editor import CAPTURED, GE, Editor, FusionReport, layer_of
 from .options import checked
 from .quantizations import repeated_products
 from .table import FUSIONS
@@ -20,7 +20,7 @@ _listeners: list[Callable[[FusionReport], None]] = []
 
 
 _FOR_MERGED = ("equal_quantizations", "equal_calls")  # merged layers need one of them
-_KINDS = {"max-autotune": "GE", "reduce-overhead": "captured", "npugraph_ex": "captured"}
+_KINDS = {"max-autotune": GE, "reduce-overhead": CAPTURED, "npugraph_ex": CAPTURED}
 
 
 def fuse(

@@ -21,6 +21,7 @@ from ..backends.compat_npu import find_operator
 from ..rules.products import get_product
 from ..rules.tables import dtype_name
 from .editor import (
+    CAPTURED,
     Editor,
     arguments_of,
     is_call,
@@ -37,7 +38,6 @@ from .parts import (
     same_stream,
 )
 from .rope_rules import (
-    CAPTURED,
     HALF,
     INTERLEAVE,
     Rotated,

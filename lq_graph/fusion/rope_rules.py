@@ -15,16 +15,10 @@ from typing import Any
 import torch
 
 from ..rules.tables import ASCEND_950, ATLAS_INFERENCE, Product
-from .editor import (
-    same_size,
-)
-from .parts import (
-    number,
-)
+from .editor import CAPTURED, GE, same_size
+from .parts import number
 
 __all__ = [
-    "CAPTURED",
-    "GE",
     "HALF",
     "INTERLEAVE",
     "Rotated",
@@ -32,7 +26,6 @@ __all__ = [
     "why_not_rotary_mul",
 ]
 
-GE, CAPTURED = "GE", "captured"  # kinds of graphs; "" if that is not known
 HALF, INTERLEAVE = "half", "interleave"
 
 _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32

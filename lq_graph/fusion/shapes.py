@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..backends.compat import OpOverload
-from .editor import Editor, same_shape, same_size, shape_of, value_of
+from .editor import CAPTURED, Editor, same_shape, same_size, shape_of, value_of
 from .parts import order_of
-from .rope_rules import CAPTURED
 
 __all__ = ["give_all_dims", "remove_needless"]
 

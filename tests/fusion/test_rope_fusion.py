@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 import lq_graph
+from lq_graph.fusion.editor import CAPTURED, GE
 from lq_graph.fusion.rope_rules import (
-    CAPTURED,
-    GE,
     HALF,
     INTERLEAVE,
     Rotated,
