@@ -446,7 +446,6 @@ def test_a_layer_that_cannot_be_saved(folders: Callable[..., Path], tmp_path: Pa
         model.save_pretrained(tmp_path)
 
 
-def test_adapters_are_not_trained() -> None:
-    assert not Quantizer(Config()).is_trainable
+def test_safetensors_only() -> None:
     assert Quantizer(Config()).is_serializable()
     assert not Quantizer(Config()).is_serializable(safe_serialization=False)
