@@ -192,6 +192,50 @@ def test_two_layers_with_one_weight(folders: Callable[..., Path], tmp_path: Path
     assert_same(load(tmp_path), model)
 
 
+_SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2)
+_TEXT = dict(_SIZES, num_key_value_heads=2, vocab_size=128)
+# what is special about them: class, sizes
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "two stacks, initialized by their parents": (
+        "T5ForConditionalGeneration",
+        dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=128),
+    ),
+    "experts that transformers 5 merges": (
+        "MixtralForCausalLM",
+        dict(_TEXT, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "names that transformers 5 changes": (
+        "LlavaForConditionalGeneration",
+        dict(
+            text_config=dict(_TEXT, model_type="llama"),
+            vision_config=dict(_SIZES, model_type="clip_vision_model", image_size=32, patch_size=8),
+            image_token_index=100,
+        ),
+    ),
+    "no decoder": ("BertForSequenceClassification", dict(_SIZES, vocab_size=128)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    kind, sizes = ARCHITECTURES[name]
+    model_class = getattr(transformers, kind)
+    config = model_class.config_class(**sizes)
+    torch.manual_seed(0)
+    model_class(config).to(BF16).save_pretrained(tmp_path / "float")
+    want = model_class.from_pretrained(tmp_path / "float", dtype=BF16)
+    lq_graph.quantize(want, A8W8Dynamic())
+    model = model_class.from_pretrained(
+        tmp_path / "float", dtype=BF16, quantization_config=Config()
+    )
+    assert_same(model, want)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    again = model_class.from_pretrained(tmp_path / "saved")
+    assert_same(again, want)
+    for (key, got), (_, wanted) in zip(again.named_buffers(), want.named_buffers(), strict=True):
+        assert torch.equal(got, wanted), key
+
+
 # ---- where the layers are ----
 
 
