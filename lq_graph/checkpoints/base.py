@@ -1,4 +1,4 @@
-"""The interface of a format of W8A8 checkpoints: its files, its tensors, and how they make a layer.
+"""The interface of a format of checkpoints: its files, its tensors, and how they make a layer.
 
 Each published format has its own file: msmodelslim.py, compressed_tensors.py. formats.py lists
 them.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels import pack_int4
 from ..modules.linear_quant import layer_of
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.supported import LayerKind
 from ..ops import trans_quant_param
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "WEIGHT",
     "WEIGHT_OFFSET",
     "WEIGHT_SCALE",
+    "Contents",
     "Format",
     "Part",
     "Read",
@@ -102,20 +105,38 @@ class Written(NamedTuple):
     lost: str = ""
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What the JSON of a folder says about its tensors.
+
+    Attributes:
+        format: that of the folder.
+        kinds: how each quantized layer is quantized, by the layer's name in the model.
+        names: the name in the model of a tensor that has another name in the files, by that name.
+        left_out: tensors of the files that are not loaded, with the reason; by their name in the
+            model.
+    """
+
+    format: Format
+    kinds: dict[str, LayerKind]
+    names: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
 class Format(ABC):
-    """One published format of W8A8 checkpoints.
+    """One published format of checkpoints.
 
     Attributes:
         name: as `save_checkpoint` takes it.
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
-        parts: the tensors of a layer, by whether it is dynamic.
+        parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
     """
 
     name: ClassVar[str]
     weights_file: ClassVar[str]
     json_file: ClassVar[str]
-    parts: ClassVar[Mapping[bool, tuple[Part, ...]]]
+    parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
 
     # ---- reading ----
@@ -131,33 +152,35 @@ class Format(ABC):
 
     def bias_dtype(
         self,
-        dynamic: bool,  # noqa: ARG002 - a format may have another rule for static layers
+        kind: LayerKind,  # noqa: ARG002 - a format may have another rule for static layers
         output: torch.dtype,
         given: torch.dtype | None,
     ) -> torch.dtype:
         """The dtype of the built layer's bias, if the file has a float bias."""
         return output if given == output else _F32
 
-    def build(self, dynamic: bool, output: torch.dtype, read: Read) -> QuantizedLinear:
+    def build(self, kind: LayerKind, output: torch.dtype, read: Read) -> QuantizedLinear:
         """Make a layer from the tensors of a file.
 
         Args:
-            dynamic: whether the layer quantizes its input per token.
+            kind: how the layer is quantized.
             output: the float dtype that it takes and returns.
             read: returns a tensor by the name of its part, or None.
         """
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         assert weight is not None
-        if dynamic:
+        if kind.storage == _I32:
+            weight = pack_int4(weight)
+        if not kind.static:
             assert weight_scale is not None
             scale, bias, float_bias = StaticTensors(weight_scale, read("bias"), None)
             weight_scale = None
         else:
             scale, bias, float_bias = self.static_tensors(read, output)
         if bias is not None and bias.is_floating_point():
-            bias = bias.to(self.bias_dtype(dynamic, output, bias.dtype))
+            bias = bias.to(self.bias_dtype(kind, output, bias.dtype))
         return QuantizedLinear(
-            layer_of(weight, scale, bias, pertoken=dynamic, output_dtype=output),
+            layer_of(weight, scale, bias, pertoken=not kind.static, output_dtype=output),
             as_vector(read("input_scale")),
             as_vector(read("input_offset")),
             input_dtype=output,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.supported import LayerKind, why_not_supported
+from ..modules.supported import why_not_supported
 from ..rules.tables import dtype_name
 from .base import Part
 from .files import refuse
@@ -25,7 +25,7 @@ def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
         layer: the layer to check.
         dtype: float16 or bfloat16, from the caller of load_checkpoint; None for the model's.
     """
-    for part in layer.format.parts[layer.dynamic]:
+    for part in layer.format.parts[layer.kind]:
         if part.name in layer:
             _check_header(layer, part)
             _check_values(layer, part)
@@ -97,7 +97,7 @@ def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
                 if dtype is None
                 else f"leave dtype= out, or pass torch.{dtype_name(stated)}",
             )
-    if not layer.dynamic and own in (_F16, _BF16) and own != wanted:
+    if layer.kind.static and own in (_F16, _BF16) and own != wanted:
         layer.refuse(
             f"a layer in {dtype_name(wanted)}, the dtype of dtype=",
             f"{dtype_name(own)} in the model, and a static layer takes one dtype",
@@ -170,9 +170,9 @@ def _check_product(layer: LayerToLoad) -> None:
     if "quant_bias" in layer:
         bias = _I32
     elif "bias" in layer:
-        bias = layer.format.bias_dtype(layer.dynamic, layer.output, layer.dtype("bias"))
+        bias = layer.format.bias_dtype(layer.kind, layer.output, layer.dtype("bias"))
     why, todo = why_not_supported(
-        LayerKind(torch.int8, static=not layer.dynamic),
+        layer.kind,
         layer.k,
         layer.n,
         input_dtype=layer.output,

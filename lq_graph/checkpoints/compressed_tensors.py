@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.supported import A8W8_DYNAMIC, A8W8_STATIC, LayerKind
 from .base import (
     BIAS,
     INPUT_SCALE,
     WEIGHT,
     WEIGHT_SCALE,
+    Contents,
     Format,
     Part,
     Read,
@@ -48,9 +50,9 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     weights_file = "model.safetensors"
     json_file = CONFIG
-    parts: ClassVar[Mapping[bool, tuple[Part, ...]]] = {
-        False: (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, BIAS),
-        True: (WEIGHT, WEIGHT_SCALE, BIAS),
+    parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
+        A8W8_STATIC: (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, BIAS),
+        A8W8_DYNAMIC: (WEIGHT, WEIGHT_SCALE, BIAS),
     }
 
     # ---- reading ----
@@ -59,8 +61,8 @@ class CompressedTensors(Format):
         """Whether a quantization_config says that it is of this format."""
         return isinstance(config, dict) and config.get("quant_method") == self.name
 
-    def schemes(self, file: Path, config: Any, keys: Iterable[str]) -> Iterator[tuple[str, bool]]:
-        """Each quantized layer's name, and whether it is dynamic.
+    def contents(self, file: Path, config: Any, keys: Iterable[str]) -> Contents:
+        """What a quantization_config says about the tensors of the files.
 
         Args:
             file: config.json.
@@ -76,14 +78,15 @@ class CompressedTensors(Format):
         if config.get("transform_config"):
             refuse(file, "transform_config", "none", repr(config["transform_config"])[:80])
         work = Work()
-        schemes = [
+        given = [
             (
                 _Targets(file, f"config_groups.{name}.targets", _dict(group).get("targets"), work),
-                _is_dynamic(file, name, _dict(group)),
+                _kind(file, name, _dict(group)),
             )
             for name, group in groups.items()
         ]
         ignored = _Targets(file, "ignore", config.get("ignore"), work)
+        kinds = {}
         for key in keys:
             name, _, part = key.rpartition(".")
             if part != "weight_scale":
@@ -91,23 +94,24 @@ class CompressedTensors(Format):
             text = Text(name)
             if ignored.contain(text):
                 continue
-            dynamic = next((dynamic for targets, dynamic in schemes if targets.contain(text)), None)
-            if dynamic is None:
+            kind = next((kind for targets, kind in given if targets.contain(text)), None)
+            if kind is None:
                 refuse(file, "config_groups", f"a group whose targets contain {name}", "none")
-            yield name, dynamic
+            kinds[name] = kind
+        return Contents(self, kinds)
 
     def bias_dtype(
-        self, dynamic: bool, output: torch.dtype, given: torch.dtype | None
+        self, kind: LayerKind, output: torch.dtype, given: torch.dtype | None
     ) -> torch.dtype:
-        if not dynamic and output == _F16:
+        if kind.static and output == _F16:
             return _I32  # the row of float16 output without pertoken_scale takes only int32
-        return super().bias_dtype(dynamic, output, given)
+        return super().bias_dtype(kind, output, given)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
         weight_scale, input_scale = as_vector(read("weight_scale")), as_vector(read("input_scale"))
         assert weight_scale is not None and input_scale is not None
         scale, bias = input_scale * weight_scale, read("bias")
-        if bias is None or self.bias_dtype(False, output, bias.dtype) != _I32:
+        if bias is None or self.bias_dtype(A8W8_STATIC, output, bias.dtype) != _I32:
             return StaticTensors(scale, bias, None)
         return StaticTensors(scale, (bias.to(_F32) / scale).round().to(_I32), bias)
 
@@ -119,7 +123,7 @@ class CompressedTensors(Format):
             return Written(parts, "it has a zero point, or its weight's own scale is not known")
         if bias is not None and not parts.setdefault("bias", bias).is_floating_point():
             return Written(parts, "its float bias is not known")
-        again = self.build(False, layer.input_dtype, parts.get).linear
+        again = self.build(A8W8_STATIC, layer.input_dtype, parts.get).linear
         scale = per_channel_scale(state)
         if not torch.equal(packed_scale(layer, again.scale), packed_scale(layer, scale)):
             return Written(parts, "its scale is not exactly the product of the two scales")
@@ -166,8 +170,8 @@ class CompressedTensors(Format):
 COMPRESSED_TENSORS = CompressedTensors()
 
 
-def _is_dynamic(file: Path, name: str, group: dict[str, Any]) -> bool:
-    """Whether a config group quantizes its input dynamically.
+def _kind(file: Path, name: str, group: dict[str, Any]) -> LayerKind:
+    """How a config group quantizes its layers.
 
     Raises:
         CheckpointError: LinearQuant cannot run the group.
@@ -196,7 +200,7 @@ def _is_dynamic(file: Path, name: str, group: dict[str, Any]) -> bool:
             "dynamic with token, static with tensor",
             repr(inputs)[:80],
         )
-    return bool(dynamic)
+    return A8W8_DYNAMIC if dynamic else A8W8_STATIC
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -69,7 +69,8 @@ class CheckpointFiles:
     def __init__(self, path: Path, stack: ExitStack, pending: Path | None, *, mapped: bool) -> None:
         self.path = path
         self._files: list[TensorFile] = []
-        self._of: dict[str, TensorFile] = {}
+        # by the name in the model: the file, and the name there
+        self._of: dict[str, tuple[TensorFile, str]] = {}
         index, paths = _files_of(path) if pending is None else (None, [pending])
         for file in paths:
             opened = TensorFile(file, mapped=mapped)
@@ -77,17 +78,17 @@ class CheckpointFiles:
             self._files.append(opened)
             for key in opened.entries:
                 if key in self._of:
-                    refuse(file, key, "one place", f"also in {self._of[key].file.name}")
-                self._of[key] = opened
+                    refuse(file, key, "one place", f"also in {self._of[key][0].file.name}")
+                self._of[key] = opened, key
         if index is not None:
             self._check_index(*index)
 
     def _check_index(self, index: Path, names: dict[str, str]) -> None:
         """Refuse an index of other files, which were in the folder earlier."""
         for key, name in names.items():
-            if key not in self._of or self._of[key].file.name != name:
+            if key not in self._of or self._of[key][0].file.name != name:
                 refuse(index, key, f"a tensor in {name}", "no such tensor")
-        for key, opened in self._of.items():
+        for key, (opened, _) in self._of.items():
             if key not in names:
                 refuse(opened.file, key, f"a tensor that {index.name} has", "no such key there")
         others = {name for name in list_folder(index.parent) if name.endswith(".safetensors")}
@@ -102,6 +103,24 @@ class CheckpointFiles:
                     f"remove {name}, or, if that is the checkpoint, the index and its files",
                 )
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors the names that they have in the model.
+
+        Args:
+            names: the new name, by the name in the files.
+
+        Raises:
+            CheckpointError: two tensors would have one name.
+        """
+        renamed: dict[str, tuple[TensorFile, str]] = {}
+        for key, place in self._of.items():
+            new = names.get(key, key)
+            if new in renamed:
+                expected = f"one tensor for {new} of the model"
+                refuse(place[0].file, key, expected, f"{renamed[new][1]} too")
+            renamed[new] = place
+        self._of = renamed
+
     def __contains__(self, key: str) -> bool:
         return key in self._of
 
@@ -115,20 +134,23 @@ class CheckpointFiles:
 
     def file_of(self, key: str) -> Path:
         """The file a tensor is in."""
-        return self._of[key].file
+        return self._of[key][0].file
 
     def header(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
         """dtype and shape, from the file's header."""
-        entry = self._of[key].entries[key]
+        file, name = self._of[key]
+        entry = file.entries[name]
         return entry.dtype, entry.shape
 
     def read(self, key: str) -> Tensor:
         """A tensor."""
-        return self._of[key].read(key)
+        file, name = self._of[key]
+        return file.read(name)
 
     def read_part(self, key: str, dim: int, part: int, parts: int) -> Tensor:
         """One of the equal parts of a tensor along a dim; nothing else of it is read."""
-        return self._of[key].read_part(key, dim, part, parts)
+        file, name = self._of[key]
+        return file.read_part(name, dim, part, parts)
 
     def check_unchanged(self) -> None:
         """Refuse files that were changed since they were opened."""

@@ -1,22 +1,22 @@
-"""The formats of W8A8 checkpoints, and the format of a folder."""
+"""The formats of checkpoints, and the format of a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from .base import Format
+from .base import Contents, Format
 from .compressed_tensors import COMPRESSED_TENSORS
 from .files import CONFIG, list_folder, read_json, refuse
 from .msmodelslim import DESCRIPTION, MSMODELSLIM
 
-__all__ = ["FORMATS", "format_and_schemes"]
+__all__ = ["FORMATS", "contents_of"]
 
 FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, COMPRESSED_TENSORS)}
 
 
-def format_and_schemes(folder: Path, keys: Iterable[str]) -> tuple[Format, dict[str, bool]]:
-    """The format of a folder, and for each quantized layer whether it is dynamic.
+def contents_of(folder: Path, keys: Iterable[str]) -> Contents:
+    """What the JSON of a folder says about its tensors.
 
     Args:
         folder: with the JSON.
@@ -39,7 +39,7 @@ def format_and_schemes(folder: Path, keys: Iterable[str]) -> tuple[Format, dict[
                 COMPRESSED_TENSORS.name,
                 "remove the one that is not of these weights",
             )
-        return MSMODELSLIM, dict(MSMODELSLIM.schemes(file, description))
+        return MSMODELSLIM.contents(file, description)
     if "quantization_config" not in about:
         refuse(
             folder,
@@ -48,4 +48,4 @@ def format_and_schemes(folder: Path, keys: Iterable[str]) -> tuple[Format, dict[
             "(compressed-tensors)",
             "neither",
         )
-    return COMPRESSED_TENSORS, dict(COMPRESSED_TENSORS.schemes(config, quantization, keys))
+    return COMPRESSED_TENSORS.contents(config, quantization, keys)

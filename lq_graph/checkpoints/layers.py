@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LinearQuantTypeError
+from ..kernels import storage_k
 from ..modules.places import Place, held_elsewhere, places_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
-from .base import Format, Part
+from ..modules.supported import LayerKind
+from .base import Contents, Format, Part
 from .files import CheckpointError, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -41,7 +43,7 @@ class LayerToLoad:
         module: the nn.Linear or QuantizedLinear of that name.
         files: where its tensors are.
         format: that of the files.
-        dynamic: whether its input is quantized per token.
+        kind: how it is quantized.
         n, k: its sizes.
         output: the float dtype that it takes and returns.
         style: how it is split over devices; None if it is not.
@@ -54,7 +56,7 @@ class LayerToLoad:
     module: nn.Module
     files: CheckpointFiles
     format: Format
-    dynamic: bool
+    kind: LayerKind
     n: int
     k: int
     output: torch.dtype = _F16
@@ -82,6 +84,11 @@ class LayerToLoad:
         values = self.read(part)
         return (values & 0xFFFFFFFF).to(torch.uint32).view(_F32) if values.dtype == _I64 else values
 
+    @property
+    def bytes(self) -> int:
+        """Size of its weight in memory."""
+        return self.n * storage_k(self.k, self.kind.storage) * self.kind.storage.itemsize
+
     def refuse(self, expected: str, found: str, todo: str = "") -> NoReturn:
         """Raise a CheckpointError that names the layer."""
         refuse(self.files.path, self.name, expected, found, todo)
@@ -93,29 +100,30 @@ class LayerToLoad:
 
 
 def layers_to_load(
-    model: nn.Module, files: CheckpointFiles, format: Format, schemes: Mapping[str, bool]
+    model: nn.Module, files: CheckpointFiles, contents: Contents
 ) -> list[LayerToLoad]:
     """The quantized layers of the files, each with the module it replaces and its keys.
 
     Args:
         model: the model to load into.
-        files, format: of the checkpoint.
-        schemes: for each layer's name, whether it is dynamic.
+        files: of the checkpoint.
+        contents: what the JSON says about them.
 
     Raises:
         CheckpointError: a module is absent or cannot be replaced; or one module has two names, with
             different tensors.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    format = contents.format
     places, elsewhere = places_of(model), held_elsewhere(model)
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
-    for name, dynamic in schemes.items():
+    for name, kind in contents.kinds.items():
         module = _module_for(files, name, modules.get(name))
         n, k = module.out_features, module.in_features
-        layer = LayerToLoad(name, module, files, format, dynamic, n, k)
+        layer = LayerToLoad(name, module, files, format, kind, n, k)
         _check_replaceable(layer, places.get(module, []), elsewhere)
-        for part in format.parts[dynamic]:
+        for part in format.parts[kind]:
             if (key := f"{name}.{part.name}") in files:
                 layer.parts[part.name], layer.keys[part.name] = part, key
         if other := layers.get(module):
@@ -127,7 +135,7 @@ def layers_to_load(
     for layer in layers.values():
         key_of_other = tied.get(memory_of(weight_of(layer.module)))
         if key_of_other is not None and "weight" not in layer:
-            layer.parts["weight"] = format.parts[layer.dynamic][0]
+            layer.parts["weight"] = format.parts[layer.kind][0]
             layer.keys["weight"] = key_of_other
     return list(layers.values())
 
@@ -192,7 +200,7 @@ def new_layer(
         weights: the weights of earlier layers, by key; a weight that several layers share stays
             shared.
     """
-    new = layer.format.build(layer.dynamic, layer.output, partial(_read, layer, parallel))
+    new = layer.format.build(layer.kind, layer.output, partial(_read, layer, parallel))
     device = weight_of(layer.module).device
     new = new.to(torch.device("cpu") if device.type == "meta" else device)
     if layer.style is None:

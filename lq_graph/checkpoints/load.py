@@ -1,4 +1,4 @@
-"""load_checkpoint: loads a W8A8 checkpoint into a model.
+"""load_checkpoint: loads a quantized checkpoint into a model.
 
 In this order: check the headers of the files, the values of the scales and the model; read
 everything; change the model, atomically.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from ..rules.tables import dtype_name
 from .check_layer import check_layer
 from .files import CheckpointError, check_model, expanded
 from .folder import CheckpointFiles, is_file, old_or_new
-from .formats import format_and_schemes
+from .formats import contents_of
 from .layers import LayerToLoad, layers_to_load, new_layer
 from .state import RestOfModel, StateChanges, check_rest
 from .tensor_parallel import TensorParallel
@@ -47,9 +48,10 @@ class Loaded:
 
     Attributes:
         name: qualified name.
-        scheme: "dynamic" or "static".
+        scheme: "A8W8 dynamic", "A8W8 static" or "A4W4 dynamic".
         n, k: its sizes.
         output_dtype: the float dtype that it takes and returns.
+        bytes: size of its weight in memory.
     """
 
     name: str
@@ -57,11 +59,12 @@ class Loaded:
     n: int
     k: int
     output_dtype: torch.dtype
+    bytes: int
 
     def row(self) -> list[object]:
-        """A line of the report; the last cell is the weight's size in bytes."""
+        """A line of the report."""
         output = dtype_name(self.output_dtype)
-        return [self.name, self.scheme, self.n, self.k, output, self.n * self.k]
+        return [self.name, self.scheme, self.n, self.k, output, self.bytes]
 
 
 class LoadReport(list[Loaded]):
@@ -69,9 +72,11 @@ class LoadReport(list[Loaded]):
 
     Attributes:
         bytes_read: bytes of tensors that this process read from the files.
+        left_out: tensors of the files that were not loaded, with the reason.
     """
 
     bytes_read = 0
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         if not self:
@@ -184,25 +189,25 @@ def _load(
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything. Returns the report, and the function that changes the model."""
     folder = files.path.parent if is_file(files.path) else files.path
-    format, schemes = format_and_schemes(folder, files)
+    contents = contents_of(folder, files)
+    files.rename(contents.names)
     places = places_of(model)
-    layers = layers_to_load(model, files, format, schemes)
+    layers = layers_to_load(model, files, contents)
     for layer in layers:
         check_layer(layer, dtype)
         if parallel is not None:
             _plan_split(layer, parallel)
     rest_of_model = RestOfModel(model, {layer.module for layer in layers})
     used = {key for layer in layers for key in layer.keys.values()}
-    rest = check_rest(rest_of_model, files, used)
+    rest = check_rest(rest_of_model, files, used | contents.left_out.keys())
 
     weights: dict[str, nn.Parameter] = {}
     new = {layer.module: new_layer(layer, parallel, weights) for layer in layers}
     changes = StateChanges(rest_of_model, files, rest)
     files.check_unchanged()
 
-    report = LoadReport(
-        Loaded(x.name, "dynamic" if x.dynamic else "static", x.n, x.k, x.output) for x in layers
-    )
+    report = LoadReport(Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in layers)
+    report.left_out = contents.left_out
     report.bytes_read = files.bytes_read
 
     def swap() -> None:
@@ -230,7 +235,7 @@ def _plan_split(layer: LayerToLoad, parallel: TensorParallel) -> None:
         layer.k,
         layer.n,
         bias="bias" in layer or "quant_bias" in layer,
-        pertoken_scale=layer.dynamic,
+        pertoken_scale=not layer.kind.static,
         output_dtype=layer.output,
         device="meta",
     )

@@ -8,7 +8,7 @@ vllm_ascend/quantization).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import unpack_scale
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.supported import A8W8_DYNAMIC, A8W8_STATIC, LayerKind
 from ..rules.tables import dtype_name
 from .base import (
     BIAS,
@@ -25,6 +26,7 @@ from .base import (
     WEIGHT,
     WEIGHT_OFFSET,
     WEIGHT_SCALE,
+    Contents,
     Format,
     Part,
     Read,
@@ -42,8 +44,8 @@ __all__ = ["DESCRIPTION", "MSMODELSLIM", "Msmodelslim"]
 DESCRIPTION = "quant_model_description"  # how the JSON's name begins
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_IS_DYNAMIC = {"W8A8": False, "W8A8_DYNAMIC": True}  # by the word of the description
-_WORDS = {dynamic: word for word, dynamic in _IS_DYNAMIC.items()}
+_KINDS = {"W8A8": A8W8_STATIC, "W8A8_DYNAMIC": A8W8_DYNAMIC}  # by the word of the description
+_WORDS = {kind: word for word, kind in _KINDS.items()}
 
 
 class Msmodelslim(Format):
@@ -52,8 +54,8 @@ class Msmodelslim(Format):
     name = "msmodelslim"
     weights_file = "quant_model_weight_w8a8.safetensors"
     json_file = f"{DESCRIPTION}.json"
-    parts: ClassVar[Mapping[bool, tuple[Part, ...]]] = {
-        False: (
+    parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
+        A8W8_STATIC: (
             WEIGHT,
             Part("quant_bias", (_I32,), (("n",),)),
             Part("deq_scale", (_I64, _F32), (("n",),), positive=True),
@@ -63,7 +65,7 @@ class Msmodelslim(Format):
             WEIGHT_OFFSET,
             BIAS,
         ),
-        True: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
+        A8W8_DYNAMIC: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
     }
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
         "deq_scale": {_I64: _F16, _F32: _BF16}
@@ -92,19 +94,21 @@ class Msmodelslim(Format):
                 )
         return files[0], found
 
-    def schemes(self, file: Path, description: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-        """Each quantized layer's name, and whether it is dynamic.
+    def contents(self, file: Path, description: dict[str, Any]) -> Contents:
+        """What a description says about the tensors of the files.
 
         Raises:
             CheckpointError: another word than W8A8, W8A8_DYNAMIC and FLOAT.
         """
+        kinds = {}
         for key, word in description.items():
             name, _, part = key.rpartition(".")
             if part != "weight" or word == "FLOAT":
                 continue
-            if not isinstance(word, str) or word not in _IS_DYNAMIC:
+            if not isinstance(word, str) or word not in _KINDS:
                 refuse(file, key, "W8A8, W8A8_DYNAMIC or FLOAT", repr(word))
-            yield name, _IS_DYNAMIC[word]
+            kinds[name] = _KINDS[word]
+        return Contents(self, kinds)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
         del output
@@ -139,7 +143,7 @@ class Msmodelslim(Format):
         for key in [*said, *(f"{name}.weight" for name in layers)]:
             layer = layers.get(key.rpartition(".")[0])
             if layer is not None:
-                said[key] = _WORDS[layer.dynamic]
+                said[key] = _WORDS[layer.kind]
         return said
 
     def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_loads_what_the_files_say(kind, dynamic, dtype, shards, tmp_path) -> Non
     report = load_checkpoint(model, write(tmp_path, kind, dynamic, dtype, shards=shards))
     (loaded,) = report
     assert (loaded.name, loaded.n, loaded.k, loaded.output_dtype) == ("up", N, K, dtype)
-    assert loaded.scheme == ("dynamic" if dynamic else "static") and "up" in str(report)
+    assert loaded.scheme == (f"A8W8 {'dynamic' if dynamic else 'static'}") and "up" in str(report)
     assert isinstance(model.up, QuantizedLinear) and type(model.head) is nn.Linear
     x = example_input(dtype)
     out = model.up(x)
