@@ -33,7 +33,8 @@ def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
             _check_values(layer, part)
         elif part.required:
             key = f"{layer.name}.{part.name}"
-            refuse(layer.files.path, key, _describe(part, layer), "no such tensor")
+            expected = _describe(part, layer)
+            refuse(layer.files.path, key, expected, "no such tensor", _COMPLETE)
     layer.output = _output(layer, dtype)
     _check_input_scale(layer)
     _check_range(layer)
@@ -73,6 +74,8 @@ _WITHOUT_EFFECT = {
     MustBe.ORDERED: "quantize again with actorder='weight' or without actorder",
 }
 
+_COMPLETE = "check that the folder has all files, and that the JSON was saved with these weights"
+_SAME = "use the JSON that was saved with these weights, and a model of their sizes"
 # the weights of a model may be saved as floats, with the scales beside them
 _COMPRESS = (
     "save the model again with its weights quantized (save_compressed=True), or load the float "
@@ -94,14 +97,15 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
     if given not in part.dtypes or shape not in _shapes(part, layer):
         found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
         floats = part.name == "weight" and given is not None and given.is_floating_point
-        layer.refuse_part(part.name, _describe(part, layer), found, _COMPRESS if floats else "")
+        layer.refuse_part(part.name, _describe(part, layer), found, _COMPRESS if floats else _SAME)
 
 
 def _check_values(layer: LayerToLoad, part: Part) -> None:
     """Scales are finite and positive. The zero point of an input is in -128 to 127. The zero point
     of a weight is 0, because LinearQuant has none."""
     if part.name == "weight_offset" and bool(layer.read(part.name).any()):
-        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values")
+        todo = "quantize again with symmetric weights"
+        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values", todo)
     if part.name == layer.format.zero_point:
         offset = layer.read(part.name).double()
         if not bool(((offset >= -128) & (offset <= 127) & (offset == offset.round())).all()):
@@ -111,7 +115,8 @@ def _check_values(layer: LayerToLoad, part: Part) -> None:
     if part.positive:
         values = layer.scales(part.name)
         if not bool((values.isfinite() & (values > 0)).all()):
-            layer.refuse_part(part.name, "finite scales above 0", "NaN, infinity, 0 or less")
+            found, todo = "NaN, infinity, 0 or less", "quantize again"
+            layer.refuse_part(part.name, "finite scales above 0", found, todo)
 
 
 def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
@@ -166,7 +171,7 @@ def _check_input_scale(layer: LayerToLoad) -> None:
     product = scale * layer.read("weight_scale").reshape(-1).to(_F32)
     if not bool((product.isfinite() & (product > 0)).all()):
         expected = "scales that, times input_scale, are finite and above 0 in float32"
-        layer.refuse_part("weight_scale", expected, "zero or infinity")
+        layer.refuse_part("weight_scale", expected, "zero or infinity", "quantize again")
     has_zero_point = layer.format.zero_point in layer
     if "bias" in layer and (layer.output == _F16 or has_zero_point):
         steps = layer.read("bias").double() / product.double()
