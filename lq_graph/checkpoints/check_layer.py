@@ -12,14 +12,21 @@ from .files import refuse
 from .layers import LayerToLoad, weight_of
 from .tensors import fits
 
-__all__ = ["check_layer"]
+__all__ = ["check_headers", "check_values"]
 
 _I32, _F32, _F16, _BF16 = torch.int32, torch.float32, torch.float16, torch.bfloat16
+_MISSING = "download the missing file, or correct the JSON that says how the layer is quantized"
+_AS_SAID = (
+    "correct the JSON that says how the layer is quantized, or load into a model of its sizes"
+)
+_AGAIN = "quantize the layer again"
+_LEAVE_FLOAT = "quantize again, and leave this layer float"
+_SYMMETRIC = "quantize again with symmetric weights"
 
 
-def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
-    """Refuse a layer with a tensor that is missing or has a wrong dtype, shape or value, and a
-    layer that the model or the product cannot run. Sets `layer.output`.
+def check_headers(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
+    """Refuse a layer with a tensor that is missing or has a wrong dtype or shape, and a layer that
+    the model or the product cannot run. Sets `layer.output`. No tensor is read.
 
     Args:
         layer: the layer to check.
@@ -28,14 +35,24 @@ def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
     for part in layer.format.parts[layer.kind]:
         if part.name in layer:
             _check_header(layer, part)
-            _check_values(layer, part)
         elif part.required:
             key = f"{layer.name}.{part.name}"
-            refuse(layer.files.path, key, _describe(part, layer), "no such tensor")
+            refuse(layer.files.path, key, _describe(part, layer), "no such tensor", _MISSING)
     layer.output = _output(layer, dtype)
+    _check_product(layer)
+
+
+def check_values(layer: LayerToLoad) -> None:
+    """Refuse a layer with a scale, zero point or bias of a wrong value, or of one that the layer's
+    dtype cannot hold. Reads these tensors.
+
+    Args:
+        layer: a layer that passed `check_headers`.
+    """
+    for part in layer.parts.values():
+        _check_values(layer, part)
     _check_input_scale(layer)
     _check_range(layer)
-    _check_product(layer)
 
 
 def _shapes(part: Part, layer: LayerToLoad) -> list[tuple[str | int, ...]]:
@@ -51,23 +68,25 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
     given, shape = layer.dtype(part.name), layer.shape(part.name)
     if given not in part.dtypes or shape not in _shapes(part, layer):
         found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
-        layer.refuse_part(part.name, _describe(part, layer), found)
+        layer.refuse_part(part.name, _describe(part, layer), found, _AS_SAID)
 
 
 def _check_values(layer: LayerToLoad, part: Part) -> None:
     """Scales are finite and positive. The zero point of an input is in -128 to 127. The zero point
     of a weight is 0, because LinearQuant has none."""
     if part.name == "weight_offset" and bool(layer.read(part.name).any()):
-        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values")
+        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values", _SYMMETRIC)
     if part.name == "input_offset":
         offset = layer.read(part.name).float()
         if not bool(((offset >= -128) & (offset <= 127)).all()):
             found = str(float(offset.reshape(-1)[0]))
-            layer.refuse_part(part.name, "a value of -128 to 127", found)
+            layer.refuse_part(part.name, "a value of -128 to 127", found, _AGAIN)
     if part.positive:
         values = layer.scales(part.name)
         if not bool((values.isfinite() & (values > 0)).all()):
-            layer.refuse_part(part.name, "finite scales above 0", "NaN, infinity, 0 or less")
+            layer.refuse_part(
+                part.name, "finite scales above 0", "NaN, infinity, 0 or less", _AGAIN
+            )
 
 
 def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
@@ -122,7 +141,7 @@ def _check_input_scale(layer: LayerToLoad) -> None:
     product = scale * layer.read("weight_scale").reshape(-1).to(_F32)
     if not bool((product.isfinite() & (product > 0)).all()):
         expected = "scales that, times input_scale, are finite and above 0 in float32"
-        layer.refuse_part("weight_scale", expected, "zero or infinity")
+        layer.refuse_part("weight_scale", expected, "zero or infinity", _AGAIN)
     if "bias" in layer and layer.output == _F16:
         steps = layer.read("bias").double() / product.double()
         most = 2**31 - 1 - layer.k * 128 * 127  # the product needs the rest of the int32 range
@@ -181,4 +200,4 @@ def _check_product(layer: LayerToLoad) -> None:
         bias=bias,
     )
     if why:
-        layer.refuse("a layer that the product can run", why, todo)
+        layer.refuse("a layer that the product can run", why, todo or _LEAVE_FLOAT)

@@ -41,6 +41,8 @@ __all__ = ["COMPRESSED_TENSORS", "CompressedTensors"]
 
 _KEY = "quantization_config"
 _I32, _F32, _F16 = torch.int32, torch.float32, torch.float16
+_QUANTIZE = "quantize the float model again with llmcompressor's scheme W8A8"
+_CONFIG = "take the config.json that was published with these weights, or correct it"
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
@@ -74,9 +76,12 @@ class CompressedTensors(Format):
         """
         groups = config.get("config_groups") if isinstance(config, dict) else None
         if not isinstance(groups, dict) or not self.is_method_of(config):
-            refuse(file, _KEY, "compressed-tensors with config_groups", repr(config)[:80])
+            refuse(
+                file, _KEY, "compressed-tensors with config_groups", repr(config)[:80], _QUANTIZE
+            )
         if config.get("transform_config"):
-            refuse(file, "transform_config", "none", repr(config["transform_config"])[:80])
+            found = repr(config["transform_config"])[:80]
+            refuse(file, "transform_config", "none", found, _QUANTIZE)
         work = Work()
         given = [
             (
@@ -96,7 +101,8 @@ class CompressedTensors(Format):
                 continue
             kind = next((kind for targets, kind in given if targets.contain(text)), None)
             if kind is None:
-                refuse(file, "config_groups", f"a group whose targets contain {name}", "none")
+                expected = f"a group whose targets contain {name}"
+                refuse(file, "config_groups", expected, "none", _CONFIG)
             kinds[name] = kind
         return Contents(self, kinds)
 
@@ -188,10 +194,11 @@ def _kind(file: Path, name: str, group: dict[str, Any]) -> LayerKind:
                 f"config_groups.{name}.{part}",
                 f"8 bits, int, symmetric, strategy {' or '.join(strategies)}",
                 json.dumps({k: given.get(k) for k in (*_INT8, "strategy")}),
+                _QUANTIZE,
             )
     if group.get("output_activations") is not None:
         found = repr(group["output_activations"])[:80]
-        refuse(file, f"config_groups.{name}.output_activations", "none", found)
+        refuse(file, f"config_groups.{name}.output_activations", "none", found, _QUANTIZE)
     dynamic = inputs.get("dynamic", False)
     if dynamic is not (inputs["strategy"] == "token"):
         refuse(
@@ -199,6 +206,7 @@ def _kind(file: Path, name: str, group: dict[str, Any]) -> LayerKind:
             f"config_groups.{name}",
             "dynamic with token, static with tensor",
             repr(inputs)[:80],
+            _QUANTIZE,
         )
     return A8W8_DYNAMIC if dynamic else A8W8_STATIC
 
@@ -220,7 +228,7 @@ class _Targets:
         self._file, self._key = file, key
         given = value or []
         if not isinstance(given, list) or not all(isinstance(p, str) for p in given):
-            refuse(file, key, "a list of names", repr(value)[:60])
+            refuse(file, key, "a list of names", repr(value)[:60], _CONFIG)
         self._names = {text for text in given if not text.startswith("re:")}
         self._patterns = []
         for text in given:
@@ -229,7 +237,7 @@ class _Targets:
                     self._patterns.append(Pattern(text.removeprefix("re:"), work))
                 except PatternError as error:
                     expected = "a regular expression after re:"
-                    refuse(file, key, expected, f"{text[:80]!r}: {error}")
+                    refuse(file, key, expected, f"{text[:80]!r}: {error}", _CONFIG)
 
     def contain(self, name: Text) -> bool:
         """Whether a module is one of them."""
@@ -241,5 +249,5 @@ class _Targets:
                     return True
             except PatternError as error:
                 found = f"'re:{pattern.text[:80]}': {error}"
-                refuse(self._file, self._key, "patterns that match in bounded time", found)
+                refuse(self._file, self._key, "patterns that match in bounded time", found, _CONFIG)
         return False

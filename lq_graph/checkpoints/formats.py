@@ -47,5 +47,6 @@ def contents_of(folder: Path, keys: Iterable[str]) -> Contents:
             f"{DESCRIPTION}*.json (msmodelslim) or config.json with quantization_config "
             "(compressed-tensors)",
             "neither",
+            "pass the folder of a quantized checkpoint, with its JSON; load a float one as before",
         )
     return COMPRESSED_TENSORS.contents(config, quantization, keys)

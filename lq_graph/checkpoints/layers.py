@@ -89,11 +89,11 @@ class LayerToLoad:
         """Size of its weight in memory."""
         return self.n * storage_k(self.k, self.kind.storage) * self.kind.storage.itemsize
 
-    def refuse(self, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse(self, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names the layer."""
         refuse(self.files.path, self.name, expected, found, todo)
 
-    def refuse_part(self, part: str, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse_part(self, part: str, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names one of its tensors."""
         key = self.keys[part]
         refuse(self.files.file_of(key), key, expected, found, todo)
@@ -148,7 +148,8 @@ def _module_for(
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
-        refuse(files.path, name, "an nn.Linear in the model", found)
+        todo = f'pass ignore=["{name}.*"] if the model has no such layer'
+        refuse(files.path, name, "an nn.Linear in the model", found, todo)
     return module
 
 
@@ -180,7 +181,9 @@ def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
     """Check that a module with two names has the same tensors under both."""
     for part in other.keys:
         if part not in one or not bit_equal(other.read(part), one.read(part)):
-            other.refuse_part(part, f"the tensor of {one.name}, which is the same layer", "another")
+            expected = f"the tensor of {one.name}, which is the same layer"
+            todo = "make the model with two layers, or correct the files"
+            other.refuse_part(part, expected, "another", todo)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -21,7 +21,7 @@ from ..modules.places import places_of, put
 from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
-from .check_layer import check_layer
+from .check_layer import check_headers, check_values
 from .files import CheckpointError, check_model, expanded
 from .folder import CheckpointFiles, is_file, old_or_new
 from .formats import contents_of
@@ -168,17 +168,20 @@ def _check_arguments(
 ) -> Path:
     """Refuse arguments that do not fit; returns the path with the home folder for ~."""
     if (mesh is None) != (plan is None):
-        raise CheckpointError("load_checkpoint: mesh and plan go together; give both or neither.")
+        raise CheckpointError(
+            "load_checkpoint: one of mesh and plan. What to do: give both or neither."
+        )
     if dtype not in (None, _F16, _BF16):
         given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise CheckpointError(
-            f"load_checkpoint: dtype is {given}; allowed are torch.float16 and torch.bfloat16."
+            f"load_checkpoint: dtype is {given}. What to do: pass torch.float16 or torch.bfloat16, "
+            "or leave it out."
         )
     check_model("load_checkpoint", model)
     try:
         return expanded(path)
     except TypeError as error:
-        raise CheckpointError(f"load_checkpoint: path: {error}.") from None
+        raise CheckpointError(f"load_checkpoint: path: {error}. What to do: pass a str.") from None
 
 
 def _load(
@@ -194,7 +197,8 @@ def _load(
     places = places_of(model)
     layers = layers_to_load(model, files, contents)
     for layer in layers:
-        check_layer(layer, dtype)
+        check_headers(layer, dtype)
+        check_values(layer)
         if parallel is not None:
             _plan_split(layer, parallel)
     rest_of_model = RestOfModel(model, {layer.module for layer in layers})

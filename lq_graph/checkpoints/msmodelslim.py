@@ -45,6 +45,7 @@ DESCRIPTION = "quant_model_description"  # how the JSON's name begins
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 _KINDS = {"W8A8": A8W8_STATIC, "W8A8_DYNAMIC": A8W8_DYNAMIC}  # by the word of the description
+_QUANTIZE = "quantize the float model again as W8A8 or W8A8_DYNAMIC"
 _WORDS = {kind: word for word, kind in _KINDS.items()}
 
 
@@ -106,7 +107,7 @@ class Msmodelslim(Format):
             if part != "weight" or word == "FLOAT":
                 continue
             if not isinstance(word, str) or word not in _KINDS:
-                refuse(file, key, "W8A8, W8A8_DYNAMIC or FLOAT", repr(word))
+                refuse(file, key, "W8A8, W8A8_DYNAMIC or FLOAT", repr(word), _QUANTIZE)
             kinds[name] = _KINDS[word]
         return Contents(self, kinds)
 
