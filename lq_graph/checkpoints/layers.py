@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
@@ -203,7 +202,14 @@ def new_layer(
         weights: the weights of earlier layers, by key; a weight that several layers share stays
             shared.
     """
-    new = layer.format.build(layer.kind, layer.output, partial(_read, layer, parallel))
+
+    def read(part: str) -> Tensor | None:
+        tensor = _read(layer, parallel, part)
+        if part == "weight" and tensor is not None and layer.kind.storage == torch.int32:
+            _check_int4(layer, tensor)
+        return tensor
+
+    new = layer.format.build(layer.kind, layer.output, read)
     device = weight_of(layer.module).device
     new = new.to(torch.device("cpu") if device.type == "meta" else device)
     if layer.style is None:
@@ -219,13 +225,26 @@ def new_layer(
     return new
 
 
+def _check_int4(layer: LayerToLoad, weight: Tensor) -> None:
+    """Refuse the weight of an int4 layer if it has other values than -8 to 7."""
+    low, high = map(int, weight.aminmax()) if weight.numel() else (0, 0)
+    if low < -8 or high > 7:
+        layer.refuse_part(
+            "weight",
+            "int4 values, -8 to 7",
+            f"{low} to {high}",
+            "use the JSON that was saved with these weights; it says which weights are int4",
+        )
+
+
 def _read(layer: LayerToLoad, parallel: TensorParallel | None, part: str) -> Tensor | None:
     """A tensor of a layer, or this process's part of it; None if the layer has none."""
     if part not in layer:
         return None
-    if layer.style is None or parallel is None or layer.parts[part].shapes[0][0] != "n":
-        return layer.read(part)
     shape = layer.shape(part)
+    split = layer.parts[part].shapes[0][0] == "n" and shape[:1] == (layer.n,)
+    if layer.style is None or parallel is None or not split:
+        return layer.read(part)
     size = shape if part == "weight" else shape[:1]
     placement = layer.style.placement(_PARAMETER.get(part, "scale"), size)
     if placement.is_shard():

@@ -21,7 +21,7 @@ from ..modules.places import places_of, put
 from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
-from .check_layer import check_headers, check_values
+from .check_layer import check_headers, check_values, check_without_effect
 from .files import CheckpointError, check_model, expanded
 from .folder import CheckpointFiles, is_file, old_or_new
 from .formats import contents_of
@@ -73,10 +73,12 @@ class LoadReport(list[Loaded]):
     Attributes:
         bytes_read: bytes of tensors that this process read from the files.
         left_out: tensors of the files that were not loaded, with the reason.
+        renamed: the names in the model of the tensors that have another name in the files, by that.
     """
 
     bytes_read = 0
     left_out: Mapping[str, str] = MappingProxyType({})
+    renamed: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         if not self:
@@ -192,10 +194,11 @@ def _load(
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything. Returns the report, and the function that changes the model."""
     folder = files.path.parent if is_file(files.path) else files.path
-    contents = contents_of(folder, files)
+    contents = contents_of(folder, files, model)
     files.rename(contents.names)
     places = places_of(model)
     layers = layers_to_load(model, files, contents)
+    check_without_effect(layers, contents.must_be)
     for layer in layers:
         check_headers(layer, dtype)
         check_values(layer)
@@ -203,7 +206,8 @@ def _load(
             _plan_split(layer, parallel)
     rest_of_model = RestOfModel(model, {layer.module for layer in layers})
     used = {key for layer in layers for key in layer.keys.values()}
-    rest = check_rest(rest_of_model, files, used | contents.left_out.keys())
+    not_loaded = contents.not_loaded()
+    rest = check_rest(rest_of_model, files, used | not_loaded.keys())
 
     weights: dict[str, nn.Parameter] = {}
     new = {layer.module: new_layer(layer, parallel, weights) for layer in layers}
@@ -211,7 +215,8 @@ def _load(
     files.check_unchanged()
 
     report = LoadReport(Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in layers)
-    report.left_out = contents.left_out
+    report.left_out = not_loaded
+    report.renamed = contents.names
     report.bytes_read = files.bytes_read
 
     def swap() -> None:
@@ -238,9 +243,10 @@ def _plan_split(layer: LayerToLoad, parallel: TensorParallel) -> None:
     whole = LinearQuant(
         layer.k,
         layer.n,
-        bias="bias" in layer or "quant_bias" in layer,
+        bias=any(part in layer for part in ("bias", "quant_bias", "input_zero_point")),
         pertoken_scale=not layer.kind.static,
         output_dtype=layer.output,
+        dtype=layer.kind.storage,
         device="meta",
     )
     style.check(layer.name, whole, parallel.ranks)
