@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import pack_int4
+from ..kernels import pack_int4, unpack_int4, unpack_scale
 from ..modules.linear_quant import layer_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.supported import LayerKind
@@ -25,6 +25,7 @@ __all__ = [
     "BIAS",
     "FLOATS",
     "INPUT_SCALE",
+    "INPUT_ZERO_POINT",
     "WEIGHT",
     "WEIGHT_OFFSET",
     "WEIGHT_SCALE",
@@ -35,6 +36,7 @@ __all__ = [
     "State",
     "StaticTensors",
     "Written",
+    "float_scale",
     "packed_scale",
     "per_channel_scale",
     "static_parts",
@@ -75,6 +77,7 @@ BIAS = Part("bias", FLOATS, (("n",),), required=False)
 WEIGHT_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",)), positive=True)
 WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), (("n", 1), ("n",)), required=False)
 INPUT_SCALE = Part("input_scale", FLOATS, ((1,), ()), positive=True)
+INPUT_ZERO_POINT = Part("input_zero_point", (_I8,), ((1,), ()), required=False)
 
 
 class StaticTensors(NamedTuple):
@@ -131,6 +134,7 @@ class Format(ABC):
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
+        zero_point: the part that is the zero point of a static layer's input.
     """
 
     name: ClassVar[str]
@@ -138,6 +142,7 @@ class Format(ABC):
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    zero_point: ClassVar[str] = "input_offset"
 
     # ---- reading ----
 
@@ -182,7 +187,7 @@ class Format(ABC):
         return QuantizedLinear(
             layer_of(weight, scale, bias, pertoken=not kind.static, output_dtype=output),
             as_vector(read("input_scale")),
-            as_vector(read("input_offset")),
+            as_vector(read(self.zero_point)),
             input_dtype=output,
             weight_scale=weight_scale,
             float_bias=float_bias,
@@ -191,9 +196,10 @@ class Format(ABC):
     # ---- writing ----
 
     def dynamic_parts(self, state: State) -> dict[str, Tensor]:
-        """A dynamic layer's tensors."""
+        """A dynamic layer's tensors. int4 weights are int8 values of -8 to 7."""
+        weight = state["linear.weight"]
         parts = {
-            "weight": state["linear.weight"],
+            "weight": unpack_int4(weight) if weight.dtype == _I32 else weight,
             "weight_scale": per_channel_scale(state).unsqueeze(-1),
         }
         if "linear.bias" in state:
@@ -206,13 +212,18 @@ class Format(ABC):
 
     @abstractmethod
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
         """The contents of the JSON file.
 
         Args:
-            keys: names of the tensors in the file of weights.
+            keys: names of the model's tensors, tied ones too.
             layers: the quantized layers by name.
+            floats: names of the linear layers that stay float.
             old: the JSON that is in the folder, from `json_to_keep`.
         """
 
@@ -241,6 +252,12 @@ def as_vector(tensor: Tensor | None) -> Tensor | None:
 def per_channel_scale(state: State) -> Tensor:
     """The scale of a layer, (n,); the layer may hold one value for all channels."""
     return state["linear.scale"].expand(state["linear.weight"].shape[0])
+
+
+def float_scale(state: State) -> Tensor:
+    """The scale of a layer as float32, (n,)."""
+    scale = per_channel_scale(state)
+    return unpack_scale(scale)[0] if scale.dtype == torch.int64 else scale
 
 
 def packed_scale(layer: QuantizedLinear, scale: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Source: vllm-project/compressed-tensors (src/compressed_tensors/quantization).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +15,13 @@ from typing import Any, ClassVar
 import torch
 
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.supported import A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+from ..modules.static_values import has_int32_bias, static_bias, static_scale
+from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+from . import compressed_writing
 from .base import (
     BIAS,
     INPUT_SCALE,
+    INPUT_ZERO_POINT,
     WEIGHT,
     WEIGHT_SCALE,
     Contents,
@@ -30,9 +32,6 @@ from .base import (
     StaticTensors,
     Written,
     as_vector,
-    packed_scale,
-    per_channel_scale,
-    static_parts,
 )
 from .files import CONFIG, read_json, refuse
 from .patterns import Pattern, PatternError, Text, Work
@@ -40,7 +39,7 @@ from .patterns import Pattern, PatternError, Text, Work
 __all__ = ["COMPRESSED_TENSORS", "CompressedTensors"]
 
 _KEY = "quantization_config"
-_I32, _F32, _F16 = torch.int32, torch.float32, torch.float16
+_I32, _F16 = torch.int32, torch.float16
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
@@ -50,9 +49,11 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     weights_file = "model.safetensors"
     json_file = CONFIG
+    zero_point = "input_zero_point"
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
-        A8W8_STATIC: (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, BIAS),
+        A8W8_STATIC: (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, INPUT_ZERO_POINT, BIAS),
         A8W8_DYNAMIC: (WEIGHT, WEIGHT_SCALE, BIAS),
+        A4W4_DYNAMIC: (WEIGHT, WEIGHT_SCALE, BIAS),
     }
 
     # ---- reading ----
@@ -108,60 +109,30 @@ class CompressedTensors(Format):
         return super().bias_dtype(kind, output, given)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
-        weight_scale, input_scale = as_vector(read("weight_scale")), as_vector(read("input_scale"))
-        assert weight_scale is not None and input_scale is not None
-        scale, bias = input_scale * weight_scale, read("bias")
-        if bias is None or self.bias_dtype(A8W8_STATIC, output, bias.dtype) != _I32:
-            return StaticTensors(scale, bias, None)
-        return StaticTensors(scale, (bias.to(_F32) / scale).round().to(_I32), bias)
+        weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
+        input_scale, bias = as_vector(read("input_scale")), read("bias")
+        assert weight is not None and weight_scale is not None and input_scale is not None
+        scale = static_scale(input_scale, weight_scale, output)
+        zero_point = read(self.zero_point)
+        if zero_point is None:
+            zero_point = torch.zeros_like(input_scale)
+            if bias is not None and not has_int32_bias(scale, bias, weight.shape[1], output):
+                return StaticTensors(scale, bias, None)
+        return StaticTensors(scale, static_bias(bias, scale, zero_point, weight), bias)
 
     # ---- writing ----
 
     def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
-        parts, bias = static_parts(state), state.get("linear.bias")
-        if "weight_scale" not in parts or bool(state["input_offset"].any()):
-            return Written(parts, "it has a zero point, or its weight's own scale is not known")
-        if bias is not None and not parts.setdefault("bias", bias).is_floating_point():
-            return Written(parts, "its float bias is not known")
-        again = self.build(A8W8_STATIC, layer.input_dtype, parts.get).linear
-        scale = per_channel_scale(state)
-        if not torch.equal(packed_scale(layer, again.scale), packed_scale(layer, scale)):
-            return Written(parts, "its scale is not exactly the product of the two scales")
-        same = bias is again.bias is None or (
-            bias is not None
-            and again.bias is not None
-            and bias.dtype == again.bias.dtype
-            and torch.equal(bias, again.bias)
-        )
-        return Written(parts, "" if same else "its bias is not the one that its float bias gives")
+        return compressed_writing.static_parts(self, layer, state)
 
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
-        scales = {
-            name for name, _, part in (k.rpartition(".") for k in keys) if part == "weight_scale"
-        }
-        groups: dict[str, Any] = {}
-        for dynamic in (False, True):
-            names = [_target(name) for name, layer in layers.items() if layer.dynamic == dynamic]
-            if names:
-                groups[f"group_{len(groups)}"] = {
-                    "targets": names,
-                    "weights": {**_INT8, "strategy": "channel", "dynamic": False},
-                    "input_activations": {
-                        **_INT8,
-                        "strategy": "token" if dynamic else "tensor",
-                        "dynamic": dynamic,
-                    },
-                }
-        config = {
-            "quant_method": self.name,
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": [_target(name) for name in sorted(scales - layers.keys())],
-        }
-        return {**old, _KEY: config}
+        return {**old, _KEY: compressed_writing.config(keys, layers, floats)}
 
     def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
         return read_json(folder / self.json_file) if self.json_file in names else {}
@@ -177,16 +148,20 @@ def _kind(file: Path, name: str, group: dict[str, Any]) -> LayerKind:
         CheckpointError: LinearQuant cannot run the group.
     """
     weights, inputs = _dict(group.get("weights")), _dict(group.get("input_activations"))
+    bits = 4 if weights.get("num_bits") == 4 else 8
     for part, given, strategies in (
         ("weights", weights, ("channel",)),
-        ("input_activations", inputs, ("tensor", "token")),
+        ("input_activations", inputs, ("tensor", "token") if bits == 8 else ("token",)),
     ):
-        ok = all(given.get(k) == v for k, v in _INT8.items())
+        wanted: dict[str, Any] = {**_INT8, "num_bits": bits}
+        if given.get("strategy") == "tensor":
+            del wanted["symmetric"]
+        ok = all(given.get(k) == v for k, v in wanted.items())
         if not ok or given.get("strategy") not in strategies:
             refuse(
                 file,
                 f"config_groups.{name}.{part}",
-                f"8 bits, int, symmetric, strategy {' or '.join(strategies)}",
+                f"{bits} bits, int, symmetric, strategy {' or '.join(strategies)}",
                 json.dumps({k: given.get(k) for k in (*_INT8, "strategy")}),
             )
     if group.get("output_activations") is not None:
@@ -200,17 +175,14 @@ def _kind(file: Path, name: str, group: dict[str, Any]) -> LayerKind:
             "dynamic with token, static with tensor",
             repr(inputs)[:80],
         )
-    return A8W8_DYNAMIC if dynamic else A8W8_STATIC
+    if not dynamic:
+        return A8W8_STATIC
+    return A8W8_DYNAMIC if bits == 8 else A4W4_DYNAMIC
 
 
 def _dict(value: object) -> dict[str, Any]:
     """A JSON object; {} for any other value, which the checks refuse afterwards."""
     return value if isinstance(value, dict) else {}
-
-
-def _target(name: str) -> str:
-    """The target that selects one layer: its name, or a pattern if the name would select more."""
-    return f"re:{re.escape(name)}$" if name == "Linear" or name.startswith("re:") else name
 
 
 class _Targets:

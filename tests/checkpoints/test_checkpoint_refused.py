@@ -162,7 +162,7 @@ BAD_CONFIGS = {
     "per group": (config(weights=args("group", False)), "config_groups.g.weights: expected 8 bits"),
     "4 bits": (
         config(weights={**args("channel", False), "num_bits": 4}),
-        "expected 8 bits, int, sym",
+        "expected 4 bits, int, sym",
     ),
     "float8": (
         config(input_activations={**args("token", True), "type": "float"}),
