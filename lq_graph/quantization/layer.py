@@ -11,6 +11,7 @@ from ..modules.linear_quant import LinearQuant, layer_of
 from ..modules.places import Place, put
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over
+from ..modules.static_values import static_bias, static_scale, weight_scale_of
 from ..modules.supported import why_not_supported
 from .schemes import SCHEMES, Config
 from .weight_scales import peaks_of, round_weight
@@ -94,6 +95,18 @@ class LayerToQuantize:
         """The layer's scale divided by the weight's scale."""
         return self.input_scale / (self.next.input_scale if self.next else 1.0)
 
+    def scale_of(self, weight_scale: Tensor) -> Tensor:
+        """float32 (n,): the scale of a static layer, from its weight's scales, float32 (n,)."""
+        return static_scale(self._float32_step, weight_scale, self.output_dtype)
+
+    def weight_scale_of(self, scale: Tensor) -> Tensor:
+        """float32 (n,): the scales of the weight with which `scale_of` gives a 19-bit scale."""
+        return weight_scale_of(scale, self._float32_step)
+
+    @property
+    def _float32_step(self) -> Tensor:
+        return torch.tensor([self.step], dtype=torch.float32, device="cpu")
+
     @property
     def least_scale(self) -> Tensor:
         """The smallest weight scales, float64 (n,), with which the bias fits into int32. They
@@ -150,7 +163,7 @@ def why_illegal(layer: LayerToQuantize) -> str:
 
 
 def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter, Tensor]:
-    """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float64 (n,).
+    """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float32 (n,).
 
     The packed scale of a static layer keeps 10 bits of the mantissa. So the weight's scale is
     chosen such that the layer's scale has no more bits, except where layers share the weight.
@@ -165,7 +178,9 @@ def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter
         scale = torch.maximum(scale, other.least_scale)
     scale = torch.where(scale > 0, scale, 1.0)
     if layer.static and len(layer.tied_with) == 1:
-        scale = s19_at_least((scale * layer.step).float()).double() / layer.step
+        wanted = s19_at_least((scale * layer.step).float())
+        scale = layer.weight_scale_of(wanted)
+    scale = scale.float()
     values = round_weight(weight, scale, top)
     if layer.storage == torch.int32:
         values = pack_int4(values)
@@ -184,29 +199,23 @@ def _build_dynamic(layer: LayerToQuantize, shared: SharedWeights) -> QuantizedLi
 
 def _build_static(layer: LayerToQuantize, shared: SharedWeights) -> QuantizedLinear:
     """A layer that computes y = scale * (sum(x1 * weight) + bias), where scale is
-    input_scale * weight_scale and the int32 bias holds the zero point of the input:
-    bias = round(float_bias / scale) - input_offset * sum(weight)."""
+    input_scale * weight_scale and the int32 bias holds the zero point of the input."""
     weight, weight_scale = _weight(layer, shared)
-    own = layer.source.bias
-    bias = None
-    if own is not None or layer.input_offset:
-        bias = -layer.input_offset * weight.sum(1, dtype=torch.int64).cpu()
-        if own is not None:
-            steps = own.detach().double().cpu() / (weight_scale * layer.input_scale)
-            bias = bias + steps.round().to(torch.int64)
-        bias = bias.to(torch.int32)
+    own, scale = layer.source.bias, layer.scale_of(weight_scale)
 
     def one(value: float) -> Tensor:
         return torch.tensor([value], dtype=torch.float32, device=weight.device)
 
     following = layer.next
+    product_scale = scale.double() * (following.input_scale if following else 1.0)
+    bias = static_bias(own, product_scale, one(layer.input_offset), weight)
     offset = one(following.input_offset).expand(layer.n).contiguous() if following else None
     return QuantizedLinear(
-        _linear(layer, weight, weight_scale * layer.step, bias, offset),
+        _linear(layer, weight, scale, bias, offset),
         one(layer.input_scale),
         one(layer.input_offset),
         input_dtype=layer.input_dtype,
-        weight_scale=weight_scale.float().to(weight.device),
+        weight_scale=weight_scale.to(weight.device),
         float_bias=None if own is None else own.detach().clone(),
         output_scale=one(following.input_scale) if following else None,
         output_offset=one(following.input_offset) if following else None,
@@ -224,7 +233,7 @@ def _linear(
     device = weight.device
     return layer_of(
         weight,
-        scale.float().to(device),
+        scale.to(device),
         None if bias is None else bias.to(device),
         None if offset is None else offset.to(device),
         pertoken=not layer.static,
