@@ -169,11 +169,8 @@ def _choice(name: str, pattern: _Pattern | None, output: str | None) -> Choice:
         return Choice(None, f"{says} {pattern.text!r}")
     if output and output not in pattern.text:
         scheme = type(pattern.scheme).__name__
-        return Choice(
-            None,
-            "an output layer is float by default; a pattern with its name quantizes it: "
-            f'{{"{name}": {scheme}(), "*": {scheme}()}}',
-        )
+        todo = f'{{"{name}": {scheme}(), ...}} quantizes it'
+        return Choice(None, f"an output layer, float by default; {todo}")
     return Choice(pattern.scheme, "")
 
 

@@ -11,7 +11,8 @@ from ..modules.linear_quant import LinearQuant, layer_of
 from ..modules.places import Place, put
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over
-from ..modules.supported import LayerKind, why_not_supported
+from ..modules.supported import LayerKind, runs_in, what_runs, why_not_supported
+from ..rules.tables import STORAGE_DTYPES, dtype_name
 from .schemes import SCHEMES, Scheme
 from .weight_scales import peaks_of, round_weight
 
@@ -155,16 +156,37 @@ def _sizes(linear: nn.Linear) -> tuple[int, int]:
 
 def why_illegal(layer: LayerToQuantize) -> str:
     """Why the product in force cannot run the quantized layer; empty if it can."""
-    has_bias = layer.static or layer.source.bias is not None
-    why, todo = why_not_supported(
-        layer.kind,
-        layer.k,
-        layer.n,
-        input_dtype=layer.input_dtype,
-        output_dtype=layer.output_dtype,
-        bias=layer.bias_dtype if has_bias else None,
-    )
+    if layer.input_dtype not in (torch.float16, torch.bfloat16):
+        given = dtype_name(layer.input_dtype)
+        why = f"its weight is {given}, and LinearQuant takes float16 and bfloat16"
+    else:
+        has_bias = layer.static or layer.source.bias is not None
+        why, _ = why_not_supported(
+            layer.kind,
+            layer.k,
+            layer.n,
+            input_dtype=layer.input_dtype,
+            output_dtype=layer.output_dtype,
+            bias=layer.bias_dtype if has_bias else None,
+        )
+    todo = why and _what_to_do(layer)
     return f"{why}. What to do: {todo}." if todo else why
+
+
+def _what_to_do(layer: LayerToQuantize) -> str:
+    """How a layer that the product in force cannot run becomes one that it runs; empty if it has
+    sizes that the scheme does not take."""
+    runs = runs_in(layer.kind, layer.k, layer.n)
+    if not runs:
+        sizes = any(size % STORAGE_DTYPES[layer.storage] for size in (layer.k, layer.n))
+        return "" if sizes else what_runs(layer.k, layer.n)
+    steps = []
+    if layer.input_dtype not in runs:
+        calls = {torch.float16: "model.half()", torch.bfloat16: "model.bfloat16()"}
+        steps.append(f"call {' or '.join(calls[dtype] for dtype in runs)} first")
+    if layer.scheme.output_dtype not in (None, *runs):
+        steps.append("leave output_dtype out")
+    return " and ".join(steps) or what_runs(layer.k, layer.n)
 
 
 def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter, Tensor]:

@@ -15,6 +15,7 @@ from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..modules.places import places_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import why_not_replaceable
+from ..modules.supported import A8W8_DYNAMIC, runs_in
 from ..modules.transaction import keeps_grad_mode, one_at_a_time, uninterrupted
 from ..rules.products import get_target
 from ..rules.tables import dtype_name
@@ -199,7 +200,7 @@ def _check_range(layer: LayerToQuantize, new: QuantizedLinear) -> None:
             raise LinearQuantValueError(
                 f"quantize: {layer.name}: output_dtype is {given}, which holds values up to "
                 f"{most:.5g}, and the {name} has {peak:.3g}; the model is unchanged. What to do: "
-                "leave output_dtype out, or leave the layer float with filter_fn."
+                f"leave output_dtype out, or leave the layer float: ignore=['{layer.name}']."
             )
 
 
@@ -260,12 +261,21 @@ def _calibrate(layers: list[LayerToQuantize], seen: Seen) -> None:
         if not found.finite:
             raise LinearQuantValueError(
                 f"quantize: the input of {layer.name} holds NaN or infinity during calibration; "
-                "the model is unchanged. What to do: check the inputs, or run it in bfloat16."
+                f"the model is unchanged. What to do: check the inputs{_wider(layer)}, or leave "
+                f"the layer float: ignore=['{layer.name}']."
             )
         activations = (found.low, found.high, layer.input_dtype, layer.scheme.symmetric)
-        layer.refusal = why_no_range(*activations)
-        if not layer.refusal:
+        if why := why_no_range(*activations):
+            dynamic = layer.input_dtype in runs_in(A8W8_DYNAMIC, layer.k, layer.n)
+            layer.refusal = f"{why}. What to do: use A8W8Dynamic for it." if dynamic else why
+        else:
             layer.input_scale, layer.input_offset = affine(*activations)
+
+
+def _wider(layer: LayerToQuantize) -> str:
+    """The advice for values that float16 does not hold, if the product in force runs the other."""
+    runs = torch.bfloat16 in runs_in(layer.kind, layer.k, layer.n)
+    return ", call model.bfloat16() first" if layer.input_dtype == torch.float16 and runs else ""
 
 
 def _result(layer: LayerToQuantize) -> Quantized:

@@ -10,7 +10,6 @@ from torch import nn
 from ..errors import LinearQuantValueError
 from ..modules.places import Place, held_elsewhere
 from ..modules.replaceable import why_not_replaceable
-from ..rules.tables import dtype_name
 from .choose import Choice, quantized_kinds
 from .layer import LayerToQuantize, why_illegal
 
@@ -81,11 +80,6 @@ def _why_not(layer: LayerToQuantize, filter_fn: FilterFn | None) -> str:
     for name, tensor in linear.named_parameters():
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             return f"the memory of its {name} was freed: gather or load the model first"
-    if linear.weight.dtype not in (torch.float16, torch.bfloat16):
-        return (
-            f"its weight is {dtype_name(linear.weight.dtype)}, and LinearQuant takes float16 and "
-            "bfloat16: call model.half() or model.bfloat16() first"
-        )
     return ""
 
 
@@ -99,5 +93,6 @@ def check_finite(layer: LayerToQuantize) -> None:
         if not all(bound.isfinite() for bound in bounds):
             raise LinearQuantValueError(
                 f"quantize: {layer.name}.{name} holds NaN or infinity; the model is unchanged. "
-                "What to do: check how the model was loaded, or leave it float with filter_fn."
+                "What to do: check how the model was loaded, or leave the layer float: "
+                f"ignore=['{layer.name}']."
             )
