@@ -34,7 +34,7 @@ from .base import (
 )
 from .compressed_config import CONFIG_KEY, METHOD, AnyConfig, Config, Group
 from .files import CONFIG, read_json, refuse
-from .names import ModelNames
+from .names import ModelNames, NewNames
 
 __all__ = ["COMPRESSED_TENSORS", "CompressedTensors"]
 
@@ -95,12 +95,12 @@ class CompressedTensors(Format):
             for name, _, part in (key.rpartition(".") for key in keys)
             if part in ("weight_scale", "weight_packed")
         }
-        prefix = model.prefix_of(layers) if model else None
-        names = model.renamed(prefix, set(layers), keys) if model and prefix else {}
+        new_names = model.new_names(layers, keys) if model else NewNames()
+        names = new_names.tensors(keys)
         contents = Contents(self, {}, names)
         kept = set(keys)
         for name in layers:
-            new = (prefix(name) if prefix else None) or name
+            new = new_names.module(name)
             classes = model.classes(new) if model else _likely_classes(name)
             group = config.group_of(_names_in_config(config, name, new), classes)
             if group is not None:
