@@ -131,6 +131,7 @@ class Format(ABC):
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
+        adds_biases: whether the files may have a bias for a float module that has none.
     """
 
     name: ClassVar[str]
@@ -138,6 +139,7 @@ class Format(ABC):
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    adds_biases: ClassVar[bool] = False
 
     # ---- reading ----
 

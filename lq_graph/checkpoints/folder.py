@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .files import INDEX, CheckpointError, TensorFile, list_folder, read_json, refuse, shown
 from .formats import FORMATS
+from .tensors import bit_equal
 
 __all__ = [
     "CheckpointFiles",
@@ -110,15 +111,20 @@ class CheckpointFiles:
             names: the new name, by the name in the files.
 
         Raises:
-            CheckpointError: two tensors would have one name.
+            CheckpointError: two tensors that differ would have one name.
         """
         renamed: dict[str, tuple[TensorFile, str]] = {}
         for key, place in self._of.items():
             new = names.get(key, key)
-            if new in renamed:
-                expected = f"one tensor for {new} of the model"
-                refuse(place[0].file, key, expected, f"{renamed[new][1]} too")
-            renamed[new] = place
+            if new not in renamed:
+                renamed[new] = place
+                continue
+            file, other = renamed[new]
+            known = place[0].entries[key].dtype is not None
+            if not known or not bit_equal(place[0].read(key), file.read(other)):
+                expected = f"the values of {other}, which is {new} in the model too"
+                todo = "remove the one that is not of these weights"
+                refuse(place[0].file, key, expected, "other values", todo)
         self._of = renamed
 
     def __contains__(self, key: str) -> bool:

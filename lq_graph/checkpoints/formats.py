@@ -9,18 +9,20 @@ from .base import Contents, Format
 from .compressed_tensors import COMPRESSED_TENSORS
 from .files import CONFIG, list_folder, read_json, refuse
 from .msmodelslim import DESCRIPTION, MSMODELSLIM
+from .msmodelslim_words import Prefer
 
 __all__ = ["FORMATS", "contents_of"]
 
 FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, COMPRESSED_TENSORS)}
 
 
-def contents_of(folder: Path, keys: Iterable[str]) -> Contents:
+def contents_of(folder: Path, keys: Iterable[str], prefer: Prefer = "dynamic") -> Contents:
     """What the JSON of a folder says about its tensors.
 
     Args:
         folder: with the JSON.
         keys: names of the tensors in its files.
+        prefer: how a layer that has the tensors of both kinds is loaded.
 
     Raises:
         CheckpointError: the JSON of no format or of both, or of a scheme that is not W8A8.
@@ -39,7 +41,7 @@ def contents_of(folder: Path, keys: Iterable[str]) -> Contents:
                 COMPRESSED_TENSORS.name,
                 "remove the one that is not of these weights",
             )
-        return MSMODELSLIM.contents(file, description)
+        return MSMODELSLIM.contents(file, description, set(keys), prefer)
     if "quantization_config" not in about:
         refuse(
             folder,
