@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 _TRIES = 20  # of a folder that changes while it is read
+_PART = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")  # one file of several
+_DIGITS = 6  # of the number of files
+_COPY = "copy it from where the other files come from"
 
 
 def temporary_name(name: str) -> str:
@@ -198,6 +202,8 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
         files = [path / name for name in names if name.endswith(".safetensors")]
         if not files:
             refuse(path, None, "a folder with safetensors files", "none")
+        if missing := _missing_part({file.name for file in files}):
+            refuse(path, None, f"the file {shown(missing)}", "no such file", _COPY)
         return None, files
     if len(indices) > 1:
         refuse(path, None, "one index", " and ".join(indices), "remove the one of other weights")
@@ -210,8 +216,22 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
         if name not in listed.values() or Path(name).name != name:
             refuse(index, "weight_map", "names of files in the same folder", repr(name))
         if name not in names:
-            refuse(index, "weight_map", f"the file {shown(name)}", "no such file")
+            refuse(index, "weight_map", f"the file {shown(name)}", "no such file", _COPY)
     return (index, listed), [path / name for name in sorted(set(listed.values()))]
+
+
+def _missing_part(names: Collection[str]) -> str:
+    """The name of the first file that is missing beside "weights-00001-of-00003.safetensors"; empty
+    if none is."""
+    for name in names:
+        if not (found := _PART.fullmatch(name)) or len(found[3]) > _DIGITS:
+            continue
+        before, number, of = found[1], found[2], found[3]
+        for i in range(1, int(of) + 1):
+            part = f"{before}-{i:0{len(number)}}-of-{of}.safetensors"
+            if part not in names:
+                return part
+    return ""
 
 
 _T = TypeVar("_T")
