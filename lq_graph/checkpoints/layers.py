@@ -17,6 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
+from .experts import MAKE_EACH, fused_experts
 from .files import CheckpointError, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -118,7 +119,7 @@ def layers_to_load(
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     for name, kind in contents.kinds.items():
-        module = _module_for(files, name, modules.get(name))
+        module = _module_for(files, name, modules)
         n, k = module.out_features, module.in_features
         layer = LayerToLoad(name, module, files, format, kind, n, k)
         _check_replaceable(layer, places.get(module, []), elsewhere)
@@ -140,11 +141,15 @@ def layers_to_load(
 
 
 def _module_for(
-    files: CheckpointFiles, name: str, module: nn.Module | None
+    files: CheckpointFiles, name: str, modules: Mapping[str, nn.Module]
 ) -> nn.Linear | QuantizedLinear:
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
+    module = modules.get(name)
+    if module is None and (fused := fused_experts(name, modules)):
+        found = f"all experts in one tensor, {fused}"
+        refuse(files.path, name, "an nn.Linear for each expert in the model", found, MAKE_EACH)
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
         todo = f'pass ignore=["{name}.*"] if the model has no such layer'
