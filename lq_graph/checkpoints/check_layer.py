@@ -14,14 +14,20 @@ from .files import refuse
 from .layers import LayerToLoad, weight_of
 from .tensors import fits
 
-__all__ = ["check_layer", "check_without_effect"]
+__all__ = ["check_headers", "check_values", "check_without_effect"]
 
 _I32, _F32, _F16, _BF16 = torch.int32, torch.float32, torch.float16, torch.bfloat16
+_MISSING = "download the missing file, or correct the JSON that says how the layer is quantized"
+_AS_SAID = (
+    "correct the JSON that says how the layer is quantized, or load into a model of its sizes"
+)
+_AGAIN = "quantize the layer again"
+_SYMMETRIC = "quantize again with symmetric weights"
 
 
-def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
-    """Refuse a layer with a tensor that is missing or has a wrong dtype, shape or value, and a
-    layer that the model or the product cannot run. Sets `layer.output`.
+def check_headers(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
+    """Refuse a layer with a tensor that is missing or has a wrong dtype or shape, and a layer that
+    the model or the product cannot run. Sets `layer.output`. No tensor is read.
 
     Args:
         layer: the layer to check.
@@ -30,15 +36,24 @@ def check_layer(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
     for part in layer.format.parts[layer.kind]:
         if part.name in layer:
             _check_header(layer, part)
-            _check_values(layer, part)
         elif part.required:
             key = f"{layer.name}.{part.name}"
-            expected = _describe(part, layer)
-            refuse(layer.files.path, key, expected, "no such tensor", _COMPLETE)
+            refuse(layer.files.path, key, _describe(part, layer), "no such tensor", _MISSING)
     layer.output = _output(layer, dtype)
+    _check_product(layer)
+
+
+def check_values(layer: LayerToLoad) -> None:
+    """Refuse a layer with a scale, zero point or bias of a wrong value, or of one that the layer's
+    dtype cannot hold. Reads these tensors.
+
+    Args:
+        layer: a layer that passed `check_headers`.
+    """
+    for part in layer.parts.values():
+        _check_values(layer, part)
     _check_input_scale(layer)
     _check_range(layer)
-    _check_product(layer)
 
 
 def check_without_effect(layers: Iterable[LayerToLoad], wanted: Mapping[str, MustBe]) -> None:
@@ -74,8 +89,6 @@ _WITHOUT_EFFECT = {
     MustBe.ORDERED: "quantize again with actorder='weight' or without actorder",
 }
 
-_COMPLETE = "check that the folder has all files, and that the JSON was saved with these weights"
-_SAME = "use the JSON that was saved with these weights, and a model of their sizes"
 # the weights of a model may be saved as floats, with the scales beside them
 _COMPRESS = (
     "save the model again with its weights quantized (save_compressed=True), or load the float "
@@ -97,15 +110,15 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
     if given not in part.dtypes or shape not in _shapes(part, layer):
         found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
         floats = part.name == "weight" and given is not None and given.is_floating_point
-        layer.refuse_part(part.name, _describe(part, layer), found, _COMPRESS if floats else _SAME)
+        todo = _COMPRESS if floats else _AS_SAID
+        layer.refuse_part(part.name, _describe(part, layer), found, todo)
 
 
 def _check_values(layer: LayerToLoad, part: Part) -> None:
     """Scales are finite and positive. The zero point of an input is in -128 to 127. The zero point
     of a weight is 0, because LinearQuant has none."""
     if part.name == "weight_offset" and bool(layer.read(part.name).any()):
-        todo = "quantize again with symmetric weights"
-        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values", todo)
+        layer.refuse_part(part.name, "zeros (symmetric weights)", "other values", _SYMMETRIC)
     if part.name == layer.format.zero_point:
         offset = layer.read(part.name).double()
         if not bool(((offset >= -128) & (offset <= 127) & (offset == offset.round())).all()):
@@ -115,8 +128,9 @@ def _check_values(layer: LayerToLoad, part: Part) -> None:
     if part.positive:
         values = layer.scales(part.name)
         if not bool((values.isfinite() & (values > 0)).all()):
-            found, todo = "NaN, infinity, 0 or less", "quantize again"
-            layer.refuse_part(part.name, "finite scales above 0", found, todo)
+            layer.refuse_part(
+                part.name, "finite scales above 0", "NaN, infinity, 0 or less", _AGAIN
+            )
 
 
 def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
@@ -171,7 +185,7 @@ def _check_input_scale(layer: LayerToLoad) -> None:
     product = scale * layer.read("weight_scale").reshape(-1).to(_F32)
     if not bool((product.isfinite() & (product > 0)).all()):
         expected = "scales that, times input_scale, are finite and above 0 in float32"
-        layer.refuse_part("weight_scale", expected, "zero or infinity", "quantize again")
+        layer.refuse_part("weight_scale", expected, "zero or infinity", _AGAIN)
     has_zero_point = layer.format.zero_point in layer
     if "bias" in layer and (layer.output == _F16 or has_zero_point):
         steps = layer.read("bias").double() / product.double()

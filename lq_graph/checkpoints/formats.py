@@ -13,6 +13,7 @@ from .compressed_config import config_in
 from .compressed_tensors import COMPRESSED_TENSORS
 from .files import CONFIG, list_folder, read_json, refuse
 from .msmodelslim import DESCRIPTION, MSMODELSLIM
+from .msmodelslim_words import Prefer
 from .names import ModelNames
 
 __all__ = ["FORMATS", "contents_of"]
@@ -20,13 +21,16 @@ __all__ = ["FORMATS", "contents_of"]
 FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, COMPRESSED_TENSORS)}
 
 
-def contents_of(folder: Path, keys: Iterable[str], model: nn.Module | None = None) -> Contents:
+def contents_of(
+    folder: Path, keys: Iterable[str], model: nn.Module | None = None, prefer: Prefer = "dynamic"
+) -> Contents:
     """What the JSON of a folder says about its tensors.
 
     Args:
         folder: with the JSON.
         keys: names of the tensors in its files.
         model: the model to load into, which may have other names; None if it is not known.
+        prefer: how a layer that has the tensors of both kinds is loaded.
 
     Raises:
         CheckpointError: the JSON of no format or of both, or of a scheme that cannot be loaded.
@@ -45,8 +49,9 @@ def contents_of(folder: Path, keys: Iterable[str], model: nn.Module | None = Non
                 COMPRESSED_TENSORS.name,
                 "remove the one that is not of these weights",
             )
-        contents = MSMODELSLIM.contents(about, description)
-        return contents if known is None else _renamed(contents, list(keys), known)
+        keys = list(keys)
+        contents = MSMODELSLIM.contents(about, description, set(keys), prefer)
+        return contents if known is None else _renamed(contents, keys, known)
     if config is None:
         refuse(
             folder,

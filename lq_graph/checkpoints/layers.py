@@ -17,6 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
+from .experts import MAKE_EACH, fused_experts
 from .files import CheckpointError, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -88,11 +89,11 @@ class LayerToLoad:
         """Size of its weight in memory."""
         return self.n * storage_k(self.k, self.kind.storage) * self.kind.storage.itemsize
 
-    def refuse(self, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse(self, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names the layer."""
         refuse(self.files.path, self.name, expected, found, todo)
 
-    def refuse_part(self, part: str, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse_part(self, part: str, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names one of its tensors."""
         key = self.keys[part]
         refuse(self.files.file_of(key), key, expected, found, todo)
@@ -118,7 +119,7 @@ def layers_to_load(
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     for name, kind in contents.kinds.items():
-        module = _module_for(files, name, modules.get(name))
+        module = _module_for(files, name, modules)
         n, k = module.out_features, module.in_features
         layer = LayerToLoad(name, module, files, format, kind, n, k)
         _check_replaceable(layer, places.get(module, []), elsewhere)
@@ -140,14 +141,19 @@ def layers_to_load(
 
 
 def _module_for(
-    files: CheckpointFiles, name: str, module: nn.Module | None
+    files: CheckpointFiles, name: str, modules: Mapping[str, nn.Module]
 ) -> nn.Linear | QuantizedLinear:
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
+    module = modules.get(name)
+    if module is None and (fused := fused_experts(name, modules)):
+        found = f"all experts in one tensor, {fused}"
+        refuse(files.path, name, "an nn.Linear for each expert in the model", found, MAKE_EACH)
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
-        refuse(files.path, name, "an nn.Linear in the model", found)
+        todo = f'pass ignore=["{name}.*"] if the model has no such layer'
+        refuse(files.path, name, "an nn.Linear in the model", found, todo)
     return module
 
 
@@ -179,7 +185,9 @@ def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
     """Check that a module with two names has the same tensors under both."""
     for part in other.keys:
         if part not in one or not bit_equal(other.read(part), one.read(part)):
-            other.refuse_part(part, f"the tensor of {one.name}, which is the same layer", "another")
+            expected = f"the tensor of {one.name}, which is the same layer"
+            todo = "make the model with two layers, or correct the files"
+            other.refuse_part(part, expected, "another", todo)
 
 
 def weight_of(module: nn.Module) -> Tensor:
