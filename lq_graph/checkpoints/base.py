@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import pack_int4
+from ..kernels import pack_int4, unpack_int4, unpack_scale
 from ..modules.linear_quant import layer_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.supported import LayerKind
@@ -30,11 +32,13 @@ __all__ = [
     "WEIGHT_SCALE",
     "Contents",
     "Format",
+    "MustBe",
     "Part",
     "Read",
     "State",
     "StaticTensors",
     "Written",
+    "float_scale",
     "packed_scale",
     "per_channel_scale",
     "static_parts",
@@ -105,6 +109,14 @@ class Written(NamedTuple):
     lost: str = ""
 
 
+class MustBe(Enum):
+    """What a tensor without effect must be; the value is the reason why it is not loaded."""
+
+    ZERO = "it is zero"
+    ORDERED = "it keeps the order of the columns"
+    SHAPE = "it is the shape of the weight"
+
+
 @dataclass(frozen=True)
 class Contents:
     """What the JSON of a folder says about its tensors.
@@ -115,12 +127,19 @@ class Contents:
         names: the name in the model of a tensor that has another name in the files, by that name.
         left_out: tensors of the files that are not loaded, with the reason; by their name in the
             model.
+        must_be: tensors of quantized layers that are not loaded because they have no effect, which
+            is checked; by their name in the model.
     """
 
     format: Format
     kinds: dict[str, LayerKind]
     names: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    must_be: dict[str, MustBe] = field(default_factory=dict)
+
+    def not_loaded(self) -> dict[str, str]:
+        """Tensors of the files that are not loaded, with the reason."""
+        return {**{key: wanted.value for key, wanted in self.must_be.items()}, **self.left_out}
 
 
 class Format(ABC):
@@ -131,6 +150,7 @@ class Format(ABC):
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
+        zero_point: the part that is the zero point of a static layer's input.
         adds_biases: whether the files may have a bias for a float module that has none.
     """
 
@@ -138,6 +158,7 @@ class Format(ABC):
     weights_file: ClassVar[str]
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
+    zero_point: ClassVar[str] = "input_offset"
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
     adds_biases: ClassVar[bool] = False
 
@@ -169,8 +190,11 @@ class Format(ABC):
             output: the float dtype that it takes and returns.
             read: returns a tensor by the name of its part, or None.
         """
+        read = cache(read)  # static_tensors may read the weight too
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         assert weight is not None
+        if weight_scale is not None:  # one for all channels, or one for each
+            weight_scale = weight_scale.expand(weight.shape[0]).contiguous()
         if kind.storage == _I32:
             weight = pack_int4(weight)
         if not kind.static:
@@ -184,7 +208,7 @@ class Format(ABC):
         return QuantizedLinear(
             layer_of(weight, scale, bias, pertoken=not kind.static, output_dtype=output),
             as_vector(read("input_scale")),
-            as_vector(read("input_offset")),
+            as_vector(read(self.zero_point)),
             input_dtype=output,
             weight_scale=weight_scale,
             float_bias=float_bias,
@@ -193,9 +217,10 @@ class Format(ABC):
     # ---- writing ----
 
     def dynamic_parts(self, state: State) -> dict[str, Tensor]:
-        """A dynamic layer's tensors."""
+        """A dynamic layer's tensors. int4 weights are int8 values of -8 to 7."""
+        weight = state["linear.weight"]
         parts = {
-            "weight": state["linear.weight"],
+            "weight": unpack_int4(weight) if weight.dtype == _I32 else weight,
             "weight_scale": per_channel_scale(state).unsqueeze(-1),
         }
         if "linear.bias" in state:
@@ -208,13 +233,18 @@ class Format(ABC):
 
     @abstractmethod
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
         """The contents of the JSON file.
 
         Args:
-            keys: names of the tensors in the file of weights.
+            keys: names of the model's tensors, tied ones too.
             layers: the quantized layers by name.
+            floats: names of the linear layers that stay float.
             old: the JSON that is in the folder, from `json_to_keep`.
         """
 
@@ -243,6 +273,12 @@ def as_vector(tensor: Tensor | None) -> Tensor | None:
 def per_channel_scale(state: State) -> Tensor:
     """The scale of a layer, (n,); the layer may hold one value for all channels."""
     return state["linear.scale"].expand(state["linear.weight"].shape[0])
+
+
+def float_scale(state: State) -> Tensor:
+    """The scale of a layer as float32, (n,)."""
+    scale = per_channel_scale(state)
+    return unpack_scale(scale)[0] if scale.dtype == torch.int64 else scale
 
 
 def packed_scale(layer: QuantizedLinear, scale: Tensor) -> Tensor:

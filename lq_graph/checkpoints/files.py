@@ -52,6 +52,9 @@ MAX_JSON = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
 MAX_NAME = 1000  # characters of a tensor's name
 _MAX_DIMS = 64
+_AGAIN = "copy or download the file again"
+_READABLE = "check the path, and that you may read it"
+_LOAD_LATER = "load again when nothing writes to it"
 _CHUNK = 1 << 24  # bytes for each call, so that Ctrl-C does not wait for gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -85,11 +88,11 @@ def expanded(path: str | Path) -> Path:
         return path
 
 
-def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "") -> NoReturn:
-    """Raise a CheckpointError."""
+def refuse(file: Path, key: str | None, expected: str, found: str, todo: str) -> NoReturn:
+    """Raise a CheckpointError, which ends with what to do."""
     where = shown(file, 4096) + (f": {shown(key)}" if key else "")
     text = f"{where}: expected {expected}, found {shown(found)}."
-    raise CheckpointError(text + (f" What to do: {todo}." if todo else ""))
+    raise CheckpointError(f"{text} What to do: {todo}.")
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -97,13 +100,17 @@ def list_folder(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except (OSError, ValueError) as error:
-        refuse(folder, None, "a folder", getattr(error, "strerror", None) or str(error))
+        found = getattr(error, "strerror", None) or str(error)
+        refuse(folder, None, "a folder", found, "pass a folder that you may read")
 
 
 def check_model(function: str, model: object) -> None:
     """Refuse a model that is not a module."""
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
+        raise CheckpointError(
+            f"{function}: model is a {type(model).__name__}, not an nn.Module. What to do: pass "
+            "the model first, then the path."
+        )
 
 
 # ---- reading ----
@@ -120,12 +127,12 @@ def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
         stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
         status = os.fstat(stream.fileno())
     except OSError as error:
-        refuse(file, None, expected, error.strerror or str(error))
+        refuse(file, None, expected, error.strerror or str(error), _READABLE)
     except ValueError as error:  # a name that no file can have
-        refuse(file, None, expected, str(error))
+        refuse(file, None, expected, str(error), _READABLE)
     if not stat.S_ISREG(status.st_mode):
         stream.close()
-        refuse(file, None, expected, "no regular file")
+        refuse(file, None, expected, "no regular file", "put a regular file there")
     return stream, (status.st_size, status.st_mtime_ns)
 
 
@@ -136,9 +143,10 @@ def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
         try:
             count = os.preadv(stream.fileno(), [view[:_CHUNK]], offset)
         except OSError as error:
-            refuse(file, None, "a file that can be read", error.strerror or str(error))
+            refuse(file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if not count:
-            refuse(file, None, "a whole file", "its end: something shortened it during the read")
+            found = "its end: something shortened it during the read"
+            refuse(file, None, "a whole file", found, _LOAD_LATER)
         view, offset = view[count:], offset + count
 
 
@@ -152,19 +160,30 @@ def read_json(file: Path) -> dict[str, Any]:
     stream, (size, _) = _open(file, "a JSON object")
     with stream:
         if size > MAX_JSON:
-            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}")
+            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}", _AGAIN)
         data = bytearray(size)
         _fill(stream, file, data, 0)
-    return _parse(file, data)
+    try:
+        return _parse(data)
+    except _NotJsonError as error:
+        refuse(file, None, error.expected, error.found, _AGAIN)
 
 
-def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
+class _NotJsonError(Exception):
+    """Data that is no JSON object."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.expected, self.found = expected, found
+
+
+def _parse(data: bytes | bytearray) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_int)
     except (ValueError, RecursionError) as error:
-        refuse(file, None, "a JSON object", str(error))
+        raise _NotJsonError("a JSON object", str(error)) from None
     if not isinstance(value, dict):
-        refuse(file, None, "a JSON object", type(value).__name__)
+        raise _NotJsonError("a JSON object", type(value).__name__)
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -174,7 +193,7 @@ def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
             if isinstance(part, dict | list)
         ]
     if level:
-        refuse(file, None, f"a JSON object of at most {MAX_DEPTH} levels", "more")
+        raise _NotJsonError(f"a JSON object of at most {MAX_DEPTH} levels", "more")
     return value
 
 
@@ -245,15 +264,16 @@ class TensorFile:
         try:
             status = os.fstat(self._stream.fileno())
         except OSError as error:
-            refuse(self.file, None, "a file that can be read", error.strerror or str(error))
+            refuse(self.file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if (status.st_size, status.st_mtime_ns) != self._stamp:
-            refuse(self.file, None, "a file that stays as it is", "it was written to meanwhile")
+            found = "it was written to meanwhile"
+            refuse(self.file, None, "a file that stays as it is", found, _LOAD_LATER)
 
     def _header(self) -> dict[str, Entry]:
         size = self._stamp[0]
 
         def broken(what: str) -> NoReturn:
-            refuse(self.file, None, "a safetensors file", what)
+            refuse(self.file, None, "a safetensors file", what, _AGAIN)
 
         length = bytearray(8)
         if size < 8:
@@ -265,9 +285,9 @@ class TensorFile:
         text = bytearray(end - 8)
         _fill(self._stream, self.file, text, 8)
         try:
-            header = _parse(self.file, text)
-        except CheckpointError as error:
-            broken(f"a header that is not valid: expected {str(error).rpartition('expected ')[2]}")
+            header = _parse(text)
+        except _NotJsonError as error:
+            broken(f"a header that is not valid: {error}")
         about = header.pop("__metadata__", None)
         if about is not None and not (
             isinstance(about, dict) and all(isinstance(v, str) for v in about.values())
@@ -319,7 +339,7 @@ class TensorFile:
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
             _fill(self._stream, self.file, _bytes_of(tensor), begin)
         if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-            refuse(self.file, None, "0 and 1 for a bool", "other bytes")
+            refuse(self.file, None, "0 and 1 for a bool", "other bytes", _AGAIN)
         return tensor
 
 

@@ -25,6 +25,9 @@ __all__ = [
     "temporary_name",
 ]
 
+_WHOLE = "download the folder again, with the index and all files of one version"
+_ONE = "remove the file that is not of this checkpoint"
+_CONVERT = "save the weights as safetensors, or pass the folder that has them"
 _TRIES = 20  # of a folder that changes while it is read
 _PART = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")  # one file of several
 _DIGITS = 6  # of the number of files
@@ -83,7 +86,7 @@ class CheckpointFiles:
             self._files.append(opened)
             for key in opened.entries:
                 if key in self._of:
-                    refuse(file, key, "one place", f"also in {self._of[key][0].file.name}")
+                    refuse(file, key, "one place", f"also in {self._of[key][0].file.name}", _ONE)
                 self._of[key] = opened, key
         if index is not None:
             self._check_index(*index)
@@ -92,10 +95,11 @@ class CheckpointFiles:
         """Refuse an index of other files, which were in the folder earlier."""
         for key, name in names.items():
             if key not in self._of or self._of[key][0].file.name != name:
-                refuse(index, key, f"a tensor in {name}", "no such tensor")
+                refuse(index, key, f"a tensor in {name}", "no such tensor", _WHOLE)
         for key, (opened, _) in self._of.items():
             if key not in names:
-                refuse(opened.file, key, f"a tensor that {index.name} has", "no such key there")
+                expected = f"a tensor that {index.name} has"
+                refuse(opened.file, key, expected, "no such key there", _WHOLE)
         others = {name for name in list_folder(index.parent) if name.endswith(".safetensors")}
         for name in sorted(others - {opened.file.name for opened in self._files}):
             both = [key for key in _names_in(index.parent / name) if key in names]
@@ -185,10 +189,10 @@ def is_file(path: Path) -> bool:
     except NotADirectoryError:
         return True
     except FileNotFoundError:
-        refuse(path, None, "a folder or a safetensors file", "nothing")
+        refuse(path, None, "a folder or a safetensors file", "nothing", "check the path")
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
-        refuse(path, None, "a folder or a safetensors file", found)
+        refuse(path, None, "a folder or a safetensors file", found, "check that you may read it")
     return False
 
 
@@ -201,7 +205,7 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
     if not indices:
         files = [path / name for name in names if name.endswith(".safetensors")]
         if not files:
-            refuse(path, None, "a folder with safetensors files", "none")
+            refuse(path, None, "a folder with safetensors files", "none", _CONVERT)
         if missing := _missing_part({file.name for file in files}):
             refuse(path, None, f"the file {shown(missing)}", "no such file", _COPY)
         return None, files
@@ -210,11 +214,11 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
     index = path / indices[0]
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        refuse(index, "weight_map", "a map from tensor to file", repr(listed)[:60])
+        refuse(index, "weight_map", "a map from tensor to file", repr(listed)[:60], _WHOLE)
     for name in set(map(str, listed.values())):
         # a name, not a path: a checkpoint must not read outside its folder
         if name not in listed.values() or Path(name).name != name:
-            refuse(index, "weight_map", "names of files in the same folder", repr(name))
+            refuse(index, "weight_map", "names of files in the same folder", repr(name), _WHOLE)
         if name not in names:
             refuse(index, "weight_map", f"the file {shown(name)}", "no such file", _COPY)
     return (index, listed), [path / name for name in sorted(set(listed.values()))]

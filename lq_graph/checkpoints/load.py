@@ -22,7 +22,7 @@ from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
 from .biases import AddedBiases
-from .check_layer import check_layer
+from .check_layer import check_headers, check_values, check_without_effect
 from .files import CheckpointError, check_model, expanded
 from .folder import CheckpointFiles, is_file, old_or_new
 from .formats import contents_of
@@ -75,10 +75,12 @@ class LoadReport(list[Loaded]):
     Attributes:
         bytes_read: bytes of tensors that this process read from the files.
         left_out: tensors of the files that were not loaded, with the reason.
+        renamed: the names in the model of the tensors that have another name in the files, by that.
     """
 
     bytes_read = 0
     left_out: Mapping[str, str] = MappingProxyType({})
+    renamed: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         if not self:
@@ -173,21 +175,24 @@ def _check_arguments(
 ) -> Path:
     """Refuse arguments that do not fit; returns the path with the home folder for ~."""
     if (mesh is None) != (plan is None):
-        raise CheckpointError("load_checkpoint: mesh and plan go together; give both or neither.")
+        raise CheckpointError(
+            "load_checkpoint: one of mesh and plan. What to do: give both or neither."
+        )
     if dtype not in (None, _F16, _BF16):
         given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise CheckpointError(
-            f"load_checkpoint: dtype is {given}; allowed are torch.float16 and torch.bfloat16."
+            f"load_checkpoint: dtype is {given}. What to do: pass torch.float16 or torch.bfloat16, "
+            "or leave it out."
         )
     if prefer not in get_args(Prefer):
         raise CheckpointError(
-            f"load_checkpoint: prefer is {prefer!r}; allowed are 'dynamic' and 'static'."
+            f"load_checkpoint: prefer is {prefer!r}. What to do: pass 'dynamic' or 'static'."
         )
     check_model("load_checkpoint", model)
     try:
         return expanded(path)
     except TypeError as error:
-        raise CheckpointError(f"load_checkpoint: path: {error}.") from None
+        raise CheckpointError(f"load_checkpoint: path: {error}. What to do: pass a str.") from None
 
 
 def _load(
@@ -199,18 +204,20 @@ def _load(
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything. Returns the report, and the function that changes the model."""
     folder = files.path.parent if is_file(files.path) else files.path
-    contents = contents_of(folder, files, prefer)
+    contents = contents_of(folder, files, model, prefer)
     files.rename(contents.names)
     places = places_of(model)
     layers = layers_to_load(model, files, contents)
+    check_without_effect(layers, contents.must_be)
     for layer in layers:
-        check_layer(layer, dtype)
+        check_headers(layer, dtype)
+        check_values(layer)
         if parallel is not None:
             _plan_split(layer, parallel)
     rest_of_model = RestOfModel(model, {layer.module for layer in layers})
     used = {key for layer in layers for key in layer.keys.values()}
     biases = AddedBiases(model, files, contents)
-    not_loaded = contents.left_out | biases.left_out
+    not_loaded = contents.not_loaded() | biases.left_out
     rest = check_rest(rest_of_model, files, used | biases.names | not_loaded.keys())
 
     weights: dict[str, nn.Parameter] = {}
@@ -220,6 +227,7 @@ def _load(
 
     report = LoadReport(Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in layers)
     report.left_out = not_loaded
+    report.renamed = contents.names
     report.bytes_read = files.bytes_read
 
     def swap() -> None:
@@ -247,9 +255,10 @@ def _plan_split(layer: LayerToLoad, parallel: TensorParallel) -> None:
     whole = LinearQuant(
         layer.k,
         layer.n,
-        bias="bias" in layer or "quant_bias" in layer,
+        bias=any(part in layer for part in ("bias", "quant_bias", "input_zero_point")),
         pertoken_scale=not layer.kind.static,
         output_dtype=layer.output,
+        dtype=layer.kind.storage,
         device="meta",
     )
     style.check(layer.name, whole, parallel.ranks)

@@ -58,6 +58,7 @@ _WORDS = {  # of the description, as they are written
     A8W8_DYNAMIC: "W8A8_DYNAMIC",
     A4W4_DYNAMIC: "W4A4_DYNAMIC",
 }
+_PRIORITY = ["W8A8_DYNAMIC", "W8A8", "W4A4_DYNAMIC"]  # a model of several has the last as its type
 
 
 class Msmodelslim(Format):
@@ -168,16 +169,27 @@ class Msmodelslim(Format):
         return Written(parts, lost="deq_scale keeps 19 bits of its scale" if cut else "")
 
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
-        del old
-        said = dict.fromkeys(keys, "FLOAT")
-        # a weight that is tied to another layer's weight is not in the file
-        for key in [*said, *(f"{name}.weight" for name in layers)]:
-            layer = layers.get(key.rpartition(".")[0])
-            if layer is not None:
-                said[key] = _WORDS[layer.kind]
-        return said
+        del floats, old
+        said = {}
+        for key in keys:
+            name, _, part = key.rpartition(".")
+            layer = layers.get(name)
+            said[key] = "FLOAT" if layer is None or part == "bias" else _WORDS[layer.kind]
+        words = {_WORDS[layer.kind] for layer in layers.values()}
+        return {
+            **said,
+            "version": "1.0.0",
+            "model_quant_type": max(words, key=_PRIORITY.index, default="FLOAT"),
+            "metadata": {},
+            "group_size": 0,
+            "optional": {},
+        }
 
     def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
         if CONFIG in names and "quantization_config" in read_json(folder / CONFIG):
