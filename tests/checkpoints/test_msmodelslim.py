@@ -253,6 +253,35 @@ def test_a_compiled_model_adds_the_bias(mode, tmp_path) -> None:
         assert not torch.equal(step(x.npu(), x.flip(0).npu()).cpu(), want)
 
 
+# ---- names ----
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["norm.module", "norm"])
+def test_biases_follow_the_names_of_the_model(old, tmp_path) -> None:
+    made = Msmodelslim()
+    made.norm("model.layers.0.norm", H, 0.5)
+    made.linear("model.layers.0.up", N, H, "W8A8_MIX")
+    if old:
+        for part in ("weight", "bias"):
+            tensor = made.tensors.pop(f"model.layers.0.norm.{part}")
+            made.put(f"model.layers.0.norm.module.{part}", tensor, "W8A8_MIX")
+    made.write(tmp_path)
+    made.modules = {
+        name.replace("model.", "model.language_model."): module
+        for name, module in made.modules.items()
+    }
+    model = made.model()
+    report = load_checkpoint(model, tmp_path)
+    norm, files = model.model.language_model.layers.get_submodule("0.norm"), tensors_in(tmp_path)
+    end = "module." if old else ""
+    for part in ("weight", "bias"):
+        wanted = files[f"model.layers.0.norm.{end}{part}"].to(BF16)
+        assert torch.equal(norm.get_parameter(part), wanted)
+    assert {key.rpartition(".")[0] for key in report.left_out} == {
+        "model.language_model.layers.0.up"
+    }
+
+
 # ---- files ----
 
 
