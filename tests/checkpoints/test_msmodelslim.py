@@ -357,3 +357,15 @@ def test_quantize_and_the_files_agree_on_a_norm_with_a_bias(tmp_path) -> None:
     load_checkpoint(model, tmp_path)
     lq_graph.quantize(model, lq_graph.A8W8Dynamic())
     assert isinstance(model.up, lq_graph.QuantizedLinear)
+
+
+def test_a_format_whose_readers_would_leave_the_bias_out_is_refused(tmp_path) -> None:
+    made = small()
+    first = tmp_path / "a"
+    first.mkdir()
+    made.write(first)
+    model = made.model()
+    load_checkpoint(model, first)
+    with pytest.raises(CheckpointError, match="norm has a bias, which its class does not"):
+        save_checkpoint(model, tmp_path / "b", "compressed-tensors")
+    assert not (tmp_path / "b").exists()
