@@ -17,6 +17,7 @@ from ..modules.split import SPLIT
 from ..modules.transaction import keeps_grad_mode, uninterrupted
 from ..rules.tables import dtype_name
 from .base import Format, State
+from .biases import norm_with_bias
 from .files import DTYPES, MAX_NAME, CheckpointError, check_model, expanded, shown
 from .formats import FORMATS
 from .tensors import fits, memory_of
@@ -88,6 +89,11 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
 
 def _contents(model: nn.Module, format: Format) -> Saved:
     """What a checkpoint of a model holds, tied tensors once."""
+    if not format.adds_biases and (name := norm_with_bias(model)):
+        raise CheckpointError(
+            f"save_checkpoint: {name} has a bias, which its class does not have, and readers of "
+            f"{format.name} would leave it out. What to do: save it as msmodelslim."
+        )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     states = {}
     for name, layer in layers.items():
