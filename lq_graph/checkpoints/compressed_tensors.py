@@ -47,7 +47,7 @@ class CompressedTensors(Format):
     """The format of compressed-tensors."""
 
     name = "compressed-tensors"
-    weights_file = "model.safetensors"
+    stem = "model"
     json_file = CONFIG
     zero_point = "input_zero_point"
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
@@ -125,17 +125,13 @@ class CompressedTensors(Format):
     def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
         return compressed_writing.static_parts(self, layer, state)
 
-    def json(
-        self,
-        keys: Iterable[str],
-        layers: Mapping[str, QuantizedLinear],
-        floats: Iterable[str],
-        old: dict[str, Any],
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        return {**old, _KEY: compressed_writing.config(keys, layers, floats)}
+        return compressed_writing.config(keys, layers, floats)
 
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        return read_json(folder / self.json_file) if self.json_file in names else {}
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        return CONFIG in names and self.is_method_of(read_json(folder / CONFIG).get(_KEY))
 
 
 COMPRESSED_TENSORS = CompressedTensors()
