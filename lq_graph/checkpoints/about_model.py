@@ -16,11 +16,11 @@ from torch import nn
 
 from ..modules.quantized_linear import QuantizedLinear
 from ..rules.tables import dtype_name
+from .compressed_config import CONFIG_KEY
 from .files import CONFIG, INDEX, CheckpointError, expanded, list_folder, read_json, shown
 
-__all__ = ["GENERATION", "QUANTIZATION", "config_of", "files_beside", "folder_to_copy"]
+__all__ = ["GENERATION", "config_of", "files_beside", "folder_to_copy"]
 
-QUANTIZATION = "quantization_config"
 GENERATION = "generation_config.json"
 # of files that a folder has beside weights: settings, tokenizers, chat templates, code
 _ENDS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
@@ -38,7 +38,7 @@ def config_of(model: nn.Module, copy_from: Path | None) -> dict[str, Any]:
         return {}
     for config in (found, found.get("text_config")):
         if isinstance(config, dict):
-            config.pop(QUANTIZATION, None)
+            config.pop(CONFIG_KEY, None)
     if hasattr(model, "config"):
         found["architectures"] = [type(model).__name__]
         key = "torch_dtype" if "torch_dtype" in found else "dtype"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,12 +28,12 @@ __all__ = [
     "BIAS",
     "FLOATS",
     "INPUT_SCALE",
-    "INPUT_ZERO_POINT",
     "WEIGHT",
     "WEIGHT_OFFSET",
     "WEIGHT_SCALE",
     "Contents",
     "Format",
+    "MustBe",
     "Part",
     "Read",
     "State",
@@ -78,7 +80,6 @@ BIAS = Part("bias", FLOATS, (("n",),), required=False)
 WEIGHT_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",)), positive=True)
 WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), (("n", 1), ("n",)), required=False)
 INPUT_SCALE = Part("input_scale", FLOATS, ((1,), ()), positive=True)
-INPUT_ZERO_POINT = Part("input_zero_point", (_I8,), ((1,), ()), required=False)
 
 
 class StaticTensors(NamedTuple):
@@ -109,6 +110,14 @@ class Written(NamedTuple):
     lost: str = ""
 
 
+class MustBe(Enum):
+    """What a tensor without effect must be; the value is the reason why it is not loaded."""
+
+    ZERO = "it is zero"
+    ORDERED = "it keeps the order of the columns"
+    SHAPE = "it is the shape of the weight"
+
+
 @dataclass(frozen=True)
 class Contents:
     """What the JSON of a folder says about its tensors.
@@ -119,12 +128,19 @@ class Contents:
         names: the name in the model of a tensor that has another name in the files, by that name.
         left_out: tensors of the files that are not loaded, with the reason; by their name in the
             model.
+        must_be: tensors of quantized layers that are not loaded because they have no effect, which
+            is checked; by their name in the model.
     """
 
     format: Format
     kinds: dict[str, LayerKind]
     names: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    must_be: dict[str, MustBe] = field(default_factory=dict)
+
+    def not_loaded(self) -> dict[str, str]:
+        """Tensors of the files that are not loaded, with the reason."""
+        return {**{key: wanted.value for key, wanted in self.must_be.items()}, **self.left_out}
 
 
 class Format(ABC):
@@ -138,6 +154,7 @@ class Format(ABC):
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
         zero_point: the part that is the zero point of a static layer's input.
+        adds_biases: whether the files may have a bias for a float module that has none.
     """
 
     name: ClassVar[str]
@@ -145,8 +162,9 @@ class Format(ABC):
     older: ClassVar[tuple[str, ...]] = ()
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
-    output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
     zero_point: ClassVar[str] = "input_offset"
+    output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    adds_biases: ClassVar[bool] = False
 
     # ---- reading ----
 
@@ -176,8 +194,11 @@ class Format(ABC):
             output: the float dtype that it takes and returns.
             read: returns a tensor by the name of its part, or None.
         """
+        read = cache(read)  # static_tensors may read the weight too
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         assert weight is not None
+        if weight_scale is not None:  # one for all channels, or one for each
+            weight_scale = weight_scale.expand(weight.shape[0]).contiguous()
         if kind.storage == _I32:
             weight = pack_int4(weight)
         if not kind.static:

@@ -1,14 +1,13 @@
-"""The format of compressed-tensors: quantization_config in config.json.
-
-Its groups say which modules are int8, and how their inputs are quantized.
+"""The format of compressed-tensors: its tensors, which layers of them are quantized, and how
+`save_checkpoint` writes them. compressed_config.py reads the JSON.
 
 Source: vllm-project/compressed-tensors (src/compressed_tensors/quantization).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +19,12 @@ from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKi
 from . import compressed_writing
 from .base import (
     BIAS,
+    FLOATS,
     INPUT_SCALE,
-    INPUT_ZERO_POINT,
     WEIGHT,
-    WEIGHT_SCALE,
     Contents,
     Format,
+    MustBe,
     Part,
     Read,
     State,
@@ -33,73 +32,86 @@ from .base import (
     Written,
     as_vector,
 )
+from .compressed_config import METHOD, AnyConfig, Config, Group, config_in
 from .files import CONFIG, read_json, refuse
-from .patterns import Pattern, PatternError, Text, Work
+from .names import ModelNames, NewNames
 
 __all__ = ["COMPRESSED_TENSORS", "CompressedTensors"]
 
-_KEY = "quantization_config"
 _I32, _F16 = torch.int32, torch.float16
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",), (1,), ()), positive=True)
+_INTS = (torch.int8, torch.int16, _I32, torch.int64)
+_ZERO_POINT = "input_zero_point"
+# tensors of the attention and its cache, which stay float
+_CACHE = re.compile(r"(.*\.)?([qkv]_(scale|zero_point)|[kv]_proj\.output_(scale|zero_point))")
+_PROJECTION = re.compile(r"(.*\.)?[qkv]_proj")
+_CACHE_REASON = "the attention and its cache stay float"
+# tensors without effect, with what they must be
+_NO_EFFECT = {
+    "weight_zero_point": MustBe.ZERO,
+    "weight_g_idx": MustBe.ORDERED,
+    "weight_shape": MustBe.SHAPE,
+}
 
 
 class CompressedTensors(Format):
     """The format of compressed-tensors."""
 
-    name = "compressed-tensors"
+    name = METHOD
     stem = "model"
     json_file = CONFIG
-    zero_point = "input_zero_point"
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
-        A8W8_STATIC: (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, INPUT_ZERO_POINT, BIAS),
-        A8W8_DYNAMIC: (WEIGHT, WEIGHT_SCALE, BIAS),
-        A4W4_DYNAMIC: (WEIGHT, WEIGHT_SCALE, BIAS),
+        A8W8_STATIC: (
+            WEIGHT,
+            _SCALE,
+            INPUT_SCALE,
+            Part(_ZERO_POINT, (*_INTS, *FLOATS), ((1,), ()), required=False),
+            BIAS,
+        ),
+        A8W8_DYNAMIC: (WEIGHT, _SCALE, BIAS),
+        A4W4_DYNAMIC: (WEIGHT, _SCALE, BIAS),
     }
+    zero_point: ClassVar[str] = _ZERO_POINT
 
     # ---- reading ----
 
-    def is_method_of(self, config: Any) -> bool:
-        """Whether a quantization_config says that it is of this format."""
-        return isinstance(config, dict) and config.get("quant_method") == self.name
-
-    def contents(self, file: Path, config: Any, keys: Iterable[str]) -> Contents:
+    def contents(
+        self, file: Path, found: AnyConfig, keys: Iterable[str], model: ModelNames | None = None
+    ) -> Contents:
         """What a quantization_config says about the tensors of the files.
 
         Args:
             file: config.json.
-            config: the quantization_config in it.
+            found: the quantization_config in it.
             keys: names of the tensors in the files.
+            model: the model to load into; None if it is not known.
 
         Raises:
-            CheckpointError: the config is not W8A8 with symmetric weights.
+            CheckpointError: a scheme that LinearQuant cannot run.
         """
-        groups = config.get("config_groups") if isinstance(config, dict) else None
-        if not isinstance(groups, dict) or not self.is_method_of(config):
-            refuse(file, _KEY, "compressed-tensors with config_groups", repr(config)[:80])
-        if config.get("transform_config"):
-            refuse(file, "transform_config", "none", repr(config["transform_config"])[:80])
-        work = Work()
-        given = [
-            (
-                _Targets(file, f"config_groups.{name}.targets", _dict(group).get("targets"), work),
-                _kind(file, name, _dict(group)),
-            )
-            for name, group in groups.items()
-        ]
-        ignored = _Targets(file, "ignore", config.get("ignore"), work)
-        kinds = {}
-        for key in keys:
-            name, _, part = key.rpartition(".")
-            if part != "weight_scale":
-                continue
-            text = Text(name)
-            if ignored.contain(text):
-                continue
-            kind = next((kind for targets, kind in given if targets.contain(text)), None)
-            if kind is None:
-                refuse(file, "config_groups", f"a group whose targets contain {name}", "none")
-            kinds[name] = kind
-        return Contents(self, kinds)
+        config, keys = Config(file, found), list(keys)
+        layers = {
+            name: None  # in the order of the files
+            for name, _, part in (key.rpartition(".") for key in keys)
+            if part in ("weight_scale", "weight_packed")
+        }
+        new_names = model.new_names(layers, keys) if model else NewNames()
+        names = new_names.tensors(keys)
+        contents = Contents(self, {}, names)
+        kept = set(keys)
+        for name in layers:
+            new = new_names.module(name)
+            classes = model.classes(new) if model else _likely_classes(name)
+            group = config.group_of(_names_in_config(config, name, new), classes)
+            if group is not None:
+                _check_class(file, name, classes)
+                contents.kinds[new] = group.kind()
+                _note_rest(contents, group, name, new, kept)
+        if config.quantizes_cache:
+            for key in keys:
+                if _CACHE.fullmatch(key):
+                    contents.left_out[names.get(key, key)] = _CACHE_REASON
+        return contents
 
     def bias_dtype(
         self, kind: LayerKind, output: torch.dtype, given: torch.dtype | None
@@ -112,8 +124,9 @@ class CompressedTensors(Format):
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         input_scale, bias = as_vector(read("input_scale")), read("bias")
         assert weight is not None and weight_scale is not None and input_scale is not None
+        weight_scale = weight_scale.expand(weight.shape[0]).contiguous()
         scale = static_scale(input_scale, weight_scale, output)
-        zero_point = read(self.zero_point)
+        zero_point = as_vector(read(self.zero_point))
         if zero_point is None:
             zero_point = torch.zeros_like(input_scale)
             if bias is not None and not has_int32_bias(scale, bias, weight.shape[1], output):
@@ -131,83 +144,75 @@ class CompressedTensors(Format):
         return compressed_writing.config(keys, layers, floats)
 
     def is_in(self, folder: Path, names: Iterable[str]) -> bool:
-        return CONFIG in names and self.is_method_of(read_json(folder / CONFIG).get(_KEY))
+        if CONFIG not in names:
+            return False
+        found = config_in(read_json(folder / CONFIG), folder / CONFIG)
+        return found is not None and found.is_ours
 
 
 COMPRESSED_TENSORS = CompressedTensors()
 
 
-def _kind(file: Path, name: str, group: dict[str, Any]) -> LayerKind:
-    """How a config group quantizes its layers.
+def _names_in_config(config: Config, name: str, new: str) -> list[str]:
+    """The names that a config may use for a layer: that of the files, that of the model, and, in
+    the configuration of the language model alone, that without the part that stands for it."""
+    names = [name] if name == new else [name, new]
+    if config.in_text_config:
+        names += [part.replace("language_model.", "") for part in names if "language_" in part]
+    return names
 
-    Raises:
-        CheckpointError: LinearQuant cannot run the group.
-    """
-    weights, inputs = _dict(group.get("weights")), _dict(group.get("input_activations"))
-    bits = 4 if weights.get("num_bits") == 4 else 8
-    for part, given, strategies in (
-        ("weights", weights, ("channel",)),
-        ("input_activations", inputs, ("tensor", "token") if bits == 8 else ("token",)),
-    ):
-        wanted: dict[str, Any] = {**_INT8, "num_bits": bits}
-        if given.get("strategy") == "tensor":
-            del wanted["symmetric"]
-        ok = all(given.get(k) == v for k, v in wanted.items())
-        if not ok or given.get("strategy") not in strategies:
-            refuse(
-                file,
-                f"config_groups.{name}.{part}",
-                f"{bits} bits, int, symmetric, strategy {' or '.join(strategies)}",
-                json.dumps({k: given.get(k) for k in (*_INT8, "strategy")}),
-            )
-    if group.get("output_activations") is not None:
-        found = repr(group["output_activations"])[:80]
-        refuse(file, f"config_groups.{name}.output_activations", "none", found)
-    dynamic = inputs.get("dynamic", False)
-    if dynamic is not (inputs["strategy"] == "token"):
+
+def _likely_classes(name: str) -> tuple[str, ...]:
+    """Names of the classes of a layer if the model is not known."""
+    return ("Embedding",) if "embed" in name.rpartition(".")[2] else ("Linear",)
+
+
+def _check_class(file: Path, name: str, classes: Sequence[str]) -> None:
+    if "Linear" not in classes:
         refuse(
             file,
-            f"config_groups.{name}",
-            "dynamic with token, static with tensor",
-            repr(inputs)[:80],
+            name,
+            "quantized layers that are nn.Linear",
+            f"a quantized {classes[0]}",
+            "quantize again and leave this layer float (ignore)",
         )
-    if not dynamic:
-        return A8W8_STATIC
-    return A8W8_DYNAMIC if bits == 8 else A4W4_DYNAMIC
 
 
-def _dict(value: object) -> dict[str, Any]:
-    """A JSON object; {} for any other value, which the checks refuse afterwards."""
-    return value if isinstance(value, dict) else {}
+def _note_rest(contents: Contents, group: Group, name: str, new: str, keys: set[str]) -> None:
+    """Note the tensors of a layer that are not loaded.
+
+    Raises:
+        CheckpointError: its output is quantized; or it lacks a zero point.
+    """
+    for part, wanted in _NO_EFFECT.items():
+        if f"{name}.{part}" in keys:
+            contents.must_be[f"{new}.{part}"] = wanted
+    if group.weight_has_zero_point:
+        _check_stored(group, f"{name}.weight_zero_point", keys)
+    if group.has_zero_point:
+        _check_stored(group, f"{name}.{_ZERO_POINT}", keys)
+    elif f"{name}.{_ZERO_POINT}" in keys:
+        contents.must_be[f"{new}.{_ZERO_POINT}"] = MustBe.ZERO
+    if group.outputs is not None:
+        if not _PROJECTION.fullmatch(name):
+            refuse(
+                group.file,
+                f"{group.key}.output_activations",
+                "none, or those of q_proj, k_proj and v_proj, which are for the cache",
+                f"one of {name}",
+                "quantize again without output_activations",
+            )
+        for part in ("output_scale", "output_zero_point"):
+            if f"{name}.{part}" in keys:
+                contents.left_out[f"{new}.{part}"] = _CACHE_REASON
 
 
-class _Targets:
-    """A list of module names, "Linear" or "re:" patterns."""
-
-    def __init__(self, file: Path, key: str, value: object, work: Work) -> None:
-        self._file, self._key = file, key
-        given = value or []
-        if not isinstance(given, list) or not all(isinstance(p, str) for p in given):
-            refuse(file, key, "a list of names", repr(value)[:60])
-        self._names = {text for text in given if not text.startswith("re:")}
-        self._patterns = []
-        for text in given:
-            if text.startswith("re:"):
-                try:
-                    self._patterns.append(Pattern(text.removeprefix("re:"), work))
-                except PatternError as error:
-                    expected = "a regular expression after re:"
-                    refuse(file, key, expected, f"{text[:80]!r}: {error}")
-
-    def contain(self, name: Text) -> bool:
-        """Whether a module is one of them."""
-        if "Linear" in self._names or name.text in self._names:
-            return True
-        for pattern in self._patterns:
-            try:
-                if pattern.matches(name):
-                    return True
-            except PatternError as error:
-                found = f"'re:{pattern.text[:80]}': {error}"
-                refuse(self._file, self._key, "patterns that match in bounded time", found)
-        return False
+def _check_stored(group: Group, key: str, keys: set[str]) -> None:
+    if key not in keys:
+        refuse(
+            group.file,
+            group.key,
+            f"the tensor {key}, because the scheme is not symmetric",
+            "no such tensor",
+            "use the config.json that was saved with these weights",
+        )

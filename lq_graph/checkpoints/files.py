@@ -62,6 +62,9 @@ MAX_JSON = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
 MAX_NAME = 1000  # characters of a tensor's name
 _MAX_DIMS = 64
+_AGAIN = "copy or download the file again"
+_READABLE = "check the path, and that you may read it"
+_LOAD_LATER = "load again when nothing writes to it"
 _CHUNK = 1 << 24  # bytes for each call, so that Ctrl-C does not wait for gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -95,11 +98,11 @@ def expanded(path: str | Path) -> Path:
         return path
 
 
-def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "") -> NoReturn:
-    """Raise a CheckpointError."""
+def refuse(file: Path, key: str | None, expected: str, found: str, todo: str) -> NoReturn:
+    """Raise a CheckpointError, which ends with what to do."""
     where = shown(file, 4096) + (f": {shown(key)}" if key else "")
     text = f"{where}: expected {expected}, found {shown(found)}."
-    raise CheckpointError(text + (f" What to do: {todo}." if todo else ""))
+    raise CheckpointError(f"{text} What to do: {todo}.")
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -107,7 +110,8 @@ def list_folder(folder: Path) -> list[str]:
     try:
         names = set(os.listdir(folder))
     except (OSError, ValueError) as error:
-        refuse(folder, None, "a folder", getattr(error, "strerror", None) or str(error))
+        found = getattr(error, "strerror", None) or str(error)
+        refuse(folder, None, "a folder", found, "pass a folder that you may read")
     if COMMITTED in names:
         save = committed(folder)
         names = (names - {COMMITTED, *save.old}) | set(save.new)
@@ -117,7 +121,10 @@ def list_folder(folder: Path) -> list[str]:
 def check_model(function: str, model: object) -> None:
     """Refuse a model that is not a module."""
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
+        raise CheckpointError(
+            f"{function}: model is a {type(model).__name__}, not an nn.Module. What to do: pass "
+            "the model first, then the path."
+        )
 
 
 # ---- a save that is being put in place ----
@@ -152,8 +159,24 @@ def committed(folder: Path) -> Committed:
     with stream:
         data = bytearray(min(size, MAX_JSON))
         _fill(stream, file, data, 0)
-    found = _parse(file, data)
-    return Committed(*(tuple(map(str, found.get(key) or ())) for key in ("new", "old")))
+    todo = "remove it, if you did not save into the folder"
+    try:
+        found = _parse(data)
+    except _NotJsonError as error:
+        refuse(file, None, error.expected, error.found, todo)
+    return Committed(*(_file_names(file, found.get(key), todo) for key in ("new", "old")))
+
+
+def _file_names(file: Path, names: object, todo: str) -> tuple[str, ...]:
+    """A list of names in JSON. Not paths: nothing outside the folder is read or written."""
+    found = [name for name in names if _is_file_name(name)] if isinstance(names, list) else []
+    if not isinstance(names, list) or len(found) != len(names):
+        refuse(file, None, "lists of names of files", repr(names)[:60], todo)
+    return tuple(found)
+
+
+def _is_file_name(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and Path(name).name == name and "\0" not in name
 
 
 def placed(path: Path) -> Path:
@@ -172,7 +195,7 @@ def _nonblocking(path: str, flags: int) -> int:
 
 
 def _open_now(file: Path) -> tuple[FileIO, tuple[int, int]]:
-    """Open a file of this name. Returns it, with its size and its time of modification."""
+    """Open a regular file of this name. Returns it, with its size and its time of modification."""
     stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
     status = os.fstat(stream.fileno())
     if not stat.S_ISREG(status.st_mode):
@@ -189,9 +212,9 @@ def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
         except FileNotFoundError:  # it was put in place meanwhile
             return _open_now(file)
     except OSError as error:
-        refuse(file, None, expected, error.strerror or str(error))
+        refuse(file, None, expected, error.strerror or str(error), _READABLE)
     except ValueError as error:  # also a name that no file can have
-        refuse(file, None, expected, str(error))
+        refuse(file, None, expected, str(error), _READABLE)
 
 
 def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
@@ -201,9 +224,10 @@ def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
         try:
             count = os.preadv(stream.fileno(), [view[:_CHUNK]], offset)
         except OSError as error:
-            refuse(file, None, "a file that can be read", error.strerror or str(error))
+            refuse(file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if not count:
-            refuse(file, None, "a whole file", "its end: something shortened it during the read")
+            found = "its end: something shortened it during the read"
+            refuse(file, None, "a whole file", found, _LOAD_LATER)
         view, offset = view[count:], offset + count
 
 
@@ -217,19 +241,30 @@ def read_json(file: Path) -> dict[str, Any]:
     stream, (size, _) = _open(file, "a JSON object")
     with stream:
         if size > MAX_JSON:
-            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}")
+            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}", _AGAIN)
         data = bytearray(size)
         _fill(stream, file, data, 0)
-    return _parse(file, data)
+    try:
+        return _parse(data)
+    except _NotJsonError as error:
+        refuse(file, None, error.expected, error.found, _AGAIN)
 
 
-def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
+class _NotJsonError(Exception):
+    """Data that is no JSON object."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.expected, self.found = expected, found
+
+
+def _parse(data: bytes | bytearray) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_int)
     except (ValueError, RecursionError) as error:
-        refuse(file, None, "a JSON object", str(error))
+        raise _NotJsonError("a JSON object", str(error)) from None
     if not isinstance(value, dict):
-        refuse(file, None, "a JSON object", type(value).__name__)
+        raise _NotJsonError("a JSON object", type(value).__name__)
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -239,7 +274,7 @@ def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
             if isinstance(part, dict | list)
         ]
     if level:
-        refuse(file, None, f"a JSON object of at most {MAX_DEPTH} levels", "more")
+        raise _NotJsonError(f"a JSON object of at most {MAX_DEPTH} levels", "more")
     return value
 
 
@@ -310,15 +345,16 @@ class TensorFile:
         try:
             status = os.fstat(self._stream.fileno())
         except OSError as error:
-            refuse(self.file, None, "a file that can be read", error.strerror or str(error))
+            refuse(self.file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if (status.st_size, status.st_mtime_ns) != self._stamp:
-            refuse(self.file, None, "a file that stays as it is", "it was written to meanwhile")
+            found = "it was written to meanwhile"
+            refuse(self.file, None, "a file that stays as it is", found, _LOAD_LATER)
 
     def _header(self) -> dict[str, Entry]:
         size = self._stamp[0]
 
         def broken(what: str) -> NoReturn:
-            refuse(self.file, None, "a safetensors file", what)
+            refuse(self.file, None, "a safetensors file", what, _AGAIN)
 
         length = bytearray(8)
         if size < 8:
@@ -330,9 +366,9 @@ class TensorFile:
         text = bytearray(end - 8)
         _fill(self._stream, self.file, text, 8)
         try:
-            header = _parse(self.file, text)
-        except CheckpointError as error:
-            broken(f"a header that is not valid: expected {str(error).rpartition('expected ')[2]}")
+            header = _parse(text)
+        except _NotJsonError as error:
+            broken(f"a header that is not valid: {error}")
         about = header.pop("__metadata__", None)
         if about is not None and not (
             isinstance(about, dict) and all(isinstance(v, str) for v in about.values())
@@ -384,7 +420,7 @@ class TensorFile:
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
             _fill(self._stream, self.file, _bytes_of(tensor), begin)
         if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-            refuse(self.file, None, "0 and 1 for a bool", "other bytes")
+            refuse(self.file, None, "0 and 1 for a bool", "other bytes", _AGAIN)
         return tensor
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .files import INDEX, CheckpointError, TensorFile, list_folder, placed, read_json, refuse, shown
+from .tensors import bit_equal
 
 __all__ = [
     "CheckpointFiles",
@@ -19,7 +21,13 @@ __all__ = [
     "old_or_new",
 ]
 
+_WHOLE = "download the folder again, with the index and all files of one version"
+_ONE = "remove the file that is not of this checkpoint"
+_CONVERT = "save the weights as safetensors, or pass the folder that has them"
 _TRIES = 20  # of a folder that changes while it is read
+_PART = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")  # one file of several
+_DIGITS = 6  # of the number of files
+_COPY = "copy it from where the other files come from"
 
 
 class CheckpointFiles:
@@ -49,7 +57,7 @@ class CheckpointFiles:
             self._files.append(opened)
             for key in opened.entries:
                 if key in self._of:
-                    refuse(file, key, "one place", f"also in {self._of[key][0].file.name}")
+                    refuse(file, key, "one place", f"also in {self._of[key][0].file.name}", _ONE)
                 self._of[key] = opened, key
         if index is not None:
             self._check_index(*index)
@@ -58,10 +66,11 @@ class CheckpointFiles:
         """Refuse an index of other files, which were in the folder earlier."""
         for key, name in names.items():
             if key not in self._of or self._of[key][0].file.name != name:
-                refuse(index, key, f"a tensor in {name}", "no such tensor")
+                refuse(index, key, f"a tensor in {name}", "no such tensor", _WHOLE)
         for key, (opened, _) in self._of.items():
             if key not in names:
-                refuse(opened.file, key, f"a tensor that {index.name} has", "no such key there")
+                expected = f"a tensor that {index.name} has"
+                refuse(opened.file, key, expected, "no such key there", _WHOLE)
         others = {name for name in list_folder(index.parent) if name.endswith(".safetensors")}
         for name in sorted(others - {opened.file.name for opened in self._files}):
             both = [key for key in _names_in(index.parent / name) if key in names]
@@ -81,15 +90,20 @@ class CheckpointFiles:
             names: the new name, by the name in the files.
 
         Raises:
-            CheckpointError: two tensors would have one name.
+            CheckpointError: two tensors that differ would have one name.
         """
         renamed: dict[str, tuple[TensorFile, str]] = {}
         for key, place in self._of.items():
             new = names.get(key, key)
-            if new in renamed:
-                expected = f"one tensor for {new} of the model"
-                refuse(place[0].file, key, expected, f"{renamed[new][1]} too")
-            renamed[new] = place
+            if new not in renamed:
+                renamed[new] = place
+                continue
+            file, other = renamed[new]
+            known = place[0].entries[key].dtype is not None
+            if not known or not bit_equal(place[0].read(key), file.read(other)):
+                expected = f"the values of {other}, which is {new} in the model too"
+                todo = "save the weights again, each tensor once"
+                refuse(place[0].file, key, expected, "other values", todo)
         self._of = renamed
 
     def __contains__(self, key: str) -> bool:
@@ -128,7 +142,13 @@ class CheckpointFiles:
         be of another save than others. What is read afterwards is of the files that are open."""
         self.check_unchanged()
         if _stamp(self.path) != self._stamp:
-            refuse(self.path, None, "files that stay as they are", "others, put there meanwhile")
+            refuse(
+                self.path,
+                None,
+                "files that stay as they are",
+                "others, put there meanwhile",
+                "load again",
+            )
 
     def check_unchanged(self) -> None:
         """Refuse files that were changed since they were opened."""
@@ -153,10 +173,10 @@ def is_file(path: Path) -> bool:
     except NotADirectoryError:
         return True
     except FileNotFoundError:
-        refuse(path, None, "a folder or a safetensors file", "nothing")
+        refuse(path, None, "a folder or a safetensors file", "nothing", "check the path")
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
-        refuse(path, None, "a folder or a safetensors file", found)
+        refuse(path, None, "a folder or a safetensors file", found, "check that you may read it")
     return False
 
 
@@ -169,21 +189,37 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
     if not indices:
         files = [path / name for name in names if name.endswith(".safetensors")]
         if not files:
-            refuse(path, None, "a folder with safetensors files", "none")
+            refuse(path, None, "a folder with safetensors files", "none", _CONVERT)
+        if missing := _missing_part({file.name for file in files}):
+            refuse(path, None, f"the file {shown(missing)}", "no such file", _COPY)
         return None, files
     if len(indices) > 1:
         refuse(path, None, "one index", " and ".join(indices), "remove the one of other weights")
     index = path / indices[0]
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        refuse(index, "weight_map", "a map from tensor to file", repr(listed)[:60])
+        refuse(index, "weight_map", "a map from tensor to file", repr(listed)[:60], _WHOLE)
     for name in set(map(str, listed.values())):
         # a name, not a path: a checkpoint must not read outside its folder
         if name not in listed.values() or Path(name).name != name:
-            refuse(index, "weight_map", "names of files in the same folder", repr(name))
+            refuse(index, "weight_map", "names of files in the same folder", repr(name), _WHOLE)
         if name not in names:
-            refuse(index, "weight_map", f"the file {shown(name)}", "no such file")
+            refuse(index, "weight_map", f"the file {shown(name)}", "no such file", _COPY)
     return (index, listed), [path / name for name in sorted(set(listed.values()))]
+
+
+def _missing_part(names: Collection[str]) -> str:
+    """The name of the first file that is missing beside "weights-00001-of-00003.safetensors"; empty
+    if none is."""
+    for name in names:
+        if not (found := _PART.fullmatch(name)) or len(found[3]) > _DIGITS:
+            continue
+        before, number, of = found[1], found[2], found[3]
+        for i in range(1, int(of) + 1):
+            part = f"{before}-{i:0{len(number)}}-of-{of}.safetensors"
+            if part not in names:
+                return part
+    return ""
 
 
 _T = TypeVar("_T")

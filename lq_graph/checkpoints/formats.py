@@ -3,49 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from .base import Contents, Format
+from .compressed_config import config_in
 from .compressed_tensors import COMPRESSED_TENSORS
 from .files import CONFIG, list_folder, read_json, refuse
 from .msmodelslim import DESCRIPTION, MSMODELSLIM
+from .msmodelslim_words import Prefer
+from .names import ModelNames
 
 __all__ = ["FORMATS", "contents_of"]
 
 FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, COMPRESSED_TENSORS)}
 
 
-def contents_of(folder: Path, keys: Iterable[str]) -> Contents:
+def contents_of(
+    folder: Path, keys: Iterable[str], model: nn.Module | None = None, prefer: Prefer = "dynamic"
+) -> Contents:
     """What the JSON of a folder says about its tensors.
 
     Args:
         folder: with the JSON.
         keys: names of the tensors in its files.
+        model: the model to load into, which may have other names; None if it is not known.
+        prefer: how a layer that has the tensors of both kinds is loaded.
 
     Raises:
-        CheckpointError: the JSON of no format or of both, or of a scheme that is not W8A8.
+        CheckpointError: the JSON of no format or of both, or of a scheme that cannot be loaded.
     """
     names = list_folder(folder)
-    config = folder / CONFIG
-    about = read_json(config) if CONFIG in names else {}
-    quantization = about.get("quantization_config")
+    file = folder / CONFIG
+    config = config_in(read_json(file), file) if CONFIG in names else None
+    known = None if model is None else ModelNames(model)
     if (found := MSMODELSLIM.description(folder, names)) is not None:
-        file, description = found
-        if COMPRESSED_TENSORS.is_method_of(quantization):
+        about, description = found
+        if config is not None and config.is_ours:
             refuse(
-                config,
-                "quantization_config",
-                f"none beside {file.name}",
+                file,
+                config.place,
+                f"none beside {about.name}",
                 COMPRESSED_TENSORS.name,
                 "remove the one that is not of these weights",
             )
-        return MSMODELSLIM.contents(file, description)
-    if "quantization_config" not in about:
+        keys = list(keys)
+        contents = MSMODELSLIM.contents(about, description, set(keys), prefer)
+        return contents if known is None else _renamed(contents, keys, known)
+    if config is None:
         refuse(
             folder,
             None,
             f"{DESCRIPTION}*.json (msmodelslim) or config.json with quantization_config "
             "(compressed-tensors)",
             "neither",
+            "pass the folder that the tool wrote, with its JSON files; quantize a float model with "
+            "lq_graph.quantize",
         )
-    return COMPRESSED_TENSORS.contents(config, quantization, keys)
+    return COMPRESSED_TENSORS.contents(file, config, keys, known)
+
+
+def _renamed(contents: Contents, keys: list[str], model: ModelNames) -> Contents:
+    """The contents with the names that the tensors have in the model."""
+    new_names = model.new_names(contents.kinds, keys)
+    if not new_names.modules:
+        return contents
+    names = {**new_names.tensors(keys), **contents.names}
+    return replace(
+        contents,
+        kinds={new_names.module(name): kind for name, kind in contents.kinds.items()},
+        names=names,
+        left_out={names.get(key, key): why for key, why in contents.left_out.items()},
+        must_be={names.get(key, key): wanted for key, wanted in contents.must_be.items()},
+    )

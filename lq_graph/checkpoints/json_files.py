@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .about_model import QUANTIZATION
 from .base import Format
+from .compressed_config import CONFIG_KEY
 from .files import CONFIG, CheckpointError, read_json, shown
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ def small_files(
     config = _config(folder, old, saved.config)
     described = format.described(saved.keys, saved.layers, saved.floats)
     if format.json_file == CONFIG:
-        config[QUANTIZATION] = described
-    elif QUANTIZATION in config:
+        config[CONFIG_KEY] = described
+    elif CONFIG_KEY in config:
         raise CheckpointError(
-            f"save_checkpoint: {shown(folder / CONFIG, 4096)} has {QUANTIZATION}, which is not "
+            f"save_checkpoint: {shown(folder / CONFIG, 4096)} has {CONFIG_KEY}, which is not "
             f"that of an {format.name} checkpoint. What to do: remove the key, or save as "
             "compressed-tensors."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
@@ -18,6 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
+from .experts import MAKE_EACH, fused_experts
 from .files import CheckpointError, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -89,11 +89,11 @@ class LayerToLoad:
         """Size of its weight in memory."""
         return self.n * storage_k(self.k, self.kind.storage) * self.kind.storage.itemsize
 
-    def refuse(self, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse(self, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names the layer."""
         refuse(self.files.path, self.name, expected, found, todo)
 
-    def refuse_part(self, part: str, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse_part(self, part: str, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names one of its tensors."""
         key = self.keys[part]
         refuse(self.files.file_of(key), key, expected, found, todo)
@@ -119,7 +119,7 @@ def layers_to_load(
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     for name, kind in contents.kinds.items():
-        module = _module_for(files, name, modules.get(name))
+        module = _module_for(files, name, modules)
         n, k = module.out_features, module.in_features
         layer = LayerToLoad(name, module, files, format, kind, n, k)
         _check_replaceable(layer, places.get(module, []), elsewhere)
@@ -141,14 +141,19 @@ def layers_to_load(
 
 
 def _module_for(
-    files: CheckpointFiles, name: str, module: nn.Module | None
+    files: CheckpointFiles, name: str, modules: Mapping[str, nn.Module]
 ) -> nn.Linear | QuantizedLinear:
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
+    module = modules.get(name)
+    if module is None and (fused := fused_experts(name, modules)):
+        found = f"all experts in one tensor, {fused}"
+        refuse(files.path, name, "an nn.Linear for each expert in the model", found, MAKE_EACH)
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
-        refuse(files.path, name, "an nn.Linear in the model", found)
+        todo = f'pass ignore=["{name}.*"] if the model has no such layer'
+        refuse(files.path, name, "an nn.Linear in the model", found, todo)
     return module
 
 
@@ -180,7 +185,9 @@ def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
     """Check that a module with two names has the same tensors under both."""
     for part in other.keys:
         if part not in one or not bit_equal(other.read(part), one.read(part)):
-            other.refuse_part(part, f"the tensor of {one.name}, which is the same layer", "another")
+            expected = f"the tensor of {one.name}, which is the same layer"
+            todo = "make the model with two layers, or correct the files"
+            other.refuse_part(part, expected, "another", todo)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -200,7 +207,16 @@ def new_layer(
         weights: the weights of earlier layers, by key; a weight that several layers share stays
             shared.
     """
-    new = layer.format.build(layer.kind, layer.output, partial(_read, layer, parallel))
+
+    def read(part: str) -> Tensor | None:
+        tensor = _read(layer, parallel, part)
+        if part == "weight" and tensor is not None and layer.kind.storage == torch.int32:
+            _check_int4(layer, tensor)
+        return tensor
+
+    new = layer.format.build(layer.kind, layer.output, read)
+    if (bias := _bias_of_whole_rows(layer, parallel)) is not None:
+        new.linear.bias = nn.Parameter(bias, requires_grad=False)
     device = weight_of(layer.module).device
     new = new.to(torch.device("cpu") if device.type == "meta" else device)
     if layer.style is None:
@@ -216,13 +232,44 @@ def new_layer(
     return new
 
 
+def _bias_of_whole_rows(layer: LayerToLoad, parallel: TensorParallel | None) -> Tensor | None:
+    """The bias of a layer that is split along k, if a zero point is in it: it holds the sums of
+    whole rows of the weight. None for the bias that the layer has already."""
+    if layer.style is None or parallel is None or "quant_bias" in layer:
+        return None
+    placement = layer.style.placement("bias", (layer.n,))
+    if layer.format.zero_point not in layer or placement.is_shard():
+        return None
+
+    def read(part: str) -> Tensor | None:
+        return layer.read(part) if part in layer else None
+
+    bias = layer.format.static_tensors(read, layer.output).bias
+    if bias is None or not (placement.is_partial() and parallel.rank):
+        return bias
+    return torch.zeros_like(bias)
+
+
+def _check_int4(layer: LayerToLoad, weight: Tensor) -> None:
+    """Refuse the weight of an int4 layer if it has other values than -8 to 7."""
+    low, high = map(int, weight.aminmax()) if weight.numel() else (0, 0)
+    if low < -8 or high > 7:
+        layer.refuse_part(
+            "weight",
+            "int4 values, -8 to 7",
+            f"{low} to {high}",
+            "use the JSON that was saved with these weights; it says which weights are int4",
+        )
+
+
 def _read(layer: LayerToLoad, parallel: TensorParallel | None, part: str) -> Tensor | None:
     """A tensor of a layer, or this process's part of it; None if the layer has none."""
     if part not in layer:
         return None
-    if layer.style is None or parallel is None or layer.parts[part].shapes[0][0] != "n":
-        return layer.read(part)
     shape = layer.shape(part)
+    split = layer.parts[part].shapes[0][0] == "n" and shape[:1] == (layer.n,)
+    if layer.style is None or parallel is None or not split:
+        return layer.read(part)
     size = shape if part == "weight" else shape[:1]
     placement = layer.style.placement(_PARAMETER.get(part, "scale"), size)
     if placement.is_shard():

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
@@ -21,11 +21,13 @@ from ..modules.places import places_of, put
 from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
-from .check_layer import check_layer
+from .biases import AddedBiases
+from .check_layer import check_headers, check_values, check_without_effect
 from .files import CheckpointError, check_model, expanded
 from .folder import CheckpointFiles, is_file, old_or_new
 from .formats import contents_of
 from .layers import LayerToLoad, layers_to_load, new_layer
+from .msmodelslim_words import Prefer
 from .state import RestOfModel, StateChanges, check_rest
 from .tensor_parallel import TensorParallel
 
@@ -73,10 +75,12 @@ class LoadReport(list[Loaded]):
     Attributes:
         bytes_read: bytes of tensors that this process read from the files.
         left_out: tensors of the files that were not loaded, with the reason.
+        renamed: the names in the model of the tensors that have another name in the files, by that.
     """
 
     bytes_read = 0
     left_out: Mapping[str, str] = MappingProxyType({})
+    renamed: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         if not self:
@@ -94,6 +98,7 @@ def load_checkpoint(
     mesh: DeviceMesh | None = None,
     plan: Mapping[str, ParallelStyle] | None = None,
     mmap: bool = False,
+    prefer: Prefer = "dynamic",
 ) -> LoadReport:
     """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
 
@@ -127,6 +132,8 @@ def load_checkpoint(
             used. As long as the model exists, do not write to the files or shorten them: the
             model's values would change, or the process would end with SIGBUS. To replace the files,
             as save_checkpoint does, is safe.
+        prefer: "dynamic" or "static": how layers are loaded that the files have in both ways
+            (msmodelslim's W8A8_MIX).
 
     Returns:
         A LoadReport: a list with one `Loaded` for each quantized layer.
@@ -141,13 +148,13 @@ def load_checkpoint(
     Source: vllm-project/vllm-ascend for msmodelslim's format, vllm-project/compressed-tensors for
     the other.
     """
-    path = _check_arguments(model, path, dtype, mesh, plan)
+    path = _check_arguments(model, path, dtype, mesh, plan, prefer)
     parallel = None if mesh is None or plan is None else TensorParallel(mesh, plan)
 
     def load() -> tuple[LoadReport, Callable[[], None]]:
         with ExitStack() as stack:
             files = CheckpointFiles(path, stack, mapped=mmap)
-            return _load(model, files, dtype, parallel)
+            return _load(model, files, dtype, parallel, prefer)
 
     # parameters made in inference mode could not be used outside
     with torch.inference_mode(False), torch.no_grad():
@@ -164,21 +171,28 @@ def load_checkpoint(
 
 
 def _check_arguments(
-    model: object, path: str | Path, dtype: object, mesh: object, plan: object
+    model: object, path: str | Path, dtype: object, mesh: object, plan: object, prefer: object
 ) -> Path:
     """Refuse arguments that do not fit; returns the path with the home folder for ~."""
     if (mesh is None) != (plan is None):
-        raise CheckpointError("load_checkpoint: mesh and plan go together; give both or neither.")
+        raise CheckpointError(
+            "load_checkpoint: one of mesh and plan. What to do: give both or neither."
+        )
     if dtype not in (None, _F16, _BF16):
         given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise CheckpointError(
-            f"load_checkpoint: dtype is {given}; allowed are torch.float16 and torch.bfloat16."
+            f"load_checkpoint: dtype is {given}. What to do: pass torch.float16 or torch.bfloat16, "
+            "or leave it out."
+        )
+    if prefer not in get_args(Prefer):
+        raise CheckpointError(
+            f"load_checkpoint: prefer is {prefer!r}. What to do: pass 'dynamic' or 'static'."
         )
     check_model("load_checkpoint", model)
     try:
         return expanded(path)
     except TypeError as error:
-        raise CheckpointError(f"load_checkpoint: path: {error}.") from None
+        raise CheckpointError(f"load_checkpoint: path: {error}. What to do: pass a str.") from None
 
 
 def _load(
@@ -186,21 +200,26 @@ def _load(
     files: CheckpointFiles,
     dtype: torch.dtype | None,
     parallel: TensorParallel | None,
+    prefer: Prefer,
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything. Returns the report, and the function that changes the model."""
     folder = files.path.parent if is_file(files.path) else files.path
-    contents = contents_of(folder, files)
+    contents = contents_of(folder, files, model, prefer)
     files.check_one_save()
     files.rename(contents.names)
     places = places_of(model)
     layers = layers_to_load(model, files, contents)
+    check_without_effect(layers, contents.must_be)
     for layer in layers:
-        check_layer(layer, dtype)
+        check_headers(layer, dtype)
+        check_values(layer)
         if parallel is not None:
             _plan_split(layer, parallel)
     rest_of_model = RestOfModel(model, {layer.module for layer in layers})
     used = {key for layer in layers for key in layer.keys.values()}
-    rest = check_rest(rest_of_model, files, used | contents.left_out.keys())
+    biases = AddedBiases(model, files, contents)
+    not_loaded = contents.not_loaded() | biases.left_out
+    rest = check_rest(rest_of_model, files, used | biases.names | not_loaded.keys())
 
     weights: dict[str, nn.Parameter] = {}
     new = {layer.module: new_layer(layer, parallel, weights) for layer in layers}
@@ -208,7 +227,8 @@ def _load(
     files.check_unchanged()
 
     report = LoadReport(Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in layers)
-    report.left_out = contents.left_out
+    report.left_out = not_loaded
+    report.renamed = contents.names
     report.bytes_read = files.bytes_read
 
     def swap() -> None:
@@ -224,6 +244,7 @@ def _load(
                     undo.callback(put, parent, name, old)
                     put(parent, name, layer)
             changes.make(undo)
+            biases.make(undo)
 
     return report, swap
 
@@ -235,9 +256,10 @@ def _plan_split(layer: LayerToLoad, parallel: TensorParallel) -> None:
     whole = LinearQuant(
         layer.k,
         layer.n,
-        bias="bias" in layer or "quant_bias" in layer,
+        bias=any(part in layer for part in ("bias", "quant_bias", "input_zero_point")),
         pertoken_scale=not layer.kind.static,
         output_dtype=layer.output,
+        dtype=layer.kind.storage,
         device="meta",
     )
     style.check(layer.name, whole, parallel.ranks)

@@ -19,8 +19,10 @@ from .files import CheckpointError, refuse, shown
 from .folder import CheckpointFiles
 from .tensors import bit_equal, memory_of
 
-__all__ = ["RestOfModel", "StateChanges", "check_rest"]
+__all__ = ["RestOfModel", "StateChanges", "check_rest", "converted"]
 
+_PLAIN = "load before the model is quantized, split or compressed by another tool"
+_SAME_MODEL = "make the model that these files were saved from: compare its config.json"
 _EXTRA = "_extra_state"  # how the name of an extra state ends in a state dict
 
 
@@ -103,11 +105,15 @@ def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Ite
         dtype, shape = files.header(key)
         if (place := held.places.get(key)) is None:
             refuse(
-                files.file_of(key), key, "a tensor the model has", "no such parameter in the model"
+                files.file_of(key),
+                key,
+                "a tensor the model has",
+                "no such parameter in the model",
+                f'pass ignore=["{key}"] if the model needs no such tensor',
             )
         wanted = place.tensor
         if why := _why_not_loadable(place):
-            refuse(files.file_of(key), key, "a plain tensor in the model", why)
+            refuse(files.file_of(key), key, "a plain tensor in the model", why, _PLAIN)
         float_pair = (
             dtype is not None
             and dtype.is_floating_point == wanted.dtype.is_floating_point
@@ -115,13 +121,15 @@ def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Ite
         )
         if shape != tuple(wanted.shape) or not float_pair:
             expected = f"{dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
-            refuse(files.file_of(key), key, expected, f"{dtype and dtype_name(dtype)} {shape}")
+            found = f"{dtype and dtype_name(dtype)} {shape}"
+            refuse(files.file_of(key), key, expected, found, _SAME_MODEL)
     # files hold tied parameters once
     given = {memory_of(held.places[key].tensor) for key in rest}
     for key, place in sorted(held.places.items()):
         is_tensor = isinstance(place.tensor, Tensor)
         if key not in rest and not (is_tensor and memory_of(place.tensor) in given):
-            refuse(files.path, key, "a tensor for every parameter of the model", "no such tensor")
+            expected = "a tensor for every parameter of the model"
+            refuse(files.path, key, expected, "no such tensor", _SAME_MODEL)
     if held.others:
         more = "" if len(held.others) == 1 else f" and {len(held.others) - 1} more"
         raise CheckpointError(
@@ -151,7 +159,7 @@ def _why_not_loadable(place: _Place) -> str:
     return "" if tensor.layout == torch.strided else f"one of layout {tensor.layout}"
 
 
-def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
+def converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
     """A tensor of the files, converted to the dtype, device and format of the model's tensor.
 
     Raises:
@@ -206,11 +214,12 @@ class StateChanges:
         for key in keys:
             place = held.places[key]
             tensor: Tensor = place.tensor
-            new = _converted(files, key, tensor)
+            new = converted(files, key, tensor)
             if (other := self._by_tensor.get(id(tensor))) and not place.is_extra:
                 if not bit_equal(other[1], new):
                     expected = f"the values of {other[0]}, which is the same tensor in the model"
-                    refuse(files.file_of(key), key, expected, "others")
+                    todo = "make the model with a tensor for each, or correct the files"
+                    refuse(files.file_of(key), key, expected, "others", todo)
                 continue
             self._by_tensor[id(tensor)] = key, new
             if place.is_extra:

@@ -12,15 +12,16 @@ from ..modules.places import Place, put
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over
 from ..modules.static_values import static_bias, static_scale, weight_scale_of
-from ..modules.supported import why_not_supported
-from .schemes import SCHEMES, Config
+from ..modules.supported import LayerKind, runs_in, what_runs, why_not_supported
+from ..rules.tables import STORAGE_DTYPES, dtype_name
+from .schemes import SCHEMES, Scheme
 from .weight_scales import peaks_of, round_weight
 
 __all__ = ["LayerToQuantize", "SharedWeights", "why_illegal"]
 
-# Quantized weights that tied layers share, with their scales, by the id of the float weight. The
-# first of those layers makes them, while the float layers still exist.
-SharedWeights = dict[int, tuple[nn.Parameter, Tensor]]
+# Quantized weights that tied layers share, with their scales, by `shared_as`. The first of those
+# layers makes them, while the float layers still exist.
+SharedWeights = dict[tuple[int, torch.dtype], tuple[nn.Parameter, Tensor]]
 _BIAS_STEPS = 1 << 24  # the part of the int32 range that a bias may use; the product needs the rest
 
 
@@ -30,24 +31,26 @@ class LayerToQuantize:
     Attributes:
         name: qualified name.
         linear: the float layer; None once it is replaced, so that its memory is freed.
-        config: the scheme.
+        chosen: its scheme; None if the caller leaves it float.
         places: (parent, attribute) wherever the model holds it.
         k, n: its sizes.
         bytes_before: size of the float layer's parameters.
         input_dtype: dtype of the float layer's weight, and so of the layer's input.
         bytes: size of the quantized layer's parameters; None before it is in place.
         refusal: why it stays float; empty if it is quantized.
-        tied_with: the layers with the same weight, this one included.
+        tied_with: the layers with the same quantized weight, this one included.
         input_scale, input_offset: static only, see `affine`.
         next: the layer that takes this one's output as int8.
         takes_int8: whether this is the `next` of another layer.
         fused_relu: place of the ReLU between this layer and `next`; the int8 range replaces it.
     """
 
-    def __init__(self, name: str, linear: nn.Linear, config: Config, places: list[Place]) -> None:
+    def __init__(
+        self, name: str, linear: nn.Linear, chosen: Scheme | None, places: list[Place]
+    ) -> None:
         self.name = name
         self.linear: nn.Linear | None = linear
-        self.config = config
+        self.chosen = chosen
         self.places = places
         self.n, self.k = _sizes(linear)
         self.bytes_before = _bytes_of(linear)
@@ -68,19 +71,35 @@ class LayerToQuantize:
         return self.linear
 
     @property
+    def scheme(self) -> Scheme:
+        """The scheme of a layer that is quantized."""
+        assert self.chosen is not None
+        return self.chosen
+
+    @property
+    def kind(self) -> LayerKind:
+        """What its scheme makes of it."""
+        return SCHEMES[type(self.scheme)]
+
+    @property
     def static(self) -> bool:
         """Whether the activation's scale comes from calibration."""
-        return SCHEMES[type(self.config)].static
+        return self.kind.static
 
     @property
     def storage(self) -> torch.dtype:
         """int8, or int32 carrying int4."""
-        return SCHEMES[type(self.config)].storage
+        return self.kind.storage
+
+    @property
+    def shared_as(self) -> tuple[int, torch.dtype]:
+        """Equal for layers with one float weight and one quantized weight."""
+        return id(self.source.weight), self.storage
 
     @property
     def output_dtype(self) -> torch.dtype:
         """The dtype of the quantized layer's output."""
-        return torch.int8 if self.next else self.config.output_dtype or self.input_dtype
+        return torch.int8 if self.next else self.scheme.output_dtype or self.input_dtype
 
     @property
     def bias_dtype(self) -> torch.dtype:
@@ -150,16 +169,37 @@ def _sizes(linear: nn.Linear) -> tuple[int, int]:
 
 def why_illegal(layer: LayerToQuantize) -> str:
     """Why the product in force cannot run the quantized layer; empty if it can."""
-    has_bias = layer.static or layer.source.bias is not None
-    why, todo = why_not_supported(
-        SCHEMES[type(layer.config)],
-        layer.k,
-        layer.n,
-        input_dtype=layer.input_dtype,
-        output_dtype=layer.output_dtype,
-        bias=layer.bias_dtype if has_bias else None,
-    )
+    if layer.input_dtype not in (torch.float16, torch.bfloat16):
+        given = dtype_name(layer.input_dtype)
+        why = f"its weight is {given}, and LinearQuant takes float16 and bfloat16"
+    else:
+        has_bias = layer.static or layer.source.bias is not None
+        why, _ = why_not_supported(
+            layer.kind,
+            layer.k,
+            layer.n,
+            input_dtype=layer.input_dtype,
+            output_dtype=layer.output_dtype,
+            bias=layer.bias_dtype if has_bias else None,
+        )
+    todo = why and _what_to_do(layer)
     return f"{why}. What to do: {todo}." if todo else why
+
+
+def _what_to_do(layer: LayerToQuantize) -> str:
+    """How a layer that the product in force cannot run becomes one that it runs; empty if it has
+    sizes that the scheme does not take."""
+    runs = runs_in(layer.kind, layer.k, layer.n)
+    if not runs:
+        sizes = any(size % STORAGE_DTYPES[layer.storage] for size in (layer.k, layer.n))
+        return "" if sizes else what_runs(layer.k, layer.n)
+    steps = []
+    if layer.input_dtype not in runs:
+        calls = {torch.float16: "model.half()", torch.bfloat16: "model.bfloat16()"}
+        steps.append(f"call {' or '.join(calls[dtype] for dtype in runs)} first")
+    if layer.scheme.output_dtype not in (None, *runs):
+        steps.append("leave output_dtype out")
+    return " and ".join(steps) or what_runs(layer.k, layer.n)
 
 
 def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter, Tensor]:
@@ -168,7 +208,7 @@ def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter
     The packed scale of a static layer keeps 10 bits of the mantissa. So the weight's scale is
     chosen such that the layer's scale has no more bits, except where layers share the weight.
     """
-    key = id(layer.source.weight)
+    key = layer.shared_as
     if key in shared:
         return shared[key]
     weight = layer.source.weight.detach()
