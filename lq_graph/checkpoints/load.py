@@ -151,9 +151,9 @@ def load_checkpoint(
     path = _check_arguments(model, path, dtype, mesh, plan, prefer)
     parallel = None if mesh is None or plan is None else TensorParallel(mesh, plan)
 
-    def load(pending: Path | None) -> tuple[LoadReport, Callable[[], None]]:
+    def load() -> tuple[LoadReport, Callable[[], None]]:
         with ExitStack() as stack:
-            files = CheckpointFiles(path, stack, pending, mapped=mmap)
+            files = CheckpointFiles(path, stack, mapped=mmap)
             return _load(model, files, dtype, parallel, prefer)
 
     # parameters made in inference mode could not be used outside
@@ -205,6 +205,7 @@ def _load(
     """Check and read everything. Returns the report, and the function that changes the model."""
     folder = files.path.parent if is_file(files.path) else files.path
     contents = contents_of(folder, files, model, prefer)
+    files.check_one_save()
     files.rename(contents.names)
     places = places_of(model)
     layers = layers_to_load(model, files, contents)
