@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -125,6 +125,11 @@ class CheckpointFiles:
             renamed[new] = place
         self._of = renamed
 
+    def leave_out(self, keys: Iterable[str]) -> None:
+        """Forget tensors, which are then not read."""
+        for key in keys:
+            del self._of[key]
+
     def __contains__(self, key: str) -> bool:
         return key in self._of
 
@@ -145,6 +150,15 @@ class CheckpointFiles:
         file, name = self._of[key]
         entry = file.entries[name]
         return entry.dtype, entry.shape
+
+    def bytes_of(self, key: str) -> int:
+        """The size of a tensor in the file."""
+        file, name = self._of[key]
+        return file.entries[name].end - file.entries[name].begin
+
+    def name_of(self, key: str) -> str:
+        """The name of a tensor in its file."""
+        return self._of[key][1]
 
     def read(self, key: str) -> Tensor:
         """A tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +20,19 @@ __all__ = ["FORMATS", "contents_of"]
 FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, COMPRESSED_TENSORS)}
 
 
-def contents_of(folder: Path, keys: Iterable[str], model: nn.Module | None = None) -> Contents:
+def contents_of(
+    folder: Path,
+    keys: Iterable[str],
+    model: nn.Module | None = None,
+    left_out: Container[str] = (),
+) -> Contents:
     """What the JSON of a folder says about its tensors.
 
     Args:
         folder: with the JSON.
         keys: names of the tensors in its files.
         model: the model to load into, which may have other names; None if it is not known.
+        left_out: tensors of the files that are not in `keys`.
 
     Raises:
         CheckpointError: the JSON of no format or of both, or of a scheme that cannot be loaded.
@@ -45,7 +51,8 @@ def contents_of(folder: Path, keys: Iterable[str], model: nn.Module | None = Non
                 COMPRESSED_TENSORS.name,
                 "remove the one that is not of these weights",
             )
-        contents = MSMODELSLIM.contents(about, description)
+        said = {key: word for key, word in description.items() if key not in left_out}
+        contents = MSMODELSLIM.contents(about, said)
         return contents if known is None else _renamed(contents, list(keys), known)
     if config is None:
         refuse(
