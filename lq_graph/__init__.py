@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
     from .fusion.options import set_fusion
     from .fusion.passes import fuse
+    from .integrations.config import Config
     from .modules.fusion_options import get_fusion
     from .modules.layouts import from_fractal_nz, pack_int4, to_fractal_nz, unpack_int4
     from .modules.linear_quant import LinearQuant
@@ -48,6 +49,7 @@ __all__ = [
     "A8W8Static",
     "Check",
     "CheckpointError",
+    "Config",
     "LinearQuant",
     "LinearQuantError",
     "LinearQuantTypeError",
@@ -93,6 +95,7 @@ _HOMES = {
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
     "fusion.options": ("set_fusion",),
     "fusion.passes": ("fuse",),
+    "integrations.config": ("Config",),
     "modules.fusion_options": ("get_fusion",),
     "modules.layouts": ("from_fractal_nz", "pack_int4", "to_fractal_nz", "unpack_int4"),
     "modules.linear_quant": ("LinearQuant",),

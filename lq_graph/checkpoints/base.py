@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import pack_int4
+from ..kernels import pack_int4, unpack_int4, unpack_scale
 from ..modules.linear_quant import layer_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.supported import LayerKind
@@ -38,6 +38,7 @@ __all__ = [
     "State",
     "StaticTensors",
     "Written",
+    "float_scale",
     "packed_scale",
     "per_channel_scale",
     "static_parts",
@@ -148,8 +149,8 @@ class Format(ABC):
         name: as `save_checkpoint` takes it.
         weights_file, json_file: names of the two files that `save_checkpoint` writes.
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
-        zero_point: the part that is the zero point of the input.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
+        zero_point: the part that is the zero point of a static layer's input.
     """
 
     name: ClassVar[str]
@@ -214,9 +215,10 @@ class Format(ABC):
     # ---- writing ----
 
     def dynamic_parts(self, state: State) -> dict[str, Tensor]:
-        """A dynamic layer's tensors."""
+        """A dynamic layer's tensors. int4 weights are int8 values of -8 to 7."""
+        weight = state["linear.weight"]
         parts = {
-            "weight": state["linear.weight"],
+            "weight": unpack_int4(weight) if weight.dtype == _I32 else weight,
             "weight_scale": per_channel_scale(state).unsqueeze(-1),
         }
         if "linear.bias" in state:
@@ -229,13 +231,18 @@ class Format(ABC):
 
     @abstractmethod
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
         """The contents of the JSON file.
 
         Args:
-            keys: names of the tensors in the file of weights.
+            keys: names of the model's tensors, tied ones too.
             layers: the quantized layers by name.
+            floats: names of the linear layers that stay float.
             old: the JSON that is in the folder, from `json_to_keep`.
         """
 
@@ -264,6 +271,12 @@ def as_vector(tensor: Tensor | None) -> Tensor | None:
 def per_channel_scale(state: State) -> Tensor:
     """The scale of a layer, (n,); the layer may hold one value for all channels."""
     return state["linear.scale"].expand(state["linear.weight"].shape[0])
+
+
+def float_scale(state: State) -> Tensor:
+    """The scale of a layer as float32, (n,)."""
+    scale = per_channel_scale(state)
+    return unpack_scale(scale)[0] if scale.dtype == torch.int64 else scale
 
 
 def packed_scale(layer: QuantizedLinear, scale: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.static_values import static_bias
+from ..modules.static_values import has_int32_bias, static_bias, static_scale
 from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+from . import compressed_writing
 from .base import (
     BIAS,
     FLOATS,
@@ -30,18 +31,14 @@ from .base import (
     StaticTensors,
     Written,
     as_vector,
-    packed_scale,
-    per_channel_scale,
-    static_parts,
 )
 from .compressed_config import CONFIG_KEY, METHOD, AnyConfig, Config, Group
 from .files import CONFIG, read_json, refuse
-from .names import ModelNames
+from .names import ModelNames, NewNames
 
 __all__ = ["COMPRESSED_TENSORS", "CompressedTensors"]
 
-_I32, _F32, _F16 = torch.int32, torch.float32, torch.float16
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_I32, _F16 = torch.int32, torch.float16
 _SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",), (1,), ()), positive=True)
 _INTS = (torch.int8, torch.int16, _I32, torch.int64)
 _ZERO_POINT = "input_zero_point"
@@ -98,12 +95,12 @@ class CompressedTensors(Format):
             for name, _, part in (key.rpartition(".") for key in keys)
             if part in ("weight_scale", "weight_packed")
         }
-        prefix = model.prefix_of(layers) if model else None
-        names = model.renamed(prefix, set(layers), keys) if model and prefix else {}
+        new_names = model.new_names(layers, keys) if model else NewNames()
+        names = new_names.tensors(keys)
         contents = Contents(self, {}, names)
         kept = set(keys)
         for name in layers:
-            new = (prefix(name) if prefix else None) or name
+            new = new_names.module(name)
             classes = model.classes(new) if model else _likely_classes(name)
             group = config.group_of(_names_in_config(config, name, new), classes)
             if group is not None:
@@ -127,62 +124,28 @@ class CompressedTensors(Format):
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         input_scale, bias = as_vector(read("input_scale")), read("bias")
         assert weight is not None and weight_scale is not None and input_scale is not None
-        scale = (input_scale * weight_scale).expand(weight.shape[0]).contiguous()
-        zero_point = as_vector(read(_ZERO_POINT))
-        if zero_point is None and (
-            bias is None or self.bias_dtype(A8W8_STATIC, output, bias.dtype) != _I32
-        ):
-            return StaticTensors(scale, bias, None)
-        zero_point = torch.zeros(1, device="cpu") if zero_point is None else zero_point
+        weight_scale = weight_scale.expand(weight.shape[0]).contiguous()
+        scale = static_scale(input_scale, weight_scale, output)
+        zero_point = as_vector(read(self.zero_point))
+        if zero_point is None:
+            zero_point = torch.zeros_like(input_scale)
+            if bias is not None and not has_int32_bias(scale, bias, weight.shape[1], output):
+                return StaticTensors(scale, bias, None)
         return StaticTensors(scale, static_bias(bias, scale, zero_point, weight), bias)
 
     # ---- writing ----
 
     def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
-        parts, bias = static_parts(state), state.get("linear.bias")
-        if "weight_scale" not in parts or bool(state["input_offset"].any()):
-            return Written(parts, "it has a zero point, or its weight's own scale is not known")
-        if bias is not None and not parts.setdefault("bias", bias).is_floating_point():
-            return Written(parts, "its float bias is not known")
-        again = self.build(A8W8_STATIC, layer.input_dtype, parts.get).linear
-        scale = per_channel_scale(state)
-        if not torch.equal(packed_scale(layer, again.scale), packed_scale(layer, scale)):
-            return Written(parts, "its scale is not exactly the product of the two scales")
-        same = bias is again.bias is None or (
-            bias is not None
-            and again.bias is not None
-            and bias.dtype == again.bias.dtype
-            and torch.equal(bias, again.bias)
-        )
-        return Written(parts, "" if same else "its bias is not the one that its float bias gives")
+        return compressed_writing.static_parts(self, layer, state)
 
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
-        scales = {
-            name for name, _, part in (k.rpartition(".") for k in keys) if part == "weight_scale"
-        }
-        groups: dict[str, Any] = {}
-        for dynamic in (False, True):
-            names = [_target(name) for name, layer in layers.items() if layer.dynamic == dynamic]
-            if names:
-                groups[f"group_{len(groups)}"] = {
-                    "targets": names,
-                    "weights": {**_INT8, "strategy": "channel", "dynamic": False},
-                    "input_activations": {
-                        **_INT8,
-                        "strategy": "token" if dynamic else "tensor",
-                        "dynamic": dynamic,
-                    },
-                }
-        config = {
-            "quant_method": self.name,
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": [_target(name) for name in sorted(scales - layers.keys())],
-        }
-        return {**old, CONFIG_KEY: config}
+        return {**old, CONFIG_KEY: compressed_writing.config(keys, layers, floats)}
 
     def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
         return read_json(folder / self.json_file) if self.json_file in names else {}
@@ -254,8 +217,3 @@ def _check_stored(group: Group, key: str, keys: set[str]) -> None:
             "no such tensor",
             "use the config.json that was saved with these weights",
         )
-
-
-def _target(name: str) -> str:
-    """The target that selects one layer: its name, or a pattern if the name would select more."""
-    return f"re:{re.escape(name)}$" if name == "Linear" or name.startswith("re:") else name

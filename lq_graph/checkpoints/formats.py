@@ -69,14 +69,13 @@ def contents_of(
 
 def _renamed(contents: Contents, keys: list[str], model: ModelNames) -> Contents:
     """The contents with the names that the tensors have in the model."""
-    layers = set(contents.kinds)
-    prefix = model.prefix_of(contents.kinds)
-    if prefix is None:
+    new_names = model.new_names(contents.kinds, keys)
+    if not new_names.modules:
         return contents
-    names = {**model.renamed(prefix, layers, keys), **contents.names}
+    names = {**new_names.tensors(keys), **contents.names}
     return replace(
         contents,
-        kinds={prefix(name) or name: kind for name, kind in contents.kinds.items()},
+        kinds={new_names.module(name): kind for name, kind in contents.kinds.items()},
         names=names,
         left_out={names.get(key, key): why for key, why in contents.left_out.items()},
         must_be={names.get(key, key): wanted for key, wanted in contents.must_be.items()},

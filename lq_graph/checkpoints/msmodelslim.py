@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import unpack_scale
 from ..modules.quantized_linear import QuantizedLinear
-from ..modules.supported import A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
 from ..rules.tables import dtype_name
 from .base import (
     BIAS,
@@ -44,8 +44,13 @@ __all__ = ["DESCRIPTION", "MSMODELSLIM", "Msmodelslim"]
 DESCRIPTION = "quant_model_description"  # how the JSON's name begins
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_KINDS = {"W8A8": A8W8_STATIC, "W8A8_DYNAMIC": A8W8_DYNAMIC}  # by the word of the description
+_KINDS = {  # by the word of the description
+    "W8A8": A8W8_STATIC,
+    "W8A8_DYNAMIC": A8W8_DYNAMIC,
+    "W4A4_DYNAMIC": A4W4_DYNAMIC,
+}
 _QUANTIZE = "quantize the float model again as W8A8 or W8A8_DYNAMIC"
+_PRIORITY = ["W8A8_DYNAMIC", "W8A8", "W4A4_DYNAMIC"]  # a model of several has the last as its type
 _WORDS = {kind: word for word, kind in _KINDS.items()}
 
 
@@ -67,6 +72,7 @@ class Msmodelslim(Format):
             BIAS,
         ),
         A8W8_DYNAMIC: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
+        A4W4_DYNAMIC: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
     }
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
         "deq_scale": {_I64: _F16, _F32: _BF16}
@@ -136,16 +142,27 @@ class Msmodelslim(Format):
         return Written(parts, lost="deq_scale keeps 19 bits of its scale" if cut else "")
 
     def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+        self,
+        keys: Iterable[str],
+        layers: Mapping[str, QuantizedLinear],
+        floats: Iterable[str],
+        old: dict[str, Any],
     ) -> dict[str, Any]:
-        del old
-        said = dict.fromkeys(keys, "FLOAT")
-        # a weight that is tied to another layer's weight is not in the file
-        for key in [*said, *(f"{name}.weight" for name in layers)]:
-            layer = layers.get(key.rpartition(".")[0])
-            if layer is not None:
-                said[key] = _WORDS[layer.kind]
-        return said
+        del floats, old
+        said = {}
+        for key in keys:
+            name, _, part = key.rpartition(".")
+            layer = layers.get(name)
+            said[key] = "FLOAT" if layer is None or part == "bias" else _WORDS[layer.kind]
+        words = {_WORDS[layer.kind] for layer in layers.values()}
+        return {
+            **said,
+            "version": "1.0.0",
+            "model_quant_type": max(words, key=_PRIORITY.index, default="FLOAT"),
+            "metadata": {},
+            "group_size": 0,
+            "optional": {},
+        }
 
     def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
         if CONFIG in names and "quantization_config" in read_json(folder / CONFIG):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -19,9 +20,11 @@ from .base import Format, State
 from .files import DTYPES, MAX_NAME, CheckpointError, check_model, expanded, shown
 from .formats import FORMATS
 from .tensors import fits, memory_of
-from .write import write_checkpoint
+from .write import Saved, write_checkpoint
 
 __all__ = ["save_checkpoint"]
+
+_ROUTER = re.compile("Router|Gating|Gate(?![a-z])")  # as compressed-tensors recognizes them
 
 
 @keeps_grad_mode
@@ -63,8 +66,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
         )
     check_model("save_checkpoint", model)
     with torch.no_grad():
-        tensors, layers = _contents(model, FORMATS[format])
-        if not layers:
+        saved = _contents(model, FORMATS[format])
+        if not saved.layers:
             warnings.warn(
                 "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its float "
                 "tensors only. What to do: lq_graph.quantize it first.",
@@ -72,7 +75,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             )
         try:
             with uninterrupted() as pause:
-                write_checkpoint(expanded(folder), FORMATS[format], tensors, layers, pause)
+                write_checkpoint(expanded(folder), FORMATS[format], saved, pause)
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -83,14 +86,12 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             ) from error
 
 
-def _contents(
-    model: nn.Module, format: Format
-) -> tuple[dict[str, Tensor], dict[str, QuantizedLinear]]:
-    """The tensors of a checkpoint, tied ones once, and its quantized layers."""
+def _contents(model: nn.Module, format: Format) -> Saved:
+    """What a checkpoint of a model holds, tied tensors once."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     states = {}
     for name, layer in layers.items():
-        _check_w8a8(name, layer)
+        _check_layer(name, layer)
         states[name] = layer.state_dict()
         for key, tensor in states[name].items():
             _check_tensor(f"{name}.{key}", tensor)
@@ -112,7 +113,20 @@ def _contents(
             _check_tensor(key, value)
             tensors[key] = value
             others.append(key)
-    return _once(tensors, [f"{name}.weight" for name in layers], others), layers
+    once = _once(tensors, [f"{name}.weight" for name in layers], others)
+    return Saved(once, list(tensors), layers, _floats(model, layers))
+
+
+def _floats(model: nn.Module, layers: dict[str, QuantizedLinear]) -> list[str]:
+    """Names of the linear layers that stay float. Some readers take the router of experts for one,
+    which is another class in transformers."""
+    inside = tuple(f"{name}." for name in layers)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not name.startswith(inside)
+        and (isinstance(module, nn.Linear) or _ROUTER.search(type(module).__name__))
+    ]
 
 
 def _once(tensors: dict[str, Tensor], *groups: Iterable[str]) -> dict[str, Tensor]:
@@ -152,7 +166,7 @@ def _check_tensor(key: object, value: object) -> None:
     )
 
 
-def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
+def _check_layer(name: str, layer: QuantizedLinear) -> None:
     """Refuse a layer that the formats cannot hold. They hold whole layers with int8 weights and
     float outputs."""
     if SPLIT in vars(layer.linear):
@@ -163,8 +177,6 @@ def _check_w8a8(name: str, layer: QuantizedLinear) -> None:
         )
     if not name:
         what, todo = "the model itself is a layer", "put it in an nn.Sequential"
-    elif layer.linear.weight.dtype != torch.int8:
-        what, todo = f"{name} is int4", "quantize it with A8W8Dynamic or A8W8Static"
     elif layer.linear.weight.dim() != 2:
         what, todo = f"{name} has a weight of several matrices", "make a layer of each"
     elif layer.linear.output_dtype not in (torch.float16, torch.bfloat16):

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,33 @@ from .files import INDEX, CheckpointError, shown, tensors_header, write_all, wri
 from .folder import backup_name, pending_weights, temporary_name
 from .formats import FORMATS
 
-__all__ = ["write_checkpoint"]
+__all__ = ["Saved", "write_checkpoint"]
 
 
-def write_checkpoint(
-    folder: Path,
-    format: Format,
-    tensors: dict[str, Tensor],
-    layers: dict[str, QuantizedLinear],
-    pause: Callable[[], None],
-) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: of the file of weights; tied ones once.
+        keys: names of all tensors, tied ones too.
+        layers: the quantized layers by name.
+        floats: names of the linear layers that stay float.
+    """
+
+    tensors: dict[str, Tensor]
+    keys: list[str]
+    layers: dict[str, QuantizedLinear]
+    floats: list[str]
+
+
+def write_checkpoint(folder: Path, format: Format, saved: Saved, pause: Callable[[], None]) -> None:
     """Write the two files of a checkpoint; if a step fails, the folder is unchanged.
 
     Args:
         folder: created if it does not exist.
         format: of the checkpoint.
-        tensors, layers: the contents.
+        saved: the contents.
         pause: is called where Ctrl-C may be raised.
     """
     weights, about = folder / format.weights_file, folder / format.json_file
@@ -42,10 +54,10 @@ def write_checkpoint(
         with _locked(folder) as descriptor:
             _finish(folder)
             old = _check_folder(folder, format)
-            new = format.json(tensors, layers, old)
+            new = format.json(saved.keys, saved.layers, saved.floats, old)
             with ExitStack() as files:
-                order, header = tensors_header(tensors)
-                contents: list[bytes | Tensor] = [header, *(tensors[key] for key in order)]
+                order, header = tensors_header(saved.tensors)
+                contents: list[bytes | Tensor] = [header, *(saved.tensors[key] for key in order)]
                 _write(_temporary(weights), contents, weights, files, pause)
                 if new != old:
                     text = json.dumps(new, indent=2).encode()

@@ -22,6 +22,8 @@ __all__ = [
     "A8W8_STATIC",
     "LayerKind",
     "plan_of_layer",
+    "runs_in",
+    "what_runs",
     "why_not_supported",
 ]
 
@@ -90,7 +92,7 @@ def why_not_supported(
     if why := _partial_group(kind, k, n):
         return why, ""
     if why := _refusal(kind, k, n, input_dtype, output_dtype, scale or torch.float32, bias):
-        return why, _what_runs(k, n)
+        return why, what_runs(k, n)
     return "", ""
 
 
@@ -131,17 +133,22 @@ def _refusal(
     return ""
 
 
-def _what_runs(k: int, n: int) -> str:
+def runs_in(kind: LayerKind, k: int, n: int) -> list[torch.dtype]:
+    """The dtypes, float16 and bfloat16, in which the product in force runs a layer of these sizes
+    whose input and output have one dtype."""
+    bias = torch.int32 if kind.static else None
+    return [
+        dtype
+        for dtype in (torch.float16, torch.bfloat16)
+        if not _partial_group(kind, k, n)
+        and not _refusal(kind, k, n, dtype, dtype, torch.float32, bias)
+    ]
+
+
+def what_runs(k: int, n: int) -> str:
     """The schemes and dtypes in which the product in force runs a layer of these sizes."""
     found = []
     for kind in (A8W8_DYNAMIC, A8W8_STATIC, A4W4_DYNAMIC):
-        bias = torch.int32 if kind.static else None
-        dtypes = [
-            dtype_name(dtype)
-            for dtype in (torch.float16, torch.bfloat16)
-            if not _partial_group(kind, k, n)
-            and not _refusal(kind, k, n, dtype, dtype, torch.float32, bias)
-        ]
-        if dtypes:
-            found.append(f"{kind} in {' or '.join(dtypes)}")
+        if dtypes := runs_in(kind, k, n):
+            found.append(f"{kind} in {' or '.join(map(dtype_name, dtypes))}")
     return f"{get_product()} runs {', '.join(found)}" if found else "leave the layer float"

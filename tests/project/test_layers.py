@@ -73,7 +73,7 @@ TABLE = {
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
-    "integrations": Allowed(ALL, {"torch", "transformers"}, NPU),
+    "integrations": Allowed(ALL, {"torch", "transformers", "peft"}, NPU | {"accelerate"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
     "command_line": Allowed(ALL | {"doctor"}, {"torch"}, NPU),
@@ -286,7 +286,8 @@ def test_type_hints_of_public_names_resolve(name: str) -> None:
 
 @pytest.mark.slow
 def test_modules_of_the_user_s_own_hide_none_of_ours(tmp_path: Path) -> None:
-    for name in {module.rpartition(".")[2] for module, _ in files()} - {"lq_graph", "cann_host"}:
+    packages = {"lq_graph", "cann_host", "transformers", "peft"}  # that ours import by these names
+    for name in {module.rpartition(".")[2] for module, _ in files()} - packages:
         if name not in sys.stdlib_module_names and not name.startswith("__"):
             (tmp_path / f"{name}.py").write_text("raise ValueError('not to be imported')\n")
     run(
