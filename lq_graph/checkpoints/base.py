@@ -151,6 +151,7 @@ class Format(ABC):
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
         zero_point: the part that is the zero point of a static layer's input.
+        adds_biases: whether the files may have a bias for a float module that has none.
     """
 
     name: ClassVar[str]
@@ -159,6 +160,7 @@ class Format(ABC):
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
     zero_point: ClassVar[str] = "input_offset"
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    adds_biases: ClassVar[bool] = False
 
     # ---- reading ----
 

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from .base import Contents
+from .biases import AddedBiases
 from .check_layer import check_headers
 from .choose import NamePattern, ignored_tensors, unneeded_tensors
 from .files import Refusals
 from .folder import CheckpointFiles, is_file
 from .formats import contents_of
 from .layers import LayerToLoad, layers_to_load
+from .msmodelslim_words import Prefer
 from .state import RestOfModel, check_rest
 
 __all__ = ["Found", "find"]
@@ -31,6 +33,7 @@ class Found:
         contents: what the JSON says.
         layers: the quantized layers, each with its module.
         rest_of_model: the tensors of the model outside them.
+        biases: biases that float modules of the model get.
         rest: keys of the files that are loaded by name.
         left_out: tensors of the files that are not loaded, with the reason.
         bytes_left_out: their sizes in the files.
@@ -39,6 +42,7 @@ class Found:
     contents: Contents
     layers: list[LayerToLoad]
     rest_of_model: RestOfModel
+    biases: AddedBiases
     rest: Iterable[str]
     left_out: dict[str, str]
     bytes_left_out: dict[str, int]
@@ -49,6 +53,7 @@ def find(
     files: CheckpointFiles,
     dtype: torch.dtype | None,
     ignore: Sequence[NamePattern],
+    prefer: Prefer,
     refusals: Refusals,
 ) -> Found:
     """Find what of the files goes where, and check what headers tell.
@@ -58,6 +63,7 @@ def find(
         files: of the checkpoint; tensors get their names in the model, ignored ones are forgotten.
         dtype: of the quantized layers; None for the model's.
         ignore: patterns of tensors that are not loaded.
+        prefer: how a layer that has the tensors of both kinds is loaded.
         refusals: of layers and tensors.
 
     Raises:
@@ -68,7 +74,7 @@ def find(
     sizes = {key: files.bytes_of(key) for key in left_out}
     files.leave_out(left_out)
     folder = files.path.parent if is_file(files.path) else files.path
-    contents = contents_of(folder, files, model, left_out)
+    contents = contents_of(folder, files, model, prefer=prefer, left_out=left_out)
     files.rename(contents.names)
     layers = layers_to_load(model, files, contents, refusals)
     for layer in layers:
@@ -76,8 +82,10 @@ def find(
             check_headers(layer, dtype)
     rest_of_model = RestOfModel(model, {layer.module for layer in layers})
     used = {key for layer in layers for one in (layer, *layer.twins) for key in one.keys.values()}
+    biases = AddedBiases(model, files, contents, refusals)
     no_effect = contents.not_loaded()
     sizes |= {key: files.bytes_of(key) for key in no_effect if key in files}
     left_out |= no_effect
-    rest = check_rest(rest_of_model, files, used | no_effect.keys(), left_out, refusals)
-    return Found(contents, layers, rest_of_model, rest, left_out, sizes)
+    used |= biases.names | no_effect.keys()
+    rest = check_rest(rest_of_model, files, used, left_out, refusals)
+    return Found(contents, layers, rest_of_model, biases, rest, left_out, sizes)

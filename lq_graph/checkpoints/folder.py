@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .files import INDEX, CheckpointError, TensorFile, list_folder, read_json, refuse, shown
 from .formats import FORMATS
+from .tensors import bit_equal
 
 __all__ = [
     "CheckpointFiles",
@@ -27,6 +29,9 @@ _WHOLE = "download the folder again, with the index and all files of one version
 _ONE = "remove the file that is not of this checkpoint"
 _CONVERT = "save the weights as safetensors, or pass the folder that has them"
 _TRIES = 20  # of a folder that changes while it is read
+_PART = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")  # one file of several
+_DIGITS = 6  # of the number of files
+_COPY = "copy it from where the other files come from"
 
 
 def temporary_name(name: str) -> str:
@@ -114,15 +119,20 @@ class CheckpointFiles:
             names: the new name, by the name in the files.
 
         Raises:
-            CheckpointError: two tensors would have one name.
+            CheckpointError: two tensors that differ would have one name.
         """
         renamed: dict[str, tuple[TensorFile, str]] = {}
         for key, place in self._of.items():
             new = names.get(key, key)
-            if new in renamed:
-                expected = f"one tensor for {new} of the model"
-                refuse(place[0].file, key, expected, f"{renamed[new][1]} too", _ONE)
-            renamed[new] = place
+            if new not in renamed:
+                renamed[new] = place
+                continue
+            file, other = renamed[new]
+            known = place[0].entries[key].dtype is not None
+            if not known or not bit_equal(place[0].read(key), file.read(other)):
+                expected = f"the values of {other}, which is {new} in the model too"
+                todo = "remove the one that is not of these weights"
+                refuse(place[0].file, key, expected, "other values", todo)
         self._of = renamed
 
     def leave_out(self, keys: Iterable[str]) -> None:
@@ -210,6 +220,8 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
         files = [path / name for name in names if name.endswith(".safetensors")]
         if not files:
             refuse(path, None, "a folder with safetensors files", "none", _CONVERT)
+        if missing := _missing_part({file.name for file in files}):
+            refuse(path, None, f"the file {shown(missing)}", "no such file", _COPY)
         return None, files
     if len(indices) > 1:
         refuse(path, None, "one index", " and ".join(indices), "remove the one of other weights")
@@ -222,8 +234,22 @@ def _files_of(path: Path) -> tuple[tuple[Path, dict[str, str]] | None, list[Path
         if name not in listed.values() or Path(name).name != name:
             refuse(index, "weight_map", "names of files in the same folder", repr(name), _WHOLE)
         if name not in names:
-            refuse(index, "weight_map", f"the file {shown(name)}", "no such file", _WHOLE)
+            refuse(index, "weight_map", f"the file {shown(name)}", "no such file", _COPY)
     return (index, listed), [path / name for name in sorted(set(listed.values()))]
+
+
+def _missing_part(names: Collection[str]) -> str:
+    """The name of the first file that is missing beside "weights-00001-of-00003.safetensors"; empty
+    if none is."""
+    for name in names:
+        if not (found := _PART.fullmatch(name)) or len(found[3]) > _DIGITS:
+            continue
+        before, number, of = found[1], found[2], found[3]
+        for i in range(1, int(of) + 1):
+            part = f"{before}-{i:0{len(number)}}-of-{of}.safetensors"
+            if part not in names:
+                return part
+    return ""
 
 
 _T = TypeVar("_T")

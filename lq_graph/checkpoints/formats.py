@@ -13,6 +13,7 @@ from .compressed_config import config_in
 from .compressed_tensors import COMPRESSED_TENSORS
 from .files import CONFIG, list_folder, read_json, refuse
 from .msmodelslim import DESCRIPTION, MSMODELSLIM
+from .msmodelslim_words import Prefer
 from .names import ModelNames
 
 __all__ = ["FORMATS", "contents_of"]
@@ -24,6 +25,8 @@ def contents_of(
     folder: Path,
     keys: Iterable[str],
     model: nn.Module | None = None,
+    *,
+    prefer: Prefer = "dynamic",
     left_out: Container[str] = (),
 ) -> Contents:
     """What the JSON of a folder says about its tensors.
@@ -32,6 +35,7 @@ def contents_of(
         folder: with the JSON.
         keys: names of the tensors in its files.
         model: the model to load into, which may have other names; None if it is not known.
+        prefer: how a layer that has the tensors of both kinds is loaded.
         left_out: tensors of the files that are not in `keys`.
 
     Raises:
@@ -52,7 +56,7 @@ def contents_of(
                 "remove the one that is not of these weights",
             )
         said = {key: word for key, word in description.items() if key not in left_out}
-        contents = MSMODELSLIM.contents(about, said)
+        contents = MSMODELSLIM.contents(about, said, set(keys), prefer)
         return contents if known is None else _renamed(contents, list(keys), known)
     if config is None:
         refuse(

@@ -17,6 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
+from .experts import MAKE_EACH, fused_experts
 from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -125,9 +126,13 @@ def layers_to_load(
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     in_files = {key.rpartition(".")[0] for key in files}
+    told: set[str] = set()  # experts in one tensor of the model
     for name in contents.kinds:
         if name in in_files and name not in modules:
-            continue  # check_rest tells it
+            fused = fused_experts(name, modules)
+            if not fused or fused in told:
+                continue  # check_rest tells the others
+            told.add(fused)
         with refusals.each():
             layer = layer_of_files(files, contents, name, _module_for(files, name, modules))
             module = layer.module
@@ -165,6 +170,10 @@ def _module_for(
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
+    module = modules.get(name)
+    if module is None and (fused := fused_experts(name, modules)):
+        found = f"all experts in one tensor, {fused}"
+        refuse(files.path, name, "an nn.Linear for each expert in the model", found, MAKE_EACH)
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
         todo = "make the model that these files were saved from: compare its config.json"

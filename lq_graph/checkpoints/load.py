@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from .files import CheckpointError, Refusals, check_model, expanded
 from .find import find
 from .folder import CheckpointFiles, old_or_new
 from .layers import LayerToLoad, check_twins, new_layer
+from .msmodelslim_words import Prefer
 from .state import StateChanges, check_meta
 from .tensor_parallel import TensorParallel
 
@@ -101,6 +102,7 @@ def load_checkpoint(
     mesh: DeviceMesh | None = None,
     plan: Mapping[str, ParallelStyle] | None = None,
     mmap: bool = False,
+    prefer: Prefer = "dynamic",
 ) -> LoadReport:
     """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
 
@@ -139,6 +141,8 @@ def load_checkpoint(
             used. As long as the model exists, do not write to the files or shorten them: the
             model's values would change, or the process would end with SIGBUS. To replace the files,
             as save_checkpoint does, is safe.
+        prefer: "dynamic" or "static": how layers are loaded that the files have in both ways
+            (msmodelslim's W8A8_MIX).
 
     Returns:
         A LoadReport: a list with one `Loaded` for each quantized layer.
@@ -154,14 +158,14 @@ def load_checkpoint(
     Source: vllm-project/vllm-ascend for msmodelslim's format, vllm-project/compressed-tensors for
     the other.
     """
-    path = _check_arguments(model, path, dtype, mesh, plan)
+    path = _check_arguments(model, path, dtype, mesh, plan, prefer)
     patterns = patterns_in(ignore)
     parallel = None if mesh is None or plan is None else TensorParallel(mesh, plan)
 
     def load(pending: Path | None) -> tuple[LoadReport, Callable[[], None]]:
         with ExitStack() as stack:
             files = CheckpointFiles(path, stack, pending, mapped=mmap)
-            return _load(model, files, dtype, patterns, parallel)
+            return _load(model, files, dtype, patterns, parallel, prefer)
 
     # parameters made in inference mode could not be used outside
     with torch.inference_mode(False), torch.no_grad():
@@ -178,7 +182,7 @@ def load_checkpoint(
 
 
 def _check_arguments(
-    model: object, path: str | Path, dtype: object, mesh: object, plan: object
+    model: object, path: str | Path, dtype: object, mesh: object, plan: object, prefer: object
 ) -> Path:
     """Refuse arguments that do not fit; returns the path with the home folder for ~."""
     if (mesh is None) != (plan is None):
@@ -190,6 +194,10 @@ def _check_arguments(
         raise CheckpointError(
             f"load_checkpoint: dtype is {given}. What to do: pass torch.float16 or torch.bfloat16, "
             "or leave it out."
+        )
+    if prefer not in get_args(Prefer):
+        raise CheckpointError(
+            f"load_checkpoint: prefer is {prefer!r}. What to do: pass 'dynamic' or 'static'."
         )
     check_model("load_checkpoint", model)
     try:
@@ -204,10 +212,11 @@ def _load(
     dtype: torch.dtype | None,
     ignore: Sequence[NamePattern],
     parallel: TensorParallel | None,
+    prefer: Prefer,
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything. Returns the report, and the function that changes the model."""
     places = places_of(model)
-    found = find(model, files, dtype, ignore, Refusals())
+    found = find(model, files, dtype, ignore, prefer, Refusals())
     check_meta(found.rest_of_model)
     check_without_effect(found.layers, found.contents.must_be)
     for layer in found.layers:
@@ -215,6 +224,7 @@ def _load(
         check_twins(layer)
         if parallel is not None:
             _plan_split(layer, parallel)
+    found.biases.read()
 
     weights: dict[str, nn.Parameter] = {}
     new = {layer.module: new_layer(layer, parallel, weights) for layer in found.layers}
@@ -224,7 +234,11 @@ def _load(
     report = LoadReport(
         Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in found.layers
     )
-    report.left_out, report.bytes_left_out = found.left_out, found.bytes_left_out
+    report.left_out = found.left_out | found.biases.left_out
+    report.bytes_left_out = {
+        key: found.bytes_left_out[key] if key in found.bytes_left_out else files.bytes_of(key)
+        for key in report.left_out
+    }
     report.renamed = found.contents.names
     report.bytes_read = files.bytes_read
 
@@ -241,6 +255,7 @@ def _load(
                     undo.callback(put, parent, name, old)
                     put(parent, name, layer)
             changes.make(undo)
+            found.biases.make(undo)
 
     return report, swap
 

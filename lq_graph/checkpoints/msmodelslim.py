@@ -1,6 +1,6 @@
 """msmodelslim's format: quant_model_description*.json says what each tensor is.
 
-    "W8A8" (static), "W8A8_DYNAMIC" or "FLOAT"
+msmodelslim_words.py has its words.
 
 Source: vllm-project/vllm-ascend (docs/source/developer_guide/Design_Documents/quantization.md and
 vllm_ascend/quantization).
@@ -8,7 +8,7 @@ vllm_ascend/quantization).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,20 +38,27 @@ from .base import (
     static_parts,
 )
 from .files import CONFIG, CheckpointError, read_json, refuse, shown
+from .msmodelslim_words import (
+    MIX,
+    NO_EFFECT,
+    STATIC_ONLY,
+    Prefer,
+    check_inputs,
+    kind_of,
+    name_in_model,
+)
 
 __all__ = ["DESCRIPTION", "MSMODELSLIM", "Msmodelslim"]
 
 DESCRIPTION = "quant_model_description"  # how the JSON's name begins
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_KINDS = {  # by the word of the description
-    "W8A8": A8W8_STATIC,
-    "W8A8_DYNAMIC": A8W8_DYNAMIC,
-    "W4A4_DYNAMIC": A4W4_DYNAMIC,
-}
-_QUANTIZE = "quantize the float model again as W8A8 or W8A8_DYNAMIC"
 _PRIORITY = ["W8A8_DYNAMIC", "W8A8", "W4A4_DYNAMIC"]  # a model of several has the last as its type
-_WORDS = {kind: word for word, kind in _KINDS.items()}
+_WORDS = {  # of the description, as they are written
+    A8W8_STATIC: "W8A8",
+    A8W8_DYNAMIC: "W8A8_DYNAMIC",
+    A4W4_DYNAMIC: "W4A4_DYNAMIC",
+}
 
 
 class Msmodelslim(Format):
@@ -77,6 +84,7 @@ class Msmodelslim(Format):
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
         "deq_scale": {_I64: _F16, _F32: _BF16}
     }
+    adds_biases: ClassVar[bool] = True
 
     # ---- reading ----
 
@@ -101,21 +109,40 @@ class Msmodelslim(Format):
                 )
         return files[0], found
 
-    def contents(self, file: Path, description: dict[str, Any]) -> Contents:
+    def contents(
+        self,
+        file: Path,
+        description: dict[str, Any],
+        keys: Collection[str],
+        prefer: Prefer = "dynamic",
+    ) -> Contents:
         """What a description says about the tensors of the files.
 
+        Args:
+            file: the description.
+            description: what is in it.
+            keys: names of the tensors in the files.
+            prefer: how a layer that has the tensors of both kinds is loaded.
+
         Raises:
-            CheckpointError: another word than W8A8, W8A8_DYNAMIC and FLOAT.
+            CheckpointError: a word of a layer that LinearQuant cannot run.
         """
-        kinds = {}
+        check_inputs(file, keys)
+        kinds, left_out = {}, {}
         for key, word in description.items():
             name, _, part = key.rpartition(".")
-            if part != "weight" or word == "FLOAT":
-                continue
-            if not isinstance(word, str) or word not in _KINDS:
-                refuse(file, key, "W8A8, W8A8_DYNAMIC or FLOAT", repr(word), _QUANTIZE)
-            kinds[name] = _KINDS[word]
-        return Contents(self, kinds)
+            if isinstance(word, str) and (why := NO_EFFECT.get(word)):
+                left_out[key] = why
+            elif part in ("weight", "weight_packed") and name_in_model(key) == key:
+                kind = kind_of(file, key, word, prefer)
+                if kind is not None:
+                    kinds[name] = kind
+                if word == MIX and kind == A8W8_DYNAMIC:
+                    why = "it is for a static layer; prefer='static' loads it"
+                    left_out |= {f"{name}.{other}": why for other in STATIC_ONLY}
+        names = {key: new for key in keys if (new := name_in_model(key)) != key}
+        left_out = {key: why for key, why in left_out.items() if key in keys}
+        return Contents(self, kinds, names, left_out)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
         del output

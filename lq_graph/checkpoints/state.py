@@ -20,7 +20,7 @@ from .files import CheckpointError, Refusals, refuse, shown
 from .folder import CheckpointFiles
 from .tensors import bit_equal, memory_of
 
-__all__ = ["RestOfModel", "StateChanges", "check_meta", "check_rest"]
+__all__ = ["RestOfModel", "StateChanges", "check_meta", "check_rest", "converted"]
 
 _PLAIN = "load before the model is quantized, split or compressed by another tool"
 _SAME_MODEL = "make the model that these files were saved from: compare its config.json"
@@ -208,7 +208,7 @@ def _why_not_loadable(place: _Place) -> str:
     return "" if tensor.layout == torch.strided else f"one of layout {tensor.layout}"
 
 
-def _converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
+def converted(files: CheckpointFiles, key: str, wanted: Tensor) -> Tensor:
     """A tensor of the files, converted to the dtype, device and format of the model's tensor.
 
     Raises:
@@ -263,7 +263,7 @@ class StateChanges:
         for key in keys:
             place = held.places[key]
             tensor: Tensor = place.tensor
-            new = _converted(files, key, tensor)
+            new = converted(files, key, tensor)
             if (other := self._by_tensor.get(id(tensor))) and not place.is_extra:
                 if not bit_equal(other[1], new):
                     expected = f"the values of {other[0]}, which is the same tensor in the model"
