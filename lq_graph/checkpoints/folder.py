@@ -131,7 +131,7 @@ class CheckpointFiles:
             known = place[0].entries[key].dtype is not None
             if not known or not bit_equal(place[0].read(key), file.read(other)):
                 expected = f"the values of {other}, which is {new} in the model too"
-                todo = "remove the one that is not of these weights"
+                todo = "save the weights again, each tensor once"
                 refuse(place[0].file, key, expected, "other values", todo)
         self._of = renamed
 

@@ -55,9 +55,10 @@ def contents_of(
                 COMPRESSED_TENSORS.name,
                 "remove the one that is not of these weights",
             )
+        keys = list(keys)
         said = {key: word for key, word in description.items() if key not in left_out}
         contents = MSMODELSLIM.contents(about, said, set(keys), prefer)
-        return contents if known is None else _renamed(contents, list(keys), known)
+        return contents if known is None else _renamed(contents, keys, known)
     if config is None:
         refuse(
             folder,

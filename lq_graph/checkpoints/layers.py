@@ -240,6 +240,8 @@ def new_layer(
         return tensor
 
     new = layer.format.build(layer.kind, layer.output, read)
+    if (bias := _bias_of_whole_rows(layer, parallel)) is not None:
+        new.linear.bias = nn.Parameter(bias, requires_grad=False)
     device = weight_of(layer.module).device
     new = new.to(torch.device("cpu") if device.type == "meta" else device)
     if layer.style is None:
@@ -253,6 +255,24 @@ def new_layer(
     except LinearQuantTypeError as error:
         raise CheckpointError(f"load_checkpoint: {layer.name}: {error}") from None
     return new
+
+
+def _bias_of_whole_rows(layer: LayerToLoad, parallel: TensorParallel | None) -> Tensor | None:
+    """The bias of a layer that is split along k, if a zero point is in it: it holds the sums of
+    whole rows of the weight. None for the bias that the layer has already."""
+    if layer.style is None or parallel is None or "quant_bias" in layer:
+        return None
+    placement = layer.style.placement("bias", (layer.n,))
+    if layer.format.zero_point not in layer or placement.is_shard():
+        return None
+
+    def read(part: str) -> Tensor | None:
+        return layer.read(part) if part in layer else None
+
+    bias = layer.format.static_tensors(read, layer.output).bias
+    if bias is None or not (placement.is_partial() and parallel.rank):
+        return bias
+    return torch.zeros_like(bias)
 
 
 def _check_int4(layer: LayerToLoad, weight: Tensor) -> None:

@@ -235,9 +235,8 @@ def _load(
         Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in found.layers
     )
     report.left_out = found.left_out | found.biases.left_out
-    report.bytes_left_out = {
-        key: found.bytes_left_out[key] if key in found.bytes_left_out else files.bytes_of(key)
-        for key in report.left_out
+    report.bytes_left_out = found.bytes_left_out | {
+        key: files.bytes_of(key) for key in found.biases.left_out
     }
     report.renamed = found.contents.names
     report.bytes_read = files.bytes_read

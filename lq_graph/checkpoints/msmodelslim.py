@@ -53,12 +53,12 @@ __all__ = ["DESCRIPTION", "MSMODELSLIM", "Msmodelslim"]
 DESCRIPTION = "quant_model_description"  # how the JSON's name begins
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_PRIORITY = ["W8A8_DYNAMIC", "W8A8", "W4A4_DYNAMIC"]  # a model of several has the last as its type
 _WORDS = {  # of the description, as they are written
     A8W8_STATIC: "W8A8",
     A8W8_DYNAMIC: "W8A8_DYNAMIC",
     A4W4_DYNAMIC: "W4A4_DYNAMIC",
 }
+_PRIORITY = ["W8A8_DYNAMIC", "W8A8", "W4A4_DYNAMIC"]  # a model of several has the last as its type
 
 
 class Msmodelslim(Format):

@@ -68,21 +68,15 @@ class _Input(NamedTuple):
     todo: str
 
 
+_ROTATED = "an input that is rotated while the model runs (QuaRot)"
+_NO_ROTATION = "quantize again with online: false (of quarot or adapt_rotation)"
 _INPUTS = (
-    _Input(
-        ".heads_rotation",
-        "an input that is rotated while the model runs (QuaRot)",
-        "quantize again without online rotation",
-    ),
-    _Input(
-        ".kronecker_rotation_m",
-        "an input that is rotated while the model runs (QuaRot)",
-        "quantize again without online rotation (quarot: online false)",
-    ),
+    _Input(".heads_rotation", _ROTATED, _NO_ROTATION),
+    _Input(".kronecker_rotation_m", _ROTATED, _NO_ROTATION),
     _Input(
         ".div.mul_scale",
         "an input that is scaled while the model runs",
-        "quantize again, with a smoothing that changes only weights (no non-fusion subgraphs)",
+        "quantize again with a smoothing that changes only weights (no non-fusion subgraphs)",
     ),
 )
 
