@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,12 @@ FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, CO
 
 
 def contents_of(
-    folder: Path, keys: Iterable[str], model: nn.Module | None = None, prefer: Prefer = "dynamic"
+    folder: Path,
+    keys: Iterable[str],
+    model: nn.Module | None = None,
+    *,
+    prefer: Prefer = "dynamic",
+    left_out: Container[str] = (),
 ) -> Contents:
     """What the JSON of a folder says about its tensors.
 
@@ -31,6 +36,7 @@ def contents_of(
         keys: names of the tensors in its files.
         model: the model to load into, which may have other names; None if it is not known.
         prefer: how a layer that has the tensors of both kinds is loaded.
+        left_out: tensors of the files that are not in `keys`.
 
     Raises:
         CheckpointError: the JSON of no format or of both, or of a scheme that cannot be loaded.
@@ -50,7 +56,8 @@ def contents_of(
                 "remove the one that is not of these weights",
             )
         keys = list(keys)
-        contents = MSMODELSLIM.contents(about, description, set(keys), prefer)
+        said = {key: word for key, word in description.items() if key not in left_out}
+        contents = MSMODELSLIM.contents(about, said, set(keys), prefer)
         return contents if known is None else _renamed(contents, keys, known)
     if config is None:
         refuse(
