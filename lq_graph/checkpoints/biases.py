@@ -39,7 +39,7 @@ class AddedBiases:
         contents: what the JSON says about them.
 
     Attributes:
-        names: of the biases, in the files.
+        names: of all these biases in the files.
         left_out: those that are zeros and are not added, with the reason.
 
     Raises:
@@ -66,6 +66,8 @@ class AddedBiases:
             return  # check_rest loads it, or refuses it
         weight = module.weight
         assert isinstance(weight, Tensor)
+        if type(weight.data) is not Tensor:
+            return  # a DTensor, for example
         shape = tuple(weight.shape[:1])
         dtype, given = files.header(key)
         if given != shape or dtype is None or not dtype.is_floating_point:
@@ -86,6 +88,11 @@ class AddedBiases:
         else:
             self.left_out[key] = _ZEROS
 
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of the biases that modules get."""
+        return tuple(key for key, _ in self._new.values())
+
     def make(self, undo: ExitStack) -> None:
         """Add the biases; the stack removes them."""
         for module, (_, bias) in self._new.items():
@@ -105,7 +112,7 @@ def norm_with_bias(model: nn.Module) -> str:
     none, so a reader that makes the model anew would leave the bias out."""
     for name, module in model.named_modules():
         if add_bias in module._forward_hooks.values():
-            return name
+            return str(name)
     return ""
 
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..backends.npu import cast_format, format_of
 from ..rules.tables import ND, dtype_name
+from .experts import check_experts
 from .files import CheckpointError, refuse, shown
 from .folder import CheckpointFiles
 from .tensors import bit_equal, memory_of
@@ -104,6 +105,7 @@ def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Ite
     for key in rest:
         dtype, shape = files.header(key)
         if (place := held.places.get(key)) is None:
+            check_experts(files.file_of(key), key, {k: p.tensor for k, p in held.places.items()})
             refuse(
                 files.file_of(key),
                 key,
