@@ -40,7 +40,7 @@ class AddedBiases:
         refusals: a bias of another shape than its module.
 
     Attributes:
-        names: of the biases, in the files.
+        names: of all these biases in the files.
         left_out: those that are zeros and are not added, with the reason.
 
     """
@@ -73,6 +73,8 @@ class AddedBiases:
             return  # check_rest loads it, or refuses it
         weight = module.weight
         assert isinstance(weight, Tensor)
+        if type(weight.data) is not Tensor:
+            return  # a DTensor, for example
         shape = tuple(weight.shape[:1])
         dtype, given = files.header(key)
         if given != shape or dtype is None or not dtype.is_floating_point:
@@ -105,6 +107,11 @@ class AddedBiases:
                 self._new[module] = key, new
             else:
                 self.left_out[key] = _ZEROS
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of the biases that modules get."""
+        return tuple(key for key, _ in self._new.values())
 
     def make(self, undo: ExitStack) -> None:
         """Add the biases; the stack removes them."""
