@@ -20,7 +20,7 @@ from .folder import CheckpointFiles
 from .state import converted
 from .tensors import bit_equal
 
-__all__ = ["AddedBiases"]
+__all__ = ["AddedBiases", "norm_with_bias"]
 
 _ZEROS = "a bias of zeros, and the model's module has none"
 # their forward adds self.bias if it is not None
@@ -98,6 +98,15 @@ class AddedBiases:
 def add_bias(module: nn.Module, args: object, output: Tensor) -> Tensor:  # noqa: ARG001
     """A forward hook: adds the bias that the module's own forward does not add."""
     return output + module.bias  # type: ignore[operator]
+
+
+def norm_with_bias(model: nn.Module) -> str:
+    """The name of the first norm of a model that got a bias; empty if there is none. Its class has
+    none, so a reader that makes the model anew would leave the bias out."""
+    for name, module in model.named_modules():
+        if add_bias in module._forward_hooks.values():
+            return name
+    return ""
 
 
 def _can_have_bias(module: nn.Module, key: str) -> bool:

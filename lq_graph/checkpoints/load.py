@@ -100,7 +100,7 @@ def load_checkpoint(
     mmap: bool = False,
     prefer: Prefer = "dynamic",
 ) -> LoadReport:
-    """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
+    """Load a quantized checkpoint of msmodelslim or compressed-tensors into a model.
 
     For each quantized layer of the files the model needs an nn.Linear of that name, or a
     QuantizedLinear. A `QuantizedLinear` replaces the nn.Linear, which must be one that `quantize`

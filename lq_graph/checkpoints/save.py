@@ -18,6 +18,7 @@ from ..modules.transaction import keeps_grad_mode, uninterrupted
 from ..rules.tables import dtype_name
 from .about_model import GENERATION, config_of, files_beside, folder_to_copy
 from .base import Format, State
+from .biases import norm_with_bias
 from .files import DTYPES, MAX_NAME, CheckpointError, check_model, expanded, shown
 from .formats import FORMATS
 from .shards import bytes_of_size
@@ -106,6 +107,11 @@ def save_checkpoint(
 
 def _contents(model: nn.Module, format: Format, copy_from: Path | None, shard_size: int) -> Saved:
     """What a checkpoint of a model holds, tied tensors once."""
+    if not format.adds_biases and (name := norm_with_bias(model)):
+        raise CheckpointError(
+            f"save_checkpoint: {name} has a bias, which its class does not have, and readers of "
+            f"{format.name} would leave it out. What to do: save it as msmodelslim."
+        )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     states = {}
     for name, layer in layers.items():
