@@ -199,7 +199,8 @@ def _file_names(file: Path, names: object, todo: str) -> tuple[str, ...]:
 
 
 def _is_file_name(name: object) -> TypeGuard[str]:
-    return isinstance(name, str) and Path(name).name == name and "\0" not in name
+    plain = isinstance(name, str) and name not in ("", "..") and "\0" not in name
+    return plain and Path(str(name)).name == name
 
 
 def placed(path: Path) -> Path:
