@@ -360,6 +360,11 @@ class TensorFile:
             except (OSError, ValueError) as error:
                 refuse(file, None, "a file that can be mapped", str(error), "leave mmap=False")
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._stamp[0]
+
     def close(self) -> None:
         """Close the file; mapped tensors stay valid."""
         self._stream.close()

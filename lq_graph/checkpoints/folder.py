@@ -132,6 +132,10 @@ class CheckpointFiles:
         entry = file.entries[name]
         return entry.dtype, entry.shape
 
+    def sizes(self) -> dict[str, int]:
+        """The files, with their sizes in bytes."""
+        return {file.file.name: file.size for file in self._files}
+
     def bytes_of(self, key: str) -> int:
         """The size of a tensor in the file."""
         file, name = self._of[key]

@@ -11,12 +11,12 @@ from torch import nn
 from .base import Contents, Format
 from .compressed_config import config_in
 from .compressed_tensors import COMPRESSED_TENSORS
-from .files import CONFIG, list_folder, read_json, refuse
+from .files import CONFIG, list_folder, read_json, refuse, shown
 from .msmodelslim import DESCRIPTION, MSMODELSLIM
 from .msmodelslim_words import Prefer
 from .names import ModelNames
 
-__all__ = ["FORMATS", "contents_of"]
+__all__ = ["FORMATS", "contents_of", "words_of"]
 
 FORMATS: dict[str, Format] = {format.name: format for format in (MSMODELSLIM, COMPRESSED_TENSORS)}
 
@@ -70,6 +70,23 @@ def contents_of(
             "lq_graph.quantize",
         )
     return COMPRESSED_TENSORS.contents(file, config, keys, known)
+
+
+def words_of(folder: Path) -> str:
+    """What the JSON of a folder says of the whole model, in its own words; empty for nothing.
+
+    Raises:
+        CheckpointError: JSON that cannot be read.
+    """
+    names = list_folder(folder)
+    if (found := MSMODELSLIM.description(folder, names)) is not None:
+        word = found[1].get("model_quant_type")
+        return shown(word, 60) if isinstance(word, str) else ""
+    about = read_json(folder / CONFIG) if CONFIG in names else {}
+    config = config_in(about, folder / CONFIG)
+    given = config.value if config is not None and isinstance(config.value, dict) else {}
+    words = [given[key] for key in ("format", "version") if isinstance(given.get(key), str)]
+    return shown(" ".join(words), 60)
 
 
 def _renamed(contents: Contents, keys: list[str], model: ModelNames) -> Contents:
