@@ -83,7 +83,8 @@ def quantized(name: str, layers: int, dtype: torch.dtype) -> Any:
         else:  # weights of norms are 1 or 0 at first, biases 0
             parameter.add_(torch.randn(parameter.shape) * (0.1 if "bias" in key else 0.25))
     model.to(dtype)
-    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    linears = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    lq_graph.quantize(model, dict.fromkeys(linears, lq_graph.A8W8Dynamic()))  # the output layer too
     return model
 
 

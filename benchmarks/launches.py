@@ -93,12 +93,12 @@ class Step(nn.Module):
 def quantize(model: nn.Module, scheme: str) -> None:
     """Quantize a model on the CPU, in place."""
     if scheme == "dynamic":
-        lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+        lq_graph.quantize(model, dict.fromkeys(("lm_head", "*"), lq_graph.A8W8Dynamic()))
         return
     texts = [torch.randint(1, SIZES["vocab_size"], (2, 4 * PROMPT)) for _ in range(2)]
     if scheme == "smoothed":
         lq_graph.smooth(model, texts)
-    lq_graph.quantize(model, lq_graph.A8W8Static(), texts)
+    lq_graph.quantize(model, dict.fromkeys(("lm_head", "*"), lq_graph.A8W8Static()), texts)
 
 
 class VendorStep(nn.Module):

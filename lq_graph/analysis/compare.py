@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import LinearQuantValueError
+from ..modules.inputs import copy_of, inputs_for
 from ..modules.runs import call, evaluating
 from ..quantization.calibrate import check_batches
 from .compare_pairs import LayerFilter, layers_with_relu, pairs_of
-from .compare_tensors import as_float, check_picked, copy_of, first_float, inputs_for, tensor_of
+from .compare_tensors import as_float, check_picked, first_float, tensor_of
 from .comparison import Comparison, LayerComparison
 from .metrics import ErrorMetrics, MetricSums
 

@@ -97,7 +97,7 @@ class Comparison(list[LayerComparison]):
             does = "gives NaN, infinity or nothing but noise"
         return (
             f"{worst.name or 'the model'} {does}; to leave it float: "
-            f"lq_graph.quantize(..., filter_fn=lambda module, name: name != {worst.name!r})"
+            f"lq_graph.quantize(..., ignore=[{worst.name!r}])"
         )
 
     def plot(self, path: str | Path) -> None:

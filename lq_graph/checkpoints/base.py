@@ -1,4 +1,4 @@
-"""The interface of a format of W8A8 checkpoints: its files, its tensors, and how they make a layer.
+"""The interface of a format of checkpoints: its files, its tensors, and how they make a layer.
 
 Each published format has its own file: msmodelslim.py, compressed_tensors.py. formats.py lists
 them.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels import pack_int4, unpack_int4, unpack_scale
 from ..modules.linear_quant import layer_of
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.supported import LayerKind
 from ..ops import trans_quant_param
+from .shards import is_shard
 
 __all__ = [
     "BIAS",
@@ -26,12 +31,15 @@ __all__ = [
     "WEIGHT",
     "WEIGHT_OFFSET",
     "WEIGHT_SCALE",
+    "Contents",
     "Format",
+    "MustBe",
     "Part",
     "Read",
     "State",
     "StaticTensors",
     "Written",
+    "float_scale",
     "packed_scale",
     "per_channel_scale",
     "static_parts",
@@ -102,21 +110,61 @@ class Written(NamedTuple):
     lost: str = ""
 
 
+class MustBe(Enum):
+    """What a tensor without effect must be; the value is the reason why it is not loaded."""
+
+    ZERO = "it is zero"
+    ORDERED = "it keeps the order of the columns"
+    SHAPE = "it is the shape of the weight"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the JSON of a folder says about its tensors.
+
+    Attributes:
+        format: that of the folder.
+        kinds: how each quantized layer is quantized, by the layer's name in the model.
+        names: the name in the model of a tensor that has another name in the files, by that name.
+        left_out: tensors of the files that are not loaded, with the reason; by their name in the
+            model.
+        must_be: tensors of quantized layers that are not loaded because they have no effect, which
+            is checked; by their name in the model.
+    """
+
+    format: Format
+    kinds: dict[str, LayerKind]
+    names: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    must_be: dict[str, MustBe] = field(default_factory=dict)
+
+    def not_loaded(self) -> dict[str, str]:
+        """Tensors of the files that are not loaded, with the reason."""
+        return {**{key: wanted.value for key, wanted in self.must_be.items()}, **self.left_out}
+
+
 class Format(ABC):
-    """One published format of W8A8 checkpoints.
+    """One published format of checkpoints.
 
     Attributes:
         name: as `save_checkpoint` takes it.
-        weights_file, json_file: names of the two files that `save_checkpoint` writes.
-        parts: the tensors of a layer, by whether it is dynamic.
+        stem: how the names of the files of weights begin that `save_checkpoint` writes.
+        older: names that files of weights had in earlier versions of lq_graph.
+        json_file: name of the file that describes them.
+        parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
+        zero_point: the part that is the zero point of a static layer's input.
+        adds_biases: whether the files may have a bias for a float module that has none.
     """
 
     name: ClassVar[str]
-    weights_file: ClassVar[str]
+    stem: ClassVar[str]
+    older: ClassVar[tuple[str, ...]] = ()
     json_file: ClassVar[str]
-    parts: ClassVar[Mapping[bool, tuple[Part, ...]]]
+    parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
+    zero_point: ClassVar[str] = "input_offset"
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {}
+    adds_biases: ClassVar[bool] = False
 
     # ---- reading ----
 
@@ -131,35 +179,40 @@ class Format(ABC):
 
     def bias_dtype(
         self,
-        dynamic: bool,  # noqa: ARG002 - a format may have another rule for static layers
+        kind: LayerKind,  # noqa: ARG002 - a format may have another rule for static layers
         output: torch.dtype,
         given: torch.dtype | None,
     ) -> torch.dtype:
         """The dtype of the built layer's bias, if the file has a float bias."""
         return output if given == output else _F32
 
-    def build(self, dynamic: bool, output: torch.dtype, read: Read) -> QuantizedLinear:
+    def build(self, kind: LayerKind, output: torch.dtype, read: Read) -> QuantizedLinear:
         """Make a layer from the tensors of a file.
 
         Args:
-            dynamic: whether the layer quantizes its input per token.
+            kind: how the layer is quantized.
             output: the float dtype that it takes and returns.
             read: returns a tensor by the name of its part, or None.
         """
+        read = cache(read)  # static_tensors may read the weight too
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
         assert weight is not None
-        if dynamic:
+        if weight_scale is not None:  # one for all channels, or one for each
+            weight_scale = weight_scale.expand(weight.shape[0]).contiguous()
+        if kind.storage == _I32:
+            weight = pack_int4(weight)
+        if not kind.static:
             assert weight_scale is not None
             scale, bias, float_bias = StaticTensors(weight_scale, read("bias"), None)
             weight_scale = None
         else:
             scale, bias, float_bias = self.static_tensors(read, output)
         if bias is not None and bias.is_floating_point():
-            bias = bias.to(self.bias_dtype(dynamic, output, bias.dtype))
+            bias = bias.to(self.bias_dtype(kind, output, bias.dtype))
         return QuantizedLinear(
-            layer_of(weight, scale, bias, pertoken=dynamic, output_dtype=output),
+            layer_of(weight, scale, bias, pertoken=not kind.static, output_dtype=output),
             as_vector(read("input_scale")),
-            as_vector(read("input_offset")),
+            as_vector(read(self.zero_point)),
             input_dtype=output,
             weight_scale=weight_scale,
             float_bias=float_bias,
@@ -168,9 +221,10 @@ class Format(ABC):
     # ---- writing ----
 
     def dynamic_parts(self, state: State) -> dict[str, Tensor]:
-        """A dynamic layer's tensors."""
+        """A dynamic layer's tensors. int4 weights are int8 values of -8 to 7."""
+        weight = state["linear.weight"]
         parts = {
-            "weight": state["linear.weight"],
+            "weight": unpack_int4(weight) if weight.dtype == _I32 else weight,
             "weight_scale": per_channel_scale(state).unsqueeze(-1),
         }
         if "linear.bias" in state:
@@ -182,27 +236,29 @@ class Format(ABC):
         """A static layer's tensors, and what they lose."""
 
     @abstractmethod
-    def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        """The contents of the JSON file.
+        """What the JSON says about the tensors: the contents of `json_file`, or, if that is
+        config.json, the quantization_config in it.
 
         Args:
-            keys: names of the tensors in the file of weights.
+            keys: names of the model's tensors, tied ones too.
             layers: the quantized layers by name.
-            old: the JSON that is in the folder, from `json_to_keep`.
+            floats: names of the linear layers that stay float.
         """
 
+    def is_weights(self, name: str) -> bool:
+        """Whether `save_checkpoint` may have written a file of this name, with weights."""
+        return name in self.older or is_shard(name, self.stem)
+
     @abstractmethod
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        """The part of a folder's JSON that stays; {} for none.
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        """Whether the weights in a folder are described as this format does it.
 
         Args:
-            folder: the folder of the new checkpoint.
+            folder: with the files.
             names: of the files in it.
-
-        Raises:
-            CheckpointError: the JSON contradicts this format.
         """
 
     def describes_weights(self, name: str) -> bool:  # noqa: ARG002
@@ -218,6 +274,12 @@ def as_vector(tensor: Tensor | None) -> Tensor | None:
 def per_channel_scale(state: State) -> Tensor:
     """The scale of a layer, (n,); the layer may hold one value for all channels."""
     return state["linear.scale"].expand(state["linear.weight"].shape[0])
+
+
+def float_scale(state: State) -> Tensor:
+    """The scale of a layer as float32, (n,)."""
+    scale = per_channel_scale(state)
+    return unpack_scale(scale)[0] if scale.dtype == torch.int64 else scale
 
 
 def packed_scale(layer: QuantizedLinear, scale: Tensor) -> Tensor:

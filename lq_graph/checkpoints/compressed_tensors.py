@@ -1,241 +1,218 @@
-"""The format of compressed-tensors: quantization_config in config.json.
-
-Its groups say which modules are int8, and how their inputs are quantized.
+"""The format of compressed-tensors: its tensors, which layers of them are quantized, and how
+`save_checkpoint` writes them. compressed_config.py reads the JSON.
 
 Source: vllm-project/compressed-tensors (src/compressed_tensors/quantization).
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.static_values import has_int32_bias, static_bias, static_scale
+from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
+from . import compressed_writing
 from .base import (
     BIAS,
+    FLOATS,
     INPUT_SCALE,
     WEIGHT,
-    WEIGHT_SCALE,
+    Contents,
     Format,
+    MustBe,
     Part,
     Read,
     State,
     StaticTensors,
     Written,
     as_vector,
-    packed_scale,
-    per_channel_scale,
-    static_parts,
 )
+from .compressed_config import METHOD, AnyConfig, Config, Group, config_in
 from .files import CONFIG, read_json, refuse
-from .patterns import Pattern, PatternError, Text, Work
+from .names import ModelNames, NewNames
 
 __all__ = ["COMPRESSED_TENSORS", "CompressedTensors"]
 
-_KEY = "quantization_config"
-_I32, _F32, _F16 = torch.int32, torch.float32, torch.float16
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_I32, _F16 = torch.int32, torch.float16
+_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",), (1,), ()), positive=True)
+_INTS = (torch.int8, torch.int16, _I32, torch.int64)
+_ZERO_POINT = "input_zero_point"
+# tensors of the attention and its cache, which stay float
+_CACHE = re.compile(r"(.*\.)?([qkv]_(scale|zero_point)|[kv]_proj\.output_(scale|zero_point))")
+_PROJECTION = re.compile(r"(.*\.)?[qkv]_proj")
+_CACHE_REASON = "the attention and its cache stay float"
+# tensors without effect, with what they must be
+_NO_EFFECT = {
+    "weight_zero_point": MustBe.ZERO,
+    "weight_g_idx": MustBe.ORDERED,
+    "weight_shape": MustBe.SHAPE,
+}
 
 
 class CompressedTensors(Format):
     """The format of compressed-tensors."""
 
-    name = "compressed-tensors"
-    weights_file = "model.safetensors"
+    name = METHOD
+    stem = "model"
     json_file = CONFIG
-    parts: ClassVar[Mapping[bool, tuple[Part, ...]]] = {
-        False: (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, BIAS),
-        True: (WEIGHT, WEIGHT_SCALE, BIAS),
+    parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
+        A8W8_STATIC: (
+            WEIGHT,
+            _SCALE,
+            INPUT_SCALE,
+            Part(_ZERO_POINT, (*_INTS, *FLOATS), ((1,), ()), required=False),
+            BIAS,
+        ),
+        A8W8_DYNAMIC: (WEIGHT, _SCALE, BIAS),
+        A4W4_DYNAMIC: (WEIGHT, _SCALE, BIAS),
     }
+    zero_point: ClassVar[str] = _ZERO_POINT
 
     # ---- reading ----
 
-    def is_method_of(self, config: Any) -> bool:
-        """Whether a quantization_config says that it is of this format."""
-        return isinstance(config, dict) and config.get("quant_method") == self.name
-
-    def schemes(self, file: Path, config: Any, keys: Iterable[str]) -> Iterator[tuple[str, bool]]:
-        """Each quantized layer's name, and whether it is dynamic.
+    def contents(
+        self, file: Path, found: AnyConfig, keys: Iterable[str], model: ModelNames | None = None
+    ) -> Contents:
+        """What a quantization_config says about the tensors of the files.
 
         Args:
             file: config.json.
-            config: the quantization_config in it.
+            found: the quantization_config in it.
             keys: names of the tensors in the files.
+            model: the model to load into; None if it is not known.
 
         Raises:
-            CheckpointError: the config is not W8A8 with symmetric weights.
+            CheckpointError: a scheme that LinearQuant cannot run.
         """
-        groups = config.get("config_groups") if isinstance(config, dict) else None
-        if not isinstance(groups, dict) or not self.is_method_of(config):
-            refuse(file, _KEY, "compressed-tensors with config_groups", repr(config)[:80])
-        if config.get("transform_config"):
-            refuse(file, "transform_config", "none", repr(config["transform_config"])[:80])
-        work = Work()
-        schemes = [
-            (
-                _Targets(file, f"config_groups.{name}.targets", _dict(group).get("targets"), work),
-                _is_dynamic(file, name, _dict(group)),
-            )
-            for name, group in groups.items()
-        ]
-        ignored = _Targets(file, "ignore", config.get("ignore"), work)
-        for key in keys:
-            name, _, part = key.rpartition(".")
-            if part != "weight_scale":
-                continue
-            text = Text(name)
-            if ignored.contain(text):
-                continue
-            dynamic = next((dynamic for targets, dynamic in schemes if targets.contain(text)), None)
-            if dynamic is None:
-                refuse(file, "config_groups", f"a group whose targets contain {name}", "none")
-            yield name, dynamic
+        config, keys = Config(file, found), list(keys)
+        layers = {
+            name: None  # in the order of the files
+            for name, _, part in (key.rpartition(".") for key in keys)
+            if part in ("weight_scale", "weight_packed")
+        }
+        new_names = model.new_names(layers, keys) if model else NewNames()
+        names = new_names.tensors(keys)
+        contents = Contents(self, {}, names)
+        kept = set(keys)
+        for name in layers:
+            new = new_names.module(name)
+            classes = model.classes(new) if model else _likely_classes(name)
+            group = config.group_of(_names_in_config(config, name, new), classes)
+            if group is not None:
+                _check_class(file, name, classes)
+                contents.kinds[new] = group.kind()
+                _note_rest(contents, group, name, new, kept)
+        if config.quantizes_cache:
+            for key in keys:
+                if _CACHE.fullmatch(key):
+                    contents.left_out[names.get(key, key)] = _CACHE_REASON
+        return contents
 
     def bias_dtype(
-        self, dynamic: bool, output: torch.dtype, given: torch.dtype | None
+        self, kind: LayerKind, output: torch.dtype, given: torch.dtype | None
     ) -> torch.dtype:
-        if not dynamic and output == _F16:
+        if kind.static and output == _F16:
             return _I32  # the row of float16 output without pertoken_scale takes only int32
-        return super().bias_dtype(dynamic, output, given)
+        return super().bias_dtype(kind, output, given)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
-        weight_scale, input_scale = as_vector(read("weight_scale")), as_vector(read("input_scale"))
-        assert weight_scale is not None and input_scale is not None
-        scale, bias = input_scale * weight_scale, read("bias")
-        if bias is None or self.bias_dtype(False, output, bias.dtype) != _I32:
-            return StaticTensors(scale, bias, None)
-        return StaticTensors(scale, (bias.to(_F32) / scale).round().to(_I32), bias)
+        weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
+        input_scale, bias = as_vector(read("input_scale")), read("bias")
+        assert weight is not None and weight_scale is not None and input_scale is not None
+        weight_scale = weight_scale.expand(weight.shape[0]).contiguous()
+        scale = static_scale(input_scale, weight_scale, output)
+        zero_point = as_vector(read(self.zero_point))
+        if zero_point is None:
+            zero_point = torch.zeros_like(input_scale)
+            if bias is not None and not has_int32_bias(scale, bias, weight.shape[1], output):
+                return StaticTensors(scale, bias, None)
+        return StaticTensors(scale, static_bias(bias, scale, zero_point, weight), bias)
 
     # ---- writing ----
 
     def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
-        parts, bias = static_parts(state), state.get("linear.bias")
-        if "weight_scale" not in parts or bool(state["input_offset"].any()):
-            return Written(parts, "it has a zero point, or its weight's own scale is not known")
-        if bias is not None and not parts.setdefault("bias", bias).is_floating_point():
-            return Written(parts, "its float bias is not known")
-        again = self.build(False, layer.input_dtype, parts.get).linear
-        scale = per_channel_scale(state)
-        if not torch.equal(packed_scale(layer, again.scale), packed_scale(layer, scale)):
-            return Written(parts, "its scale is not exactly the product of the two scales")
-        same = bias is again.bias is None or (
-            bias is not None
-            and again.bias is not None
-            and bias.dtype == again.bias.dtype
-            and torch.equal(bias, again.bias)
-        )
-        return Written(parts, "" if same else "its bias is not the one that its float bias gives")
+        return compressed_writing.static_parts(self, layer, state)
 
-    def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        scales = {
-            name for name, _, part in (k.rpartition(".") for k in keys) if part == "weight_scale"
-        }
-        groups: dict[str, Any] = {}
-        for dynamic in (False, True):
-            names = [_target(name) for name, layer in layers.items() if layer.dynamic == dynamic]
-            if names:
-                groups[f"group_{len(groups)}"] = {
-                    "targets": names,
-                    "weights": {**_INT8, "strategy": "channel", "dynamic": False},
-                    "input_activations": {
-                        **_INT8,
-                        "strategy": "token" if dynamic else "tensor",
-                        "dynamic": dynamic,
-                    },
-                }
-        config = {
-            "quant_method": self.name,
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": [_target(name) for name in sorted(scales - layers.keys())],
-        }
-        return {**old, _KEY: config}
+        return compressed_writing.config(keys, layers, floats)
 
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        return read_json(folder / self.json_file) if self.json_file in names else {}
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        if CONFIG not in names:
+            return False
+        found = config_in(read_json(folder / CONFIG), folder / CONFIG)
+        return found is not None and found.is_ours
 
 
 COMPRESSED_TENSORS = CompressedTensors()
 
 
-def _is_dynamic(file: Path, name: str, group: dict[str, Any]) -> bool:
-    """Whether a config group quantizes its input dynamically.
+def _names_in_config(config: Config, name: str, new: str) -> list[str]:
+    """The names that a config may use for a layer: that of the files, that of the model, and, in
+    the configuration of the language model alone, that without the part that stands for it."""
+    names = [name] if name == new else [name, new]
+    if config.in_text_config:
+        names += [part.replace("language_model.", "") for part in names if "language_" in part]
+    return names
 
-    Raises:
-        CheckpointError: LinearQuant cannot run the group.
-    """
-    weights, inputs = _dict(group.get("weights")), _dict(group.get("input_activations"))
-    for part, given, strategies in (
-        ("weights", weights, ("channel",)),
-        ("input_activations", inputs, ("tensor", "token")),
-    ):
-        ok = all(given.get(k) == v for k, v in _INT8.items())
-        if not ok or given.get("strategy") not in strategies:
-            refuse(
-                file,
-                f"config_groups.{name}.{part}",
-                f"8 bits, int, symmetric, strategy {' or '.join(strategies)}",
-                json.dumps({k: given.get(k) for k in (*_INT8, "strategy")}),
-            )
-    if group.get("output_activations") is not None:
-        found = repr(group["output_activations"])[:80]
-        refuse(file, f"config_groups.{name}.output_activations", "none", found)
-    dynamic = inputs.get("dynamic", False)
-    if dynamic is not (inputs["strategy"] == "token"):
+
+def _likely_classes(name: str) -> tuple[str, ...]:
+    """Names of the classes of a layer if the model is not known."""
+    return ("Embedding",) if "embed" in name.rpartition(".")[2] else ("Linear",)
+
+
+def _check_class(file: Path, name: str, classes: Sequence[str]) -> None:
+    if "Linear" not in classes:
         refuse(
             file,
-            f"config_groups.{name}",
-            "dynamic with token, static with tensor",
-            repr(inputs)[:80],
+            name,
+            "quantized layers that are nn.Linear",
+            f"a quantized {classes[0]}",
+            "quantize again and leave this layer float (ignore)",
         )
-    return bool(dynamic)
 
 
-def _dict(value: object) -> dict[str, Any]:
-    """A JSON object; {} for any other value, which the checks refuse afterwards."""
-    return value if isinstance(value, dict) else {}
+def _note_rest(contents: Contents, group: Group, name: str, new: str, keys: set[str]) -> None:
+    """Note the tensors of a layer that are not loaded.
+
+    Raises:
+        CheckpointError: its output is quantized; or it lacks a zero point.
+    """
+    for part, wanted in _NO_EFFECT.items():
+        if f"{name}.{part}" in keys:
+            contents.must_be[f"{new}.{part}"] = wanted
+    if group.weight_has_zero_point:
+        _check_stored(group, f"{name}.weight_zero_point", keys)
+    if group.has_zero_point:
+        _check_stored(group, f"{name}.{_ZERO_POINT}", keys)
+    elif f"{name}.{_ZERO_POINT}" in keys:
+        contents.must_be[f"{new}.{_ZERO_POINT}"] = MustBe.ZERO
+    if group.outputs is not None:
+        if not _PROJECTION.fullmatch(name):
+            refuse(
+                group.file,
+                f"{group.key}.output_activations",
+                "none, or those of q_proj, k_proj and v_proj, which are for the cache",
+                f"one of {name}",
+                "quantize again without output_activations",
+            )
+        for part in ("output_scale", "output_zero_point"):
+            if f"{name}.{part}" in keys:
+                contents.left_out[f"{new}.{part}"] = _CACHE_REASON
 
 
-def _target(name: str) -> str:
-    """The target that selects one layer: its name, or a pattern if the name would select more."""
-    return f"re:{re.escape(name)}$" if name == "Linear" or name.startswith("re:") else name
-
-
-class _Targets:
-    """A list of module names, "Linear" or "re:" patterns."""
-
-    def __init__(self, file: Path, key: str, value: object, work: Work) -> None:
-        self._file, self._key = file, key
-        given = value or []
-        if not isinstance(given, list) or not all(isinstance(p, str) for p in given):
-            refuse(file, key, "a list of names", repr(value)[:60])
-        self._names = {text for text in given if not text.startswith("re:")}
-        self._patterns = []
-        for text in given:
-            if text.startswith("re:"):
-                try:
-                    self._patterns.append(Pattern(text.removeprefix("re:"), work))
-                except PatternError as error:
-                    expected = "a regular expression after re:"
-                    refuse(file, key, expected, f"{text[:80]!r}: {error}")
-
-    def contain(self, name: Text) -> bool:
-        """Whether a module is one of them."""
-        if "Linear" in self._names or name.text in self._names:
-            return True
-        for pattern in self._patterns:
-            try:
-                if pattern.matches(name):
-                    return True
-            except PatternError as error:
-                found = f"'re:{pattern.text[:80]}': {error}"
-                refuse(self._file, self._key, "patterns that match in bounded time", found)
-        return False
+def _check_stored(group: Group, key: str, keys: set[str]) -> None:
+    if key not in keys:
+        refuse(
+            group.file,
+            group.key,
+            f"the tensor {key}, because the scheme is not symmetric",
+            "no such tensor",
+            "use the config.json that was saved with these weights",
+        )

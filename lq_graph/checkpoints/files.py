@@ -4,6 +4,10 @@ Only regular files are read, and JSON only up to a size and a depth. Reading and
 system calls and not mapped memory: an error of the disk is an exception and not a signal, and each
 tensor has its own memory. Every problem with a file is a CheckpointError.
 
+While save_checkpoint puts new files in place, a folder has a list of them (COMMITTED): the new ones
+may still have their temporary names, and old ones may still be there. Names and paths are those
+after the save, and `placed` says where a file is now.
+
 Source: safetensors' README (huggingface/safetensors), section Format: eight bytes of length, a
 JSON header of at most 100 MB, and the tensors end to end.
 """
@@ -15,12 +19,13 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +33,25 @@ from torch import Tensor, nn
 from ..errors import LinearQuantValueError
 
 __all__ = [
+    "COMMITTED",
     "CONFIG",
     "DTYPES",
     "INDEX",
     "MAX_NAME",
     "CheckpointError",
+    "Committed",
     "Entry",
+    "Refusals",
     "TensorFile",
     "check_model",
+    "committed",
     "expanded",
     "list_folder",
+    "placed",
     "read_json",
     "refuse",
     "shown",
+    "temporary",
     "tensors_header",
     "write_all",
     "write_tensor",
@@ -48,10 +59,14 @@ __all__ = [
 
 CONFIG = "config.json"  # of the model, as transformers writes it
 INDEX = ".safetensors.index.json"  # how the name of an index ends
+COMMITTED = ".save_checkpoint.json"  # the list of a save that is being put in place
 MAX_JSON = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
 MAX_NAME = 1000  # characters of a tensor's name
 _MAX_DIMS = 64
+_AGAIN = "copy or download the file again"
+_READABLE = "check the path, and that you may read it"
+_LOAD_LATER = "load again when nothing writes to it"
 _CHUNK = 1 << 24  # bytes for each call, so that Ctrl-C does not wait for gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -85,25 +100,114 @@ def expanded(path: str | Path) -> Path:
         return path
 
 
-def refuse(file: Path, key: str | None, expected: str, found: str, todo: str = "") -> NoReturn:
-    """Raise a CheckpointError."""
+def refuse(file: Path, key: str | None, expected: str, found: str, todo: str) -> NoReturn:
+    """Raise a CheckpointError, which ends with what to do."""
     where = shown(file, 4096) + (f": {shown(key)}" if key else "")
     text = f"{where}: expected {expected}, found {shown(found)}."
-    raise CheckpointError(text + (f" What to do: {todo}." if todo else ""))
+    raise CheckpointError(f"{text} What to do: {todo}.")
+
+
+class Refusals:
+    """What is refused: the first refusal is raised; or all are collected, to be told together.
+
+    Args:
+        collected: a list that gets all refusals; None to raise the first.
+    """
+
+    def __init__(self, collected: list[CheckpointError] | None = None) -> None:
+        self._collected = collected
+
+    @contextmanager
+    def each(self) -> Iterator[None]:
+        """A block that may refuse; if refusals are collected, the program goes on after it."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._collected is None:
+                raise
+            self._collected.append(error)
 
 
 def list_folder(folder: Path) -> list[str]:
     """Names of the files in a folder, sorted."""
     try:
-        return sorted(os.listdir(folder))
+        names = set(os.listdir(folder))
     except (OSError, ValueError) as error:
-        refuse(folder, None, "a folder", getattr(error, "strerror", None) or str(error))
+        found = getattr(error, "strerror", None) or str(error)
+        refuse(folder, None, "a folder", found, "pass a folder that you may read")
+    if COMMITTED in names:
+        save = committed(folder)
+        names = (names - {COMMITTED, *save.old}) | set(save.new)
+    return sorted(names)
 
 
 def check_model(function: str, model: object) -> None:
     """Refuse a model that is not a module."""
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{function}: model is a {type(model).__name__}, not an nn.Module.")
+        raise CheckpointError(
+            f"{function}: model is a {type(model).__name__}, not an nn.Module. What to do: pass "
+            "the model first, then the path."
+        )
+
+
+# ---- a save that is being put in place ----
+
+
+class Committed(NamedTuple):
+    """The files of a save that is being put in place.
+
+    Attributes:
+        new: names of its files; the one that describes the others is the last.
+        old: names of the files that it removes.
+    """
+
+    new: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+
+
+def temporary(place: Path) -> Path:
+    """Where a file is written, until it replaces the file of that name."""
+    return place.with_name(f".{place.name}.saving")
+
+
+def committed(folder: Path) -> Committed:
+    """The save that is being put in place in a folder; no names if there is none."""
+    file = folder / COMMITTED
+    try:
+        stream, (size, _) = _open_now(file)
+    except FileNotFoundError:
+        return Committed()
+    except (OSError, ValueError):
+        return Committed()  # the folder itself is the problem
+    with stream:
+        data = bytearray(min(size, MAX_JSON))
+        _fill(stream, file, data, 0)
+    todo = "remove it, if you did not save into the folder"
+    try:
+        found = _parse(data)
+    except _NotJsonError as error:
+        refuse(file, None, error.expected, error.found, todo)
+    return Committed(*(_file_names(file, found.get(key), todo) for key in ("new", "old")))
+
+
+def _file_names(file: Path, names: object, todo: str) -> tuple[str, ...]:
+    """A list of names in JSON. Not paths: nothing outside the folder is read or written."""
+    found = [name for name in names if _is_file_name(name)] if isinstance(names, list) else []
+    if not isinstance(names, list) or len(found) != len(names):
+        refuse(file, None, "lists of names of files", repr(names)[:60], todo)
+    return tuple(found)
+
+
+def _is_file_name(name: object) -> TypeGuard[str]:
+    plain = isinstance(name, str) and name not in ("", "..") and "\0" not in name
+    return plain and Path(str(name)).name == name
+
+
+def placed(path: Path) -> Path:
+    """Where a file is now."""
+    if path.name in committed(path.parent).new and os.path.lexists(temporary(path)):
+        return temporary(path)
+    return path
 
 
 # ---- reading ----
@@ -114,19 +218,27 @@ def _nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def _open_now(file: Path) -> tuple[FileIO, tuple[int, int]]:
+    """Open a regular file of this name. Returns it, with its size and its time of modification."""
+    stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
+    status = os.fstat(stream.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        stream.close()
+        raise ValueError("no regular file")
+    return stream, (status.st_size, status.st_mtime_ns)
+
+
 def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
     """Open a regular file. Returns it, with its size and its time of modification."""
     try:
-        stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
-        status = os.fstat(stream.fileno())
+        try:
+            return _open_now(placed(file))
+        except FileNotFoundError:  # it was put in place meanwhile
+            return _open_now(file)
     except OSError as error:
-        refuse(file, None, expected, error.strerror or str(error))
-    except ValueError as error:  # a name that no file can have
-        refuse(file, None, expected, str(error))
-    if not stat.S_ISREG(status.st_mode):
-        stream.close()
-        refuse(file, None, expected, "no regular file")
-    return stream, (status.st_size, status.st_mtime_ns)
+        refuse(file, None, expected, error.strerror or str(error), _READABLE)
+    except ValueError as error:  # also a name that no file can have
+        refuse(file, None, expected, str(error), _READABLE)
 
 
 def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
@@ -136,9 +248,10 @@ def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
         try:
             count = os.preadv(stream.fileno(), [view[:_CHUNK]], offset)
         except OSError as error:
-            refuse(file, None, "a file that can be read", error.strerror or str(error))
+            refuse(file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if not count:
-            refuse(file, None, "a whole file", "its end: something shortened it during the read")
+            found = "its end: something shortened it during the read"
+            refuse(file, None, "a whole file", found, _LOAD_LATER)
         view, offset = view[count:], offset + count
 
 
@@ -152,19 +265,30 @@ def read_json(file: Path) -> dict[str, Any]:
     stream, (size, _) = _open(file, "a JSON object")
     with stream:
         if size > MAX_JSON:
-            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}")
+            refuse(file, None, f"a JSON object of at most {MAX_JSON:,} bytes", f"{size:,}", _AGAIN)
         data = bytearray(size)
         _fill(stream, file, data, 0)
-    return _parse(file, data)
+    try:
+        return _parse(data)
+    except _NotJsonError as error:
+        refuse(file, None, error.expected, error.found, _AGAIN)
 
 
-def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
+class _NotJsonError(Exception):
+    """Data that is no JSON object."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.expected, self.found = expected, found
+
+
+def _parse(data: bytes | bytearray) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_int)
     except (ValueError, RecursionError) as error:
-        refuse(file, None, "a JSON object", str(error))
+        raise _NotJsonError("a JSON object", str(error)) from None
     if not isinstance(value, dict):
-        refuse(file, None, "a JSON object", type(value).__name__)
+        raise _NotJsonError("a JSON object", type(value).__name__)
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -174,7 +298,7 @@ def _parse(file: Path, data: bytes | bytearray) -> dict[str, Any]:
             if isinstance(part, dict | list)
         ]
     if level:
-        refuse(file, None, f"a JSON object of at most {MAX_DEPTH} levels", "more")
+        raise _NotJsonError(f"a JSON object of at most {MAX_DEPTH} levels", "more")
     return value
 
 
@@ -236,6 +360,11 @@ class TensorFile:
             except (OSError, ValueError) as error:
                 refuse(file, None, "a file that can be mapped", str(error), "leave mmap=False")
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._stamp[0]
+
     def close(self) -> None:
         """Close the file; mapped tensors stay valid."""
         self._stream.close()
@@ -245,15 +374,16 @@ class TensorFile:
         try:
             status = os.fstat(self._stream.fileno())
         except OSError as error:
-            refuse(self.file, None, "a file that can be read", error.strerror or str(error))
+            refuse(self.file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if (status.st_size, status.st_mtime_ns) != self._stamp:
-            refuse(self.file, None, "a file that stays as it is", "it was written to meanwhile")
+            found = "it was written to meanwhile"
+            refuse(self.file, None, "a file that stays as it is", found, _LOAD_LATER)
 
     def _header(self) -> dict[str, Entry]:
         size = self._stamp[0]
 
         def broken(what: str) -> NoReturn:
-            refuse(self.file, None, "a safetensors file", what)
+            refuse(self.file, None, "a safetensors file", what, _AGAIN)
 
         length = bytearray(8)
         if size < 8:
@@ -265,9 +395,9 @@ class TensorFile:
         text = bytearray(end - 8)
         _fill(self._stream, self.file, text, 8)
         try:
-            header = _parse(self.file, text)
-        except CheckpointError as error:
-            broken(f"a header that is not valid: expected {str(error).rpartition('expected ')[2]}")
+            header = _parse(text)
+        except _NotJsonError as error:
+            broken(f"a header that is not valid: {error}")
         about = header.pop("__metadata__", None)
         if about is not None and not (
             isinstance(about, dict) and all(isinstance(v, str) for v in about.values())
@@ -319,7 +449,7 @@ class TensorFile:
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
             _fill(self._stream, self.file, _bytes_of(tensor), begin)
         if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-            refuse(self.file, None, "0 and 1 for a bool", "other bytes")
+            refuse(self.file, None, "0 and 1 for a bool", "other bytes", _AGAIN)
         return tensor
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LinearQuantTypeError
+from ..kernels import storage_k
 from ..modules.places import Place, held_elsewhere, places_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
-from .base import Format, Part
-from .files import CheckpointError, refuse
+from ..modules.supported import LayerKind
+from .base import Contents, Format, Part
+from .experts import check_experts
+from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
 from .tensors import bit_equal, memory_of
@@ -24,7 +26,14 @@ from .tensors import bit_equal, memory_of
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
 
-__all__ = ["LayerToLoad", "layers_to_load", "new_layer", "weight_of"]
+__all__ = [
+    "LayerToLoad",
+    "check_twins",
+    "layer_of_files",
+    "layers_to_load",
+    "new_layer",
+    "weight_of",
+]
 
 _I8, _I64 = torch.int8, torch.int64
 _F32, _F16 = torch.float32, torch.float16
@@ -41,26 +50,28 @@ class LayerToLoad:
         module: the nn.Linear or QuantizedLinear of that name.
         files: where its tensors are.
         format: that of the files.
-        dynamic: whether its input is quantized per token.
+        kind: how it is quantized.
         n, k: its sizes.
         output: the float dtype that it takes and returns.
         style: how it is split over devices; None if it is not.
         parts: the tensors it has in the files, by the names of their parts.
         keys: the names of these tensors in the files, by the names of their parts. A weight that is
             tied to another layer's weight may have that layer's name.
+        twins: the same module under its other names, with the tensors of those names.
     """
 
     name: str
     module: nn.Module
     files: CheckpointFiles
     format: Format
-    dynamic: bool
+    kind: LayerKind
     n: int
     k: int
     output: torch.dtype = _F16
     style: SplitStyle | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    twins: list[LayerToLoad] = field(default_factory=list)
 
     def __contains__(self, part: str) -> bool:
         return part in self.keys
@@ -82,65 +93,90 @@ class LayerToLoad:
         values = self.read(part)
         return (values & 0xFFFFFFFF).to(torch.uint32).view(_F32) if values.dtype == _I64 else values
 
-    def refuse(self, expected: str, found: str, todo: str = "") -> NoReturn:
+    @property
+    def bytes(self) -> int:
+        """Size of its weight in memory."""
+        return self.n * storage_k(self.k, self.kind.storage) * self.kind.storage.itemsize
+
+    def refuse(self, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names the layer."""
         refuse(self.files.path, self.name, expected, found, todo)
 
-    def refuse_part(self, part: str, expected: str, found: str, todo: str = "") -> NoReturn:
+    def refuse_part(self, part: str, expected: str, found: str, todo: str) -> NoReturn:
         """Raise a CheckpointError that names one of its tensors."""
         key = self.keys[part]
         refuse(self.files.file_of(key), key, expected, found, todo)
 
 
 def layers_to_load(
-    model: nn.Module, files: CheckpointFiles, format: Format, schemes: Mapping[str, bool]
+    model: nn.Module, files: CheckpointFiles, contents: Contents, refusals: Refusals
 ) -> list[LayerToLoad]:
-    """The quantized layers of the files, each with the module it replaces and its keys.
+    """The quantized layers of the files, each with the module it replaces and its keys. Those with
+    tensors in the files but no module in the model are not among them.
 
     Args:
         model: the model to load into.
-        files, format: of the checkpoint.
-        schemes: for each layer's name, whether it is dynamic.
-
-    Raises:
-        CheckpointError: a module is absent or cannot be replaced; or one module has two names, with
-            different tensors.
+        files: of the checkpoint.
+        contents: what the JSON says about them.
+        refusals: a module that is absent or cannot be replaced.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    format = contents.format
     places, elsewhere = places_of(model), held_elsewhere(model)
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
-    for name, dynamic in schemes.items():
-        module = _module_for(files, name, modules.get(name))
-        n, k = module.out_features, module.in_features
-        layer = LayerToLoad(name, module, files, format, dynamic, n, k)
-        _check_replaceable(layer, places.get(module, []), elsewhere)
-        for part in format.parts[dynamic]:
-            if (key := f"{name}.{part.name}") in files:
-                layer.parts[part.name], layer.keys[part.name] = part, key
-        if other := layers.get(module):
-            _check_same(other, layer)
-            continue
-        layers[module] = layer
-        if "weight" in layer:
-            tied.setdefault(memory_of(weight_of(module)), layer.keys["weight"])
+    in_files = {key.rpartition(".")[0] for key in files}
+    told: set[str] = set()  # experts in one tensor of the model
+    for name in contents.kinds:
+        if name in in_files and name not in modules:
+            fused = fused_experts(name, modules)
+            if not fused or fused in told:
+                continue  # check_rest tells the others
+            told.add(fused)
+        with refusals.each():
+            layer = layer_of_files(files, contents, name, _module_for(files, name, modules))
+            module = layer.module
+            _check_replaceable(layer, places.get(module, []), elsewhere)
+            if other := layers.get(module):
+                other.twins.append(layer)
+                continue
+            layers[module] = layer
+            if "weight" in layer:
+                tied.setdefault(memory_of(weight_of(module)), layer.keys["weight"])
     for layer in layers.values():
         key_of_other = tied.get(memory_of(weight_of(layer.module)))
         if key_of_other is not None and "weight" not in layer:
-            layer.parts["weight"] = format.parts[layer.dynamic][0]
+            layer.parts["weight"] = format.parts[layer.kind][0]
             layer.keys["weight"] = key_of_other
     return list(layers.values())
 
 
+def layer_of_files(
+    files: CheckpointFiles, contents: Contents, name: str, module: nn.Linear | QuantizedLinear
+) -> LayerToLoad:
+    """A quantized layer, with its tensors in the files."""
+    kind, n, k = contents.kinds[name], module.out_features, module.in_features
+    layer = LayerToLoad(name, module, files, contents.format, kind, n, k)
+    for part in contents.format.parts[kind]:
+        if (key := f"{name}.{part.name}") in files:
+            layer.parts[part.name], layer.keys[part.name] = part, key
+    return layer
+
+
 def _module_for(
-    files: CheckpointFiles, name: str, module: nn.Module | None
+    files: CheckpointFiles, name: str, modules: Mapping[str, nn.Module]
 ) -> nn.Linear | QuantizedLinear:
+    module = modules.get(name)
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
+    module = modules.get(name)
+    if module is None:
+        check_experts(files.path, name, dict(modules[""].named_parameters()))
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
-        refuse(files.path, name, "an nn.Linear in the model", found)
+        todo = "make the model that these files were saved from: compare its config.json"
+        refuse(files.path, name, "an nn.Linear in the model", found, todo)
     return module
 
 
@@ -168,11 +204,14 @@ def _check_replaceable(
         )
 
 
-def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
-    """Check that a module with two names has the same tensors under both."""
-    for part in other.keys:
-        if part not in one or not bit_equal(other.read(part), one.read(part)):
-            other.refuse_part(part, f"the tensor of {one.name}, which is the same layer", "another")
+def check_twins(one: LayerToLoad) -> None:
+    """Refuse a module with two names in the model that has different tensors under them."""
+    for other in one.twins:
+        for part in other.keys:
+            if part not in one or not bit_equal(other.read(part), one.read(part)):
+                expected = f"the tensor of {one.name}, which is the same layer"
+                todo = "make the model with two layers, or correct the files"
+                other.refuse_part(part, expected, "another", todo)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -192,7 +231,16 @@ def new_layer(
         weights: the weights of earlier layers, by key; a weight that several layers share stays
             shared.
     """
-    new = layer.format.build(layer.dynamic, layer.output, partial(_read, layer, parallel))
+
+    def read(part: str) -> Tensor | None:
+        tensor = _read(layer, parallel, part)
+        if part == "weight" and tensor is not None and layer.kind.storage == torch.int32:
+            _check_int4(layer, tensor)
+        return tensor
+
+    new = layer.format.build(layer.kind, layer.output, read)
+    if (bias := _bias_of_whole_rows(layer, parallel)) is not None:
+        new.linear.bias = nn.Parameter(bias, requires_grad=False)
     device = weight_of(layer.module).device
     new = new.to(torch.device("cpu") if device.type == "meta" else device)
     if layer.style is None:
@@ -208,13 +256,44 @@ def new_layer(
     return new
 
 
+def _bias_of_whole_rows(layer: LayerToLoad, parallel: TensorParallel | None) -> Tensor | None:
+    """The bias of a layer that is split along k, if a zero point is in it: it holds the sums of
+    whole rows of the weight. None for the bias that the layer has already."""
+    if layer.style is None or parallel is None or "quant_bias" in layer:
+        return None
+    placement = layer.style.placement("bias", (layer.n,))
+    if layer.format.zero_point not in layer or placement.is_shard():
+        return None
+
+    def read(part: str) -> Tensor | None:
+        return layer.read(part) if part in layer else None
+
+    bias = layer.format.static_tensors(read, layer.output).bias
+    if bias is None or not (placement.is_partial() and parallel.rank):
+        return bias
+    return torch.zeros_like(bias)
+
+
+def _check_int4(layer: LayerToLoad, weight: Tensor) -> None:
+    """Refuse the weight of an int4 layer if it has other values than -8 to 7."""
+    low, high = map(int, weight.aminmax()) if weight.numel() else (0, 0)
+    if low < -8 or high > 7:
+        layer.refuse_part(
+            "weight",
+            "int4 values, -8 to 7",
+            f"{low} to {high}",
+            "use the JSON that was saved with these weights; it says which weights are int4",
+        )
+
+
 def _read(layer: LayerToLoad, parallel: TensorParallel | None, part: str) -> Tensor | None:
     """A tensor of a layer, or this process's part of it; None if the layer has none."""
     if part not in layer:
         return None
-    if layer.style is None or parallel is None or layer.parts[part].shapes[0][0] != "n":
-        return layer.read(part)
     shape = layer.shape(part)
+    split = layer.parts[part].shapes[0][0] == "n" and shape[:1] == (layer.n,)
+    if layer.style is None or parallel is None or not split:
+        return layer.read(part)
     size = shape if part == "weight" else shape[:1]
     placement = layer.style.placement(_PARAMETER.get(part, "scale"), size)
     if placement.is_shard():

@@ -1,6 +1,6 @@
 """msmodelslim's format: quant_model_description*.json says what each tensor is.
 
-    "W8A8" (static), "W8A8_DYNAMIC" or "FLOAT"
+msmodelslim_words.py has its words.
 
 Source: vllm-project/vllm-ascend (docs/source/developer_guide/Design_Documents/quantization.md and
 vllm_ascend/quantization).
@@ -8,7 +8,7 @@ vllm_ascend/quantization).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import unpack_scale
 from ..modules.quantized_linear import QuantizedLinear
+from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
 from ..rules.tables import dtype_name
 from .base import (
     BIAS,
@@ -25,6 +26,7 @@ from .base import (
     WEIGHT,
     WEIGHT_OFFSET,
     WEIGHT_SCALE,
+    Contents,
     Format,
     Part,
     Read,
@@ -35,25 +37,39 @@ from .base import (
     per_channel_scale,
     static_parts,
 )
-from .files import CONFIG, CheckpointError, read_json, refuse, shown
+from .files import read_json, refuse
+from .msmodelslim_words import (
+    MIX,
+    NO_EFFECT,
+    STATIC_ONLY,
+    Prefer,
+    check_inputs,
+    kind_of,
+    name_in_model,
+)
 
 __all__ = ["DESCRIPTION", "MSMODELSLIM", "Msmodelslim"]
 
 DESCRIPTION = "quant_model_description"  # how the JSON's name begins
 _I8, _I32, _I64 = torch.int8, torch.int32, torch.int64
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
-_IS_DYNAMIC = {"W8A8": False, "W8A8_DYNAMIC": True}  # by the word of the description
-_WORDS = {dynamic: word for word, dynamic in _IS_DYNAMIC.items()}
+_WORDS = {  # of the description, as they are written
+    A8W8_STATIC: "W8A8",
+    A8W8_DYNAMIC: "W8A8_DYNAMIC",
+    A4W4_DYNAMIC: "W4A4_DYNAMIC",
+}
+_PRIORITY = ["W8A8_DYNAMIC", "W8A8", "W4A4_DYNAMIC"]  # a model of several has the last as its type
 
 
 class Msmodelslim(Format):
     """The format of msmodelslim."""
 
     name = "msmodelslim"
-    weights_file = "quant_model_weight_w8a8.safetensors"
+    stem = "quant_model_weights"
+    older = ("quant_model_weight_w8a8.safetensors",)
     json_file = f"{DESCRIPTION}.json"
-    parts: ClassVar[Mapping[bool, tuple[Part, ...]]] = {
-        False: (
+    parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
+        A8W8_STATIC: (
             WEIGHT,
             Part("quant_bias", (_I32,), (("n",),)),
             Part("deq_scale", (_I64, _F32), (("n",),), positive=True),
@@ -63,11 +79,13 @@ class Msmodelslim(Format):
             WEIGHT_OFFSET,
             BIAS,
         ),
-        True: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
+        A8W8_DYNAMIC: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
+        A4W4_DYNAMIC: (WEIGHT, WEIGHT_SCALE, WEIGHT_OFFSET, BIAS),
     }
     output_decided_by: ClassVar[Mapping[str, Mapping[torch.dtype, torch.dtype]]] = {
         "deq_scale": {_I64: _F16, _F32: _BF16}
     }
+    adds_biases: ClassVar[bool] = True
 
     # ---- reading ----
 
@@ -92,19 +110,40 @@ class Msmodelslim(Format):
                 )
         return files[0], found
 
-    def schemes(self, file: Path, description: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-        """Each quantized layer's name, and whether it is dynamic.
+    def contents(
+        self,
+        file: Path,
+        description: dict[str, Any],
+        keys: Collection[str],
+        prefer: Prefer = "dynamic",
+    ) -> Contents:
+        """What a description says about the tensors of the files.
+
+        Args:
+            file: the description.
+            description: what is in it.
+            keys: names of the tensors in the files.
+            prefer: how a layer that has the tensors of both kinds is loaded.
 
         Raises:
-            CheckpointError: another word than W8A8, W8A8_DYNAMIC and FLOAT.
+            CheckpointError: a word of a layer that LinearQuant cannot run.
         """
+        check_inputs(file, keys)
+        kinds, left_out = {}, {}
         for key, word in description.items():
             name, _, part = key.rpartition(".")
-            if part != "weight" or word == "FLOAT":
-                continue
-            if not isinstance(word, str) or word not in _IS_DYNAMIC:
-                refuse(file, key, "W8A8, W8A8_DYNAMIC or FLOAT", repr(word))
-            yield name, _IS_DYNAMIC[word]
+            if isinstance(word, str) and (why := NO_EFFECT.get(word)):
+                left_out[key] = why
+            elif part in ("weight", "weight_packed") and name_in_model(key) == key:
+                kind = kind_of(file, key, word, prefer)
+                if kind is not None:
+                    kinds[name] = kind
+                if word == MIX and kind == A8W8_DYNAMIC:
+                    why = "it is for a static layer; prefer='static' loads it"
+                    left_out |= {f"{name}.{other}": why for other in STATIC_ONLY}
+        names = {key: new for key in keys if (new := name_in_model(key)) != key}
+        left_out = {key: why for key, why in left_out.items() if key in keys}
+        return Contents(self, kinds, names, left_out)
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
         del output
@@ -130,29 +169,28 @@ class Msmodelslim(Format):
         cut = word.dtype != scale.dtype and not torch.equal(unpack_scale(word)[0], scale)
         return Written(parts, lost="deq_scale keeps 19 bits of its scale" if cut else "")
 
-    def json(
-        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], old: dict[str, Any]
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        del old
-        said = dict.fromkeys(keys, "FLOAT")
-        # a weight that is tied to another layer's weight is not in the file
-        for key in [*said, *(f"{name}.weight" for name in layers)]:
-            layer = layers.get(key.rpartition(".")[0])
-            if layer is not None:
-                said[key] = _WORDS[layer.dynamic]
-        return said
+        del floats
+        said = {}
+        for key in keys:
+            name, _, part = key.rpartition(".")
+            layer = layers.get(name)
+            said[key] = "FLOAT" if layer is None or part == "bias" else _WORDS[layer.kind]
+        words = {_WORDS[layer.kind] for layer in layers.values()}
+        return {
+            **said,
+            "version": "1.0.0",
+            "model_quant_type": max(words, key=_PRIORITY.index, default="FLOAT"),
+            "metadata": {},
+            "group_size": 0,
+            "optional": {},
+        }
 
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        if CONFIG in names and "quantization_config" in read_json(folder / CONFIG):
-            raise CheckpointError(
-                f"save_checkpoint: {shown(folder / CONFIG, 4096)} has quantization_config, which "
-                "is not that of an msmodelslim checkpoint. What to do: remove the key, or save as "
-                "compressed-tensors."
-            )
-        try:
-            return read_json(folder / self.json_file) if self.json_file in names else {}
-        except CheckpointError:
-            return {}  # a broken one is replaced
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        del folder
+        return self.json_file in names
 
     def describes_weights(self, name: str) -> bool:
         return name.startswith(DESCRIPTION) and name.endswith(".json")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from ..checkpoints.biases import norm_with_bias
 from ..checkpoints.load import LoadReport, load_checkpoint
 from ..errors import LinearQuantValueError
 from ..modules.places import places_of, put
@@ -176,6 +177,12 @@ class Quantizer(HfQuantizer):
             raise LinearQuantValueError(
                 f"save_pretrained: {why}. What to do: save the model before that, or quantize it "
                 "with A8W8Static(int8_between=False)."
+            )
+        if name := norm_with_bias(model):
+            raise LinearQuantValueError(
+                f"save_pretrained: {name} has a bias, which its class does not have, and "
+                "from_pretrained would leave it out. What to do: lq_graph.save_checkpoint(model, "
+                "folder, 'msmodelslim')."
             )
         self._note(model)
         seen: dict[tuple[torch.device, int], str] = {}

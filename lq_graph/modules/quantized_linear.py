@@ -17,6 +17,7 @@ from .float_view import FloatView
 from .linear_quant import LinearQuant, keeping_dtypes
 from .quantizer import Forms, quantizer_of, shared
 from .split import SPLIT
+from .supported import LayerKind
 
 if TYPE_CHECKING:
     from .merged import MergedLinear
@@ -272,6 +273,11 @@ class QuantizedLinear(nn.Module):
     def dynamic(self) -> bool:
         """Whether the input is quantized per token at each call."""
         return self.input_scale is None
+
+    @property
+    def kind(self) -> LayerKind:
+        """How the layer is quantized."""
+        return LayerKind(self.linear.weight_dtype, static=not self.dynamic)
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         linear: Any = self.linear

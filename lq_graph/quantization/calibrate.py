@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
+from ..modules.inputs import inputs_for
 from ..modules.runs import Forward, call, running
 from ..modules.transaction import uninterrupted
 
@@ -118,7 +119,7 @@ def run(
 
     Args:
         model: unchanged afterwards, also after an error.
-        batches: what it is called with.
+        batches: what it is called with; see `inputs_for`.
         empty: what to say if there are none.
         forwards: for the modules to watch, what is called instead of theirs.
         mode: watches the operators.
@@ -132,7 +133,7 @@ def run(
     with uninterrupted() as may_end, running(model, forwards), mode:
         # None: no progress bar if the output is not a terminal
         for inputs in tqdm(batches, "calibrating", unit="batch", disable=None):
-            returned = call(model, inputs)
+            returned = call(model, inputs_for(model, inputs))
             if after is not None:
                 after(returned)
             count += 1

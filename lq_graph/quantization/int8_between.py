@@ -8,6 +8,7 @@ from torch import nn
 
 from ..modules.replaceable import why_not_replaceable
 from .layer import LayerToQuantize
+from .schemes import A8W8Static
 from .select import Places
 
 __all__ = ["connect", "sequentials"]
@@ -31,11 +32,15 @@ def connect(
 
     Args:
         plain: from `sequentials`.
-        layers: the layers that are quantized.
+        layers: the layers that are quantized; static ones whose scheme says so are connected.
         places: where the model holds each module.
         calls: how often calibration called each module.
     """
-    by_layer: dict[nn.Module, LayerToQuantize] = {layer.source: layer for layer in layers}
+    by_layer: dict[nn.Module, LayerToQuantize] = {
+        layer.source: layer
+        for layer in layers
+        if isinstance(layer.scheme, A8W8Static) and layer.scheme.int8_between
+    }
 
     def only_by_sequentials(module: nn.Module) -> bool:
         parents = [parent for parent, _ in places[module]]

@@ -11,15 +11,17 @@ from ..modules.linear_quant import LinearQuant, layer_of
 from ..modules.places import Place, put
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over
-from ..modules.supported import why_not_supported
-from .schemes import SCHEMES, Config
+from ..modules.static_values import static_bias, static_scale, weight_scale_of
+from ..modules.supported import LayerKind, runs_in, what_runs, why_not_supported
+from ..rules.tables import STORAGE_DTYPES, dtype_name
+from .schemes import SCHEMES, Scheme
 from .weight_scales import peaks_of, round_weight
 
 __all__ = ["LayerToQuantize", "SharedWeights", "why_illegal"]
 
-# Quantized weights that tied layers share, with their scales, by the id of the float weight. The
-# first of those layers makes them, while the float layers still exist.
-SharedWeights = dict[int, tuple[nn.Parameter, Tensor]]
+# Quantized weights that tied layers share, with their scales, by `shared_as`. The first of those
+# layers makes them, while the float layers still exist.
+SharedWeights = dict[tuple[int, torch.dtype], tuple[nn.Parameter, Tensor]]
 _BIAS_STEPS = 1 << 24  # the part of the int32 range that a bias may use; the product needs the rest
 
 
@@ -29,24 +31,26 @@ class LayerToQuantize:
     Attributes:
         name: qualified name.
         linear: the float layer; None once it is replaced, so that its memory is freed.
-        config: the scheme.
+        chosen: its scheme; None if the caller leaves it float.
         places: (parent, attribute) wherever the model holds it.
         k, n: its sizes.
         bytes_before: size of the float layer's parameters.
         input_dtype: dtype of the float layer's weight, and so of the layer's input.
         bytes: size of the quantized layer's parameters; None before it is in place.
         refusal: why it stays float; empty if it is quantized.
-        tied_with: the layers with the same weight, this one included.
+        tied_with: the layers with the same quantized weight, this one included.
         input_scale, input_offset: static only, see `affine`.
         next: the layer that takes this one's output as int8.
         takes_int8: whether this is the `next` of another layer.
         fused_relu: place of the ReLU between this layer and `next`; the int8 range replaces it.
     """
 
-    def __init__(self, name: str, linear: nn.Linear, config: Config, places: list[Place]) -> None:
+    def __init__(
+        self, name: str, linear: nn.Linear, chosen: Scheme | None, places: list[Place]
+    ) -> None:
         self.name = name
         self.linear: nn.Linear | None = linear
-        self.config = config
+        self.chosen = chosen
         self.places = places
         self.n, self.k = _sizes(linear)
         self.bytes_before = _bytes_of(linear)
@@ -67,19 +71,35 @@ class LayerToQuantize:
         return self.linear
 
     @property
+    def scheme(self) -> Scheme:
+        """The scheme of a layer that is quantized."""
+        assert self.chosen is not None
+        return self.chosen
+
+    @property
+    def kind(self) -> LayerKind:
+        """What its scheme makes of it."""
+        return SCHEMES[type(self.scheme)]
+
+    @property
     def static(self) -> bool:
         """Whether the activation's scale comes from calibration."""
-        return SCHEMES[type(self.config)].static
+        return self.kind.static
 
     @property
     def storage(self) -> torch.dtype:
         """int8, or int32 carrying int4."""
-        return SCHEMES[type(self.config)].storage
+        return self.kind.storage
+
+    @property
+    def shared_as(self) -> tuple[int, torch.dtype]:
+        """Equal for layers with one float weight and one quantized weight."""
+        return id(self.source.weight), self.storage
 
     @property
     def output_dtype(self) -> torch.dtype:
         """The dtype of the quantized layer's output."""
-        return torch.int8 if self.next else self.config.output_dtype or self.input_dtype
+        return torch.int8 if self.next else self.scheme.output_dtype or self.input_dtype
 
     @property
     def bias_dtype(self) -> torch.dtype:
@@ -93,6 +113,18 @@ class LayerToQuantize:
     def step(self) -> float:
         """The layer's scale divided by the weight's scale."""
         return self.input_scale / (self.next.input_scale if self.next else 1.0)
+
+    def scale_of(self, weight_scale: Tensor) -> Tensor:
+        """float32 (n,): the scale of a static layer, from its weight's scales, float32 (n,)."""
+        return static_scale(self._float32_step, weight_scale, self.output_dtype)
+
+    def weight_scale_of(self, scale: Tensor) -> Tensor:
+        """float32 (n,): the scales of the weight with which `scale_of` gives a 19-bit scale."""
+        return weight_scale_of(scale, self._float32_step)
+
+    @property
+    def _float32_step(self) -> Tensor:
+        return torch.tensor([self.step], dtype=torch.float32, device="cpu")
 
     @property
     def least_scale(self) -> Tensor:
@@ -137,25 +169,46 @@ def _sizes(linear: nn.Linear) -> tuple[int, int]:
 
 def why_illegal(layer: LayerToQuantize) -> str:
     """Why the product in force cannot run the quantized layer; empty if it can."""
-    has_bias = layer.static or layer.source.bias is not None
-    why, todo = why_not_supported(
-        SCHEMES[type(layer.config)],
-        layer.k,
-        layer.n,
-        input_dtype=layer.input_dtype,
-        output_dtype=layer.output_dtype,
-        bias=layer.bias_dtype if has_bias else None,
-    )
+    if layer.input_dtype not in (torch.float16, torch.bfloat16):
+        given = dtype_name(layer.input_dtype)
+        why = f"its weight is {given}, and LinearQuant takes float16 and bfloat16"
+    else:
+        has_bias = layer.static or layer.source.bias is not None
+        why, _ = why_not_supported(
+            layer.kind,
+            layer.k,
+            layer.n,
+            input_dtype=layer.input_dtype,
+            output_dtype=layer.output_dtype,
+            bias=layer.bias_dtype if has_bias else None,
+        )
+    todo = why and _what_to_do(layer)
     return f"{why}. What to do: {todo}." if todo else why
 
 
+def _what_to_do(layer: LayerToQuantize) -> str:
+    """How a layer that the product in force cannot run becomes one that it runs; empty if it has
+    sizes that the scheme does not take."""
+    runs = runs_in(layer.kind, layer.k, layer.n)
+    if not runs:
+        sizes = any(size % STORAGE_DTYPES[layer.storage] for size in (layer.k, layer.n))
+        return "" if sizes else what_runs(layer.k, layer.n)
+    steps = []
+    if layer.input_dtype not in runs:
+        calls = {torch.float16: "model.half()", torch.bfloat16: "model.bfloat16()"}
+        steps.append(f"call {' or '.join(calls[dtype] for dtype in runs)} first")
+    if layer.scheme.output_dtype not in (None, *runs):
+        steps.append("leave output_dtype out")
+    return " and ".join(steps) or what_runs(layer.k, layer.n)
+
+
 def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter, Tensor]:
-    """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float64 (n,).
+    """The quantized weight of a layer, int8 (n, k) or int4 in int32, and its scale, float32 (n,).
 
     The packed scale of a static layer keeps 10 bits of the mantissa. So the weight's scale is
     chosen such that the layer's scale has no more bits, except where layers share the weight.
     """
-    key = id(layer.source.weight)
+    key = layer.shared_as
     if key in shared:
         return shared[key]
     weight = layer.source.weight.detach()
@@ -165,7 +218,9 @@ def _weight(layer: LayerToQuantize, shared: SharedWeights) -> tuple[nn.Parameter
         scale = torch.maximum(scale, other.least_scale)
     scale = torch.where(scale > 0, scale, 1.0)
     if layer.static and len(layer.tied_with) == 1:
-        scale = s19_at_least((scale * layer.step).float()).double() / layer.step
+        wanted = s19_at_least((scale * layer.step).float())
+        scale = layer.weight_scale_of(wanted)
+    scale = scale.float()
     values = round_weight(weight, scale, top)
     if layer.storage == torch.int32:
         values = pack_int4(values)
@@ -184,29 +239,23 @@ def _build_dynamic(layer: LayerToQuantize, shared: SharedWeights) -> QuantizedLi
 
 def _build_static(layer: LayerToQuantize, shared: SharedWeights) -> QuantizedLinear:
     """A layer that computes y = scale * (sum(x1 * weight) + bias), where scale is
-    input_scale * weight_scale and the int32 bias holds the zero point of the input:
-    bias = round(float_bias / scale) - input_offset * sum(weight)."""
+    input_scale * weight_scale and the int32 bias holds the zero point of the input."""
     weight, weight_scale = _weight(layer, shared)
-    own = layer.source.bias
-    bias = None
-    if own is not None or layer.input_offset:
-        bias = -layer.input_offset * weight.sum(1, dtype=torch.int64).cpu()
-        if own is not None:
-            steps = own.detach().double().cpu() / (weight_scale * layer.input_scale)
-            bias = bias + steps.round().to(torch.int64)
-        bias = bias.to(torch.int32)
+    own, scale = layer.source.bias, layer.scale_of(weight_scale)
 
     def one(value: float) -> Tensor:
         return torch.tensor([value], dtype=torch.float32, device=weight.device)
 
     following = layer.next
+    product_scale = scale.double() * (following.input_scale if following else 1.0)
+    bias = static_bias(own, product_scale, one(layer.input_offset), weight)
     offset = one(following.input_offset).expand(layer.n).contiguous() if following else None
     return QuantizedLinear(
-        _linear(layer, weight, weight_scale * layer.step, bias, offset),
+        _linear(layer, weight, scale, bias, offset),
         one(layer.input_scale),
         one(layer.input_offset),
         input_dtype=layer.input_dtype,
-        weight_scale=weight_scale.float().to(weight.device),
+        weight_scale=weight_scale.to(weight.device),
         float_bias=None if own is None else own.detach().clone(),
         output_scale=one(following.input_scale) if following else None,
         output_offset=one(following.input_offset) if following else None,
@@ -224,7 +273,7 @@ def _linear(
     device = weight.device
     return layer_of(
         weight,
-        scale.float().to(device),
+        scale.to(device),
         None if bias is None else bias.to(device),
         None if offset is None else offset.to(device),
         pertoken=not layer.static,

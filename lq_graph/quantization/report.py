@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from ..modules.places import tensors_beside
 from ..reports import table
-from .select import quantized_kinds
+from .choose import quantized_kinds
 
 __all__ = ["QuantizeReport", "Quantized", "StaysFloat", "bytes_of", "stays_float"]
 

@@ -8,7 +8,7 @@ import torch
 
 from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
 
-__all__ = ["SCHEMES", "A4W4Dynamic", "A8W8Dynamic", "A8W8Static", "Config"]
+__all__ = ["SCHEMES", "A4W4Dynamic", "A8W8Dynamic", "A8W8Static", "Scheme"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class A8W8Static:
     int8_between: bool = True
 
 
-Config = A8W8Dynamic | A8W8Static | A4W4Dynamic
+Scheme = A8W8Dynamic | A8W8Static | A4W4Dynamic
 
 SCHEMES: dict[type, LayerKind] = {
     A8W8Dynamic: A8W8_DYNAMIC,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from ..errors import LinearQuantValueError
-from ..modules.linear_quant import LinearQuant
 from ..modules.places import Place, held_elsewhere
-from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import why_not_replaceable
-from ..modules.vendor import vendor_layers
-from ..rules.tables import dtype_name
+from .choose import Choice, quantized_kinds
 from .layer import LayerToQuantize, why_illegal
-from .schemes import Config
 
 __all__ = [
     "FilterFn",
@@ -23,7 +19,6 @@ __all__ = [
     "check_finite",
     "keep_tied",
     "not_refused",
-    "quantized_kinds",
     "survey",
 ]
 
@@ -36,23 +31,18 @@ def not_refused(layers: list[LayerToQuantize]) -> list[LayerToQuantize]:
     return [layer for layer in layers if not layer.refusal]
 
 
-def quantized_kinds() -> tuple[type[nn.Module], ...]:
-    """The classes of quantized layers, ours and the vendor's."""
-    return (QuantizedLinear, LinearQuant, *vendor_layers())
-
-
 def survey(
-    model: nn.Module, config: Config, filter_fn: FilterFn | None, places: Places
+    model: nn.Module, chosen: Mapping[str, Choice], filter_fn: FilterFn | None, places: Places
 ) -> list[LayerToQuantize]:
     """Every nn.Linear of a model, in order, with a refusal if it must stay float."""
     elsewhere = held_elsewhere(model)
     layers = [
-        LayerToQuantize(name, module, config, places.get(module, []))
+        LayerToQuantize(name, module, chosen[name].scheme, places.get(module, []))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, quantized_kinds())
     ]
     for layer in layers:
-        layer.refusal = _why_not(layer, filter_fn) or why_illegal(layer)
+        layer.refusal = chosen[layer.name].why or _why_not(layer, filter_fn) or why_illegal(layer)
         if not layer.refusal and layer.source in elsewhere:
             layer.refusal = f"{elsewhere[layer.source]} holds it too and would keep the float one"
     return layers
@@ -90,11 +80,6 @@ def _why_not(layer: LayerToQuantize, filter_fn: FilterFn | None) -> str:
     for name, tensor in linear.named_parameters():
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             return f"the memory of its {name} was freed: gather or load the model first"
-    if linear.weight.dtype not in (torch.float16, torch.bfloat16):
-        return (
-            f"its weight is {dtype_name(linear.weight.dtype)}, and LinearQuant takes float16 and "
-            "bfloat16: call model.half() or model.bfloat16() first"
-        )
     return ""
 
 
@@ -108,5 +93,6 @@ def check_finite(layer: LayerToQuantize) -> None:
         if not all(bound.isfinite() for bound in bounds):
             raise LinearQuantValueError(
                 f"quantize: {layer.name}.{name} holds NaN or infinity; the model is unchanged. "
-                "What to do: check how the model was loaded, or leave it float with filter_fn."
+                "What to do: check how the model was loaded, or leave the layer float: "
+                f"ignore=['{layer.name}']."
             )

@@ -87,7 +87,8 @@ def smooth(model: nn.Module, inputs: Iterable[Any], *, alpha: float = 0.5) -> Sm
     Args:
         model: float, on CPU or NPU.
         inputs: an iterable of inputs of the model, each a tensor, a tuple of positional arguments
-            or a mapping of keyword arguments. Pass a few that look like the real ones.
+            or a mapping of keyword arguments. Pass a few that look like the real ones. Tensors are
+            moved to the model's device, and float tensors are cast to its dtype.
         alpha: from 0 to 1, how much of an activation's range goes into the weights.
 
     Returns:
@@ -181,9 +182,11 @@ def _factors(source: Source, alpha: float) -> Tensor:
     peak = source.peak
     assert peak is not None
     if not peak.isfinite().all():
+        half = any(p.dtype == torch.float16 for p in source.module.parameters(recurse=False))
+        wider = ", or call model.bfloat16() first" if half else ""
         raise LinearQuantValueError(
             f"smooth: the output of {source.name} holds NaN or infinity; the model is unchanged. "
-            "What to do: check the inputs, or run it in bfloat16."
+            f"What to do: check the inputs{wider}."
         )
     columns = [layer.weight.abs().amax(0).float() for layer in source.targets]
     weights = torch.stack(columns).amax(0)

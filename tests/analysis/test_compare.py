@@ -362,7 +362,7 @@ def test_the_table() -> None:
     assert lines[6].startswith("output: ")
     assert lines[7] == (
         "1 has the largest error of its own; to leave it float: "
-        "lq_graph.quantize(..., filter_fn=lambda module, name: name != '1')"
+        "lq_graph.quantize(..., ignore=['1'])"
     )
 
 

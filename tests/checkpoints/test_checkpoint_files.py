@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import random
@@ -25,10 +24,11 @@ from lq_graph import A8W8Dynamic, A8W8Static, CheckpointError, load_checkpoint, 
 from lq_graph.checkpoints.files import read_json
 from lq_graph.checkpoints.patterns import Pattern, PatternError, Text, Work
 from support.injection import model_state
+from support.mutations import deep, header_of, mutated, put_header, spoiled
 
 F16 = torch.float16
 WEIGHTS = {
-    "msmodelslim": "quant_model_weight_w8a8.safetensors",
+    "msmodelslim": "quant_model_weights.safetensors",
     "compressed-tensors": "model.safetensors",
 }
 ABOUT = {"msmodelslim": "quant_model_description.json", "compressed-tensors": "config.json"}
@@ -62,21 +62,7 @@ def good(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     return kind, folder
 
 
-def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
-    data = file.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-def put_header(file: Path, text: bytes, rest: bytes) -> None:
-    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
-
-
 # ---- one by one ----
-
-
-def deep(levels: int) -> str:
-    return '{"a":' * levels + "1" + "}" * levels
 
 
 JSON = {
@@ -363,74 +349,6 @@ def test_patterns_match_as_pythons_do(tally) -> None:
 
 
 # ---- anything ----
-
-
-class Raw:
-    """Text in the place of a JSON value."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-NASTY: list[Any] = [
-    None, True, False, 0, 1, -1, 8, 8.5, 2**31, 2**63, 2**64, 10**30, 1e300, "", "0", "W8A8",
-    "FLOAT", "re:(", "re:(a+)+$", "Linear", "I8", "F16", "BOOL", "F8_E8M0", "token", "tensor",
-    "\ud800", "\n", "x" * 3000, "../x", "a\0", [], {}, [[]], [1, 2], ["Linear"], {"a": 1}, [0, 0],
-    [8, 8], [2**62, 4], Raw("NaN"), Raw("Infinity"), Raw("1e999"), Raw("9" * 30), Raw("{" * 3),
-    Raw(deep(70)),
-    Raw('{"a": 1, "a": 2}'), Raw(""), Raw("'x'"), Raw("0x1"), Raw("[1,]"),
-]  # fmt: skip
-
-
-def mutated(r: random.Random, value: Any) -> bytes:
-    """JSON of a value with something in it replaced, removed or renamed."""
-    value = copy.deepcopy(value)
-    raw: list[str] = []
-    for _ in range(r.choice([1, 1, 2])):
-        places: list[tuple[Any, Any]] = []
-        todo = [value]
-        while todo:
-            whole = todo.pop()
-            if isinstance(whole, dict | list):
-                for key in whole if isinstance(whole, dict) else range(len(whole)):
-                    places.append((whole, key))
-                    todo.append(whole[key])
-        if not places:
-            continue
-        whole, key = r.choice(places)
-        kind = r.random()
-        if kind < 0.7:
-            new = r.choice(NASTY)
-            if isinstance(new, Raw):
-                raw.append(new.text)
-                new = f"raw{len(raw) - 1}"
-            whole[key] = copy.deepcopy(new)
-        elif kind < 0.85:
-            del whole[key]
-        elif isinstance(whole, dict):
-            name = r.choice(
-                ["", "0.weight", "1.weight", "weight", "__metadata__", "2.weight_scale"]
-            )
-            whole[name] = whole.pop(key)
-        else:
-            whole.append(whole[key])
-    text = json.dumps(value)
-    for i, piece in enumerate(raw):
-        text = text.replace(f'"raw{i}"', piece)
-    return text.encode()
-
-
-def spoiled(r: random.Random, data: bytes) -> bytes:
-    """Bytes with some of them changed, lost or doubled."""
-    place, length = r.randrange(len(data)), r.randrange(1, 9)
-    kind = r.randrange(4)
-    if kind == 0:
-        return data[:place]
-    if kind == 1:
-        return data[:place] + r.randbytes(length) + data[place + length :]
-    if kind == 2:
-        return data[:place] + data[place + length :]
-    return data[:place] + data[place : place + length] + data[place:]
 
 
 def test_a_mutated_checkpoint_is_refused_or_loaded(good, tally) -> None:

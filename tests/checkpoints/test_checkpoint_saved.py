@@ -226,7 +226,7 @@ def test_names_that_mean_more_in_a_config(tmp_path) -> None:
     lq_graph.quantize(source, lq_graph.A8W8Dynamic())
     save_checkpoint(source, tmp_path, "compressed-tensors")
     report = load_checkpoint(model, tmp_path)
-    assert {x.name: x.scheme for x in report} == {"Linear": "static", "re:": "dynamic"}
+    assert {x.name: x.scheme for x in report} == {"Linear": "A8W8 static", "re:": "A8W8 dynamic"}
     assert torch.equal(model(x), source(x))
 
 

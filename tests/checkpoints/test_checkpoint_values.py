@@ -208,7 +208,7 @@ def test_a_static_layer_takes_the_models_dtype(tmp_path) -> None:
     write(tmp_path, "compressed-tensors", False, F16)
     with pytest.raises(CheckpointError, match=r"up: .* found bfloat16 in the model"):
         load_checkpoint(Model(BF16), tmp_path, dtype=F16)
-    with pytest.raises(CheckpointError, match=r"dtype is int8; allowed are torch.float16 and"):
+    with pytest.raises(CheckpointError, match=r"dtype is int8. What to do: pass torch.float16 or"):
         load_checkpoint(Model(), tmp_path, dtype=I8)
     model = Model(F32)
     load_checkpoint(model, tmp_path, dtype=F16)

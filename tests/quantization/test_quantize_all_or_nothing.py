@@ -270,7 +270,7 @@ class _PeakOfAllocations(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize(
     ("args", "error", "text"),
     [
-        (("int8",), LinearQuantTypeError, "config is 'int8'; allowed are A8W8Dynamic"),
+        (("int8",), LinearQuantTypeError, "scheme is 'int8'; allowed are A8W8Dynamic"),
         ((A8W8Static(),), LinearQuantValueError, "calibration is absent; A8W8Static needs"),
         ((A8W8Static(), []), LinearQuantValueError, "calibration has no inputs"),
         ((A8W8Static(), torch.ones(2, 64)), LinearQuantTypeError, "calibration is a Tensor; allow"),

@@ -58,7 +58,8 @@ def test_layers_that_must_stay_float_are_named() -> None:
         "attention.out_proj": "a NonDynamicallyQuantizableLinear, whose forward may differ",
         "encoder.linear1": "nn.TransformerEncoderLayer reads the weight itself",
         "hooked": "it has forward hooks",
-        "floats": "its weight is float32, and LinearQuant takes float16 and bfloat16: call model.h",
+        "floats": "its weight is float32, and LinearQuant takes float16 and bfloat16. What to do: "
+        "call model.half() or model.bfloat16() first.",
         "odd": "k = 12, n = 16: int4 needs multiples of 8",
     }.items():
         assert text in notes[name], name

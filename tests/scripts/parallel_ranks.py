@@ -27,6 +27,7 @@ from lq_graph.parallel import RowwiseLinearQuant
 from support.cases import F16, Case
 from support.parallel import Check, refusal
 from support.parallel_checkpoints import checkpoints
+from support.parallel_compressed import compressed
 from support.parallel_merged import merged
 from support.parallel_plans import compiled, differing, edges, layer_for, models, plans, refusals
 from support.parallel_rules import activations, batches, rules
@@ -61,7 +62,18 @@ def mismatched(mesh: DeviceMesh, folder: Path) -> Check:
 
 
 JOBS: dict[str, tuple[Callable[[DeviceMesh, Path], Check], ...]] = {
-    "values": (rules, batches, activations, plans, models, edges, refusals, differing, checkpoints),
+    "values": (
+        rules,
+        batches,
+        activations,
+        plans,
+        models,
+        edges,
+        refusals,
+        differing,
+        checkpoints,
+        compressed,
+    ),
     "compiled": (compiled,),
     "killed": (killed,),
     "mismatched": (mismatched,),

@@ -75,7 +75,7 @@ def checkpoints(mesh: DeviceMesh, folder: Path) -> Check:
     # one rank has the files of another quantization
     last = rank == mesh.size() - 1
     files = folder / ("a8w8_static-msmodelslim" if last else "a8w8_dynamic-msmodelslim")
-    text = "the ranks' checkpoints differ: rank 0 has ['down', 'dynamic'"
+    text = "the ranks' checkpoints differ: rank 0 has ['down', 'A8W8 dynamic'"
     other = block(device)
     action = lambda: load_checkpoint(other, files, mesh=mesh, plan=plan(False))  # noqa: E731
     yield "another checkpoint", refusal(action, text)
