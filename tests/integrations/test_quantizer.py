@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +130,40 @@ def test_a_saved_model_loads_again(
         assert torch.equal(text(again), text(model))
     again.save_pretrained(tmp_path / "again")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+def test_schemes_by_name(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """In the order of the mapping, as in quantize; it is saved and loaded again."""
+    scheme = {"*.0.mlp.*": None, "*.mlp.up*": A8W8Static(), "*.mlp.*": A4W4Dynamic()}
+    scheme |= {"lm_head": A8W8Dynamic(FP16), "*": A8W8Dynamic()}
+    ignore = ["*.k_proj"]
+    config = Config(scheme, ignore=ignore, calibration=calibration())
+    model = load(folders(), quantization_config=config)
+    want = load(folders())
+    lq_graph.quantize(want, scheme, calibration(), ignore=ignore)
+    assert_same(model, want)
+    kinds = {
+        name: "float" if isinstance(layer, nn.Linear) else layer.linear.weight_dtype
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | QuantizedLinear)
+    }
+    assert (
+        kinds["model.layers.0.mlp.up_proj"] == kinds["model.layers.1.self_attn.k_proj"] == "float"
+    )
+    assert kinds["model.layers.1.mlp.down_proj"] == torch.int32
+    assert not model.model.layers[1].mlp.up_proj.dynamic
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same(again, want)
+    assert again.config.quantization_config.scheme == scheme
+    assert list(again.config.quantization_config.scheme) == list(scheme)
+    assert again.config.quantization_config.ignore == ignore
+
+
+def test_the_head_stays_float(folders: Callable[..., Path]) -> None:
+    model = load(folders(), quantization_config=Config())
+    assert type(model.lm_head) is nn.Linear
+    assert "float by default" in model.hf_quantizer.report[-1].note
 
 
 def test_no_dtype_is_the_one_of_config_json(folders: Callable[..., Path]) -> None:
@@ -288,8 +321,7 @@ def want_config(folder: Path) -> dict[str, Any]:
 def checkpoint(folder: Path, to: Path, scheme: Any, kind: str) -> Any:
     """A folder as a tool writes it; returns the model in it."""
     model = in_memory(folder, scheme)
-    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
-    lq_graph.save_checkpoint(model, to, kind)
+    lq_graph.save_checkpoint(model, to, kind, copy_from=folder)
     return model
 
 
@@ -474,6 +506,12 @@ def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_pa
             "device_map has npu:0, npu:1, and another tool's folder is loaded on one device. What",
             lambda: ours.from_pretrained(
                 tmp_path / "ct", device_map={"model": "npu:0", "lm_head": "npu:1"}
+            ),
+        ),
+        (
+            r"from_pretrained: scheme has '\*.nosuch', which matches no nn.Linear layer",
+            lambda: load(
+                folders(), quantization_config=Config({"*.nosuch": None, "*": A8W8Dynamic()})
             ),
         ),
         (
