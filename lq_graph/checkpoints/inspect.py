@@ -64,9 +64,9 @@ def inspect(
         raise CheckpointError(f"inspect: path: {error}. What to do: pass a str.") from None
     patterns = patterns_in(ignore)
 
-    def look(pending: Path | None) -> Inspection:
+    def look() -> Inspection:
         with ExitStack() as stack:
-            files = CheckpointFiles(place, stack, pending, mapped=False)
+            files = CheckpointFiles(place, stack, mapped=False)
             return _inspect(files, model, dtype, patterns, prefer)
 
     try:

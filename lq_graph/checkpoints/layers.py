@@ -17,7 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
-from .experts import check_experts
+from .experts import check_experts, fused_experts
 from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -121,7 +121,7 @@ def layers_to_load(
         refusals: a module that is absent or cannot be replaced.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    format = contents.format
+    format, tensors = contents.format, dict(model.named_parameters())
     places, elsewhere = places_of(model), held_elsewhere(model)
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
@@ -129,7 +129,7 @@ def layers_to_load(
     told: set[str] = set()  # experts in one tensor of the model
     for name in contents.kinds:
         if name in in_files and name not in modules:
-            fused = fused_experts(name, modules)
+            fused = fused_experts(name, tensors)
             if not fused or fused in told:
                 continue  # check_rest tells the others
             told.add(fused)
@@ -166,7 +166,6 @@ def layer_of_files(
 def _module_for(
     files: CheckpointFiles, name: str, modules: Mapping[str, nn.Module]
 ) -> nn.Linear | QuantizedLinear:
-    module = modules.get(name)
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
