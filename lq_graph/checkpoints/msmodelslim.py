@@ -129,7 +129,7 @@ class Msmodelslim(Format):
         Raises:
             CheckpointError: a word of a layer that LinearQuant cannot run.
         """
-        check_inputs(file, keys)
+        check_inputs(file, description, keys)
         kinds, left_out = {}, {}
         for key, word in description.items():
             name, _, part = key.rpartition(".")
