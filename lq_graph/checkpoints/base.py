@@ -57,7 +57,7 @@ State = dict[str, Tensor]  # the state dict of one QuantizedLinear
 class Part:
     """One tensor of a quantized layer in a file.
 
-    The names mean the same in every format: `weight_scale` is per channel, `deq_scale` is
+    The names mean the same in every format: `weight_scale` is of the weights, `deq_scale` is
     input_scale * weight_scale, `quant_bias` is the int32 bias with the input's zero point in it.
 
     Attributes:
@@ -77,8 +77,9 @@ class Part:
 
 WEIGHT = Part("weight", (_I8,), (("n", "k"),))
 BIAS = Part("bias", FLOATS, (("n",),), required=False)
-WEIGHT_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",)), positive=True)
-WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), (("n", 1), ("n",)), required=False)
+_CHANNELS: tuple[tuple[str | int, ...], ...] = (("n", 1), ("n",), (1,))  # (1,): one for all
+WEIGHT_SCALE = Part("weight_scale", FLOATS, _CHANNELS, positive=True)
+WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), _CHANNELS, required=False)
 INPUT_SCALE = Part("input_scale", FLOATS, ((1,), ()), positive=True)
 
 
