@@ -19,7 +19,8 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "Committed",
     "Entry",
+    "Refusals",
     "TensorFile",
     "check_model",
     "committed",
@@ -103,6 +105,27 @@ def refuse(file: Path, key: str | None, expected: str, found: str, todo: str) ->
     where = shown(file, 4096) + (f": {shown(key)}" if key else "")
     text = f"{where}: expected {expected}, found {shown(found)}."
     raise CheckpointError(f"{text} What to do: {todo}.")
+
+
+class Refusals:
+    """What is refused: the first refusal is raised; or all are collected, to be told together.
+
+    Args:
+        collected: a list that gets all refusals; None to raise the first.
+    """
+
+    def __init__(self, collected: list[CheckpointError] | None = None) -> None:
+        self._collected = collected
+
+    @contextmanager
+    def each(self) -> Iterator[None]:
+        """A block that may refuse; if refusals are collected, the program goes on after it."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._collected is None:
+                raise
+            self._collected.append(error)
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -336,6 +359,11 @@ class TensorFile:
                 self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as error:
                 refuse(file, None, "a file that can be mapped", str(error), "leave mmap=False")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._stamp[0]
 
     def close(self) -> None:
         """Close the file; mapped tensors stay valid."""

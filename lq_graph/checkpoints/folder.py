@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -106,6 +106,11 @@ class CheckpointFiles:
                 refuse(place[0].file, key, expected, "other values", todo)
         self._of = renamed
 
+    def leave_out(self, keys: Iterable[str]) -> None:
+        """Forget tensors, which are then not read."""
+        for key in keys:
+            del self._of[key]
+
     def __contains__(self, key: str) -> bool:
         return key in self._of
 
@@ -126,6 +131,19 @@ class CheckpointFiles:
         file, name = self._of[key]
         entry = file.entries[name]
         return entry.dtype, entry.shape
+
+    def sizes(self) -> dict[str, int]:
+        """The files, with their sizes in bytes."""
+        return {file.file.name: file.size for file in self._files}
+
+    def bytes_of(self, key: str) -> int:
+        """The size of a tensor in the file."""
+        file, name = self._of[key]
+        return file.entries[name].end - file.entries[name].begin
+
+    def name_of(self, key: str) -> str:
+        """The name of a tensor in its file."""
+        return self._of[key][1]
 
     def read(self, key: str) -> Tensor:
         """A tensor."""

@@ -82,6 +82,16 @@ def test_sparse_float_weights_are_float(word, tmp_path) -> None:
     assert torch.equal(model.head.weight, tensors_in(tmp_path)["head.weight"])
 
 
+@pytest.mark.parametrize("word", ["W8A8_DYNAMIC", "W4A4_DYNAMIC"])
+def test_scales_of_groups_are_refused(word, tmp_path) -> None:
+    """The word is the same as without groups."""
+    made = small(word)
+    made.put("up.weight_scale", torch.ones(N, 4), word)
+    made.write(tmp_path)
+    with pytest.raises(CheckpointError, match=r"found float32 \(32, 4\). What to do: .* no groups"):
+        load_checkpoint(made.model(), tmp_path)
+
+
 CHANGED = {
     "heads": ("up.heads_rotation", "rotated while the model runs", "online: false"),
     "kronecker": ("up.kronecker_rotation_m", "rotated while the model runs", "online: false"),
@@ -109,7 +119,7 @@ def test_the_bias_of_a_norm_is_added(tmp_path) -> None:
     model, files = made.model(), tensors_in(tmp_path)
     with torch.no_grad():
         report = load_checkpoint(model, tmp_path)
-    assert not report.left_out
+    assert not report.left_out and report.added == ("norm.bias",)
     assert list(model.state_dict())[:2] == ["norm.weight", "norm.bias"]
     assert model.norm.bias.dtype == BF16 and files["norm.bias"].dtype == F32
     x = torch.randn(5, H, generator=torch.Generator().manual_seed(1)).to(BF16)
@@ -142,6 +152,7 @@ def test_biases_of_zeros_are_left_out(tmp_path) -> None:
     model = made.model()
     report = load_checkpoint(model, tmp_path)
     assert report.left_out == {"norm.bias": "a bias of zeros, and the model's module has none"}
+    assert report.added == ()
     assert "norm.bias" not in model.state_dict() and not model.norm._forward_hooks
 
 
