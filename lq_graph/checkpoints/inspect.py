@@ -104,9 +104,10 @@ def _inspect(
         format = contents.format.name
     used = {files.name_of(key) for one in layers for key in _keys(one) if key in files}
     names = {files.name_of(key) if key in files else key: why for key, why in left_out.items()}
+    matrices = [key for key, one in in_files.items() if len(one.shape) == 2]
     words, notes = "", []
     with suppress(CheckpointError):  # JSON that cannot be read, which is among the problems
-        words, notes = words_of(folder), list(notes_of(folder, in_files.keys()))
+        words, notes = words_of(folder), list(notes_of(folder, matrices))
     verdicts = _Verdicts()
     return Inspection(
         str(files.path),
@@ -226,4 +227,4 @@ class _Verdicts:
         """ "yes: float16, bfloat16", or why the product runs none."""
         why = {output: why_no_row(layer, output, product)[0] for output in outputs}
         runs = [dtype_name(output) for output, no in why.items() if not no]
-        return f"yes: {', '.join(runs)}" if runs else why[outputs[-1]]
+        return f"yes: {', '.join(runs)}" if runs else why[outputs[0]]
