@@ -20,7 +20,7 @@ from .folder import CheckpointFiles
 from .state import converted
 from .tensors import bit_equal
 
-__all__ = ["AddedBiases"]
+__all__ = ["AddedBiases", "norm_with_bias"]
 
 _ZEROS = "a bias of zeros, and the model's module has none"
 # their forward adds self.bias if it is not None
@@ -40,7 +40,7 @@ class AddedBiases:
         refusals: a bias of another shape than its module.
 
     Attributes:
-        names: of the biases, in the files.
+        names: of all these biases in the files.
         left_out: those that are zeros and are not added, with the reason.
 
     """
@@ -73,6 +73,8 @@ class AddedBiases:
             return  # check_rest loads it, or refuses it
         weight = module.weight
         assert isinstance(weight, Tensor)
+        if type(weight.data) is not Tensor:
+            return  # a DTensor, for example
         shape = tuple(weight.shape[:1])
         dtype, given = files.header(key)
         if given != shape or dtype is None or not dtype.is_floating_point:
@@ -106,6 +108,11 @@ class AddedBiases:
             else:
                 self.left_out[key] = _ZEROS
 
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of the biases that modules get."""
+        return tuple(key for key, _ in self._new.values())
+
     def make(self, undo: ExitStack) -> None:
         """Add the biases; the stack removes them."""
         for module, (_, bias) in self._new.items():
@@ -118,6 +125,13 @@ class AddedBiases:
 def add_bias(module: nn.Module, args: object, output: Tensor) -> Tensor:  # noqa: ARG001
     """A forward hook: adds the bias that the module's own forward does not add."""
     return output + module.bias  # type: ignore[operator]
+
+
+def norm_with_bias(model: nn.Module) -> str:
+    """The name of the first norm of a model that got a bias; empty if there is none. Its class has
+    none, so a reader that makes the model anew would leave the bias out."""
+    hooks = ((name, module._forward_hooks) for name, module in model.named_modules())
+    return next((name for name, held in hooks if add_bias in held.values()), "")
 
 
 def _can_have_bias(module: nn.Module, key: str) -> bool:

@@ -97,6 +97,7 @@ _WITHOUT_EFFECT = {
 }
 
 # the weights of a model may be saved as floats, with the scales beside them
+_ONE_SCALE = "quantize again with one scale for a channel; LinearQuant has no groups along k"
 _COMPRESS = (
     "save the model again with its weights quantized (save_compressed=True), or load the float "
     "model and call lq_graph.quantize"
@@ -117,7 +118,8 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
     if given not in part.dtypes or shape not in _shapes(part, layer):
         found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
         floats = part.name == "weight" and given is not None and given.is_floating_point
-        todo = _COMPRESS if floats else _AS_SAID
+        groups = part.name == "weight_scale" and shape[:1] == (layer.n,) and shape[-1] > 1
+        todo = _COMPRESS if floats else _ONE_SCALE if groups else _AS_SAID
         layer.refuse_part(part.name, _describe(part, layer), found, todo)
 
 

@@ -75,6 +75,7 @@ def find(
     files.leave_out(left_out)
     folder = files.path.parent if is_file(files.path) else files.path
     contents = contents_of(folder, files, model, prefer=prefer, left_out=left_out)
+    files.check_one_save()
     files.rename(contents.names)
     layers = layers_to_load(model, files, contents, refusals)
     for layer in layers:

@@ -91,14 +91,16 @@ def words_of(folder: Path) -> str:
 
 def _renamed(contents: Contents, keys: list[str], model: ModelNames) -> Contents:
     """The contents with the names that the tensors have in the model."""
-    new_names = model.new_names(contents.kinds, keys)
+    own = [contents.names.get(key, key) for key in keys]
+    new_names = model.new_names(contents.kinds, own)
     if not new_names.modules:
         return contents
-    names = {**new_names.tensors(keys), **contents.names}
+    new = new_names.tensors(own)
+    names = {key: new.get(name, name) for key, name in zip(keys, own, strict=True)}
     return replace(
         contents,
         kinds={new_names.module(name): kind for name, kind in contents.kinds.items()},
-        names=names,
-        left_out={names.get(key, key): why for key, why in contents.left_out.items()},
-        must_be={names.get(key, key): wanted for key, wanted in contents.must_be.items()},
+        names={key: name for key, name in names.items() if name != key},
+        left_out={new.get(key, key): why for key, why in contents.left_out.items()},
+        must_be={new.get(key, key): wanted for key, wanted in contents.must_be.items()},
     )

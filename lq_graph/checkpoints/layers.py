@@ -17,7 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
-from .experts import MAKE_EACH, fused_experts
+from .experts import check_experts
 from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -171,9 +171,8 @@ def _module_for(
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
     module = modules.get(name)
-    if module is None and (fused := fused_experts(name, modules)):
-        found = f"all experts in one tensor, {fused}"
-        refuse(files.path, name, "an nn.Linear for each expert in the model", found, MAKE_EACH)
+    if module is None:
+        check_experts(files.path, name, dict(modules[""].named_parameters()))
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
         todo = "make the model that these files were saved from: compare its config.json"

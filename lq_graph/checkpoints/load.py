@@ -76,12 +76,14 @@ class LoadReport(list[Loaded]):
         bytes_read: bytes of tensors that this process read from the files.
         left_out: tensors of the files that were not loaded, with the reason.
         bytes_left_out: their sizes in the files.
+        added: biases of the files that norms and float layers got, whose classes have none.
         renamed: the names in the model of the tensors that have another name in the files, by that.
     """
 
     bytes_read = 0
     left_out: Mapping[str, str] = MappingProxyType({})
     bytes_left_out: Mapping[str, int] = MappingProxyType({})
+    added: tuple[str, ...] = ()
     renamed: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
@@ -104,12 +106,13 @@ def load_checkpoint(
     mmap: bool = False,
     prefer: Prefer = "dynamic",
 ) -> LoadReport:
-    """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
+    """Load a quantized checkpoint of msmodelslim or compressed-tensors into a model.
 
     For each quantized layer of the files the model needs an nn.Linear of that name, or a
     QuantizedLinear. A `QuantizedLinear` replaces the nn.Linear, which must be one that `quantize`
     would quantize. Every other tensor is loaded by name, into the memory that it has. Tied weights
-    stay tied.
+    stay tied. A norm, or a layer that stays float, gets the bias that msmodelslim's smoothing gave
+    it, as a parameter that the norm adds by a forward hook.
 
     Atomic: if a step fails, the model is unchanged. Files and model are checked first, everything
     is read second, and the model is changed last; Ctrl-C waits for that step. If another process
@@ -162,9 +165,9 @@ def load_checkpoint(
     patterns = patterns_in(ignore)
     parallel = None if mesh is None or plan is None else TensorParallel(mesh, plan)
 
-    def load(pending: Path | None) -> tuple[LoadReport, Callable[[], None]]:
+    def load() -> tuple[LoadReport, Callable[[], None]]:
         with ExitStack() as stack:
-            files = CheckpointFiles(path, stack, pending, mapped=mmap)
+            files = CheckpointFiles(path, stack, mapped=mmap)
             return _load(model, files, dtype, patterns, parallel, prefer)
 
     # parameters made in inference mode could not be used outside
@@ -238,6 +241,7 @@ def _load(
     report.bytes_left_out = found.bytes_left_out | {
         key: files.bytes_of(key) for key in found.biases.left_out
     }
+    report.added = found.biases.added
     report.renamed = found.contents.names
     report.bytes_read = files.bytes_read
 

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..backends.npu import cast_format, format_of
 from ..rules.tables import ND, dtype_name
 from .choose import patterns_for, some
+from .experts import check_experts
 from .files import CheckpointError, Refusals, refuse, shown
 from .folder import CheckpointFiles
 from .tensors import bit_equal, memory_of
@@ -148,6 +149,9 @@ def _refuse_unknown(
     held: RestOfModel, files: CheckpointFiles, unknown: list[str], missing: list[str]
 ) -> NoReturn:
     """Refuse tensors that the model has not."""
+    tensors = {key: place.tensor for key, place in held.places.items()}
+    for key in unknown:
+        check_experts(files.file_of(key), key, tensors)
     names = [files.name_of(key) for key in unknown]
     found = "no such parameter in the model"
     if others := names[1:]:

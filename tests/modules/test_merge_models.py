@@ -86,7 +86,8 @@ def quantized(family: str, **options: Any) -> Any:
     kind = "AutoModelForMaskedLM" if family == "Bert" else "AutoModelForCausalLM"
     model = getattr(transformers, kind).from_config(configuration).half().eval()
     model.config.use_cache = False
-    lq_graph.quantize(model, lq_graph.A8W8Dynamic())
+    linears = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    lq_graph.quantize(model, dict.fromkeys(linears, lq_graph.A8W8Dynamic()))  # the head too
     return Logits(model)
 
 
