@@ -64,9 +64,9 @@ def inspect(
         raise CheckpointError(f"inspect: path: {error}. What to do: pass a str.") from None
     patterns = patterns_in(ignore)
 
-    def look(pending: Path | None) -> Inspection:
+    def look() -> Inspection:
         with ExitStack() as stack:
-            files = CheckpointFiles(place, stack, pending, mapped=False)
+            files = CheckpointFiles(place, stack, mapped=False)
             return _inspect(files, model, dtype, patterns, prefer)
 
     try:
@@ -97,6 +97,7 @@ def _inspect(
             left_out = ignored_tensors(patterns, files)
             files.leave_out(left_out)
             contents = contents_of(folder, files, prefer=prefer, left_out=left_out)
+            files.check_one_save()
             files.rename(contents.names)
             layers = list(_layers_alone(files, contents, dtype, refusals))
             left_out |= contents.not_loaded()

@@ -126,13 +126,9 @@ def layers_to_load(
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     in_files = {key.rpartition(".")[0] for key in files}
-    told: set[str] = set()  # experts in one tensor of the model
     for name in contents.kinds:
         if name in in_files and name not in modules:
-            fused = fused_experts(name, modules)
-            if not fused or fused in told:
-                continue  # check_rest tells the others
-            told.add(fused)
+            continue  # check_rest tells it
         with refusals.each():
             layer = layer_of_files(files, contents, name, _module_for(files, name, modules))
             module = layer.module
@@ -166,7 +162,6 @@ def layer_of_files(
 def _module_for(
     files: CheckpointFiles, name: str, modules: Mapping[str, nn.Module]
 ) -> nn.Linear | QuantizedLinear:
-    module = modules.get(name)
     if not name:
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)

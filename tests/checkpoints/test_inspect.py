@@ -118,7 +118,7 @@ A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32 -> bfloat16
 
 A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32, bias bfloat16 -> bfloat16
   runs on Atlas A2, Atlas A3, Ascend 950 in float16 and bfloat16
-  not on Atlas inference (310P): linear_quant: pertoken_scale is float32 and bias is bfloat16; with
+  not on Atlas inference (310P): linear_quant: pertoken_scale is float32 and bias is float32; with
     int8 x1 and weight, float16 output and scale float32, Atlas inference (310P) takes no
     pertoken_scale and allows bias int32 or absent
   layer             count    n   k   bytes
