@@ -364,6 +364,10 @@ def test_the_command_prints_the_same(tmp_path, capsys) -> None:
     answer = json.loads(capsys.readouterr().out)
     assert answer == found.as_json() and answer["ok"] is True
     assert [layer["name"] for layer in answer["layers"]] == [one.name for one in found.layers]
+    page = (Path(lq_graph.__file__).parents[1] / "docs/inspect.md").read_text()
+    documented = set(re.findall(r"`(\w+)`", page[page.index("## JSON") :]))
+    parts = (answer, *answer["layers"], *answer["tensors"])
+    assert {key for part in parts for key in part} <= documented | {"shape"}
     bad = ["inspect", str(tmp_path), "--ignore", "lm_head", "--ignore", "none.*", "--json"]
     assert command_line.main(bad) == 1
     assert "none.*" in json.loads(capsys.readouterr().out)["problems"][0]
