@@ -240,7 +240,7 @@ def _inspect(asked: argparse.Namespace) -> int:
     if asked.model is not None:
         if importlib.util.find_spec("transformers") is None:
             raise LinearQuantValueError(
-                "inspect: --model needs transformers. What to do: leave --model out, or pip install "
+                "inspect: --model needs transformers. What to do: leave it out, or pip install "
                 "transformers."
             )
         from .integrations.empty_model import empty_model
