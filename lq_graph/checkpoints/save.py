@@ -101,7 +101,8 @@ def save_checkpoint(
             place = getattr(error, "filename", None) or folder
             what = getattr(error, "strerror", None) or str(error)
             raise CheckpointError(
-                f"save_checkpoint: {shown(place, 4096)}: {what}. The folder is unchanged."
+                f"save_checkpoint: {shown(place, 4096)}: {what}. The folder is unchanged. What "
+                "to do: save where there is room, and where you may write."
             ) from error
 
 
