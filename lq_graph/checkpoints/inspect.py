@@ -17,7 +17,7 @@ from .base import Contents
 from .check_layer import check_headers, outputs_of, scale_and_bias, why_no_row
 from .choose import NamePattern, ignored_tensors, patterns_in
 from .files import CheckpointError, Refusals, check_model, expanded, refuse
-from .find import find
+from .find import check_options, find
 from .folder import CheckpointFiles, is_file, old_or_new
 from .formats import contents_of, words_of
 from .inspection import InspectedLayer, InspectedTensor, Inspection
@@ -56,6 +56,7 @@ def inspect(
         CheckpointError: arguments that do not fit. What is wrong with the files is in the
             Inspection.
     """
+    check_options("inspect", dtype, prefer)
     if model is not None:
         check_model("inspect", model)
     try:

@@ -224,6 +224,15 @@ def test_problems_alike_are_counted(tmp_path) -> None:
     assert "(2 more like it)" in str(found) and "\n2. " not in str(found)
 
 
+def test_names_from_files_are_printed_as_text(tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    put("a\x1b[31m\n.bias", torch.zeros(1))(tmp_path)
+    put("b" * 200, torch.zeros(1))(tmp_path)
+    text = str(lq_graph.inspect(tmp_path))
+    assert "\x1b" not in text and "a\\x1b[31m\\n.bias" in text
+    assert max(map(len, text.splitlines()[1:])) <= 100
+
+
 def test_no_tensor_is_read(tmp_path) -> None:
     """A file of 100 GB, of which the disk has the header."""
     n, k = 1_600_000, 65_528
@@ -343,6 +352,8 @@ def test_the_product_in_force_decides(tmp_path) -> None:
         (lambda: lq_graph.inspect(3), "inspect: path: .* What to do: pass a str"),
         (lambda: lq_graph.inspect("a", 3), "inspect: model is a int, not an nn.Module"),
         (lambda: lq_graph.inspect("a", ignore="b"), "ignore is 'b'. What to do: "),
+        (lambda: lq_graph.inspect("a", dtype=I8), "inspect: dtype is int8. What to do: "),
+        (lambda: lq_graph.inspect("a", prefer="no"), "inspect: prefer is 'no'. What to do: "),
     ],
 )
 def test_arguments_that_do_not_fit(call, message) -> None:
