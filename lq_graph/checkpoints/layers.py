@@ -17,7 +17,7 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part, StaticTensors
-from .experts import check_experts, fused_experts
+from .experts import check_experts
 from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
@@ -121,18 +121,14 @@ def layers_to_load(
         refusals: a module that is absent or cannot be replaced.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    format, tensors = contents.format, dict(model.named_parameters())
+    format = contents.format
     places, elsewhere = places_of(model), held_elsewhere(model)
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
     in_files = {key.rpartition(".")[0] for key in files}
-    told: set[str] = set()  # experts in one tensor of the model
     for name in contents.kinds:
         if name in in_files and name not in modules:
-            fused = fused_experts(name, tensors)
-            if not fused or fused in told:
-                continue  # check_rest tells the others
-            told.add(fused)
+            continue  # check_rest tells it
         with refusals.each():
             layer = layer_of_files(files, contents, name, _module_for(files, name, modules))
             module = layer.module
