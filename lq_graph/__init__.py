@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .analysis.compare import compare
     from .analysis.explain import explain
     from .checkpoints.files import CheckpointError
+    from .checkpoints.inspect import inspect
     from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
@@ -66,6 +67,7 @@ __all__ = [
     "get_cann_version",
     "get_fusion",
     "get_product",
+    "inspect",
     "linear_quant",
     "load_checkpoint",
     "merge",
@@ -90,6 +92,7 @@ _HOMES = {
     "analysis.compare": ("compare",),
     "analysis.explain": ("explain",),
     "checkpoints.files": ("CheckpointError",),
+    "checkpoints.inspect": ("inspect",),
     "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),

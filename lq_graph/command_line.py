@@ -1,5 +1,5 @@
 """`python -m lq_graph check ...` checks a configuration, `... explain ...` explains a model, `...
-doctor` looks at the machine."""
+inspect` looks at a checkpoint, `... doctor` at the machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import argparse
 import importlib
 import importlib.util
 import inspect
+import json
+import os
 import re
 import runpy
 import sys
@@ -19,6 +21,8 @@ import torch
 from torch import nn
 
 from .analysis.explain import explain, require_npu
+from .checkpoints.files import expanded
+from .checkpoints.inspect import inspect as inspect_checkpoint
 from .doctor import command
 from .errors import LinearQuantError, LinearQuantValueError
 from .kernels import storage_k
@@ -103,6 +107,35 @@ def _parser() -> argparse.ArgumentParser:
     explaining.add_argument(
         "--html", metavar="FILE", help="also write a page with the graphs drawn"
     )
+    inspecting = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds, what runs it, and what load_checkpoint refuses",
+        description="Say what a quantized checkpoint holds, layer by layer, which products run it, "
+        "and everything that load_checkpoint would refuse. Only the JSON and the headers of the "
+        "files are read.",
+        epilog="Exit status: 0 if nothing is refused, 1 if something is, 2 for a mistake in the "
+        "command.",
+    )
+    inspecting.add_argument("folder", help="a folder, or one safetensors file")
+    inspecting.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a folder with the config.json of the model, often the same one: also say what is "
+        "missing and what is more than the model has; needs transformers",
+    )
+    inspecting.add_argument(
+        "--ignore",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="as ignore= of load_checkpoint; may be repeated",
+    )
+    inspecting.add_argument("--dtype", type=_dtype, help="as dtype= of load_checkpoint")
+    inspecting.add_argument(
+        "--prefer", choices=("dynamic", "static"), default="dynamic", help="as prefer= of it"
+    )
+    inspecting.add_argument("--all", action="store_true", help="one line for each tensor")
+    inspecting.add_argument("--json", action="store_true", help="print the answer as JSON")
     doctor = commands.add_parser(
         "doctor",
         help=command.HELP,
@@ -178,7 +211,8 @@ def _find_npu() -> None:
         raise LinearQuantValueError(f"{error}{why}") from None
 
 
-def _explain(model: str, html: str | None) -> None:
+def _explain(asked: argparse.Namespace) -> int:
+    html = asked.html
     if html is not None:
         page = Path(html)
         if page.is_dir() or not page.absolute().parent.is_dir():
@@ -188,7 +222,7 @@ def _explain(model: str, html: str | None) -> None:
                 "explain: the page is drawn by matplotlib. What to do: pip install matplotlib."
             )
     _find_npu()
-    explanation = explain(*_load(model))
+    explanation = explain(*_load(asked.model))
     print(explanation)
     if html is not None:
         try:
@@ -196,6 +230,30 @@ def _explain(model: str, html: str | None) -> None:
         except OSError as error:
             raise LinearQuantValueError(f"explain: --html: {error}") from None
         print(f"\nwritten: {html}")
+    return 0
+
+
+def _inspect(asked: argparse.Namespace) -> int:
+    if not os.path.exists(expanded(asked.folder)):
+        raise LinearQuantValueError(f"inspect: there is no {asked.folder}")
+    model = None
+    if asked.model is not None:
+        if importlib.util.find_spec("transformers") is None:
+            raise LinearQuantValueError(
+                "inspect: --model needs transformers. What to do: pip install transformers, or "
+                "leave --model out."
+            )
+        from .integrations.empty_model import empty_model
+
+        model = empty_model(asked.model)
+    found = inspect_checkpoint(
+        asked.folder, model, dtype=asked.dtype, ignore=asked.ignore, prefer=asked.prefer
+    )
+    if asked.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print(found.text(everything=asked.all))
+    return 0 if found else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,12 +262,11 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if asked.command == "doctor":
         return command.run(asked)
-    if asked.command == "explain":
+    if asked.command in ("explain", "inspect"):
         try:
-            _explain(asked.model, asked.html)
+            return _inspect(asked) if asked.command == "inspect" else _explain(asked)
         except LinearQuantError as error:
             parser.error(str(error))
-        return 0
     try:
         answer = check(
             asked.x1,

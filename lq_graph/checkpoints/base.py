@@ -22,6 +22,7 @@ from ..modules.linear_quant import layer_of
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.supported import LayerKind
 from ..ops import trans_quant_param
+from .shards import is_shard
 
 __all__ = [
     "BIAS",
@@ -147,7 +148,9 @@ class Format(ABC):
 
     Attributes:
         name: as `save_checkpoint` takes it.
-        weights_file, json_file: names of the two files that `save_checkpoint` writes.
+        stem: how the names of the files of weights begin that `save_checkpoint` writes.
+        older: names that files of weights had in earlier versions of lq_graph.
+        json_file: name of the file that describes them.
         parts: the tensors of a layer, by how it is quantized; the weight is the first.
         output_decided_by: parts whose dtype decides the float dtype that a layer takes and returns.
         zero_point: the part that is the zero point of a static layer's input.
@@ -155,7 +158,8 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    weights_file: ClassVar[str]
+    stem: ClassVar[str]
+    older: ClassVar[tuple[str, ...]] = ()
     json_file: ClassVar[str]
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]]
     zero_point: ClassVar[str] = "input_offset"
@@ -232,32 +236,29 @@ class Format(ABC):
         """A static layer's tensors, and what they lose."""
 
     @abstractmethod
-    def json(
-        self,
-        keys: Iterable[str],
-        layers: Mapping[str, QuantizedLinear],
-        floats: Iterable[str],
-        old: dict[str, Any],
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        """The contents of the JSON file.
+        """What the JSON says about the tensors: the contents of `json_file`, or, if that is
+        config.json, the quantization_config in it.
 
         Args:
             keys: names of the model's tensors, tied ones too.
             layers: the quantized layers by name.
             floats: names of the linear layers that stay float.
-            old: the JSON that is in the folder, from `json_to_keep`.
         """
 
+    def is_weights(self, name: str) -> bool:
+        """Whether `save_checkpoint` may have written a file of this name, with weights."""
+        return name in self.older or is_shard(name, self.stem)
+
     @abstractmethod
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        """The part of a folder's JSON that stays; {} for none.
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        """Whether the weights in a folder are described as this format does it.
 
         Args:
-            folder: the folder of the new checkpoint.
+            folder: with the files.
             names: of the files in it.
-
-        Raises:
-            CheckpointError: the JSON contradicts this format.
         """
 
     def describes_weights(self, name: str) -> bool:  # noqa: ARG002

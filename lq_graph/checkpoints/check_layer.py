@@ -8,13 +8,20 @@ import torch
 
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.supported import why_not_supported
-from ..rules.tables import dtype_name
+from ..rules.tables import Product, dtype_name
 from .base import MustBe, Part
 from .files import refuse
 from .layers import LayerToLoad, weight_of
 from .tensors import fits
 
-__all__ = ["check_headers", "check_values", "check_without_effect"]
+__all__ = [
+    "check_headers",
+    "check_values",
+    "check_without_effect",
+    "outputs_of",
+    "scale_and_bias",
+    "why_no_row",
+]
 
 _I32, _F32, _F16, _BF16 = torch.int32, torch.float32, torch.float16, torch.bfloat16
 _MISSING = "download the missing file, or correct the JSON that says how the layer is quantized"
@@ -90,6 +97,7 @@ _WITHOUT_EFFECT = {
 }
 
 # the weights of a model may be saved as floats, with the scales beside them
+_ONE_SCALE = "quantize again with one scale for a channel; LinearQuant has no groups along k"
 _COMPRESS = (
     "save the model again with its weights quantized (save_compressed=True), or load the float "
     "model and call lq_graph.quantize"
@@ -110,7 +118,8 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
     if given not in part.dtypes or shape not in _shapes(part, layer):
         found = f"{'another dtype' if given is None else dtype_name(given)} {shape}"
         floats = part.name == "weight" and given is not None and given.is_floating_point
-        todo = _COMPRESS if floats else _AS_SAID
+        groups = part.name == "weight_scale" and shape[:1] == (layer.n,) and shape[-1] > 1
+        todo = _COMPRESS if floats else _ONE_SCALE if groups else _AS_SAID
         layer.refuse_part(part.name, _describe(part, layer), found, todo)
 
 
@@ -232,20 +241,46 @@ def _check_range(layer: LayerToLoad) -> None:
 
 def _check_product(layer: LayerToLoad) -> None:
     """The product's tables have a row for the layer."""
-    bias = None
-    if "quant_bias" in layer or layer.format.zero_point in layer:
-        bias = _I32
-    elif "bias" in layer:
-        bias = layer.format.bias_dtype(layer.kind, layer.output, layer.dtype("bias"))
-    why, todo = why_not_supported(
-        layer.kind,
-        layer.k,
-        layer.n,
-        input_dtype=layer.output,
-        output_dtype=layer.output,
-        scale=layer.dtype("deq_scale") if "deq_scale" in layer else _F32,
-        bias=bias,
-    )
+    why, todo = why_no_row(layer, layer.output)
     if why:
         todo = todo or "leave the layer float, or quantize it as W8A8, and save again"
         layer.refuse("a layer that the product can run", why, todo)
+
+
+def scale_and_bias(
+    layer: LayerToLoad, output: torch.dtype
+) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The dtypes of a layer's scale and bias, None for no bias, if it returns `output`."""
+    scale = layer.dtype("deq_scale") if "deq_scale" in layer else _F32
+    if "quant_bias" in layer or layer.format.zero_point in layer:
+        return scale, _I32
+    if "bias" in layer:
+        return scale, layer.format.bias_dtype(layer.kind, output, layer.dtype("bias"))
+    return scale, None
+
+
+def why_no_row(
+    layer: LayerToLoad, output: torch.dtype, product: Product | None = None
+) -> tuple[str, str]:
+    """Why a product, by default the one in force, cannot run a layer that takes and returns
+    `output`, and what to do; both empty if it can."""
+    scale, bias = scale_and_bias(layer, output)
+    return why_not_supported(
+        layer.kind,
+        layer.k,
+        layer.n,
+        input_dtype=output,
+        output_dtype=output,
+        scale=scale,
+        bias=bias,
+        product=product,
+    )
+
+
+def outputs_of(layer: LayerToLoad) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a layer may be loaded: the one that its tensors decide, or both."""
+    for part, outputs in layer.format.output_decided_by.items():
+        given = layer.dtype(part) if part in layer else None
+        if given is not None and given in outputs:
+            return (outputs[given],)
+    return _F16, _BF16

@@ -32,7 +32,7 @@ from .base import (
     Written,
     as_vector,
 )
-from .compressed_config import CONFIG_KEY, METHOD, AnyConfig, Config, Group
+from .compressed_config import METHOD, AnyConfig, Config, Group, config_in
 from .files import CONFIG, read_json, refuse
 from .names import ModelNames, NewNames
 
@@ -58,7 +58,7 @@ class CompressedTensors(Format):
     """The format of compressed-tensors."""
 
     name = METHOD
-    weights_file = "model.safetensors"
+    stem = "model"
     json_file = CONFIG
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
         A8W8_STATIC: (
@@ -138,17 +138,16 @@ class CompressedTensors(Format):
     def static_parts(self, layer: QuantizedLinear, state: State) -> Written:
         return compressed_writing.static_parts(self, layer, state)
 
-    def json(
-        self,
-        keys: Iterable[str],
-        layers: Mapping[str, QuantizedLinear],
-        floats: Iterable[str],
-        old: dict[str, Any],
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        return {**old, CONFIG_KEY: compressed_writing.config(keys, layers, floats)}
+        return compressed_writing.config(keys, layers, floats)
 
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        return read_json(folder / self.json_file) if self.json_file in names else {}
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        if CONFIG not in names:
+            return False
+        found = config_in(read_json(folder / CONFIG), folder / CONFIG)
+        return found is not None and found.is_ours
 
 
 COMPRESSED_TENSORS = CompressedTensors()

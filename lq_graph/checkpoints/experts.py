@@ -1,4 +1,4 @@
-"""Experts that are layers of their own in the files, and parts of one tensor in the model.
+"""Experts that have tensors of their own in the files, and are parts of one tensor in the model.
 
 Since version 5, transformers keeps all experts of a block in one parameter of three dims. Files
 have the layers of each expert, and LinearQuant is one layer.
@@ -8,36 +8,45 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor
 
-__all__ = ["MAKE_EACH", "fused_experts"]
+from .files import refuse
 
-_EXPERT = re.compile(r"(.+)\.experts\.\d+\.")
-MAKE_EACH = (
+__all__ = ["check_experts", "fused_experts"]
+
+_EXPERT = re.compile(r"(.+)\.experts\.[0-9]+\.")
+_MAKE_EACH = (
     "make the model with a version of transformers that has an nn.Linear for each expert "
     "(4.57, say), or put such modules of the files' names in the place of that one"
 )
 
 
-def fused_experts(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The parameter of the model that holds a layer of the files beside other experts.
+def check_experts(file: Path, name: str, tensors: Mapping[str, object]) -> None:
+    """Refuse a layer or a tensor of the files that the model holds in one tensor with others.
 
     Args:
-        name: of a layer of the files that the model does not have.
-        modules: of the model, by name.
-
-    Returns:
-        its name and shape; empty if the layer is not one of experts, or the model has none.
+        file: where it is.
+        name: of the layer or tensor, which the model does not have.
+        tensors: of the model, by name.
     """
+    if fused := fused_experts(name, tensors):
+        found = f"all experts in one tensor, {fused}"
+        refuse(file, name, "an nn.Linear for each expert in the model", found, _MAKE_EACH)
+
+
+def fused_experts(name: str, tensors: Mapping[str, object]) -> str:
+    """The tensor of the model that holds a layer of the files beside other experts, with its shape;
+    empty if the layer is not one of experts, or the model has none. See `check_experts`."""
     if not (found := _EXPERT.match(name)):
         return ""
-    block = found[1]
-    while block and block not in modules:  # the block may have another name in the model
-        block = block.rpartition(".")[0]
-    for inner, module in modules[block].named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
-                where = ".".join(filter(None, (block, inner, key)))
-                return f"{where} {tuple(parameter.shape)}"
+    block = f"{found[1]}."
+    while block and not any(key.startswith(block) for key in tensors):
+        # the block may have another name in the model
+        block = block[:-1].rpartition(".")[0]
+        block = f"{block}." if block else ""
+    for key, tensor in tensors.items():
+        if key.startswith(block) and isinstance(tensor, Tensor) and tensor.dim() == 3:
+            return f"{key} {tuple(tensor.shape)}"
     return ""

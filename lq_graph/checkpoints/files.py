@@ -4,6 +4,10 @@ Only regular files are read, and JSON only up to a size and a depth. Reading and
 system calls and not mapped memory: an error of the disk is an exception and not a signal, and each
 tensor has its own memory. Every problem with a file is a CheckpointError.
 
+While save_checkpoint puts new files in place, a folder has a list of them (COMMITTED): the new ones
+may still have their temporary names, and old ones may still be there. Names and paths are those
+after the save, and `placed` says where a file is now.
+
 Source: safetensors' README (huggingface/safetensors), section Format: eight bytes of length, a
 JSON header of at most 100 MB, and the tensors end to end.
 """
@@ -15,12 +19,13 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +33,25 @@ from torch import Tensor, nn
 from ..errors import LinearQuantValueError
 
 __all__ = [
+    "COMMITTED",
     "CONFIG",
     "DTYPES",
     "INDEX",
     "MAX_NAME",
     "CheckpointError",
+    "Committed",
     "Entry",
+    "Refusals",
     "TensorFile",
     "check_model",
+    "committed",
     "expanded",
     "list_folder",
+    "placed",
     "read_json",
     "refuse",
     "shown",
+    "temporary",
     "tensors_header",
     "write_all",
     "write_tensor",
@@ -48,6 +59,7 @@ __all__ = [
 
 CONFIG = "config.json"  # of the model, as transformers writes it
 INDEX = ".safetensors.index.json"  # how the name of an index ends
+COMMITTED = ".save_checkpoint.json"  # the list of a save that is being put in place
 MAX_JSON = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 50  # of objects in objects; a model's configuration has some five
 MAX_NAME = 1000  # characters of a tensor's name
@@ -95,13 +107,38 @@ def refuse(file: Path, key: str | None, expected: str, found: str, todo: str) ->
     raise CheckpointError(f"{text} What to do: {todo}.")
 
 
+class Refusals:
+    """What is refused: the first refusal is raised; or all are collected, to be told together.
+
+    Args:
+        collected: a list that gets all refusals; None to raise the first.
+    """
+
+    def __init__(self, collected: list[CheckpointError] | None = None) -> None:
+        self._collected = collected
+
+    @contextmanager
+    def each(self) -> Iterator[None]:
+        """A block that may refuse; if refusals are collected, the program goes on after it."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._collected is None:
+                raise
+            self._collected.append(error)
+
+
 def list_folder(folder: Path) -> list[str]:
     """Names of the files in a folder, sorted."""
     try:
-        return sorted(os.listdir(folder))
+        names = set(os.listdir(folder))
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
         refuse(folder, None, "a folder", found, "pass a folder that you may read")
+    if COMMITTED in names:
+        save = committed(folder)
+        names = (names - {COMMITTED, *save.old}) | set(save.new)
+    return sorted(names)
 
 
 def check_model(function: str, model: object) -> None:
@@ -113,6 +150,66 @@ def check_model(function: str, model: object) -> None:
         )
 
 
+# ---- a save that is being put in place ----
+
+
+class Committed(NamedTuple):
+    """The files of a save that is being put in place.
+
+    Attributes:
+        new: names of its files; the one that describes the others is the last.
+        old: names of the files that it removes.
+    """
+
+    new: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+
+
+def temporary(place: Path) -> Path:
+    """Where a file is written, until it replaces the file of that name."""
+    return place.with_name(f".{place.name}.saving")
+
+
+def committed(folder: Path) -> Committed:
+    """The save that is being put in place in a folder; no names if there is none."""
+    file = folder / COMMITTED
+    try:
+        stream, (size, _) = _open_now(file)
+    except FileNotFoundError:
+        return Committed()
+    except (OSError, ValueError):
+        return Committed()  # the folder itself is the problem
+    with stream:
+        data = bytearray(min(size, MAX_JSON))
+        _fill(stream, file, data, 0)
+    todo = "remove it, if you did not save into the folder"
+    try:
+        found = _parse(data)
+    except _NotJsonError as error:
+        refuse(file, None, error.expected, error.found, todo)
+    return Committed(*(_file_names(file, found.get(key), todo) for key in ("new", "old")))
+
+
+def _file_names(file: Path, names: object, todo: str) -> tuple[str, ...]:
+    """A list of names in JSON. Not paths: nothing outside the folder is read or written."""
+    found = [name for name in names if _is_file_name(name)] if isinstance(names, list) else []
+    if not isinstance(names, list) or len(found) != len(names):
+        refuse(file, None, "lists of names of files", repr(names)[:60], todo)
+    return tuple(found)
+
+
+def _is_file_name(name: object) -> TypeGuard[str]:
+    plain = isinstance(name, str) and name not in ("", "..") and "\0" not in name
+    return plain and Path(str(name)).name == name
+
+
+def placed(path: Path) -> Path:
+    """Where a file is now."""
+    if path.name in committed(path.parent).new and os.path.lexists(temporary(path)):
+        return temporary(path)
+    return path
+
+
 # ---- reading ----
 
 
@@ -121,19 +218,27 @@ def _nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def _open_now(file: Path) -> tuple[FileIO, tuple[int, int]]:
+    """Open a regular file of this name. Returns it, with its size and its time of modification."""
+    stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
+    status = os.fstat(stream.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        stream.close()
+        raise ValueError("no regular file")
+    return stream, (status.st_size, status.st_mtime_ns)
+
+
 def _open(file: Path, expected: str) -> tuple[FileIO, tuple[int, int]]:
     """Open a regular file. Returns it, with its size and its time of modification."""
     try:
-        stream = FileIO(os.fspath(file), "rb", opener=_nonblocking)
-        status = os.fstat(stream.fileno())
+        try:
+            return _open_now(placed(file))
+        except FileNotFoundError:  # it was put in place meanwhile
+            return _open_now(file)
     except OSError as error:
         refuse(file, None, expected, error.strerror or str(error), _READABLE)
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # also a name that no file can have
         refuse(file, None, expected, str(error), _READABLE)
-    if not stat.S_ISREG(status.st_mode):
-        stream.close()
-        refuse(file, None, expected, "no regular file", "put a regular file there")
-    return stream, (status.st_size, status.st_mtime_ns)
 
 
 def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
@@ -254,6 +359,11 @@ class TensorFile:
                 self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as error:
                 refuse(file, None, "a file that can be mapped", str(error), "leave mmap=False")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._stamp[0]
 
     def close(self) -> None:
         """Close the file; mapped tensors stay valid."""

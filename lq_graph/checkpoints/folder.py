@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -12,17 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .files import INDEX, CheckpointError, TensorFile, list_folder, read_json, refuse, shown
-from .formats import FORMATS
+from .files import INDEX, CheckpointError, TensorFile, list_folder, placed, read_json, refuse, shown
 from .tensors import bit_equal
 
 __all__ = [
     "CheckpointFiles",
-    "backup_name",
     "is_file",
     "old_or_new",
-    "pending_weights",
-    "temporary_name",
 ]
 
 _WHOLE = "download the folder again, with the index and all files of one version"
@@ -34,37 +30,12 @@ _DIGITS = 6  # of the number of files
 _COPY = "copy it from where the other files come from"
 
 
-def temporary_name(name: str) -> str:
-    """The name of a file while it is written, until it replaces the file of that name."""
-    return f".{name}.saving"
-
-
-def backup_name(name: str) -> str:
-    """The name of the backup of a file that is replaced, until the save is done."""
-    return f".{name}.before"
-
-
-def pending_weights(folder: Path) -> Path | None:
-    """Weights that are complete under their temporary name, if the JSON that describes them is
-    already in place: a save is between its last two steps, or was killed there."""
-    for format in FORMATS.values():
-        about = format.json_file
-        found = folder / temporary_name(format.weights_file)
-        in_place = os.path.isfile(folder / backup_name(about)) and not os.path.isfile(
-            folder / temporary_name(about)
-        )
-        if in_place and os.path.isfile(found):
-            return found
-    return None
-
-
 class CheckpointFiles:
     """Tensors of one or many safetensors files, read one at a time.
 
     Args:
         path: a folder, or one file.
         stack: closes the files.
-        pending: a file of weights to use instead of those in the folder; see `pending_weights`.
         mapped: whether tensors use a mapping of the files, see `TensorFile`.
 
     Attributes:
@@ -74,12 +45,12 @@ class CheckpointFiles:
         CheckpointError: no files, broken files, or an index of other files.
     """
 
-    def __init__(self, path: Path, stack: ExitStack, pending: Path | None, *, mapped: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, stack: ExitStack, *, mapped: bool) -> None:
+        self.path, self._stamp = path, _stamp(path)
         self._files: list[TensorFile] = []
         # by the name in the model: the file, and the name there
         self._of: dict[str, tuple[TensorFile, str]] = {}
-        index, paths = _files_of(path) if pending is None else (None, [pending])
+        index, paths = _files_of(path)
         for file in paths:
             opened = TensorFile(file, mapped=mapped)
             stack.callback(opened.close)
@@ -135,6 +106,11 @@ class CheckpointFiles:
                 refuse(place[0].file, key, expected, "other values", todo)
         self._of = renamed
 
+    def leave_out(self, keys: Iterable[str]) -> None:
+        """Forget tensors, which are then not read."""
+        for key in keys:
+            del self._of[key]
+
     def __contains__(self, key: str) -> bool:
         return key in self._of
 
@@ -156,6 +132,19 @@ class CheckpointFiles:
         entry = file.entries[name]
         return entry.dtype, entry.shape
 
+    def sizes(self) -> dict[str, int]:
+        """The files, with their sizes in bytes."""
+        return {file.file.name: file.size for file in self._files}
+
+    def bytes_of(self, key: str) -> int:
+        """The size of a tensor in the file."""
+        file, name = self._of[key]
+        return file.entries[name].end - file.entries[name].begin
+
+    def name_of(self, key: str) -> str:
+        """The name of a tensor in its file."""
+        return self._of[key][1]
+
     def read(self, key: str) -> Tensor:
         """A tensor."""
         file, name = self._of[key]
@@ -165,6 +154,19 @@ class CheckpointFiles:
         """One of the equal parts of a tensor along a dim; nothing else of it is read."""
         file, name = self._of[key]
         return file.read_part(name, dim, part, parts)
+
+    def check_one_save(self) -> None:
+        """Refuse files that were replaced while they were opened, and the JSON was read: some may
+        be of another save than others. What is read afterwards is of the files that are open."""
+        self.check_unchanged()
+        if _stamp(self.path) != self._stamp:
+            refuse(
+                self.path,
+                None,
+                "files that stay as they are",
+                "others, put there meanwhile",
+                "load again",
+            )
 
     def check_unchanged(self) -> None:
         """Refuse files that were changed since they were opened."""
@@ -185,7 +187,7 @@ def _names_in(file: Path) -> list[str]:
 def is_file(path: Path) -> bool:
     """Whether a path is a file and not a folder; refuses a path that does not exist."""
     try:
-        os.listdir(path)
+        os.listdir(placed(path))
     except NotADirectoryError:
         return True
     except FileNotFoundError:
@@ -241,42 +243,32 @@ def _missing_part(names: Collection[str]) -> str:
 _T = TypeVar("_T")
 
 
-def old_or_new(path: Path, load: Callable[[Path | None], _T]) -> _T:
+def old_or_new(path: Path, load: Callable[[], _T]) -> _T:
     """Load the old checkpoint or the new one while another process saves into the folder.
 
-    save_checkpoint puts the JSON in place first and the weights second; between the two steps the
-    weights are complete under their temporary name. A load that reads one file of the old
-    checkpoint and one of the new fails. So after an error, if a file of the folder has changed
-    meanwhile, the load is tried again.
+    A load whose files are replaced while it opens them fails. So after an error, if a file of the
+    folder has changed meanwhile, the load is tried again.
     """
     tries = 0
     while True:
         before = _stamp(path)
         try:
-            return load(_pending_for(path))
+            return load()
         except CheckpointError:
             tries += 1
             if tries == _TRIES or _stamp(path) == before:
                 raise
 
 
-def _pending_for(path: Path) -> Path | None:
-    """Pending weights of a folder, or of a file."""
-    if os.path.isdir(path):
-        return pending_weights(path)
-    found = pending_weights(path.parent)
-    return found if found is not None and found.name == temporary_name(path.name) else None
-
-
 def _stamp(path: Path) -> list[tuple[object, ...]]:
-    """A value that differs after a file of a checkpoint has changed."""
+    """A value that differs after a file of a checkpoint was replaced. A save that is put in place
+    changes it once."""
     found: list[tuple[object, ...]] = []
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, CheckpointError):
         folder = path if os.path.isdir(path) else path.parent
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith((".safetensors", ".json", ".saving", ".before")):
-                    status = entry.stat()
-                    stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
-                    found.append((entry.name, *stamp))
-    return sorted(found, key=str)
+        for name in list_folder(folder):
+            if name.endswith((".safetensors", ".json")):
+                with suppress(OSError):
+                    status = os.stat(placed(folder / name))
+                    found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return found

@@ -17,8 +17,8 @@ from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
 from .base import Contents, Format, Part
-from .experts import MAKE_EACH, fused_experts
-from .files import CheckpointError, refuse
+from .experts import check_experts, fused_experts
+from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
 from .tensor_parallel import TensorParallel
 from .tensors import bit_equal, memory_of
@@ -26,7 +26,14 @@ from .tensors import bit_equal, memory_of
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
 
-__all__ = ["LayerToLoad", "layers_to_load", "new_layer", "weight_of"]
+__all__ = [
+    "LayerToLoad",
+    "check_twins",
+    "layer_of_files",
+    "layers_to_load",
+    "new_layer",
+    "weight_of",
+]
 
 _I8, _I64 = torch.int8, torch.int64
 _F32, _F16 = torch.float32, torch.float16
@@ -50,6 +57,7 @@ class LayerToLoad:
         parts: the tensors it has in the files, by the names of their parts.
         keys: the names of these tensors in the files, by the names of their parts. A weight that is
             tied to another layer's weight may have that layer's name.
+        twins: the same module under its other names, with the tensors of those names.
     """
 
     name: str
@@ -63,6 +71,7 @@ class LayerToLoad:
     style: SplitStyle | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    twins: list[LayerToLoad] = field(default_factory=list)
 
     def __contains__(self, part: str) -> bool:
         return part in self.keys
@@ -100,44 +109,58 @@ class LayerToLoad:
 
 
 def layers_to_load(
-    model: nn.Module, files: CheckpointFiles, contents: Contents
+    model: nn.Module, files: CheckpointFiles, contents: Contents, refusals: Refusals
 ) -> list[LayerToLoad]:
-    """The quantized layers of the files, each with the module it replaces and its keys.
+    """The quantized layers of the files, each with the module it replaces and its keys. Those with
+    tensors in the files but no module in the model are not among them.
 
     Args:
         model: the model to load into.
         files: of the checkpoint.
         contents: what the JSON says about them.
-
-    Raises:
-        CheckpointError: a module is absent or cannot be replaced; or one module has two names, with
-            different tensors.
+        refusals: a module that is absent or cannot be replaced.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    format = contents.format
+    format, tensors = contents.format, dict(model.named_parameters())
     places, elsewhere = places_of(model), held_elsewhere(model)
     layers: dict[nn.Module, LayerToLoad] = {}
     tied: dict[object, str] = {}  # a weight's memory in the model to its key in the files
-    for name, kind in contents.kinds.items():
-        module = _module_for(files, name, modules)
-        n, k = module.out_features, module.in_features
-        layer = LayerToLoad(name, module, files, format, kind, n, k)
-        _check_replaceable(layer, places.get(module, []), elsewhere)
-        for part in format.parts[kind]:
-            if (key := f"{name}.{part.name}") in files:
-                layer.parts[part.name], layer.keys[part.name] = part, key
-        if other := layers.get(module):
-            _check_same(other, layer)
-            continue
-        layers[module] = layer
-        if "weight" in layer:
-            tied.setdefault(memory_of(weight_of(module)), layer.keys["weight"])
+    in_files = {key.rpartition(".")[0] for key in files}
+    told: set[str] = set()  # experts in one tensor of the model
+    for name in contents.kinds:
+        if name in in_files and name not in modules:
+            fused = fused_experts(name, tensors)
+            if not fused or fused in told:
+                continue  # check_rest tells the others
+            told.add(fused)
+        with refusals.each():
+            layer = layer_of_files(files, contents, name, _module_for(files, name, modules))
+            module = layer.module
+            _check_replaceable(layer, places.get(module, []), elsewhere)
+            if other := layers.get(module):
+                other.twins.append(layer)
+                continue
+            layers[module] = layer
+            if "weight" in layer:
+                tied.setdefault(memory_of(weight_of(module)), layer.keys["weight"])
     for layer in layers.values():
         key_of_other = tied.get(memory_of(weight_of(layer.module)))
         if key_of_other is not None and "weight" not in layer:
             layer.parts["weight"] = format.parts[layer.kind][0]
             layer.keys["weight"] = key_of_other
     return list(layers.values())
+
+
+def layer_of_files(
+    files: CheckpointFiles, contents: Contents, name: str, module: nn.Linear | QuantizedLinear
+) -> LayerToLoad:
+    """A quantized layer, with its tensors in the files."""
+    kind, n, k = contents.kinds[name], module.out_features, module.in_features
+    layer = LayerToLoad(name, module, files, contents.format, kind, n, k)
+    for part in contents.format.parts[kind]:
+        if (key := f"{name}.{part.name}") in files:
+            layer.parts[part.name], layer.keys[part.name] = part, key
+    return layer
 
 
 def _module_for(
@@ -147,12 +170,11 @@ def _module_for(
         todo = "put it in an nn.Sequential"
         refuse(files.path, name, "a layer inside the model", "the model itself", todo)
     module = modules.get(name)
-    if module is None and (fused := fused_experts(name, modules)):
-        found = f"all experts in one tensor, {fused}"
-        refuse(files.path, name, "an nn.Linear for each expert in the model", found, MAKE_EACH)
+    if module is None:
+        check_experts(files.path, name, dict(modules[""].named_parameters()))
     if not isinstance(module, nn.Linear | QuantizedLinear):
         found = "no module of that name" if module is None else type(module).__name__
-        todo = f'pass ignore=["{name}.*"] if the model has no such layer'
+        todo = "make the model that these files were saved from: compare its config.json"
         refuse(files.path, name, "an nn.Linear in the model", found, todo)
     return module
 
@@ -181,13 +203,14 @@ def _check_replaceable(
         )
 
 
-def _check_same(one: LayerToLoad, other: LayerToLoad) -> None:
-    """Check that a module with two names has the same tensors under both."""
-    for part in other.keys:
-        if part not in one or not bit_equal(other.read(part), one.read(part)):
-            expected = f"the tensor of {one.name}, which is the same layer"
-            todo = "make the model with two layers, or correct the files"
-            other.refuse_part(part, expected, "another", todo)
+def check_twins(one: LayerToLoad) -> None:
+    """Refuse a module with two names in the model that has different tensors under them."""
+    for other in one.twins:
+        for part in other.keys:
+            if part not in one or not bit_equal(other.read(part), one.read(part)):
+                expected = f"the tensor of {one.name}, which is the same layer"
+                todo = "make the model with two layers, or correct the files"
+                other.refuse_part(part, expected, "another", todo)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ everything; change the model, atomically.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ from ..modules.places import places_of, put
 from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
-from .biases import AddedBiases
-from .check_layer import check_headers, check_values, check_without_effect
-from .files import CheckpointError, check_model, expanded
-from .folder import CheckpointFiles, is_file, old_or_new
-from .formats import contents_of
-from .layers import LayerToLoad, layers_to_load, new_layer
+from .check_layer import check_values, check_without_effect
+from .choose import NamePattern, lines_of_left_out, patterns_in
+from .files import CheckpointError, Refusals, check_model, expanded
+from .find import find
+from .folder import CheckpointFiles, old_or_new
+from .layers import LayerToLoad, check_twins, new_layer
 from .msmodelslim_words import Prefer
-from .state import RestOfModel, StateChanges, check_rest
+from .state import StateChanges, check_meta
 from .tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
@@ -75,18 +75,23 @@ class LoadReport(list[Loaded]):
     Attributes:
         bytes_read: bytes of tensors that this process read from the files.
         left_out: tensors of the files that were not loaded, with the reason.
+        bytes_left_out: their sizes in the files.
+        added: biases of the files that norms and float layers got, whose classes have none.
         renamed: the names in the model of the tensors that have another name in the files, by that.
     """
 
     bytes_read = 0
     left_out: Mapping[str, str] = MappingProxyType({})
+    bytes_left_out: Mapping[str, int] = MappingProxyType({})
+    added: tuple[str, ...] = ()
     renamed: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
-        if not self:
-            return "no quantized layer in these files"
-        head = ["module", "scheme", "n", "k", "output", "bytes"]
-        return "\n".join(table([head, *(layer.row() for layer in self)]))
+        lines = ["no quantized layer in these files"]
+        if self:
+            head = ["module", "scheme", "n", "k", "output", "bytes"]
+            lines = table([head, *(layer.row() for layer in self)])
+        return "\n".join([*lines, *lines_of_left_out(self.left_out, self.bytes_left_out)])
 
 
 @keeps_grad_mode
@@ -95,17 +100,19 @@ def load_checkpoint(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    ignore: Iterable[str] = (),
     mesh: DeviceMesh | None = None,
     plan: Mapping[str, ParallelStyle] | None = None,
     mmap: bool = False,
     prefer: Prefer = "dynamic",
 ) -> LoadReport:
-    """Load a W8A8 checkpoint of msmodelslim or compressed-tensors into a model.
+    """Load a quantized checkpoint of msmodelslim or compressed-tensors into a model.
 
     For each quantized layer of the files the model needs an nn.Linear of that name, or a
     QuantizedLinear. A `QuantizedLinear` replaces the nn.Linear, which must be one that `quantize`
     would quantize. Every other tensor is loaded by name, into the memory that it has. Tied weights
-    stay tied.
+    stay tied. A norm, or a layer that stays float, gets the bias that msmodelslim's smoothing gave
+    it, as a parameter that the norm adds by a forward hook.
 
     Atomic: if a step fails, the model is unchanged. Files and model are checked first, everything
     is read second, and the model is changed last; Ctrl-C waits for that step. If another process
@@ -123,6 +130,11 @@ def load_checkpoint(
         dtype: torch.float16 or torch.bfloat16, the dtype of the quantized layers' input and output;
             default the dtype of each layer's own weight. A static layer of msmodelslim has its own
             dtype, which must agree: float16 for an int64 deq_scale, bfloat16 for a float32 one.
+        ignore: patterns of tensors, by their names in the files, that are not loaded because the
+            model has not what they belong to: "model.layers.61.*", "visual.*", "*.k_scale". `*`
+            spans dots; a pattern that matches a module takes everything in it; after "re:" it is a
+            regular expression that matches from the beginning. Left out without a pattern is what
+            the model computes itself (inv_freq) and what its transformers class does not need.
         mesh: a mesh of one dim, to split layers over devices; with `plan` only.
         plan: how to split layers: a mapping from a name (`*` stands for any part between two dots)
             to a ColwiseLinearQuant or RowwiseLinearQuant of `lq_graph.parallel`. Each process reads
@@ -142,19 +154,21 @@ def load_checkpoint(
         CheckpointError: a file or tensor that is missing, cut off, or of another dtype or shape; a
             scale that is not finite and above 0; a value that the model's dtype cannot hold; a
             layer that cannot be replaced or that the product in force cannot run; a tensor that
-            would stay on meta. With a mesh, an error of one rank is raised on all ranks.
+            would stay on meta; a pattern that matches nothing, or that ignores what the model has.
+            With a mesh, an error of one rank is raised on all ranks.
         LinearQuantError: a layer that the plan cannot split.
 
     Source: vllm-project/vllm-ascend for msmodelslim's format, vllm-project/compressed-tensors for
     the other.
     """
     path = _check_arguments(model, path, dtype, mesh, plan, prefer)
+    patterns = patterns_in(ignore)
     parallel = None if mesh is None or plan is None else TensorParallel(mesh, plan)
 
-    def load(pending: Path | None) -> tuple[LoadReport, Callable[[], None]]:
+    def load() -> tuple[LoadReport, Callable[[], None]]:
         with ExitStack() as stack:
-            files = CheckpointFiles(path, stack, pending, mapped=mmap)
-            return _load(model, files, dtype, parallel, prefer)
+            files = CheckpointFiles(path, stack, mapped=mmap)
+            return _load(model, files, dtype, patterns, parallel, prefer)
 
     # parameters made in inference mode could not be used outside
     with torch.inference_mode(False), torch.no_grad():
@@ -199,35 +213,36 @@ def _load(
     model: nn.Module,
     files: CheckpointFiles,
     dtype: torch.dtype | None,
+    ignore: Sequence[NamePattern],
     parallel: TensorParallel | None,
     prefer: Prefer,
 ) -> tuple[LoadReport, Callable[[], None]]:
     """Check and read everything. Returns the report, and the function that changes the model."""
-    folder = files.path.parent if is_file(files.path) else files.path
-    contents = contents_of(folder, files, model, prefer)
-    files.rename(contents.names)
     places = places_of(model)
-    layers = layers_to_load(model, files, contents)
-    check_without_effect(layers, contents.must_be)
-    for layer in layers:
-        check_headers(layer, dtype)
+    found = find(model, files, dtype, ignore, prefer, Refusals())
+    check_meta(found.rest_of_model)
+    check_without_effect(found.layers, found.contents.must_be)
+    for layer in found.layers:
         check_values(layer)
+        check_twins(layer)
         if parallel is not None:
             _plan_split(layer, parallel)
-    rest_of_model = RestOfModel(model, {layer.module for layer in layers})
-    used = {key for layer in layers for key in layer.keys.values()}
-    biases = AddedBiases(model, files, contents)
-    not_loaded = contents.not_loaded() | biases.left_out
-    rest = check_rest(rest_of_model, files, used | biases.names | not_loaded.keys())
+    found.biases.read()
 
     weights: dict[str, nn.Parameter] = {}
-    new = {layer.module: new_layer(layer, parallel, weights) for layer in layers}
-    changes = StateChanges(rest_of_model, files, rest)
+    new = {layer.module: new_layer(layer, parallel, weights) for layer in found.layers}
+    changes = StateChanges(found.rest_of_model, files, found.rest)
     files.check_unchanged()
 
-    report = LoadReport(Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in layers)
-    report.left_out = not_loaded
-    report.renamed = contents.names
+    report = LoadReport(
+        Loaded(x.name, str(x.kind), x.n, x.k, x.output, x.bytes) for x in found.layers
+    )
+    report.left_out = found.left_out | found.biases.left_out
+    report.bytes_left_out = found.bytes_left_out | {
+        key: files.bytes_of(key) for key in found.biases.left_out
+    }
+    report.added = found.biases.added
+    report.renamed = found.contents.names
     report.bytes_read = files.bytes_read
 
     def swap() -> None:
@@ -243,7 +258,7 @@ def _load(
                     undo.callback(put, parent, name, old)
                     put(parent, name, layer)
             changes.make(undo)
-            biases.make(undo)
+            found.biases.make(undo)
 
     return report, swap
 

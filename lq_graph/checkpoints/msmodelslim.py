@@ -37,7 +37,7 @@ from .base import (
     per_channel_scale,
     static_parts,
 )
-from .files import CONFIG, CheckpointError, read_json, refuse, shown
+from .files import read_json, refuse
 from .msmodelslim_words import (
     MIX,
     NO_EFFECT,
@@ -65,7 +65,8 @@ class Msmodelslim(Format):
     """The format of msmodelslim."""
 
     name = "msmodelslim"
-    weights_file = "quant_model_weight_w8a8.safetensors"
+    stem = "quant_model_weights"
+    older = ("quant_model_weight_w8a8.safetensors",)
     json_file = f"{DESCRIPTION}.json"
     parts: ClassVar[Mapping[LayerKind, tuple[Part, ...]]] = {
         A8W8_STATIC: (
@@ -168,14 +169,10 @@ class Msmodelslim(Format):
         cut = word.dtype != scale.dtype and not torch.equal(unpack_scale(word)[0], scale)
         return Written(parts, lost="deq_scale keeps 19 bits of its scale" if cut else "")
 
-    def json(
-        self,
-        keys: Iterable[str],
-        layers: Mapping[str, QuantizedLinear],
-        floats: Iterable[str],
-        old: dict[str, Any],
+    def described(
+        self, keys: Iterable[str], layers: Mapping[str, QuantizedLinear], floats: Iterable[str]
     ) -> dict[str, Any]:
-        del floats, old
+        del floats
         said = {}
         for key in keys:
             name, _, part = key.rpartition(".")
@@ -191,17 +188,9 @@ class Msmodelslim(Format):
             "optional": {},
         }
 
-    def json_to_keep(self, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-        if CONFIG in names and "quantization_config" in read_json(folder / CONFIG):
-            raise CheckpointError(
-                f"save_checkpoint: {shown(folder / CONFIG, 4096)} has quantization_config, which "
-                "is not that of an msmodelslim checkpoint. What to do: remove the key, or save as "
-                "compressed-tensors."
-            )
-        try:
-            return read_json(folder / self.json_file) if self.json_file in names else {}
-        except CheckpointError:
-            return {}  # a broken one is replaced
+    def is_in(self, folder: Path, names: Iterable[str]) -> bool:
+        del folder
+        return self.json_file in names
 
     def describes_weights(self, name: str) -> bool:
         return name.startswith(DESCRIPTION) and name.endswith(".json")

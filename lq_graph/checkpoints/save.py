@@ -16,9 +16,12 @@ from ..modules.quantized_linear import QuantizedLinear
 from ..modules.split import SPLIT
 from ..modules.transaction import keeps_grad_mode, uninterrupted
 from ..rules.tables import dtype_name
+from .about_model import GENERATION, config_of, files_beside, folder_to_copy
 from .base import Format, State
+from .biases import norm_with_bias
 from .files import DTYPES, MAX_NAME, CheckpointError, check_model, expanded, shown
 from .formats import FORMATS
+from .shards import bytes_of_size
 from .tensors import fits, memory_of
 from .write import Saved, write_checkpoint
 
@@ -28,31 +31,46 @@ _ROUTER = re.compile("Router|Gating|Gate(?![a-z])")  # as compressed-tensors rec
 
 
 @keeps_grad_mode
-def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodelslim") -> None:
-    """Write a model with QuantizedLinear layers as a checkpoint that `load_checkpoint` reads.
+def save_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "msmodelslim",
+    *,
+    copy_from: str | Path | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model with QuantizedLinear layers as a checkpoint that `load_checkpoint` reads, and
+    that transformers, vllm and vllm-ascend read as far as they run its scheme.
 
-    Both formats can hold dynamic layers. msmodelslim can hold a static layer if its bias is int32,
-    as `quantize` makes it. compressed-tensors can hold it if its weight_scale and its float bias
-    restore the layer bit for bit. Tensors that share memory are written once; a model that ties
-    them loads them as one.
+    Both formats can hold every layer that `quantize` makes with float output, and load_checkpoint
+    reads it back bit for bit. A static layer from elsewhere is saved if the format restores it bit
+    for bit. Tensors that share memory are written once; a model that ties them loads them as one.
+
+    A model of transformers is saved with its config.json and generation_config.json. In a
+    config.json that is there only quantization_config changes.
 
     Atomic: if a step fails, or on Ctrl-C, the folder is unchanged. The files are complete under
     temporary names before the first one is put in place. A load_checkpoint in another process gets
-    the old checkpoint or the new one at any time. In an existing config.json only
-    quantization_config changes.
+    the old checkpoint or the new one at any time; another program does too, or finds no checkpoint
+    for a moment.
 
     Args:
         model: on CPU or NPU.
-        folder: created if it does not exist; ~ is the home folder. It may hold a checkpoint with
-            the same file names, which is replaced, but no other weights.
+        folder: created if it does not exist; ~ is the home folder. It may hold a checkpoint of the
+            same format, whose weights are replaced, but no other weights.
         format: "msmodelslim" or "compressed-tensors".
+        copy_from: the folder of the float model, or any other: its tokenizer, settings, chat
+            templates and code (json, txt, jinja, model, tiktoken, py) are copied, and no weights. A
+            file that is there already is not replaced.
+        max_shard_size: bytes of a file of weights at most, as a number or a text such as "5GB";
+            a model of more gets several files and an index.
 
     Warns:
         UserWarning: the model has no QuantizedLinear.
 
     Raises:
         CheckpointError: another format; a layer that the format cannot hold (a static layer whose
-            tensors would not restore it, int4, int8 output, split over devices); a tensor on meta
+            tensors would not restore it, int8 output, split over devices); a tensor on meta
             or of a kind that safetensors cannot hold; a folder with other weights, or into which
             another process saves; an error of the file system.
 
@@ -62,11 +80,12 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
     if format not in FORMATS:
         raise CheckpointError(
             f"save_checkpoint: format is {format!r}; allowed are "
-            f"{' and '.join(map(repr, FORMATS))}."
+            f"{' and '.join(map(repr, FORMATS))}. What to do: pass one of these."
         )
     check_model("save_checkpoint", model)
     with torch.no_grad():
-        saved = _contents(model, FORMATS[format])
+        size, source = bytes_of_size(max_shard_size), folder_to_copy(copy_from)
+        saved = _contents(model, FORMATS[format], source, size)
         if not saved.layers:
             warnings.warn(
                 "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its float "
@@ -86,8 +105,13 @@ def save_checkpoint(model: nn.Module, folder: str | Path, format: str = "msmodel
             ) from error
 
 
-def _contents(model: nn.Module, format: Format) -> Saved:
+def _contents(model: nn.Module, format: Format, copy_from: Path | None, shard_size: int) -> Saved:
     """What a checkpoint of a model holds, tied tensors once."""
+    if not format.adds_biases and (name := norm_with_bias(model)):
+        raise CheckpointError(
+            f"save_checkpoint: {name} has a bias, which its class does not have, and readers of "
+            f"{format.name} would leave it out. What to do: save it as msmodelslim."
+        )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     states = {}
     for name, layer in layers.items():
@@ -113,8 +137,28 @@ def _contents(model: nn.Module, format: Format) -> Saved:
             _check_tensor(key, value)
             tensors[key] = value
             others.append(key)
-    once = _once(tensors, [f"{name}.weight" for name in layers], others)
-    return Saved(once, list(tensors), layers, _floats(model, layers))
+    return Saved(
+        _once(tensors, [f"{name}.weight" for name in layers], _tied_last(model, others)),
+        list(tensors),
+        layers,
+        _floats(model, layers),
+        config_of(model, copy_from),
+        files_beside(model, copy_from),
+        frozenset({GENERATION}),
+        shard_size,
+    )
+
+
+def _tied_last(model: nn.Module, keys: list[str]) -> list[str]:
+    """Names of tensors; last those that a model of transformers ties to another one, which is the
+    one that it loads."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    patterns = getattr(model, "_tied_weights_keys", None) or []
+
+    def is_tied(key: str) -> bool:
+        return key in tied or any(re.search(pattern, key) for pattern in patterns)
+
+    return sorted(keys, key=is_tied)
 
 
 def _floats(model: nn.Module, layers: dict[str, QuantizedLinear]) -> list[str]:

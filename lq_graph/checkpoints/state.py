@@ -3,11 +3,11 @@ atomically."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from torch.nn.parameter import is_lazy
 
 from ..backends.npu import cast_format, format_of
 from ..rules.tables import ND, dtype_name
-from .files import CheckpointError, refuse, shown
+from .choose import patterns_for, some
+from .experts import check_experts
+from .files import CheckpointError, Refusals, refuse, shown
 from .folder import CheckpointFiles
 from .tensors import bit_equal, memory_of
 
-__all__ = ["RestOfModel", "StateChanges", "check_rest", "converted"]
+__all__ = ["RestOfModel", "StateChanges", "check_meta", "check_rest", "converted"]
 
 _PLAIN = "load before the model is quantized, split or compressed by another tool"
 _SAME_MODEL = "make the model that these files were saved from: compare its config.json"
@@ -48,6 +50,7 @@ class RestOfModel:
         replaced: the layers that are replaced.
 
     Attributes:
+        model: the model.
         places: the places that a state dict has, by name; one tensor may have several names.
         others: names of tensors on meta that a state dict does not have.
 
@@ -56,6 +59,7 @@ class RestOfModel:
     """
 
     def __init__(self, model: nn.Module, replaced: set[nn.Module]) -> None:
+        self.model = model
         self.places: dict[str, _Place] = {}
         self.others: list[str] = []
         gone = {inner for module in replaced for inner in module.modules()}
@@ -88,48 +92,48 @@ class RestOfModel:
             )
 
 
-def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Iterable[str]:
-    """The keys of the files that are loaded by name.
+def check_rest(
+    held: RestOfModel,
+    files: CheckpointFiles,
+    used: set[str],
+    left_out: Mapping[str, str],
+    refusals: Refusals,
+) -> Iterable[str]:
+    """The keys of the files that are loaded by name. No tensor is read.
 
     Args:
         held: the model's places.
         files: of the checkpoint.
-        used: keys of the quantized layers.
-
-    Raises:
-        CheckpointError: a key that the model does not have, or has with another shape or kind of
-            dtype; a tensor of the model that the files do not have, or that would stay on meta.
+        used: keys of the quantized layers, and of tensors that are not loaded.
+        left_out: tensors that are not loaded, with the reason.
+        refusals: a key that the model does not have, or has with another shape or kind of dtype; a
+            tensor of the model that the files do not have.
     """
     rest = {key: None for key in files if key not in used}  # in the order of the files
-    for key in rest:
-        dtype, shape = files.header(key)
-        if (place := held.places.get(key)) is None:
-            refuse(
-                files.file_of(key),
-                key,
-                "a tensor the model has",
-                "no such parameter in the model",
-                f'pass ignore=["{key}"] if the model needs no such tensor',
-            )
-        wanted = place.tensor
-        if why := _why_not_loadable(place):
-            refuse(files.file_of(key), key, "a plain tensor in the model", why, _PLAIN)
-        float_pair = (
-            dtype is not None
-            and dtype.is_floating_point == wanted.dtype.is_floating_point
-            and dtype.is_complex == wanted.dtype.is_complex
-        )
-        if shape != tuple(wanted.shape) or not float_pair:
-            expected = f"{dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
-            found = f"{dtype and dtype_name(dtype)} {shape}"
-            refuse(files.file_of(key), key, expected, found, _SAME_MODEL)
+    unknown = [key for key in rest if key not in held.places]
     # files hold tied parameters once
-    given = {memory_of(held.places[key].tensor) for key in rest}
-    for key, place in sorted(held.places.items()):
-        is_tensor = isinstance(place.tensor, Tensor)
-        if key not in rest and not (is_tensor and memory_of(place.tensor) in given):
-            expected = "a tensor for every parameter of the model"
-            refuse(files.path, key, expected, "no such tensor", _SAME_MODEL)
+    given = {memory_of(held.places[key].tensor) for key in rest if key in held.places}
+    missing = [
+        key
+        for key, place in sorted(held.places.items())
+        if key not in rest
+        and not (isinstance(place.tensor, Tensor) and memory_of(place.tensor) in given)
+    ]
+    if unknown:
+        with refusals.each():
+            _refuse_unknown(held, files, unknown, missing)
+    for key in rest:
+        if key in held.places:
+            with refusals.each():
+                _check_key(held.places[key], files, key)
+    if missing:
+        with refusals.each():
+            _refuse_missing(files, missing, left_out)
+    return rest
+
+
+def check_meta(held: RestOfModel) -> None:
+    """Refuse a model of which tensors would stay on meta, because no file holds them."""
     if held.others:
         more = "" if len(held.others) == 1 else f" and {len(held.others) - 1} more"
         raise CheckpointError(
@@ -139,7 +143,56 @@ def check_rest(held: RestOfModel, files: CheckpointFiles, used: set[str]) -> Ite
             "them in the model before loading; or make the model with "
             "accelerate.init_empty_weights(include_buffers=False)."
         )
-    return rest
+
+
+def _refuse_unknown(
+    held: RestOfModel, files: CheckpointFiles, unknown: list[str], missing: list[str]
+) -> NoReturn:
+    """Refuse tensors that the model has not."""
+    tensors = {key: place.tensor for key, place in held.places.items()}
+    for key in unknown:
+        check_experts(files.file_of(key), key, tensors)
+    names = [files.name_of(key) for key in unknown]
+    found = "no such parameter in the model"
+    if others := names[1:]:
+        found += f", nor {some(others)}"
+    if missing:
+        todo = f"{_SAME_MODEL}. It has {some(missing)}, which the files have not"
+    else:
+        patterns = patterns_for(names, held.model, map(files.name_of, files))
+        todo = f"if the model needs none of them, pass ignore=[{patterns}]"
+    refuse(files.file_of(unknown[0]), names[0], "a tensor the model has", found, todo)
+
+
+def _refuse_missing(
+    files: CheckpointFiles, missing: list[str], left_out: Mapping[str, str]
+) -> NoReturn:
+    """Refuse a model with tensors that would keep values of their own."""
+    expected = "a tensor for every parameter of the model"
+    found = "no such tensor"
+    if others := missing[1:]:
+        found += f", nor {some(others)}"
+    todo = _SAME_MODEL
+    if why := next((left_out[key] for key in missing if key in left_out), ""):
+        found, todo = f"{found}: {why}", "ignore only what the model has not"
+    refuse(files.path, missing[0], expected, found, todo)
+
+
+def _check_key(place: _Place, files: CheckpointFiles, key: str) -> None:
+    """Refuse a tensor of another shape or kind of dtype than the model's."""
+    dtype, shape = files.header(key)
+    wanted = place.tensor
+    if why := _why_not_loadable(place):
+        refuse(files.file_of(key), key, "a plain tensor in the model", why, _PLAIN)
+    float_pair = (
+        dtype is not None
+        and dtype.is_floating_point == wanted.dtype.is_floating_point
+        and dtype.is_complex == wanted.dtype.is_complex
+    )
+    if shape != tuple(wanted.shape) or not float_pair:
+        expected = f"{dtype_name(wanted.dtype)} {tuple(wanted.shape)}"
+        found = f"{dtype and dtype_name(dtype)} {shape}"
+        refuse(files.file_of(key), key, expected, found, _SAME_MODEL)
 
 
 def _why_not_loadable(place: _Place) -> str:

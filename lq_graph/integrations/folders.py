@@ -55,17 +55,24 @@ def from_pretrained(
         config = AutoConfig.from_pretrained(str(place), **given)
     if "torch_dtype" not in kwargs:
         kwargs.setdefault("dtype", "auto")
-    if "quantization_config" not in kwargs and _method_of(config) != METHOD:
+    wanted = kwargs.pop("quantization_config", None)
+    if _method_of(config) != METHOD:
         if not _is_quantized(config, place):
-            raise LinearQuantValueError(
-                f"from_pretrained: {place} holds no quantized model. What to do: pass "
-                "quantization_config=lq_graph.Config(...), which quantizes it."
-            )
-        for part in (config, config.get_text_config(decoder=True)):
-            vars(part).pop("quantization_config", None)
-        config.quantization_config = Config(checkpoint=checkpoint).to_dict()
-        if (file := _file_of(place)) is not None:
-            config.transformers_weights = file
+            if wanted is None:
+                raise LinearQuantValueError(
+                    f"from_pretrained: {place} holds no quantized model. What to do: pass "
+                    "quantization_config=lq_graph.Config(...), which quantizes it."
+                )
+        elif wanted is None or isinstance(wanted, Config):
+            for part in (config, config.get_text_config(decoder=True)):
+                vars(part).pop("quantization_config", None)
+            given = {**(wanted.checkpoint if wanted else {}), **(checkpoint or {})}
+            config.quantization_config = Config(checkpoint=given).to_dict()
+            wanted = None
+            if (file := _file_of(place)) is not None:
+                config.transformers_weights = file
+    if wanted is not None:
+        kwargs["quantization_config"] = wanted
     return auto_class.from_pretrained(str(place), config=config, **kwargs)
 
 

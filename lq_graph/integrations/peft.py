@@ -40,7 +40,7 @@ def on_quantized(config: LoraConfig) -> LoraConfig:
     return config
 
 
-class LoraQuantizedLinear(lora.Linear):  # type: ignore[misc]  # peft ships no types
+class LoraQuantizedLinear(lora.Linear):
     """A QuantizedLinear with adapters; what peft puts in its place.
 
     Raises:

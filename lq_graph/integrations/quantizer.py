@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from ..checkpoints.biases import norm_with_bias
 from ..checkpoints.load import LoadReport, load_checkpoint
 from ..errors import LinearQuantValueError
 from ..modules.places import places_of, put
@@ -56,8 +57,9 @@ class Quantizer(HfQuantizer):
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse what is known before the files are read."""
-        _check_device_map(device_map)
         config = self.quantization_config
+        other_tool = bool(self._folder) or (self.pre_quantized and config.layers is None)
+        _check_device_map(device_map, other_tool)
         if not self.pre_quantized and config.needs_calibration and config.calibration is None:
             raise LinearQuantValueError(
                 "from_pretrained: A8W8Static needs the ranges of the activations. What to do: pass "
@@ -176,6 +178,12 @@ class Quantizer(HfQuantizer):
                 f"save_pretrained: {why}. What to do: save the model before that, or quantize it "
                 "with A8W8Static(int8_between=False)."
             )
+        if name := norm_with_bias(model):
+            raise LinearQuantValueError(
+                f"save_pretrained: {name} has a bias, which its class does not have, and "
+                "from_pretrained would leave it out. What to do: lq_graph.save_checkpoint(model, "
+                "folder, 'msmodelslim')."
+            )
         self._note(model)
         seen: dict[tuple[torch.device, int], str] = {}
         state = dict(model.state_dict())
@@ -240,14 +248,26 @@ def attach(model: PreTrainedModel) -> None:
     attributes.quantization_method = METHOD
 
 
-def _check_device_map(device_map: Any) -> None:
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    names = {str(device) for device in devices}
+def _check_device_map(device_map: Any, other_tool: bool) -> None:
+    """Refuse places where the layers of a model cannot be.
+
+    Args:
+        device_map: as from_pretrained has it; transformers asks again when it has made a map.
+        other_tool: whether load_checkpoint loads the model.
+    """
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    names = sorted({str(device) for device in devices})
     if "disk" in names or ("cpu" in names and len(names) > 1):
         raise LinearQuantValueError(
-            f"from_pretrained: device_map offloads layers, to {', '.join(sorted(names))}, and a "
-            "quantized layer stays on its device. What to do: pass a device_map without cpu and "
-            "disk, or max_memory= that fits."
+            f"from_pretrained: device_map offloads layers, to {', '.join(names)}, and a quantized "
+            "layer stays on its device. What to do: pass a device_map without cpu and disk, or "
+            "max_memory= that fits."
+        )
+    if other_tool and len(names) > 1:
+        raise LinearQuantValueError(
+            f"from_pretrained: device_map has {', '.join(names)}, and another tool's folder is "
+            "loaded on one device. What to do: load it with device_map='cpu', save_pretrained it, "
+            "and load that folder on several."
         )
 
 

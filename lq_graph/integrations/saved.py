@@ -197,6 +197,11 @@ class Loading(nn.Module):
         Raises:
             LinearQuantValueError: a tensor is not there, or has another dtype.
         """
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise LinearQuantValueError(
+                f"lq_graph: {name} has hooks, of tensor parallelism for example. What to do: leave "
+                "tp_plan out, or split the model with lq_graph.load_checkpoint(mesh=, plan=)."
+            )
         found = {}
         for key, tensor, dtype in self.tensors():
             absent = isinstance(tensor, _NotLoaded)

@@ -11,7 +11,7 @@ from ..kernels import storage_k
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
-from ..rules.tables import STORAGE_DTYPES, dtype_name
+from ..rules.tables import STORAGE_DTYPES, Product, dtype_name
 
 if TYPE_CHECKING:
     from .linear_quant import LinearQuant
@@ -79,8 +79,9 @@ def why_not_supported(
     output_dtype: torch.dtype,
     scale: torch.dtype | None = torch.float32,
     bias: torch.dtype | None,
+    product: Product | None = None,
 ) -> tuple[str, str]:
-    """Why the product in force cannot run a quantized layer, and what to do; both empty if it can.
+    """Why a product cannot run a quantized layer, and what to do; both empty if it can.
     For sizes that int4 does not take, only why.
 
     Args:
@@ -88,10 +89,12 @@ def why_not_supported(
         k, n: its sizes.
         input_dtype, output_dtype: of the layer.
         scale, bias: dtypes of those parameters; None for no bias.
+        product: the one in force by default; what to do is for that one.
     """
     if why := _partial_group(kind, k, n):
         return why, ""
-    if why := _refusal(kind, k, n, input_dtype, output_dtype, scale or torch.float32, bias):
+    scale = scale or torch.float32
+    if why := _refusal(kind, k, n, input_dtype, output_dtype, scale, bias, product):
         return why, what_runs(k, n)
     return "", ""
 
@@ -109,15 +112,16 @@ def _refusal(
     output_dtype: torch.dtype,
     scale: torch.dtype,
     bias: torch.dtype | None,
+    product: Product | None = None,
 ) -> str:
     """Why the tables refuse the layer. Without the advice, which is for one call of an operator."""
     x, one = Spec(input_dtype, (_M, k)), Spec(input_dtype, (1,))
     words = storage_k(k, kind.storage)
     try:
         if kind.static:
-            plan_static_quant(x, one, one)
+            plan_static_quant(x, one, one, product)
         else:
-            plan_dynamic_quant(x, kind.storage)
+            plan_dynamic_quant(x, kind.storage, product)
         plan(
             Spec(kind.storage, (_M, words)),
             Spec(kind.storage, (n, words)),
@@ -125,6 +129,7 @@ def _refusal(
             pertoken_scale=None if kind.static else Spec(torch.float32, (_M,)),
             bias=None if bias is None else Spec(bias, (n,)),
             output_dtype=output_dtype,
+            product=product,
         )
     except LinearQuantError as error:
         refusal = error.refusal

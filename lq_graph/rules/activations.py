@@ -10,7 +10,7 @@ import torch
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import Arithmetic, TensorLike, for_rows, storage_k
 from .advice import cast, is_exact
-from .cann import Target, quant_rows_in, since_of, upgrade
+from .cann import Target, quant_rows_in, since_of, target_of, upgrade
 from .products import get_target
 from .refusal import Fix, list_of, refused
 from .symbolic import check_equal_sizes, known_true
@@ -52,12 +52,15 @@ def dynamic_arithmetic(product: Product, k: int) -> Arithmetic:
     return for_rows(product.dynamic_quant, k)
 
 
-def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
+def plan_dynamic_quant(
+    x: TensorLike, dtype: torch.dtype | None, product: Product | None = None
+) -> QuantPlan:
     """Check a dynamic_quant call, and return its plan.
 
     Args:
         x: float16, bfloat16 if the product has it; (..., m, k), 2 to 8 dims.
         dtype: torch.int8 (also None), or torch.int32 for int4.
+        product: whose table to read; default `get_product()`.
 
     Raises:
         LinearQuantTypeError: a dtype that the product has no row for.
@@ -65,7 +68,7 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
 
     Source: aclnnDynamicQuant.md (hicann/ops-nn, quant/dynamic_quant/docs).
     """
-    target = get_target()
+    target = _target(product)
     product = target.product
     row = _row("dynamic_quant", target, x, torch.int8 if dtype is None else dtype)
     _check_dims("dynamic_quant", x, MIN_DIMS)
@@ -86,7 +89,10 @@ def plan_dynamic_quant(x: TensorLike, dtype: torch.dtype | None) -> QuantPlan:
 
 
 def plan_static_quant(
-    x: TensorLike, scale_reciprocal: TensorLike, offset: TensorLike | None
+    x: TensorLike,
+    scale_reciprocal: TensorLike,
+    offset: TensorLike | None,
+    product: Product | None = None,
 ) -> QuantPlan:
     """Check a static_quant call, and return its plan.
 
@@ -94,6 +100,7 @@ def plan_static_quant(
         x: float16, float32, bfloat16 if the product has it; (..., k), 1 to 8 dims.
         scale_reciprocal: the dtype of x; (1,) or (k,).
         offset: the dtype and shape of scale_reciprocal.
+        product: whose table to read; default `get_product()`.
 
     Raises:
         LinearQuantTypeError: a dtype that the product has no row for, or different dtypes.
@@ -102,7 +109,7 @@ def plan_static_quant(
     Source: aclnnAscendQuantV3.md (hicann/ops-nn, quant/ascend_quant_v2/docs) and the operator's
     definition, which takes one dtype for all three.
     """
-    target = get_target()
+    target = _target(product)
     row = _row("static_quant", target, x, torch.int8, scale_reciprocal, offset)
     _check_dims("static_quant", x, 1)
     k = x.shape[-1]
@@ -136,6 +143,11 @@ def plan_static_quant(
             "expand the shorter",
         )
     return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, target.product)
+
+
+def _target(product: Product | None) -> Target:
+    target = get_target()
+    return target if product is None else target_of(product, target.cann)
 
 
 def _refused(

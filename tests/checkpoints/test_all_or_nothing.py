@@ -3,7 +3,10 @@ folder are bit-equal to before, or complete."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lq_graph import (
     CheckpointError,
@@ -22,7 +26,6 @@ from lq_graph import (
     save_checkpoint,
 )
 from lq_graph.checkpoints import write
-from lq_graph.checkpoints.folder import backup_name, temporary_name
 from lq_graph.checkpoints.formats import FORMATS as FILE_FORMATS
 from support.checkpoints import FORMATS, model, quantized
 from support.injection import (
@@ -124,21 +127,26 @@ def test_save(name, there, checkpoints, tmp_path, tally) -> None:
         tally(end, times)
 
 
-def test_a_disk_that_fails_for_good_between_the_two_files(checkpoints, tmp_path) -> None:
+@pytest.mark.parametrize("shards", ["5GB", "600B"], ids=["one file", "shards"])
+def test_a_disk_that_fails_for_good_after_the_first_step(shards, checkpoints) -> None:
     kind, old, new = checkpoints
     source = quantized(2, FORMATS[kind][1])
     real, calls = os.replace, []
 
     def replace(*args: object) -> None:
         calls.append(args)
-        if len(calls) > 1:
+        if len(calls) > 2:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         real(*args)
 
+    def unlink(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(CheckpointError, match=r"The new weights are in \.\w+\.safe.* again"):
-            save_checkpoint(source, old, kind)
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises(CheckpointError, match=r"load_checkpoint finds it.* do: save again"):
+            save_checkpoint(source, old, kind, max_shard_size=shards)
     found, want = model(3), model(3)
     load_checkpoint(found, old)
     load_checkpoint(want, new)
@@ -147,51 +155,92 @@ def test_a_disk_that_fails_for_good_between_the_two_files(checkpoints, tmp_path)
     assert folder_state(old) == folder_state(new)
 
 
-class Killed(BaseException):
-    """The process ends here."""
+def killed_at(step: int, call: Callable[[], None]) -> bool:
+    """Call a function in a child that is killed before a step that changes a folder. Returns
+    whether it ended before."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WEXITSTATUS(status) in (0, 9), status
+        return os.WEXITSTATUS(status) == 0
+    torch.set_num_threads(1)
+    left = [step]
+
+    def stops(real: Callable[..., None]) -> Callable[..., None]:
+        def counted(*args: object) -> None:
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+            real(*args)
+
+        return counted
+
+    os.replace, os.unlink = stops(os.replace), stops(os.unlink)  # type: ignore[assignment]
+    with contextlib.suppress(BaseException):
+        call()
+        os._exit(0)
+    os._exit(1)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["before the JSON", "after the JSON"])
-def test_killed_while_it_cleans_up_after_one_that_was_killed(
-    in_place, checkpoints, tmp_path
+def complete(folder: Path, kind: str) -> bool:
+    """Whether another program finds a checkpoint: the JSON, and the files that it leads to."""
+    names = {path.name for path in folder.iterdir()}
+    indices = [name for name in names if name.endswith("safetensors.index.json")]
+    files = {
+        name
+        for index in indices
+        for name in json.loads((folder / index).read_text())["weight_map"].values()
+    }
+    found = {name for name in names if name.endswith(".safetensors")}
+    return FILE_FORMATS[kind].json_file in names and bool(found) and files <= found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [("5GB", "5GB"), ("1kB", "1500B")], ids=str)
+def test_killed_at_any_step_and_again_while_the_next_save_cleans_up(
+    sizes, checkpoints, tmp_path, tally
 ) -> None:
-    kind, old, new = checkpoints
-    weights, about = FILE_FORMATS[kind].weights_file, FILE_FORMATS[kind].json_file
-    found, want = model(3), model(3)
-    load_checkpoint(want, new if in_place else old)
-    for steps in range(10):
-        folder = tmp_path / str(steps)
-        shutil.copytree(old, folder)
-        shutil.copy(new / weights, folder / temporary_name(weights))
-        shutil.copy(new / about, folder / temporary_name(about))
-        shutil.copy(old / about, folder / backup_name(about))
-        if in_place:
-            os.replace(folder / temporary_name(about), folder / about)
-        left = [steps]
+    kind = checkpoints[0]
+    first, second = quantized(1, FORMATS[kind][0], "up"), quantized(2, FORMATS[kind][1])
 
-        def stops(real: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
-            def call(*args: object) -> None:
-                if left[0] == 0:
-                    raise Killed
-                real(*args)
-                left[0] -= os.path.lexists(str(args[0])) is False
-
-            return call
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "unlink", stops(os.unlink))
-            patch.setattr(os, "replace", stops(os.replace))
-            try:
-                write._finish(folder)
-                ended = True
-            except Killed:
-                ended = False
+    def loaded(folder: Path) -> object:
+        found = model(3)
         load_checkpoint(found, folder)
-        assert model_state(found) == model_state(want), steps
+        return model_state(found)
+
+    states: list[object] = []
+    for source, size in zip((first, second), sizes, strict=True):
+        save_checkpoint(source, tmp_path / f"{len(states)}", kind, max_shard_size=size)
+        states.append(loaded(tmp_path / f"{len(states)}"))
+    ended, kills, seen = False, 0, set()
+    folder = tmp_path / "killed"
+
+    def save() -> None:
+        save_checkpoint(second, folder, kind, max_shard_size=sizes[1])
+
+    for step in itertools.count():
+        for again in (step % 5, None):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(tmp_path / "0", folder)
+            ended = killed_at(step, save)
+            if again is not None:
+                killed_at(again, lambda: write._finish(folder))
+            kills += not ended
+            at = states.index(loaded(folder))
+            seen.add(at)
+            if complete(folder, kind):  # another program finds what load_checkpoint finds, or none
+                copied = tmp_path / "copied"
+                shutil.rmtree(copied, ignore_errors=True)
+                hidden = shutil.ignore_patterns(".*")
+                shutil.copytree(folder, copied, ignore=hidden)
+                assert loaded(copied) in states, (step, again)
+            write._finish(folder)
+            assert loaded(folder) == states[at], (step, again)
+            assert folder_state(folder) == folder_state(tmp_path / f"{at}"), (step, again)
         if ended:
-            assert {path.name for path in folder.iterdir()} == {weights, about}
             break
-    assert ended and steps >= 2
+    assert seen == {0, 1} and step >= 5
+    tally("saves that were killed", kills)
 
 
 @pytest.mark.slow

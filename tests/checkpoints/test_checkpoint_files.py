@@ -28,7 +28,7 @@ from support.mutations import deep, header_of, mutated, put_header, spoiled
 
 F16 = torch.float16
 WEIGHTS = {
-    "msmodelslim": "quant_model_weight_w8a8.safetensors",
+    "msmodelslim": "quant_model_weights.safetensors",
     "compressed-tensors": "model.safetensors",
 }
 ABOUT = {"msmodelslim": "quant_model_description.json", "compressed-tensors": "config.json"}

@@ -61,8 +61,6 @@ def test_what_is_written_is_what_is_declared(
 
 
 def test_formats_do_not_share_files() -> None:
-    files = [
-        name for format in FORMATS.values() for name in (format.weights_file, format.json_file)
-    ]
+    files = [name for format in FORMATS.values() for name in (format.stem, format.json_file)]
     assert len(set(files)) == len(files)
     assert all(FORMATS[name].name == name for name in FORMATS)

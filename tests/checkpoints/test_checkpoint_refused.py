@@ -43,7 +43,7 @@ def drop(key: str):
 
 def truncate(keep: float):
     def edit(folder: Path) -> None:
-        file = folder / "quant_model_weight_w8a8.safetensors"
+        file = folder / "quant_model_weights.safetensors"
         file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
 
     return edit
@@ -53,7 +53,7 @@ def header(old: str, new: str):
     """Change the header's text, keeping its length."""
 
     def edit(folder: Path) -> None:
-        file = folder / "quant_model_weight_w8a8.safetensors"
+        file = folder / "quant_model_weights.safetensors"
         data = file.read_bytes()
         assert data.count(old.encode()) and len(old) == len(new)
         file.write_bytes(data.replace(old.encode(), new.encode(), 1))

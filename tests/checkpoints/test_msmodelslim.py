@@ -82,6 +82,16 @@ def test_sparse_float_weights_are_float(word, tmp_path) -> None:
     assert torch.equal(model.head.weight, tensors_in(tmp_path)["head.weight"])
 
 
+@pytest.mark.parametrize("word", ["W8A8_DYNAMIC", "W4A4_DYNAMIC"])
+def test_scales_of_groups_are_refused(word, tmp_path) -> None:
+    """The word is the same as without groups."""
+    made = small(word)
+    made.put("up.weight_scale", torch.ones(N, 4), word)
+    made.write(tmp_path)
+    with pytest.raises(CheckpointError, match=r"found float32 \(32, 4\). What to do: .* no groups"):
+        load_checkpoint(made.model(), tmp_path)
+
+
 CHANGED = {
     "heads": ("up.heads_rotation", "rotated while the model runs", "online: false"),
     "kronecker": ("up.kronecker_rotation_m", "rotated while the model runs", "online: false"),
@@ -109,7 +119,7 @@ def test_the_bias_of_a_norm_is_added(tmp_path) -> None:
     model, files = made.model(), tensors_in(tmp_path)
     with torch.no_grad():
         report = load_checkpoint(model, tmp_path)
-    assert not report.left_out
+    assert not report.left_out and report.added == ("norm.bias",)
     assert list(model.state_dict())[:2] == ["norm.weight", "norm.bias"]
     assert model.norm.bias.dtype == BF16 and files["norm.bias"].dtype == F32
     x = torch.randn(5, H, generator=torch.Generator().manual_seed(1)).to(BF16)
@@ -142,6 +152,7 @@ def test_biases_of_zeros_are_left_out(tmp_path) -> None:
     model = made.model()
     report = load_checkpoint(model, tmp_path)
     assert report.left_out == {"norm.bias": "a bias of zeros, and the model's module has none"}
+    assert report.added == ()
     assert "norm.bias" not in model.state_dict() and not model.norm._forward_hooks
 
 
@@ -253,6 +264,35 @@ def test_a_compiled_model_adds_the_bias(mode, tmp_path) -> None:
         assert not torch.equal(step(x.npu(), x.flip(0).npu()).cpu(), want)
 
 
+# ---- names ----
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["norm.module", "norm"])
+def test_biases_follow_the_names_of_the_model(old, tmp_path) -> None:
+    made = Msmodelslim()
+    made.norm("model.layers.0.norm", H, 0.5)
+    made.linear("model.layers.0.up", N, H, "W8A8_MIX")
+    if old:
+        for part in ("weight", "bias"):
+            tensor = made.tensors.pop(f"model.layers.0.norm.{part}")
+            made.put(f"model.layers.0.norm.module.{part}", tensor, "W8A8_MIX")
+    made.write(tmp_path)
+    made.modules = {
+        name.replace("model.", "model.language_model."): module
+        for name, module in made.modules.items()
+    }
+    model = made.model()
+    report = load_checkpoint(model, tmp_path)
+    norm, files = model.model.language_model.layers.get_submodule("0.norm"), tensors_in(tmp_path)
+    end = "module." if old else ""
+    for part in ("weight", "bias"):
+        wanted = files[f"model.layers.0.norm.{end}{part}"].to(BF16)
+        assert torch.equal(norm.get_parameter(part), wanted)
+    assert {key.rpartition(".")[0] for key in report.left_out} == {
+        "model.language_model.layers.0.up"
+    }
+
+
 # ---- files ----
 
 
@@ -328,3 +368,15 @@ def test_quantize_and_the_files_agree_on_a_norm_with_a_bias(tmp_path) -> None:
     load_checkpoint(model, tmp_path)
     lq_graph.quantize(model, lq_graph.A8W8Dynamic())
     assert isinstance(model.up, lq_graph.QuantizedLinear)
+
+
+def test_a_format_whose_readers_would_leave_the_bias_out_is_refused(tmp_path) -> None:
+    made = small()
+    first = tmp_path / "a"
+    first.mkdir()
+    made.write(first)
+    model = made.model()
+    load_checkpoint(model, first)
+    with pytest.raises(CheckpointError, match="norm has a bias, which its class does not"):
+        save_checkpoint(model, tmp_path / "b", "compressed-tensors")
+    assert not (tmp_path / "b").exists()

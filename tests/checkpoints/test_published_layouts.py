@@ -243,7 +243,7 @@ def test_a_layout_is_refused(write, message, tmp_path) -> None:
 # ---- experts ----
 
 
-def experts(folder: Path, kind: str, block: str = "mlp") -> None:
+def experts(folder: Path, kind: str, block: str = "mlp", word: str = "W8A8_DYNAMIC") -> None:
     """A folder with the layers of two experts."""
     made = Msmodelslim()
     made.modules["norm"] = nn.LayerNorm(H, dtype=BF16)
@@ -251,7 +251,7 @@ def experts(folder: Path, kind: str, block: str = "mlp") -> None:
     made.put("norm.bias", torch.zeros(H, dtype=BF16))
     for expert in range(2):
         for name, n, k in (("gate_proj", 32, H), ("up_proj", 32, H), ("down_proj", H, 32)):
-            made.linear(f"model.layers.0.{block}.experts.{expert}.{name}", n, k, "W8A8_DYNAMIC")
+            made.linear(f"model.layers.0.{block}.experts.{expert}.{name}", n, k, word)
     if kind == "compressed-tensors":
         made.tensors = {k: t for k, t in made.tensors.items() if not k.endswith("offset")}
         int8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -273,9 +273,10 @@ KINDS = pytest.mark.parametrize("kind", ["msmodelslim", "compressed-tensors"])
 
 @KINDS
 @pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
-def test_experts_in_one_tensor_are_refused(kind, block, tmp_path) -> None:
+@pytest.mark.parametrize("word", ["W8A8_DYNAMIC", "FLOAT"])
+def test_experts_in_one_tensor_are_refused(kind, block, word, tmp_path) -> None:
     """Versions before 5 of transformers have a layer for each expert; see the next test."""
-    experts(tmp_path, kind, block)
+    experts(tmp_path, kind, block, word)
     model = Msmodelslim().model()
     model.add_module("norm", nn.LayerNorm(H, dtype=BF16))
     layer = nn.Module()

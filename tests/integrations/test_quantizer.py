@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from lq_graph.integrations import transformers as ours  # noqa: E402
 from lq_graph.integrations.quantizer import Quantizer  # noqa: E402
+from lq_graph.integrations.saved import Loading  # noqa: E402
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -130,6 +131,12 @@ def test_a_saved_model_loads_again(
         assert torch.equal(text(again), text(model))
     again.save_pretrained(tmp_path / "again")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+def test_no_dtype_is_the_one_of_config_json(folders: Callable[..., Path]) -> None:
+    """transformers 4 would load float32, which cannot be quantized."""
+    model = AutoModelForCausalLM.from_pretrained(folders(), quantization_config=Config())
+    assert_same(model, in_memory(folders(), A8W8Dynamic()))
 
 
 def test_tied_weights_stay_tied(folders: Callable[..., Path], tmp_path: Path) -> None:
@@ -262,6 +269,24 @@ def test_a_folder_of_another_tool(
     assert_same(ours.from_pretrained(tmp_path / "out"), model)  # the door takes every folder
 
 
+@pytest.mark.parametrize("place", ["checkpoint", "Config"])
+def test_the_arguments_of_load_checkpoint(
+    place: str, folders: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint(folders(), tmp_path / "in", A8W8Dynamic(), "compressed-tensors")
+
+    def given(**arguments: Any) -> Any:
+        if place == "Config":
+            config = Config(checkpoint=arguments)
+            return ours.from_pretrained(tmp_path / "in", quantization_config=config)
+        return ours.from_pretrained(tmp_path / "in", checkpoint=arguments)
+
+    model = given(dtype=FP16)
+    assert model.model.layers[0].mlp.up_proj.linear.output_dtype == FP16
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nosuch'"):
+        given(nosuch=1)
+
+
 def test_msmodelslim_through_transformers(folders: Callable[..., Path], tmp_path: Path) -> None:
     """Its config.json says nothing of quantization: transformers would cast int8 to floats."""
     want = checkpoint(folders(), tmp_path / "in", A8W8Dynamic(), "msmodelslim")
@@ -379,6 +404,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_path: Path) -> None:
     load(folders(), quantization_config=Config()).save_pretrained(tmp_path)
+    checkpoint(folders(), tmp_path / "ct", A8W8Dynamic(), "compressed-tensors")
     cases: list[tuple[str, Callable[[], Any]]] = [
         (
             "the model's dtype is float32, .* What to do: pass dtype=torch.bfloat16",
@@ -399,6 +425,12 @@ def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_pa
         (
             "device_map offloads layers, to disk",
             lambda: load(tmp_path, device_map={"": "disk"}),
+        ),
+        (
+            "device_map has npu:0, npu:1, and another tool's folder is loaded on one device. What",
+            lambda: ours.from_pretrained(
+                tmp_path / "ct", device_map={"model": "npu:0", "lm_head": "npu:1"}
+            ),
         ),
         (
             "dtype is float16, and the folder holds a model that was quantized in bfloat16. What",
@@ -434,6 +466,17 @@ def test_a_layer_that_the_model_has_not(folders: Callable[..., Path], tmp_path: 
         ValueError, match=r"layers\.7\.mlp\.up_proj is quantized, and the model has no"
     ):
         load(tmp_path)
+
+
+def test_hooks_of_tensor_parallelism(folders: Callable[..., Path], tmp_path: Path) -> None:
+    load(folders(), quantization_config=Config()).save_pretrained(tmp_path)
+    quantizer = Quantizer(Config.from_dict(want_config(tmp_path)))
+    model = load(folders())
+    quantizer.preprocess_model(model)
+    for layer in (one for one in model.modules() if isinstance(one, Loading)):
+        layer.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"has hooks, of tensor parallelism for example. What to"):
+        quantizer.postprocess_model(model)
 
 
 def test_a_layer_that_cannot_be_saved(folders: Callable[..., Path], tmp_path: Path) -> None:

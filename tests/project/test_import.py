@@ -46,6 +46,25 @@ def test_any_import_order_lowers(names: str) -> None:
     output_of(python(*script(f"imports.py in_order {names}"), without=REAL))
 
 
+@pytest.mark.slow
+def test_without_transformers() -> None:
+    """Every name can be imported; Config says what it needs when it is called."""
+    program = (
+        "import sys\n"
+        "sys.modules['transformers'] = None\n"
+        "import lq_graph\n"
+        "from lq_graph import *\n"
+        "assert Config is lq_graph.Config\n"
+        "try:\n"
+        "    Config()\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    said = output_of(python("-c", program, without=REAL, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
+    assert said.startswith("lq_graph.Config needs transformers: ")
+    assert said.strip().endswith("What to do: pip install transformers.")
+
+
 # What a program may have under the name of our package: beside a wheel of ours it is found first.
 SHADOWS = {
     "a module, imported": {"converters.py": "mine = 1\n"},

@@ -87,7 +87,7 @@ def write(folder: Path, kind: str, dynamic: bool, dtype: torch.dtype, *, shards:
         (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     tensors |= layer
     if shards == 1:
-        save_file(tensors, folder / "quant_model_weight_w8a8.safetensors")
+        save_file(tensors, folder / "quant_model_weights.safetensors")
         return folder
     names = {key: f"part-{i % shards}.safetensors" for i, key in enumerate(tensors)}
     for name in set(names.values()):
@@ -109,7 +109,7 @@ def edit_file(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[
     """Rewrite the safetensors file after changing its tensors."""
 
     def edit(folder: Path) -> None:
-        file = folder / "quant_model_weight_w8a8.safetensors"
+        file = folder / "quant_model_weights.safetensors"
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
@@ -123,7 +123,7 @@ def put(key: str, value: torch.Tensor) -> Callable[[Path], None]:
 
 ABOUT, INDEX = "quant_model_description.json", "model.safetensors.index.json"
 
-FILE = "quant_model_weight_w8a8.safetensors"
+FILE = "quant_model_weights.safetensors"
 
 
 def config(**changes: object) -> dict:

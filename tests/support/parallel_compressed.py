@@ -41,7 +41,7 @@ def compressed(mesh: DeviceMesh, folder: Path) -> Check:
         files = folder / f"{name} {bias}"
         if mesh.get_local_rank() == 0:
             files.mkdir()
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for layer_name, (n, k) in {"up": (2 * N, K), "down": (K, 2 * N)}.items():
                 parts = layer(weights, inputs, n, k, bias=bias, zero_point=-37)
                 tensors |= {f"{layer_name}.{part}": value for part, value in parts.items()}
