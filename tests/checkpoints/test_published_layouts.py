@@ -224,6 +224,13 @@ def check_floats(
         np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-6, err_msg=name)
 
 
+def test_the_layer_of_several_tokens_may_be_ignored(tmp_path) -> None:
+    model = deepseek(tmp_path, mtp=False)
+    report = load_checkpoint(model, tmp_path, ignore=["model.layers.2.*"])
+    assert Counter(line.scheme for line in report) == LAYOUTS["DeepSeek W8A8 with MTP"].schemes
+    assert set(report.left_out) == {"model.layers.2.enorm.weight", "model.layers.2.eh_proj.weight"}
+
+
 REFUSED = {
     "a layer that the model does not have": (
         lambda folder: deepseek(folder, mtp=False),
