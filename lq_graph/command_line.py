@@ -240,8 +240,8 @@ def _inspect(asked: argparse.Namespace) -> int:
     if asked.model is not None:
         if importlib.util.find_spec("transformers") is None:
             raise LinearQuantValueError(
-                "inspect: --model needs transformers. What to do: pip install transformers, or "
-                "leave --model out."
+                "inspect: --model needs transformers. What to do: leave it out, or pip install "
+                "transformers."
             )
         from .integrations.empty_model import empty_model
 

@@ -28,7 +28,7 @@ def notes_of(folder: Path, keys: Collection[str]) -> Iterator[str]:
 
     Args:
         folder: with the JSON.
-        keys: names of the tensors in its files.
+        keys: names of the tensors of two dims in its files.
     """
     names = list_folder(folder)
     if (found := MSMODELSLIM.description(folder, names)) is None:
@@ -57,7 +57,8 @@ def _not_described(file: Path, words: Mapping[str, Any], keys: Collection[str]) 
         f"vllm-ascend makes such a layer, it ends with KeyError: {shown(repr(example))}"
     )
     end = ".".join(example.split(".")[-3:])
-    near = next((key for key in words if key.endswith(end) and key not in keys), "")
+    alike = (key for key in words if key.endswith(end) or example.endswith(f".{key}"))
+    near = next((key for key in alike if key not in keys), "")
     yield text + (f". It has {shown(near)}: the beginning of the names differs" if near else "")
 
 

@@ -187,13 +187,20 @@ class Format(ABC):
         """The dtype of the built layer's bias, if the file has a float bias."""
         return output if given == output else _F32
 
-    def build(self, kind: LayerKind, output: torch.dtype, read: Read) -> QuantizedLinear:
+    def build(
+        self,
+        kind: LayerKind,
+        output: torch.dtype,
+        read: Read,
+        static: StaticTensors | None = None,
+    ) -> QuantizedLinear:
         """Make a layer from the tensors of a file.
 
         Args:
             kind: how the layer is quantized.
             output: the float dtype that it takes and returns.
             read: returns a tensor by the name of its part, or None.
+            static: the tensors of a static layer; default those that `read` gives.
         """
         read = cache(read)  # static_tensors may read the weight too
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
@@ -207,7 +214,7 @@ class Format(ABC):
             scale, bias, float_bias = StaticTensors(weight_scale, read("bias"), None)
             weight_scale = None
         else:
-            scale, bias, float_bias = self.static_tensors(read, output)
+            scale, bias, float_bias = static or self.static_tensors(read, output)
         if bias is not None and bias.is_floating_point():
             bias = bias.to(self.bias_dtype(kind, output, bias.dtype))
         return QuantizedLinear(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .files import refuse
 
-__all__ = ["check_experts", "fused_experts"]
+__all__ = ["check_experts"]
 
 _EXPERT = re.compile(r"(.+)\.experts\.[0-9]+\.")
 _MAKE_EACH = (
@@ -31,16 +31,8 @@ def check_experts(file: Path, name: str, tensors: Mapping[str, object]) -> None:
         name: of the layer or tensor, which the model does not have.
         tensors: of the model, by name.
     """
-    if fused := fused_experts(name, tensors):
-        found = f"all experts in one tensor, {fused}"
-        refuse(file, name, "an nn.Linear for each expert in the model", found, _MAKE_EACH)
-
-
-def fused_experts(name: str, tensors: Mapping[str, object]) -> str:
-    """The tensor of the model that holds a layer of the files beside other experts, with its shape;
-    empty if the layer is not one of experts, or the model has none. See `check_experts`."""
     if not (found := _EXPERT.match(name)):
-        return ""
+        return
     block = f"{found[1]}."
     while block and not any(key.startswith(block) for key in tensors):
         # the block may have another name in the model
@@ -48,5 +40,5 @@ def fused_experts(name: str, tensors: Mapping[str, object]) -> str:
         block = f"{block}." if block else ""
     for key, tensor in tensors.items():
         if key.startswith(block) and isinstance(tensor, Tensor) and tensor.dim() == 3:
-            return f"{key} {tuple(tensor.shape)}"
-    return ""
+            what = f"all experts in one tensor, {key} {tuple(tensor.shape)}"
+            refuse(file, name, "an nn.Linear for each expert in the model", what, _MAKE_EACH)

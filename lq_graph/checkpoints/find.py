@@ -7,22 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
+from ..rules.tables import dtype_name
 from .base import Contents
 from .biases import AddedBiases
 from .check_layer import check_headers
 from .choose import NamePattern, ignored_tensors, unneeded_tensors
-from .files import Refusals
+from .files import CheckpointError, Refusals
 from .folder import CheckpointFiles, is_file
 from .formats import contents_of
 from .layers import LayerToLoad, layers_to_load
 from .msmodelslim_words import Prefer
 from .state import RestOfModel, check_rest
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "check_options", "find"]
+
+
+def check_options(function: str, dtype: object, prefer: object) -> None:
+    """Refuse options that do not fit."""
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise CheckpointError(
+            f"{function}: dtype is {given}. What to do: pass torch.float16 or torch.bfloat16, or "
+            "leave it out."
+        )
+    if prefer not in get_args(Prefer):
+        raise CheckpointError(
+            f"{function}: prefer is {prefer!r}. What to do: pass 'dynamic' or 'static'."
+        )
 
 
 @dataclass(frozen=True)

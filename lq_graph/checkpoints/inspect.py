@@ -17,7 +17,7 @@ from .base import Contents
 from .check_layer import check_headers, outputs_of, scale_and_bias, why_no_row
 from .choose import NamePattern, ignored_tensors, patterns_in
 from .files import CheckpointError, Refusals, check_model, expanded, refuse
-from .find import find
+from .find import check_options, find
 from .folder import CheckpointFiles, is_file, old_or_new
 from .formats import contents_of, words_of
 from .inspection import InspectedLayer, InspectedTensor, Inspection
@@ -56,6 +56,7 @@ def inspect(
         CheckpointError: arguments that do not fit. What is wrong with the files is in the
             Inspection.
     """
+    check_options("inspect", dtype, prefer)
     if model is not None:
         check_model("inspect", model)
     try:
@@ -97,6 +98,7 @@ def _inspect(
             left_out = ignored_tensors(patterns, files)
             files.leave_out(left_out)
             contents = contents_of(folder, files, prefer=prefer, left_out=left_out)
+            files.check_one_save()
             files.rename(contents.names)
             layers = list(_layers_alone(files, contents, dtype, refusals))
             left_out |= contents.not_loaded()
@@ -104,9 +106,10 @@ def _inspect(
         format = contents.format.name
     used = {files.name_of(key) for one in layers for key in _keys(one) if key in files}
     names = {files.name_of(key) if key in files else key: why for key, why in left_out.items()}
+    matrices = [key for key, one in in_files.items() if len(one.shape) == 2]
     words, notes = "", []
     with suppress(CheckpointError):  # JSON that cannot be read, which is among the problems
-        words, notes = words_of(folder), list(notes_of(folder, in_files.keys()))
+        words, notes = words_of(folder), list(notes_of(folder, matrices))
     verdicts = _Verdicts()
     return Inspection(
         str(files.path),
@@ -226,4 +229,4 @@ class _Verdicts:
         """ "yes: float16, bfloat16", or why the product runs none."""
         why = {output: why_no_row(layer, output, product)[0] for output in outputs}
         runs = [dtype_name(output) for output, no in why.items() if not no]
-        return f"yes: {', '.join(runs)}" if runs else why[outputs[-1]]
+        return f"yes: {', '.join(runs)}" if runs else why[outputs[0]]

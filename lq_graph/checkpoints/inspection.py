@@ -13,6 +13,7 @@ import torch
 from ..reports import table
 from ..rules.tables import PRODUCTS, dtype_name
 from .choose import lines_of_left_out
+from .files import shown
 
 __all__ = ["InspectedLayer", "InspectedTensor", "Inspection"]
 
@@ -109,7 +110,7 @@ class Inspection:
             everything: one line for each tensor; otherwise those with the same name but for
                 numbers, and the same sizes, share a line.
         """
-        lines = [self.path, *self._head()]
+        lines = [shown(self.path, 4096), *self._head()]
         groups: dict[object, list[InspectedLayer]] = {}
         for layer in self.layers:
             key = (layer.scheme, layer.row, tuple(layer.products.items()))
@@ -133,7 +134,8 @@ class Inspection:
 
     def _verdict(self, everything: bool) -> list[str]:
         lines = []
-        problems = [problem.replace(f"{self.path}/", "") for problem in self.problems]
+        folder = f"{shown(self.path, 4096)}/"
+        problems = [problem.replace(folder, "") for problem in self.problems]
         alike = _folded(problems, lambda text: text, everything)
         if alike:
             lines.append("load_checkpoint refuses this:")
@@ -264,6 +266,7 @@ def _pattern(names: Sequence[str]) -> str:
     if len(names) > 1:
         parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
         first = "".join(same[0] if len(set(same)) == 1 else "*" for same in parts)
+    first = shown(first, 10_000)
     return first if len(first) <= _NAME else f"...{first[3 - _NAME :]}"
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from ..rules.tables import dtype_name
 from .check_layer import check_values, check_without_effect
 from .choose import NamePattern, lines_of_left_out, patterns_in
 from .files import CheckpointError, Refusals, check_model, expanded
-from .find import find
+from .find import check_options, find
 from .folder import CheckpointFiles, old_or_new
 from .layers import LayerToLoad, check_twins, new_layer
 from .msmodelslim_words import Prefer
@@ -91,7 +91,10 @@ class LoadReport(list[Loaded]):
         if self:
             head = ["module", "scheme", "n", "k", "output", "bytes"]
             lines = table([head, *(layer.row() for layer in self)])
-        return "\n".join([*lines, *lines_of_left_out(self.left_out, self.bytes_left_out)])
+        lines += lines_of_left_out(self.left_out, self.bytes_left_out)
+        for name, new in [*self.renamed.items()][:1]:
+            lines.append(f"another name in the files: {len(self.renamed):,}, {name} is {new} here")
+        return "\n".join(lines)
 
 
 @keeps_grad_mode
@@ -192,16 +195,7 @@ def _check_arguments(
         raise CheckpointError(
             "load_checkpoint: one of mesh and plan. What to do: give both or neither."
         )
-    if dtype not in (None, _F16, _BF16):
-        given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-        raise CheckpointError(
-            f"load_checkpoint: dtype is {given}. What to do: pass torch.float16 or torch.bfloat16, "
-            "or leave it out."
-        )
-    if prefer not in get_args(Prefer):
-        raise CheckpointError(
-            f"load_checkpoint: prefer is {prefer!r}. What to do: pass 'dynamic' or 'static'."
-        )
+    check_options("load_checkpoint", dtype, prefer)
     check_model("load_checkpoint", model)
     try:
         return expanded(path)

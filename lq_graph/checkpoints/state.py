@@ -150,7 +150,7 @@ def _refuse_unknown(
 ) -> NoReturn:
     """Refuse tensors that the model has not."""
     tensors = {key: place.tensor for key, place in held.places.items()}
-    for key in unknown:
+    for key in {key.partition(".experts.")[0]: key for key in reversed(unknown)}.values():
         check_experts(files.file_of(key), key, tensors)
     names = [files.name_of(key) for key in unknown]
     found = "no such parameter in the model"
