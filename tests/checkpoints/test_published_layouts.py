@@ -1,7 +1,8 @@
 """Folders in the layouts that msmodelslim writes, rebuilt small: loaded with the files' values, or
 refused in one sentence.
 
-The layouts are those of folders made with msmodelslim 26.1 from small models.
+The Qwen layouts are those of folders that msmodelslim 26.1 made from small models; DeepSeek's and
+MiniMax's follow its source, because their models could not be quantized small.
 """
 
 from __future__ import annotations
