@@ -63,6 +63,7 @@ class Config(_Base):
     Attributes:
         layers: what was quantized; None before it is.
         dtype: the dtype of the model that was quantized, by name; None before it is.
+        biases: of norms and float layers that msmodelslim's smoothing gave one.
 
     Raises:
         ImportError: transformers is not installed.
@@ -93,6 +94,7 @@ class Config(_Base):
         self.checkpoint = dict(checkpoint or {})
         self.layers: SavedLayers | None = None
         self.dtype: str | None = None
+        self.biases: list[str] = []
 
     @property
     def needs_calibration(self) -> bool:
@@ -126,6 +128,8 @@ class Config(_Base):
         if self.layers is not None:
             found["dtype"] = self.dtype
             found["layers"] = self.layers.to_json()
+            if self.biases:
+                found["biases"] = list(self.biases)
         return found
 
     @classmethod
@@ -161,6 +165,7 @@ class Config(_Base):
             if "layers" in config_dict:
                 new.layers = SavedLayers.from_json(config_dict["layers"])
                 new.dtype = config_dict["dtype"]
+                new.biases = [str(name) for name in config_dict.get("biases", ())]
                 if new.dtype not in ("float16", "bfloat16"):
                     raise ValueError(f"dtype is {new.dtype!r}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

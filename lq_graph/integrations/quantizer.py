@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..checkpoints.biases import norm_with_bias
 from ..checkpoints.load import LoadReport, load_checkpoint
 from ..errors import LinearQuantValueError
 from ..modules.places import places_of, put
@@ -29,7 +28,16 @@ from ..rules.tables import dtype_name
 from .compat import register_quantizer, set_cast
 from .config import METHOD, Config
 from .hooks import hooks_put_back, put_hook, taken_hook
-from .saved import Loading, SavedLayer, SavedLayers, why_not_saved
+from .saved import (
+    Loading,
+    SavedLayer,
+    SavedLayers,
+    added_biases,
+    check_biases,
+    name_in,
+    put_biases,
+    why_not_saved,
+)
 
 __all__ = ["DESCRIPTION", "Quantizer", "attach", "register"]
 
@@ -86,6 +94,7 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if self.quantization_config.layers is not None:
             _put_loading(model, self.quantization_config.layers)
+            put_biases(model, self.quantization_config.biases)
             return
         if model.dtype not in (torch.float16, torch.bfloat16):
             raise LinearQuantValueError(
@@ -135,6 +144,7 @@ class Quantizer(HfQuantizer):
         config = self.quantization_config
         if config.layers is not None:
             _build_loaded(model)
+            check_biases(model)
             set_cast(model, model.dtype)
         elif self._folder:
             self._load_rest(model)
@@ -166,7 +176,7 @@ class Quantizer(HfQuantizer):
     def _note(self, model: PreTrainedModel) -> None:
         """Let the model's config say what is quantized."""
         config = self.quantization_config.quantized(SavedLayers.of(model), model.dtype)
-        config.checkpoint = {}
+        config.checkpoint, config.biases = {}, added_biases(model)
         self.quantization_config = model.config.quantization_config = config
 
     # ---- saving ----
@@ -182,12 +192,6 @@ class Quantizer(HfQuantizer):
             raise LinearQuantValueError(
                 f"save_pretrained: {why}. What to do: save the model before that, or quantize it "
                 "with A8W8Static(int8_between=False)."
-            )
-        if name := norm_with_bias(model):
-            raise LinearQuantValueError(
-                f"save_pretrained: {name} has a bias, which its class does not have, and "
-                "from_pretrained would leave it out. What to do: lq_graph.save_checkpoint(model, "
-                "folder, 'msmodelslim')."
             )
         self._note(model)
         seen: dict[tuple[torch.device, int], str] = {}
@@ -278,15 +282,11 @@ def _check_device_map(device_map: Any, other_tool: bool) -> None:
 
 def _put_loading(model: PreTrainedModel, layers: dict[str, SavedLayer]) -> None:
     """Put a `Loading` in place of every layer that was quantized."""
-    prefix = f"{model.base_model_prefix}."
-    is_base = not hasattr(model, model.base_model_prefix)
     modules, places = dict(model.named_modules()), places_of(model)
     for saved_as, layer in layers.items():
-        name = saved_as
-        if name not in modules:  # a base model beside the same with a head
-            name = saved_as.removeprefix(prefix) if is_base else prefix + saved_as
-        if is_base and name == saved_as and name not in modules:
-            continue  # of the head, which this model has not
+        name = name_in(model, saved_as)
+        if name is None:
+            continue
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
             found = "no module of that name" if module is None else type(module).__name__

@@ -6,13 +6,15 @@ The tensors are those of the layers' state dicts, under their names: `...q_proj.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.biases import add_bias
 from ..errors import LinearQuantValueError
 from ..kernels import storage_k
 from ..modules.linear_quant import layer_of
@@ -20,7 +22,16 @@ from ..modules.quantized_linear import QuantizedLinear
 from ..modules.split import SPLIT
 from ..rules.tables import dtype_name
 
-__all__ = ["Loading", "SavedLayer", "SavedLayers", "why_not_saved"]
+__all__ = [
+    "Loading",
+    "SavedLayer",
+    "SavedLayers",
+    "added_biases",
+    "check_biases",
+    "name_in",
+    "put_biases",
+    "why_not_saved",
+]
 
 _OF_LINEAR = ("weight", "scale", "offset", "pertoken_scale", "bias")
 _OWN = ("input_scale", "input_offset", "weight_scale", "float_bias")
@@ -160,6 +171,54 @@ def why_not_saved(model: nn.Module) -> str:
     return ""
 
 
+def added_biases(model: Any) -> list[str]:
+    """Names of the biases that float modules of a model of transformers have, and that its class
+    does not make: those of msmodelslim's smoothing."""
+    own = {
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if not isinstance(module, QuantizedLinear) and module._parameters.get("bias") is not None
+    }
+    own -= {key for key in own if key.removesuffix(".linear.bias") in SavedLayers.of(model)}
+    if not own:
+        return []
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    return sorted(own - {name for name, _ in fresh.named_parameters()})
+
+
+def name_in(model: Any, saved_as: str) -> str | None:
+    """The name of a module in a model that may be the base of the one that was saved, or have a
+    head beside it; None for a module of a head that it has not."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    if saved_as in modules:
+        return saved_as
+    if hasattr(model, model.base_model_prefix):
+        return prefix + saved_as
+    return saved_as.removeprefix(prefix) if saved_as.startswith(prefix) else None
+
+
+def put_biases(model: Any, names: Iterable[str]) -> None:
+    """Give modules of a model, on meta, the biases that `added_biases` found."""
+    for saved_as in names:
+        if (name := name_in(model, saved_as.removesuffix(".bias"))) is None:
+            continue
+        module = model.get_submodule(name)
+        weight = module.weight
+        empty = torch.empty(weight.shape[:1], dtype=weight.dtype, device="meta")
+        module.register_parameter("bias", nn.Parameter(empty.as_subclass(_NotLoaded)))
+        if not isinstance(module, nn.Linear | nn.LayerNorm):  # whose forward adds it
+            module.register_forward_hook(add_bias)
+
+
+def check_biases(model: nn.Module) -> None:
+    """Refuse biases that were not loaded."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, _NotLoaded):
+            raise _not_loaded(name, "not loaded", "a float")
+
+
 class _NotLoaded(Tensor):
     """A tensor that no file gave: transformers makes an empty one like it, which is one too."""
 
@@ -213,9 +272,13 @@ class Loading(nn.Module):
             absent = isinstance(tensor, _NotLoaded)
             if absent or tensor.dtype != dtype:
                 is_now = "not loaded" if absent else f"loaded as {dtype_name(tensor.dtype)}"
-                raise LinearQuantValueError(
-                    f"lq_graph: {name}.{key} is {is_now}, and {dtype_name(dtype)} is needed. What "
-                    "to do: load the whole folder that save_pretrained wrote, in its dtype."
-                )
+                raise _not_loaded(f"{name}.{key}", is_now, dtype_name(dtype))
             found[key] = tensor.detach()
         return self.saved.build(found)
+
+
+def _not_loaded(name: str, is_now: str, needed: str) -> LinearQuantValueError:
+    return LinearQuantValueError(
+        f"lq_graph: {name} is {is_now}, and {needed} is needed. What to do: load the whole folder "
+        "that save_pretrained wrote, in its dtype."
+    )

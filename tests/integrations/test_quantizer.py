@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 
+from lq_graph.checkpoints.biases import add_bias  # noqa: E402
 from lq_graph.integrations import transformers as ours  # noqa: E402
 from lq_graph.integrations.quantizer import Quantizer  # noqa: E402
 from lq_graph.integrations.saved import Loading  # noqa: E402
@@ -213,6 +214,32 @@ def test_layers_that_were_quantized_later_are_saved_too(
     again = load(tmp_path)
     assert again.model.layers[0].mlp.up_proj.linear.weight_dtype == torch.int32
     assert_same(again, model)
+
+
+def test_biases_of_norms(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """msmodelslim's smoothing gives norms and float layers a bias that their class has not."""
+    model = in_memory(folders("llama"), A8W8Dynamic())
+    norm, head = model.model.layers[1].input_layernorm, model.lm_head
+    for module, size in ((norm, 64), (head, 128)):
+        module.register_parameter("bias", nn.Parameter(torch.randn(size).to(BF16), False))
+    norm.register_forward_hook(add_bias)
+    ours.attach(model)
+    model.save_pretrained(tmp_path)
+    names = ["lm_head.bias", "model.layers.1.input_layernorm.bias"]
+    assert want_config(tmp_path)["biases"] == names
+    again = load(tmp_path)
+    assert_same(again, model)
+    ids, mask = prompt()
+    with torch.no_grad():
+        assert torch.equal(again(ids, mask).logits, model(ids, mask).logits)
+    again.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again"), model)
+    assert_same(AutoModel.from_pretrained(tmp_path), model.model)
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    del state[names[1]]
+    safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lq_graph: {names[1]} is not loaded"):
+        load(tmp_path)
 
 
 def test_two_layers_with_one_weight(folders: Callable[..., Path], tmp_path: Path) -> None:
