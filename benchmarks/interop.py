@@ -25,6 +25,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -109,11 +110,13 @@ def python_of(tool: str, given: str | None = None) -> str:
 
 def make(tool: str, python: str, folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Make folders; returns the tool's error for each case, empty if it has none."""
-    program = Path(__file__).with_name("interop_make.py")
+    program = Path(__file__).resolve().with_name("interop_make.py")
+    folder = folder.resolve()
     done = subprocess.run(
-        [python, str(program), tool, str(folder), *names],
+        [os.path.abspath(shutil.which(python) or python), str(program), tool, str(folder), *names],
         stdout=subprocess.PIPE,
         stderr=(folder / "log").open("w"),
+        cwd=folder,  # msmodelslim leaves files there
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,

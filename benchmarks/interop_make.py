@@ -110,6 +110,7 @@ def compress(case: Case, folder: Path) -> None:
         recipe=recipe,
         num_calibration_samples=TEXTS,
         max_seq_length=TOKENS,
+        shuffle_calibration_samples=False,
     )
     model.save_pretrained(folder / case.name, save_compressed=True)
     if not case.refused:

@@ -31,7 +31,7 @@ _ABOUT_WEIGHTS = ("quant_model_description", "quantize_config", "quant_config")
 def config_of(model: nn.Module, copy_from: Path | None) -> dict[str, Any]:
     """The contents of config.json without the quantization: of the model if it has one, else of
     the folder; {} for none."""
-    found = _json_of(getattr(model, "config", None))
+    own = found = _json_of(getattr(model, "config", None))
     if found is None and copy_from is not None and CONFIG in list_folder(copy_from):
         found = read_json(copy_from / CONFIG)
     if found is None:
@@ -39,7 +39,7 @@ def config_of(model: nn.Module, copy_from: Path | None) -> dict[str, Any]:
     for config in (found, found.get("text_config")):
         if isinstance(config, dict):
             config.pop(CONFIG_KEY, None)
-    if hasattr(model, "config"):
+    if own is not None:
         found["architectures"] = [type(model).__name__]
         key = "torch_dtype" if "torch_dtype" in found else "dtype"
         if (dtype := _float_dtype(model)) is not None:

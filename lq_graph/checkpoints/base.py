@@ -57,7 +57,7 @@ State = dict[str, Tensor]  # the state dict of one QuantizedLinear
 class Part:
     """One tensor of a quantized layer in a file.
 
-    The names mean the same in every format: `weight_scale` is per channel, `deq_scale` is
+    The names mean the same in every format: `weight_scale` is of the weights, `deq_scale` is
     input_scale * weight_scale, `quant_bias` is the int32 bias with the input's zero point in it.
 
     Attributes:
@@ -77,8 +77,9 @@ class Part:
 
 WEIGHT = Part("weight", (_I8,), (("n", "k"),))
 BIAS = Part("bias", FLOATS, (("n",),), required=False)
-WEIGHT_SCALE = Part("weight_scale", FLOATS, (("n", 1), ("n",)), positive=True)
-WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), (("n", 1), ("n",)), required=False)
+_CHANNELS: tuple[tuple[str | int, ...], ...] = (("n", 1), ("n",), (1,))  # (1,): one for all
+WEIGHT_SCALE = Part("weight_scale", FLOATS, _CHANNELS, positive=True)
+WEIGHT_OFFSET = Part("weight_offset", (*FLOATS, _I8), _CHANNELS, required=False)
 INPUT_SCALE = Part("input_scale", FLOATS, ((1,), ()), positive=True)
 
 
@@ -186,13 +187,20 @@ class Format(ABC):
         """The dtype of the built layer's bias, if the file has a float bias."""
         return output if given == output else _F32
 
-    def build(self, kind: LayerKind, output: torch.dtype, read: Read) -> QuantizedLinear:
+    def build(
+        self,
+        kind: LayerKind,
+        output: torch.dtype,
+        read: Read,
+        static: StaticTensors | None = None,
+    ) -> QuantizedLinear:
         """Make a layer from the tensors of a file.
 
         Args:
             kind: how the layer is quantized.
             output: the float dtype that it takes and returns.
             read: returns a tensor by the name of its part, or None.
+            static: the tensors of a static layer; default those that `read` gives.
         """
         read = cache(read)  # static_tensors may read the weight too
         weight, weight_scale = read("weight"), as_vector(read("weight_scale"))
@@ -206,7 +214,7 @@ class Format(ABC):
             scale, bias, float_bias = StaticTensors(weight_scale, read("bias"), None)
             weight_scale = None
         else:
-            scale, bias, float_bias = self.static_tensors(read, output)
+            scale, bias, float_bias = static or self.static_tensors(read, output)
         if bias is not None and bias.is_floating_point():
             bias = bias.to(self.bias_dtype(kind, output, bias.dtype))
         return QuantizedLinear(

@@ -37,6 +37,8 @@ def static_parts(format: Format, layer: QuantizedLinear, state: State) -> Writte
     The format has the two scales and the float bias. What the layer does not know of them is
     computed, and whether that gives the same layer is tried.
     """
+    weight = state["linear.weight"]
+    state = {key: tensor.cpu() for key, tensor in state.items()}  # NPUs have no float64
     parts, scale = known_parts(state), float_scale(state)
     if "weight_scale" not in parts:
         parts["weight_scale"] = weight_scale_of(scale, state["input_scale"]).unsqueeze(-1)
@@ -46,6 +48,7 @@ def static_parts(format: Format, layer: QuantizedLinear, state: State) -> Writte
     if bias is not None and "bias" not in parts:
         parts |= _float_bias(bias, scale, state)
     again = format.build(A8W8_STATIC, layer.input_dtype, parts.get).linear
+    parts["weight"] = weight  # one copy at a time on the CPU, when it is written
     if not torch.equal(packed_scale(layer, again.scale), packed_scale(layer, scale)):
         return Written(parts, "its scale is not exactly the product of two scales")
     same = _same_bias(again.bias, bias)

@@ -57,7 +57,7 @@ def contents_of(
             )
         keys = list(keys)
         said = {key: word for key, word in description.items() if key not in left_out}
-        contents = MSMODELSLIM.contents(about, said, set(keys), prefer)
+        contents = MSMODELSLIM.contents(about, said, dict.fromkeys(keys), prefer)
         return contents if known is None else _renamed(contents, keys, known)
     if config is None:
         refuse(

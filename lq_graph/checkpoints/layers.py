@@ -16,7 +16,7 @@ from ..modules.quantized_linear import QuantizedLinear
 from ..modules.replaceable import carry_over, why_not_replaceable
 from ..modules.split import SplitStyle
 from ..modules.supported import LayerKind
-from .base import Contents, Format, Part
+from .base import Contents, Format, Part, StaticTensors
 from .experts import check_experts
 from .files import CheckpointError, Refusals, refuse
 from .folder import CheckpointFiles
@@ -233,9 +233,7 @@ def new_layer(
             _check_int4(layer, tensor)
         return tensor
 
-    new = layer.format.build(layer.kind, layer.output, read)
-    if (bias := _bias_of_whole_rows(layer, parallel)) is not None:
-        new.linear.bias = nn.Parameter(bias, requires_grad=False)
+    new = layer.format.build(layer.kind, layer.output, read, _static_part(layer, parallel))
     device = weight_of(layer.module).device
     new = new.to(torch.device("cpu") if device.type == "meta" else device)
     if layer.style is None:
@@ -251,22 +249,31 @@ def new_layer(
     return new
 
 
-def _bias_of_whole_rows(layer: LayerToLoad, parallel: TensorParallel | None) -> Tensor | None:
-    """The bias of a layer that is split along k, if a zero point is in it: it holds the sums of
-    whole rows of the weight. None for the bias that the layer has already."""
-    if layer.style is None or parallel is None or "quant_bias" in layer:
+def _static_part(layer: LayerToLoad, parallel: TensorParallel | None) -> StaticTensors | None:
+    """This process's part of the scale and bias of a static layer, computed for the whole layer:
+    the sums of whole rows are in the bias, and all parts have one dtype. None for a layer that is
+    not split, or whose files have the bias with these sums."""
+    if layer.style is None or parallel is None or not layer.kind.static or "quant_bias" in layer:
         return None
-    placement = layer.style.placement("bias", (layer.n,))
-    if layer.format.zero_point not in layer or placement.is_shard():
-        return None
+    style, ranks, rank = layer.style, parallel.ranks, parallel.rank
 
     def read(part: str) -> Tensor | None:
+        if part == "weight" and layer.format.zero_point not in layer:  # only its size matters
+            return torch.zeros(1, 1, dtype=_I8, device="cpu").expand(layer.n, layer.k)
         return layer.read(part) if part in layer else None
 
-    bias = layer.format.static_tensors(read, layer.output).bias
-    if bias is None or not (placement.is_partial() and parallel.rank):
-        return bias
-    return torch.zeros_like(bias)
+    def own(name: str, tensor: Tensor | None) -> Tensor | None:
+        placement = style.placement(name, (layer.n,))
+        if tensor is None or not (placement.is_shard() or placement.is_partial()):
+            return tensor
+        if placement.is_shard():
+            return tensor.chunk(ranks)[rank].clone()
+        return torch.zeros_like(tensor) if rank else tensor
+
+    scale, bias, float_bias = layer.format.static_tensors(read, layer.output)
+    part = own("scale", scale)
+    assert part is not None
+    return StaticTensors(part, own("bias", bias), own("bias", float_bias))
 
 
 def _check_int4(layer: LayerToLoad, weight: Tensor) -> None:

@@ -91,7 +91,10 @@ class LoadReport(list[Loaded]):
         if self:
             head = ["module", "scheme", "n", "k", "output", "bytes"]
             lines = table([head, *(layer.row() for layer in self)])
-        return "\n".join([*lines, *lines_of_left_out(self.left_out, self.bytes_left_out)])
+        lines += lines_of_left_out(self.left_out, self.bytes_left_out)
+        for name, new in [*self.renamed.items()][:1]:
+            lines.append(f"another name in the files: {len(self.renamed):,}, {name} is {new} here")
+        return "\n".join(lines)
 
 
 @keeps_grad_mode

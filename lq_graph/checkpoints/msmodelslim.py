@@ -9,6 +9,7 @@ vllm_ascend/quantization).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,10 +73,10 @@ class Msmodelslim(Format):
         A8W8_STATIC: (
             WEIGHT,
             Part("quant_bias", (_I32,), (("n",),)),
-            Part("deq_scale", (_I64, _F32), (("n",),), positive=True),
+            Part("deq_scale", (_I64, _F32), (("n",), (1,)), positive=True),
             INPUT_SCALE,
             Part("input_offset", (*FLOATS, _I8), ((1,), ())),
-            Part("weight_scale", FLOATS, (("n", 1), ("n",)), required=False, positive=True),
+            replace(WEIGHT_SCALE, required=False),
             WEIGHT_OFFSET,
             BIAS,
         ),
@@ -128,7 +129,7 @@ class Msmodelslim(Format):
         Raises:
             CheckpointError: a word of a layer that LinearQuant cannot run.
         """
-        check_inputs(file, keys)
+        check_inputs(file, description, keys)
         kinds, left_out = {}, {}
         for key, word in description.items():
             name, _, part = key.rpartition(".")
@@ -147,8 +148,9 @@ class Msmodelslim(Format):
 
     def static_tensors(self, read: Read, output: torch.dtype) -> StaticTensors:
         del output
-        scale = read("deq_scale")
-        assert scale is not None
+        weight, scale = read("weight"), read("deq_scale")
+        assert weight is not None and scale is not None
+        scale = scale.expand(weight.shape[0]).contiguous()  # one for all channels, or one for each
         # quant_bias already contains the float bias and the zero point of the input
         return StaticTensors(scale, read("quant_bias"), read("bias"))
 

@@ -8,12 +8,12 @@ pytorch/llm_ptq/llm_ptq_tools), and vllm-project/vllm-ascend (vllm_ascend/quanti
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..modules.supported import A4W4_DYNAMIC, A8W8_DYNAMIC, A8W8_STATIC, LayerKind
-from .files import refuse, shown
+from .files import refuse
 
 __all__ = [
     "MIX",
@@ -68,6 +68,7 @@ class _Input(NamedTuple):
     todo: str
 
 
+_UNCHANGED = "layers whose input is not changed"
 _ROTATED = "an input that is rotated while the model runs (QuaRot)"
 _NO_ROTATION = "quantize again with online: false (of quarot or adapt_rotation)"
 _INPUTS = (
@@ -104,17 +105,27 @@ def kind_of(file: Path, key: str, word: object, prefer: Prefer) -> LayerKind | N
     return _KINDS[word]
 
 
-def check_inputs(file: Path, keys: Collection[str]) -> None:
-    """Refuse tensors that change the input of a layer while the model runs.
+def check_inputs(file: Path, description: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Refuse layers whose input is changed while the model runs.
 
     Args:
         file: the description.
+        description: what is in it.
         keys: names of the tensors in the files.
     """
     for key in keys:
         for end, what, todo in _INPUTS:
             if key.endswith(end):
-                refuse(file, shown(key), "layers whose input is not changed", what, todo)
+                refuse(file, key, _UNCHANGED, what, todo)
+    rotated = _dict(_dict(description.get("metadata")).get("quarot"))
+    for kind, about in rotated.items():  # also if the matrices are ignored
+        if layers := _dict(about).get("layers"):
+            found = f"{_ROTATED}: {kind} of {layers}"
+            refuse(file, "metadata.quarot", _UNCHANGED, found, _NO_ROTATION)
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def name_in_model(key: str) -> str:

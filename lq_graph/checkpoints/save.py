@@ -84,15 +84,15 @@ def save_checkpoint(
         )
     check_model("save_checkpoint", model)
     with torch.no_grad():
-        size, source = bytes_of_size(max_shard_size), folder_to_copy(copy_from)
-        saved = _contents(model, FORMATS[format], source, size)
-        if not saved.layers:
-            warnings.warn(
-                "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its float "
-                "tensors only. What to do: lq_graph.quantize it first.",
-                stacklevel=3,
-            )
         try:
+            size, source = bytes_of_size(max_shard_size), folder_to_copy(copy_from)
+            saved = _contents(model, FORMATS[format], source, size)
+            if not saved.layers:
+                warnings.warn(
+                    "save_checkpoint: the model has no QuantizedLinear; the checkpoint holds its "
+                    "float tensors only. What to do: lq_graph.quantize it first.",
+                    stacklevel=3,
+                )
             with uninterrupted() as pause:
                 write_checkpoint(expanded(folder), FORMATS[format], saved, pause)
         except (OSError, ValueError, TypeError) as error:
@@ -101,8 +101,8 @@ def save_checkpoint(
             place = getattr(error, "filename", None) or folder
             what = getattr(error, "strerror", None) or str(error)
             raise CheckpointError(
-                f"save_checkpoint: {shown(place, 4096)}: {what}. The folder is unchanged. What "
-                "to do: save where there is room, and where you may write."
+                f"save_checkpoint: {shown(place, 4096)}: {what}. The folder is unchanged. What to "
+                "do: make room or give the right to write there, or save into another folder."
             ) from error
 
 
@@ -139,7 +139,7 @@ def _contents(model: nn.Module, format: Format, copy_from: Path | None, shard_si
             tensors[key] = value
             others.append(key)
     return Saved(
-        _once(tensors, [f"{name}.weight" for name in layers], _tied_last(model, others)),
+        _once(tensors, [f"{name}.weight" for name in layers], _tied(model, others)),
         list(tensors),
         layers,
         _floats(model, layers),
@@ -150,16 +150,19 @@ def _contents(model: nn.Module, format: Format, copy_from: Path | None, shard_si
     )
 
 
-def _tied_last(model: nn.Module, keys: list[str]) -> list[str]:
-    """Names of tensors; last those that a model of transformers ties to another one, which is the
-    one that it loads."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    patterns = getattr(model, "_tied_weights_keys", None) or []
+def _tied(model: nn.Module, keys: list[str]) -> list[str]:
+    """Names of tensors of which those that share memory are written once, under the first name.
 
-    def is_tied(key: str) -> bool:
-        return key in tied or any(re.search(pattern, key) for pattern in patterns)
-
-    return sorted(keys, key=is_tied)
+    A model of transformers says which of its tensors it ties to others; these are the last. It
+    would not find another one that is left out.
+    """
+    declared = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(declared, dict):
+        return [key for key in keys if key in {*declared.values()}] + [
+            key for key in keys if key in declared
+        ]
+    patterns = getattr(model, "_tied_weights_keys", None) or ()
+    return sorted(keys, key=lambda key: any(re.search(pattern, key) for pattern in patterns))
 
 
 def _floats(model: nn.Module, layers: dict[str, QuantizedLinear]) -> list[str]:

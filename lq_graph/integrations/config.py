@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..quantization.schemes import SCHEMES, A8W8Dynamic, A8W8Static
+from ..quantization.choose import Schemes, schemes_in
+from ..quantization.schemes import SCHEMES, A8W8Dynamic, A8W8Static, Scheme
 from ..rules.tables import dtype_name
 from .saved import SavedLayers
 
@@ -27,13 +28,11 @@ else:
     except ImportError as error:  # `from lq_graph import *` imports Config all the same
         _Base, _WHY_NOT = object, str(error)
 
-__all__ = ["METHOD", "Config", "Scheme", "Schemes"]
+__all__ = ["METHOD", "Config"]
 
 METHOD = "lq_graph"  # quant_method in a config.json
 _VERSION = 1  # of what to_dict writes
 
-Scheme = Any  # an instance of a class in SCHEMES
-Schemes = Any  # a Scheme, or a mapping of patterns of names to a Scheme or None
 _ALLOWED = "A8W8Dynamic(), A8W8Static(), A4W4Dynamic()"
 
 
@@ -98,8 +97,7 @@ class Config(_Base):
     @property
     def needs_calibration(self) -> bool:
         """Whether a scheme is static."""
-        given = self.scheme.values() if isinstance(self.scheme, dict) else [self.scheme]
-        return any(isinstance(scheme, A8W8Static) for scheme in given)
+        return any(isinstance(scheme, A8W8Static) for scheme in schemes_in(self.scheme))
 
     def quantized(self, layers: SavedLayers, dtype: torch.dtype) -> Config:
         """The same, for the config of a model that is quantized: it holds no inputs.
@@ -151,13 +149,12 @@ class Config(_Base):
             )
         try:
             given = config_dict.get("scheme")
-            scheme: Schemes = A8W8Dynamic()
-            if isinstance(given, list):
-                scheme = {name: _from_json(one) for name, one in given}
-            elif given is not None:
-                scheme = _from_json(given)
             new = cls(
-                scheme,
+                {name: None if one is None else _from_json(one) for name, one in given}
+                if isinstance(given, list)
+                else A8W8Dynamic()
+                if given is None
+                else _from_json(given),
                 ignore=config_dict.get("ignore", ()),
                 checkpoint=config_dict.get("checkpoint"),
             )
@@ -220,16 +217,15 @@ def _to_json(scheme: Scheme | None) -> dict[str, Any] | None:
     return {"name": type(scheme).__name__, **found}
 
 
-def _from_json(found: Any) -> Scheme | None:
-    if found is None:
-        return None
-    found = dict(found)
-    kinds = {kind.__name__: kind for kind in SCHEMES}
-    dtype = found.get("output_dtype")
+def _from_json(found: dict[str, Any]) -> Scheme:
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in SCHEMES}
+    given = dict(found)
+    dtype = given.get("output_dtype")
     if dtype not in (None, "float16", "bfloat16"):
         raise ValueError(f"output_dtype is {dtype!r}")
-    found["output_dtype"] = None if dtype is None else getattr(torch, dtype)
-    return kinds[found.pop("name")](**found)
+    given["output_dtype"] = None if dtype is None else getattr(torch, dtype)
+    scheme: Scheme = kinds[given.pop("name")](**given)
+    return scheme
 
 
 def _damaged(why: str, todo: str) -> LinearQuantValueError:

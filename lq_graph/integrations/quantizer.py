@@ -22,6 +22,7 @@ from ..checkpoints.load import LoadReport, load_checkpoint
 from ..errors import LinearQuantValueError
 from ..modules.places import places_of, put
 from ..modules.replaceable import carry_over
+from ..quantization.choose import choose
 from ..quantization.quantize import quantize
 from ..quantization.report import QuantizeReport
 from ..rules.tables import dtype_name
@@ -95,6 +96,9 @@ class Quantizer(HfQuantizer):
         if self.pre_quantized or any(folder.glob(DESCRIPTION)):
             self._folder = str(folder)
             self._leave_linear_layers(model, folder)
+        else:  # a pattern without layers is refused before the files are read
+            config = self.quantization_config
+            choose(model, config.scheme, config.ignore, "from_pretrained")
 
     def _leave_linear_layers(self, model: PreTrainedModel, folder: Path) -> None:
         """Take the nn.Linear layers out: transformers would load int8 values as floats."""
@@ -135,9 +139,10 @@ class Quantizer(HfQuantizer):
         elif self._folder:
             self._load_rest(model)
         else:
-            given = {"ignore": config.ignore} if config.ignore else {}
             with hooks_put_back(model):
-                self.report = quantize(model, config.scheme, config.calibration, **given)
+                self.report = quantize(
+                    model, config.scheme, config.calibration, ignore=config.ignore
+                )
             _say(self.report)
         self._note(model)
         return model

@@ -182,6 +182,12 @@ class Loading(nn.Module):
             (inner if owner else self).register_parameter(own, parameter)
         self.linear = inner
 
+    # what initializations of transformers read, which leave loaded tensors alone
+    weight: Any = property(lambda self: self.linear.weight)
+    bias: Any = property(lambda self: getattr(self.linear, "bias", None))
+    in_features = property(lambda self: self.replaces[0].in_features)
+    out_features = property(lambda self: self.replaces[0].out_features)
+
     def tensors(self) -> Iterator[tuple[str, Tensor, torch.dtype]]:
         """Names, tensors and the dtypes that they must have."""
         wanted = {name.removesuffix("[1]"): dtype for name, dtype in self.saved.tensors}

@@ -109,6 +109,7 @@ def test_tensors_get_the_names_of_the_model(old, new, old_norms, new_norms, tmp_
         assert torch.equal(made.linear.weight, tensors[f"{in_file}.weight"])
     for in_file, in_model in zip(old_norms, new_norms, strict=True):
         assert torch.equal(model.get_submodule(in_model).weight, tensors[f"{in_file}.weight"])
+    assert ("another name in the files" in str(report)) == (old != new or old_norms != new_norms)
     pairs = zip([*old, *old_norms], [*new, *new_norms], strict=True)
     differ = {f"{a}.weight": f"{b}.weight" for a, b in pairs if a != b}
     assert {k: v for k, v in report.renamed.items() if k.endswith(".weight")} == differ

@@ -110,6 +110,18 @@ def test_an_input_that_is_changed_while_the_model_runs_is_refused(
         load_checkpoint(made.model(), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["heads_rotation", "kronecker_rotation"])
+def test_a_rotation_cannot_be_ignored(kind, tmp_path) -> None:
+    made = small()
+    name = "up.heads_rotation" if kind == "heads_rotation" else "up.kronecker_rotation_m"
+    made.tensors[name] = torch.eye(4)
+    made.words["metadata"] = {"quarot": {"max_tp_size": 4, kind: {"layers": ["up"]}}}
+    made.write(tmp_path)
+    message = rf"metadata.quarot: expected .*{kind} of \['up'\]. What to do: .*online: false"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(made.model(), tmp_path, ignore=[name])
+
+
 # ---- biases of norms ----
 
 

@@ -62,8 +62,8 @@ def decoder(made: Msmodelslim, word: str, *, biases: str = "", inner: str = "") 
     made.linear("lm_head", WORDS, H, "FLOAT")
 
 
-def qwen2(folder: Path, dtype: torch.dtype = BF16, word: str = "W8A8") -> nn.Module:
-    made = Msmodelslim(dtype)
+def qwen2(folder: Path, dtype: torch.dtype = BF16, word: str = "W8A8", **given) -> nn.Module:
+    made = Msmodelslim(dtype, **given)
     decoder(made, word, biases="model")
     made.linear("model.layers.1.mlp.down_proj", H, INNER, "FLOAT")
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -150,6 +150,11 @@ QWEN2 = {"A8W8 static": 7}
 LAYOUTS = {
     "Qwen2.5 W8A8": Layout(qwen2, QWEN2),
     "Qwen2.5 W8A8, float16": Layout(lambda folder: qwen2(folder, F16), QWEN2),
+    "one scale": Layout(lambda folder: qwen2(folder, one_scale=True), QWEN2),
+    "one scale, float16": Layout(lambda folder: qwen2(folder, F16, one_scale=True), QWEN2),
+    "one scale, dynamic": Layout(
+        lambda folder: qwen2(folder, word="W8A8_DYNAMIC", one_scale=True), {"A8W8 dynamic": 7}
+    ),
     "310P, W8A8S": Layout(lambda folder: qwen2(folder, F16, "W8A8S"), QWEN2),
     "Qwen3 W8A8_MIX": Layout(
         qwen3_mix,

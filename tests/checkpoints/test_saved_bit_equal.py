@@ -83,6 +83,21 @@ def test_every_scheme(scheme, bias, dtype, format, tmp_path) -> None:
 
 @both
 @dtypes
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_prepared_model_on_the_npu(scheme, dtype, format, tmp_path) -> None:
+    torch.npu.config.allow_internal_format = True
+    model, again = quantized(0, dtype, True, scheme), Model(dtype)
+    x = torch.randn(5, K).to(dtype)
+    want = model(x)
+    model = model.npu()
+    lq_graph.use_internal_format_weight(model)
+    lq_graph.save_checkpoint(model, tmp_path, format)
+    lq_graph.load_checkpoint(again, tmp_path)
+    assert torch.equal(again(x), want)
+
+
+@both
+@dtypes
 def test_several_schemes_in_one_model(dtype, format, tmp_path) -> None:
     schemes = SCHEMES["int4"], SCHEMES["static"], SCHEMES["dynamic"]
     model, again = quantized(0, dtype, True, *schemes), Model(dtype)

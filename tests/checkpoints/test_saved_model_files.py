@@ -228,6 +228,29 @@ def test_tied_weights_have_the_name_that_transformers_loads(format: str, tmp_pat
         check_same(again, source)
 
 
+@both
+@pytest.mark.parametrize(
+    ("declared", "written"),
+    [
+        ({}, {"embed_tokens.weight", "lm_head.weight"}),
+        ({"lm_head.weight": "embed_tokens.weight"}, {"embed_tokens.weight"}),
+        ({"embed_tokens.weight": "lm_head.weight"}, {"lm_head.weight"}),
+    ],
+    ids=["of the user", "of the model", "the other way"],
+)
+def test_only_ties_that_the_model_declares_are_left_to_it(
+    declared: dict[str, str], written: set[str], format: str, tmp_path: Path
+) -> None:
+    """transformers 5 says what it ties: what it does not tie itself must be in the files."""
+    source, again = quantized(), TinyForCausalLM()
+    source.all_tied_weights_keys = declared  # type: ignore[assignment]
+    save_checkpoint(source, tmp_path, format)
+    assert tensors_in(tmp_path).keys() & {"embed_tokens.weight", "lm_head.weight"} == written
+    load_checkpoint(again, tmp_path)
+    assert again.lm_head.weight is again.embed_tokens.weight
+    check_same(again, source)
+
+
 # ---- folders with something else ----
 
 

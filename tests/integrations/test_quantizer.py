@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +132,40 @@ def test_a_saved_model_loads_again(
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
 
 
+def test_schemes_by_name(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """In the order of the mapping, as in quantize; it is saved and loaded again."""
+    scheme = {"*.0.mlp.*": None, "*.mlp.up*": A8W8Static(), "*.mlp.*": A4W4Dynamic()}
+    scheme |= {"lm_head": A8W8Dynamic(FP16), "*": A8W8Dynamic()}
+    ignore = ["*.k_proj"]
+    config = Config(scheme, ignore=ignore, calibration=calibration())
+    model = load(folders(), quantization_config=config)
+    want = load(folders())
+    lq_graph.quantize(want, scheme, calibration(), ignore=ignore)
+    assert_same(model, want)
+    kinds = {
+        name: "float" if isinstance(layer, nn.Linear) else layer.linear.weight_dtype
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | QuantizedLinear)
+    }
+    assert (
+        kinds["model.layers.0.mlp.up_proj"] == kinds["model.layers.1.self_attn.k_proj"] == "float"
+    )
+    assert kinds["model.layers.1.mlp.down_proj"] == torch.int32
+    assert not model.model.layers[1].mlp.up_proj.dynamic
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same(again, want)
+    assert again.config.quantization_config.scheme == scheme
+    assert list(again.config.quantization_config.scheme) == list(scheme)
+    assert again.config.quantization_config.ignore == ignore
+
+
+def test_the_head_stays_float(folders: Callable[..., Path]) -> None:
+    model = load(folders(), quantization_config=Config())
+    assert type(model.lm_head) is nn.Linear
+    assert "float by default" in model.hf_quantizer.report[-1].note
+
+
 def test_no_dtype_is_the_one_of_config_json(folders: Callable[..., Path]) -> None:
     """transformers 4 would load float32, which cannot be quantized."""
     model = AutoModelForCausalLM.from_pretrained(folders(), quantization_config=Config())
@@ -192,6 +225,50 @@ def test_two_layers_with_one_weight(folders: Callable[..., Path], tmp_path: Path
     assert_same(load(tmp_path), model)
 
 
+_SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2)
+_TEXT = dict(_SIZES, num_key_value_heads=2, vocab_size=128)
+# what is special about them: class, sizes
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "two stacks, initialized by their parents": (
+        "T5ForConditionalGeneration",
+        dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=128),
+    ),
+    "experts that transformers 5 merges": (
+        "MixtralForCausalLM",
+        dict(_TEXT, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "names that transformers 5 changes": (
+        "LlavaForConditionalGeneration",
+        dict(
+            text_config=dict(_TEXT, model_type="llama"),
+            vision_config=dict(_SIZES, model_type="clip_vision_model", image_size=32, patch_size=8),
+            image_token_index=100,
+        ),
+    ),
+    "no decoder": ("BertForSequenceClassification", dict(_SIZES, vocab_size=128)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    kind, sizes = ARCHITECTURES[name]
+    model_class = getattr(transformers, kind)
+    config = model_class.config_class(**sizes)
+    torch.manual_seed(0)
+    model_class(config).to(BF16).save_pretrained(tmp_path / "float")
+    want = model_class.from_pretrained(tmp_path / "float", dtype=BF16)
+    lq_graph.quantize(want, A8W8Dynamic())
+    model = model_class.from_pretrained(
+        tmp_path / "float", dtype=BF16, quantization_config=Config()
+    )
+    assert_same(model, want)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    again = model_class.from_pretrained(tmp_path / "saved")
+    assert_same(again, want)
+    for (key, got), (_, wanted) in zip(again.named_buffers(), want.named_buffers(), strict=True):
+        assert torch.equal(got, wanted), key
+
+
 # ---- where the layers are ----
 
 
@@ -244,8 +321,7 @@ def want_config(folder: Path) -> dict[str, Any]:
 def checkpoint(folder: Path, to: Path, scheme: Any, kind: str) -> Any:
     """A folder as a tool writes it; returns the model in it."""
     model = in_memory(folder, scheme)
-    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
-    lq_graph.save_checkpoint(model, to, kind)
+    lq_graph.save_checkpoint(model, to, kind, copy_from=folder)
     return model
 
 
@@ -430,6 +506,12 @@ def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_pa
             "device_map has npu:0, npu:1, and another tool's folder is loaded on one device. What",
             lambda: ours.from_pretrained(
                 tmp_path / "ct", device_map={"model": "npu:0", "lm_head": "npu:1"}
+            ),
+        ),
+        (
+            r"from_pretrained: scheme has '\*.nosuch', which matches no nn.Linear layer",
+            lambda: load(
+                folders(), quantization_config=Config({"*.nosuch": None, "*": A8W8Dynamic()})
             ),
         ),
         (

@@ -28,6 +28,7 @@ from support.parallel import Check, K, M, N, block, compared, plan
 KINDS = {
     "zero point": (CHANNEL, ASYMMETRIC),
     "zero point, one scale": (TENSOR, ASYMMETRIC),
+    "a scale for each channel": (CHANNEL, STATIC),
     "one scale": (TENSOR, STATIC),
     "int4": (CHANNEL4, TOKEN4),
 }

@@ -61,10 +61,13 @@ class Msmodelslim:
     Args:
         dtype: of the float model.
         version: 0 or 1, of the service that quantizes; they differ in the dtypes of scales.
+        one_scale: whether a layer has one scale for all channels (mm_tensor).
     """
 
-    def __init__(self, dtype: torch.dtype = BF16, version: int = 0) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, dtype: torch.dtype = BF16, version: int = 0, *, one_scale: bool = False
+    ) -> None:
+        self.dtype, self.one_scale = dtype, one_scale
         self.scales = F32 if version else dtype
         self.tensors: dict[str, Tensor] = {}
         self.words: dict[str, Any] = {"version": "1.0.0", "model_quant_type": "W8A8"}
@@ -108,7 +111,8 @@ class Msmodelslim:
         top = 8 if word.startswith("W4A4") else 128
         weight = torch.randint(-top, top, (n, k), dtype=I8, generator=self._random)
         self.put(f"{name}.weight", weight, word)
-        scale = (torch.rand(n, 1, generator=self._random) * 1e-2 + 1e-3).to(self.scales)
+        shape = (1,) if self.one_scale else (n, 1)
+        scale = (torch.rand(shape, generator=self._random) * 1e-2 + 1e-3).to(self.scales)
         if word != "W8A8S" and not (word == "W8A8" and self.scales == F32):
             self.put(f"{name}.weight_scale", scale, word)
             self.put(f"{name}.weight_offset", torch.zeros_like(scale), word)
