@@ -22,6 +22,7 @@ from .patterns import Pattern, PatternError, Text, Work
 __all__ = ["CONFIG_KEY", "METHOD", "AnyConfig", "Config", "Group", "config_in", "object_of"]
 
 METHOD = "compressed-tensors"
+_TRANSFORMERS = "lq_graph"  # of folders that save_pretrained wrote
 CONFIG_KEY = "quantization_config"
 _OLD_KEY = "compression_config"
 _TEXT_KEY = "text_config"
@@ -226,13 +227,13 @@ class Config:
         config = found.value
         groups = config.get("config_groups") if isinstance(config, dict) else None
         if not isinstance(groups, dict) or not found.is_ours:
-            refuse(
-                file,
-                found.place,
-                f"{METHOD} with config_groups",
-                _method_of(config),
-                "quantize the float model with lq_graph.quantize, llmcompressor or msmodelslim",
-            )
+            todo = "quantize the float model with lq_graph.quantize, llmcompressor or msmodelslim"
+            if object_of(config).get("quant_method") == _TRANSFORMERS:
+                todo = (
+                    "import lq_graph.integrations.transformers, and load the folder with "
+                    "transformers' from_pretrained, which saved it"
+                )
+            refuse(file, found.place, f"{METHOD} with config_groups", _method_of(config), todo)
         _check_sparsity(file, found.sparsity)
         _check_transforms(file, config.get("transform_config"))
         self._file, self._place = file, found.place

@@ -72,8 +72,9 @@ def contents_of(
     return COMPRESSED_TENSORS.contents(file, config, keys, known)
 
 
-def words_of(folder: Path) -> str:
-    """What the JSON of a folder says of the whole model, in its own words; empty for nothing.
+def words_of(folder: Path) -> tuple[str, str]:
+    """The name of a folder's format, and what its JSON says of the whole model, in its own words;
+    empty for nothing.
 
     Raises:
         CheckpointError: JSON that cannot be read.
@@ -81,12 +82,12 @@ def words_of(folder: Path) -> str:
     names = list_folder(folder)
     if (found := MSMODELSLIM.description(folder, names)) is not None:
         word = found[1].get("model_quant_type")
-        return shown(word, 60) if isinstance(word, str) else ""
+        return MSMODELSLIM.name, shown(word, 60) if isinstance(word, str) else ""
     about = read_json(folder / CONFIG) if CONFIG in names else {}
     config = config_in(about, folder / CONFIG)
     given = config.value if config is not None and isinstance(config.value, dict) else {}
     words = [given[key] for key in ("format", "version") if isinstance(given.get(key), str)]
-    return shown(" ".join(words), 60)
+    return shown(given.get("quant_method", ""), 60), shown(" ".join(words), 60)
 
 
 def _renamed(contents: Contents, keys: list[str], model: ModelNames) -> Contents:

@@ -89,7 +89,6 @@ def _inspect(
     refusals = Refusals(problems)
     layers: list[LayerToLoad] = []
     left_out: dict[str, str] = {}
-    format = ""
     with refusals.each():
         if model is not None:
             found = find(model, files, dtype, patterns, prefer, refusals)
@@ -103,13 +102,13 @@ def _inspect(
             layers = list(_layers_alone(files, contents, dtype, refusals))
             left_out |= contents.not_loaded()
             _check_floats(files, layers, left_out, refusals)
-        format = contents.format.name
     used = {files.name_of(key) for one in layers for key in _keys(one) if key in files}
     names = {files.name_of(key) if key in files else key: why for key, why in left_out.items()}
     matrices = [key for key, one in in_files.items() if len(one.shape) == 2]
-    words, notes = "", []
+    format, words, notes = "", "", []
     with suppress(CheckpointError):  # JSON that cannot be read, which is among the problems
-        words, notes = words_of(folder), list(notes_of(folder, matrices))
+        format, words = words_of(folder)
+        notes = list(notes_of(folder, matrices))
     verdicts = _Verdicts()
     return Inspection(
         str(files.path),

@@ -73,7 +73,8 @@ class Inspection:
 
     Attributes:
         path: of the folder or file.
-        format: "msmodelslim" or "compressed-tensors"; empty if it is not known.
+        format: "msmodelslim", "compressed-tensors", or the quant_method that the JSON says; empty
+            for none.
         words: what the JSON says of the whole model.
         files: the safetensors files, with their sizes in bytes.
         layers: the quantized layers.
@@ -128,7 +129,7 @@ class Inspection:
     def _head(self) -> list[str]:
         if not self.files:
             return []
-        parts = [part for part in (self.format or "unknown format", self.words) if part]
+        parts = [part for part in (self.format or "not quantized", self.words) if part]
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         return [f"{', '.join(parts)}; {files}, {sum(self.files.values()):,} bytes"]
 
@@ -143,8 +144,6 @@ class Inspection:
             head = f"{number}. "
             more = f" ({len(group) - 1:,} more like it)" if len(group) > 1 else ""
             lines += _wrapped(f"{head}{group[0]}{more}", " " * len(head))
-        for note in self.notes:
-            lines += _wrapped(f"note: {note}", "      ")
         if not alike and self.model:
             lines += _wrapped(
                 f"load_checkpoint loads this into {self.model}, if the values of the scales are "
@@ -157,6 +156,8 @@ class Inspection:
                 "read.",
                 "",
             )
+        for note in self.notes:
+            lines += _wrapped(f"note: {note}", "      ")
         return lines
 
     def as_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
 from ..reports import table
 from ..rules.tables import dtype_name
 from .check_layer import check_values, check_without_effect
-from .choose import NamePattern, lines_of_left_out, patterns_in
+from .choose import NamePattern, lines_of_left_out, patterns_in, some
 from .files import CheckpointError, Refusals, check_model, expanded
 from .find import check_options, find
 from .folder import CheckpointFiles, old_or_new
@@ -92,6 +92,8 @@ class LoadReport(list[Loaded]):
             head = ["module", "scheme", "n", "k", "output", "bytes"]
             lines = table([head, *(layer.row() for layer in self)])
         lines += lines_of_left_out(self.left_out, self.bytes_left_out)
+        if self.added:
+            lines.append(f"biases that the model had not: {len(self.added):,}, {some(self.added)}")
         for name, new in [*self.renamed.items()][:1]:
             lines.append(f"another name in the files: {len(self.renamed):,}, {name} is {new} here")
         return "\n".join(lines)

@@ -132,6 +132,7 @@ def test_the_bias_of_a_norm_is_added(tmp_path) -> None:
     with torch.no_grad():
         report = load_checkpoint(model, tmp_path)
     assert not report.left_out and report.added == ("norm.bias",)
+    assert "biases that the model had not: 1, norm.bias" in str(report)
     assert list(model.state_dict())[:2] == ["norm.weight", "norm.bias"]
     assert model.norm.bias.dtype == BF16 and files["norm.bias"].dtype == F32
     x = torch.randn(5, H, generator=torch.Generator().manual_seed(1)).to(BF16)

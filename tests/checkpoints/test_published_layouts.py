@@ -1,7 +1,8 @@
 """Folders in the layouts that msmodelslim writes, rebuilt small: loaded with the files' values, or
 refused in one sentence.
 
-The layouts are those of folders made with msmodelslim 26.1 from small models.
+The Qwen layouts are those of folders that msmodelslim 26.1 made from small models; DeepSeek's and
+MiniMax's follow its source, because their models could not be quantized small.
 """
 
 from __future__ import annotations
@@ -222,6 +223,13 @@ def check_floats(
             wide = x.double().numpy() @ weight.double().numpy().T + tensor.double().numpy()
             want = rounded(wide.astype(np.float32), "bfloat16")
         np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-6, err_msg=name)
+
+
+def test_the_layer_of_several_tokens_may_be_ignored(tmp_path) -> None:
+    model = deepseek(tmp_path, mtp=False)
+    report = load_checkpoint(model, tmp_path, ignore=["model.layers.2.*"])
+    assert Counter(line.scheme for line in report) == LAYOUTS["DeepSeek W8A8 with MTP"].schemes
+    assert set(report.left_out) == {"model.layers.2.enorm.weight", "model.layers.2.eh_proj.weight"}
 
 
 REFUSED = {
