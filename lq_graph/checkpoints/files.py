@@ -1,4 +1,4 @@
-"""One file of a checkpoint, read or written: JSON, or safetensors.
+"""One file of a checkpoint, read: JSON, or safetensors.
 
 Only regular files are read, and JSON only up to a size and a depth. Reading and writing use plain
 system calls and not mapped memory: an error of the disk is an exception and not a signal, and each
@@ -19,7 +19,7 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..errors import LinearQuantValueError
 
 __all__ = [
+    "CHUNK",
     "COMMITTED",
     "CONFIG",
     "DTYPES",
@@ -43,6 +44,7 @@ __all__ = [
     "Entry",
     "Refusals",
     "TensorFile",
+    "bytes_of",
     "check_model",
     "committed",
     "expanded",
@@ -52,9 +54,6 @@ __all__ = [
     "refuse",
     "shown",
     "temporary",
-    "tensors_header",
-    "write_all",
-    "write_tensor",
 ]
 
 CONFIG = "config.json"  # of the model, as transformers writes it
@@ -67,7 +66,7 @@ _MAX_DIMS = 64
 _AGAIN = "copy or download the file again"
 _READABLE = "check the path, and that you may read it"
 _LOAD_LATER = "load again when nothing writes to it"
-_CHUNK = 1 << 24  # bytes for each call, so that Ctrl-C does not wait for gigabytes
+CHUNK = 1 << 24  # bytes for each call, so that Ctrl-C does not wait for gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -246,7 +245,7 @@ def _fill(stream: FileIO, file: Path, buffer: Any, offset: int) -> None:
     view = memoryview(buffer).cast("B")
     while view:
         try:
-            count = os.preadv(stream.fileno(), [view[:_CHUNK]], offset)
+            count = os.preadv(stream.fileno(), [view[:CHUNK]], offset)
         except OSError as error:
             refuse(file, None, "a file that can be read", error.strerror or str(error), _AGAIN)
         if not count:
@@ -447,7 +446,7 @@ class TensorFile:
             tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
         else:
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
-            _fill(self._stream, self.file, _bytes_of(tensor), begin)
+            _fill(self._stream, self.file, bytes_of(tensor), begin)
         if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             refuse(self.file, None, "0 and 1 for a bool", "other bytes", _AGAIN)
         return tensor
@@ -472,45 +471,8 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
     """The bytes of a contiguous CPU tensor."""
     if not tensor.numel():
         return bytearray()
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-
-
-# ---- writing ----
-
-
-def tensors_header(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
-    """The order of the tensors in a safetensors file, and the bytes before them. Large dtypes come
-    first, so that each tensor is aligned."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key in order:
-        tensor = tensors[key]
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[key] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return order, len(text).to_bytes(8, "little") + text
-
-
-def write_tensor(descriptor: int, tensor: Tensor, pause: Callable[[], None]) -> None:
-    """Write the bytes of a tensor, on any device and with any strides."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    write_all(descriptor, _bytes_of(plain), pause)
-
-
-def write_all(descriptor: int, data: Any, pause: Callable[[], None]) -> None:
-    """Write bytes; `pause` is called after each chunk."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(descriptor, view[:_CHUNK]) :]
-        pause()

@@ -34,13 +34,11 @@ from .files import (
     committed,
     shown,
     temporary,
-    tensors_header,
-    write_all,
-    write_tensor,
 )
 from .formats import FORMATS
 from .json_files import small_files
 from .shards import index_of, shards_of
+from .tensor_writing import tensors_header, write_all, write_tensor
 
 __all__ = ["Saved", "write_checkpoint"]
 
