@@ -92,7 +92,11 @@ class CapturedWork:
 
         for tensor in used:
             if torch_npu.get_npu_format(tensor) not in BASE_FORMATS:
-                raise RuntimeError(f"cann_host: {what} of an internal format is not captured here.")
+                raise RuntimeError(
+                    f"cann_host: {what} of an internal format is not captured here; the weight of "
+                    "mm and addmm is, in float16 and bfloat16, whole or transposed. What to do: "
+                    "cast the tensor to ND before (torch_npu.npu_format_cast)."
+                )
         block_of = self._library.cann_host_block_of
         storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in used}
         memory = [(address, size, block_of(address, size)) for address, size in storages if size]

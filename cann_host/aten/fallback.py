@@ -20,6 +20,7 @@ from cann_host.aten.host_views import (
     is_expanded,
     note_written,
 )
+from cann_host.aten.nz_weights import with_nd_weight
 from cann_host.bindings import CAPTURES, WAITS
 
 __all__ = ["CpuKernel"]
@@ -286,6 +287,7 @@ class CpuKernel:
         """Record the call for the graph that is being captured; compute only its shapes now."""
         if self.draws:
             raise RuntimeError(f"cann_host: {self.op} draws random numbers, which is not captured.")
+        args = with_nd_weight(self.op, args)
         if "device" in self.names and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": device}
         meta_args = captured.on_meta(args)
