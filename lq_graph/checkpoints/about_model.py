@@ -19,9 +19,10 @@ from ..rules.tables import dtype_name
 from .compressed_config import CONFIG_KEY
 from .files import CONFIG, INDEX, CheckpointError, expanded, list_folder, read_json, shown
 
-__all__ = ["GENERATION", "config_of", "files_beside", "folder_to_copy"]
+__all__ = ["GENERATION", "MODEL_TYPE", "config_of", "files_beside", "folder_to_copy"]
 
 GENERATION = "generation_config.json"
+MODEL_TYPE = "model_type"  # of transformers
 # of files that a folder has beside weights: settings, tokenizers, chat templates, code
 _ENDS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 # JSON about weights, which is not copied
@@ -30,10 +31,22 @@ _ABOUT_WEIGHTS = ("quant_model_description", "quantize_config", "quant_config")
 
 def config_of(model: nn.Module, copy_from: Path | None) -> dict[str, Any]:
     """The contents of config.json without the quantization: of the model if it has one, else of
-    the folder; {} for none."""
+    the folder; {} for none.
+
+    Raises:
+        CheckpointError: the folder is that of another kind of model.
+    """
     own = found = _json_of(getattr(model, "config", None))
-    if found is None and copy_from is not None and CONFIG in list_folder(copy_from):
-        found = read_json(copy_from / CONFIG)
+    if copy_from is not None and CONFIG in list_folder(copy_from):
+        theirs = read_json(copy_from / CONFIG)
+        found = theirs if own is None else own
+        mine, other = found.get(MODEL_TYPE), theirs.get(MODEL_TYPE)
+        if mine != other:
+            raise CheckpointError(
+                f"save_checkpoint: copy_from is {shown(copy_from, 4096)}, the folder of a "
+                f"{shown(other)}, and the model is a {shown(mine)}. What to do: pass the folder of "
+                "the float model, or leave copy_from out."
+            )
     if found is None:
         return {}
     for config in (found, found.get("text_config")):

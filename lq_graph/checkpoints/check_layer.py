@@ -151,7 +151,7 @@ def _output(layer: LayerToLoad, dtype: torch.dtype | None) -> torch.dtype:
         layer.refuse(
             "an output dtype of float16 or bfloat16",
             f"{dtype_name(wanted)}, the dtype of the model's layer",
-            "pass dtype=torch.bfloat16 or torch.float16",
+            "call model.bfloat16() or model.half() first; dtype= sets only quantized layers",
         )
     for part, outputs in layer.format.output_decided_by.items():
         if part not in layer:

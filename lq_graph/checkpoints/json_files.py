@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .about_model import MODEL_TYPE
 from .base import Format
 from .compressed_config import CONFIG_KEY
 from .files import CONFIG, CheckpointError, read_json, shown
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from .write import Saved
 
 __all__ = ["small_files"]
-
-_MODEL = "model_type"  # of transformers
 
 
 def small_files(
@@ -63,12 +62,12 @@ def small_files(
 
 def _config(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The contents of config.json: those that are there, or the model's."""
-    if _MODEL not in old:
+    if MODEL_TYPE not in old:
         return {**new, **old}
-    if new.get(_MODEL, old[_MODEL]) != old[_MODEL]:
+    if new.get(MODEL_TYPE, old[MODEL_TYPE]) != old[MODEL_TYPE]:
         raise CheckpointError(
-            f"save_checkpoint: {shown(folder / CONFIG, 4096)} is of a {shown(old[_MODEL])}, and "
-            f"the model is a {shown(new[_MODEL])}. What to do: save into another folder, or "
+            f"save_checkpoint: {shown(folder / CONFIG, 4096)} is of a {shown(old[MODEL_TYPE])}, "
+            f"and the model is a {shown(new[MODEL_TYPE])}. What to do: save into another folder, or "
             "remove that file."
         )
     return dict(old)

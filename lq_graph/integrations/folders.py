@@ -46,9 +46,14 @@ def from_pretrained(
 
     Raises:
         CheckpointError: what load_checkpoint refuses.
-        LinearQuantValueError: what `Config` refuses; a folder without quantized layers.
+        LinearQuantValueError: what `Config` refuses; no folder; one without quantized layers.
     """
     place = expanded(folder)
+    if not place.is_dir():
+        raise LinearQuantValueError(
+            f"from_pretrained: there is no folder {place}. What to do: check the path; for a model "
+            "of a hub, pass the folder that huggingface_hub.snapshot_download returns."
+        )
     config = kwargs.pop("config", None)
     if config is None:
         given = {name: kwargs[name] for name in _FOR_CONFIG if name in kwargs}

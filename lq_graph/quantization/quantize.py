@@ -118,8 +118,8 @@ def _quantize(
     todo = not_refused(layers)
     if layers and not todo:
         reasons = Counter(layer.refusal for layer in layers)
-        reasons_text = (f"{count} x {why}" for why, count in reasons.most_common())
-        listed = "; ".join(reasons_text).rstrip(".")
+        common = reasons.most_common()
+        listed = "; ".join(f"{count} x {str(why).rstrip('.')}" for why, count in common)
         raise LinearQuantValueError(
             f"quantize: none of the {len(layers)} nn.Linear layers can be quantized: {listed}."
         )

@@ -166,6 +166,11 @@ def test_a_copied_file_never_replaces_another(format: str, tmp_path: Path) -> No
     save_checkpoint(quantized(), folder, format)
     with pytest.raises(CheckpointError, match=r"copy_from is .*no folder. What to do: pass the"):
         save_checkpoint(quantized(), folder, format, copy_from=tmp_path / "none")
+    before = folder_state(folder)
+    (source / "config.json").write_text('{"model_type": "other"}')
+    with pytest.raises(CheckpointError, match=r"folder of a other, and the model is a tiny"):
+        save_checkpoint(quantized(), folder, format, copy_from=source)
+    assert folder_state(folder) == before
 
 
 # ---- weights ----

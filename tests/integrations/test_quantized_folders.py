@@ -229,6 +229,10 @@ def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_pa
             lambda: load(tmp_path, dtype=FP16),
         ),
         (
+            "there is no folder .*nosuch. What to do: check the path; for a model of a hub, pass",
+            lambda: ours.from_pretrained(tmp_path / "nosuch"),
+        ),
+        (
             "holds no quantized model. What to do: pass quantization_config",
             lambda: ours.from_pretrained(folders()),
         ),

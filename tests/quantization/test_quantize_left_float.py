@@ -14,6 +14,7 @@ from lq_graph import (
     A8W8Dynamic,
     A8W8Static,
     LinearQuant,
+    LinearQuantValueError,
     QuantizedLinear,
     quantize,
 )
@@ -45,6 +46,13 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.plain(x)
+
+
+def test_a_float32_model_is_one_sentence_for_each_reason() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(16, 16), "lm_head": nn.Linear(16, 16)})
+    with pytest.raises(LinearQuantValueError) as refused:
+        quantize(model, A8W8Dynamic())
+    assert "model.bfloat16() first; 1 x an output layer" in str(refused.value)
 
 
 def test_layers_that_must_stay_float_are_named() -> None:
