@@ -67,7 +67,7 @@ def _config(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str,
     if new.get(MODEL_TYPE, old[MODEL_TYPE]) != old[MODEL_TYPE]:
         raise CheckpointError(
             f"save_checkpoint: {shown(folder / CONFIG, 4096)} is of a {shown(old[MODEL_TYPE])}, "
-            f"and the model is a {shown(new[MODEL_TYPE])}. What to do: save into another folder, or "
-            "remove that file."
+            f"and the model is a {shown(new[MODEL_TYPE])}. What to do: save into another folder, "
+            "or remove that file."
         )
     return dict(old)
