@@ -128,7 +128,7 @@ def _check_bias(layer: LayerToLoad) -> None:
     """The files have the bias of a layer that has one in the model."""
     module = layer.module
     if isinstance(module, QuantizedLinear):  # the int32 bias of a static layer may be a zero point
-        bias = module.linear.bias if module.dynamic else module.float_bias
+        bias: object = module.linear.bias if module.dynamic else module.float_bias
     else:
         bias = module.bias
     if bias is not None and "bias" not in layer and "quant_bias" not in layer:

@@ -221,7 +221,7 @@ def test_the_bias_of_a_float_layer_is_not_ignored(ignore, tmp_path) -> None:
     model = Model()
     model.head = nn.Linear(24, 8, bias=False, dtype=F16)
     if ignore:
-        with pytest.raises(CheckpointError, match="head.bias: expected a tensor that is loaded, b"):
+        with pytest.raises(CheckpointError, match=r"head.bias: expected a tensor that is loaded"):
             load_checkpoint(model, tmp_path, ignore=ignore)
     else:
         assert load_checkpoint(model, tmp_path).added == ("head.bias",)
