@@ -46,6 +46,7 @@ def check_headers(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
         elif part.required:
             key = f"{layer.name}.{part.name}"
             refuse(layer.files.path, key, _describe(part, layer), "no such tensor", _MISSING)
+    _check_bias(layer)
     layer.output = _output(layer, dtype)
     _check_product(layer)
 
@@ -121,6 +122,22 @@ def _check_header(layer: LayerToLoad, part: Part) -> None:
         groups = part.name == "weight_scale" and shape[:1] == (layer.n,) and shape[-1] > 1
         todo = _COMPRESS if floats else _ONE_SCALE if groups else _AS_SAID
         layer.refuse_part(part.name, _describe(part, layer), found, todo)
+
+
+def _check_bias(layer: LayerToLoad) -> None:
+    """The files have the bias of a layer that has one in the model."""
+    module = layer.module
+    if isinstance(module, QuantizedLinear):  # the int32 bias of a static layer may be a zero point
+        bias: object = module.linear.bias if module.dynamic else module.float_bias
+    else:
+        bias = module.bias
+    if bias is not None and "bias" not in layer and "quant_bias" not in layer:
+        layer.refuse(
+            "the bias that the model's layer has",
+            "no such tensor",
+            "make the model from the config.json that was saved with these weights (without biases "
+            "if its layers have none), or download the missing file",
+        )
 
 
 def _check_values(layer: LayerToLoad, part: Part) -> None:

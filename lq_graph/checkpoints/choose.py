@@ -4,7 +4,7 @@ model's own code says that it does not need them."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import translate
 from typing import NamedTuple
@@ -22,6 +22,7 @@ __all__ = [
     "patterns_in",
     "some",
     "unneeded_tensors",
+    "weight_with",
 ]
 
 _MOST = 10  # patterns in a message
@@ -112,23 +113,37 @@ def _near(pattern: str, names: Iterable[str]) -> str:
 
 
 def _check_whole_layers(ignored: Mapping[str, str], files: CheckpointFiles) -> None:
-    """Refuse to ignore a scale, zero point or bias of a quantized layer whose weight is loaded."""
-    for name in ignored:
-        module, _, part = name.rpartition(".")
-        if not _OF_A_LAYER.match(part):
+    """Refuse to ignore a scale, a zero point or a bias of a layer whose weight is loaded."""
+    for name, why in ignored.items():
+        if weight := weight_with(name, files, ignored):
+            refuse(
+                files.file_of(name),
+                name,
+                f"a tensor that is loaded, because {shown(weight)} is",
+                why,
+                f"ignore the whole layer, as {name.rpartition('.')[0]}.*, or no part of it",
+            )
+
+
+def weight_with(name: str, files: CheckpointFiles, ignored: Container[str] = ()) -> str:
+    """The weight without which a tensor cannot be ignored: an integer weight, of a scale, a zero
+    point or a bias; or the weight of a norm or a float layer, of its bias. Empty for none.
+
+    Args:
+        name: of the tensor.
+        files: that have it.
+        ignored: tensors that are not loaded.
+    """
+    module, _, part = name.rpartition(".")
+    if not module or not _OF_A_LAYER.match(part):
+        return ""
+    for weight in (f"{module}.weight", f"{module}.weight_packed"):
+        if weight == name or weight not in files or weight in ignored:
             continue
-        for weight in (f"{module}.weight", f"{module}.weight_packed"):
-            if weight not in files or weight in ignored:
-                continue
-            dtype, _ = files.header(weight)
-            if dtype is not None and not dtype.is_floating_point:
-                refuse(
-                    files.file_of(name),
-                    name,
-                    f"a tensor that is loaded, because {shown(weight)} is",
-                    ignored[name],
-                    f"ignore the whole layer, as {module}.*, or no part of it",
-                )
+        dtype, _ = files.header(weight)
+        if part == "bias" or (dtype is not None and not dtype.is_floating_point):
+            return weight
+    return ""
 
 
 def unneeded_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

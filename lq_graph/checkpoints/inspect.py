@@ -143,7 +143,7 @@ def _layers_alone(
 
     @cache  # a model may have 60,000 experts
     def stand_in(n: int, k: int) -> nn.Linear:
-        return nn.Linear(k, n, device="meta", dtype=usual)
+        return nn.Linear(k, n, bias=False, device="meta", dtype=usual)
 
     for name in contents.kinds:
         with refusals.each():
@@ -161,7 +161,7 @@ def _layers_alone(
             layer = layer_of_files(files, contents, name, stand_in(*shape))
             outputs = outputs_of(layer)
             if dtype is None and usual not in outputs:  # the files say which
-                layer.module = nn.Linear(1, 1, device="meta", dtype=outputs[0])
+                layer.module = nn.Linear(1, 1, bias=False, device="meta", dtype=outputs[0])
             yield layer
             check_headers(layer, dtype)
 

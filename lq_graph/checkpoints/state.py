@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..backends.npu import cast_format, format_of
 from ..rules.tables import ND, dtype_name
-from .choose import patterns_for, some
+from .choose import patterns_for, some, weight_with
 from .experts import check_experts
 from .files import CheckpointError, Refusals, refuse, shown
 from .folder import CheckpointFiles
@@ -152,11 +152,19 @@ def _refuse_unknown(
     tensors = {key: place.tensor for key, place in held.places.items()}
     for key in {key.partition(".experts.")[0]: key for key in reversed(unknown)}.values():
         check_experts(files.file_of(key), key, tensors)
+    # tensors that cannot be ignored first: ignoring the others would not help
+    of_layers = [key for key in unknown if weight_with(key, files)]
+    unknown = of_layers + [key for key in unknown if key not in set(of_layers)]
     names = [files.name_of(key) for key in unknown]
     found = "no such parameter in the model"
     if others := names[1:]:
         found += f", nor {some(others)}"
-    if missing:
+    modules = dict(held.model.named_modules(remove_duplicate=False))
+    if of_layers and of_layers[0].rpartition(".")[0] in modules:
+        floats = of_layers[0].endswith(".bias")
+        said = "use the JSON that was saved with these weights: it says how the layer is quantized"
+        todo = _SAME_MODEL if floats else said
+    elif missing:
         todo = f"{_SAME_MODEL}. It has {some(missing)}, which the files have not"
     else:
         patterns = patterns_for(names, held.model, map(files.name_of, files))

@@ -194,3 +194,56 @@ def test_missing_tensors_are_told_together(tmp_path) -> None:
     message = r"ln.bias: .*, nor ln.weight. .*It has norm.bias, norm.weight, which the files have n"
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(Model(), tmp_path)
+
+
+# (tensors beside a dynamic layer's, the layer's word, the tensor that has no place then)
+OF_A_LAYER = {
+    "a scale that a dynamic layer has not": (
+        {"up.input_scale": torch.ones(1)},
+        "W8A8_DYNAMIC",
+        "up.input_scale",
+    ),
+    "a quantized layer that is called float": ({}, "FLOAT", r"up.weight_\w+"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "word", "key"), OF_A_LAYER.values(), ids=OF_A_LAYER)
+def test_a_part_of_a_layer_is_not_proposed(tensors, word, key, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    add(tmp_path, {"extra": torch.ones(2), **tensors}, {"up.weight": word})
+    with pytest.raises(CheckpointError, match=f"{key}: .*do: use the JSON that was saved with"):
+        load_checkpoint(Model(), tmp_path)
+
+
+@pytest.mark.parametrize("ignore", [[], ["head.bias"], ["*d.bias"]])
+def test_the_bias_of_a_float_layer_is_not_ignored(ignore, tmp_path) -> None:
+    write(tmp_path, "msmodelslim", True, F16)
+    model = Model()
+    model.head = nn.Linear(24, 8, bias=False, dtype=F16)
+    if ignore:
+        with pytest.raises(CheckpointError, match=r"head.bias: expected a tensor that is loaded"):
+            load_checkpoint(model, tmp_path, ignore=ignore)
+    else:
+        assert load_checkpoint(model, tmp_path).added == ("head.bias",)
+    model.head = nn.Identity()  # a module that the model has not
+    assert load_checkpoint(model, tmp_path, ignore=["head"]).left_out.keys() == {
+        "head.weight",
+        "head.bias",
+    }
+
+
+@pytest.mark.parametrize("kind", ["msmodelslim", "compressed-tensors"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_bias_that_the_models_layer_has_is_not_dropped(again, kind, tmp_path) -> None:
+    write(tmp_path, kind, True, F16)
+    model = Model()
+    if again:
+        load_checkpoint(model, tmp_path)
+    before = model_state(model)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file({k: v for k, v in load_file(file).items() if k != "up.bias"}, file)
+    with pytest.raises(CheckpointError, match="up: expected the bias that the model's layer has"):
+        load_checkpoint(model, tmp_path)
+    assert model_state(model) == before
+    model.up = nn.Linear(40, 24, bias=False, dtype=F16)
+    load_checkpoint(model, tmp_path)
