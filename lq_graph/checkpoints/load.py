@@ -136,7 +136,7 @@ def load_checkpoint(
             default the dtype of each layer's own weight. A static layer of msmodelslim has its own
             dtype, which must agree: float16 for an int64 deq_scale, bfloat16 for a float32 one.
         ignore: patterns of tensors, by their names in the files, that are not loaded because the
-            model has not what they belong to: "model.layers.61.*", "visual.*", "*.k_scale". `*`
+            model has not what they belong to: `model.layers.61.*`, `visual.*`, `*.k_scale`. `*`
             spans dots; a pattern that matches a module takes everything in it; after "re:" it is a
             regular expression that matches from the beginning. Left out without a pattern is what
             the model computes itself (inv_freq) and what its transformers class does not need.
