@@ -29,6 +29,7 @@ from .compat import register_quantizer, set_cast
 from .config import METHOD, Config
 from .hooks import hooks_put_back, put_hook, taken_hook
 from .saved import (
+    MARK,
     Loading,
     SavedLayer,
     SavedLayers,
@@ -197,6 +198,7 @@ class Quantizer(HfQuantizer):
         seen: dict[tuple[torch.device, int], str] = {}
         state = dict(model.state_dict())
         for name in self.quantization_config.layers:
+            state[f"{name}.{MARK}"] = torch.zeros(1)
             for key in (key for key in state if key.startswith(f"{name}.")):
                 place = state[key].device, state[key].untyped_storage().data_ptr()
                 if seen.setdefault(place, key) != key:  # safetensors holds no tensor twice

@@ -23,6 +23,7 @@ from ..modules.split import SPLIT
 from ..rules.tables import dtype_name
 
 __all__ = [
+    "MARK",
     "Loading",
     "SavedLayer",
     "SavedLayers",
@@ -37,6 +38,11 @@ _OF_LINEAR = ("weight", "scale", "offset", "pertoken_scale", "bias")
 _OWN = ("input_scale", "input_offset", "weight_scale", "float_bias")
 _NAMES = (*(f"linear.{name}" for name in _OF_LINEAR), *_OWN)
 _FLOATS = ("float16", "bfloat16")
+
+# A tensor that is saved for each layer where the float layer has its weight, float32 (1,). Where
+# "lq_graph" is not registered, transformers only warns, and would fill the layers with random
+# values. It refuses a weight of another shape.
+MARK = "weight"
 
 
 @dataclass(frozen=True)
@@ -239,10 +245,11 @@ class Loading(nn.Module):
             owner, _, own = name.rpartition(".")
             parameter = nn.Parameter(tensor.as_subclass(_NotLoaded), requires_grad=False)
             (inner if owner else self).register_parameter(own, parameter)
+        mark = nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+        self.register_parameter(MARK, mark)
         self.linear = inner
 
     # what initializations of transformers read, which leave loaded tensors alone
-    weight: Any = property(lambda self: self.linear.weight)
     bias: Any = property(lambda self: getattr(self.linear, "bias", None))
     in_features = property(lambda self: self.replaces[0].in_features)
     out_features = property(lambda self: self.replaces[0].out_features)
@@ -251,7 +258,8 @@ class Loading(nn.Module):
         """Names, tensors and the dtypes that they must have."""
         wanted = {name.removesuffix("[1]"): dtype for name, dtype in self.saved.tensors}
         for name, tensor in self.named_parameters():
-            yield name, tensor, getattr(torch, wanted[name])
+            if name != MARK:
+                yield name, tensor, getattr(torch, wanted[name])
 
     def build(self, name: str) -> QuantizedLinear:
         """The layer, when its tensors are loaded.
