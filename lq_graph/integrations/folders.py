@@ -49,6 +49,11 @@ def from_pretrained(
         LinearQuantValueError: what `Config` refuses; a folder without quantized layers.
     """
     place = expanded(folder)
+    if not place.is_dir():
+        raise LinearQuantValueError(
+            f"from_pretrained: {place} is no folder. What to do: pass a folder on this machine, "
+            "for example what huggingface_hub.snapshot_download returns."
+        )
     config = kwargs.pop("config", None)
     if config is None:
         given = {name: kwargs[name] for name in _FOR_CONFIG if name in kwargs}
@@ -64,6 +69,8 @@ def from_pretrained(
                     "quantization_config=lq_graph.Config(...), which quantizes it."
                 )
         elif wanted is None or isinstance(wanted, Config):
+            if wanted is not None:
+                wanted.check_only_checkpoint()
             for part in (config, config.get_text_config(decoder=True)):
                 vars(part).pop("quantization_config", None)
             given = {**(wanted.checkpoint if wanted else {}), **(checkpoint or {})}

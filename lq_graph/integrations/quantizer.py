@@ -104,6 +104,7 @@ class Quantizer(HfQuantizer):
             )
         folder = Path(model.config.name_or_path or "")
         if self.pre_quantized or any(folder.glob(DESCRIPTION)):
+            self.quantization_config.check_only_checkpoint()
             self._folder = str(folder)
             self._leave_linear_layers(model, folder)
         else:  # a pattern without layers is refused before the files are read
@@ -191,8 +192,8 @@ class Quantizer(HfQuantizer):
         changed since it was loaded."""
         if why := why_not_saved(model):
             raise LinearQuantValueError(
-                f"save_pretrained: {why}. What to do: save the model before that, or quantize it "
-                "with A8W8Static(int8_between=False)."
+                f"save_pretrained: {why}. What to do: save the model before that, quantize it with "
+                "A8W8Static(int8_between=False), or unload() the adapters."
             )
         self._note(model)
         seen: dict[tuple[torch.device, int], str] = {}

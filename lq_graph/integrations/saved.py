@@ -162,6 +162,11 @@ class SavedLayers(dict[str, SavedLayer]):
 
 def why_not_saved(model: nn.Module) -> str:
     """Why the layers of a model cannot be saved as `SavedLayers`; empty if they can."""
+    biases = [name.removesuffix(".bias") for name in added_biases(model)]
+    fresh = dict(_fresh(model).named_modules())
+    for name in (*SavedLayers.of(model), *biases):
+        if name not in fresh:
+            return f"{name} is no layer of {type(model).__name__}: adapters or merge added it"
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
@@ -188,9 +193,14 @@ def added_biases(model: Any) -> list[str]:
     own -= {key for key in own if key.removesuffix(".linear.bias") in SavedLayers.of(model)}
     if not own:
         return []
+    return sorted(own - {name for name, _ in _fresh(model).named_parameters()})
+
+
+def _fresh(model: Any) -> nn.Module:
+    """The model as its class makes it, on meta."""
     with torch.device("meta"):
-        fresh = type(model)(copy.deepcopy(model.config))
-    return sorted(own - {name for name, _ in fresh.named_parameters()})
+        fresh: nn.Module = type(model)(copy.deepcopy(model.config))
+    return fresh
 
 
 def name_in(model: Any, saved_as: str) -> str | None:

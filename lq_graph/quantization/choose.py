@@ -17,7 +17,14 @@ from ..modules.quantized_linear import QuantizedLinear
 from ..modules.vendor import vendor_layers
 from .schemes import SCHEMES, Scheme
 
-__all__ = ["Choice", "Schemes", "choose", "quantized_kinds", "schemes_in"]
+__all__ = [
+    "Choice",
+    "Schemes",
+    "check_patterns",
+    "choose",
+    "quantized_kinds",
+    "schemes_in",
+]
 
 Schemes = Scheme | Mapping[str, Scheme | None]  # for all layers, or by pattern; None: stays float
 Names = Mapping[nn.Module, list[str]]  # a module may have several
@@ -85,6 +92,11 @@ def choose(
         if layers and pattern not in used and (why := _complaint(pattern, patterns, names_of)):
             raise LinearQuantValueError(f"{caller}: {pattern.argument} has {pattern.text!r}, {why}")
     return chosen
+
+
+def check_patterns(schemes: Schemes, ignore: Iterable[str], caller: str) -> None:
+    """Refuse what `choose` refuses without a model: another type, and an invalid expression."""
+    _patterns(schemes, ignore, caller)
 
 
 class _Pattern:
