@@ -61,8 +61,14 @@ def from_pretrained(
     if "torch_dtype" not in kwargs:
         kwargs.setdefault("dtype", "auto")
     wanted = kwargs.pop("quantization_config", None)
+    other_tool = _method_of(config) != METHOD and _is_quantized(config, place)
+    if checkpoint and not other_tool:
+        raise LinearQuantValueError(
+            f"from_pretrained: checkpoint is for load_checkpoint, and {place} holds no other "
+            "tool's quantized model. What to do: leave it out."
+        )
     if _method_of(config) != METHOD:
-        if not _is_quantized(config, place):
+        if not other_tool:
             if wanted is None:
                 raise LinearQuantValueError(
                     f"from_pretrained: {place} holds no quantized model. What to do: pass "

@@ -205,6 +205,10 @@ def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_pa
             ),
         ),
         (
+            "checkpoint is for load_checkpoint, .* What to do: leave it out",
+            lambda: ours.from_pretrained(tmp_path, checkpoint={"prefer": "static"}),
+        ),
+        (
             "nowhere is no folder. What to do: pass a folder",
             lambda: ours.from_pretrained(tmp_path / "nowhere"),
         ),
