@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from fnmatch import translate
 from typing import NamedTuple
 
 from torch import nn
 
+from ..modules.name_patterns import name_pattern
 from .files import CheckpointError, refuse, shown
 from .folder import CheckpointFiles
 
@@ -47,9 +47,8 @@ class NamePattern(NamedTuple):
 def patterns_in(ignore: Iterable[str]) -> list[NamePattern]:
     """The patterns that a caller gives.
 
-    A pattern is a glob over the whole name of a tensor, or of a module and then of everything in
-    it; `*` spans dots, as in fnmatch. After `re:` it is a regular expression that matches from the
-    beginning of such a name.
+    A pattern is one of `name_pattern`, over the name of a tensor, or of a module and then of
+    everything in it.
 
     Raises:
         CheckpointError: of another type, or no regular expression.
@@ -67,9 +66,8 @@ def _pattern(text: object) -> NamePattern:
         raise CheckpointError(
             f"load_checkpoint: ignore has {text!r}. What to do: give patterns of names, as str."
         )
-    regex = text.removeprefix("re:") if text.startswith("re:") else translate(text)
     try:
-        return NamePattern(text, re.compile(regex).match)
+        return NamePattern(text, name_pattern(text).match)
     except re.error as error:
         raise CheckpointError(
             f"load_checkpoint: ignore has {text!r}, which is no regular expression: {error}. What "

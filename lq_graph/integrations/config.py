@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..quantization.choose import Schemes, schemes_in
+from ..errors import LinearQuantValueError
+from ..quantization.choose import Schemes, check_patterns, schemes_in
 from ..quantization.schemes import SCHEMES, A8W8Dynamic, A8W8Static, Scheme
 from ..rules.tables import dtype_name
 from .saved import SavedLayers
@@ -32,8 +32,6 @@ __all__ = ["METHOD", "Config"]
 
 METHOD = "lq_graph"  # quant_method in a config.json
 _VERSION = 1  # of what to_dict writes
-
-_ALLOWED = "A8W8Dynamic(), A8W8Static(), A4W4Dynamic()"
 
 
 class Config(_Base):
@@ -67,7 +65,8 @@ class Config(_Base):
 
     Raises:
         ImportError: transformers is not installed.
-        LinearQuantTypeError: another scheme.
+        LinearQuantTypeError: scheme or ignore of another type.
+        LinearQuantValueError: an invalid regular expression.
     """
 
     def __init__(
@@ -86,7 +85,11 @@ class Config(_Base):
         from .quantizer import register
 
         register()
-        _check(scheme, ignore)
+        # what the patterns match is quantize's to check
+        ignore = (
+            ignore if isinstance(ignore, str) or not isinstance(ignore, Iterable) else [*ignore]
+        )
+        check_patterns(scheme, ignore, "Config")
         self.quant_method = cast(Any, METHOD)
         self.scheme = dict(scheme) if isinstance(scheme, Mapping) else scheme
         self.ignore = list(ignore)
@@ -100,6 +103,15 @@ class Config(_Base):
     def needs_calibration(self) -> bool:
         """Whether a scheme is static."""
         return any(isinstance(scheme, A8W8Static) for scheme in schemes_in(self.scheme))
+
+    def check_only_checkpoint(self) -> None:
+        """Refuse what says how to quantize, for a folder that another tool quantized."""
+        if self.ignore or self.calibration is not None or self.scheme != A8W8Dynamic():
+            raise LinearQuantValueError(
+                "from_pretrained: the folder is quantized already, and scheme, ignore and "
+                "calibration of Config are for a float model. What to do: leave them out; "
+                "checkpoint={...} has arguments of load_checkpoint."
+            )
 
     def quantized(self, layers: SavedLayers, dtype: torch.dtype) -> Config:
         """The same, for the config of a model that is quantized: it holds no inputs.
@@ -193,24 +205,6 @@ class Config(_Base):
         new.ignore, new.checkpoint = list(new.ignore), dict(new.checkpoint)
         memo[id(self)] = new
         return new
-
-
-def _check(scheme: object, ignore: object) -> None:
-    """Refuse what cannot be saved. What the patterns match is quantize's to check."""
-    given = list(scheme.items()) if isinstance(scheme, Mapping) else [("", scheme)]
-    for name, one in given:
-        none = one is None and isinstance(scheme, Mapping)
-        if not isinstance(name, str) or not (none or type(one) in SCHEMES):
-            where = f"scheme[{name!r}]" if isinstance(scheme, Mapping) else "scheme"
-            raise LinearQuantTypeError(
-                f"Config: {where} is {one!r}; allowed are {_ALLOWED}, and a mapping of patterns of "
-                "names to these or None."
-            )
-    if isinstance(ignore, str) or not isinstance(ignore, Iterable):
-        raise LinearQuantTypeError(
-            f"Config: ignore is {ignore!r}; allowed is a list of patterns. What to do: pass "
-            f"[{ignore!r}]."
-        )
 
 
 def _to_json(scheme: Scheme | None) -> dict[str, Any] | None:

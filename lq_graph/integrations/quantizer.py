@@ -29,6 +29,7 @@ from .compat import register_quantizer, set_cast
 from .config import METHOD, Config
 from .hooks import hooks_put_back, put_hook, taken_hook
 from .saved import (
+    MARK,
     Loading,
     SavedLayer,
     SavedLayers,
@@ -103,6 +104,7 @@ class Quantizer(HfQuantizer):
             )
         folder = Path(model.config.name_or_path or "")
         if self.pre_quantized or any(folder.glob(DESCRIPTION)):
+            self.quantization_config.check_only_checkpoint()
             self._folder = str(folder)
             self._leave_linear_layers(model, folder)
         else:  # a pattern without layers is refused before the files are read
@@ -190,13 +192,14 @@ class Quantizer(HfQuantizer):
         changed since it was loaded."""
         if why := why_not_saved(model):
             raise LinearQuantValueError(
-                f"save_pretrained: {why}. What to do: save the model before that, or quantize it "
-                "with A8W8Static(int8_between=False)."
+                f"save_pretrained: {why}. What to do: save the model before that, quantize it with "
+                "A8W8Static(int8_between=False), or unload() the adapters."
             )
         self._note(model)
         seen: dict[tuple[torch.device, int], str] = {}
         state = dict(model.state_dict())
         for name in self.quantization_config.layers:
+            state[f"{name}.{MARK}"] = torch.zeros(1)
             for key in (key for key in state if key.startswith(f"{name}.")):
                 place = state[key].device, state[key].untyped_storage().data_ptr()
                 if seen.setdefault(place, key) != key:  # safetensors holds no tensor twice

@@ -23,6 +23,7 @@ from ..modules.split import SPLIT
 from ..rules.tables import dtype_name
 
 __all__ = [
+    "MARK",
     "Loading",
     "SavedLayer",
     "SavedLayers",
@@ -37,6 +38,11 @@ _OF_LINEAR = ("weight", "scale", "offset", "pertoken_scale", "bias")
 _OWN = ("input_scale", "input_offset", "weight_scale", "float_bias")
 _NAMES = (*(f"linear.{name}" for name in _OF_LINEAR), *_OWN)
 _FLOATS = ("float16", "bfloat16")
+
+# A tensor that is saved for each layer where the float layer has its weight, float32 (1,). Where
+# "lq_graph" is not registered, transformers only warns, and would fill the layers with random
+# values. It refuses a weight of another shape.
+MARK = "weight"
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,11 @@ class SavedLayers(dict[str, SavedLayer]):
 
 def why_not_saved(model: nn.Module) -> str:
     """Why the layers of a model cannot be saved as `SavedLayers`; empty if they can."""
+    biases = [name.removesuffix(".bias") for name in added_biases(model)]
+    fresh = dict(_fresh(model).named_modules())
+    for name in (*SavedLayers.of(model), *biases):
+        if name not in fresh:
+            return f"{name} is no layer of {type(model).__name__}: adapters or merge added it"
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
@@ -182,9 +193,14 @@ def added_biases(model: Any) -> list[str]:
     own -= {key for key in own if key.removesuffix(".linear.bias") in SavedLayers.of(model)}
     if not own:
         return []
+    return sorted(own - {name for name, _ in _fresh(model).named_parameters()})
+
+
+def _fresh(model: Any) -> nn.Module:
+    """The model as its class makes it, on meta."""
     with torch.device("meta"):
-        fresh = type(model)(copy.deepcopy(model.config))
-    return sorted(own - {name for name, _ in fresh.named_parameters()})
+        fresh: nn.Module = type(model)(copy.deepcopy(model.config))
+    return fresh
 
 
 def name_in(model: Any, saved_as: str) -> str | None:
@@ -239,10 +255,11 @@ class Loading(nn.Module):
             owner, _, own = name.rpartition(".")
             parameter = nn.Parameter(tensor.as_subclass(_NotLoaded), requires_grad=False)
             (inner if owner else self).register_parameter(own, parameter)
+        mark = nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+        self.register_parameter(MARK, mark)
         self.linear = inner
 
     # what initializations of transformers read, which leave loaded tensors alone
-    weight: Any = property(lambda self: self.linear.weight)
     bias: Any = property(lambda self: getattr(self.linear, "bias", None))
     in_features = property(lambda self: self.replaces[0].in_features)
     out_features = property(lambda self: self.replaces[0].out_features)
@@ -251,7 +268,8 @@ class Loading(nn.Module):
         """Names, tensors and the dtypes that they must have."""
         wanted = {name.removesuffix("[1]"): dtype for name, dtype in self.saved.tensors}
         for name, tensor in self.named_parameters():
-            yield name, tensor, getattr(torch, wanted[name])
+            if name != MARK:
+                yield name, tensor, getattr(torch, wanted[name])
 
     def build(self, name: str) -> QuantizedLinear:
         """The layer, when its tensors are loaded.

@@ -6,18 +6,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from fnmatch import translate
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..modules.linear_quant import LinearQuant
+from ..modules.name_patterns import name_pattern
 from ..modules.quantized_linear import QuantizedLinear
 from ..modules.vendor import vendor_layers
 from .schemes import SCHEMES, Scheme
 
-__all__ = ["Choice", "Schemes", "choose", "quantized_kinds", "schemes_in"]
+__all__ = [
+    "Choice",
+    "Schemes",
+    "check_patterns",
+    "choose",
+    "quantized_kinds",
+    "schemes_in",
+]
 
 Schemes = Scheme | Mapping[str, Scheme | None]  # for all layers, or by pattern; None: stays float
 Names = Mapping[nn.Module, list[str]]  # a module may have several
@@ -51,10 +58,8 @@ def choose(
 ) -> dict[str, Choice]:
     """What each nn.Linear of a model gets, by its qualified name.
 
-    A pattern is a glob over the whole qualified name, in which `*` spans dots too, as in fnmatch;
-    after `re:` it is a regular expression that matches from the beginning of the name, as in
-    compressed-tensors. The first pattern that matches decides, and those of `ignore` come first. A
-    layer that no pattern matches stays float.
+    A pattern is one of `name_pattern`, over the qualified name. The first that matches decides, and
+    those of `ignore` come first. A layer that no pattern matches stays float.
 
     An output layer stays float, unless the pattern that decides spells the last part of its name:
     "lm_head" and "*.lm_head" do, "*" does not. Output layers are what get_output_embeddings() of a
@@ -87,13 +92,18 @@ def choose(
     return chosen
 
 
+def check_patterns(schemes: Schemes, ignore: Iterable[str], caller: str) -> None:
+    """Refuse what `choose` refuses without a model: another type, and an invalid expression."""
+    _patterns(schemes, ignore, caller)
+
+
 class _Pattern:
     """A pattern of names, with what the layers get that match it, and the argument that has it."""
 
     def __init__(self, text: str, scheme: Scheme | None, argument: str, caller: str) -> None:
         self.text, self.scheme, self.argument = text, scheme, argument
         try:
-            self._regex = re.compile(text[3:] if text.startswith("re:") else translate(text))
+            self._regex = name_pattern(text)
         except re.error as error:
             raise LinearQuantValueError(
                 f"{caller}: {argument} has {text!r}, which is no regular expression: {error}."
@@ -191,7 +201,7 @@ def _complaint(pattern: _Pattern, patterns: list[_Pattern], names_of: Names) -> 
         return ""
     names = [name for names in layers for name in names]
     inside = f"{pattern.text}.*"
-    if any(map(re.compile(translate(inside)).match, names)):
+    if any(map(name_pattern(inside).match, names)):
         todo = f"write {inside!r}, which matches the layers inside it"
     else:
         near = get_close_matches(pattern.text, names, 3, 0)

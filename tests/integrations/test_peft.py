@@ -13,6 +13,7 @@ from torch import Tensor
 import lq_graph
 from lq_graph import A4W4Dynamic, A8W8Dynamic, QuantizedLinear
 from support.hf_models import model_of, prompt
+from support.hf_quantized import assert_same
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -94,6 +95,20 @@ def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
     ids, mask = prompt()
     with torch.no_grad():
         assert torch.equal(again(ids, mask).logits, model(ids, mask).logits)
+
+
+def test_the_base_is_not_saved_with_adapters_in_it(tmp_path: Path) -> None:
+    """Its layers have names that the class of the model has not, so they would not load."""
+    from lq_graph.integrations.transformers import attach
+
+    model, plain = with_adapters()
+    base = model.get_base_model()
+    attach(base)
+    with pytest.raises(ValueError, match=r"q_proj.base_layer is no layer of .* unload\(\)"):
+        base.save_pretrained(tmp_path)
+    base = model.unload()
+    base.save_pretrained(tmp_path)
+    assert_same(type(base).from_pretrained(tmp_path), plain)
 
 
 def test_adapters_on_a_model_of_from_pretrained(tmp_path: Path) -> None:

@@ -145,13 +145,19 @@ def test_a_config_survives_json(name: str) -> None:
         (dict(scheme="w8a8"), "Config: scheme is 'w8a8'; allowed are A8W8Dynamic"),
         (dict(scheme=None), "Config: scheme is None; allowed"),
         (dict(scheme={"*": 8}), r"Config: scheme\['\*'\] is 8; allowed"),
-        (dict(scheme={3: None}), r"Config: scheme\[3\] is None; allowed"),
+        (dict(scheme={3: None}), "Config: scheme has 3; allowed"),
+        (dict(ignore=[3]), "Config: ignore has 3; allowed are patterns"),
         (dict(ignore="lm_head"), r"ignore is 'lm_head'; allowed .* What to do: pass \['lm_head'\]"),
     ],
 )
 def test_a_wrong_config(given: dict[str, Any], text: str) -> None:
     with pytest.raises(TypeError, match=text):
         Config(**given)
+
+
+def test_a_pattern_that_is_no_regular_expression() -> None:
+    with pytest.raises(ValueError, match=r"Config: scheme has 're:\(', which is no regular"):
+        Config({"re:(": A8W8Dynamic()})
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -192,6 +198,16 @@ def test_refusals_before_the_files_are_read(folders: Callable[..., Path], tmp_pa
     load(folders(), quantization_config=Config()).save_pretrained(tmp_path)
     checkpoint(folders(), tmp_path / "ct", A8W8Dynamic(), "compressed-tensors")
     cases: list[tuple[str, Callable[[], Any]]] = [
+        (
+            "the folder is quantized already, .* What to do: leave them out",
+            lambda: ours.from_pretrained(
+                tmp_path / "ct", quantization_config=Config(ignore=["*.q_proj"])
+            ),
+        ),
+        (
+            "checkpoint is for load_checkpoint, .* What to do: leave it out",
+            lambda: ours.from_pretrained(tmp_path, checkpoint={"prefer": "static"}),
+        ),
         (
             "the model's dtype is float32, .* What to do: pass dtype=torch.bfloat16",
             lambda: load(folders(dtype=torch.float32), quantization_config=Config()),

@@ -179,6 +179,21 @@ def test_biases_of_norms(folders: Callable[..., Path], tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
+def test_a_process_that_did_not_import_us_refuses(
+    auto_class: Any, folders: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers warns of an unknown quant_method, and fills what is missing at random."""
+    scheme = {"model.layers.1.mlp.up_proj": A8W8Dynamic()}
+    load(folders(), quantization_config=Config(scheme)).save_pretrained(tmp_path)
+    from transformers.quantizers import auto
+
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "lq_graph")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "lq_graph")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        auto_class.from_pretrained(tmp_path)
+
+
 def test_two_layers_with_one_weight(folders: Callable[..., Path], tmp_path: Path) -> None:
     model = load(folders())
     first, second = (layer.mlp for layer in model.model.layers)
