@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._utils import get_tensor_metadata
 
+from cann_host import runtime
 from cann_host.memory import FRACTAL_NZ
+from cann_host.rules import P310, soc_family
 
 __all__ = ["with_nd_weight"]
 
@@ -31,6 +33,8 @@ def with_nd_weight(op: torch._ops.OpOverload, args: Sequence[Any]) -> Sequence[A
     """
     place = _MAT2.get(op._schema.name)
     if place is None or not _takes_blocks(args[place]) or (place == 2 and args[0].dim() == 0):
+        return args
+    if place == 2 and soc_family(runtime.options().soc) == P310:  # has no aclnnAddmmWeightNz
         return args
     mat2: Tensor = args[place]
     size = _base_size(mat2)
