@@ -30,6 +30,12 @@ _AS_SAID = (
 )
 _AGAIN = "quantize the layer again"
 _SYMMETRIC = "quantize again with symmetric weights"
+_ONE_SCALE = "quantize again with one scale for a channel; LinearQuant has no groups along k"
+# the weights of a model may be saved as floats, with the scales beside them
+_COMPRESS = (
+    "save the model again with its weights quantized (save_compressed=True), or load the float "
+    "model and call lq_graph.quantize"
+)
 
 
 def check_headers(layer: LayerToLoad, dtype: torch.dtype | None) -> None:
@@ -96,13 +102,6 @@ _WITHOUT_EFFECT = {
     MustBe.SHAPE: "use the JSON that was saved with these weights",
     MustBe.ORDERED: "quantize again with actorder='weight' or without actorder",
 }
-
-# the weights of a model may be saved as floats, with the scales beside them
-_ONE_SCALE = "quantize again with one scale for a channel; LinearQuant has no groups along k"
-_COMPRESS = (
-    "save the model again with its weights quantized (save_compressed=True), or load the float "
-    "model and call lq_graph.quantize"
-)
 
 
 def _shapes(part: Part, layer: LayerToLoad) -> list[tuple[str | int, ...]]:

@@ -24,7 +24,7 @@ from lq_graph import A8W8Dynamic, A8W8Static, CheckpointError, load_checkpoint, 
 from lq_graph.checkpoints.files import read_json
 from lq_graph.checkpoints.patterns import Pattern, PatternError, Text, Work
 from support.injection import model_state
-from support.mutations import deep, header_of, mutated, put_header, spoiled
+from support.mutations import deep, header_of, loads, mutated, put_header, spoiled
 
 F16 = torch.float16
 WEIGHTS = {
@@ -368,19 +368,9 @@ def test_a_mutated_checkpoint_is_refused_or_loaded(good, tally) -> None:
             file.write_bytes(mutated(r, json.loads(kept[file])))
         else:
             put_header(file, mutated(r, header), rest)
-        start = time.monotonic()
-        text = ""
-        try:
-            load_checkpoint(plain, folder, mmap=r.random() < 0.2)
-        except CheckpointError as error:
-            text = str(error)
-        if text:
-            assert text.isprintable() and model_state(plain) == before, (i, text)
-        else:
+        if loads(plain, folder, torch.ones(2, 8).half(), r, before, i):
             loaded += 1
-            plain(torch.ones(2, 8).half())
             plain = model()
-        assert time.monotonic() - start < 5, i
         file.write_bytes(kept[file])
     assert 0 < loaded < MUTATIONS / 2
     tally("mutated checkpoints refused", MUTATIONS - loaded)

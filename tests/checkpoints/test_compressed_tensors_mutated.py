@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lq_graph import CheckpointError, load_checkpoint
+from lq_graph import load_checkpoint
 from support.checkpoint_files import BF16, I8, I32
 from support.compressed import (
     ASYMMETRIC,
@@ -25,7 +24,7 @@ from support.compressed import (
     layer,
 )
 from support.injection import model_state
-from support.mutations import header_of, mutated, put_header, spoiled
+from support.mutations import header_of, loads, mutated, put_header, spoiled
 
 MUTATIONS = 200
 LAYERS = {"0": (CHANNEL4, TOKEN4), "1": (CHANNEL, ASYMMETRIC), "2": (TENSOR, TOKEN)}
@@ -83,20 +82,9 @@ def test_a_mutated_checkpoint_is_refused_or_loaded(tmp_path: Path, tally) -> Non
             if r.random() < 0.8:
                 del whole["text_config"]
             file.write_bytes(mutated(r, whole))
-        start = time.monotonic()
-        text = ""
-        try:
-            load_checkpoint(plain, tmp_path, mmap=r.random() < 0.2)
-        except CheckpointError as error:
-            text = str(error)
-        if text:
-            assert text.isprintable() and model_state(plain) == before, (i, text)
-        else:
+        if loads(plain, tmp_path, torch.ones(2, 8).bfloat16(), r, before, i):
             loaded += 1
-            with torch.no_grad():
-                plain(torch.ones(2, 8).bfloat16())
             plain = model()
-        assert time.monotonic() - start < 5, i
         file.write_bytes(kept[file])
     assert MUTATIONS / 20 < loaded < MUTATIONS * 0.7
     tally("mutated folders of several kinds refused", MUTATIONS - loaded)

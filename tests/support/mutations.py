@@ -5,8 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq_graph import CheckpointError, load_checkpoint
+from support.injection import model_state
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -90,3 +97,22 @@ def spoiled(r: random.Random, data: bytes) -> bytes:
     if kind == 2:
         return data[:place] + data[place + length :]
     return data[:place] + data[place : place + length] + data[place:]
+
+
+def loads(
+    model: nn.Module, path: Path, x: Tensor, r: random.Random, before: object, case: int
+) -> bool:
+    """Whether a mutated checkpoint is loaded, and the model then takes x; else it is refused in one
+    printable sentence, and the model is as before. Both in a short time."""
+    start = time.monotonic()
+    loaded = True
+    try:
+        load_checkpoint(model, path, mmap=r.random() < 0.2)
+    except CheckpointError as error:
+        text, loaded = str(error), False
+        assert text.isprintable() and model_state(model) == before, (case, text)
+    if loaded:
+        with torch.no_grad():
+            model(x)
+    assert time.monotonic() - start < 5, case
+    return loaded
