@@ -61,29 +61,28 @@ def from_pretrained(
     if "torch_dtype" not in kwargs:
         kwargs.setdefault("dtype", "auto")
     wanted = kwargs.pop("quantization_config", None)
-    other_tool = _method_of(config) != METHOD and _is_quantized(config, place)
+    own = _method_of(config) == METHOD
+    other_tool = not own and _is_quantized(config, place)
     if checkpoint and not other_tool:
         raise LinearQuantValueError(
             f"from_pretrained: checkpoint is for load_checkpoint, and {place} holds no other "
             "tool's quantized model. What to do: leave it out."
         )
-    if _method_of(config) != METHOD:
-        if not other_tool:
-            if wanted is None:
-                raise LinearQuantValueError(
-                    f"from_pretrained: {place} holds no quantized model. What to do: pass "
-                    "quantization_config=lq_graph.Config(...), which quantizes it."
-                )
-        elif wanted is None or isinstance(wanted, Config):
-            if wanted is not None:
-                wanted.check_only_checkpoint()
-            for part in (config, config.get_text_config(decoder=True)):
-                vars(part).pop("quantization_config", None)
-            given = {**(wanted.checkpoint if wanted else {}), **(checkpoint or {})}
-            config.quantization_config = Config(checkpoint=given).to_dict()
-            wanted = None
-            if (file := _file_of(place)) is not None:
-                config.transformers_weights = file
+    if not own and not other_tool and wanted is None:
+        raise LinearQuantValueError(
+            f"from_pretrained: {place} holds no quantized model. What to do: pass "
+            "quantization_config=lq_graph.Config(...), which quantizes it."
+        )
+    if other_tool and (wanted is None or isinstance(wanted, Config)):
+        if wanted is not None:
+            wanted.check_only_checkpoint()
+        for part in (config, config.get_text_config(decoder=True)):
+            vars(part).pop("quantization_config", None)
+        given = {**(wanted.checkpoint if wanted else {}), **(checkpoint or {})}
+        config.quantization_config = Config(checkpoint=given).to_dict()
+        wanted = None
+        if (file := _file_of(place)) is not None:
+            config.transformers_weights = file
     if wanted is not None:
         kwargs["quantization_config"] = wanted
     return auto_class.from_pretrained(str(place), config=config, **kwargs)
