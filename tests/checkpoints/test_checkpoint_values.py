@@ -191,7 +191,7 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(part, value, tmp_path) ->
         (F16, BF16, None, r"up.deq_scale: expected float32, .* do: call model.to\(torch.float16"),
         (BF16, F16, None, r"up.deq_scale: expected int64, .* float32, of a layer in bfloat16"),
         (F16, F16, BF16, r"up.deq_scale: .* What to do: leave dtype= out, or pass torch.float16"),
-        (F16, F32, None, r"up: .* found float32, .* call model\.bfloat16\(\) or model\.half\(\) first"),
+        (F16, F32, None, r"up: .* found float32, .* call model\.bfloat16\(\) or model\.half\(\)"),
         (F16, F32, BF16, r"up.deq_scale: expected float32"),
     ],
 )  # fmt: skip
