@@ -30,7 +30,7 @@ __all__ = ["is_available", "library", "matmul", "why_not_available"]
 
 _LIBRARY = "liblq_graph_cpu.so"
 # struct LqMatmul of csrc/call.h
-_CALL = struct.Struct("14q4i")
+_CALL = struct.Struct("16q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 # With fewer products, a second thread costs more than it saves.
 _ONE_THREAD = 1 << 20
@@ -56,7 +56,7 @@ def _setting() -> str:
 
 def _is_wanted() -> bool:
     value = _setting()
-    if value not in _OFF + _ON:
+    if value not in _OFF + _ON and not value.startswith(("avx","neon","amx")):
         warnings.warn(
             f"LQ_GRAPH_NATIVE is {value!r}; allowed are {', '.join(_OFF)} (do not use the compiled "
             f"CPU kernel) and {', '.join(_ON[1:])} (use it, as without the variable). It is not "
@@ -64,7 +64,7 @@ def _is_wanted() -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-    return value in _ON
+    return value not in _OFF
 
 
 def _sources() -> str | None:
@@ -83,10 +83,10 @@ def _sources() -> str | None:
 def _built_from(library: ctypes.CDLL) -> str:
     """The digest of the sources that a library was built from; "" if it is too old to have one."""
     try:
-        library.lq_matmul_sources.restype = ctypes.c_char_p
+        library.lq_sources.restype = ctypes.c_char_p
     except AttributeError:
         return ""
-    found: bytes = library.lq_matmul_sources()
+    found: bytes = library.lq_sources()
     return found.decode()
 
 
@@ -111,8 +111,12 @@ def _load() -> tuple[Callable[[bytes, int], int] | None, str]:
             stacklevel=2,
         )
         return None, "stale"
-    if not loaded.lq_matmul_supported():
+    loaded.lq_targets.restype = ctypes.c_char_p
+    supported = [name[:-1] for name in loaded.lq_targets().decode().split() if name[-1] == "+"]
+    wanted = _setting()
+    if not supported or (wanted not in _ON and wanted not in supported):
         return None, "processor"
+    loaded.lq_use(supported[0].encode() if wanted in _ON else wanted.encode())
     function = loaded.lq_matmul
     function.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
     function.restype = ctypes.c_int
@@ -243,9 +247,9 @@ def matmul(
     out = torch.empty(m, n, dtype=output_dtype)
     threads = 1 if _forked or m * n * bytes_in_row < _ONE_THREAD else torch.get_num_threads()
     call = _CALL.pack(
-        rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), pertoken, int_bias, float_bias,
+        rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), 0, pertoken, int_bias, float_bias,
         out.data_ptr(), m, n, bytes_in_row, row, weight_row, 0 if scale_size == 1 else 1,
-        weight_step, width == 4, packed, _OUTPUTS[output_dtype], threads,
+        0, weight_step, width == 4, 2 if packed else 0, _OUTPUTS[output_dtype], threads,
     )  # fmt: skip
     answer = kernel(call, len(call))
     if answer != _DONE:

@@ -1,14 +1,8 @@
 // One call of the kernel, as native.py packs it, and its return codes.
 #ifndef LQ_GRAPH_CALL_H_
 #define LQ_GRAPH_CALL_H_
-#include <immintrin.h>
-
+#include <cstddef>
 #include <cstdint>
-
-#include "sizes.h"
-
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,prfchw")))
-#define INLINE_VNNI __attribute__((always_inline)) inline VNNI
 
 extern "C" {
 
@@ -17,36 +11,32 @@ struct LqMatmul {
   const uint8_t* x;         // (m, row_bytes)
   const uint8_t* w;         // (n, row_bytes)
   const void* scale;        // float32 or packed int64; unused for int32 output
+  const float* offset;      // (n) or (1), to be folded with a float32 scale, or null
   const float* pertoken;    // (m) or null
   const int32_t* int_bias;  // (n) or null
   const float* float_bias;  // (n) or null
   void* out;                // (m, n)
   int64_t m, n, row_bytes;  // k bytes for int8, k / 2 for int4
-  int64_t x_stride, w_stride, scale_stride;
+  int64_t x_stride, w_stride, scale_stride, offset_stride;
   // Bytes from 32 bytes of a row of w to the next 32 of that row: 32 in ND, more in FRACTAL_NZ, where
   // w_stride is 32.
   int64_t w_step;
   int32_t int4;
-  int32_t packed;  // scale is int64, the offset in it
-  int32_t output;  // 0 int32, 1 int8, 2 float16, 3 bfloat16
+  int32_t scale_kind;  // 0 float32, 1 float32 to be folded, 2 packed: int64 with the offset in it
+  int32_t output;      // 0 int32, 1 int8, 2 float16, 3 bfloat16
   int32_t threads;
+};
+
+// What one instruction set computes. Each of targets/ defines one.
+struct LqTarget {
+  const char* name;
+  bool (*is_supported)();  // by this processor
+  int (*matmul)(const LqMatmul& call);
 };
 }
 
-namespace {
-
-// The return codes of lq_matmul.
-enum Answer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
-
-bool HasManyRows(const LqMatmul& call) { return call.m >= kManyRows; }
-
-// Address of byte `from`, a multiple of 64, of row `row` of w.
-inline const uint8_t* WeightAt(const LqMatmul& call, int64_t row, int64_t from) {
-  return call.w + row * call.w_stride + from / 32 * call.w_step;
-}
-
-bool IsNz(const LqMatmul& call) { return call.w_step != 32; }
-
-}  // namespace
+// Return codes.
+enum LqAnswer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
+enum LqScale : int32_t { kFloat = 0, kFolded = 1, kPacked = 2 };
 
 #endif  // LQ_GRAPH_CALL_H_

@@ -2,8 +2,6 @@
 // memory must never be idle.
 #ifndef LQ_GRAPH_FEW_ROWS_H_
 #define LQ_GRAPH_FEW_ROWS_H_
-#include <immintrin.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -20,101 +18,83 @@
 
 namespace {
 
-// rows x kColumns sums over `depth` bytes of w, a multiple of 64. They are written to c (`first`) or
-// added to it. A row of x has a byte for each byte of w; for int4, the 64 even values and then the 64
-// odd ones for each 64 bytes of w. The loops are unrolled completely: otherwise GCC 12 does not keep an
+// rows x kColumns sums over `depth` bytes of w, a multiple of kBlock. They are written to c (`first`) or
+// added to it. x is PackedX's. The loops are unrolled completely: otherwise GCC 12 does not keep an
 // array of accumulators in registers.
 template <int rows, bool int4, bool nz>
-VNNI void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
-                        const PrefetchRows& prefetch, int64_t depth, bool first, int32_t* c,
-                        int64_t c_stride) {
-  const __m512i flip = _mm512_set1_epi8(int4 ? '\x88' : '\x80');
-  const __m512i low = _mm512_set1_epi8(0x0F);
+TARGET void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* const* w, int64_t step,
+                          const PrefetchRows& prefetch, int64_t depth, bool first, int32_t* c,
+                          int64_t c_stride) {
   const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
   const int64_t prefetched = prefetch.rows;
-  __m512i sum[rows][kColumns];
+  Ints sum[rows][kColumns];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_si512();
-  for (int64_t at = 0; at < depth; at += 64) {
+    for (int j = 0; j < kColumns; ++j) sum[i][j] = Ints{};
+  for (int64_t at = 0; at < depth; at += kBlock) {
     const uint8_t* next = prefetch.from + at / 32 * step;
     if (prefetched > 0) Prefetch<nz>(next, step);
     if (prefetched > 1) Prefetch<nz>(next + prefetch.stride, step);
     if (prefetched > 2) Prefetch<nz>(next + 2 * prefetch.stride, step);
     if (prefetched > 2) Prefetch<nz>(next + 3 * prefetch.stride, step);
-    __m512i v[kColumns] = {LoadWeight<nz>(w0, at, step), LoadWeight<nz>(w1, at, step),
-                           LoadWeight<nz>(w2, at, step), LoadWeight<nz>(w3, at, step)};
+#pragma GCC unroll 4
+    for (int64_t in = 0; in < kBlock; in += kBytes) {
+      const Ints v[kColumns] = {LoadWeight<nz>(w0, at + in, step), LoadWeight<nz>(w1, at + in, step),
+                                LoadWeight<nz>(w2, at + in, step), LoadWeight<nz>(w3, at + in, step)};
+      Ints parts[kColumns][kParts<int4>];
 #pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) v[j] = _mm512_xor_si512(v[j], flip);
-    if constexpr (int4) {
-      __m512i odd[kColumns];
+      for (int j = 0; j < kColumns; ++j) Split<int4>(v[j], parts[j]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) {
-        odd[j] = _mm512_and_si512(_mm512_srli_epi16(v[j], 4), low);
-        v[j] = _mm512_and_si512(v[j], low);
-      }
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts<int4>; ++part) {
+          const Ints row = Load(x + i * x_stride + at * kParts<int4> + part * kBlock + in);
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const __m512i even_x = _mm512_loadu_si512(x + i * x_stride + 2 * at);
-        const __m512i odd_x = _mm512_loadu_si512(x + i * x_stride + 2 * at + 64);
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) {
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], v[j], even_x);
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], odd[j], odd_x);
+          for (int j = 0; j < kColumns; ++j)
+            sum[i][j] = Dot<int4>(sum[i][j], parts[j][part], row);
         }
-      }
-    } else {
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const __m512i row = _mm512_loadu_si512(x + i * x_stride + at);
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], v[j], row);
-      }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-    auto* target = reinterpret_cast<__m128i*>(c + i * c_stride);
-    __m128i result = SumsAcross(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-    if (!first) result = _mm_add_epi32(result, _mm_loadu_si128(target));
-    _mm_storeu_si128(target, result);
-  }
+  for (int i = 0; i < rows; ++i)
+    StoreSums(sum[i][0], sum[i][1], sum[i][2], sum[i][3], first, c + i * c_stride);
 }
 
-// Adds the products of 64 bytes of a row of w and their values of x to sums.
+// Adds the products of a register of a row of w and their values of x to sums.
 template <bool int4>
-INLINE_VNNI __m512i AddProducts(__m512i sums, const uint8_t* w, const int8_t* x) {
-  const __m512i v =
-      _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(int4 ? '\x88' : '\x80'));
-  if constexpr (!int4) return _mm512_dpbusd_epi32(sums, v, _mm512_loadu_si512(x));
-  const __m512i low = _mm512_set1_epi8(0x0F), odd = _mm512_srli_epi16(v, 4);
-  sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(v, low), _mm512_loadu_si512(x));
-  return _mm512_dpbusd_epi32(sums, _mm512_and_si512(odd, low), _mm512_loadu_si512(x + 64));
+INLINE_TARGET Ints AddProducts(Ints sums, const uint8_t* w, const int8_t* x) {
+  Ints parts[kParts<int4>];
+  Split<int4>(Load(w), parts);
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts<int4>; ++part)
+    sums = Dot<int4>(sums, parts[part], Load(x + part * kBlock));
+  return sums;
 }
 
 // MultiplyBlock for one row of x and an ND weight that comes from memory: it reads one row of w after
 // another, which is the fastest order, and prefetches nothing: the processor does this itself.
 template <bool int4>
-VNNI void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t,
-                      const PrefetchRows&, int64_t depth, bool first, int32_t* c, int64_t) {
-  constexpr int64_t kValues = int4 ? 2 : 1;
-  __m512i sum[kColumns];
+TARGET void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t,
+                        const PrefetchRows&, int64_t depth, bool first, int32_t* c, int64_t) {
+  Ints sum[kColumns];
   for (int j = 0; j < kColumns; ++j) {
-    __m512i some[4] = {};  // sums that do not wait for one another
+    Ints some[4] = {};  // sums that do not wait for one another
     int64_t at = 0;
-    for (; at + 256 <= depth; at += 256)
+    for (; at + 4 * kBlock <= depth; at += 4 * kBlock)
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i)
-        some[i] = AddProducts<int4>(some[i], w[j] + at + 64 * i, x + kValues * (at + 64 * i));
-    for (; at < depth; at += 64) some[0] = AddProducts<int4>(some[0], w[j] + at, x + kValues * at);
-    sum[j] =
-        _mm512_add_epi32(_mm512_add_epi32(some[0], some[1]), _mm512_add_epi32(some[2], some[3]));
+#pragma GCC unroll 4
+        for (int64_t in = 0; in < kBlock; in += kBytes)
+          some[i] = AddProducts<int4>(some[i], w[j] + at + kBlock * i + in,
+                                      x + (at + kBlock * i) * kParts<int4> + in);
+    for (; at < depth; at += kBlock)
+#pragma GCC unroll 4
+      for (int64_t in = 0; in < kBlock; in += kBytes)
+        some[0] = AddProducts<int4>(some[0], w[j] + at + in, x + at * kParts<int4> + in);
+    sum[j] = some[0] + some[1] + (some[2] + some[3]);
   }
-  auto* const target = reinterpret_cast<__m128i*>(c);
-  __m128i result = SumsAcross(sum[0], sum[1], sum[2], sum[3]);
-  if (!first) result = _mm_add_epi32(result, _mm_loadu_si128(target));
-  _mm_storeu_si128(target, result);
+  StoreSums(sum[0], sum[1], sum[2], sum[3], first, c);
 }
 
 using RowsKernel = void (*)(const int8_t*, int64_t, const uint8_t* const*, int64_t,
@@ -130,11 +110,11 @@ constexpr auto kMultiplyBlock =
 
 // Multiplies all rows of x by a slice, into `sums`, and prefetches the next slice meanwhile.
 template <bool int4>
-VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice& slice,
+TARGET void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice& slice,
                        const Slice& next, int32_t* sums) {
   const Tile& tile = slice.tile;
-  const int64_t whole = slice.depth / 64 * 64, tail = slice.depth - whole;
-  const int8_t* const x = packed.x + slice.from * (int4 ? 2 : 1);
+  const int64_t whole = slice.depth / kBlock * kBlock, tail = slice.depth - whole;
+  const int8_t* const x = packed.x + slice.from * kParts<int4>;
   // a block of x's rows stays in L1 while w's rows pass by; the blocks are of equal height
   const int64_t height = tile.bottom - tile.top, count = (height + kRows<int4> - 1) / kRows<int4>;
   const int64_t width = tile.right - tile.left;
@@ -170,15 +150,15 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice&
                            c, kBlockColumns);
       }
       if (tail) {  // the last bytes of each row, from ND copies that end in zeros
-        uint8_t copies[kColumns][64] = {};
+        uint8_t copies[kColumns][kBlock] = {};
         for (int64_t i = 0; i < kColumns; ++i) {
           const uint8_t* const end = w[i] + whole / 32 * call.w_step;
           std::memcpy(copies[i], end, std::min<int64_t>(tail, 32));
           if (tail > 32) std::memcpy(copies[i] + 32, end + call.w_step, tail - 32);
           w[i] = copies[i];
         }
-        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole*(int4 ? 2 : 1), packed.stride, w, 32,
-                                              {}, 64, slice.depth == tail&& slice.from == 0, c,
+        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole * kParts<int4>, packed.stride, w, 32,
+                                              {}, kBlock, slice.depth == tail&& slice.from == 0, c,
                                               kBlockColumns);
       }
     }
@@ -186,9 +166,9 @@ VNNI void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice&
 }
 
 template <bool int4>
-VNNI void FewRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
+TARGET void FewRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
                   int32_t* sums) {
-  Slices slices(call, tiles, thread);
+  Slices<int4> slices(call, tiles, thread);
   for (Slice slice = slices.Next(); slice.tile.right; slice = slices.Next()) {
     MultiplyRows<int4>(call, x, slice, slices.Lookahead(0), sums);
     if (slice.complete.right)

@@ -2,8 +2,6 @@
 // one slice it packs the next.
 #ifndef LQ_GRAPH_MANY_ROWS_H_
 #define LQ_GRAPH_MANY_ROWS_H_
-#include <immintrin.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -19,37 +17,38 @@
 
 namespace {
 
-// panels * 16 rows by `columns` sums over `blocks` of 64 bytes of w. They are written to c (`first`) or
-// added to it; c is stored column by column. A step reads four values of k of 16 rows of x, the next
-// panel is `x_panel` bytes further; w has kSliceDepth bytes for each column.
-template <int panels, int columns>
-VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
-                        const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
-  __m512i sum[columns][panels];
+// panels * kPanel rows by `columns` sums over `blocks` of w. They are written to c (`first`) or added to
+// it; c is stored column by column. A step reads four bytes of values of kPanel rows of x, the next panel
+// is `x_panel` bytes further; w has kSliceDepth bytes for each column.
+template <bool int4, int panels, int columns>
+TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
+                          const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
+  Ints sum[columns][panels];
 #pragma GCC unroll 16
   for (int j = 0; j < columns; ++j)
 #pragma GCC unroll 2
-    for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_setzero_si512();
-  const int64_t values = pack_ahead.unpacking.int4 ? 128 : 64;
+    for (int i = 0; i < panels; ++i) sum[j][i] = Ints{};
   // Pack-ahead is in the order of memory: block after block of a row, or in FRACTAL_NZ row after row of
   // a block.
   const bool nz = pack_ahead.w_step != 32;
   const int64_t run = nz ? pack_ahead.rows : pack_ahead.blocks;
-  const int64_t step = nz ? 32 : 64, to_step = nz ? kSliceDepth : values;
+  const int64_t step = nz ? 32 : kBlock, to_step = nz ? kSliceDepth : kValues<int4>;
   const int64_t next_run = nz ? 2 * pack_ahead.w_step : pack_ahead.row_step;
-  const int64_t to_next_run = nz ? values : kSliceDepth;
+  const int64_t to_next_run = nz ? kValues<int4> : kSliceDepth;
   const uint8_t* from = pack_ahead.from;
   uint8_t* to = pack_ahead.to;
   int64_t left = run;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t i = block < pack_ahead.blocks ? pack_ahead.rows : 0; i; --i) {
-      const __m512i v =
-          nz ? LoadWeight<true>(from, 0, pack_ahead.w_step) : LoadWeight<false>(from, 0, 32);
+#pragma GCC unroll 4
+      for (int64_t in = 0; in < kBlock; in += kBytes)
+        UnpackWeight<int4>(nz ? LoadWeight<true>(from, in, pack_ahead.w_step)
+                              : LoadWeight<false>(from, in, 32),
+                           in, to);
       for (const uint8_t* next : {from + pack_ahead.to_second, from + pack_ahead.to_third}) {
-        _mm_prefetch(next, _MM_HINT_T0);
-        if (nz) _mm_prefetch(next + pack_ahead.w_step, _MM_HINT_T0);
+        __builtin_prefetch(next, 0, 3);
+        if (nz) __builtin_prefetch(next + pack_ahead.w_step, 0, 3);
       }
-      UnpackWeight(v, pack_ahead.unpacking, to);
       from += step;
       to += to_step;
       if (--left == 0) {
@@ -58,17 +57,17 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
         to += to_next_run - run * to_step;
       }
     }
-    for (const int8_t* end = x + values * kPanel; x != end; x += 4 * kPanel, w += 4) {
-      __m512i rows[panels];
+    for (const int8_t* end = x + kValues<int4> * kPanel; x != end; x += kBytes, w += 4) {
+      Ints rows[panels];
 #pragma GCC unroll 2
-      for (int i = 0; i < panels; ++i) rows[i] = _mm512_load_si512(x + i * x_panel);
+      for (int i = 0; i < panels; ++i) rows[i] = Load(x + i * x_panel);
 #pragma GCC unroll 16
       for (int j = 0; j < columns; ++j) {
         int32_t four;
         std::memcpy(&four, w + j * kSliceDepth, 4);
-        const __m512i word = _mm512_set1_epi32(four);
+        const Ints word = Set(four);
 #pragma GCC unroll 2
-        for (int i = 0; i < panels; ++i) sum[j][i] = _mm512_dpbusd_epi32(sum[j][i], word, rows[i]);
+        for (int i = 0; i < panels; ++i) sum[j][i] = Dot<int4>(sum[j][i], word, rows[i]);
       }
     }
   }
@@ -77,33 +76,33 @@ VNNI void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int6
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) {
       int32_t* target = c + j * c_stride + kPanel * i;
-      if (!first) sum[j][i] = _mm512_add_epi32(sum[j][i], _mm512_load_si512(target));
-      _mm512_store_si512(target, sum[j][i]);
+      if (!first) sum[j][i] += Load(target);
+      Store(target, sum[j][i]);
     }
 }
 
 using SliceKernel = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const PackAhead&,
                              bool, int32_t*, int64_t);
-template <int panels, int... i>
+template <bool int4, int panels, int... i>
 constexpr std::array<SliceKernel, sizeof...(i)> KernelsByColumns(std::integer_sequence<int, i...>) {
-  return {MultiplySlice<panels, i + 1>...};
+  return {MultiplySlice<int4, panels, i + 1>...};
 }
 // Indexed by columns - 1.
-template <int panels>
+template <bool int4, int panels>
 constexpr auto kMultiplySlice =
-    KernelsByColumns<panels>(std::make_integer_sequence<int, kAccumulators / panels>{});
+    KernelsByColumns<int4, panels>(std::make_integer_sequence<int, kAccumulators / panels>{});
 
 // Multiplies the rows of x of a slice's tile by the slice, packed in `w`, into `sums`. Each call of the
 // kernel does its part of the pack-ahead, and of the prefetch of the output if this slice completes it.
-VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& slice,
+template <bool int4>
+TARGET void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& slice,
                          const uint8_t* w, PackAhead pack_ahead, int32_t* sums) {
   constexpr int64_t kNarrow = kAccumulators / 2;
   const Tile& tile = slice.tile;
-  const int64_t values = call.int4 ? 2 : 1;
   const int64_t height = tile.bottom - tile.top, columns = tile.right - tile.left;
   const int64_t panels = (height + kPanel - 1) / kPanel, pairs = panels / 2;
-  const int64_t blocks = (slice.depth + 63) / 64, x_panel = blocks * 64 * values * kPanel;
-  const int8_t* const rows = x.x + slice.from * values * x.stride + tile.top * blocks * 64 * values;
+  const int64_t blocks = (slice.depth + 63) / 64, x_panel = blocks * kValues<int4> * kPanel;
+  const int8_t* const rows = x.x + slice.from * kParts<int4> * x.stride + tile.top * blocks * kValues<int4>;
   const int64_t calls = pairs * ((columns + kNarrow - 1) / kNarrow) +
                         panels % 2 * ((columns + kAccumulators - 1) / kAccumulators);
   int64_t left = pack_ahead.rows, number = 0;
@@ -124,39 +123,39 @@ VNNI void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& sl
   };
   // kNarrow columns of w stay in L1 while x's pairs of panels pass by
   for (int64_t column = 0; column < columns; column += kNarrow)
-    for (int64_t pair = 0; pair < pairs; ++pair) multiply(2 * pair, column, kMultiplySlice<2>);
+    for (int64_t pair = 0; pair < pairs; ++pair) multiply(2 * pair, column, kMultiplySlice<int4, 2>);
   if (panels % 2)
     for (int64_t column = 0; column < columns; column += kAccumulators)
-      multiply(panels - 1, column, kMultiplySlice<1>);
+      multiply(panels - 1, column, kMultiplySlice<int4, 1>);
 }
 
 // Bytes of two packed slices of w. They are not on a thread's stack: OMP_STACKSIZE may make it small.
 constexpr int64_t kPackedBytes = 2 * kSliceDepth * kSliceColumns;
 
-VNNI void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
+template <bool int4>
+TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
                    uint8_t* slices_of_w, int32_t* sums) {
   uint8_t *w = slices_of_w, *other = slices_of_w + kSliceDepth * kSliceColumns;
   int64_t packed = 0;  // bytes of each row of the slice that are packed already
-  Slices slices(call, tiles, thread);
+  Slices<int4> slices(call, tiles, thread);
   Slice slice = slices.Next(), next = slices.Next();
   while (slice.tile.right) {
     const Slice second = slices.Lookahead(0), third = slices.Lookahead(1);
     const Tile& tile = slice.tile;
-    if (packed < slice.depth) PackSlice(call, slice, packed, w);
+    if (packed < slice.depth) PackSlice<int4>(call, slice, packed, w);
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
-    packed = std::min((slice.depth + 63) / 64, next.depth / 64) * 64;
+    packed = std::min((slice.depth + kBlock - 1) / kBlock, next.depth / kBlock) * kBlock;
     const PackAhead pack_ahead{from,
                                other,
                                next.tile.right - next.tile.left,
                                call.w_stride,
-                               packed / 64,
+                               packed / kBlock,
                                call.w_step,
                                WeightAt(call, second.tile.left, second.from) - from,
-                               WeightAt(call, third.tile.left, third.from) - from,
-                               kUnpacking[call.int4]};
+                               WeightAt(call, third.tile.left, third.from) - from};
     const int64_t panels = (tile.bottom - tile.top + kPanel - 1) / kPanel;
     int32_t* const own = sums + slice.before * panels * kPanel;
-    MultiplyPanels(call, x, slice, w, pack_ahead, own);
+    MultiplyPanels<int4>(call, x, slice, w, pack_ahead, own);
     if (slice.complete.right) {
       const int32_t* const first = own - (tile.left - slice.complete.left) * panels * kPanel;
       for (int64_t panel = 0; panel < panels; ++panel) {

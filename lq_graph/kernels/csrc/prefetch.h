@@ -1,8 +1,6 @@
 // Prefetch: rows of w that are multiplied next, and lines of the output that are written next.
 #ifndef LQ_GRAPH_PREFETCH_H_
 #define LQ_GRAPH_PREFETCH_H_
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "call.h"
@@ -12,9 +10,9 @@ namespace {
 
 // Prefetches 64 bytes of a row of w; `step` is w_step.
 template <bool nz>
-INLINE_VNNI void Prefetch(const uint8_t* w, int64_t step) {
-  _mm_prefetch(w, _MM_HINT_T0);
-  if (nz) _mm_prefetch(w + step, _MM_HINT_T0);
+INLINE_TARGET void Prefetch(const uint8_t* w, int64_t step) {
+  __builtin_prefetch(w, 0, 3);
+  if (nz) __builtin_prefetch(w + step, 0, 3);
 }
 
 // Rows of w to prefetch while others are multiplied: 0, 1, 2 or 4 of them.
@@ -24,7 +22,7 @@ struct PrefetchRows {
 };
 
 // Prefetches the lines of the output that a tile is written to.
-VNNI void PrefetchOutput(const LqMatmul& call, const Tile& tile) {
+TARGET void PrefetchOutput(const LqMatmul& call, const Tile& tile) {
   const int64_t width = call.output == 0 ? 4 : call.output == 1 ? 1 : 2;
   for (int64_t row = tile.top; row < tile.bottom; ++row) {
     char* const out = static_cast<char*>(call.out) + row * call.n * width;

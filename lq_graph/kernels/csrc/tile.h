@@ -7,6 +7,7 @@
 #include <new>
 
 #include "call.h"
+#include "geometry.h"
 #include "sizes.h"
 
 namespace {
@@ -96,10 +97,11 @@ class TileScheduler {
 
 // Bytes of a row of w in each slice except the last. Slices are almost equally long: while one slice is
 // multiplied the next comes from memory, and a short slice would leave little time for this.
+template <bool int4>
 int64_t SliceBytes(const LqMatmul& call) {
-  const bool once = call.m <= (call.int4 ? kRows<true> : kRows<false>);
+  const bool once = call.m <= kRows<int4>;
   int64_t most = call.m == 1 ? kDepthOneRow : once ? kDepthOneBlock : kDepthManyBlocks;
-  if (HasManyRows(call)) most = call.int4 ? kSliceDepth / 2 : kSliceDepth;
+  if (HasManyRows(call)) most = kSliceDepth / kParts<int4>;
   const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
   return (blocks + slices - 1) / slices * 64;
 }
@@ -114,6 +116,7 @@ struct Slice {
 };
 
 // The slices of one thread, in order.
+template <bool int4>
 class Slices {
  public:
   Slices(const LqMatmul& call, TileScheduler* tiles, int64_t thread)
@@ -121,7 +124,7 @@ class Slices {
         columns_(call.n),
         wide_(many_ ? kSliceColumns : kBlockColumns),
         bytes_(call.row_bytes),
-        most_(SliceBytes(call)),
+        most_(SliceBytes<int4>(call)),
         deep_((bytes_ + most_ - 1) / most_),
         tiles_(tiles),
         thread_(thread) {}

@@ -1,0 +1,98 @@
+// A call, computed with the instruction set of the file that includes this one. targets/ has one such
+// file for each.
+//
+// Read in this order: call.h (the call), isa/avx512.h (the vector layer), sizes.h, tile.h (the order of
+// the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h.
+// The headers are parts of one translation unit, because the compiler must inline across them.
+#ifndef LQ_GRAPH_RUN_H_
+#define LQ_GRAPH_RUN_H_
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "call.h"
+#include "simd.h"
+#include "sizes.h"
+#include "geometry.h"
+#include "tile.h"
+#include "pack.h"
+#include "few_rows.h"
+#include "many_rows.h"
+
+extern "C" {
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
+
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T, Free>;
+template <typename T>
+Buffer<T> Allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
+}
+
+template <bool int4>
+TARGET int Multiply(const LqMatmul& call) {
+  const int64_t m = call.m, threads = call.threads;
+  const bool many = HasManyRows(call);
+  const int64_t padded = (call.row_bytes + kBlock - 1) / kBlock * kValues<int4>;
+  const int64_t panels = (m + kPanel - 1) / kPanel;
+  const int64_t stride = many ? panels * kPanel : padded + 64;
+  const auto shares = Allocate<TileScheduler::Share>(threads);
+  if (!shares) return kNoMemory;
+  TileScheduler tiles(call, shares.get());
+  const int64_t own_sums =
+      many ? std::min(kTileRows, panels * kPanel) * tiles.MaxColumns() : m * kBlockColumns;
+  const auto copy = Allocate<int8_t>(many ? stride * padded : m * stride);
+  const auto compensation = Allocate<int32_t>(panels * kPanel);
+  const auto sums = Allocate<int32_t>(threads * own_sums);
+  const auto copies = Allocate<uint8_t>(many ? threads * kPackedBytes : 0);
+  if (!copy || !compensation || !sums || !copies) return kNoMemory;
+  const PackedX x{copy.get(), stride, compensation.get()};
+
+  const auto copy_few = [&](int64_t number, int64_t count) {
+    for (int64_t i = m * number / count; i < m * (number + 1) / count; ++i)
+      x.compensation[i] =
+          PackRow<int4>(call.x + i * call.x_stride, call.row_bytes, x.x + i * stride);
+  };
+  const auto copy_many = [&](int64_t number, int64_t count) {
+    for (int64_t panel = panels * number / count; panel < panels * (number + 1) / count; ++panel)
+      PackPanel<int4>(call, panel * kPanel, x);
+  };
+  const auto compute_part = [&](int64_t number) {
+    int32_t* const own = sums.get() + number * own_sums;
+    if (many)
+      ManyRows<int4>(call, x, &tiles, number, copies.get() + number * kPackedBytes, own);
+    else
+      FewRows<int4>(call, x, &tiles, number, own);
+  };
+  const auto copy_part = [&](int64_t number, int64_t count) {
+    many ? copy_many(number, count) : copy_few(number, count);
+  };
+  if (threads == 1) {
+    copy_part(0, 1);
+    compute_part(0);
+  } else {
+#pragma omp parallel num_threads(threads)
+    {
+      copy_part(omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+      compute_part(omp_get_thread_num());
+    }
+  }
+  return kDone;
+}
+
+int Matmul(const LqMatmul& call) {
+  return call.int4 ? Multiply<true>(call) : Multiply<false>(call);
+}
+
+}  // namespace
+
+#endif  // LQ_GRAPH_RUN_H_

@@ -1,0 +1,14 @@
+// The kernels with AVX2.
+#include "../isa/avx2.h"
+// the vector layer comes first
+#include "../run.h"
+
+namespace {
+
+bool IsSupported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+extern const LqTarget kTarget_avx2{"avx2", IsSupported, Matmul};

@@ -1,0 +1,15 @@
+// The kernels with AVX-VNNI.
+#define LQ_AVXVNNI
+#include "../isa/avx2.h"
+// the vector layer comes first
+#include "../run.h"
+
+namespace {
+
+bool IsSupported() {
+  return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+extern const LqTarget kTarget_avxvnni{"avxvnni", IsSupported, Matmul};
