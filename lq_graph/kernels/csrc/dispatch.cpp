@@ -93,4 +93,9 @@ int lq_matmul(const LqMatmul* call, size_t bytes) {
   if (!IsFinite(*call)) return kNotFinite;
   return target->matmul(*call);
 }
+
+int lq_quantize(const LqQuantize* call, size_t bytes) {
+  if (bytes != sizeof(LqQuantize)) return kOtherStruct;
+  return target->quantize(*call);
+}
 }

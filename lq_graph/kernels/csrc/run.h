@@ -2,7 +2,8 @@
 // file for each.
 //
 // Read in this order: call.h (the call), isa/avx512.h (the vector layer), sizes.h, tile.h (the order of
-// the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h.
+// the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h;
+// and activations.h, which stands alone.
 // The headers are parts of one translation unit, because the compiler must inline across them.
 #ifndef LQ_GRAPH_RUN_H_
 #define LQ_GRAPH_RUN_H_
@@ -13,6 +14,7 @@
 
 #include "call.h"
 #include "simd.h"
+#include "activations.h"
 #include "sizes.h"
 #include "geometry.h"
 #include "tile.h"
@@ -91,6 +93,19 @@ TARGET int Multiply(const LqMatmul& call) {
 
 int Matmul(const LqMatmul& call) {
   return call.int4 ? Multiply<true>(call) : Multiply<false>(call);
+}
+
+int Quantize(const LqQuantize& call) {
+  if (call.threads == 1) {
+    QuantizeRows(call, 0, call.m);
+    return kDone;
+  }
+#pragma omp parallel num_threads(call.threads)
+  {
+    const int64_t number = omp_get_thread_num(), count = omp_get_num_threads();
+    QuantizeRows(call, call.m * number / count, call.m * (number + 1) / count);
+  }
+  return kDone;
 }
 
 }  // namespace
