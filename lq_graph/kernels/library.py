@@ -60,7 +60,7 @@ class Library:
     Attributes:
         sets: the instruction sets that it has, the best one first: whether this processor has it,
             and whether it is taken without being named.
-        matmul: lq_matmul of csrc/dispatch.cpp.
+        matmul, quantize: lq_matmul and lq_quantize of csrc/dispatch.cpp.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -70,6 +70,7 @@ class Library:
         self._use = library.lq_use
         self.instruction_set = ""
         self.matmul = self._function(library.lq_matmul)
+        self.quantize = self._function(library.lq_quantize)
 
     @staticmethod
     def _function(function: ctypes._NamedFuncPointer) -> Function:

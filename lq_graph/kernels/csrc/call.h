@@ -32,14 +32,15 @@ struct LqQuantize {
   const void* x;       // (m, k), of dtype
   const void* factor;  // (k) or (1), of dtype, if static
   const void* offset;  // as factor, or null
-  void* out;           // (m, k) int8, or (m, k / 2) bytes of two int4
+  void* out;           // (m, k) int8, or (m, k / 2) if packed
   float* scale;        // (m), if dynamic
   int64_t m, k;
   int64_t x_stride;       // bytes
   int64_t factor_stride;  // 0: one factor, and one offset, for all columns
   int32_t dtype;          // LqFloat
   int32_t arithmetic;     // LqArithmetic
-  int32_t int4;
+  int32_t bits;           // 8, or 4
+  int32_t packed;         // two int4 to a byte, the first one low; k is even
   int32_t threads;
 };
 
