@@ -1,7 +1,7 @@
 // A call, computed with the instruction set of the file that includes this one. targets/ has one such
 // file for each.
 //
-// Read in this order: call.h (the call), isa/avx512.h (the vector layer), sizes.h, tile.h (the order of
+// Read in this order: call.h (the call), isa/avx512.h and by_words.h (the vector layer), sizes.h, tile.h (the order of
 // the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h.
 // The headers are parts of one translation unit, because the compiler must inline across them.
 #ifndef LQ_GRAPH_RUN_H_

@@ -164,4 +164,6 @@ INLINE_TARGET void StoreInt8(void* to, Ints v) {
 
 }  // namespace
 
+#include "by_words.h"
+
 #endif  // LQ_GRAPH_ISA_AVX2_H_

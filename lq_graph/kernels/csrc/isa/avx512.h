@@ -163,4 +163,6 @@ INLINE_TARGET void StoreInt8(void* to, Ints v) {  // saturating
 
 }  // namespace
 
+#include "by_words.h"
+
 #endif  // LQ_GRAPH_ISA_AVX512_H_
