@@ -293,6 +293,12 @@ GOOD = Facts(
     allow_internal_format=False,
     product={"name": "Atlas A2", "key": "A2", "known": True, "rows": []},
 )
+
+
+def no_kernel(why_not: str) -> dict[str, str]:
+    return {"why_not": why_not, "library": "/lib", "instruction_set": ""}
+
+
 WRONG = {"group": "g: s", "name": "n", "wrong": 1, "count": 2, "largest": 3.0, "error": "",
          "left_out": "", "passed": False}  # fmt: skip
 FAILED = [{"mode": "graph", "seconds": 1.0, "results": [WRONG]}]
@@ -334,9 +340,9 @@ DUPLICATED = "Duplicated key 'a' found (the process ended by SIGABRT)"
         ({"torch": None, "shadowed": {"torch": "/torch.py"}}, ["shadowed"]),
         ({"torch_npu": None, "shadowed": {"torch_npu": "/torch_npu.py"}}, ["shadowed"]),
         ({"product": {"name": "Atlas A2", "key": "A2", "known": False}}, ["unknown_product"]),
-        ({"kernel": {"why_not": "stale", "instruction_set": ""}, "self_test": FAILED}, ["stale_kernel", "self_test"]),
-        ({"kernel": {"why_not": "absent", "instruction_set": ""}}, ["no_kernel"]),
-        ({"kernel": {"why_not": "processor", "instruction_set": ""}}, []),
+        ({"kernel": no_kernel("stale"), "self_test": FAILED}, ["stale_kernel", "self_test"]),
+        ({"kernel": no_kernel("absent")}, ["no_kernel"]),
+        ({"kernel": no_kernel("processor")}, []),
         ({"self_test_errors": ["the process ended by SIGSEGV"]}, ["self_test"]),
         (
             {"cann": ABSENT, "torch_npu_error": NO_LIBRARY,
@@ -360,7 +366,7 @@ def test_problems_and_their_order(changes: dict[str, Any], names: list[str]) -> 
 def test_every_reason_of_the_kernel_has_a_text() -> None:
     doc = lq_graph.kernels.library.why_not_used.__doc__
     assert doc is not None
-    assert {*re.findall(r'"(\w+)" [(]', doc)} | {"processor", ""} == set(report._KERNEL)
+    assert {*re.findall(r'"(\w*)"', doc)} == set(report._KERNEL)
 
 
 # ---- the self-test ----

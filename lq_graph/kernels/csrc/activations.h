@@ -1,5 +1,5 @@
-// Quantized activations: rows of float values to int8 or int4, with a scale for each row (dynamic) or
-// with given factors (static). kernels/activations.py has each arithmetic's formula and its source.
+// Quantized activations: rows of float values to int8 or int4, with a scale for each row (dynamic)
+// or with given factors (static). kernels/activations.py has each formula and its source.
 #ifndef LQ_GRAPH_ACTIVATIONS_H_
 #define LQ_GRAPH_ACTIVATIONS_H_
 #include <algorithm>
@@ -32,8 +32,8 @@ INLINE_TARGET Floats ToFloat16(Floats v) {
   return LoadFloat16(half);
 }
 
-// The largest magnitude of a row; NaN if there is one. The bits of magnitudes have the order of their
-// values, and NaN is above infinity.
+// The largest magnitude of a row; NaN if there is one. The bits of magnitudes have the order of
+// their values, and NaN is above infinity.
 template <LqFloat dtype>
 INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
   using Bits = std::conditional_t<dtype == kFloat32, int32_t, int16_t>;
@@ -144,8 +144,7 @@ INLINE_TARGET void QuantizeRow(const LqQuantize& call, const uint8_t* x, float s
   }
   int64_t left = call.k;
   for (; left >= kBytes; left -= kBytes, x += kBytes * kW, out += packed ? kBytes / 2 : kBytes) {
-    const Ints values =
-        QuantizeBlock<dtype, steps, careful>(x, columns, factor, offset, low, high);
+    const Ints values = QuantizeBlock<dtype, steps, careful>(x, columns, factor, offset, low, high);
     packed ? StoreNibbles(out, values) : Store(out, values);
     if (columns.factor) columns.factor += kBytes * kW;
     if (columns.offset) columns.offset += kBytes * kW;
@@ -183,7 +182,7 @@ TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_
 template <LqFloat dtype, Steps steps>
 TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_row) {
   call.packed ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
-            : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
+              : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
 }
 
 template <LqFloat dtype>

@@ -12,4 +12,5 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_avx512vnni{"avx512vnni", IsSupported, Matmul, Quantize};
+extern const LqTarget kTarget_avx512vnni{"avx512vnni",  IsSupported, Matmul,
+                                         PreparedBytes, Prepare,     Quantize};

@@ -1,0 +1,17 @@
+// The kernels with NEON and SDOT.
+#include <sys/auxv.h>
+
+#include "../isa/neon.h"
+// the vector layer comes first
+#include "../run.h"
+
+namespace {
+
+bool IsSupported() {
+  return getauxval(AT_HWCAP) & 1UL << 20;  // HWCAP_ASIMDDP, which old headers lack
+}
+
+}  // namespace
+
+extern const LqTarget kTarget_neon_dot{"neon_dot",    IsSupported, Matmul,
+                                       PreparedBytes, Prepare,     Quantize};
