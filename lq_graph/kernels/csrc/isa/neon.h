@@ -36,6 +36,11 @@ constexpr int64_t kManyRows = 32;
 #endif
 constexpr int kAccumulators = 16;  // 8 would hide SDOT's latency; beside 16, the words of x have place
 constexpr int64_t kSliceDepth = 1024;
+template <bool int4>
+constexpr bool kPrepares = false;  // not measured
+constexpr int kGroup = 4;
+template <bool int4>
+constexpr int kGroupRows = 4;
 
 template <bool int4>
 INLINE_TARGET Ints Dot(Ints sum, Ints w, Ints x) {
@@ -150,7 +155,12 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 }
 
 INLINE_TARGET Floats Round(Floats v) { return (Floats)vrndnq_f32((float32x4_t)v); }
-INLINE_TARGET Ints ToInts(Floats whole) { return (Ints)vcvtnq_s32_f32((float32x4_t)whole); }
+INLINE_TARGET Ints ToInts(Floats v) { return (Ints)vcvtnq_s32_f32((float32x4_t)v); }
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const int16x8_t ab = vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b));
+  const int16x8_t cd = vcombine_s16(vqmovn_s32((int32x4_t)c), vqmovn_s32((int32x4_t)d));
+  return (Ints)vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd));
+}
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(from))));
