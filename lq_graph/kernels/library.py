@@ -71,6 +71,8 @@ class Library:
         self._use = library.lq_use
         self.instruction_set = ""
         self.matmul = self._function(library.lq_matmul)
+        self.quantize = self._function(library.lq_quantize)
+        self.layer = self._function(library.lq_layer)
         self.prepared_bytes = self._function(library.lq_prepared_bytes, ctypes.c_int64)
         self.prepare = self._function(library.lq_prepare, ctypes.c_int, ctypes.c_void_p)
         self.quantize = self._function(library.lq_quantize)

@@ -21,7 +21,7 @@ __all__ = ["dynamic_quant", "matmul", "static_quant"]
 _MATMUL = struct.Struct("17q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 # struct LqQuantize of csrc/call.h
-_QUANTIZE = struct.Struct("9q5i4x")
+_QUANTIZE = struct.Struct("9q4i")
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATIC = 5  # in enum LqArithmetic, after those of dynamic_quant
 # With fewer products, or values, a second thread costs more than it saves.
@@ -185,7 +185,7 @@ def _quantize(
     threads = 1 if m * k < _ONE_THREAD_VALUES or is_forked() else torch.get_num_threads()
     call = _QUANTIZE.pack(
         rows.data_ptr(), factor, offset, out.data_ptr(), scale, m, k, row, factor_stride,
-        dtype, arithmetic, bits, packed, threads,
+        dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2, threads,
     )  # fmt: skip
     answer = library.quantize(call, len(call))
     if answer != _DONE:

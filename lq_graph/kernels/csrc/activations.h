@@ -60,14 +60,17 @@ INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
   return Widen<dtype>(all)[0];
 }
 
+// The largest quantized value.
+INLINE_TARGET float HighOf(const LqQuantize& call) { return call.values == kInt8 ? 127 : 7; }
+
 // What a row's values are multiplied or divided by, and its scale.
 struct RowStep {
   float factor, scale;
 };
 
 INLINE_TARGET RowStep StepOf(const LqQuantize& call, float peak) {
-  const float top = call.bits == 4 ? 7 : 127;
-  const float scale = peak * static_cast<float>(call.bits == 4 ? 1.0 / 7 : 1.0 / 127);
+  const float top = HighOf(call);
+  const float scale = peak * static_cast<float>(1 / static_cast<double>(top));
   switch (call.arithmetic) {
     case kDivide:
       return {scale, scale};
@@ -129,7 +132,7 @@ INLINE_TARGET void StoreNibbles(void* to, Ints values) {
 template <LqFloat dtype, Steps steps, bool packed, bool careful>
 INLINE_TARGET void QuantizeRow(const LqQuantize& call, const uint8_t* x, float step, uint8_t* out) {
   constexpr int64_t kW = kWidth<dtype>;
-  const float low = call.bits == 4 ? -8 : -128, high = call.bits == 4 ? 7 : 127;
+  const float high = HighOf(call), low = -high - 1;
   const auto* const factors = static_cast<const uint8_t*>(call.factor);
   const auto* const offsets = static_cast<const uint8_t*>(call.offset);
   const bool each = steps == Steps::kStatic && call.factor_stride;
@@ -181,8 +184,8 @@ TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_
 
 template <LqFloat dtype, Steps steps>
 TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_row) {
-  call.packed ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
-              : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
+  call.values == kPackedInt4 ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
+                             : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
 }
 
 template <LqFloat dtype>

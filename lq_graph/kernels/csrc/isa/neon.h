@@ -30,14 +30,17 @@ constexpr int kAdded = 0;
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 #ifdef LQ_I8MM
-constexpr int64_t kManyRows =
-    16;  // SMMLA, which only that kernel uses, computes twice as much as SDOT
+constexpr int64_t kManyRows = 16;  // SMMLA, which only that kernel uses, computes twice as much as SDOT
 #else
 constexpr int64_t kManyRows = 32;
 #endif
-constexpr int kAccumulators =
-    16;  // 8 would hide SDOT's latency; beside 16, the words of x have place
+constexpr int kAccumulators = 16;  // 8 would hide SDOT's latency; beside 16, the words of x have place
 constexpr int64_t kSliceDepth = 1024;
+template <bool int4>
+constexpr bool kPrepares = false;  // not measured
+constexpr int kGroup = 4;
+template <bool int4>
+constexpr int kGroupRows = 4;
 
 template <bool int4>
 INLINE_TARGET Ints Dot(Ints sum, Ints w, Ints x) {
@@ -62,8 +65,8 @@ INLINE_TARGET Ints LoadNz(const uint8_t* w, int64_t) {
 }
 
 INLINE_TARGET void StoreSums(Ints a, Ints b, Ints c, Ints d, bool first, int32_t* out) {
-  int32x4_t sums =
-      vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b), vpaddq_s32((int32x4_t)c, (int32x4_t)d));
+  int32x4_t sums = vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
+                              vpaddq_s32((int32x4_t)c, (int32x4_t)d));
   if (!first) sums = vaddq_s32(sums, vld1q_s32(out));
   vst1q_s32(out, sums);
 }
@@ -153,6 +156,11 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 
 INLINE_TARGET Floats Round(Floats v) { return (Floats)vrndnq_f32((float32x4_t)v); }
 INLINE_TARGET Ints ToInts(Floats v) { return (Ints)vcvtnq_s32_f32((float32x4_t)v); }
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const int16x8_t ab = vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b));
+  const int16x8_t cd = vcombine_s16(vqmovn_s32((int32x4_t)c), vqmovn_s32((int32x4_t)d));
+  return (Ints)vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd));
+}
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(from))));
@@ -167,11 +175,6 @@ INLINE_TARGET void StoreInt8(void* to, Ints v) {
   const int16x4_t words = vqmovn_s32((int32x4_t)v);
   const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
   __builtin_memcpy(to, &bytes, 4);
-}
-INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
-  const int16x8_t ab = vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b));
-  const int16x8_t cd = vcombine_s16(vqmovn_s32((int32x4_t)c), vqmovn_s32((int32x4_t)d));
-  return (Ints)vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd));
 }
 
 }  // namespace

@@ -5,8 +5,10 @@
 
 namespace {
 
-bool IsSupported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool IsSupported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+}
 
 }  // namespace
 
-extern const LqTarget kTarget_avx2{"avx2", IsSupported, Matmul, PreparedBytes, Prepare, Quantize};
+LQ_DEFINE_TARGET(avx2)

@@ -6,9 +6,10 @@
 
 namespace {
 
-bool IsSupported() { return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c"); }
+bool IsSupported() {
+  return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c");
+}
 
 }  // namespace
 
-extern const LqTarget kTarget_avxvnni{"avxvnni",     IsSupported, Matmul,
-                                      PreparedBytes, Prepare,     Quantize};
+LQ_DEFINE_TARGET(avxvnni)

@@ -13,5 +13,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_neon_dot{"neon_dot",    IsSupported, Matmul,
-                                       PreparedBytes, Prepare,     Quantize};
+LQ_DEFINE_TARGET(neon_dot)
