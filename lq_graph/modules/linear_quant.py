@@ -176,21 +176,16 @@ class LinearQuant(nn.Module):
             check_stated("x1", x1, self.x1_dtype)
         if self.x2_dtype is not None:
             check_stated("x2", weight, self.x2_dtype)
-        given: dict[str, Any] = {}
+        if pertoken_scale is not None:
+            pertoken = pertoken_scale
+        given: dict[str, Any] = {}  # an eager call pays for each argument, None too
+        if self.output_dtype is not None:
+            given["output_dtype"] = self.output_dtype
         if in_graph and x1.device.type == "npu":
             values: Any = self._buffers["_unpacked_scale"]
             if values is not None and values.shape == scale.shape:  # not split
                 given["float_scale"] = values
-        out: Tensor = _linear_quant(
-            x1,
-            weight,
-            scale,
-            offset,
-            pertoken if pertoken_scale is None else pertoken_scale,
-            bias,
-            output_dtype=self.output_dtype,
-            **given,
-        )
+        out: Tensor = _linear_quant(x1, weight, scale, offset, pertoken, bias, **given)
         return out
 
     @property
