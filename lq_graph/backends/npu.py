@@ -44,10 +44,11 @@ def _row_major(x: Tensor) -> Tensor:
 
 @cache
 def _quant_matmul() -> Any:
-    """The overload. torch_npu.npu_quant_matmul would look it up on every call."""
+    """What the overload calls. torch_npu.npu_quant_matmul would look the overload up on every
+    call, and the overload is a function in Python around this one."""
     import torch_npu
 
-    return torch_npu.npu_quant_matmul.default
+    return torch_npu.npu_quant_matmul.default._op
 
 
 def linear_quant(
