@@ -25,7 +25,7 @@ I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16
 @pytest.fixture
 def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What machines without the compiled kernel compute."""
-    monkeypatch.setattr(native, "_kernel", lambda: None)
+    monkeypatch.setattr(native, "loaded", lambda: None)
 
 
 def epilogues(n: int, m: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, torch.dtype]]:
