@@ -61,7 +61,7 @@ class Library:
     Attributes:
         sets: the instruction sets that it has, the best one first: whether this processor has it,
             and whether it is taken without being named.
-        matmul: lq_matmul of csrc/dispatch.cpp.
+        matmul, quantize: lq_matmul and lq_quantize of csrc/dispatch.cpp.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -75,6 +75,7 @@ class Library:
         self.layer = self._function(library.lq_layer)
         self.prepared_bytes = self._function(library.lq_prepared_bytes, ctypes.c_int64)
         self.prepare = self._function(library.lq_prepare, ctypes.c_int, ctypes.c_void_p)
+        self.quantize = self._function(library.lq_quantize)
 
     @staticmethod
     def _function(

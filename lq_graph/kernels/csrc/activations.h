@@ -1,5 +1,5 @@
-// Quantized activations: rows of float values to int8 or int4, with a scale for each row (dynamic) or
-// with given factors (static). kernels/activations.py has each arithmetic's formula and its source.
+// Quantized activations: rows of float values to int8 or int4, with a scale for each row (dynamic)
+// or with given factors (static). kernels/activations.py has each formula and its source.
 #ifndef LQ_GRAPH_ACTIVATIONS_H_
 #define LQ_GRAPH_ACTIVATIONS_H_
 #include <algorithm>
@@ -32,8 +32,8 @@ INLINE_TARGET Floats ToFloat16(Floats v) {
   return LoadFloat16(half);
 }
 
-// The largest magnitude of a row; NaN if there is one. The bits of magnitudes have the order of their
-// values, and NaN is above infinity.
+// The largest magnitude of a row; NaN if there is one. The bits of magnitudes have the order of
+// their values, and NaN is above infinity.
 template <LqFloat dtype>
 INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
   using Bits = std::conditional_t<dtype == kFloat32, int32_t, int16_t>;
@@ -60,14 +60,17 @@ INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
   return Widen<dtype>(all)[0];
 }
 
+// The largest quantized value.
+INLINE_TARGET float HighOf(const LqQuantize& call) { return call.values == kInt8 ? 127 : 7; }
+
 // What a row's values are multiplied or divided by, and its scale.
 struct RowStep {
   float factor, scale;
 };
 
 INLINE_TARGET RowStep StepOf(const LqQuantize& call, float peak) {
-  const float top = call.int4 ? 7 : 127;
-  const float scale = peak * static_cast<float>(call.int4 ? 1.0 / 7 : 1.0 / 127);
+  const float top = HighOf(call);
+  const float scale = peak * static_cast<float>(1 / static_cast<double>(top));
   switch (call.arithmetic) {
     case kDivide:
       return {scale, scale};
@@ -126,10 +129,10 @@ INLINE_TARGET void StoreNibbles(void* to, Ints values) {
 }
 
 // A row of x, to int8 or int4.
-template <LqFloat dtype, Steps steps, bool int4, bool careful>
+template <LqFloat dtype, Steps steps, bool packed, bool careful>
 INLINE_TARGET void QuantizeRow(const LqQuantize& call, const uint8_t* x, float step, uint8_t* out) {
   constexpr int64_t kW = kWidth<dtype>;
-  constexpr float kLow = int4 ? -8 : -128, kHigh = int4 ? 7 : 127;
+  const float high = HighOf(call), low = -high - 1;
   const auto* const factors = static_cast<const uint8_t*>(call.factor);
   const auto* const offsets = static_cast<const uint8_t*>(call.offset);
   const bool each = steps == Steps::kStatic && call.factor_stride;
@@ -143,10 +146,9 @@ INLINE_TARGET void QuantizeRow(const LqQuantize& call, const uint8_t* x, float s
     offset = Set(Widen<dtype>(some[1])[0]);
   }
   int64_t left = call.k;
-  for (; left >= kBytes; left -= kBytes, x += kBytes * kW, out += int4 ? kBytes / 2 : kBytes) {
-    const Ints values =
-        QuantizeBlock<dtype, steps, careful>(x, columns, factor, offset, kLow, kHigh);
-    int4 ? StoreNibbles(out, values) : Store(out, values);
+  for (; left >= kBytes; left -= kBytes, x += kBytes * kW, out += packed ? kBytes / 2 : kBytes) {
+    const Ints values = QuantizeBlock<dtype, steps, careful>(x, columns, factor, offset, low, high);
+    packed ? StoreNibbles(out, values) : Store(out, values);
     if (columns.factor) columns.factor += kBytes * kW;
     if (columns.offset) columns.offset += kBytes * kW;
   }
@@ -155,35 +157,35 @@ INLINE_TARGET void QuantizeRow(const LqQuantize& call, const uint8_t* x, float s
   for (auto [from, copy] : {std::pair(&columns.factor, some[1]), {&columns.offset, some[2]}})
     if (*from) *from = static_cast<uint8_t*>(std::memcpy(copy, *from, left * kW));
   const Ints values =
-      QuantizeBlock<dtype, steps, careful>(some[0], columns, factor, offset, kLow, kHigh);
-  int4 ? StoreNibbles(last, values) : Store(last, values);
-  std::memcpy(out, last, int4 ? left / 2 : left);
+      QuantizeBlock<dtype, steps, careful>(some[0], columns, factor, offset, low, high);
+  packed ? StoreNibbles(last, values) : Store(last, values);
+  std::memcpy(out, last, packed ? left / 2 : left);
 }
 
-template <LqFloat dtype, Steps steps, bool int4>
+template <LqFloat dtype, Steps steps, bool packed>
 TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_row) {
   for (int64_t row = from_row; row < to_row; ++row) {
     const uint8_t* const x = static_cast<const uint8_t*>(call.x) + row * call.x_stride;
-    uint8_t* const out = static_cast<uint8_t*>(call.out) + row * call.k / (int4 ? 2 : 1);
+    uint8_t* const out = static_cast<uint8_t*>(call.out) + row * call.k / (packed ? 2 : 1);
     if constexpr (steps == Steps::kStatic) {
-      QuantizeRow<dtype, steps, int4, true>(call, x, 0, out);
+      QuantizeRow<dtype, steps, packed, true>(call, x, 0, out);
     } else {
       const float peak = Peak<dtype>(x, call.k);
       const RowStep step = StepOf(call, peak);
       call.scale[row] = step.scale;
       // With an ordinary peak the steps are at most 127 and a rounding.
       if (steps != Steps::kHalf && peak > 1e-30f && peak < 1e30f)
-        QuantizeRow<dtype, steps, int4, false>(call, x, step.factor, out);
+        QuantizeRow<dtype, steps, packed, false>(call, x, step.factor, out);
       else
-        QuantizeRow<dtype, steps, int4, true>(call, x, step.factor, out);
+        QuantizeRow<dtype, steps, packed, true>(call, x, step.factor, out);
     }
   }
 }
 
 template <LqFloat dtype, Steps steps>
 TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_row) {
-  call.int4 ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
-            : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
+  call.values == kPackedInt4 ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
+                             : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
 }
 
 template <LqFloat dtype>

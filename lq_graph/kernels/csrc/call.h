@@ -33,14 +33,14 @@ struct LqQuantize {
   const void* x;       // (m, k), of dtype
   const void* factor;  // (k) or (1), of dtype, if static
   const void* offset;  // as factor, or null
-  void* out;           // (m, k) int8, or (m, k / 2) bytes of two int4
+  void* out;           // (m, k) int8, or (m, k / 2) bytes of two int4, the first one low
   float* scale;        // (m), if dynamic
   int64_t m, k;
   int64_t x_stride;       // bytes
   int64_t factor_stride;  // 0: one factor, and one offset, for all columns
   int32_t dtype;          // LqFloat
   int32_t arithmetic;     // LqArithmetic
-  int32_t int4;
+  int32_t values;         // LqValues
   int32_t threads;
 };
 
@@ -69,6 +69,7 @@ struct LqTarget {
 enum LqAnswer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
 enum LqScale : int32_t { kFloat = 0, kFolded = 1, kPacked = 2 };
 enum LqFloat : int32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
+enum LqValues : int32_t { kInt8 = 0, kPackedInt4 = 1, kInt4 = 2 };  // int4, one to a byte
 // The first five are Arithmetic's of kernels/activations.py, in its order.
 enum LqArithmetic : int32_t { kMultiply, kReciprocal, kDivide, kHalf, kStep, kStatic };
 
