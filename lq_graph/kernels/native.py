@@ -17,8 +17,8 @@ from .prepared import prepared_of
 
 __all__ = ["dynamic_quant", "layer", "matmul", "static_quant"]
 
-_QUANTIZE = struct.Struct("9q4i")  # struct LqQuantize of csrc/call.h
-_LAYER = struct.Struct(_QUANTIZE.format + MATMUL.format)
+QUANTIZE = struct.Struct("9q4i")  # struct LqQuantize of csrc/call.h
+_LAYER = struct.Struct(QUANTIZE.format + MATMUL.format)
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 _FLOAT, _FOLDED, _PACKED = range(3)  # enum LqScale of csrc/call.h
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -232,7 +232,7 @@ def _quantize(
     if arithmetic != _STATIC:
         rows_shape = m if len(shape) == 2 else shape[:-1]
         scale = torch.empty(rows_shape, dtype=torch.float32, device=_CPU)
-    call = _QUANTIZE.pack(
+    call = QUANTIZE.pack(
         rows.data_ptr(), factor, offset, out.data_ptr(), 0 if scale is None else scale.data_ptr(),
         m, k, row, factor_stride, dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,
         threads_for(m * k, _ONE_THREAD_VALUES),

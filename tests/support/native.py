@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,17 +20,19 @@ needs_kernel = pytest.mark.skipif(
 )
 
 
-def _instruction_sets() -> list[tuple[str, bool]]:
-    path = native.library()
-    if path is None or not native.is_available():
-        return []
-    library = ctypes.CDLL(path)
-    library.lq_targets.restype = ctypes.c_char_p
-    return [(name[:-1], name.endswith("+")) for name in library.lq_targets().decode().split()]
-
-
+_LIBRARY = library.loaded()
 # Those that the compiled kernel has, the best one first, each with whether this processor has it.
-INSTRUCTION_SETS = _instruction_sets()
+INSTRUCTION_SETS = [] if _LIBRARY is None else [(n, has) for n, (has, _) in _LIBRARY.sets.items()]
+
+
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """Inside, torch computes, as on machines without the compiled kernels."""
+    loaded, native.loaded = native.loaded, lambda: None
+    try:
+        yield
+    finally:
+        native.loaded = loaded
 
 
 def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
@@ -39,8 +42,5 @@ def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
 
 
 def by_torch(x: Tensor, weight: Tensor | kernels.NzWeight, *args: Any, **options: Any) -> Tensor:
-    kernel, native.matmul = native.matmul, lambda *_: None
-    try:
+    with without_kernel():
         return kernels.quant_matmul(x, weight, *args, **options)
-    finally:
-        native.matmul = kernel
