@@ -4,7 +4,6 @@ kernels do not compute it: then torch does, to the same numbers."""
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -253,8 +252,8 @@ def dynamic_quant(
         x, bits, packed: as `activations.dynamic_quant` takes them.
         arithmetic: a number of enum LqArithmetic of csrc/call.h.
     """
-    out: Any = _quantize(x, bits, packed, arithmetic)
-    return out
+    # with a dynamic arithmetic there is a scale
+    return _quantize(x, bits, packed, arithmetic)  # type: ignore[return-value]
 
 
 def static_quant(
@@ -279,5 +278,6 @@ def static_quant(
         check_held(name, tensor)
         columns[name] = tensor = tensor.contiguous()  # it must live until the call
         addresses[i] = tensor.data_ptr()
-    found = _quantize(x, bits, packed, _STATIC, *addresses, size > 1)
+    factor, zero = addresses
+    found = _quantize(x, bits, packed, _STATIC, factor, zero, size > 1)
     return None if found is None else found[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,23 +17,22 @@ from ..kernels import guard_or_false
 
 __all__ = ["cached_decision", "check_equal_sizes", "known_true"]
 
-_Arguments = ParamSpec("_Arguments")
 _Decision = TypeVar("_Decision")
 
 
-def cached_decision(decide: Callable[_Arguments, _Decision]) -> Callable[_Arguments, _Decision]:
+def cached_decision(decide: Callable[..., _Decision]) -> Callable[..., _Decision]:
     """`decide`, cached if its arguments hold no symbols: a model makes the same few calls again and
     again. A refusal is not cached."""
     cached = lru_cache(maxsize=4096)(decide)
 
     @wraps(decide)
-    def decided(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Decision:
+    def decided(*key: Any) -> _Decision:
         try:
-            return cached(*args, **kwargs)
+            return cached(*key)
         except TypeError as error:
             if isinstance(error, LinearQuantTypeError):
                 raise
-            return decide(*args, **kwargs)  # symbolic sizes cannot be a key
+            return decide(*key)  # symbolic sizes cannot be a key
 
     return decided
 
