@@ -32,6 +32,11 @@ struct LqTarget {
   const char* name;
   bool (*is_supported)();  // by this processor
   int (*matmul)(const LqMatmul& call);
+  // One that was never run on hardware is taken only if it is named.
+  bool untested = false;
+  // Asks the kernel of the system for what the instructions need, if anything; returns whether it is
+  // granted.
+  bool (*prepare)() = nullptr;
 };
 }
 

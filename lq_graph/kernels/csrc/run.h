@@ -2,7 +2,8 @@
 // file for each.
 //
 // Read in this order: call.h (the call), isa/avx512.h (the vector layer), sizes.h, tile.h (the order of
-// the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h.
+// the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, multiply.h, prefetch.h and
+// epilogue.h.
 // The headers are parts of one translation unit, because the compiler must inline across them.
 #ifndef LQ_GRAPH_RUN_H_
 #define LQ_GRAPH_RUN_H_
@@ -12,13 +13,13 @@
 #include <memory>
 
 #include "call.h"
+#include "few_rows.h"
+#include "geometry.h"
+#include "many_rows.h"
+#include "pack.h"
 #include "simd.h"
 #include "sizes.h"
-#include "geometry.h"
 #include "tile.h"
-#include "pack.h"
-#include "few_rows.h"
-#include "many_rows.h"
 
 extern "C" {
 int omp_get_thread_num();

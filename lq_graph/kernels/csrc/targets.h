@@ -1,5 +1,8 @@
 // LQ_TARGET(name) for each instruction set that CMakeLists.txt compiles, the best one first. There is no
 // include guard: dispatch.cpp includes this several times.
+#ifdef LQ_HAS_amx
+LQ_TARGET(amx)
+#endif
 #ifdef LQ_HAS_avx512vnni
 LQ_TARGET(avx512vnni)
 #endif

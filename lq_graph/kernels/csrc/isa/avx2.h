@@ -38,6 +38,7 @@ constexpr int kAccumulators = 8;
 template <bool int4>
 constexpr int kRows = 2;
 constexpr int64_t kManyRows = 16;
+constexpr int64_t kSliceColumns = 16;
 constexpr int64_t kSliceDepth = 1024;
 
 template <bool int4>
