@@ -5,7 +5,7 @@
 // NAME is an instruction set, or "all" (the default) for those that this processor has. Every STEP-th
 // size of the table of edges is computed (5 by default: each pair of edges is there still), then COUNT
 // random calls (2000). Link it with the built library, or with dispatch.cpp and targets/, and
-// compile with -fopenmp -ffp-contract=off. Nothing in it depends on the processor.
+// compile with -fopenmp -ffp-contract=off -fwrapv. Nothing in it depends on the processor.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -384,7 +384,7 @@ void CheckTable(const char* name, const Sizes& ms, const Sizes& ns, const Sizes&
       done = bytes;
       for (size_t i = 0; i < ms.size(); ++i)
         for (size_t j = 0; j < ns.size(); ++j) {
-          if ((length + i + j) % step) continue;
+          if ((7 * length + 11 * i + 13 * j) % step) continue;
           const int64_t m = ms[i], n = ns[j];
           const Parameters p(kEpilogues[number++ % kKinds], m, n);
           const std::vector<uint8_t> want = Expected(p, sums, m, n, w.count);
@@ -486,10 +486,10 @@ int main(int argc, char** argv) {
     CheckTarget(name.c_str(), step, count, seed);
     return 0;
   }
-  std::string targets = lq_targets();  // "avx512vnni+ avx2+"
+  std::string targets = lq_targets();  // "amx- avx512vnni+ avx2+"
   for (size_t at = 0; at < targets.size();) {
     const size_t end = std::min(targets.find(' ', at), targets.size());
-    if (targets[end - 1] == '+')
+    if (targets[end - 1] != '-')
       CheckTarget(targets.substr(at, end - 1 - at).c_str(), step, count, seed);
     at = end + 1;
   }
