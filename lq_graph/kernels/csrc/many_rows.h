@@ -73,6 +73,7 @@ TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tile
     const Slice second = slices.Lookahead(0), third = slices.Lookahead(1);
     const Tile& tile = slice.tile;
     if (packed < slice.depth) PackSlice<int4>(call, slice, packed, w);
+    OrderW(w, tile.right - tile.left, (slice.depth + kBlock - 1) / kBlock * kValues<int4>);
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
     packed = std::min((slice.depth + kBlock - 1) / kBlock, next.depth / kBlock) * kBlock;
     const PackAhead pack_ahead{from,

@@ -21,18 +21,18 @@
 
 namespace {
 
-constexpr int64_t kGroup = 16;      // rows of w in a tile register: columns of the result
+constexpr int64_t kTileW = 16;      // rows of w in a tile register: columns of the result
 constexpr int64_t kTileBytes = 64;  // of a row of a tile register
 
-// panels * kPanel rows by groups * kGroup columns; the rest as in multiply.h. If there are fewer columns, the
+// panels * kPanel rows by groups * kTileW columns; the rest as in multiply.h. If there are fewer columns, the
 // sums of the others are of no use, but the buffers have room for them. Sums are in registers 0 to 3,
 // w in 4 and 5, x in 6 and 7: the intrinsics take nothing but numbers. With two panels and two groups,
 // four loads serve four products, and no product waits for the one before it.
 template <bool int4, int panels, int groups>
 TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                           const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
-  constexpr int64_t kToGroup = kGroup * kSliceDepth;
-  int32_t* const c1 = c + kGroup * c_stride;
+  constexpr int64_t kToGroup = kTileW * kSliceDepth;
+  int32_t* const c1 = c + kTileW * c_stride;
   const int64_t c_bytes = 4 * c_stride;
   _tile_zero(0);
   if constexpr (panels == 2) _tile_zero(1);
@@ -68,13 +68,13 @@ TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, in
 
 // Columns that one call takes, at most.
 template <int panels>
-constexpr int64_t kColumnsOf = 2 * kGroup;
+constexpr int64_t kColumnsOf = 2 * kTileW;
 
 using SliceKernel = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const PackAhead&,
                              bool, int32_t*, int64_t);
 template <bool int4, int panels>
 SliceKernel KernelFor(int64_t columns) {
-  return columns > kGroup ? MultiplySlice<int4, panels, 2> : MultiplySlice<int4, panels, 1>;
+  return columns > kTileW ? MultiplySlice<int4, panels, 2> : MultiplySlice<int4, panels, 1>;
 }
 
 // Palette 1: eight tile registers, their bytes in a row, then their rows.

@@ -24,6 +24,9 @@ constexpr int64_t kLineColumns = 32;  // columns stored together: 64 bytes of 16
 // Rows and columns of a tile, at most: a slice of x and all sums of the tile stay in L2.
 constexpr int64_t kTileRows = 256, kTileColumns = 256;
 
+// From this number of rows on, a prepared weight is used.
+constexpr int64_t kPreparedRows = 16;
+
 }  // namespace
 
 #endif  // LQ_GRAPH_SIZES_H_

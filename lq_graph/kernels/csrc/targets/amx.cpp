@@ -13,7 +13,7 @@ namespace {
 #ifdef LQ_EMULATED_AMX  // by tests/kernels/amx_emulator.cpp
 
 bool IsSupported() { return true; }
-bool Prepare() { return true; }
+bool Permit() { return true; }
 
 #else
 
@@ -30,10 +30,11 @@ bool IsSupported() {
 }
 
 // Without this permission, which is the process's, the first tile instruction ends it.
-bool Prepare() { return !syscall(SYS_arch_prctl, kRequestPermission, kTileData); }
+bool Permit() { return !syscall(SYS_arch_prctl, kRequestPermission, kTileData); }
 
 #endif
 
 }  // namespace
 
-extern const LqTarget kTarget_amx{"amx", IsSupported, Matmul, true, Prepare};
+extern const LqTarget kTarget_amx{"amx",         IsSupported, Matmul, Quantize, Layer,
+                                  PreparedBytes, Prepare,     true,   Permit};
