@@ -35,6 +35,7 @@ constexpr int64_t kManyRows = 16;  // SMMLA, which only that kernel uses, comput
 constexpr int64_t kManyRows = 32;
 #endif
 constexpr int kAccumulators = 16;  // 8 would hide SDOT's latency; beside 16, the words of x have place
+constexpr int64_t kSliceColumns = 16;
 constexpr int64_t kSliceDepth = 1024;
 template <bool int4>
 constexpr bool kPrepares = false;  // not measured
