@@ -32,7 +32,7 @@ INLINE_TARGET Ints LoadStep(const uint8_t* w) {
 template <bool int4, int panels, int columns>
 TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                           const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
-  // with an odd number of columns and kTogether = 2, those of the last are of no use
+  // those beyond `columns` are of no use; the slice has rows of w for them, with any values
   constexpr int kSums = (columns + kTogether - 1) / kTogether * kTogether;
   Ints sum[panels][kSums];
 #pragma GCC unroll 2
@@ -79,7 +79,7 @@ TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, in
 #pragma GCC unroll 16
       for (int j = 0; j < kSums; j += kTogether) {
         Ints columns_of_w[kTogether];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i)
           columns_of_w[i] = LoadStep(w + (j + i) * kSliceDepth);
 #pragma GCC unroll 2
