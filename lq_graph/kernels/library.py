@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from . import __path__
 
@@ -35,7 +36,7 @@ __all__ = [
 NAME = "liblq_graph_cpu.so"
 _OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")
 # A function of csrc/dispatch.cpp: it takes a struct, packed in bytes, and their number.
-Function = Callable[[bytes, int], int]
+Function = Callable[..., int]
 
 # A child that was forked has none of its parent's OpenMP threads, and would wait for them.
 _forked = False
@@ -70,11 +71,15 @@ class Library:
         self._use = library.lq_use
         self.instruction_set = ""
         self.matmul = self._function(library.lq_matmul)
+        self.prepared_bytes = self._function(library.lq_prepared_bytes, ctypes.c_int64)
+        self.prepare = self._function(library.lq_prepare, ctypes.c_int, ctypes.c_void_p)
 
     @staticmethod
-    def _function(function: ctypes._NamedFuncPointer) -> Function:
-        function.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
-        function.restype = ctypes.c_int
+    def _function(
+        function: ctypes._NamedFuncPointer, returns: Any = ctypes.c_int, *more: Any
+    ) -> Function:
+        function.argtypes = (ctypes.c_char_p, ctypes.c_size_t, *more)
+        function.restype = returns
         return function
 
     def use(self, name: str) -> None:

@@ -17,7 +17,7 @@ from .memory import check_held
 __all__ = ["matmul"]
 
 # struct LqMatmul of csrc/call.h
-_MATMUL = struct.Struct("16q4i")
+_MATMUL = struct.Struct("17q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 # With fewer products, a second thread costs more than it saves.
 _ONE_THREAD = 1 << 20
@@ -55,6 +55,7 @@ def matmul(
     pertoken_scale: Tensor | None,
     output_dtype: torch.dtype,
     nz_shape: tuple[int, int] | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor | None:
     """`numerics.quant_matmul` with the compiled kernel, or None if the kernel does not compute it.
 
@@ -118,7 +119,7 @@ def matmul(
     out = torch.empty(m, n, dtype=output_dtype)
     threads = 1 if is_forked() or m * n * bytes_in_row < _ONE_THREAD else torch.get_num_threads()
     call = _MATMUL.pack(
-        rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), 0, pertoken, int_bias, float_bias,
+        rows.data_ptr(), weight.data_ptr(), 0 if prepared is None else prepared.data_ptr(), scale.data_ptr(), 0, pertoken, int_bias, float_bias,
         out.data_ptr(), m, n, bytes_in_row, row, weight_row, 0 if scale_size == 1 else 1,
         0, weight_step, width == 4, 2 if packed else 0, _OUTPUTS[output_dtype], threads,
     )  # fmt: skip
@@ -126,3 +127,18 @@ def matmul(
     if answer != _DONE:
         _refuse(answer)
     return out if len(shape) == 2 else out.view(*shape[:-1], n)
+
+
+def prepare(weight: Tensor) -> Tensor | None:
+    library = loaded()
+    if library is None or weight.dim() != 2 or not weight.numel() or weight.stride(1) != 1:
+        return None
+    check_held("weight", weight)
+    width = weight.element_size()
+    call = _MATMUL.pack(
+        0, weight.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, weight.shape[0], weight.shape[1] * width, 0,
+        weight.stride(0) * width, 0, 0, 32, width == 4, 0, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    out = torch.empty(library.prepared_bytes(call, len(call)), dtype=torch.uint8)
+    library.prepare(call, len(call), out.data_ptr())
+    return out

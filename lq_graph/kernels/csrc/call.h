@@ -10,6 +10,7 @@ extern "C" {
 struct LqMatmul {
   const uint8_t* x;         // (m, row_bytes)
   const uint8_t* w;         // (n, row_bytes)
+  const uint8_t* prepared;  // w as `prepare` packed it, or null
   const void* scale;        // float32 or packed int64; unused for int32 output
   const float* offset;      // (n) or (1), to be folded with a float32 scale, or null
   const float* pertoken;    // (m) or null
@@ -32,6 +33,10 @@ struct LqTarget {
   const char* name;
   bool (*is_supported)();  // by this processor
   int (*matmul)(const LqMatmul& call);
+  // A weight, packed in the order in which this instruction set reads it fastest; 0 bytes if that would
+  // not be faster. Of a call they read what is about w.
+  int64_t (*prepared_bytes)(const LqMatmul& call);
+  void (*prepare)(const LqMatmul& call, uint8_t* out);
 };
 }
 

@@ -87,6 +87,18 @@ int lq_use(const char* name) {
 // The digest of the sources that this was built from, as CMakeLists.txt computes it.
 const char* lq_sources() { return LQ_SOURCES; }
 
+// Bytes that lq_prepare writes for the w of a call. 0: another struct.
+int64_t lq_prepared_bytes(const LqMatmul* call, size_t bytes) {
+  return bytes == sizeof(LqMatmul) ? target->prepared_bytes(*call) : 0;
+}
+
+// Packs the w of a call for LqMatmul::prepared into `out`.
+int lq_prepare(const LqMatmul* call, size_t bytes, uint8_t* out) {
+  if (bytes != sizeof(LqMatmul)) return kOtherStruct;
+  target->prepare(*call, out);
+  return kDone;
+}
+
 // Returns one of LqAnswer. `bytes` is the size of LqMatmul in the caller.
 int lq_matmul(const LqMatmul* call, size_t bytes) {
   if (bytes != sizeof(LqMatmul)) return kOtherStruct;

@@ -37,6 +37,11 @@ constexpr int kAccumulators = 8;
 #endif
 template <bool int4>
 constexpr int kRows = 2;
+template <bool int4>
+constexpr bool kPrepares = kParts<int4> == 1;  // otherwise Split takes what the order of memory saves
+constexpr int kGroup = 2;
+template <bool int4>
+constexpr int kGroupRows = kParts<int4> == 1 ? 6 : 4;
 constexpr int64_t kManyRows = 16;
 constexpr int64_t kSliceDepth = 1024;
 

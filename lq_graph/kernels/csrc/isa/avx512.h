@@ -29,6 +29,13 @@ constexpr int kAdded = int4 ? 8 : 128;
 // Rows of x in a block of few rows. int4 needs two registers for each row of w, so fewer are left.
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
+// A prepared weight: whether it is faster than the weight as it is stored, registers in a group, and rows
+// of x that are multiplied by it together.
+template <bool int4>
+constexpr bool kPrepares = true;
+constexpr int kGroup = 4;
+template <bool int4>
+constexpr int kGroupRows = int4 ? 5 : 6;
 constexpr int64_t kManyRows = 32;      // from this number of rows on, x is transposed
 constexpr int kAccumulators = 16;      // registers: 16 rows of w by one panel of x, or 8 by two
 constexpr int64_t kSliceDepth = 2048;  // bytes of a row of w in a packed slice, at most
