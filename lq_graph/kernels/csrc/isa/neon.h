@@ -29,6 +29,11 @@ template <bool int4>
 constexpr int kAdded = 0;
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
+template <bool int4>
+constexpr bool kPrepares = false;  // a word of x in all lanes takes a vector instruction
+constexpr int kGroup = 4;
+template <bool int4>
+constexpr int kGroupRows = 4;
 // From here on the kernel for many rows takes fewer instructions, packing included. Only that one uses
 // SMMLA, which computes twice as much as SDOT.
 #ifdef LQ_I8MM
@@ -62,8 +67,8 @@ INLINE_TARGET Ints LoadNz(const uint8_t* w, int64_t) {
 }
 
 INLINE_TARGET void StoreSums(Ints a, Ints b, Ints c, Ints d, bool first, int32_t* out) {
-  int32x4_t sums = vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
-                              vpaddq_s32((int32x4_t)c, (int32x4_t)d));
+  int32x4_t sums =
+      vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b), vpaddq_s32((int32x4_t)c, (int32x4_t)d));
   if (!first) sums = vaddq_s32(sums, vld1q_s32(out));
   vst1q_s32(out, sums);
 }

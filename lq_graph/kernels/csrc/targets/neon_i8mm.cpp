@@ -15,4 +15,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_neon_i8mm{"neon_i8mm", IsSupported, Matmul};
+extern const LqTarget kTarget_neon_i8mm{"neon_i8mm", IsSupported, Matmul, PreparedBytes, Prepare};
