@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import LinearQuantValueError
 from ..kernels import OperandError
-from ..rules.activations import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
+from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.plan import check_finite, plan, plan_trans_quant_param
 from .derivatives import check_gradients
 
@@ -70,10 +70,10 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         with torch.no_grad():
             return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
-    check_held("dynamic_quant", x=x)
-    arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
-    quantized, scale = kernels.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
-    return (kernels.pack_int4(quantized) if p.int4 else quantized), scale
+    try:
+        return kernels.dynamic_quant(x, 4 if p.int4 else 8, p.arithmetic, packed=p.int4)
+    except OperandError as error:
+        raise LinearQuantValueError(f"dynamic_quant: {error}") from None
 
 
 def static_quant(
@@ -92,8 +92,10 @@ def static_quant(
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
-    check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
-    return kernels.static_quant(x, scale_reciprocal, offset)
+    try:
+        return kernels.static_quant(x, scale_reciprocal, offset)
+    except OperandError as error:
+        raise LinearQuantValueError(f"static_quant: {error}") from None
 
 
 def check_held(op: str, **tensors: Tensor | None) -> None:

@@ -8,19 +8,25 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .errors import NotFiniteError
 from .layouts import NZ_ROW_BYTES
 from .library import is_forked, loaded
 from .memory import check_held
 
-__all__ = ["matmul"]
+__all__ = ["dynamic_quant", "matmul", "static_quant"]
 
 # struct LqMatmul of csrc/call.h
 _MATMUL = struct.Struct("17q4i")
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
-# With fewer products, a second thread costs more than it saves.
-_ONE_THREAD = 1 << 20
+# struct LqQuantize of csrc/call.h
+_QUANTIZE = struct.Struct("9q4i")
+_FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_STATIC = 5  # in enum LqArithmetic, after those of dynamic_quant
+# With fewer products, or values, a second thread costs more than it saves.
+_ONE_THREAD, _ONE_THREAD_VALUES = 1 << 20, 1 << 15
+_CPU = torch.device("cpu")  # whatever the default device is
 # what a kernel returns: enum LqAnswer of csrc/call.h
 _DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 
@@ -31,9 +37,9 @@ def _check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None
         check_held(argument, tensor)
 
 
-def _rows_of(x: Tensor, words: int) -> Tensor:
+def _rows_of(argument: str, x: Tensor, words: int) -> Tensor:
     """x as (m, words), each row contiguous."""
-    check_held("x1", x)
+    check_held(argument, x)
     rows = x.reshape(-1, words)
     return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
@@ -88,7 +94,7 @@ def matmul(
         rows, m, row = x, shape[0], bytes_in_row
         _check_bytes("x1", x, m * row, width)
     else:
-        rows = _rows_of(x, words)
+        rows = _rows_of("x1", x, words)
         m, row = rows.shape[0], rows.stride(0) * width
     if not m:
         return None
@@ -142,3 +148,89 @@ def prepare(weight: Tensor) -> Tensor | None:
     out = torch.empty(library.prepared_bytes(call, len(call)), dtype=torch.uint8)
     library.prepare(call, len(call), out.data_ptr())
     return out
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether x is a plain tensor of the CPU."""
+    return type(x) in (Tensor, Parameter) and x.is_cpu
+
+
+def _quantize(
+    x: Tensor,
+    bits: int,
+    packed: bool,
+    arithmetic: int,
+    scale: int,
+    factor: int = 0,
+    offset: int = 0,
+    factor_stride: int = 0,
+) -> Tensor | None:
+    """Rows of x, quantized; scale, factor and offset are addresses."""
+    library, dtype, shape = loaded(), _FLOATS.get(x.dtype), x.shape
+    k = shape[-1]
+    if library is None or dtype is None or not k or (packed and k % 8):
+        return None
+    width = 4 if dtype == 2 else 2
+    if x.is_contiguous():
+        rows, m, row = x, x.numel() // k, k * width
+        _check_bytes("x", x, m * row, width)
+    else:
+        rows = _rows_of("x", x, k)
+        m, row = rows.shape[0], rows.stride(0) * width
+    if not m:
+        return None
+    # sizes one by one take half the time of a shape
+    sizes, last, stored = shape[:-1], k // 8 if packed else k, torch.int32 if packed else torch.int8
+    out = torch.empty(*sizes, last, dtype=stored, device=_CPU)
+    threads = 1 if m * k < _ONE_THREAD_VALUES or is_forked() else torch.get_num_threads()
+    call = _QUANTIZE.pack(
+        rows.data_ptr(), factor, offset, out.data_ptr(), scale, m, k, row, factor_stride,
+        dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2, threads,
+    )  # fmt: skip
+    answer = library.quantize(call, len(call))
+    if answer != _DONE:
+        _refuse(answer)
+    return out
+
+
+def dynamic_quant(
+    x: Tensor, bits: int, arithmetic: int, packed: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`activations.dynamic_quant` with the compiled kernel, or None if the kernel does not compute
+    it: x is not in the CPU's memory, or empty.
+
+    Args:
+        x, bits, packed: as `activations.dynamic_quant` takes them.
+        arithmetic: a number of enum LqArithmetic of csrc/call.h.
+    """
+    if not _has_memory(x):
+        return None
+    shape = x.shape
+    scale = torch.empty(shape[0] if len(shape) == 2 else shape[:-1], device=_CPU)
+    values = _quantize(x, bits, packed, arithmetic, scale.data_ptr())
+    return None if values is None else (values, scale)
+
+
+def static_quant(
+    x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None, axis: int, bits: int, packed: bool
+) -> Tensor | None:
+    """`activations.static_quant` with the compiled kernel, or None if the kernel does not compute
+    it: as for `dynamic_quant`, or an argument has another dtype than x, or another axis than the
+    last has more than one scale.
+    """
+    size = scale_reciprocal.numel()
+    if size != 1 and (size != x.shape[-1] or axis not in (-1, x.dim() - 1)):
+        return None
+    addresses = [0, 0]
+    columns = {"scale_reciprocal": scale_reciprocal, "offset": offset}
+    for i, (name, tensor) in enumerate(columns.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tensor.numel() != size or not _has_memory(tensor):
+            return None
+        check_held(name, tensor)
+        columns[name] = tensor = tensor.contiguous()  # it must live until the call
+        addresses[i] = tensor.data_ptr()
+    if not _has_memory(x):
+        return None
+    return _quantize(x, bits, packed, _STATIC, 0, *addresses, size > 1)

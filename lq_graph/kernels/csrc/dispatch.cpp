@@ -105,4 +105,17 @@ int lq_matmul(const LqMatmul* call, size_t bytes) {
   if (!IsFinite(*call)) return kNotFinite;
   return target->matmul(*call);
 }
+
+// Returns one of LqAnswer.
+int lq_quantize(const LqQuantize* call, size_t bytes) {
+  if (bytes != sizeof(LqQuantize)) return kOtherStruct;
+  return target->quantize(*call);
+}
+
+// Returns one of LqAnswer.
+int lq_layer(const LqLayer* call, size_t bytes) {
+  if (bytes != sizeof(LqLayer)) return kOtherStruct;
+  if (!IsFinite(call->matmul)) return kNotFinite;
+  return target->layer(*call);
+}
 }

@@ -1,8 +1,9 @@
 // A call, computed with the instruction set of the file that includes this one. targets/ has one such
 // file for each.
 //
-// Read in this order: call.h (the call), isa/avx512.h and by_words.h (the vector layer), sizes.h, tile.h (the order of
-// the work), then few_rows.h and many_rows.h, the two kernels, with pack.h, prefetch.h and epilogue.h.
+// Read in this order: call.h (the calls), isa/avx512.h and by_words.h (the vector layer), sizes.h, tile.h
+// (the order of the work), then few_rows.h, many_rows.h and prepared.h, the three kernels, with pack.h,
+// prefetch.h and epilogue.h; and activations.h, which stands alone.
 // The headers are parts of one translation unit, because the compiler must inline across them.
 #ifndef LQ_GRAPH_RUN_H_
 #define LQ_GRAPH_RUN_H_
@@ -13,6 +14,7 @@
 
 #include "call.h"
 #include "simd.h"
+#include "activations.h"
 #include "sizes.h"
 #include "geometry.h"
 #include "tile.h"
@@ -53,8 +55,9 @@ TileScheduler::Shape TilesOf(const LqMatmul& call, Way way) {
   return {kTileRows, 1, kGroupColumns, kGroupColumns, kTileColumns};
 }
 
+// x of `call` is what `quantize` writes, if there is one: each thread quantizes the rows that it packs.
 template <bool int4>
-TARGET int Multiply(const LqMatmul& call) {
+TARGET int Multiply(const LqMatmul& call, const LqQuantize* quantize) {
   const int64_t m = call.m, threads = call.threads;
   const Way way = WayOf(call);
   const bool many = way == Way::kManyRows;
@@ -76,12 +79,15 @@ TARGET int Multiply(const LqMatmul& call) {
 
   const auto copy_part = [&](int64_t number, int64_t count) {
     const int64_t all = many ? panels : m;
-    for (int64_t i = all * number / count; i < all * (number + 1) / count; ++i)
+    for (int64_t i = all * number / count; i < all * (number + 1) / count; ++i) {
+      const int64_t top = many ? i * kPanel : i, bottom = many ? std::min(m, top + kPanel) : i + 1;
+      if (quantize) QuantizeRows(*quantize, top, bottom);
       if (many)
-        PackPanel<int4>(call, i * kPanel, x);
+        PackPanel<int4>(call, top, x);
       else
         x.compensation[i] =
             PackRow<int4>(call.x + i * call.x_stride, call.row_bytes, x.x + i * stride);
+    }
   };
   const auto compute_part = [&](int64_t number) {
     int32_t* const own = sums.get() + number * own_sums;
@@ -115,9 +121,42 @@ void Prepare(const LqMatmul& call, uint8_t* out) {
 }
 
 int Matmul(const LqMatmul& call) {
-  return call.int4 ? Multiply<true>(call) : Multiply<false>(call);
+  return call.int4 ? Multiply<true>(call, nullptr) : Multiply<false>(call, nullptr);
+}
+
+int Layer(const LqLayer& layer) {
+  LqQuantize quantize = layer.quantize;
+  LqMatmul call = layer.matmul;
+  const bool dynamic = quantize.arithmetic != kStatic;
+  const auto values = Allocate<uint8_t>(call.m * call.row_bytes);
+  const auto scale = Allocate<float>(dynamic ? call.m : 0);
+  if (!values || !scale) return kNoMemory;
+  quantize.out = values.get();
+  quantize.scale = scale.get();
+  call.x = values.get();
+  call.x_stride = call.row_bytes;
+  if (dynamic) call.pertoken = scale.get();
+  return call.int4 ? Multiply<true>(call, &quantize) : Multiply<false>(call, &quantize);
+}
+
+int Quantize(const LqQuantize& call) {
+  if (call.threads == 1) {
+    QuantizeRows(call, 0, call.m);
+    return kDone;
+  }
+#pragma omp parallel num_threads(call.threads)
+  {
+    const int64_t number = omp_get_thread_num(), count = omp_get_num_threads();
+    QuantizeRows(call, call.m * number / count, call.m * (number + 1) / count);
+  }
+  return kDone;
 }
 
 }  // namespace
+
+// `name` of targets.h; IsSupported is defined before.
+#define LQ_DEFINE_TARGET(name)                                                               \
+  extern const LqTarget kTarget_##name{#name, IsSupported, Matmul, Quantize, Layer, PreparedBytes, \
+                                       Prepare};
 
 #endif  // LQ_GRAPH_RUN_H_

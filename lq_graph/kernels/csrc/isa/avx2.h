@@ -141,7 +141,7 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 INLINE_TARGET Floats Round(Floats v) {
   return (Floats)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-INLINE_TARGET Ints ToInts(Floats whole) { return (Ints)_mm256_cvtps_epi32((__m256)whole); }
+INLINE_TARGET Ints ToInts(Floats v) { return (Ints)_mm256_cvtps_epi32((__m256)v); }
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
@@ -160,6 +160,13 @@ INLINE_TARGET void StoreInt8(void* to, Ints v) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v, (__m256i)v), 0x08);
   const __m128i eight = _mm256_castsi256_si128(words);
   _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packs_epi16(eight, eight));
+}
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b);
+  const __m256i cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+  // each 128-bit half holds four values of each
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return (Ints)_mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
 }
 
 }  // namespace

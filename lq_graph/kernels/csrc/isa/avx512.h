@@ -143,7 +143,8 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 INLINE_TARGET Floats Round(Floats v) {
   return (Floats)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-INLINE_TARGET Ints ToInts(Floats whole) { return (Ints)_mm512_cvtps_epi32((__m512)whole); }
+// Rounded half to even.
+INLINE_TARGET Ints ToInts(Floats v) { return (Ints)_mm512_cvtps_epi32((__m512)v); }
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
@@ -159,6 +160,14 @@ INLINE_TARGET void StoreLow16(void* to, Ints v) {
 }
 INLINE_TARGET void StoreInt8(void* to, Ints v) {  // saturating
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtsepi32_epi8((__m512i)v));
+}
+// The values of a, b, c and d, in this order, as int8; saturating.
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b);
+  const __m512i cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
+  // each 128-bit lane holds four values of each
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (Ints)_mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
 }
 
 }  // namespace

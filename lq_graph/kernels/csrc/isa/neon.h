@@ -95,7 +95,7 @@ INLINE_TARGET void Transpose(Ints* words) {
 
 // A step takes 16 bytes of a row of w at once: to load four bytes into all lanes would take a vector
 // instruction beside the load.
-constexpr int64_t kStep = 16;
+constexpr int64_t kStepBytes = 16;
 
 #ifdef LQ_I8MM
 // SMMLA multiplies two rows of x by two columns, eight bytes each: its four sums are two of the first
@@ -161,7 +161,12 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 }
 
 INLINE_TARGET Floats Round(Floats v) { return (Floats)vrndnq_f32((float32x4_t)v); }
-INLINE_TARGET Ints ToInts(Floats whole) { return (Ints)vcvtnq_s32_f32((float32x4_t)whole); }
+INLINE_TARGET Ints ToInts(Floats v) { return (Ints)vcvtnq_s32_f32((float32x4_t)v); }
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const int16x8_t ab = vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b));
+  const int16x8_t cd = vcombine_s16(vqmovn_s32((int32x4_t)c), vqmovn_s32((int32x4_t)d));
+  return (Ints)vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd));
+}
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(from))));

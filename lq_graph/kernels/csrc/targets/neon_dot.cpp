@@ -13,4 +13,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_neon_dot{"neon_dot", IsSupported, Matmul, PreparedBytes, Prepare};
+LQ_DEFINE_TARGET(neon_dot)

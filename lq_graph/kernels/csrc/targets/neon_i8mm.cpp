@@ -15,4 +15,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_neon_i8mm{"neon_i8mm", IsSupported, Matmul, PreparedBytes, Prepare};
+LQ_DEFINE_TARGET(neon_i8mm)
