@@ -27,6 +27,7 @@ __all__ = [
     "forward_ad",
     "functorch",
     "is_followed",
+    "is_profiled",
     "patterns_of_call",
     "pytree",
 ]
@@ -49,6 +50,9 @@ def is_followed() -> bool:
     """Whether a mode, a transform of torch.func or torch.jit.trace follows this thread's calls of
     operators."""
     return bool(_modes()) or _transforms() is not None or _tracer() is not None
+
+
+is_profiled = torch._C._autograd._profiler_enabled
 
 
 def patterns_of_call(op: OpOverload, name: str) -> list[Any]:

@@ -4,37 +4,28 @@ kernels do not compute it: then torch does, to the same numbers."""
 from __future__ import annotations
 
 import struct
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .errors import NotFiniteError
-from .layouts import NZ_ROW_BYTES
-from .library import is_forked, loaded
+from .calls import DONE, MATMUL, check_bytes, refuse, threads_for, weight_of
+from .library import loaded
 from .memory import check_held
+from .prepared import prepared_of
 
-__all__ = ["dynamic_quant", "matmul", "static_quant"]
+__all__ = ["dynamic_quant", "layer", "matmul", "static_quant"]
 
-# struct LqMatmul of csrc/call.h
-_MATMUL = struct.Struct("17q4i")
+_QUANTIZE = struct.Struct("9q4i")  # struct LqQuantize of csrc/call.h
+_LAYER = struct.Struct(_QUANTIZE.format + MATMUL.format)
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
-# struct LqQuantize of csrc/call.h
-_QUANTIZE = struct.Struct("9q4i")
+_FLOAT, _FOLDED, _PACKED = range(3)  # enum LqScale of csrc/call.h
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATIC = 5  # in enum LqArithmetic, after those of dynamic_quant
-# With fewer products, or values, a second thread costs more than it saves.
-_ONE_THREAD, _ONE_THREAD_VALUES = 1 << 20, 1 << 15
+# With fewer values to quantize, a second thread costs more than it saves.
+_ONE_THREAD_VALUES = 1 << 15
 _CPU = torch.device("cpu")  # whatever the default device is
-# what a kernel returns: enum LqAnswer of csrc/call.h
-_DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
-
-
-def _check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None:
-    """`check_held` of a contiguous tensor whose bytes are known: a quarter of the time."""
-    if tensor.untyped_storage().nbytes() < needed + tensor.storage_offset() * width:
-        check_held(argument, tensor)
+_PACKED_DTYPES = (torch.int64, torch.uint64)
 
 
 def _rows_of(argument: str, x: Tensor, words: int) -> Tensor:
@@ -44,13 +35,26 @@ def _rows_of(argument: str, x: Tensor, words: int) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
-def _refuse(answer: int) -> NoReturn:
-    """Raise the error for an answer of the kernel other than _DONE."""
-    if answer == _NOT_FINITE:
-        raise NotFiniteError
-    if answer == _NO_MEMORY:
-        raise MemoryError("lq_graph: no memory for the CPU kernel's accumulators")
-    raise RuntimeError(f"lq_graph: the CPU kernel returned {answer}; run pip install -e . again")
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _values(argument: str, values: Tensor) -> Tensor:
+    """A scale or an offset as the kernels read it: contiguous, float32 or packed."""
+    dtype = values.dtype
+    if values.is_contiguous():
+        size = dtype.itemsize
+        check_bytes(argument, values, values.shape[0] * size, size)
+    else:
+        check_held(argument, values)
+        values = values.contiguous()
+    return values if dtype is torch.float32 or dtype in _PACKED_DTYPES else values.float()
+
+
+def _bias(bias: Tensor) -> Tensor:
+    """A bias as the kernels read it: contiguous, int32 or float32."""
+    check_held("bias", bias)
+    return (bias if bias.dtype is torch.int32 else bias.float()).contiguous()
 
 
 def matmul(
@@ -61,7 +65,9 @@ def matmul(
     pertoken_scale: Tensor | None,
     output_dtype: torch.dtype,
     nz_shape: tuple[int, int] | None = None,
-    prepared: Tensor | None = None,
+    *,
+    folds: bool = False,
+    offset: Tensor | None = None,
 ) -> Tensor | None:
     """`numerics.quant_matmul` with the compiled kernel, or None if the kernel does not compute it.
 
@@ -70,83 +76,122 @@ def matmul(
     (n, k) or (n, k/8), as nz_shape.
     """
     # Few calls into torch: each takes a tenth of the time of a small layer.
-    library = loaded()
-    shape, weight_shape = x.shape, nz_shape or weight.shape
-    if library is None or len(weight_shape) != 2:
+    library, shape = loaded(), x.shape
+    if library is None or (bias is not None and bias.dim() != 1):
         return None
-    n, words = weight_shape
-    if not (n and words):
+    stored = weight_of(weight, nz_shape)
+    if stored is None:
         return None
-    width = x.element_size()
-    bytes_in_row = words * width
-    weight_row, weight_step = bytes_in_row, NZ_ROW_BYTES
-    if nz_shape is not None:
-        weight_row, weight_step = NZ_ROW_BYTES, weight.stride(0) * width
-        _check_bytes("weight", weight, weight.nbytes, width)
-    elif weight.is_contiguous():
-        _check_bytes("weight", weight, n * bytes_in_row, width)
-    else:
-        if weight.stride(1) != 1:
-            return None
-        weight_row = weight.stride(0) * width
-        check_held("weight", weight)
+    address, n, row_bytes, stride, step, int4 = stored
+    width = 4 if int4 else 1
     if len(shape) == 2 and x.is_contiguous():
-        rows, m, row = x, shape[0], bytes_in_row
-        _check_bytes("x1", x, m * row, width)
+        rows, m, row = x, shape[0], row_bytes
+        check_bytes("x1", x, m * row, width)
     else:
-        rows = _rows_of("x1", x, words)
+        rows = _rows_of("x1", x, row_bytes // width)
         m, row = rows.shape[0], rows.stride(0) * width
     if not m:
         return None
-    scale_dtype = scale.dtype
-    packed = scale_dtype is torch.int64 or scale_dtype is torch.uint64
-    scale_size = scale.shape[0]
-    if scale.is_contiguous():
-        size = 8 if packed else scale_dtype.itemsize
-        _check_bytes("scale", scale, scale_size * size, size)
-    else:
-        check_held("scale", scale)
-        scale = scale.contiguous()
-    if not packed and scale_dtype is not torch.float32:
-        scale = scale.to(torch.float32)
-    pertoken = int_bias = float_bias = 0
+    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
+    scale = _values("scale", scale)
+    ready = prepared_of(weight, library.instruction_set)
+    offsets = pertoken = int_bias = float_bias = offset_stride = 0
+    if offset is not None:
+        offset = _values("offset", offset)
+        offsets, offset_stride = offset.data_ptr(), int(offset.shape[0] != 1)
     if pertoken_scale is not None:
         check_held("pertoken_scale", pertoken_scale)
         if len(shape) != 2 or not pertoken_scale.is_contiguous():
             pertoken_scale = pertoken_scale.expand(shape[:-1]).contiguous()
         pertoken = pertoken_scale.data_ptr()
     if bias is not None:
-        if bias.dim() != 1:
-            return None
-        check_held("bias", bias)
+        bias = _bias(bias)
         is_int = bias.dtype is torch.int32
-        bias = (bias if is_int else bias.to(torch.float32)).contiguous()
         int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
-    out = torch.empty(m, n, dtype=output_dtype)
-    threads = 1 if is_forked() or m * n * bytes_in_row < _ONE_THREAD else torch.get_num_threads()
-    call = _MATMUL.pack(
-        rows.data_ptr(), weight.data_ptr(), 0 if prepared is None else prepared.data_ptr(), scale.data_ptr(), 0, pertoken, int_bias, float_bias,
-        out.data_ptr(), m, n, bytes_in_row, row, weight_row, 0 if scale_size == 1 else 1,
-        0, weight_step, width == 4, 2 if packed else 0, _OUTPUTS[output_dtype], threads,
+    out = torch.empty(m, n, dtype=output_dtype, device=_CPU)
+    call = MATMUL.pack(
+        rows.data_ptr(), address, _address(ready), scale.data_ptr(), offsets, pertoken,
+        int_bias, float_bias, out.data_ptr(), m, n, row_bytes, row, stride,
+        scale.shape[0] != 1, offset_stride, step, int4, kind, _OUTPUTS[output_dtype],
+        threads_for(m * n * row_bytes),
     )  # fmt: skip
     answer = library.matmul(call, len(call))
-    if answer != _DONE:
-        _refuse(answer)
+    if answer != DONE:
+        refuse(answer)
     return out if len(shape) == 2 else out.view(*shape[:-1], n)
 
 
-def prepare(weight: Tensor) -> Tensor | None:
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    output_dtype: torch.dtype,
+    arithmetic: int | None,
+    factor: Tensor | None = None,
+    factor_offset: Tensor | None = None,
+    *,
+    folds: bool,
+    offset: Tensor | None = None,
+) -> Tensor | None:
+    """Float values, quantized and multiplied by a weight, in one call; or None.
+
+    Args:
+        x: float16, bfloat16 or float32, (..., k).
+        weight, scale, bias, output_dtype, folds, offset: as `numerics.quant_matmul` takes them.
+        arithmetic: of dynamic_quant, whose scales are the pertoken_scale, as that takes it; None
+            quantizes statically.
+        factor, factor_offset: what static_quant takes as scale_reciprocal and offset.
+    """
     library = loaded()
-    if library is None or weight.dim() != 2 or not weight.numel() or weight.stride(1) != 1:
+    if library is None or (bias is not None and bias.dim() != 1):
         return None
-    check_held("weight", weight)
-    width = weight.element_size()
-    call = _MATMUL.pack(
-        0, weight.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, weight.shape[0], weight.shape[1] * width, 0,
-        weight.stride(0) * width, 0, 0, 32, width == 4, 0, 0, torch.get_num_threads(),
+    stored = weight_of(weight)
+    if stored is None:
+        return None
+    address, n, row_bytes, stride, step, int4 = stored
+    k, width = row_bytes * (2 if int4 else 1), x.element_size()
+    if x.shape[-1] != k:
+        return None
+    if x.is_contiguous():
+        rows, m, row = x, x.numel() // k, k * width
+        check_bytes("x", x, m * row, width)
+    else:
+        rows = _rows_of("x", x, k)
+        m, row = rows.shape[0], rows.stride(0) * width
+    if not m:
+        return None
+    factors = factor_offsets = factor_stride = 0
+    if factor is not None:
+        check_held("scale_reciprocal", factor)
+        factor = factor.contiguous()
+        factors, factor_stride = factor.data_ptr(), int(factor.shape[0] != 1)
+        if factor_offset is not None:
+            check_held("offset", factor_offset)
+            factor_offset = factor_offset.contiguous()
+            factor_offsets = factor_offset.data_ptr()
+    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
+    scale = _values("scale", scale)
+    ready = prepared_of(weight, library.instruction_set)
+    offsets = int_bias = float_bias = offset_stride = 0
+    if offset is not None:
+        offset = _values("offset", offset)
+        offsets, offset_stride = offset.data_ptr(), int(offset.shape[0] != 1)
+    if bias is not None:
+        bias = _bias(bias)
+        is_int = bias.dtype is torch.int32
+        int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
+    out = torch.empty(*x.shape[:-1], n, dtype=output_dtype, device=_CPU)
+    call = _LAYER.pack(
+        rows.data_ptr(), factors, factor_offsets, 0, 0, m, k, row, factor_stride,
+        _FLOATS[x.dtype], _STATIC if arithmetic is None else arithmetic, int4, 1,
+        0, address, _address(ready), scale.data_ptr(), offsets, 0, int_bias, float_bias,
+        out.data_ptr(), m, n, row_bytes, 0, stride, scale.shape[0] != 1, offset_stride,
+        step, int4, kind, _OUTPUTS[output_dtype], threads_for(m * n * row_bytes),
     )  # fmt: skip
-    out = torch.empty(library.prepared_bytes(call, len(call)), dtype=torch.uint8)
-    library.prepare(call, len(call), out.data_ptr())
+    answer = library.layer(call, len(call))
+    if answer != DONE:
+        refuse(answer)
     return out
 
 
@@ -173,7 +218,7 @@ def _quantize(
     width = 4 if dtype == 2 else 2
     if x.is_contiguous():
         rows, m, row = x, x.numel() // k, k * width
-        _check_bytes("x", x, m * row, width)
+        check_bytes("x", x, m * row, width)
     else:
         rows = _rows_of("x", x, k)
         m, row = rows.shape[0], rows.stride(0) * width
@@ -182,14 +227,14 @@ def _quantize(
     # sizes one by one take half the time of a shape
     sizes, last, stored = shape[:-1], k // 8 if packed else k, torch.int32 if packed else torch.int8
     out = torch.empty(*sizes, last, dtype=stored, device=_CPU)
-    threads = 1 if m * k < _ONE_THREAD_VALUES or is_forked() else torch.get_num_threads()
     call = _QUANTIZE.pack(
         rows.data_ptr(), factor, offset, out.data_ptr(), scale, m, k, row, factor_stride,
-        dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2, threads,
+        dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,
+        threads_for(m * k, _ONE_THREAD_VALUES),
     )  # fmt: skip
     answer = library.quantize(call, len(call))
-    if answer != _DONE:
-        _refuse(answer)
+    if answer != DONE:
+        refuse(answer)
     return out
 
 

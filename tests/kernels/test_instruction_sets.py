@@ -1,5 +1,5 @@
-"""The compiled CPU kernel with each instruction set that this processor has: native_bounds.cpp compares
-it bit by bit with plain loops, on buffers that lie between unreadable pages."""
+"""The compiled CPU kernel with each instruction set that this processor has: native_bounds.cpp
+compares it bit by bit with plain loops, on buffers that lie between unreadable pages."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def with_the_library(golden: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sanitized(golden: Path) -> Path:
-    """With AddressSanitizer, which sees the kernel's own buffers, and UndefinedBehaviorSanitizer."""
+    """With AddressSanitizer, which sees the kernel's own buffers, and with UBSan."""
     probe = golden.with_name("probe.cpp")
     probe.write_text("int main() {}")
     try:
