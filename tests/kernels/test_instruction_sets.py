@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lq_graph
-from lq_graph.kernels import native
+from lq_graph.kernels import library
 from support.native import INSTRUCTION_SETS, needs_kernel
 
 pytestmark = [pytest.mark.native, pytest.mark.slow, needs_kernel]
@@ -64,10 +64,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_the_library(golden: Path) -> Path:
-    library = native.library()
-    assert library is not None
-    folder = f"-Wl,-rpath,{Path(library).parent}"
-    return compile_cpp(golden, library, folder, golden.with_name("with_the_library"))
+    file = library.path()
+    assert file is not None
+    folder = f"-Wl,-rpath,{Path(file).parent}"
+    return compile_cpp(golden, file, folder, golden.with_name("with_the_library"))
 
 
 @pytest.fixture(scope="module")
