@@ -186,8 +186,8 @@ def _ascend_quant(call: AscendQuantArguments, _soc: str) -> None:
     scale = call.scale.view().to(x.dtype)
     offset = None if call.offset is None else call.offset.view().to(x.dtype)
     is_int4 = y.dtype == torch.int32
-    values = kernels.static_quant(x.view(), scale, offset, call.axis, bits=4 if is_int4 else 8)
-    y.write(kernels.pack_int4(values) if is_int4 else values)
+    bits = 4 if is_int4 else 8
+    y.write(kernels.static_quant(x.view(), scale, offset, call.axis, bits=bits, packed=is_int4))
 
 
 # ---- Quantize ----

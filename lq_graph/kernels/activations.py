@@ -53,9 +53,9 @@ class Arithmetic(Enum):
     HALF = "half"
     STEP = "step"
 
+    def __init__(self, _: str) -> None:
+        self.number = len(type(self).__members__)  # in enum LqArithmetic of csrc/call.h
 
-# enum LqArithmetic of csrc/call.h
-NUMBERS = {arithmetic: number for number, arithmetic in enumerate(Arithmetic)}
 
 # A2 and A3 write the scale as peak * (1 / top) up to a k that depends on whether there are smooth
 # scales: the first number holds for any k, the second for multiples of 8 (from 128 on). A longer
@@ -127,7 +127,7 @@ def dynamic_quant(
         PartialGroupError: packed, and k is not a multiple of 8.
         ShortStorageError: x's storage is shorter than its shape.
     """
-    out = native.dynamic_quant(x, bits, NUMBERS[arithmetic], packed)
+    out = native.dynamic_quant(x, bits, arithmetic.number, packed)
     if out is not None:
         return out
     check_held("x", x)

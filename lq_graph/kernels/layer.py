@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .activations import NUMBERS, Arithmetic
+from .activations import Arithmetic
 
 __all__ = ["quant_layer"]
 
@@ -43,7 +43,7 @@ def quant_layer(
         scale,
         bias,
         output_dtype,
-        None if arithmetic is None else NUMBERS[arithmetic],
+        None if arithmetic is None else arithmetic.number,
         scale_reciprocal,
         input_offset,
         folds=folds,

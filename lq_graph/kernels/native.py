@@ -4,6 +4,7 @@ kernels do not compute it: then torch does, to the same numbers."""
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ from .prepared import prepared_of
 
 __all__ = ["dynamic_quant", "layer", "matmul", "static_quant"]
 
-_QUANTIZE = struct.Struct("9q4i")  # struct LqQuantize of csrc/call.h
-_LAYER = struct.Struct(_QUANTIZE.format + MATMUL.format)
+QUANTIZE = struct.Struct("9q4i")  # struct LqQuantize of csrc/call.h
+_LAYER = struct.Struct(QUANTIZE.format + MATMUL.format)
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
 _FLOAT, _FOLDED, _PACKED = range(3)  # enum LqScale of csrc/call.h
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATIC = 5  # in enum LqArithmetic, after those of dynamic_quant
 # With fewer values to quantize, a second thread costs more than it saves.
-_ONE_THREAD_VALUES = 1 << 15
+_ONE_THREAD_VALUES = 1 << 16
+_PLAIN = (Tensor, Parameter)  # a subclass may have no memory of its own
 _CPU = torch.device("cpu")  # whatever the default device is
 _PACKED_DTYPES = (torch.int64, torch.uint64)
 
@@ -195,27 +197,25 @@ def layer(
     return out
 
 
-def _has_memory(x: Tensor) -> bool:
-    """Whether x is a plain tensor of the CPU."""
-    return type(x) in (Tensor, Parameter) and x.is_cpu
-
-
 def _quantize(
     x: Tensor,
     bits: int,
     packed: bool,
     arithmetic: int,
-    scale: int,
     factor: int = 0,
     offset: int = 0,
     factor_stride: int = 0,
-) -> Tensor | None:
-    """Rows of x, quantized; scale, factor and offset are addresses."""
+) -> tuple[Tensor, Tensor | None] | None:
+    """x quantized, and the scales of its rows if arithmetic is dynamic; factor and offset are
+    addresses."""
+    # Few calls into torch, as in matmul; and sizes one by one, which take half the time of a shape.
     library, dtype, shape = loaded(), _FLOATS.get(x.dtype), x.shape
-    k = shape[-1]
-    if library is None or dtype is None or not k or (packed and k % 8):
+    if library is None or dtype is None or type(x) not in _PLAIN or not x.is_cpu:
         return None
-    width = 4 if dtype == 2 else 2
+    k = shape[-1]
+    width, last = 4 if dtype == 2 else 2, k // 8 if packed else k
+    if not k or (packed and k % 8):
+        return None
     if x.is_contiguous():
         rows, m, row = x, x.numel() // k, k * width
         check_bytes("x", x, m * row, width)
@@ -224,18 +224,23 @@ def _quantize(
         m, row = rows.shape[0], rows.stride(0) * width
     if not m:
         return None
-    # sizes one by one take half the time of a shape
-    sizes, last, stored = shape[:-1], k // 8 if packed else k, torch.int32 if packed else torch.int8
-    out = torch.empty(*sizes, last, dtype=stored, device=_CPU)
-    call = _QUANTIZE.pack(
-        rows.data_ptr(), factor, offset, out.data_ptr(), scale, m, k, row, factor_stride,
-        dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,
+    stored, scale = torch.int32 if packed else torch.int8, None
+    if len(shape) == 2:
+        out = torch.empty(m, last, dtype=stored, device=_CPU)
+    else:
+        out = torch.empty((*shape[:-1], last), dtype=stored, device=_CPU)
+    if arithmetic != _STATIC:
+        rows_shape = m if len(shape) == 2 else shape[:-1]
+        scale = torch.empty(rows_shape, dtype=torch.float32, device=_CPU)
+    call = QUANTIZE.pack(
+        rows.data_ptr(), factor, offset, out.data_ptr(), 0 if scale is None else scale.data_ptr(),
+        m, k, row, factor_stride, dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,
         threads_for(m * k, _ONE_THREAD_VALUES),
     )  # fmt: skip
     answer = library.quantize(call, len(call))
     if answer != DONE:
         refuse(answer)
-    return out
+    return out, scale
 
 
 def dynamic_quant(
@@ -248,12 +253,8 @@ def dynamic_quant(
         x, bits, packed: as `activations.dynamic_quant` takes them.
         arithmetic: a number of enum LqArithmetic of csrc/call.h.
     """
-    if not _has_memory(x):
-        return None
-    shape = x.shape
-    scale = torch.empty(shape[0] if len(shape) == 2 else shape[:-1], device=_CPU)
-    values = _quantize(x, bits, packed, arithmetic, scale.data_ptr())
-    return None if values is None else (values, scale)
+    out: Any = _quantize(x, bits, packed, arithmetic)
+    return out
 
 
 def static_quant(
@@ -271,11 +272,12 @@ def static_quant(
     for i, (name, tensor) in enumerate(columns.items()):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype or tensor.numel() != size or not _has_memory(tensor):
+        if tensor.dtype != x.dtype or tensor.numel() != size:
+            return None
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
             return None
         check_held(name, tensor)
         columns[name] = tensor = tensor.contiguous()  # it must live until the call
         addresses[i] = tensor.data_ptr()
-    if not _has_memory(x):
-        return None
-    return _quantize(x, bits, packed, _STATIC, 0, *addresses, size > 1)
+    found = _quantize(x, bits, packed, _STATIC, *addresses, size > 1)
+    return None if found is None else found[0]

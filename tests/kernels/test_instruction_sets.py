@@ -64,10 +64,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_the_library(golden: Path) -> Path:
-    file = library.path()
-    assert file is not None
-    folder = f"-Wl,-rpath,{Path(file).parent}"
-    return compile_cpp(golden, file, folder, golden.with_name("with_the_library"))
+    path = library.path()
+    assert path is not None
+    folder = f"-Wl,-rpath,{Path(path).parent}"
+    return compile_cpp(golden, path, folder, golden.with_name("with_the_library"))
 
 
 @pytest.fixture(scope="module")

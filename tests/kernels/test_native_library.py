@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import struct
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import torch
 import cann_host
 import lq_graph
 from cann_host import _native, runtime
-from lq_graph.kernels import library, native
+from lq_graph.kernels import calls, library, native
 from support.native import by_torch, needs_kernel, values
 from support.processes import output_of, python, script
 
@@ -115,10 +117,16 @@ def test_a_library_of_other_sources_is_left_alone(
     assert torch.equal(out, by_torch(x, weight, scale, output_dtype=BF16))
 
 
+STRUCTS = [("LqMatmul", calls.MATMUL), ("LqQuantize", native.QUANTIZE)]
+
+
 @needs_kernel
 def test_a_struct_of_another_size_is_not_read() -> None:
-    found, size = library.loaded(), native._MATMUL.size + 8
-    assert found is not None and found.matmul(bytes(size), size) == 3
+    found = library.loaded()
+    assert found is not None
+    for function, call in ((found.matmul, calls.MATMUL), (found.quantize, native.QUANTIZE)):
+        size = call.size + 8
+        assert function(bytes(size), size) == 3
 
 
 _OLD_STAND_IN = """extern "C" int cann_host_entries() { return 0; }"""
@@ -163,13 +171,14 @@ def test_in_a_process_of_its_own(arguments: str, environment: dict[str, str]) ->
     assert output_of(done) == "done\n"
 
 
-def test_the_call_has_the_layout_the_kernel_reads() -> None:
-    """struct LqMatmul: pointers, 64-bit numbers, 32-bit ones."""
+@pytest.mark.parametrize(("name", "packed"), STRUCTS)
+def test_the_calls_have_the_layout_the_kernels_read(name: str, packed: struct.Struct) -> None:
+    """Pointers, 64-bit numbers, 32-bit ones."""
     source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "call.h").read_text()
-    body = source.split("struct LqMatmul {")[1].split("};")[0]
+    body = source.split(f"struct {name} {{")[1].split("};")[0]
     fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
-    sizes = ""
+    kinds = ""
     for field in filter(None, fields):
         kind = "q" if "*" in field or field.startswith("int64_t") else "i"
-        sizes += kind * (field.count(",") + 1)
-    assert sizes == "q" * 16 + "i" * 4 and native._MATMUL.size == 16 * 8 + 4 * 4
+        kinds += kind * (field.count(",") + 1)
+    assert kinds == "".join(kind * int(n) for n, kind in re.findall(r"(\d+)(\w)", packed.format))

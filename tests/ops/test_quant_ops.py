@@ -450,7 +450,7 @@ def test_a_scale_that_is_cut(
     monkeypatch: pytest.MonkeyPatch, any_product: None,
 ) -> None:  # fmt: skip
     if not kernel:
-        monkeypatch.setattr(native, "_kernel", lambda: None)
+        monkeypatch.setattr(native, "loaded", lambda: None)
     case = cases.Case(
         scale=F32, output=BF16, m=15, pertoken=pertoken, bias=bias, scalar_scale=size == 1
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,16 +15,24 @@ from lq_graph.kernels import library, native
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 
-_LOADED = library.loaded()
 needs_kernel = pytest.mark.skipif(
-    _LOADED is None, reason="the compiled CPU kernels are not used here"
+    library.loaded() is None, reason="the compiled CPU kernels are not used here"
 )
 
 
+_LIBRARY = library.loaded()
 # Those that the compiled kernel has, the best one first, each with whether this processor has it.
-INSTRUCTION_SETS = (
-    [] if _LOADED is None else [(name, has) for name, (has, _) in _LOADED.sets.items()]
-)
+INSTRUCTION_SETS = [] if _LIBRARY is None else [(n, has) for n, (has, _) in _LIBRARY.sets.items()]
+
+
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """Inside, torch computes, as on machines without the compiled kernels."""
+    loaded, native.loaded = native.loaded, lambda: None
+    try:
+        yield
+    finally:
+        native.loaded = loaded
 
 
 def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
@@ -32,8 +42,5 @@ def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:
 
 
 def by_torch(x: Tensor, weight: Tensor | kernels.NzWeight, *args: Any, **options: Any) -> Tensor:
-    kernel, native.matmul = native.matmul, lambda *_: None
-    try:
+    with without_kernel():
         return kernels.quant_matmul(x, weight, *args, **options)
-    finally:
-        native.matmul = kernel

@@ -25,7 +25,7 @@ from cann_host.rules import (
     check_swi_glu_quant,
     dequant_swiglu_quant_ignores,
 )
-from lq_graph.kernels import Arithmetic, quantize_rows
+from lq_graph.kernels import Arithmetic, dynamic_quant, quantize_rows
 
 from .fused_norms import to_integers
 from .quant import quantized_name
@@ -173,7 +173,7 @@ def dequant_swiglu_quant(
             value = value * groups.pick(quant_scale)
         # the two kernels: dequant_swiglu_quant_dynamic_base.hpp, and dequant_swiglu_quant.h
         arithmetic = Arithmetic.DIVIDE if group_index is not None else Arithmetic.STEP
-        return quantize_rows(value, value.abs().amax(-1), 8, arithmetic)
+        return dynamic_quant(value, 8, arithmetic)
     return to_integers(_scaled(value, quant_scale, quant_offset, groups)), None
 
 

@@ -25,11 +25,28 @@ INLINE_TARGET Floats Widen(const void* from) {
   return LoadFloats(from);
 }
 
-// The nearest float16 of each.
-INLINE_TARGET Floats ToFloat16(Floats v) {
-  alignas(64) char half[2 * kLanes];
-  StoreFloat16(half, v);
-  return LoadFloat16(half);
+// kBytes values, in the order in which Narrow takes them.
+template <LqFloat dtype>
+INLINE_TARGET void WidenBlock(const uint8_t* from, Floats* to) {
+  if constexpr (dtype == kBfloat16) {  // the even values and the odd ones
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2, from += kBytes) {
+      const Ints pairs = Load(from);
+      to[i] = (Floats)(pairs << 16);
+      to[i + 1] = (Floats)(pairs & ~0xFFFF);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, from += kLanes * kWidth<dtype>) to[i] = Widen<dtype>(from);
+  }
+}
+
+// Whole numbers of 8 bits to int8.
+template <LqFloat dtype>
+INLINE_TARGET Ints Narrow(const Ints* v) {
+  if constexpr (dtype == kBfloat16)
+    return ToInt8((v[0] & 0xFFFF) | v[1] << 16, (v[2] & 0xFFFF) | v[3] << 16);
+  return ToInt8(v[0], v[1], v[2], v[3]);
 }
 
 // The largest magnitude of a row; NaN if there is one. The bits of magnitudes have the order of
@@ -52,11 +69,14 @@ INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
     const Words bits = (Words)LoadSome(row, left) & kMagnitude;
     peaks[0] = bits > peaks[0] ? bits : peaks[0];
   }
-  alignas(64) Bits all[kBytes / sizeof(Bits)] = {};
 #pragma GCC unroll 4
   for (int i = 1; i < kSeveral; ++i) peaks[0] = peaks[i] > peaks[0] ? peaks[i] : peaks[0];
+  alignas(64) Bits all[kBytes / sizeof(Bits)];
   Store(all, (Ints)peaks[0]);
-  all[0] = *std::max_element(all, all + kBytes / sizeof(Bits));
+#pragma GCC unroll 5
+  for (int64_t half = kBytes / sizeof(Bits) / 2; half; half /= 2)
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < half; ++i) all[i] = std::max(all[i], all[i + half]);
   return Widen<dtype>(all)[0];
 }
 
@@ -85,10 +105,10 @@ INLINE_TARGET RowStep StepOf(const LqQuantize& call, float peak) {
   }
 }
 
-// kLanes steps, rounded and clamped to [low, high]; NaN becomes 0.
-template <Steps steps>
+// kLanes steps, rounded; if careful, clamped to [low, high], and NaN becomes 0.
+template <Steps steps, bool careful>
 INLINE_TARGET Ints ToIntegers(Floats v, float low, float high) {
-  v = Clamp(v == v ? v : Floats{}, low, high);
+  if constexpr (careful) v = Clamp(v == v ? v : Floats{}, low, high);
   if constexpr (steps != Steps::kHalf) return ToInts(v);
   // halves are rounded away from zero
   return __builtin_convertvector(v + (Floats)(((Ints)v & INT32_MIN) | (Ints)Set(0.5f)), Ints);
@@ -103,20 +123,21 @@ struct Columns {
 template <LqFloat dtype, Steps steps, bool careful>
 INLINE_TARGET Ints QuantizeBlock(const uint8_t* x, const Columns& columns, Floats factor,
                                  Floats offset, float low, float high) {
-  constexpr int64_t kStep = kLanes * kWidth<dtype>;
-  Ints parts[4];
+  Floats values[4], factors[4] = {factor, factor, factor, factor},
+                    offsets[4] = {offset, offset, offset, offset};
+  WidenBlock<dtype>(x, values);
+  if (columns.factor) WidenBlock<dtype>(columns.factor, factors);
+  if (columns.offset) WidenBlock<dtype>(columns.offset, offsets);
+  Ints whole[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const Floats value = Widen<dtype>(x + i * kStep);
-    if (columns.factor) factor = Widen<dtype>(columns.factor + i * kStep);
-    if (columns.offset) offset = Widen<dtype>(columns.offset + i * kStep);
-    Floats v = steps == Steps::kDivided ? value / factor : value * factor;
-    if constexpr (steps == Steps::kStatic) v += offset;
+    Floats v = steps == Steps::kDivided ? values[i] / factors[i] : values[i] * factors[i];
+    if constexpr (steps == Steps::kStatic) v += offsets[i];
     if constexpr (steps == Steps::kHalf)
-      v = ToFloat16((dtype == kFloat16 ? value : ToFloat16(value)) * factor);
-    parts[i] = careful ? ToIntegers<steps>(v, low, high) : ToInts(v);
+      v = ToFloat16((dtype == kFloat16 ? values[i] : ToFloat16(values[i])) * factors[i]);
+    whole[i] = ToIntegers<steps, careful>(v, low, high);
   }
-  return ToInt8(parts[0], parts[1], parts[2], parts[3]);
+  return Narrow<dtype>(whole);
 }
 
 // kBytes values from -8 to 7, two to a byte, the first one low.
@@ -173,8 +194,12 @@ TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_
       const float peak = Peak<dtype>(x, call.k);
       const RowStep step = StepOf(call, peak);
       call.scale[row] = step.scale;
-      // With an ordinary peak the steps are at most 127 and a rounding.
-      if (steps != Steps::kHalf && peak > 1e-30f && peak < 1e30f)
+      // With an ordinary peak, factor and scale are normal numbers, in float16 too: no step is more
+      // than 127 and what rounding adds.
+      const bool is_ordinary = steps == Steps::kHalf
+                                   ? dtype == kFloat16 && peak > 0.01f && peak < 65536
+                                   : peak > 1e-30f && peak < 1e30f;
+      if (is_ordinary)
         QuantizeRow<dtype, steps, packed, false>(call, x, step.factor, out);
       else
         QuantizeRow<dtype, steps, packed, true>(call, x, step.factor, out);

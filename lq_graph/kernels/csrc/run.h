@@ -44,7 +44,7 @@ Buffer<T> Allocate(int64_t count) {
 enum class Way { kFewRows, kManyRows, kPrepared };
 
 Way WayOf(const LqMatmul& call) {
-  if (call.prepared && call.m >= kPreparedRows) return Way::kPrepared;
+  if (call.prepared && call.m >= kPreparedRows && IsPrepared(call)) return Way::kPrepared;
   return HasManyRows(call) ? Way::kManyRows : Way::kFewRows;
 }
 

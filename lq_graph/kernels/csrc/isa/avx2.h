@@ -150,6 +150,10 @@ INLINE_TARGET void StoreFloat16(void* to, Floats v) {
   _mm_storeu_si128(static_cast<__m128i*>(to),
                    _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+INLINE_TARGET Floats ToFloat16(Floats v) {
+  return (Floats)_mm256_cvtph_ps(
+      _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 INLINE_TARGET void StoreLow16(void* to, Ints v) {
   const __m256i low = _mm256_and_si256((__m256i)v, _mm256_set1_epi32(0xFFFF));
   const __m256i packed = _mm256_packus_epi32(low, low);  // in each half: its four words, twice
@@ -167,6 +171,9 @@ INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
   // each 128-bit half holds four values of each
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   return (Ints)_mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+}
+INLINE_TARGET Ints ToInt8(Ints ab, Ints cd) {
+  return (Ints)_mm256_permute4x64_epi64(_mm256_packs_epi16((__m256i)ab, (__m256i)cd), 0xD8);
 }
 
 }  // namespace

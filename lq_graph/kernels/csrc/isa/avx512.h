@@ -154,6 +154,11 @@ INLINE_TARGET void StoreFloat16(void* to, Floats v) {
       static_cast<__m256i*>(to),
       _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// The nearest float16 of each, half to even.
+INLINE_TARGET Floats ToFloat16(Floats v) {
+  return (Floats)_mm512_cvtph_ps(
+      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 // The low 16 bits of each.
 INLINE_TARGET void StoreLow16(void* to, Ints v) {
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)v));
@@ -168,6 +173,11 @@ INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
   // each 128-bit lane holds four values of each
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return (Ints)_mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
+}
+// The same of int16 values.
+INLINE_TARGET Ints ToInt8(Ints ab, Ints cd) {
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  return (Ints)_mm512_permutexvar_epi64(order, _mm512_packs_epi16((__m512i)ab, (__m512i)cd));
 }
 
 }  // namespace

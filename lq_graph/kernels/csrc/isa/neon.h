@@ -167,12 +167,18 @@ INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
   const int16x8_t cd = vcombine_s16(vqmovn_s32((int32x4_t)c), vqmovn_s32((int32x4_t)d));
   return (Ints)vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd));
 }
+INLINE_TARGET Ints ToInt8(Ints ab, Ints cd) {
+  return (Ints)vcombine_s8(vqmovn_s16((int16x8_t)ab), vqmovn_s16((int16x8_t)cd));
+}
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(from))));
 }
 INLINE_TARGET void StoreFloat16(void* to, Floats v) {
   vst1_u16(static_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+}
+INLINE_TARGET Floats ToFloat16(Floats v) {
+  return (Floats)vcvt_f32_f16(vcvt_f16_f32((float32x4_t)v));
 }
 INLINE_TARGET void StoreLow16(void* to, Ints v) {
   vst1_s16(static_cast<int16_t*>(to), vmovn_s32((int32x4_t)v));
