@@ -13,22 +13,22 @@
 
 namespace {
 
-// kStep bytes of a packed row of w, in all lanes if they are fewer than a register.
+// kStepBytes bytes of a packed row of w, in all lanes if they are fewer than a register.
 INLINE_TARGET Ints LoadStep(const uint8_t* w) {
-  if constexpr (kStep == kBytes) return Load(w);
+  if constexpr (kStepBytes == kBytes) return Load(w);
   int32_t word;
-  static_assert(kStep == kBytes || kStep == sizeof(word));
+  static_assert(kStepBytes == kBytes || kStepBytes == sizeof(word));
   std::memcpy(&word, w, sizeof(word));
   return Set(word);
 }
 
 // panels * kPanel rows by `columns` sums over `blocks` of w. They are written to c (`first`) or added to
-// it; c is stored column by column. A step reads kStep bytes of values of kPanel rows of x, the next
+// it; c is stored column by column. A step reads kStepBytes bytes of values of kPanel rows of x, the next
 // panel is `x_panel` bytes further; w has kSliceDepth bytes for each column.
 template <bool int4, int panels, int columns>
 TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                           const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
-  // with an odd number of columns and kTogether = 2, those of the last are of no use
+  // those beyond `columns` are of no use; the slice has rows of w for them, with any values
   constexpr int kSums = (columns + kTogether - 1) / kTogether * kTogether;
   Ints sum[panels][kSums];
 #pragma GCC unroll 2
@@ -39,17 +39,17 @@ TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, in
   for (int64_t block = 0; block < blocks; ++block) {
     packer.PackBlock(block);
     for (const int8_t* end = x + kValues<int4> * kPanel; x != end;
-         x += kStep * kPanel, w += kStep) {
-      Ints rows[panels][kStep / 4];
+         x += kStepBytes * kPanel, w += kStepBytes) {
+      Ints rows[panels][kStepBytes / 4];
 #pragma GCC unroll 2
       for (int i = 0; i < panels; ++i)
 #pragma GCC unroll 4
-        for (int word = 0; word < kStep / 4; ++word)
+        for (int word = 0; word < kStepBytes / 4; ++word)
           rows[i][word] = Load(x + i * x_panel + word * kBytes);
 #pragma GCC unroll 16
       for (int j = 0; j < kSums; j += kTogether) {
         Ints columns_of_w[kTogether];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) columns_of_w[i] = LoadStep(w + (j + i) * kSliceDepth);
 #pragma GCC unroll 2
         for (int i = 0; i < panels; ++i) DotStep<int4>(&sum[i][j], columns_of_w, rows[i]);
