@@ -14,9 +14,8 @@ The lines tell where the time goes:
 - "A8W8" is a model after quantize(model, A8W8Dynamic()) in that dtype. Its head stays float, for
   the embedding has the same weight; "int8 head" is a copy whose head has a weight of its own, which
   is quantized too.
-- "no linears" is the float model without its quantizable layers: each returns zeros that are there
-  already. What is left is what quantization cannot make faster: attention, norms, the head, Python.
-  Inductor does not know that they are zeros.
+- "no linears" is the float model without its quantizable layers: each returns zeros. What is left
+  is what quantization cannot make faster: attention, norms, the head, Python.
 
 "it/float" is the time over that of the fastest float model of the same table.
 """
@@ -59,30 +58,38 @@ Model = Any
 Steps = Callable[[Model], dict[str, Call]]
 
 
-class Zeros(nn.Module):
-    """In the place of a linear layer: zeros (batch, tokens, n), which are there already."""
+# Inductor would see that zeros need no input, and leave out whatever computes it: an operator hides
+# that.
+torch.library.define("lq_graph_benchmarks::zeros", "(Tensor x, SymInt n) -> Tensor")
 
-    def __init__(self, n: int, batch: int) -> None:
+
+@torch.library.impl("lq_graph_benchmarks::zeros", "cpu")
+@torch.library.register_fake("lq_graph_benchmarks::zeros")
+def _zeros(x: Tensor, n: int) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], n)
+
+
+class Zeros(nn.Module):
+    """In the place of a linear layer: (..., k) to zeros (..., n)."""
+
+    def __init__(self, n: int) -> None:
         super().__init__()
-        self.register_buffer("zeros", torch.zeros(batch, TOKENS, n))
+        self.n = n
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.zeros[: x.shape[0], : x.shape[-2]]
+        out: Tensor = torch.ops.lq_graph_benchmarks.zeros(x, self.n)
         return out
 
 
-def without_linears(model: Model, batch: int) -> Model:
+def without_linears(model: Model) -> Model:
     """A copy in which the layers that quantize() would replace return zeros."""
     model = copy.deepcopy(model)
     replaced = copy.deepcopy(model).half()  # quantize() does not take float32
     lq_graph.quantize(replaced, lq_graph.A8W8Dynamic())
-    shared: dict[int, Zeros] = {}
     for name, layer in replaced.named_modules():
         if isinstance(layer, lq_graph.QuantizedLinear):
             parent, _, child = name.rpartition(".")
-            n = layer.out_features
-            zeros = shared.setdefault(n, Zeros(n, batch).to(model.dtype))
-            setattr(model.get_submodule(parent), child, zeros)
+            setattr(model.get_submodule(parent), child, Zeros(layer.out_features))
     return model
 
 
@@ -91,12 +98,12 @@ def prepared(model: Model) -> Model | None:  # noqa: ARG001
     return None
 
 
-def contestants(model: Model, batch: int) -> Iterator[tuple[str, Model]]:
+def contestants(model: Model) -> Iterator[tuple[str, Model]]:
     """The models to compare, one after another, from a float model."""
     for name, dtype in DTYPES.items():
         in_dtype = copy.deepcopy(model).to(dtype)
         yield name, in_dtype
-        yield f"{name}, no linears", without_linears(in_dtype, batch)
+        yield f"{name}, no linears", without_linears(in_dtype)
         if dtype == torch.float32:
             continue  # quantize() takes float16 and bfloat16
         quantized = copy.deepcopy(in_dtype)
@@ -172,12 +179,12 @@ def check(name: str, want: dict[str, Tensor], calls: dict[str, Call]) -> None:
         assert cosine > 0.98, f"{name}, {way}: cosine {cosine}"
 
 
-def table(results: Results, title: str, model: Model, batch: int, steps: Steps) -> None:
+def table(results: Results, title: str, model: Model, steps: Steps) -> None:
     """Measure a model and everything that is made of it."""
     slots: dict[str, dict[str, Slot]] = {}
     want: dict[str, Tensor] = {}
     start = time.perf_counter()
-    for name, one in contestants(model, batch):
+    for name, one in contestants(model):
         calls = steps(one)
         if "no linears" not in name:
             check(name, want, calls)
@@ -217,7 +224,7 @@ def report(results: Results, options: argparse.Namespace) -> None:
             model.set_attn_implementation(attention)
             title = f"{title}, attention {attention}, {mode}"
             steps = smollm2_steps if name == "smollm2" else minilm_steps
-            table(results, title, model, len(ids), partial(steps, ids=ids, mode=mode))
+            table(results, title, model, partial(steps, ids=ids, mode=mode))
             torch._dynamo.reset()
             gc.collect()
 
