@@ -15,6 +15,7 @@ import datetime
 import io
 import math
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -69,11 +70,12 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; the calls are interleaved."""
+    """Median seconds of each call. The calls are interleaved, in another order in each round: a
+    call after one that runs the same code is faster."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            taken[name].append(seconds(call))
+        for name in random.sample(list(calls), len(calls)):
+            taken[name].append(seconds(calls[name]))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 

@@ -26,6 +26,8 @@ __all__ = [
     "excluded",
     "forward_ad",
     "functorch",
+    "is_followed",
+    "is_profiled",
     "patterns_of_call",
     "pytree",
 ]
@@ -37,6 +39,20 @@ def excluded(key: str) -> AbstractContextManager[None]:
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     )
     return guard
+
+
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = functorch.peek_interpreter_stack
+_tracer = torch._C._get_tracing_state
+
+
+def is_followed() -> bool:
+    """Whether a mode, a transform of torch.func or torch.jit.trace follows this thread's calls of
+    operators."""
+    return bool(_modes()) or _transforms() is not None or _tracer() is not None
+
+
+is_profiled = torch._C._autograd._profiler_enabled
 
 
 def patterns_of_call(op: OpOverload, name: str) -> list[Any]:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..errors import LinearQuantValueError
-from ..kernels import OperandError
-from ..rules.activations import dynamic_arithmetic, plan_dynamic_quant, plan_static_quant
-from ..rules.plan import check_finite, plan, plan_trans_quant_param
+from ..kernels import Arithmetic, OperandError
+from ..rules.activations import plan_dynamic_quant, plan_static_quant
+from ..rules.cann import Target
+from ..rules.plan import Plan, Spec, check_finite, plan, plan_trans_quant_param
+from ..rules.products import get_target
+from ..rules.symbolic import cached_decision
 from .derivatives import check_gradients
 
-__all__ = ["check_held", "dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"]
+__all__ = [
+    "check_held",
+    "dynamic_quant",
+    "layer",
+    "linear_quant",
+    "static_quant",
+    "trans_quant_param",
+]
 
 
 def linear_quant(
@@ -36,9 +49,7 @@ def linear_quant(
     p = plan(x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype)
     if p.m == 0:
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
-    if p.fold_scale:
-        scale = trans_quant_param(scale, offset)
-    elif p.cut_scale:
+    if p.cut_scale:
         scale = kernels.s19(scale)
     try:
         return kernels.quant_matmul(
@@ -48,9 +59,91 @@ def linear_quant(
             bias=bias,
             pertoken_scale=pertoken_scale,
             output_dtype=p.output_dtype,
+            folds=p.fold_scale,
+            offset=offset if p.fold_scale else None,
         )
     except OperandError as error:
+        if p.fold_scale:
+            check_finite(scale, offset)  # what trans_quant_param says of them
         raise LinearQuantValueError(f"linear_quant: {error}") from None
+
+
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    output_dtype: torch.dtype | None,
+    scale_reciprocal: Tensor | None = None,
+    input_offset: Tensor | None = None,
+) -> Tensor | None:
+    """dynamic_quant, or static_quant if scale_reciprocal is given, and linear_quant of its result,
+    in one call of the compiled kernel; None if it does not compute that.
+
+    Args:
+        x: (..., k), floats.
+        weight, scale, offset, bias, output_dtype: of linear_quant.
+        scale_reciprocal, input_offset: of static_quant.
+
+    Raises:
+        LinearQuantTypeError, LinearQuantValueError: what the two operators raise.
+    """
+    if not x.numel():
+        return None
+    p, arithmetic = _layer_plan(
+        get_target(),
+        output_dtype,
+        x.dtype,
+        x.shape,
+        weight.dtype,
+        weight.shape,
+        scale.dtype,
+        scale.shape,
+        None if offset is None else (offset.dtype, offset.shape),
+        None if bias is None else (bias.dtype, bias.shape),
+        None if scale_reciprocal is None else (scale_reciprocal.dtype, scale_reciprocal.shape),
+        None if input_offset is None else (input_offset.dtype, input_offset.shape),
+    )
+    if p.cut_scale:
+        return None
+    try:
+        return kernels.quant_layer(
+            x,
+            weight,
+            scale,
+            bias=bias,
+            output_dtype=p.output_dtype,
+            folds=p.fold_scale,
+            offset=offset if p.fold_scale else None,
+            arithmetic=arithmetic,
+            scale_reciprocal=scale_reciprocal,
+            input_offset=input_offset,
+        )
+    except OperandError as error:
+        if p.fold_scale:
+            check_finite(scale, offset)
+        raise LinearQuantValueError(f"linear_quant: {error}") from None
+
+
+@cached_decision
+def _layer_plan(
+    target: Target, output_dtype: torch.dtype | None, *key: Any
+) -> tuple[Plan, Arithmetic | None]:
+    """The Plan of linear_quant, and the arithmetic of dynamic_quant, from dtypes and shapes."""
+    del target  # get_target() is what the plans read
+    x, weight, scale = (Spec(key[at], tuple(key[at + 1])) for at in (0, 2, 4))
+    offset, bias, reciprocal, zero = (one and Spec(one[0], tuple(one[1])) for one in key[6:])
+    m = math.prod(x.shape[:-1])
+    x = Spec(x.dtype, (m, x.shape[-1]))
+    if reciprocal is None:
+        quantized = plan_dynamic_quant(x, weight.dtype)
+        arithmetic, pertoken = quantized.arithmetic, Spec(torch.float32, (m,))
+    else:
+        quantized = plan_static_quant(x, reciprocal, zero)
+        arithmetic, pertoken = None, None
+    x1 = Spec(quantized.row.output_dtype, quantized.output_shape)
+    return plan(x1, weight, scale, offset, pertoken, bias, output_dtype=output_dtype), arithmetic
 
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:
@@ -70,10 +163,10 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         with torch.no_grad():
             return dynamic_quant(x, dtype=dtype)
     p = plan_dynamic_quant(x, dtype)
-    check_held("dynamic_quant", x=x)
-    arithmetic = dynamic_arithmetic(p.product, x.shape[-1])
-    quantized, scale = kernels.dynamic_quant(x, 4 if p.int4 else 8, arithmetic)
-    return (kernels.pack_int4(quantized) if p.int4 else quantized), scale
+    try:
+        return kernels.dynamic_quant(x, 4 if p.int4 else 8, p.arithmetic, packed=p.int4)
+    except OperandError as error:
+        raise LinearQuantValueError(f"dynamic_quant: {error}") from None
 
 
 def static_quant(
@@ -92,8 +185,10 @@ def static_quant(
         with torch.no_grad():
             return static_quant(x, scale_reciprocal, offset)
     plan_static_quant(x, scale_reciprocal, offset)
-    check_held("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset)
-    return kernels.static_quant(x, scale_reciprocal, offset)
+    try:
+        return kernels.static_quant(x, scale_reciprocal, offset)
+    except OperandError as error:
+        raise LinearQuantValueError(f"static_quant: {error}") from None
 
 
 def check_held(op: str, **tensors: Tensor | None) -> None:

@@ -27,9 +27,16 @@ from .compat import (
     pytree,
 )
 
-__all__ = ["check_gradients", "under_torch_func"]
+__all__ = ["asks_for_gradients", "check_gradients", "under_torch_func"]
 
 _Transform = functorch.TransformType
+
+
+def asks_for_gradients(*inputs: Tensor | None) -> bool:
+    """Whether `check_gradients` may warn or refuse."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def check_gradients(op: str, *inputs: Tensor | None) -> bool:

@@ -44,10 +44,11 @@ def _row_major(x: Tensor) -> Tensor:
 
 @cache
 def _quant_matmul() -> Any:
-    """The overload. torch_npu.npu_quant_matmul would look it up on every call."""
+    """What the overload calls. torch_npu.npu_quant_matmul would look the overload up on every
+    call, and the overload is a function in Python around this one."""
     import torch_npu
 
-    return torch_npu.npu_quant_matmul.default
+    return torch_npu.npu_quant_matmul.default._op
 
 
 def linear_quant(
@@ -74,13 +75,15 @@ def linear_quant(
         return x1.new_empty(p.output_shape, dtype=p.output_dtype)
     if p.int4:
         x1, weight = _row_major(x1), _row_major(weight)
-    elif p.m > LAST_DIM_MAX and not x1.is_contiguous():
-        x1 = x1.contiguous()  # in a transposed x1, m would be the last dim, which CANN limits
-    if p.n > LAST_DIM_MAX and not weight.is_contiguous():
-        weight = weight.contiguous()
-    # Absent arguments are left out and the dtype is passed as torch numbers it: each None and each
-    # torch.dtype costs an eager call a microsecond or more.
-    given: dict[str, Any] = {"output_dtype": _SCALAR_TYPES[p.output_dtype]}
+    elif p.m > LAST_DIM_MAX or p.n > LAST_DIM_MAX:
+        # in a transposed x1 or weight, m or n would be the last dim, which CANN limits
+        x1 = x1.contiguous() if p.m > LAST_DIM_MAX else x1
+        weight = weight.contiguous() if p.n > LAST_DIM_MAX else weight
+    # Absent arguments and defaults are left out, and the dtype is passed as torch numbers it: each
+    # of them costs an eager call half a microsecond or more.
+    given: dict[str, Any] = {}
+    if p.output_dtype is not torch.int8:
+        given["output_dtype"] = _SCALAR_TYPES[p.output_dtype]
     if offset is not None:
         given["offset"] = offset
     if pertoken_scale is not None:
@@ -89,9 +92,9 @@ def linear_quant(
         given["bias"] = bias
     # torch_npu itself folds a float32 scale that has to be folded.
     try:
-        out: Tensor = _quant_matmul()(x1, weight.transpose(-1, -2), scale, **given)
+        out: Tensor = _quant_matmul()(x1, weight.mT, scale, **given)
     except RuntimeError:
-        del given["output_dtype"]
+        given.pop("output_dtype", None)
         check_devices("linear_quant", x1=x1, weight=weight, scale=scale, **given)
         raise
     return out

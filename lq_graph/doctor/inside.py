@@ -44,9 +44,16 @@ def on_the_cpu(self_test: bool) -> Iterator[Event]:
     """What torch alone has: the CPU kernel, the product's table, export, Inductor."""
     importlib.import_module("torch")
     yield "torch", {}
-    from ..kernels import native
+    from ..kernels import library
 
-    yield "kernel", {"why_not": native.why_not_available(), "library": native.library()}
+    yield (
+        "kernel",
+        {
+            "why_not": library.why_not_used(),
+            "library": library.path(),
+            "instruction_set": found.instruction_set if (found := library.loaded()) else "",
+        },
+    )
     product = list(_guarded("product", _product))
     yield from product
     for mode, why_not in zip(CPU_MODES, ("", "", _why_no_inductor()), strict=True):

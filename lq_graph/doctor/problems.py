@@ -477,7 +477,9 @@ def find_notes(facts: Facts) -> list[str]:
     if facts.kernel and facts.kernel["why_not"] == "off":
         notes.append("LQ_GRAPH_NATIVE turns the compiled CPU kernel off.")
     if facts.kernel and facts.kernel["why_not"] == "processor":
-        notes.append("This processor has no AVX-512 VNNI: torch computes instead of the kernel.")
+        notes.append(
+            "The compiled CPU kernel has no instruction set of this processor: torch computes."
+        )
     if facts.allow_internal_format is False:
         notes.append(
             "allow_internal_format is off (torch_npu's default): weights stay ND until a program "

@@ -17,15 +17,33 @@ __all__ = ["as_json", "facts_text", "mode_text", "notes_text", "problems_text", 
 
 _WIDTH = 100
 _LABEL = 12
+# those of csrc/targets
+_INSTRUCTION_SETS = {
+    "amx": "AMX int8, which was never run on such a processor",
+    "avx512vnni": "AVX-512 VNNI",
+    "avxvnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "neon_i8mm": "NEON I8MM",
+    "neon_dot": "NEON SDOT",
+}
 _KERNEL = {
-    "": "compiled, AVX-512 VNNI",
+    "": "compiled, {instruction_set}",
     "off": "torch; LQ_GRAPH_NATIVE turns the compiled one off",
     "variable": "torch; LQ_GRAPH_NATIVE has a wrong value",
     "absent": "torch; the compiled one is not built",
     "openmp": "torch; the compiled one cannot be loaded beside this torch",
     "stale": "torch; the compiled one was built from other sources",
-    "processor": "torch; this processor has no AVX-512 VNNI",
+    "processor": "torch; the compiled one has no instruction set of this processor",
 }
+
+
+def _kernel(facts: Facts) -> str:
+    if facts.kernel is None:
+        return "unknown"
+    name = facts.kernel["instruction_set"]
+    return _KERNEL[facts.kernel["why_not"]].format(
+        instruction_set=_INSTRUCTION_SETS.get(name, name)
+    )
 
 
 def problems_text(problems: Sequence[Problem]) -> list[str]:
@@ -57,7 +75,7 @@ def facts_text(facts: Facts) -> list[str]:
         ("torchair", _torchair(facts)),
         ("CANN", _cann(facts)),
         ("device", _device(facts)),
-        ("CPU kernel", _KERNEL[facts.kernel["why_not"]] if facts.kernel else "unknown"),
+        ("CPU kernel", _kernel(facts)),
     ]  # fmt: skip
     if facts.allow_internal_format is not None:
         switch = "on" if facts.allow_internal_format else "off"

@@ -7,8 +7,9 @@ and on purpose. A kernel raises OperandError for an operand that it cannot read.
 
 The names below are what the rest of lq_graph and cann_host may use:
 
-- `quant_matmul`, its parts `matmul_int32` and `epilogue`, and `is_cut`; `native` has the compiled
-  kernel;
+- `quant_layer`, activations and matmul in one call;
+- `quant_matmul`, its parts `matmul_int32` and `epilogue`, and `is_cut`; `library` tells whether
+  the compiled kernels are used;
 - int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
 - the 64-bit scale: `pack_scale`, `unpack_scale`, `unpack_finite_scale`, `s19`, `s19_at_least`;
 - FRACTAL_NZ: `nd_to_nz`, `nz_to_nd`, `nz_shape`, `NzWeight`;
@@ -28,6 +29,7 @@ from .activations import (
     static_quant,
 )
 from .errors import NotFiniteError, OperandError, PartialGroupError, ShortStorageError
+from .layer import quant_layer
 from .layouts import NZ_ROW_BYTES, NzWeight, nd_to_nz, nz_shape, nz_to_nd
 from .memory import check_held
 from .numerics import TensorLike, epilogue, is_cut, matmul_int32, quant_matmul
@@ -74,6 +76,7 @@ __all__ = [
     "pack_int4",
     "pack_int4_in_graph",
     "pack_scale",
+    "quant_layer",
     "quant_matmul",
     "quantize_rows",
     "s19",

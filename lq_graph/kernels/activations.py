@@ -10,6 +10,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from . import native
+from .memory import check_held
+from .packing import pack_int4
+
 __all__ = [
     "Arithmetic",
     "dynamic_quant",
@@ -50,6 +54,9 @@ class Arithmetic(Enum):
     STEP = "step"
 
 
+# enum LqArithmetic of csrc/call.h
+NUMBERS = {arithmetic: number for number, arithmetic in enumerate(Arithmetic)}
+
 # A2 and A3 write the scale as peak * (1 / top) up to a k that depends on whether there are smooth
 # scales: the first number holds for any k, the second for multiples of 8 (from 128 on). A longer
 # row does not fit the vector unit's 192 KiB, and other kernels run. Source: SetTilingData (13 or 19
@@ -87,10 +94,10 @@ def _to_integer(value: Tensor, bits: int) -> Tensor:
     return _clamped(value.round_(), bits)
 
 
-def _half_to_integer(value: Tensor) -> Tensor:
-    """float16 to int8, halves rounded away from zero: CAST_ROUND of 310P."""
+def _half_to_integer(value: Tensor, bits: int) -> Tensor:
+    """float16 to int8 values, halves rounded away from zero: CAST_ROUND of 310P."""
     value = value.to(torch.float32)
-    return _clamped((value + value.sign() * 0.5).trunc_(), 8)
+    return _clamped((value + value.sign() * 0.5).trunc_(), bits)
 
 
 def _ratio(top: float, divisor: Tensor) -> Tensor:
@@ -98,8 +105,11 @@ def _ratio(top: float, divisor: Tensor) -> Tensor:
     return torch.full_like(divisor, top).div_(divisor)
 
 
-def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-    """Quantize each row of the last dim by its largest magnitude, symmetric.
+def dynamic_quant(
+    x: Tensor, bits: int, arithmetic: Arithmetic, *, packed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize each row of the last dim by its largest magnitude, symmetric. The compiled kernel of
+    `native` computes it for tensors of the CPU, torch for others, to the same numbers.
 
     For a row of zeros the result is zeros and a scale of 0. For a row that holds infinity or NaN it
     is zeros and a scale that is infinite or NaN.
@@ -108,11 +118,21 @@ def dynamic_quant(x: Tensor, bits: int, arithmetic: Arithmetic) -> tuple[Tensor,
         x: float16 or bfloat16, or float32 after it was multiplied by smooth scales; (..., k).
         bits: 8, or 4 with 7 in place of 127.
         arithmetic: which kernel to compute as.
+        packed: int4 values are packed, as `pack_int4` does; only with bits 4.
 
     Returns:
-        int8 (..., k), int4 values unpacked, and float32 (...), the size of one step.
+        int8 (..., k), or int32 (..., k/8) if packed; and float32 (...), the size of one step.
+
+    Raises:
+        PartialGroupError: packed, and k is not a multiple of 8.
+        ShortStorageError: x's storage is shorter than its shape.
     """
-    return quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits, arithmetic)
+    out = native.dynamic_quant(x, bits, NUMBERS[arithmetic], packed)
+    if out is not None:
+        return out
+    check_held("x", x)
+    values, scale = quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits, arithmetic)
+    return (pack_int4(values) if packed else values), scale
 
 
 def quantize_rows(
@@ -129,7 +149,7 @@ def quantize_rows(
     factor = _ratio(top, peak)
     if arithmetic is Arithmetic.HALF:
         factor = factor.masked_fill(peak <= _EPSILON, 0.0).to(torch.float16)
-        return _half_to_integer(x.to(torch.float16) * factor.unsqueeze(-1)), scale
+        return _half_to_integer(x.to(torch.float16) * factor.unsqueeze(-1), bits), scale
     if arithmetic is Arithmetic.RECIPROCAL:
         scale = _ratio(1.0, factor)
     return _to_integer(x.to(torch.float32) * factor.unsqueeze(-1), bits), scale
@@ -169,7 +189,8 @@ def dynamic_quant_with_offset(
         factor = _ratio(span, spread).masked_fill(spread <= _EPSILON, 0.0)
         offset = -(high + low) * factor * 0.5
         half = x.to(torch.float16) * factor.to(torch.float16).unsqueeze(-1)
-        return _half_to_integer(half + offset.to(torch.float16).unsqueeze(-1)), scale, offset
+        half += offset.to(torch.float16).unsqueeze(-1)
+        return _half_to_integer(half, bits), scale, offset
     if arithmetic is Arithmetic.DIVIDE:
         scale = spread * (1 / span)
         steps = value / scale.unsqueeze(-1)
@@ -189,8 +210,11 @@ def static_quant(
     offset: Tensor | None = None,
     axis: int = -1,
     bits: int = 8,
+    *,
+    packed: bool = False,
 ) -> Tensor:
-    """Quantize with a given scale: x * scale_reciprocal + offset, in float32.
+    """Quantize with a given scale: x * scale_reciprocal + offset, in float32. The compiled kernel
+    computes it as it does `dynamic_quant`.
 
     Args:
         x: float, 1 dim or more.
@@ -198,13 +222,25 @@ def static_quant(
         offset: float, as scale_reciprocal, or None.
         axis: the dim of x that scale_reciprocal and offset run along.
         bits: 8, or 4.
+        packed: int4 values are packed, as `pack_int4` does; only with bits 4.
 
     Returns:
-        int8, x's shape; int4 values unpacked.
+        int8, x's shape; or int32 (..., k/8) if packed.
+
+    Raises:
+        PartialGroupError: packed, and k is not a multiple of 8.
+        ShortStorageError: a tensor's storage is shorter than its shape.
     """
+    out = native.static_quant(x, scale_reciprocal, offset, axis, bits, packed)
+    if out is not None:
+        return out
+    for name, tensor in (("x", x), ("scale_reciprocal", scale_reciprocal), ("offset", offset)):
+        if tensor is not None:
+            check_held(name, tensor)
     shape = [1] * x.dim()
     shape[axis] = -1
     value = x.to(torch.float32) * scale_reciprocal.to(torch.float32).reshape(shape)
     if offset is not None:
         value.add_(offset.to(torch.float32).reshape(shape))
-    return _to_integer(value, bits)
+    values = _to_integer(value, bits)
+    return pack_int4(values) if packed else values

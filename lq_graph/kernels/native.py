@@ -1,179 +1,60 @@
-"""The compiled CPU kernel (csrc/qgemm.cpp), if the install step built it.
-
-It needs x86-64 with AVX-512 VNNI, and torch's OpenMP runtime, whose threads it uses. Otherwise, or
-with LQ_GRAPH_NATIVE=0 (off, false, no), `matmul` returns None and numerics computes with torch: the
-same numbers, slower. So a library that was built from other sources than those beside the package,
-before a pull for example, is not used, with a warning instead of an error.
-"""
+"""Calls of the compiled CPU kernels; `library` tells when there are any. Each returns None if the
+kernels do not compute it: then torch does, to the same numbers."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import struct
-import warnings
-from collections.abc import Callable
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from . import __path__
-from .errors import NotFiniteError
-from .layouts import NZ_ROW_BYTES
+from .calls import DONE, MATMUL, check_bytes, refuse, threads_for, weight_of
+from .library import loaded
 from .memory import check_held
+from .prepared import prepared_of
 
-__all__ = ["is_available", "library", "matmul", "why_not_available"]
+__all__ = ["dynamic_quant", "layer", "matmul", "static_quant"]
 
-_LIBRARY = "liblq_graph_cpu.so"
-# struct LqMatmul of csrc/call.h
-_CALL = struct.Struct("16q4i")
+_QUANTIZE = struct.Struct("9q4i")  # struct LqQuantize of csrc/call.h
+_LAYER = struct.Struct(_QUANTIZE.format + MATMUL.format)
 _OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
-# With fewer products, a second thread costs more than it saves.
-_ONE_THREAD = 1 << 20
-_OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")
-# what the kernel returns: enum Answer of csrc/call.h
-_DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
-
-# A child that was forked has none of its parent's OpenMP threads, and would wait for them.
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
+_FLOAT, _FOLDED, _PACKED = range(3)  # enum LqScale of csrc/call.h
+_FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_STATIC = 5  # in enum LqArithmetic, after those of dynamic_quant
+# With fewer values to quantize, a second thread costs more than it saves.
+_ONE_THREAD_VALUES = 1 << 15
+_CPU = torch.device("cpu")  # whatever the default device is
+_PACKED_DTYPES = (torch.int64, torch.uint64)
 
 
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _setting() -> str:
-    return os.environ.get("LQ_GRAPH_NATIVE", "").strip().lower()
-
-
-def _is_wanted() -> bool:
-    value = _setting()
-    if value not in _OFF + _ON and not value.startswith(("avx","neon","amx")):
-        warnings.warn(
-            f"LQ_GRAPH_NATIVE is {value!r}; allowed are {', '.join(_OFF)} (do not use the compiled "
-            f"CPU kernel) and {', '.join(_ON[1:])} (use it, as without the variable). It is not "
-            "used now.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return value not in _OFF
-
-
-def _sources() -> str | None:
-    """The digest of the C++ sources beside this package, as CMakeLists.txt computes it; None in a
-    wheel, which has no sources."""
-    files = sorted(
-        (file.as_posix(), file)
-        for folder in __path__
-        for file in Path(folder, "csrc").rglob("*")
-        if file.suffix in (".cpp", ".h")
-    )
-    digests = "".join(sha256(file.read_bytes()).hexdigest() for _, file in files)
-    return sha256(digests.encode()).hexdigest() if files else None
-
-
-def _built_from(library: ctypes.CDLL) -> str:
-    """The digest of the sources that a library was built from; "" if it is too old to have one."""
-    try:
-        library.lq_sources.restype = ctypes.c_char_p
-    except AttributeError:
-        return ""
-    found: bytes = library.lq_sources()
-    return found.decode()
-
-
-def _load() -> tuple[Callable[[bytes, int], int] | None, str]:
-    """The compiled function, or None and why: see `why_not_available`."""
-    if not _is_wanted():
-        return None, "off" if _setting() in _OFF else "variable"
-    path = library()
-    if path is None:
-        return None, "absent"
-    try:
-        loaded = ctypes.CDLL(path)
-    except OSError:
-        return None, "openmp"
-    sources = _sources()
-    if sources is not None and sources != _built_from(loaded):
-        warnings.warn(
-            f"lq_graph's compiled CPU kernel ({path}) was built from other sources than "
-            "the Python beside it: run pip install -e . again. Until then torch computes "
-            "the same, slower.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None, "stale"
-    loaded.lq_targets.restype = ctypes.c_char_p
-    supported = [name[:-1] for name in loaded.lq_targets().decode().split() if name[-1] == "+"]
-    wanted = _setting()
-    if not supported or (wanted not in _ON and wanted not in supported):
-        return None, "processor"
-    loaded.lq_use(supported[0].encode() if wanted in _ON else wanted.encode())
-    function = loaded.lq_matmul
-    function.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
-    function.restype = ctypes.c_int
-    return function, ""
-
-
-@cache
-def _kernel() -> Callable[[bytes, int], int] | None:
-    """The compiled function; None if it is not used."""
-    return _load()[0]
-
-
-def library() -> str | None:
-    """The library's file; None if it was not built."""
-    # an editable install keeps the library in site-packages; the package's path lists both
-    for folder in __path__:
-        path = Path(folder) / "lib" / _LIBRARY
-        if path.is_file():
-            return str(path)
-    return None
-
-
-def is_available() -> bool:
-    """Whether the compiled kernel is there and this processor has what it needs."""
-    return _kernel() is not None
-
-
-def why_not_available() -> str:
-    """Why the compiled kernel is not used: "off" (by LQ_GRAPH_NATIVE), "variable" (LQ_GRAPH_NATIVE
-    has another value), "absent" (not built), "openmp" (torch has no OpenMP runtime with GOMP's
-    names), "stale" (built from other sources) or "processor" (no AVX-512 VNNI); "" if it is
-    used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the answer says the same
-        return _load()[1]
-
-
-def _check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None:
-    """`check_held` of a contiguous tensor whose bytes are known: a quarter of the time."""
-    if tensor.untyped_storage().nbytes() < needed + tensor.storage_offset() * width:
-        check_held(argument, tensor)
-
-
-def _rows_of(x: Tensor, words: int) -> Tensor:
+def _rows_of(argument: str, x: Tensor, words: int) -> Tensor:
     """x as (m, words), each row contiguous."""
-    check_held("x1", x)
+    check_held(argument, x)
     rows = x.reshape(-1, words)
     return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
-def _refuse(answer: int) -> NoReturn:
-    """Raise the error for an answer of the kernel other than _DONE."""
-    if answer == _NOT_FINITE:
-        raise NotFiniteError
-    if answer == _NO_MEMORY:
-        raise MemoryError("lq_graph: no memory for the CPU kernel's accumulators")
-    raise RuntimeError(f"lq_graph: the CPU kernel returned {answer}; run pip install -e . again")
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _values(argument: str, values: Tensor) -> Tensor:
+    """A scale or an offset as the kernels read it: contiguous, float32 or packed."""
+    dtype = values.dtype
+    if values.is_contiguous():
+        size = dtype.itemsize
+        check_bytes(argument, values, values.shape[0] * size, size)
+    else:
+        check_held(argument, values)
+        values = values.contiguous()
+    return values if dtype is torch.float32 or dtype in _PACKED_DTYPES else values.float()
+
+
+def _bias(bias: Tensor) -> Tensor:
+    """A bias as the kernels read it: contiguous, int32 or float32."""
+    check_held("bias", bias)
+    return (bias if bias.dtype is torch.int32 else bias.float()).contiguous()
 
 
 def matmul(
@@ -184,6 +65,9 @@ def matmul(
     pertoken_scale: Tensor | None,
     output_dtype: torch.dtype,
     nz_shape: tuple[int, int] | None = None,
+    *,
+    folds: bool = False,
+    offset: Tensor | None = None,
 ) -> Tensor | None:
     """`numerics.quant_matmul` with the compiled kernel, or None if the kernel does not compute it.
 
@@ -192,66 +76,206 @@ def matmul(
     (n, k) or (n, k/8), as nz_shape.
     """
     # Few calls into torch: each takes a tenth of the time of a small layer.
-    kernel = _kernel()
-    shape, weight_shape = x.shape, nz_shape or weight.shape
-    if kernel is None or len(weight_shape) != 2:
+    library, shape = loaded(), x.shape
+    if library is None or (bias is not None and bias.dim() != 1):
         return None
-    n, words = weight_shape
-    if not (n and words):
+    stored = weight_of(weight, nz_shape)
+    if stored is None:
         return None
-    width = x.element_size()
-    bytes_in_row = words * width
-    weight_row, weight_step = bytes_in_row, NZ_ROW_BYTES
-    if nz_shape is not None:
-        weight_row, weight_step = NZ_ROW_BYTES, weight.stride(0) * width
-        _check_bytes("weight", weight, weight.nbytes, width)
-    elif weight.is_contiguous():
-        _check_bytes("weight", weight, n * bytes_in_row, width)
-    else:
-        if weight.stride(1) != 1:
-            return None
-        weight_row = weight.stride(0) * width
-        check_held("weight", weight)
+    address, n, row_bytes, stride, step, int4 = stored
+    width = 4 if int4 else 1
     if len(shape) == 2 and x.is_contiguous():
-        rows, m, row = x, shape[0], bytes_in_row
-        _check_bytes("x1", x, m * row, width)
+        rows, m, row = x, shape[0], row_bytes
+        check_bytes("x1", x, m * row, width)
     else:
-        rows = _rows_of(x, words)
+        rows = _rows_of("x1", x, row_bytes // width)
         m, row = rows.shape[0], rows.stride(0) * width
     if not m:
         return None
-    scale_dtype = scale.dtype
-    packed = scale_dtype is torch.int64 or scale_dtype is torch.uint64
-    scale_size = scale.shape[0]
-    if scale.is_contiguous():
-        size = 8 if packed else scale_dtype.itemsize
-        _check_bytes("scale", scale, scale_size * size, size)
-    else:
-        check_held("scale", scale)
-        scale = scale.contiguous()
-    if not packed and scale_dtype is not torch.float32:
-        scale = scale.to(torch.float32)
-    pertoken = int_bias = float_bias = 0
+    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
+    scale = _values("scale", scale)
+    ready = prepared_of(weight, library.instruction_set)
+    offsets = pertoken = int_bias = float_bias = offset_stride = 0
+    if offset is not None:
+        offset = _values("offset", offset)
+        offsets, offset_stride = offset.data_ptr(), int(offset.shape[0] != 1)
     if pertoken_scale is not None:
         check_held("pertoken_scale", pertoken_scale)
         if len(shape) != 2 or not pertoken_scale.is_contiguous():
             pertoken_scale = pertoken_scale.expand(shape[:-1]).contiguous()
         pertoken = pertoken_scale.data_ptr()
     if bias is not None:
-        if bias.dim() != 1:
-            return None
-        check_held("bias", bias)
+        bias = _bias(bias)
         is_int = bias.dtype is torch.int32
-        bias = (bias if is_int else bias.to(torch.float32)).contiguous()
         int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
-    out = torch.empty(m, n, dtype=output_dtype)
-    threads = 1 if _forked or m * n * bytes_in_row < _ONE_THREAD else torch.get_num_threads()
-    call = _CALL.pack(
-        rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), 0, pertoken, int_bias, float_bias,
-        out.data_ptr(), m, n, bytes_in_row, row, weight_row, 0 if scale_size == 1 else 1,
-        0, weight_step, width == 4, 2 if packed else 0, _OUTPUTS[output_dtype], threads,
+    out = torch.empty(m, n, dtype=output_dtype, device=_CPU)
+    call = MATMUL.pack(
+        rows.data_ptr(), address, _address(ready), scale.data_ptr(), offsets, pertoken,
+        int_bias, float_bias, out.data_ptr(), m, n, row_bytes, row, stride,
+        scale.shape[0] != 1, offset_stride, step, int4, kind, _OUTPUTS[output_dtype],
+        threads_for(m * n * row_bytes),
     )  # fmt: skip
-    answer = kernel(call, len(call))
-    if answer != _DONE:
-        _refuse(answer)
+    answer = library.matmul(call, len(call))
+    if answer != DONE:
+        refuse(answer)
     return out if len(shape) == 2 else out.view(*shape[:-1], n)
+
+
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    output_dtype: torch.dtype,
+    arithmetic: int | None,
+    factor: Tensor | None = None,
+    factor_offset: Tensor | None = None,
+    *,
+    folds: bool,
+    offset: Tensor | None = None,
+) -> Tensor | None:
+    """Float values, quantized and multiplied by a weight, in one call; or None.
+
+    Args:
+        x: float16, bfloat16 or float32, (..., k).
+        weight, scale, bias, output_dtype, folds, offset: as `numerics.quant_matmul` takes them.
+        arithmetic: of dynamic_quant, whose scales are the pertoken_scale, as that takes it; None
+            quantizes statically.
+        factor, factor_offset: what static_quant takes as scale_reciprocal and offset.
+    """
+    library = loaded()
+    if library is None or (bias is not None and bias.dim() != 1):
+        return None
+    stored = weight_of(weight)
+    if stored is None:
+        return None
+    address, n, row_bytes, stride, step, int4 = stored
+    k, width = row_bytes * (2 if int4 else 1), x.element_size()
+    if x.shape[-1] != k:
+        return None
+    if x.is_contiguous():
+        rows, m, row = x, x.numel() // k, k * width
+        check_bytes("x", x, m * row, width)
+    else:
+        rows = _rows_of("x", x, k)
+        m, row = rows.shape[0], rows.stride(0) * width
+    if not m:
+        return None
+    factors = factor_offsets = factor_stride = 0
+    if factor is not None:
+        check_held("scale_reciprocal", factor)
+        factor = factor.contiguous()
+        factors, factor_stride = factor.data_ptr(), int(factor.shape[0] != 1)
+        if factor_offset is not None:
+            check_held("offset", factor_offset)
+            factor_offset = factor_offset.contiguous()
+            factor_offsets = factor_offset.data_ptr()
+    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
+    scale = _values("scale", scale)
+    ready = prepared_of(weight, library.instruction_set)
+    offsets = int_bias = float_bias = offset_stride = 0
+    if offset is not None:
+        offset = _values("offset", offset)
+        offsets, offset_stride = offset.data_ptr(), int(offset.shape[0] != 1)
+    if bias is not None:
+        bias = _bias(bias)
+        is_int = bias.dtype is torch.int32
+        int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
+    out = torch.empty(*x.shape[:-1], n, dtype=output_dtype, device=_CPU)
+    call = _LAYER.pack(
+        rows.data_ptr(), factors, factor_offsets, 0, 0, m, k, row, factor_stride,
+        _FLOATS[x.dtype], _STATIC if arithmetic is None else arithmetic, int4, 1,
+        0, address, _address(ready), scale.data_ptr(), offsets, 0, int_bias, float_bias,
+        out.data_ptr(), m, n, row_bytes, 0, stride, scale.shape[0] != 1, offset_stride,
+        step, int4, kind, _OUTPUTS[output_dtype], threads_for(m * n * row_bytes),
+    )  # fmt: skip
+    answer = library.layer(call, len(call))
+    if answer != DONE:
+        refuse(answer)
+    return out
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether x is a plain tensor of the CPU."""
+    return type(x) in (Tensor, Parameter) and x.is_cpu
+
+
+def _quantize(
+    x: Tensor,
+    bits: int,
+    packed: bool,
+    arithmetic: int,
+    scale: int,
+    factor: int = 0,
+    offset: int = 0,
+    factor_stride: int = 0,
+) -> Tensor | None:
+    """Rows of x, quantized; scale, factor and offset are addresses."""
+    library, dtype, shape = loaded(), _FLOATS.get(x.dtype), x.shape
+    k = shape[-1]
+    if library is None or dtype is None or not k or (packed and k % 8):
+        return None
+    width = 4 if dtype == 2 else 2
+    if x.is_contiguous():
+        rows, m, row = x, x.numel() // k, k * width
+        check_bytes("x", x, m * row, width)
+    else:
+        rows = _rows_of("x", x, k)
+        m, row = rows.shape[0], rows.stride(0) * width
+    if not m:
+        return None
+    # sizes one by one take half the time of a shape
+    sizes, last, stored = shape[:-1], k // 8 if packed else k, torch.int32 if packed else torch.int8
+    out = torch.empty(*sizes, last, dtype=stored, device=_CPU)
+    call = _QUANTIZE.pack(
+        rows.data_ptr(), factor, offset, out.data_ptr(), scale, m, k, row, factor_stride,
+        dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,
+        threads_for(m * k, _ONE_THREAD_VALUES),
+    )  # fmt: skip
+    answer = library.quantize(call, len(call))
+    if answer != DONE:
+        refuse(answer)
+    return out
+
+
+def dynamic_quant(
+    x: Tensor, bits: int, arithmetic: int, packed: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`activations.dynamic_quant` with the compiled kernel, or None if the kernel does not compute
+    it: x is not in the CPU's memory, or empty.
+
+    Args:
+        x, bits, packed: as `activations.dynamic_quant` takes them.
+        arithmetic: a number of enum LqArithmetic of csrc/call.h.
+    """
+    if not _has_memory(x):
+        return None
+    shape = x.shape
+    scale = torch.empty(shape[0] if len(shape) == 2 else shape[:-1], device=_CPU)
+    values = _quantize(x, bits, packed, arithmetic, scale.data_ptr())
+    return None if values is None else (values, scale)
+
+
+def static_quant(
+    x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None, axis: int, bits: int, packed: bool
+) -> Tensor | None:
+    """`activations.static_quant` with the compiled kernel, or None if the kernel does not compute
+    it: as for `dynamic_quant`, or an argument has another dtype than x, or another axis than the
+    last has more than one scale.
+    """
+    size = scale_reciprocal.numel()
+    if size != 1 and (size != x.shape[-1] or axis not in (-1, x.dim() - 1)):
+        return None
+    addresses = [0, 0]
+    columns = {"scale_reciprocal": scale_reciprocal, "offset": offset}
+    for i, (name, tensor) in enumerate(columns.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tensor.numel() != size or not _has_memory(tensor):
+            return None
+        check_held(name, tensor)
+        columns[name] = tensor = tensor.contiguous()  # it must live until the call
+        addresses[i] = tensor.data_ptr()
+    if not _has_memory(x):
+        return None
+    return _quantize(x, bits, packed, _STATIC, 0, *addresses, size > 1)

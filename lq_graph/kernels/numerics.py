@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from .errors import NotFiniteError
 from .layouts import NzWeight
 from .memory import check_held, without_overlap
-from .packing import unpack_finite_scale, unpack_int4
+from .packing import pack_scale, unpack_finite_scale, unpack_int4
 
 __all__ = ["TensorLike", "epilogue", "is_cut", "matmul_int32", "quant_matmul"]
 
@@ -96,6 +97,8 @@ def quant_matmul(
     bias: Tensor | None = None,
     pertoken_scale: Tensor | None = None,
     output_dtype: torch.dtype,
+    folds: bool = False,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Quantized matmul with LinearQuant's epilogue.
 
@@ -112,22 +115,35 @@ def quant_matmul(
             (batch, 1, n).
         pertoken_scale: float32, (m,).
         output_dtype: torch.int8, float16, bfloat16 or int32.
+        folds: a float32 scale is folded, with the offset, as `pack_scale` does.
+        offset: float32, (1,) or (n,), or None; read only if the scale is folded.
 
     Returns:
         output_dtype, (..., m, n).
 
     Raises:
-        NotFiniteError: a packed scale that is read holds infinity or NaN.
+        NotFiniteError: a packed or folded scale that is read, or its offset, holds infinity or
+            NaN.
         ShortStorageError: a tensor's storage is shorter than its shape.
     """
     if isinstance(weight, NzWeight):
         stored, nz_shape = weight.blocks, (weight.n, weight.columns)
     else:
         stored, nz_shape = weight, None
-    out = native.matmul(x1, stored, scale, bias, pertoken_scale, output_dtype, nz_shape)
+    out = native.matmul(
+        x1,
+        stored,
+        scale,
+        bias,
+        pertoken_scale,
+        output_dtype,
+        nz_shape,
+        folds=folds,
+        offset=offset,
+    )
     if out is not None:
         return out
-    operands = {"x1": x1, "weight": stored, "scale": scale, "bias": bias}
+    operands = {"x1": x1, "weight": stored, "scale": scale, "bias": bias, "offset": offset}
     for name, tensor in {**operands, "pertoken_scale": pertoken_scale}.items():
         if tensor is not None:
             check_held(name, tensor)
@@ -136,6 +152,10 @@ def quant_matmul(
     if x1.dtype == torch.int32:
         x1, weight = unpack_int4(x1), unpack_int4(weight)
     acc = matmul_int32(x1, weight)
+    if folds and output_dtype != torch.int32:
+        if offset is not None and not bool(offset.isfinite().all()):
+            raise NotFiniteError
+        scale = pack_scale(scale, offset)
     offset = None
     folded = scale.dtype in (torch.int64, torch.uint64)
     if folded and output_dtype != torch.int32:

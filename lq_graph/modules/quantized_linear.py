@@ -15,6 +15,7 @@ from ..errors import LinearQuantTypeError
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
 from .linear_quant import LinearQuant, keeping_dtypes
+from .one_call import in_one_call
 from .quantizer import Forms, quantizer_of, shared
 from .split import SPLIT
 from .supported import LayerKind
@@ -280,18 +281,30 @@ class QuantizedLinear(nn.Module):
         return LayerKind(self.linear.weight_dtype, static=not self.dynamic)
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
-        linear: Any = self.linear
-        if torch.compiler.is_dynamo_compiling():  # before a buffer is read
-            self._derive_for_graph()
-        if not torch.compiler.is_compiling() and (merged := merged_of(linear)) is not None:
-            self._derive_again()
-            quantizers = self._scale_reciprocal, self._offset
-            compute = partial(self._product, input, merged)
-            out = merged.product(linear.index, input, quantizers, compute)
-            if out is not None:
-                own: Tensor = linear.own_rows(out)
-                return own
-        return self._product(input, linear)
+        linear: Any = self._modules["linear"]
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():  # before a buffer is read
+                self._derive_for_graph()
+            return self._product(input, linear)
+        self._derive_again()
+        if (merged := merged_of(linear)) is None:
+            return self._eagerly(input, linear)
+        quantizers = self._scale_reciprocal, self._offset
+        compute = partial(self._eagerly, input, merged)
+        out = merged.product(linear.index, input, quantizers, compute)
+        if out is None:
+            return self._product(input, linear)
+        own: Tensor = linear.own_rows(out)
+        return own
+
+    def _eagerly(self, input: Tensor, linear: LinearQuant) -> Tensor:
+        """`_product`, on the CPU in one call if that can be."""
+        out = None
+        if "quantize_rows" not in vars(self):
+            scale_reciprocal, offset = self._buffers["_scale_reciprocal"], self._buffers["_offset"]
+            if scale_reciprocal is None or input.dtype is self.input_dtype:
+                out = in_one_call(input, linear, scale_reciprocal, offset)
+        return self._product(input, linear) if out is None else out
 
     def _product(self, input: Tensor, linear: LinearQuant) -> Tensor:
         """The product of an input with `linear`, or with the weight that it is merged into."""
@@ -322,8 +335,6 @@ class QuantizedLinear(nn.Module):
                 "layer.weight.dtype, not next(layer.parameters()).dtype. If the layer before "
                 "returns int8, make this layer with takes_int8=True."
             )
-        if not torch.compiler.is_compiling():
-            self._derive_again()
         if self._scale_reciprocal is None:
             quantized, scale = self.quantize_rows(rows, linear.weight_dtype)
             out = linear(quantized, scale)

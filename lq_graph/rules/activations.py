@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..errors import LinearQuantTypeError, LinearQuantValueError
-from ..kernels import Arithmetic, TensorLike, for_rows, storage_k
+from ..kernels import Arithmetic, TensorLike, for_rows, logical_k, storage_k
 from .advice import cast, is_exact
 from .cann import Target, quant_rows_in, since_of, target_of, upgrade
+from .plan import Spec
 from .products import get_target
 from .refusal import Fix, list_of, refused
-from .symbolic import check_equal_sizes, known_true
+from .symbolic import cached_decision, check_equal_sizes, known_true
 from .tables import (
     MIN_DIMS,
     QUANT_MAX_DIMS,
@@ -46,6 +49,12 @@ class QuantPlan:
     int4: bool
     product: Product
 
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        """Of the product's DynamicQuant kernel, for rows of this length; k is a number."""
+        k = logical_k(self.output_shape[-1], self.row.output_dtype)
+        return dynamic_arithmetic(self.product, k)
+
 
 def dynamic_arithmetic(product: Product, k: int) -> Arithmetic:
     """The arithmetic of a product's DynamicQuant kernel for rows of k values."""
@@ -55,7 +64,7 @@ def dynamic_arithmetic(product: Product, k: int) -> Arithmetic:
 def plan_dynamic_quant(
     x: TensorLike, dtype: torch.dtype | None, product: Product | None = None
 ) -> QuantPlan:
-    """Check a dynamic_quant call, and return its plan.
+    """Check a dynamic_quant call, and return its plan, cached as `plan` does.
 
     Args:
         x: float16, bfloat16 if the product has it; (..., m, k), 2 to 8 dims.
@@ -68,9 +77,16 @@ def plan_dynamic_quant(
 
     Source: aclnnDynamicQuant.md (hicann/ops-nn, quant/dynamic_quant/docs).
     """
-    target = _target(product)
-    product = target.product
-    row = _row("dynamic_quant", target, x, torch.int8 if dtype is None else dtype)
+    target = get_target() if product is None else _target(product)
+    return _decide_dynamic(target, dtype or torch.int8, x.dtype, x.shape)
+
+
+@cached_decision
+def _decide_dynamic(
+    target: Target, output: torch.dtype, dtype: torch.dtype, shape: Sequence[int]
+) -> QuantPlan:
+    product, x = target.product, Spec(dtype, tuple(shape))
+    row = _row("dynamic_quant", target, x, output)
     _check_dims("dynamic_quant", x, MIN_DIMS)
     *rows, k = x.shape
     pack = STORAGE_DTYPES[row.output_dtype]
@@ -94,7 +110,7 @@ def plan_static_quant(
     offset: TensorLike | None,
     product: Product | None = None,
 ) -> QuantPlan:
-    """Check a static_quant call, and return its plan.
+    """Check a static_quant call, and return its plan, cached as `plan` does.
 
     Args:
         x: float16, float32, bfloat16 if the product has it; (..., k), 1 to 8 dims.
@@ -109,7 +125,21 @@ def plan_static_quant(
     Source: aclnnAscendQuantV3.md (hicann/ops-nn, quant/ascend_quant_v2/docs) and the operator's
     definition, which takes one dtype for all three.
     """
-    target = _target(product)
+    return _decide_static(
+        _target(product),
+        x.dtype,
+        x.shape,
+        scale_reciprocal.dtype,
+        scale_reciprocal.shape,
+        *((None, None) if offset is None else (offset.dtype, offset.shape)),
+    )
+
+
+@cached_decision
+def _decide_static(target: Target, *key: Any) -> QuantPlan:
+    """plan_static_quant() from dtypes and shapes alone: those of the three tensors in order."""
+    x, scale_reciprocal = Spec(key[0], tuple(key[1])), Spec(key[2], tuple(key[3]))
+    offset = None if key[4] is None else Spec(key[4], tuple(key[5]))
     row = _row("static_quant", target, x, torch.int8, scale_reciprocal, offset)
     _check_dims("static_quant", x, 1)
     k = x.shape[-1]

@@ -115,7 +115,7 @@ def plan(
     if product is not None or cann is not None:
         target = target_of(product or target.product, cann or target.cann)
     output = torch.int8 if output_dtype is None else output_dtype
-    # One flat key of dtypes and shapes: every eager call pays for this look-up.
+    # The key is as short and as flat as it can be: every eager call pays for this look-up.
     key = (
         target,
         output,
@@ -125,9 +125,9 @@ def plan(
         weight.shape,
         scale.dtype,
         scale.shape,
-        *((None, None) if offset is None else (offset.dtype, offset.shape)),
-        *((None, None) if pertoken_scale is None else (pertoken_scale.dtype, pertoken_scale.shape)),
-        *((None, None) if bias is None else (bias.dtype, bias.shape)),
+        None if offset is None else (offset.dtype, offset.shape),
+        None if pertoken_scale is None else (pertoken_scale.dtype, pertoken_scale.shape),
+        None if bias is None else (bias.dtype, bias.shape),
     )
     try:
         found = _cached_decision(*key)
@@ -142,13 +142,9 @@ def plan(
 
 
 def _decide(target: Target, output: torch.dtype, *key: Any) -> Plan:
-    """plan() from dtypes and shapes alone: those of the six tensors in order, None if absent."""
-    given = [
-        None if dtype is None else Spec(dtype, tuple(shape))
-        for dtype, shape in zip(key[::2], key[1::2], strict=True)
-    ]
-    x1, weight, scale, offset, pertoken_scale, bias = given
-    assert x1 is not None and weight is not None and scale is not None
+    """plan() from dtypes and shapes alone, as its key has them."""
+    x1, weight, scale = (Spec(key[at], tuple(key[at + 1])) for at in (0, 2, 4))
+    offset, pertoken_scale, bias = (one and Spec(one[0], tuple(one[1])) for one in key[6:])
     dtypes = {
         "scale": scale.dtype,
         "offset": None if offset is None else offset.dtype,

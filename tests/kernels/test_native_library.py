@@ -14,7 +14,7 @@ import torch
 import cann_host
 import lq_graph
 from cann_host import _native, runtime
-from lq_graph.kernels import native
+from lq_graph.kernels import library, native
 from support.native import by_torch, needs_kernel, values
 from support.processes import output_of, python, script
 
@@ -25,33 +25,62 @@ I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16
 @pytest.fixture
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Look for the kernel again, and once more afterwards."""
-    native._kernel.cache_clear()
+    library.loaded.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native._kernel.cache_clear()
+    library.loaded.cache_clear()
 
 
 @pytest.mark.parametrize("value", ["0", "off", "false", "no", "OFF", " False "])
 def test_it_can_be_switched_off(value: str, asked_again: pytest.MonkeyPatch) -> None:
     asked_again.setenv("LQ_GRAPH_NATIVE", value)
-    assert not native.is_available()
+    assert library.loaded() is None
 
 
 @needs_kernel
 @pytest.mark.parametrize("value", ["", "1", "on", "true", "Yes"])
 def test_it_can_be_asked_for(value: str, asked_again: pytest.MonkeyPatch) -> None:
     asked_again.setenv("LQ_GRAPH_NATIVE", value)
-    assert native.is_available()
+    assert library.loaded() is not None
+
+
+@needs_kernel
+def test_it_can_be_an_instruction_set(asked_again: pytest.MonkeyPatch) -> None:
+    for name in library.instruction_sets():
+        library.loaded.cache_clear()
+        asked_again.setenv("LQ_GRAPH_NATIVE", name)
+        found = library.loaded()
+        assert found is not None and found.instruction_set == name
+        other = found.can[-1]
+        with library.using(other):
+            assert found.instruction_set == other
+        assert found.instruction_set == name
+        with pytest.raises(ValueError, match="instruction set 'mmx'; this processor has "):
+            found.use("mmx")
+
+
+@needs_kernel
+def test_an_instruction_set_that_is_not_there(asked_again: pytest.MonkeyPatch) -> None:
+    found = library.loaded()
+    assert found is not None
+    name = next((name for name, (has, _) in found.sets.items() if not has), None)
+    if name is None:
+        pytest.skip("this processor has all of them")
+    library.loaded.cache_clear()
+    asked_again.setenv("LQ_GRAPH_NATIVE", name)
+    text = f"LQ_GRAPH_NATIVE is '{name}', which this processor does not have; .*{found.can[0]}"
+    with pytest.warns(RuntimeWarning, match=text):
+        assert library.loaded() is None
 
 
 def test_another_value_gives_a_warning(asked_again: pytest.MonkeyPatch) -> None:
     asked_again.setenv("LQ_GRAPH_NATIVE", "perhaps")
     text = "LQ_GRAPH_NATIVE is 'perhaps'; allowed are 0, off, false, no .* not used now"
     with pytest.warns(RuntimeWarning, match=text):
-        assert not native.is_available()
+        assert library.loaded() is None
 
 
-def library(path: Path, source: str) -> Path:
+def build(path: Path, source: str) -> Path:
     """A library of this C++ source, as an older or another checkout would have built it."""
     path.parent.mkdir(parents=True)
     command = [os.environ.get("CXX", "g++"), "-x", "c++", "-shared", "-fPIC", "-", "-o", str(path)]
@@ -63,11 +92,9 @@ def library(path: Path, source: str) -> Path:
 
 
 # a kernel that would write where its struct ends, were it called
-_OLD = (
-    """extern "C" { int lq_matmul_supported() { return 1; } int lq_matmul(void*) { return 0; } }"""
-)
+_OLD = """extern "C" { int lq_targets() { return 1; } int lq_matmul(void*) { return 0; } }"""
 
-_OTHER = _OLD + """ extern "C" const char* lq_matmul_sources() { return "other"; }"""
+_OTHER = _OLD + """ extern "C" const char* lq_sources() { return "other"; }"""
 
 
 @pytest.mark.parametrize("source", [_OLD, _OTHER], ids=["older", "other"])
@@ -75,23 +102,23 @@ def test_a_library_of_other_sources_is_left_alone(
     source: str, tmp_path: Path, asked_again: pytest.MonkeyPatch
 ) -> None:
     """Torch computes the same, so it is a warning, once."""
-    library(tmp_path / "lib" / native._LIBRARY, source)
-    here = str(Path(native.__file__).parent)
-    asked_again.setattr(native, "__path__", [str(tmp_path), here])
+    build(tmp_path / "lib" / library.NAME, source)
+    here = str(Path(library.__file__).parent)
+    asked_again.setattr(library, "__path__", [str(tmp_path), here])
     x, weight, scale = values(4, 64), values(8, 64), torch.rand(8)
     text = "built from other sources than the Python beside it: run pip install -e . again"
     with pytest.warns(RuntimeWarning, match=text):
         out = lq_graph.linear_quant(x, weight, scale, output_dtype=BF16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        assert not native.is_available()
+        assert library.loaded() is None
     assert torch.equal(out, by_torch(x, weight, scale, output_dtype=BF16))
 
 
 @needs_kernel
 def test_a_struct_of_another_size_is_not_read() -> None:
-    kernel = native._kernel()
-    assert kernel is not None and kernel(bytes(native._CALL.size + 8), native._CALL.size + 8) == 3
+    found, size = library.loaded(), native._MATMUL.size + 8
+    assert found is not None and found.matmul(bytes(size), size) == 3
 
 
 _OLD_STAND_IN = """extern "C" int cann_host_entries() { return 0; }"""
@@ -102,7 +129,7 @@ def test_the_stand_in_takes_no_library_of_other_sources(
     says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     symbol = f'extern "C" const char* cann_host_sources() {{ return "{says}"; }}'
-    path = library(tmp_path / "lib" / _native.NAMES[0], _OLD_STAND_IN + (says and symbol))
+    path = build(tmp_path / "lib" / _native.NAMES[0], _OLD_STAND_IN + (says and symbol))
     monkeypatch.setattr(_native, "library_directory", lambda: path.parent)
     text = "were built from other sources than the Python beside them: run pip install -e . again"
     with pytest.raises(cann_host.CannHostError, match=text):
@@ -137,7 +164,7 @@ def test_in_a_process_of_its_own(arguments: str, environment: dict[str, str]) ->
 
 
 def test_the_call_has_the_layout_the_kernel_reads() -> None:
-    """struct LqMatmul: seven pointers, seven 64-bit numbers, four 32-bit ones."""
+    """struct LqMatmul: pointers, 64-bit numbers, 32-bit ones."""
     source = (Path(lq_graph.__file__).parent / "kernels" / "csrc" / "call.h").read_text()
     body = source.split("struct LqMatmul {")[1].split("};")[0]
     fields = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
@@ -145,4 +172,4 @@ def test_the_call_has_the_layout_the_kernel_reads() -> None:
     for field in filter(None, fields):
         kind = "q" if "*" in field or field.startswith("int64_t") else "i"
         sizes += kind * (field.count(",") + 1)
-    assert sizes == "q" * 14 + "i" * 4 and native._CALL.size == 14 * 8 + 4 * 4
+    assert sizes == "q" * 16 + "i" * 4 and native._MATMUL.size == 16 * 8 + 4 * 4

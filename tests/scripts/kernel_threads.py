@@ -9,7 +9,7 @@ import torch
 
 import lq_graph
 from lq_graph import kernels
-from lq_graph.kernels import native
+from lq_graph.kernels import library
 
 
 def counts() -> None:
@@ -49,7 +49,7 @@ class Products:
 
 def exact(threads: str, more: str = "") -> None:
     """Exact with so many threads; and, if asked for more, in a fork and from 12 threads at once."""
-    assert native.is_available()
+    assert library.loaded()
     torch.set_num_threads(int(threads))
     products = Products()
     products.check()

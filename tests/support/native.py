@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -9,13 +10,26 @@ import torch
 from torch import Tensor
 
 from lq_graph import kernels
-from lq_graph.kernels import native
+from lq_graph.kernels import library, native
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 
 needs_kernel = pytest.mark.skipif(
-    not native.is_available(), reason="no AVX-512 VNNI, or no compiler at installation"
+    library.loaded() is None, reason="the compiled CPU kernels are not used here"
 )
+
+
+def _instruction_sets() -> list[tuple[str, bool]]:
+    path = native.library()
+    if path is None or not native.is_available():
+        return []
+    library = ctypes.CDLL(path)
+    library.lq_targets.restype = ctypes.c_char_p
+    return [(name[:-1], name.endswith("+")) for name in library.lq_targets().decode().split()]
+
+
+# Those that the compiled kernel has, the best one first, each with whether this processor has it.
+INSTRUCTION_SETS = _instruction_sets()
 
 
 def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:

@@ -108,14 +108,14 @@ for finder in [f for f in sys.meta_path if "ScikitBuild" in type(f).__name__]:
 
 def stale_package(folder: Path) -> None:
     """lq_graph with its compiled kernel, and a source file that was changed afterwards."""
-    from lq_graph.kernels import native
+    from lq_graph.kernels import library
 
     leave = shutil.ignore_patterns("__pycache__", "lib")
     shutil.copytree(ROOT / "lq_graph", folder / "lq_graph", ignore=leave)
-    library = native.library()
-    assert library is not None
+    file = library.path()
+    assert file is not None
     (folder / "lq_graph/kernels/lib").mkdir()
-    shutil.copy(library, folder / "lq_graph/kernels/lib")
-    with (folder / "lq_graph/kernels/csrc/qgemm.cpp").open("a") as source:
+    shutil.copy(file, folder / "lq_graph/kernels/lib")
+    with (folder / "lq_graph/kernels/csrc/dispatch.cpp").open("a") as source:
         source.write("// changed\n")
     (folder / "sitecustomize.py").write_text(_OWN_LQ_GRAPH)

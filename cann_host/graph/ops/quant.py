@@ -50,8 +50,8 @@ from lq_graph.kernels import (
     NzWeight,
     dynamic_quant,
     dynamic_quant_with_offset,
+    library,
     logical_k,
-    native,
     pack_scale,
     quant_matmul,
     static_quant,
@@ -133,7 +133,7 @@ def _quant_batch_matmul(
     right: Tensor | NzWeight
     # as the compiled kernel reads a weight: (n, k), also if it comes through a Transpose. Without
     # that kernel, `nd` is a copy that is kept.
-    stored = nz.weight if nz is not None and len(x2.shape) == 2 and native.is_available() else None
+    stored = nz.weight if nz is not None and len(x2.shape) == 2 and library.loaded() else None
     if nz is not None and stored is not None and transpose_x2 != nz.swapped and not transpose_x1:
         left, right = x1.packed if isinstance(x1, Int4) else x1, stored
     else:

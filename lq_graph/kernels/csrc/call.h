@@ -1,4 +1,4 @@
-// One call of the kernel, as native.py packs it, and its return codes.
+// The calls of the kernels, as native.py packs them, and their return codes.
 #ifndef LQ_GRAPH_CALL_H_
 #define LQ_GRAPH_CALL_H_
 #include <cstddef>
@@ -10,6 +10,7 @@ extern "C" {
 struct LqMatmul {
   const uint8_t* x;         // (m, row_bytes)
   const uint8_t* w;         // (n, row_bytes)
+  const uint8_t* prepared;  // w as `prepare` packed it, or null
   const void* scale;        // float32 or packed int64; unused for int32 output
   const float* offset;      // (n) or (1), to be folded with a float32 scale, or null
   const float* pertoken;    // (m) or null
@@ -27,16 +28,49 @@ struct LqMatmul {
   int32_t threads;
 };
 
+// Rows of activations to be quantized: see activations.h.
+struct LqQuantize {
+  const void* x;       // (m, k), of dtype
+  const void* factor;  // (k) or (1), of dtype, if static
+  const void* offset;  // as factor, or null
+  void* out;           // (m, k) int8, or (m, k / 2) bytes of two int4, the first one low
+  float* scale;        // (m), if dynamic
+  int64_t m, k;
+  int64_t x_stride;       // bytes
+  int64_t factor_stride;  // 0: one factor, and one offset, for all columns
+  int32_t dtype;          // LqFloat
+  int32_t arithmetic;     // LqArithmetic
+  int32_t values;         // LqValues
+  int32_t threads;
+};
+
+// A layer: rows are quantized, dynamically or statically, and multiplied. Of `quantize`, out and scale are
+// not read, nor threads; of `matmul`, x, x_stride and, for dynamic rows, pertoken.
+struct LqLayer {
+  LqQuantize quantize;
+  LqMatmul matmul;
+};
+
 // What one instruction set computes. Each of targets/ defines one.
 struct LqTarget {
   const char* name;
   bool (*is_supported)();  // by this processor
   int (*matmul)(const LqMatmul& call);
+  int (*quantize)(const LqQuantize& call);
+  int (*layer)(const LqLayer& call);
+  // A weight, packed in the order in which this instruction set reads it fastest; 0 bytes if that would
+  // not be faster. Of a call they read what is about w.
+  int64_t (*prepared_bytes)(const LqMatmul& call);
+  void (*prepare)(const LqMatmul& call, uint8_t* out);
 };
 }
 
 // Return codes.
 enum LqAnswer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
 enum LqScale : int32_t { kFloat = 0, kFolded = 1, kPacked = 2 };
+enum LqFloat : int32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
+enum LqValues : int32_t { kInt8 = 0, kPackedInt4 = 1, kInt4 = 2 };  // int4, one to a byte
+// The first five are Arithmetic's of kernels/activations.py, in its order.
+enum LqArithmetic : int32_t { kMultiply, kReciprocal, kDivide, kHalf, kStep, kStatic };
 
 #endif  // LQ_GRAPH_CALL_H_

@@ -87,10 +87,35 @@ int lq_use(const char* name) {
 // The digest of the sources that this was built from, as CMakeLists.txt computes it.
 const char* lq_sources() { return LQ_SOURCES; }
 
+// Bytes that lq_prepare writes for the w of a call. 0: another struct.
+int64_t lq_prepared_bytes(const LqMatmul* call, size_t bytes) {
+  return bytes == sizeof(LqMatmul) ? target->prepared_bytes(*call) : 0;
+}
+
+// Packs the w of a call for LqMatmul::prepared into `out`.
+int lq_prepare(const LqMatmul* call, size_t bytes, uint8_t* out) {
+  if (bytes != sizeof(LqMatmul)) return kOtherStruct;
+  target->prepare(*call, out);
+  return kDone;
+}
+
 // Returns one of LqAnswer. `bytes` is the size of LqMatmul in the caller.
 int lq_matmul(const LqMatmul* call, size_t bytes) {
   if (bytes != sizeof(LqMatmul)) return kOtherStruct;
   if (!IsFinite(*call)) return kNotFinite;
   return target->matmul(*call);
+}
+
+// Returns one of LqAnswer.
+int lq_quantize(const LqQuantize* call, size_t bytes) {
+  if (bytes != sizeof(LqQuantize)) return kOtherStruct;
+  return target->quantize(*call);
+}
+
+// Returns one of LqAnswer.
+int lq_layer(const LqLayer* call, size_t bytes) {
+  if (bytes != sizeof(LqLayer)) return kOtherStruct;
+  if (!IsFinite(call->matmul)) return kNotFinite;
+  return target->layer(*call);
 }
 }

@@ -100,8 +100,8 @@ INLINE_TARGET void StoreColumns(const LqMatmul& call, const EpilogueColumns& c, 
 // rows of the output may be so far apart that L1 drops a line before the loop returns to it.
 TARGET void Epilogue(const LqMatmul& call, const int32_t* sums, int64_t stride,
                      const int32_t* compensation, const Tile& tile) {
-  constexpr int64_t kTogether = std::min(kLineColumns, 2 * kLanes);
-  for (int64_t column = tile.left; column < tile.right; column += kTogether, sums += kTogether) {
+  constexpr int64_t kAtOnce = std::min(kLineColumns, 2 * kLanes);
+  for (int64_t column = tile.left; column < tile.right; column += kAtOnce, sums += kAtOnce) {
     const int64_t count = tile.right - column;
     const EpilogueColumns first = LoadColumns(call, column, count);
     const EpilogueColumns second = LoadColumns(call, column + kLanes, count - kLanes);

@@ -17,17 +17,28 @@
 
 namespace {
 
+// kStep bytes of a packed row of w, in all lanes if they are fewer than a register.
+INLINE_TARGET Ints LoadStep(const uint8_t* w) {
+  if constexpr (kStep == kBytes) return Load(w);
+  int32_t word;
+  static_assert(kStep == kBytes || kStep == sizeof(word));
+  std::memcpy(&word, w, sizeof(word));
+  return Set(word);
+}
+
 // panels * kPanel rows by `columns` sums over `blocks` of w. They are written to c (`first`) or added to
-// it; c is stored column by column. A step reads four bytes of values of kPanel rows of x, the next panel
-// is `x_panel` bytes further; w has kSliceDepth bytes for each column.
+// it; c is stored column by column. A step reads kStep bytes of values of kPanel rows of x, the next
+// panel is `x_panel` bytes further; w has kSliceDepth bytes for each column.
 template <bool int4, int panels, int columns>
 TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                           const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
-  Ints sum[columns][panels];
-#pragma GCC unroll 16
-  for (int j = 0; j < columns; ++j)
+  // with an odd number of columns and kTogether = 2, those of the last are of no use
+  constexpr int kSums = (columns + kTogether - 1) / kTogether * kTogether;
+  Ints sum[panels][kSums];
 #pragma GCC unroll 2
-    for (int i = 0; i < panels; ++i) sum[j][i] = Ints{};
+  for (int i = 0; i < panels; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums; ++j) sum[i][j] = Ints{};
   // Pack-ahead is in the order of memory: block after block of a row, or in FRACTAL_NZ row after row of
   // a block.
   const bool nz = pack_ahead.w_step != 32;
@@ -57,27 +68,36 @@ TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, in
         to += to_next_run - run * to_step;
       }
     }
-    for (const int8_t* end = x + kValues<int4> * kPanel; x != end; x += kBytes, w += 4) {
-      Ints rows[panels];
+    for (const int8_t* end = x + kValues<int4> * kPanel; x != end;
+         x += kStep * kPanel, w += kStep) {
+      Ints rows[panels][kStep / 4];
 #pragma GCC unroll 2
-      for (int i = 0; i < panels; ++i) rows[i] = Load(x + i * x_panel);
+      for (int i = 0; i < panels; ++i)
+#pragma GCC unroll 4
+        for (int word = 0; word < kStep / 4; ++word)
+          rows[i][word] = Load(x + i * x_panel + word * kBytes);
 #pragma GCC unroll 16
-      for (int j = 0; j < columns; ++j) {
-        int32_t four;
-        std::memcpy(&four, w + j * kSliceDepth, 4);
-        const Ints word = Set(four);
+      for (int j = 0; j < kSums; j += kTogether) {
+        Ints columns_of_w[kTogether];
 #pragma GCC unroll 2
-        for (int i = 0; i < panels; ++i) sum[j][i] = Dot<int4>(sum[j][i], word, rows[i]);
+        for (int i = 0; i < kTogether; ++i)
+          columns_of_w[i] = LoadStep(w + (j + i) * kSliceDepth);
+#pragma GCC unroll 2
+        for (int i = 0; i < panels; ++i) DotStep<int4>(&sum[i][j], columns_of_w, rows[i]);
       }
     }
   }
+#pragma GCC unroll 2
+  for (int i = 0; i < panels; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums; j += kTogether) OrderSums(&sum[i][j]);
 #pragma GCC unroll 16
   for (int j = 0; j < columns; ++j)
 #pragma GCC unroll 2
     for (int i = 0; i < panels; ++i) {
       int32_t* target = c + j * c_stride + kPanel * i;
-      if (!first) sum[j][i] += Load(target);
-      Store(target, sum[j][i]);
+      if (!first) sum[i][j] += Load(target);
+      Store(target, sum[i][j]);
     }
 }
 
@@ -143,6 +163,7 @@ TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tile
     const Slice second = slices.Lookahead(0), third = slices.Lookahead(1);
     const Tile& tile = slice.tile;
     if (packed < slice.depth) PackSlice<int4>(call, slice, packed, w);
+    OrderW(w, tile.right - tile.left, (slice.depth + kBlock - 1) / kBlock * kValues<int4>);
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
     packed = std::min((slice.depth + kBlock - 1) / kBlock, next.depth / kBlock) * kBlock;
     const PackAhead pack_ahead{from,

@@ -89,7 +89,7 @@ TARGET void PackPanel(const LqMatmul& call, int64_t top, const PackedX& x) {
           for (int part = 0; part < kParts<int4>; ++part) parts[part][i] = of_row[part];
         }
         for (int part = 0; part < kParts<int4>; ++part) {
-          Transpose(parts[part]);
+          OrderX(parts[part]);
           int8_t* const to = out + (part * kBlock + in) * kPanel;
           for (int i = 0; i < kLanes; ++i) {
             Store(to + i * kBytes, parts[part][i]);

@@ -19,6 +19,9 @@ constexpr int64_t kDepthOneRow = 16384, kDepthOneBlock = 4096, kDepthManyBlocks 
 // Many rows: x is transposed once. A register holds values along m, so no lanes are summed. w is read in
 // words of four bytes from a packed copy of a few rows: rows at a distance of a multiple of 4096 bytes
 // would compete for the same lines of the L1 cache.
+// From this number of rows on, a prepared weight is used.
+constexpr int64_t kPreparedRows = 16;
+
 constexpr int64_t kPanel = kLanes;     // rows of x in a register
 constexpr int64_t kSliceColumns = 16;  // rows of w in a slice
 constexpr int64_t kLineColumns =

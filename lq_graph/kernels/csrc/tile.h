@@ -26,19 +26,21 @@ class TileScheduler {
     std::atomic<uint64_t> pieces;  // the first one left, and the end: 32 bits each
   };
 
+  // How a kernel wants its tiles: at most `tall` rows, in multiples of `unit`; columns in multiples of
+  // `step`, `wide` of them in a piece, at most `widest`.
+  struct Shape {
+    int64_t tall, unit, step, wide, widest;
+  };
+
   // `shares` has one element for each thread.
-  TileScheduler(const LqMatmul& call, Share* shares)
+  TileScheduler(const LqMatmul& call, const Shape& shape, Share* shares)
       : rows_(call.m), columns_(call.n), threads_(call.threads), shares_(shares) {
-    // With few rows a tile has all rows, and as many columns as a thread takes at once.
-    const bool many = HasManyRows(call);
-    const int64_t tall = many ? kTileRows : rows_, unit = many ? kPanel : 1;
-    const int64_t wide = many ? kLineColumns : kBlockColumns,
-                  widest = many ? kTileColumns : columns_;
+    const auto [tall, unit, step, wide, widest] = shape;
     // 1 to 4 pieces for each thread: a piece is about 10 us of work or more
     const int64_t each =
         std::clamp<int64_t>(call.m * call.n * call.row_bytes / threads_ >> 22, 1, 4);
-    const int64_t sixteens = (columns_ + 16 * each * threads_ - 1) / (16 * each * threads_);
-    wide_ = std::min(wide, sixteens * 16);
+    const int64_t steps = (columns_ + step * each * threads_ - 1) / (step * each * threads_);
+    wide_ = std::min(wide, steps * step);
     across_ = (columns_ + wide_ - 1) / wide_;
     most_ = std::min(across_, std::max<int64_t>(1, widest / wide_));
     const int64_t times = std::max((rows_ + tall - 1) / tall, across_ < threads_ ? threads_ : 1);

@@ -37,6 +37,11 @@ constexpr int kAccumulators = 8;
 #endif
 template <bool int4>
 constexpr int kRows = 2;
+template <bool int4>
+constexpr bool kPrepares = kParts<int4> == 1;  // otherwise Split takes what the order of memory saves
+constexpr int kGroup = 2;
+template <bool int4>
+constexpr int kGroupRows = kParts<int4> == 1 ? 6 : 4;
 constexpr int64_t kManyRows = 16;
 constexpr int64_t kSliceDepth = 1024;
 
@@ -136,7 +141,7 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 INLINE_TARGET Floats Round(Floats v) {
   return (Floats)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-INLINE_TARGET Ints ToInts(Floats whole) { return (Ints)_mm256_cvtps_epi32((__m256)whole); }
+INLINE_TARGET Ints ToInts(Floats v) { return (Ints)_mm256_cvtps_epi32((__m256)v); }
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
@@ -156,7 +161,16 @@ INLINE_TARGET void StoreInt8(void* to, Ints v) {
   const __m128i eight = _mm256_castsi256_si128(words);
   _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packs_epi16(eight, eight));
 }
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b);
+  const __m256i cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+  // each 128-bit half holds four values of each
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return (Ints)_mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+}
 
 }  // namespace
+
+#include "by_words.h"
 
 #endif  // LQ_GRAPH_ISA_AVX2_H_

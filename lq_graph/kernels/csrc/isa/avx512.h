@@ -29,6 +29,13 @@ constexpr int kAdded = int4 ? 8 : 128;
 // Rows of x in a block of few rows. int4 needs two registers for each row of w, so fewer are left.
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
+// A prepared weight: whether it is faster than the weight as it is stored, registers in a group, and rows
+// of x that are multiplied by it together.
+template <bool int4>
+constexpr bool kPrepares = true;
+constexpr int kGroup = 4;
+template <bool int4>
+constexpr int kGroupRows = int4 ? 5 : 6;
 constexpr int64_t kManyRows = 32;      // from this number of rows on, x is transposed
 constexpr int kAccumulators = 16;      // registers: 16 rows of w by one panel of x, or 8 by two
 constexpr int64_t kSliceDepth = 2048;  // bytes of a row of w in a packed slice, at most
@@ -136,7 +143,8 @@ INLINE_TARGET void LoadPairs(const void* from, Ints* even, Ints* odd) {
 INLINE_TARGET Floats Round(Floats v) {
   return (Floats)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-INLINE_TARGET Ints ToInts(Floats whole) { return (Ints)_mm512_cvtps_epi32((__m512)whole); }
+// Rounded half to even.
+INLINE_TARGET Ints ToInts(Floats v) { return (Ints)_mm512_cvtps_epi32((__m512)v); }
 
 INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
@@ -153,7 +161,17 @@ INLINE_TARGET void StoreLow16(void* to, Ints v) {
 INLINE_TARGET void StoreInt8(void* to, Ints v) {  // saturating
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtsepi32_epi8((__m512i)v));
 }
+// The values of a, b, c and d, in this order, as int8; saturating.
+INLINE_TARGET Ints ToInt8(Ints a, Ints b, Ints c, Ints d) {
+  const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b);
+  const __m512i cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
+  // each 128-bit lane holds four values of each
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (Ints)_mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
+}
 
 }  // namespace
+
+#include "by_words.h"
 
 #endif  // LQ_GRAPH_ISA_AVX512_H_

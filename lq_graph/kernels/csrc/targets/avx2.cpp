@@ -11,4 +11,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_avx2{"avx2", IsSupported, Matmul};
+LQ_DEFINE_TARGET(avx2)

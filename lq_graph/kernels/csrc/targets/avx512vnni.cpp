@@ -12,4 +12,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_avx512vnni{"avx512vnni", IsSupported, Matmul};
+LQ_DEFINE_TARGET(avx512vnni)

@@ -12,4 +12,4 @@ bool IsSupported() {
 
 }  // namespace
 
-extern const LqTarget kTarget_avxvnni{"avxvnni", IsSupported, Matmul};
+LQ_DEFINE_TARGET(avxvnni)

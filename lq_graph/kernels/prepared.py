@@ -1,0 +1,106 @@
+"""Weights that were packed beforehand for the compiled kernels."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .calls import DONE, MATMUL, refuse, weight_of
+from .library import loaded
+
+__all__ = ["drop", "prepare", "prepared_of"]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A copy of a weight in the order in which an instruction set reads it fastest.
+
+    Attributes:
+        packed: uint8, the copy.
+        instruction_set: whose order it is.
+        weight: refers to the tensor that was prepared.
+        memory: that tensor's memory, held, so that no other tensor gets its address.
+        version: of that tensor then; -1 for an inference tensor, which has none.
+    """
+
+    packed: Tensor
+    instruction_set: str
+    weight: weakref.ref[Tensor]
+    memory: Tensor
+    version: int
+
+
+# By id of the weight. State dicts, copies and files do not see it.
+_all: dict[int, _Prepared] = {}
+
+
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
+
+
+def prepare(weight: Tensor) -> int:
+    """Pack a weight for the compiled kernels, which then read the copy for 16 rows of x or more.
+
+    The copy is dropped with the weight. It is no longer used when the weight was written in place,
+    or got other memory (`weight.data = tensor`).
+
+    Args:
+        weight: int8 (n, k), or int32 (n, k/8) carrying int4, on the CPU.
+
+    Returns:
+        Bytes of the copy; 0 if the kernels would not be faster with one, or do not compute this
+        weight.
+    """
+    library = loaded()
+    if library is None or weight.device.type != "cpu":
+        return 0
+    found = _all.get(id(weight))
+    if found is not None and _is_valid(found, weight, library.instruction_set):
+        return found.packed.nbytes
+    drop(weight)
+    stored = weight_of(weight)
+    if stored is None:
+        return 0
+    call = MATMUL.pack(
+        0, stored.address, 0, 0, 0, 0, 0, 0, 0, 0, stored.n, stored.row_bytes, 0, stored.stride, 0,
+        0, stored.step, stored.int4, 0, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    size = library.prepared_bytes(call, len(call))
+    if not size:
+        return 0
+    packed = torch.empty(size, dtype=torch.uint8)
+    if (answer := library.prepare(call, len(call), packed.data_ptr())) != DONE:
+        refuse(answer)
+    key = id(weight)
+    reference = weakref.ref(weight, lambda _: _all.pop(key, None))
+    _all[key] = _Prepared(
+        packed, library.instruction_set, reference, weight.detach(), _version(weight)
+    )
+    return packed.nbytes
+
+
+def drop(weight: Tensor) -> None:
+    """Free the copy that `prepare` made."""
+    _all.pop(id(weight), None)
+
+
+def _is_valid(found: _Prepared, weight: Tensor, instruction_set: str) -> bool:
+    return (
+        found.weight() is weight
+        and found.memory.data_ptr() == weight.data_ptr()
+        and found.memory.shape == weight.shape
+        and found.memory.stride() == weight.stride()
+        and found.version == _version(weight)
+        and found.instruction_set == instruction_set
+    )
+
+
+def prepared_of(weight: Tensor, instruction_set: str) -> Tensor | None:
+    """The copy of a weight; None if there is none, or if the weight has changed since."""
+    found = _all.get(id(weight)) if _all else None
+    if found is None or not _is_valid(found, weight, instruction_set):
+        return None
+    return found.packed
