@@ -25,7 +25,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 
-from rounds import TO_FLOOR, Call, Results, Slot, beside, copies, least, main
+from rounds import TO_FLOOR, Call, Results, Slot, beside, copies, least, main, prepared_copy
 
 # isort: split
 import torch
@@ -38,11 +38,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY = "copy_ into a ready tensor"
 OURS = "ours bfloat16"
 CLOSE = 0.99  # cosine of a layer's output to that of the float32 layer
-
-
-def prepared(model: nn.Module) -> nn.Module | None:  # noqa: ARG001
-    """A copy of a quantized model with weights prepared for the CPU; None: that does not exist."""
-    return None
 
 
 def quantizers(x: Tensor) -> dict[str, Call]:
@@ -90,7 +85,7 @@ def layers(m: int, weight: Tensor) -> Iterator[tuple[str, Call]]:
         ours = copy.deepcopy(in_dtype)
         lq_graph.quantize(ours, lq_graph.A8W8Dynamic())
         yield f"ours {name}", call(ours, dtype)
-        if (ready := prepared(ours)) is not None:
+        if (ready := prepared_copy(ours)) is not None:
             yield f"ours {name}, prepared", call(ready, dtype)
         compiled = torch.compile(copy.deepcopy(ours), dynamic=False)
         yield f"ours {name}, Inductor", call(compiled, dtype)

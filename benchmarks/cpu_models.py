@@ -36,7 +36,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rounds import Call, Column, Results, Seconds, Slot, main
+from rounds import Call, Column, Results, Seconds, Slot, main, prepared_copy
 
 # isort: split
 import torch
@@ -93,11 +93,6 @@ def without_linears(model: Model) -> Model:
     return model
 
 
-def prepared(model: Model) -> Model | None:  # noqa: ARG001
-    """A copy of a quantized model with weights prepared for the CPU; None: that does not exist."""
-    return None
-
-
 def contestants(model: Model) -> Iterator[tuple[str, Model]]:
     """The models to compare, one after another, from a float model."""
     for name, dtype in DTYPES.items():
@@ -109,7 +104,7 @@ def contestants(model: Model) -> Iterator[tuple[str, Model]]:
         quantized = copy.deepcopy(in_dtype)
         lq_graph.quantize(quantized, lq_graph.A8W8Dynamic())
         yield f"A8W8 {name}", quantized
-        if (ready := prepared(quantized)) is not None:
+        if (ready := prepared_copy(quantized)) is not None:
             yield f"A8W8 {name}, prepared", ready
         if (head := getattr(in_dtype, "lm_head", None)) is not None:
             untied = copy.deepcopy(in_dtype)

@@ -11,6 +11,7 @@ lq_graph's kernel, the floor, and the libraries that have a variable for it.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import itertools
 import os
@@ -28,9 +29,10 @@ from typing import NamedTuple
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # no device is needed
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lq_graph.kernels import native
+import lq_graph
+from lq_graph.kernels import library, prepared
 
 HERE = Path(__file__).parent
 ROUNDS, QUICK = 31, 3
@@ -84,13 +86,13 @@ class Floor:
 
     def __init__(self) -> None:
         folder = tempfile.mkdtemp(prefix="lq_graph_")
-        library = Path(folder) / "floor.so"
+        file = Path(folder) / "floor.so"
         source = HERE / "floor.cpp"
         # -fopenmp to compile, not to link: torch has a runtime loaded
         compile_ = ["c++", "-O2", "-std=c++17", "-fPIC", "-fopenmp", "-c", str(source)]
-        subprocess.run([*compile_, "-o", f"{library}.o"], check=True)
-        subprocess.run(["c++", "-shared", f"{library}.o", "-o", str(library)], check=True)
-        self.lib = ctypes.CDLL(str(library))
+        subprocess.run([*compile_, "-o", f"{file}.o"], check=True)
+        subprocess.run(["c++", "-shared", f"{file}.o", "-o", str(file)], check=True)
+        self.lib = ctypes.CDLL(str(file))
         self.lib.use.restype = ctypes.c_char_p
         self.lib.int8_products.argtypes = (ctypes.c_int64, ctypes.c_int)
         self.lib.read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
@@ -202,8 +204,11 @@ class Results:
         self.say(f"torch {torch.__version__}, {threads} threads, {platform.machine()}")
         why = f"LQ_GRAPH_NATIVE={forced()}" if forced() else "the best of this processor"
         self.say(f"instruction set: {self.floor.isa}, {why}")
-        kernel = "yes" if native.is_available() else "no, torch computes"
-        self.say(f"compiled kernel: {kernel}")
+        kernel = library.loaded()
+        uses = (
+            kernel.instruction_set if kernel else f"none ({library.why_not_used()}), torch computes"
+        )
+        self.say(f"compiled kernel: {uses}")
         self.say(f"int8 peak {(1 << 30) / self.floor.best / 1e9:.0f} GMAC/s")
 
     def say(self, text: str = "") -> None:
@@ -248,14 +253,14 @@ class Results:
         heads = (
             f"{way:>14s}" + "".join(f"{c.head:>10s}" for c in columns) for way in measured.ways
         )
-        self.say(f"   {'':34s}" + "".join(heads))
+        self.say(f"   {'':38s}" + "".join(heads))
         for name in next(iter(measured.ways.values())):
             cells = (
                 f"{seconds[name] * size:11,.{digits}f} {unit}"
                 + "".join(f"{c.of(name, seconds):10.2f}" for c in columns)
                 for seconds in measured.ways.values()
             )
-            self.say(f"   {name:34s}" + "".join(cells))
+            self.say(f"   {name:38s}" + "".join(cells))
 
 
 def layers_and_again(layers: dict[str, list[Call]]) -> dict[str, Ways]:
@@ -271,6 +276,14 @@ def layers_and_again(layers: dict[str, list[Call]]) -> dict[str, Ways]:
 def copies(k: int, n: int) -> Iterator[int]:
     """Seeds of as many layers as no cache holds."""
     yield from range(min(8, CACHE // (k * n) + 1))
+
+
+def prepared_copy(model: nn.Module) -> nn.Module | None:
+    """A copy of a quantized model, its weights packed beforehand for the kernel; None if the kernel
+    would not be faster with them."""
+    model = copy.deepcopy(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, lq_graph.LinearQuant)]
+    return model if sum(prepared.prepare(layer.weight) for layer in layers) else None
 
 
 def main(
