@@ -1,159 +1,136 @@
 """The CPU kernel beside its peers and the machine's limit: `python benchmarks/cpu_kernel.py`.
 
-`... --write` also rewrites benchmarks/cpu_kernel.txt, which has the last results. onnxruntime and
-torchao are shown if they are installed (`pip install onnx onnxruntime torchao`).
+`... --write` also rewrites benchmarks/cpu_kernel.txt, which has the last results; `--isa NAME`
+measures under another instruction set. onnxruntime is shown if it is installed
+(`pip install onnx onnxruntime`). rounds.py tells how it is measured.
 
-All calls of one size run in one process, interleaved, in another order in each round; the results
-are medians. Each call is measured in two ways: `layers`, one layer after another as in a model, so
-that each call's weight comes from memory; and `again`, one layer repeatedly, so that its weight
-stays in the last cache if it fits. Two calls measure the floor, in the same rounds and ways: the
-int8 products of the matmul, from registers, and the reading of its weight. The floor is the longer
-of the two. A sentinel, a fixed piece of work, runs between the rounds: rounds in which it is slower
-than usual are dropped, and their number is printed.
+Each call is measured in two ways: `layers`, one layer after another as in a model, so that each
+call's weight comes from memory; and `again`, one layer repeatedly, so that its weight stays in the
+last cache if it fits. Two calls measure the floor, in the same rounds and ways: the int8 products
+of the matmul, from registers, and the reading of its weight. The floor is the longer of the two.
+
+A float32 scale of a layer without per-token scale is folded on each call, a packed one is ready:
+the line "float scale, over packed" compares the two. The last two sizes are for that alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
-import io
-import itertools
-import os
-import platform
-import random
-import statistics
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # no device is needed
+from rounds import (
+    TO_FLOOR,
+    Call,
+    Measured,
+    Results,
+    beside,
+    copies,
+    forced,
+    layers_and_again,
+    least,
+    main,
+)
 
+# isort: split
 import torch
 from torch import Tensor, nn
 
 import lq_graph
-from lq_graph.kernels import native
+from lq_graph.kernels import prepared
 
-HERE = Path(__file__).parent
-SIZES = [
-    (1, 4096, 4096),
-    (1, 4096, 11008),
-    (16, 4096, 4096),
-    (128, 4096, 4096),
-    (512, 4096, 11008),
-    (1, 512, 128),
-]
-ROUNDS = 31
-SLOT = 4e-3  # seconds of calls in a slot, if one call takes less
-CACHE = 96 << 20  # bytes; more than any cache holds
-DISTURBED = 1.15  # a round is disturbed if its sentinel takes this many times its best time
+# few products for many columns: the fold of the scale takes most of the time
+NARROW = [(1, 64, 4096), (1, 64, 11008)]
+OURS = "ours to bfloat16, pertoken"
+PREPARED = f"{OURS}, prepared"
+FLOAT_SCALE = ", float scale"
+# It has no variable that limits it.
+OWN_CHOICE = "onnxruntime QLinearMatMul u8"
+# with AVX2 alone, oneDNN takes a thousand times as long for bfloat16
+ONEDNN_OUT = torch.float32 if forced() in ("avx2", "avxvnni") else torch.bfloat16
+ONEDNN = f"oneDNN qlinear u8 to {str(ONEDNN_OUT).removeprefix('torch.')}"
 
 
-Call = Callable[[], object]
+def epilogue(acc: Tensor, scale: Tensor, pertoken: Tensor) -> Tensor:
+    """int32 (m, n) to bfloat16 by torch's operators, in the order of the kernel."""
+    return (acc.to(torch.float32) * scale * pertoken.unsqueeze(-1)).to(torch.bfloat16)
 
 
-class Floor:
-    """The machine's limits: floor.cpp, compiled."""
+def in_torch(x: Tensor, weight: Tensor, scale: Tensor, pertoken: Tensor) -> Tensor:
+    return epilogue(torch._int_mm(x, weight.t()), scale, pertoken)
 
-    def __init__(self) -> None:
-        folder = tempfile.mkdtemp(prefix="lq_graph_")
-        library = Path(folder) / "floor.so"
-        source = HERE / "floor.cpp"
-        # -fopenmp to compile, not to link: torch has a runtime loaded
-        compile_ = ["c++", "-O2", "-std=c++17", "-fPIC", "-fopenmp", "-c", str(source)]
-        subprocess.run([*compile_, "-o", f"{library}.o"], check=True)
-        subprocess.run(["c++", "-shared", f"{library}.o", "-o", str(library)], check=True)
-        self.lib = ctypes.CDLL(str(library))
-        self.lib.int8_products.argtypes = (ctypes.c_int64, ctypes.c_int)
-        self.lib.read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
-        self.threads = torch.get_num_threads()
-        self.best = min(self.work() for _ in range(20))
 
-    def work(self) -> float:
-        """Seconds of a fixed piece of work."""
-        start = time.perf_counter()
-        self.lib.int8_products(1 << 30, self.threads)
-        return time.perf_counter() - start
+inductor = torch.compile(in_torch)
 
-    def sentinel(self) -> float:
-        """The time of the same work, divided by its best time."""
-        now = self.work()
-        self.best = min(self.best, now)
-        return now / self.best
 
-    def calls(self, m: int, k: int, n: int, weight: Tensor) -> dict[str, Call]:
-        """The two limits of a matmul of this size."""
-        threads = 1 if m * k * n < 1 << 20 else self.threads
-        address, size = weight.data_ptr(), weight.numel()
+class Layer:
+    """The operands of one layer."""
+
+    def __init__(self, m: int, k: int, n: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+
+        self.x, self.weight = ints(m, k), ints(n, k)
+        self.scale = torch.rand(n, generator=generator) * 1e-4
+        self.packed = lq_graph.trans_quant_param(self.scale)
+        self.pertoken = torch.rand(m, generator=generator)
+
+    def ours(self) -> dict[str, Call]:
+        """The calls whose scale is packed or float."""
+        op = torch.ops.lq_graph.linear_quant.default
+        x, weight, scale, packed = self.x, self.weight, self.scale, self.packed
         return {
-            PRODUCTS: lambda: self.lib.int8_products(m * k * n, threads),
-            READING: lambda: self.lib.read_bytes(address, size, threads),
+            "ours to int8": lambda: op(x, weight, packed),
+            f"ours to int8{FLOAT_SCALE}": lambda: op(x, weight, scale),
+            "ours to float16": lambda: op(x, weight, packed, output_dtype=torch.float16),
+            f"ours to float16{FLOAT_SCALE}": lambda: op(
+                x, weight, scale, output_dtype=torch.float16
+            ),
+            OURS: lambda: op(x, weight, scale, None, self.pertoken, output_dtype=torch.bfloat16),
         }
 
+    def peers(self) -> dict[str, Call]:
+        """int4, and other ways to compute the layer."""
+        op = torch.ops.lq_graph.linear_quant.default
+        x, weight, scale, pertoken = self.x, self.weight, self.scale, self.pertoken
+        (m, k), n = x.shape, weight.shape[0]
+        x4, w4 = (lq_graph.pack_int4(values >> 4) for values in (x, weight))
+        linear, linear16 = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False).bfloat16()
+        xf, xb = torch.randn(m, k), torch.randn(m, k).bfloat16()
+        return {
+            "ours int4 to bfloat16": lambda: op(
+                x4, w4, scale, None, pertoken, output_dtype=torch.bfloat16
+            ),
+            **dict(_prepared(x, weight, scale, pertoken)),
+            "_int_mm alone": lambda: torch._int_mm(x, weight.t()),
+            "_int_mm, torch epilogue": lambda: in_torch(x, weight, scale, pertoken),
+            "_int_mm, Inductor epilogue": lambda: inductor(x, weight, scale, pertoken),
+            "fp32 nn.Linear": lambda: linear(xf),
+            "bf16 nn.Linear": lambda: linear16(xb),
+            **dict(_onednn(x, weight, scale)),
+            **dict(_onnxruntime(x, weight, scale)),
+        }
 
-PRODUCTS, READING = "floor: int8 products", "floor: reading the weight"
-OURS = "ours to bfloat16, pertoken"
+    def expected(self) -> dict[str, Tensor]:
+        """What exact calls return; float64 holds every sum."""
+        acc = (self.x.double() @ self.weight.double().t()).to(torch.int32)
+        out = epilogue(acc, self.scale, self.pertoken)
+        names = "_int_mm, torch epilogue", "_int_mm, Inductor epilogue", OURS, PREPARED
+        # oneDNN multiplies in another order
+        onednn = (acc * (0.01 * self.scale.double())).to(ONEDNN_OUT)
+        return {"_int_mm alone": acc, ONEDNN: onednn, **dict.fromkeys(names, out)}
 
 
-def without_native(call: Call) -> Call:
-    """The same call with torch alone, without the compiled kernel."""
-
-    def run() -> object:
-        kernel, native.matmul = native.matmul, lambda *_: None  # type: ignore[assignment]
-        try:
-            return call()
-        finally:
-            native.matmul = kernel
-
-    return run
-
-
-@torch.compile
-def inductor(x: Tensor, weight: Tensor, scale: Tensor, pertoken: Tensor) -> Tensor:
-    acc = torch._int_mm(x, weight.t()).to(torch.float32)
-    return (acc * scale * pertoken.unsqueeze(-1)).to(torch.bfloat16)
-
-
-def calls_for(m: int, k: int, n: int, seed: int) -> tuple[dict[str, Call], Tensor]:
-    """The calls to compare at one size, for one layer; and its weight."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ints(*shape: int) -> Tensor:
-        return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-
-    x, weight = ints(m, k), ints(n, k)
-    scale = torch.rand(n, generator=generator) * 1e-4
-    packed, pertoken = lq_graph.trans_quant_param(scale), torch.rand(m, generator=generator)
-    x4, w4 = (lq_graph.pack_int4(values >> 4) for values in (x, weight))
+def _prepared(
+    x: Tensor, weight: Tensor, scale: Tensor, pertoken: Tensor
+) -> Iterator[tuple[str, Call]]:
+    """The same as OURS with a weight that was packed beforehand, as oneDNN's and onnxruntime's."""
     op = torch.ops.lq_graph.linear_quant.default
-
-    def to_int8() -> Tensor:
-        return op(x, weight, packed)
-
-    def to_bf16() -> Tensor:
-        return op(x, weight, scale, None, pertoken, output_dtype=torch.bfloat16)
-
-    linear, linear16 = nn.Linear(k, n, bias=False), nn.Linear(k, n, bias=False).bfloat16()
-    xf, xb = torch.randn(m, k), torch.randn(m, k).bfloat16()
-    calls: dict[str, Call] = {
-        "ours to int8": to_int8,
-        OURS: to_bf16,
-        "ours int4 to bfloat16": lambda: op(
-            x4, w4, scale, None, pertoken, output_dtype=torch.bfloat16
-        ),
-        "_int_mm alone": lambda: torch._int_mm(x, weight.t()),
-        "_int_mm, torch epilogue": without_native(to_bf16),
-        "_int_mm, Inductor epilogue": lambda: inductor(x, weight, scale, pertoken),
-        "fp32 nn.Linear": lambda: linear(xf),
-        "bf16 nn.Linear": lambda: linear16(xb),
-        **dict(_onednn(x, weight, scale)),
-        **dict(_onnxruntime(x, weight, scale)),
-        **dict(_torchao(xb, k, n)),
-    }
-    return calls, weight
+    own = weight.clone()
+    if prepared.prepare(own):
+        yield PREPARED, lambda: op(x, own, scale, None, pertoken, output_dtype=torch.bfloat16)
 
 
 def _onednn(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Call]]:
@@ -165,10 +142,10 @@ def _onednn(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Cal
 
     def run() -> Tensor:
         return ops.qlinear_pointwise(
-            unsigned, 0.01, 128, ready, scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+            unsigned, 0.01, 128, ready, scale, zeros, None, 1.0, 0, ONEDNN_OUT, "none", [], ""
         )
 
-    yield "oneDNN qlinear u8 to bfloat16", run
+    yield ONEDNN, run
 
 
 def _onnxruntime(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Call]]:
@@ -207,114 +184,59 @@ def _onnxruntime(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator[tuple[str
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     feed = {"x": (x.to(torch.int16) + 128).to(torch.uint8).numpy()}
-    yield "onnxruntime QLinearMatMul u8", lambda: session.run(None, feed)
+    yield OWN_CHOICE, lambda: session.run(None, feed)
 
 
-def _torchao(x: Tensor, k: int, n: int) -> Iterator[tuple[str, Call]]:
-    """torchao quantizes the activations in the call, so it does more work."""
-    if not importlib.util.find_spec("torchao"):
-        return
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = nn.Sequential(nn.Linear(k, n, bias=False).bfloat16())
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    yield "torchao int8 dynamic", lambda: model(x)
-
-
-class Slots:
-    """The slots of one call: its layers, and the number of calls in a slot."""
-
-    def __init__(self, layers: list[Call]) -> None:
-        self.layers = layers
-        self.next = itertools.cycle(layers)
-        for call in layers * 2:
-            call()
-        self.count = 1
-        self.count = max(1, min(200, int(SLOT / self.seconds(self.next))))
-
-    def seconds(self, calls: Iterator[Call]) -> float:
-        """Seconds of one call."""
-        start = time.perf_counter()
-        for call in itertools.islice(calls, self.count):
-            call()
-        return (time.perf_counter() - start) / self.count
-
-    def both(self) -> tuple[float, float]:
-        """Seconds of a call with one layer after another, and with one layer repeatedly."""
-        layers = self.seconds(self.next)
-        self.layers[0]()
-        return layers, self.seconds(itertools.repeat(self.layers[0]))
+def wrong(layer: Layer, calls: dict[str, Call]) -> list[str]:
+    """The calls that do not return the exact product, beyond a rounding of bfloat16."""
+    names = []
+    expected = layer.expected()
+    for name in expected.keys() & calls.keys():
+        got, want = calls[name](), expected[name]
+        assert isinstance(got, Tensor)
+        step = 0.0 if want.dtype == torch.int32 else 2**-7
+        if not torch.allclose(got.double(), want.double(), rtol=step, atol=0.0):
+            names.append(name)
+    return sorted(names)
 
 
-def measure(calls: dict[str, list[Call]], floor: Floor) -> tuple[list[dict[str, float]], int]:
-    """Median seconds of each call over the undisturbed rounds, in both ways, and how many rounds
-    were disturbed."""
-    slots = [(name, Slots(layers)) for name, layers in calls.items()]
-    rounds: list[dict[str, tuple[float, float]]] = []
-    disturbed = 0
-    while len(rounds) < ROUNDS and disturbed < 6 * ROUNDS:
-        before = floor.sentinel()
-        # in another order each round, because the contents of the caches depend on the call before
-        order = random.Random(len(rounds) + disturbed).sample(slots, len(slots))
-        seconds = {name: calls_of.both() for name, calls_of in order}
-        if max(before, floor.sentinel()) > DISTURBED:
-            disturbed += 1
-        else:
-            rounds.append(seconds)
-    kept = rounds or [seconds]
-    return [
-        {name: statistics.median(r[name][way] for r in kept) for name in calls} for way in (0, 1)
-    ], disturbed
+def float_over_packed(results: Results, measured: Measured) -> None:
+    """Print the time with a float scale, divided by that with a packed one."""
+    ratios = (
+        f"{name.removeprefix('ours ')} {seconds[name + FLOAT_SCALE] / seconds[name]:.2f} {way}"
+        for name in ("ours to int8", "ours to float16")
+        for way, seconds in measured.ways.items()
+    )
+    results.say("   float scale, over packed: " + ", ".join(ratios))
 
 
-def report(out: io.StringIO) -> None:
-    """Print the results of every size to the terminal and to `out`."""
-
-    def say(text: str = "") -> None:
-        print(text, flush=True)
-        out.write(text + "\n")
-
-    floor = Floor()
-    say(f"torch {torch.__version__}, {floor.threads} threads, {platform.machine()}")
-    say(f"compiled kernel: {'yes' if native.is_available() else 'no, torch computes'}")
-    say(f"int8 peak {(1 << 30) / floor.best / 1e9:.0f} GMAC/s")
-    with torch.no_grad():
-        for m, k, n in SIZES:
-            calls: dict[str, list[Call]] = {}
-            for seed in range(min(8, CACHE // (k * n) + 1)):
-                layer, weight = calls_for(m, k, n, seed)
-                for name, call in {**floor.calls(m, k, n, weight), **layer}.items():
-                    calls.setdefault(name, []).append(call)
-            ways, disturbed = measure(calls, floor)
-            least = [max(seconds[PRODUCTS], seconds[READING]) for seconds in ways]
-            say(
-                f"\n({m}, {k}, {n}): floor {least[0] * 1e6:,.1f} us in {len(calls[OURS])} layers, "
-                f"{least[1] * 1e6:,.1f} us again"
-                + (f"; {disturbed} disturbed rounds dropped" if disturbed else "")
-                + (" - ALL OF THEM: do not trust these" if disturbed == 6 * ROUNDS else "")
-            )
-            heads = (f"{way:>14s}  floor/it   it/ours" for way in ("layers", "again"))
-            say(f"   {'':30s}" + "".join(heads))
-            for name in calls:
-                say(
-                    f"   {name:30s}"
-                    + "".join(
-                        f"{seconds[name] * 1e6:11,.1f} us{floor_ / seconds[name]:10.2f}"
-                        f"{seconds[name] / seconds[OURS]:10.2f}"
-                        for seconds, floor_ in zip(ways, least, strict=True)
-                    )
-                )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="rewrite benchmarks/cpu_kernel.txt")
-    arguments = parser.parse_args()
-    out = io.StringIO()
-    report(out)
-    if arguments.write:
-        (HERE / "cpu_kernel.txt").write_text(out.getvalue())
+def report(results: Results, options: argparse.Namespace) -> None:  # noqa: ARG001
+    """Print the results of every size."""
+    for m, k, n in results.sizes + NARROW:
+        calls: dict[str, list[Call]] = {}
+        bad: list[str] = []
+        for seed in copies(k, n):
+            layer = Layer(m, k, n, seed)
+            own = {**results.floor.calls(m, k, n, layer.weight), **layer.ours()}
+            if (m, k, n) not in NARROW:
+                own |= layer.peers()
+                bad = bad or wrong(layer, own)
+            for name, call in own.items():
+                marked = name + (" *" if forced() and name == OWN_CHOICE else "")
+                calls.setdefault(marked, []).append(call)
+        measured = results.measure(layers_and_again(calls))
+        first, again = (least(seconds) * 1e6 for seconds in measured.ways.values())
+        title = (
+            f"({m}, {k}, {n}): floor {first:,.1f} us in {len(calls[OURS])} layers, "
+            f"{again:,.1f} us again"
+        )
+        results.table(title, measured, [TO_FLOOR, beside(OURS, "it/ours")])
+        float_over_packed(results, measured)
+        if bad:
+            results.say(f"   not the exact product: {'; '.join(bad)}")
+    if forced():
+        results.say(f"\n* chooses its instructions itself: it may use others than {forced()}")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__ or "", "cpu_kernel.txt", report)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .modules.linear_quant import LinearQuant
     from .modules.merge import merge
     from .modules.prepare import use_internal_format_weight
+    from .modules.prepare_cpu import prepare_for_cpu
     from .modules.quantized_linear import QuantizedLinear
     from .modules.vendor import convert
     from .quantization.quantize import quantize
@@ -73,6 +74,7 @@ __all__ = [
     "merge",
     "pack_int4",
     "plan",
+    "prepare_for_cpu",
     "quantize",
     "save_checkpoint",
     "set_cann_version",
@@ -104,6 +106,7 @@ _HOMES = {
     "modules.linear_quant": ("LinearQuant",),
     "modules.merge": ("merge",),
     "modules.prepare": ("use_internal_format_weight",),
+    "modules.prepare_cpu": ("prepare_for_cpu",),
     "modules.quantized_linear": ("QuantizedLinear",),
     "modules.vendor": ("convert",),
     "quantization.quantize": ("quantize",),

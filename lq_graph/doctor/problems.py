@@ -402,9 +402,12 @@ def _stand_in(facts: Facts) -> Problem | None:
     )
 
 
+_WITH_KERNEL = ("x86_64", "aarch64")
+
+
 def _kernel(facts: Facts) -> Problem | None:
     found = _KERNEL.get(facts.kernel["why_not"]) if facts.kernel else None
-    if found is None or (found[0] == "no_kernel" and facts.python["machine"] != "x86_64"):
+    if found is None or (found[0] == "no_kernel" and facts.python["machine"] not in _WITH_KERNEL):
         return None
     return Problem(*found)
 

@@ -12,6 +12,7 @@ The names below are what the rest of lq_graph and cann_host may use:
   the compiled kernels are used;
 - int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
 - the 64-bit scale: `pack_scale`, `unpack_scale`, `unpack_finite_scale`, `s19`, `s19_at_least`;
+- weights packed beforehand: `prepare_weight`, `drop_prepared`;
 - FRACTAL_NZ: `nd_to_nz`, `nz_to_nd`, `nz_shape`, `NzWeight`;
 - conditions on sizes that may be symbols: `guard_or_false`; whether torch.export traces:
   `is_exporting`;
@@ -47,6 +48,8 @@ from .packing import (
     unpack_int4,
     unpack_scale,
 )
+from .prepared import drop as drop_prepared
+from .prepared import prepare as prepare_weight
 from .symbolic import guard_or_false, is_exporting
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "ShortStorageError",
     "TensorLike",
     "check_held",
+    "drop_prepared",
     "dynamic_quant",
     "dynamic_quant_with_offset",
     "epilogue",
@@ -76,6 +80,7 @@ __all__ = [
     "pack_int4",
     "pack_int4_in_graph",
     "pack_scale",
+    "prepare_weight",
     "quant_layer",
     "quant_matmul",
     "quantize_rows",

@@ -15,11 +15,13 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import __path__
 
@@ -138,6 +140,25 @@ def _built_from(library: ctypes.CDLL) -> str:
     return found.decode()
 
 
+def _open(file: str) -> ctypes.CDLL:
+    """The library in a file, linked to torch's OpenMP runtime.
+
+    Raises:
+        OSError: torch has loaded none with GOMP's names.
+    """
+    try:
+        return ctypes.CDLL(file)
+    except OSError:
+        # torch's wheels for aarch64 keep the names of their runtime from other libraries
+        lib = Path(torch.__file__).parent / "lib"
+        runtimes = [*lib.glob("libgomp*"), *lib.glob("../../torch.libs/libgomp*"), "libgomp.so.1"]
+        for runtime in runtimes:
+            with suppress(OSError):
+                ctypes.CDLL(str(runtime), os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+                return ctypes.CDLL(file)
+        raise
+
+
 def _load() -> tuple[Library | None, str]:
     """The library, or None and why: see `why_not_used`."""
     wanted, file = _setting(), path()
@@ -149,7 +170,7 @@ def _load() -> tuple[Library | None, str]:
             return None, "variable"
         return None, "absent"
     try:
-        found = ctypes.CDLL(file)
+        found = _open(file)
     except OSError:
         return None, "openmp"
     sources = _sources()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .calls import DONE, MATMUL, refuse, weight_of
 from .library import loaded
@@ -22,30 +23,29 @@ class _Prepared:
         packed: uint8, the copy.
         instruction_set: whose order it is.
         weight: refers to the tensor that was prepared.
-        memory: that tensor's memory, held, so that no other tensor gets its address.
-        version: of that tensor then; -1 for an inference tensor, which has none.
+        was: its address, shape, stride and version then.
     """
 
     packed: Tensor
     instruction_set: str
     weight: weakref.ref[Tensor]
-    memory: Tensor
-    version: int
+    was: tuple[int, torch.Size, tuple[int, ...], int]
 
 
 # By id of the weight. State dicts, copies and files do not see it.
 _all: dict[int, _Prepared] = {}
 
 
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
+def _state(weight: Tensor) -> tuple[int, torch.Size, tuple[int, ...], int]:
+    version = -1 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.shape, weight.stride(), version
 
 
 def prepare(weight: Tensor) -> int:
     """Pack a weight for the compiled kernels, which then read the copy for 16 rows of x or more.
 
-    The copy is dropped with the weight. It is no longer used when the weight was written in place,
-    or got other memory (`weight.data = tensor`).
+    The copy is freed with the weight, or at the first call after the weight was written in place or
+    got other memory (`weight.data = tensor`).
 
     Args:
         weight: int8 (n, k), or int32 (n, k/8) carrying int4, on the CPU.
@@ -55,7 +55,7 @@ def prepare(weight: Tensor) -> int:
         weight.
     """
     library = loaded()
-    if library is None or weight.device.type != "cpu":
+    if library is None or type(weight) not in (Tensor, Parameter) or not weight.is_cpu:
         return 0
     found = _all.get(id(weight))
     if found is not None and _is_valid(found, weight, library.instruction_set):
@@ -76,9 +76,7 @@ def prepare(weight: Tensor) -> int:
         refuse(answer)
     key = id(weight)
     reference = weakref.ref(weight, lambda _: _all.pop(key, None))
-    _all[key] = _Prepared(
-        packed, library.instruction_set, reference, weight.detach(), _version(weight)
-    )
+    _all[key] = _Prepared(packed, library.instruction_set, reference, _state(weight))
     return packed.nbytes
 
 
@@ -90,17 +88,21 @@ def drop(weight: Tensor) -> None:
 def _is_valid(found: _Prepared, weight: Tensor, instruction_set: str) -> bool:
     return (
         found.weight() is weight
-        and found.memory.data_ptr() == weight.data_ptr()
-        and found.memory.shape == weight.shape
-        and found.memory.stride() == weight.stride()
-        and found.version == _version(weight)
+        and found.was == _state(weight)
         and found.instruction_set == instruction_set
     )
 
 
 def prepared_of(weight: Tensor, instruction_set: str) -> Tensor | None:
-    """The copy of a weight; None if there is none, or if the weight has changed since."""
+    """The copy of a weight; None if there is none, or if the weight has changed since.
+
+    A write through `weight.data` changes nothing that is compared here. The kernel compares some
+    values of the copy and of the weight at each call, and reads the weight if they differ.
+    """
     found = _all.get(id(weight)) if _all else None
-    if found is None or not _is_valid(found, weight, instruction_set):
+    if found is None:
+        return None
+    if not _is_valid(found, weight, instruction_set):
+        drop(weight)
         return None
     return found.packed

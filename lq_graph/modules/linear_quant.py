@@ -17,6 +17,7 @@ from ..errors import LinearQuantError, LinearQuantValueError
 from ..kernels import (
     INT4_PER_INT32,
     PartialGroupError,
+    drop_prepared,
     is_exporting,
     logical_k,
     storage_k,
@@ -285,6 +286,8 @@ class LinearQuant(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearQuant:
         super()._apply(keeping_dtypes(fn), recurse)
         self.note_weight_format()
+        if not self.weight.is_cpu:
+            drop_prepared(self.weight)
         return self
 
     def _load_from_state_dict(

@@ -7,7 +7,6 @@ libraries that only carry CANN's names come from the installed package.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,11 @@ from pathlib import Path
 
 import cann_host
 from cann_host import _native
+from lq_graph.kernels import library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+HEADERS = [*ROOT.glob("cann_host/csrc/**/*.h"), *ROOT.glob("lq_graph/kernels/csrc/**/*.h")]
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-w", "-fno-omit-frame-pointer"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -46,7 +47,7 @@ def runtime() -> list[str]:
 
 def _compile(source: Path, target: Path, flags: list[str]) -> Path:
     made = target / f"{source.stem}.o"
-    newest = max(f.stat().st_mtime for f in (source, *source.parent.glob("*.h")))
+    newest = max(f.stat().st_mtime for f in (source, *HEADERS))
     if not made.exists() or made.stat().st_mtime < newest:
         command = [COMPILER, *FLAGS, *SANITIZE, *flags, "-c", str(source), "-o", str(made)]
         subprocess.run(command, check=True)
@@ -85,10 +86,18 @@ def build(folder: Path) -> None:
     target = libraries / "libcann_host.so"
     subprocess.run([*link, *map(str, made), "-o", str(target), "-ldl", "-lpthread"], check=True)
 
-    if platform.machine() == "x86_64":  # the CPU kernel reads what the operators hand it
+    kernel = library.loaded()
+    if kernel is not None:  # the CPU kernel reads what the operators hand it
         csrc = ROOT / "lq_graph" / "kernels" / "csrc"
-        flags = ["-fopenmp", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
-        kernel = _compile(csrc / "qgemm.cpp", objects, flags)
-        target = folder / "lq_graph" / "kernels" / "lib" / "liblq_graph_cpu.so"
+        flags = ["-fopenmp", "-fwrapv", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
+        flags += [f"-DLQ_HAS_{name}" for name in kernel.sets]
+        sources = [
+            csrc / "dispatch.cpp",
+            *(csrc / "targets" / f"{name}.cpp" for name in kernel.sets),
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = list(pool.map(lambda source: _compile(source, objects, flags), sources))
+        target = folder / "lq_graph" / "kernels" / "lib" / library.NAME
         # without OpenMP's library: it takes the one torch has loaded
-        subprocess.run([COMPILER, *SANITIZE, "-shared", str(kernel), "-o", str(target)], check=True)
+        shared = [COMPILER, *SANITIZE, "-shared", *map(str, made), "-o", str(target)]
+        subprocess.run(shared, check=True)

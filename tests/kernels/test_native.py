@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lq_graph
 from lq_graph import kernels
-from lq_graph.kernels import native
+from lq_graph.kernels import library, native
 from support import cases
 from support.cases import ROW_CASES, Case
 from support.native import by_torch, needs_kernel, values
@@ -20,6 +20,15 @@ from support.processes import output_of, python, script
 
 pytestmark = pytest.mark.native
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(params=library.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    with library.using(request.param):
+        yield
+
+
+each_instruction_set = pytest.mark.usefixtures("instruction_set")
 
 
 @pytest.fixture
@@ -52,6 +61,7 @@ def epilogues(n: int, m: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | 
 
 @pytest.mark.slow
 @needs_kernel
+@each_instruction_set
 @pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 31, 32, 33, 48, 63, 256, 257, 289])
 @pytest.mark.parametrize("k", [1, 7, 63, 64, 65, 128, 1023, 1024, 1025, 2049, 4160])
 def test_edges_of_the_blocks(m: int, k: int) -> None:
@@ -67,6 +77,7 @@ def test_edges_of_the_blocks(m: int, k: int) -> None:
 
 
 @needs_kernel
+@each_instruction_set
 @pytest.mark.parametrize("m", [1, 6, 13, 31, 32, 47, 300])
 @pytest.mark.parametrize("k", [8, 120, 128, 136, 1024, 1032, 4096, 4104])
 def test_edges_of_the_blocks_int4(m: int, k: int) -> None:
@@ -83,6 +94,7 @@ def test_edges_of_the_blocks_int4(m: int, k: int) -> None:
 
 
 @needs_kernel
+@each_instruction_set
 @pytest.mark.parametrize("m", [1, 7, 31, 32, 47, 300])
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 64, 65, 96, 128, 200, 1056, 4096, 4136])
 def test_edges_of_the_blocks_fractal_nz(m: int, k: int) -> None:
@@ -119,6 +131,7 @@ def test_blocks_that_do_not_hold_the_weight_are_refused(
 
 
 @needs_kernel
+@each_instruction_set
 @pytest.mark.parametrize("value", [-128, 127])
 @pytest.mark.parametrize("other", [-128, 127])
 def test_exact_at_the_largest_k(value: int, other: int) -> None:
@@ -129,6 +142,7 @@ def test_exact_at_the_largest_k(value: int, other: int) -> None:
 
 
 @needs_kernel
+@each_instruction_set
 def test_strides() -> None:
     big = values(64, 300)
     weight = values(40, 300, seed=1)
@@ -185,6 +199,7 @@ def test_every_row_without_the_kernel(case: Case, without_kernel: None) -> None:
 
 
 @needs_kernel
+@each_instruction_set
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     ("m", "k", "n"),

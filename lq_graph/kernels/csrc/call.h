@@ -68,6 +68,10 @@ struct LqTarget {
   // not be faster. Of a call they read what is about w.
   int64_t (*prepared_bytes)(const LqMatmul& call);
   void (*prepare)(const LqMatmul& call, uint8_t* out);
+  // One that was never run on hardware is taken only if it is named.
+  bool untested = false;
+  // Asks the system for the instructions, if that is necessary; returns whether it lets us use them.
+  bool (*permit)() = nullptr;
 };
 }
 

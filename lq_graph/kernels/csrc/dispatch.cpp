@@ -54,8 +54,8 @@ bool IsFinite(const LqMatmul& call) {
 
 extern "C" {
 
-// The instruction sets that this library has, the best one first, each with "+" if this processor has
-// it, else "-": "avx512vnni+ avx2+".
+// The instruction sets that this library has, the best one first, each with "-" if this processor does
+// not have it, "?" if it has it but the set is untested, else "+": "avx512vnni+ avx2+ amx?".
 const char* lq_targets() {
   static char text[256];
   char* end = text;
@@ -64,7 +64,7 @@ const char* lq_targets() {
     const size_t size = std::strlen(one->name);
     std::memcpy(end, one->name, size);
     end += size;
-    *end++ = one->is_supported() ? '+' : '-';
+    *end++ = !one->is_supported() ? '-' : one->untested ? '?' : '+';
   }
   *end = 0;
   return text;
@@ -73,7 +73,7 @@ const char* lq_targets() {
 // Takes the instruction set of this name for all calls from now on. Returns whether that can be.
 int lq_use(const char* name) {
   for (const LqTarget* one : kTargets)
-    if (!std::strcmp(one->name, name) && one->is_supported()) {
+    if (!std::strcmp(one->name, name) && one->is_supported() && (!one->permit || one->permit())) {
       target = one;
       return 1;
     }

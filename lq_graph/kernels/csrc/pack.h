@@ -15,7 +15,7 @@ namespace {
 
 // Bytes of the values of a block of w.
 template <bool int4>
-constexpr int64_t kValues = kParts<int4>* kBlock;
+constexpr int64_t kValues = kParts<int4> * kBlock;
 
 // Writes the values of a register of w, of the block's byte `at` on, to the copy of the block: first
 // those of each register's first part, then those of the second.
@@ -40,13 +40,62 @@ struct PackAhead {
   int64_t to_second, to_third;
 };
 
+// Does the pack-ahead, one block of each row after the other.
+template <bool int4>
+class Packer {
+ public:
+  // In the order of memory: block after block of a row, or in FRACTAL_NZ row after row of a block.
+  INLINE_TARGET explicit Packer(const PackAhead& ahead)
+      : ahead_(ahead),
+        nz_(ahead.w_step != 32),
+        run_(nz_ ? ahead.rows : ahead.blocks),
+        step_(nz_ ? 32 : kBlock),
+        to_step_(nz_ ? kSliceDepth : kValues<int4>),
+        next_run_((nz_ ? 2 * ahead.w_step : ahead.row_step) - run_ * step_),
+        to_next_run_((nz_ ? kValues<int4> : kSliceDepth) - run_ * to_step_),
+        from_(ahead.from),
+        to_(ahead.to),
+        left_(run_) {}
+
+  // As many blocks as there are rows, if there is a block of this number.
+  INLINE_TARGET void PackBlock(int64_t number) {
+    for (int64_t i = number < ahead_.blocks ? ahead_.rows : 0; i; --i) {
+#pragma GCC unroll 4
+      for (int64_t in = 0; in < kBlock; in += kBytes)
+        UnpackWeight<int4>(
+            nz_ ? LoadWeight<true>(from_, in, ahead_.w_step) : LoadWeight<false>(from_, in, 32), in,
+            to_);
+      const uint8_t *second = from_ + ahead_.to_second, *third = from_ + ahead_.to_third;
+      __builtin_prefetch(second, 0, 3);
+      if (nz_) __builtin_prefetch(second + ahead_.w_step, 0, 3);
+      __builtin_prefetch(third, 0, 3);
+      if (nz_) __builtin_prefetch(third + ahead_.w_step, 0, 3);
+      from_ += step_;
+      to_ += to_step_;
+      if (--left_ == 0) {
+        left_ = run_;
+        from_ += next_run_;
+        to_ += to_next_run_;
+      }
+    }
+  }
+
+ private:
+  const PackAhead& ahead_;
+  const bool nz_;
+  const int64_t run_, step_, to_step_, next_run_, to_next_run_;
+  const uint8_t* from_;
+  uint8_t* to_;
+  int64_t left_;
+};
+
 // The copy of x, as values that Dot takes. Few rows: each row is padded with zeros to a multiple of a
 // block, and 64 bytes more lie between rows, because rows at a distance of a multiple of 4096 bytes would
 // compete for the same lines of the L1 cache. Many rows: for each slice of k, its panels, as
 // MultiplySlice reads them.
 struct PackedX {
   int8_t* x;
-  int64_t stride;         // few rows: bytes from row to row; many rows: bytes for each byte of a value
+  int64_t stride;  // few rows: bytes from row to row; many rows: bytes for each byte of a value
   int32_t* compensation;  // for each row, what kAdded adds to its sums
 };
 
@@ -85,7 +134,8 @@ TARGET void PackPanel(const LqMatmul& call, int64_t top, const PackedX& x) {
         for (int64_t i = 0; i < height; ++i) {
           Ints of_row[kParts<int4>];
           SplitX<int4>(
-              LoadSome(call.x + (top + i) * call.x_stride + from + at + in, depth - at - in), of_row);
+              LoadSome(call.x + (top + i) * call.x_stride + from + at + in, depth - at - in),
+              of_row);
           for (int part = 0; part < kParts<int4>; ++part) parts[part][i] = of_row[part];
         }
         for (int part = 0; part < kParts<int4>; ++part) {

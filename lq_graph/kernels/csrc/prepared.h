@@ -56,6 +56,23 @@ TARGET void PrepareGroup(const LqMatmul& call, int64_t group, uint8_t* out) {
       }
 }
 
+// Whether the prepared weight still is w, at a few places: a write through `weight.data`, which Python does
+// not notice, changes most of them.
+bool IsPrepared(const LqMatmul& call) {
+  constexpr int64_t kPlaces = 8;
+  for (int64_t i = 0; i < kPlaces; ++i) {
+    const int64_t row = (call.n - 1) * i / (kPlaces - 1);
+    const int64_t at = (call.row_bytes / 4 - 1) * (5 * i % kPlaces) / (kPlaces - 1) * 4;
+    if (at < 0) return true;  // fewer than four bytes in a row
+    const uint8_t* const w = WeightAt(call, row, at / kBlock * kBlock) +
+                             at % kBlock / 32 * call.w_step + at % 32;
+    const uint8_t* const word = call.prepared + row / kGroupColumns * GroupStride(call) +
+                                at / 4 * kGroupBytes + row % kGroupColumns * 4;
+    if (std::memcmp(w, word, 4)) return false;
+  }
+  return true;
+}
+
 // Lines of the next slice, prefetched while this one is multiplied.
 struct PrefetchLines {
   const uint8_t* from;

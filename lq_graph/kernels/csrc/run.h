@@ -3,7 +3,7 @@
 //
 // Read in this order: call.h (the calls), isa/avx512.h and by_words.h (the vector layer), sizes.h, tile.h
 // (the order of the work), then few_rows.h, many_rows.h and prepared.h, the three kernels, with pack.h,
-// prefetch.h and epilogue.h; and activations.h, which stands alone.
+// multiply.h, prefetch.h and epilogue.h; and activations.h, which stands alone.
 // The headers are parts of one translation unit, because the compiler must inline across them.
 #ifndef LQ_GRAPH_RUN_H_
 #define LQ_GRAPH_RUN_H_
@@ -12,16 +12,16 @@
 #include <cstdlib>
 #include <memory>
 
-#include "call.h"
-#include "simd.h"
 #include "activations.h"
-#include "sizes.h"
-#include "geometry.h"
-#include "tile.h"
-#include "pack.h"
+#include "call.h"
 #include "few_rows.h"
+#include "geometry.h"
 #include "many_rows.h"
+#include "pack.h"
 #include "prepared.h"
+#include "simd.h"
+#include "sizes.h"
+#include "tile.h"
 
 extern "C" {
 int omp_get_thread_num();
@@ -44,7 +44,7 @@ Buffer<T> Allocate(int64_t count) {
 enum class Way { kFewRows, kManyRows, kPrepared };
 
 Way WayOf(const LqMatmul& call) {
-  if (call.prepared && call.m >= kPreparedRows) return Way::kPrepared;
+  if (call.prepared && call.m >= kPreparedRows && IsPrepared(call)) return Way::kPrepared;
   return HasManyRows(call) ? Way::kManyRows : Way::kFewRows;
 }
 
@@ -155,8 +155,8 @@ int Quantize(const LqQuantize& call) {
 }  // namespace
 
 // `name` of targets.h; IsSupported is defined before.
-#define LQ_DEFINE_TARGET(name)                                                               \
-  extern const LqTarget kTarget_##name{#name, IsSupported, Matmul, Quantize, Layer, PreparedBytes, \
-                                       Prepare};
+#define LQ_DEFINE_TARGET(name)                                                 \
+  extern const LqTarget kTarget_##name{#name, IsSupported,   Matmul, Quantize, \
+                                       Layer, PreparedBytes, Prepare};
 
 #endif  // LQ_GRAPH_RUN_H_

@@ -19,15 +19,13 @@ constexpr int64_t kDepthOneRow = 16384, kDepthOneBlock = 4096, kDepthManyBlocks 
 // Many rows: x is transposed once. A register holds values along m, so no lanes are summed. w is read in
 // words of four bytes from a packed copy of a few rows: rows at a distance of a multiple of 4096 bytes
 // would compete for the same lines of the L1 cache.
-// From this number of rows on, a prepared weight is used.
-constexpr int64_t kPreparedRows = 16;
-
-constexpr int64_t kPanel = kLanes;     // rows of x in a register
-constexpr int64_t kSliceColumns = 16;  // rows of w in a slice
-constexpr int64_t kLineColumns =
-    32;  // columns that are stored together: 64 bytes of 16-bit results
+constexpr int64_t kPanel = kLanes;    // rows of x in a register
+constexpr int64_t kLineColumns = 32;  // columns stored together: 64 bytes of 16-bit results
 // Rows and columns of a tile, at most: a slice of x and all sums of the tile stay in L2.
 constexpr int64_t kTileRows = 256, kTileColumns = 256;
+
+// From this number of rows on, a prepared weight is used.
+constexpr int64_t kPreparedRows = 16;
 
 }  // namespace
 

@@ -6,6 +6,9 @@ LQ_TARGET(neon_i8mm)
 #ifdef LQ_HAS_neon_dot
 LQ_TARGET(neon_dot)
 #endif
+#ifdef LQ_HAS_amx
+LQ_TARGET(amx)
+#endif
 #ifdef LQ_HAS_avx512vnni
 LQ_TARGET(avx512vnni)
 #endif

@@ -43,6 +43,7 @@ constexpr int kGroup = 2;
 template <bool int4>
 constexpr int kGroupRows = kParts<int4> == 1 ? 6 : 4;
 constexpr int64_t kManyRows = 16;
+constexpr int64_t kSliceColumns = 16;
 constexpr int64_t kSliceDepth = 1024;
 
 template <bool int4>

@@ -1,4 +1,5 @@
-// The vector layer on x86-64 with AVX-512 VNNI: 64-byte registers.
+// The vector layer on x86-64 with AVX-512 VNNI: 64-byte registers. With LQ_AMX, the same beside AMX's
+// tile registers, which the kernel for many rows multiplies with (multiply_amx.h).
 //
 // Each file in isa/ defines the same names. A register of w holds kBytes bytes; Split turns them into
 // kParts registers whose values Dot multiplies, four bytes of w by four of x for each int32 sum.
@@ -8,8 +9,14 @@
 
 #include <cstdint>
 
-#define TARGET                                                                                     \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,prfchw")))
+#ifdef LQ_AMX
+#define LQ_AMX_TARGET "amx-tile,amx-int8,"
+#else
+#define LQ_AMX_TARGET
+#endif
+#define TARGET                                                                              \
+  __attribute__((target(LQ_AMX_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c," \
+                                      "prfchw")))
 #define INLINE_TARGET __attribute__((always_inline)) inline TARGET
 
 namespace {
@@ -31,14 +38,24 @@ template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
 // A prepared weight: whether it is faster than the weight as it is stored, registers in a group, and rows
 // of x that are multiplied by it together.
+#ifdef LQ_AMX
+template <bool int4>
+constexpr bool kPrepares = false;  // what is prepared has an order that tile registers do not take
+#else
 template <bool int4>
 constexpr bool kPrepares = true;
+#endif
 constexpr int kGroup = 4;
 template <bool int4>
 constexpr int kGroupRows = int4 ? 5 : 6;
-constexpr int64_t kManyRows = 32;      // from this number of rows on, x is transposed
-constexpr int kAccumulators = 16;      // registers: 16 rows of w by one panel of x, or 8 by two
-constexpr int64_t kSliceDepth = 2048;  // bytes of a row of w in a packed slice, at most
+constexpr int64_t kManyRows = 32;  // from this number of rows on, x is transposed
+// Rows of w in a packed slice, and bytes of each, at most.
+#ifdef LQ_AMX
+constexpr int64_t kSliceColumns = 32, kSliceDepth = 1024;
+#else
+constexpr int64_t kSliceColumns = 16, kSliceDepth = 2048;
+constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
+#endif
 
 template <bool int4>
 INLINE_TARGET Ints Dot(Ints sum, Ints w, Ints x) {
@@ -150,9 +167,8 @@ INLINE_TARGET Floats LoadFloat16(const void* from) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
 INLINE_TARGET void StoreFloat16(void* to, Floats v) {
-  _mm256_storeu_si256(
-      static_cast<__m256i*>(to),
-      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(static_cast<__m256i*>(to),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 // The nearest float16 of each, half to even.
 INLINE_TARGET Floats ToFloat16(Floats v) {

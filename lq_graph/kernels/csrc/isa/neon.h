@@ -29,18 +29,21 @@ template <bool int4>
 constexpr int kAdded = 0;
 template <bool int4>
 constexpr int kRows = int4 ? 4 : 6;
-#ifdef LQ_I8MM
-constexpr int64_t kManyRows = 16;  // SMMLA, which only that kernel uses, computes twice as much as SDOT
-#else
-constexpr int64_t kManyRows = 32;
-#endif
-constexpr int kAccumulators = 16;  // 8 would hide SDOT's latency; beside 16, the words of x have place
-constexpr int64_t kSliceDepth = 1024;
 template <bool int4>
-constexpr bool kPrepares = false;  // not measured
+constexpr bool kPrepares = false;  // a word of x in all lanes takes a vector instruction
 constexpr int kGroup = 4;
 template <bool int4>
 constexpr int kGroupRows = 4;
+// From here on the kernel for many rows takes fewer instructions, packing included. Only that one uses
+// SMMLA, which computes twice as much as SDOT.
+#ifdef LQ_I8MM
+constexpr int64_t kManyRows = 16;
+#else
+constexpr int64_t kManyRows = 24;
+#endif
+constexpr int kAccumulators = 16;  // 8 hide SDOT's latency; beside 16, a step's registers of x fit
+constexpr int64_t kSliceColumns = 16;
+constexpr int64_t kSliceDepth = 1024;
 
 template <bool int4>
 INLINE_TARGET Ints Dot(Ints sum, Ints w, Ints x) {
@@ -65,8 +68,8 @@ INLINE_TARGET Ints LoadNz(const uint8_t* w, int64_t) {
 }
 
 INLINE_TARGET void StoreSums(Ints a, Ints b, Ints c, Ints d, bool first, int32_t* out) {
-  int32x4_t sums = vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
-                              vpaddq_s32((int32x4_t)c, (int32x4_t)d));
+  int32x4_t sums =
+      vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b), vpaddq_s32((int32x4_t)c, (int32x4_t)d));
   if (!first) sums = vaddq_s32(sums, vld1q_s32(out));
   vst1q_s32(out, sums);
 }
@@ -93,7 +96,7 @@ INLINE_TARGET void Transpose(Ints* words) {
 
 // A step takes 16 bytes of a row of w at once: to load four bytes into all lanes would take a vector
 // instruction beside the load.
-constexpr int64_t kStep = 16;
+constexpr int64_t kStepBytes = 16;
 
 #ifdef LQ_I8MM
 // SMMLA multiplies two rows of x by two columns, eight bytes each: its four sums are two of the first
@@ -132,16 +135,20 @@ TARGET void OrderW(uint8_t* w, int64_t columns, int64_t bytes) {
     }
 }
 #else
-constexpr int kTogether = 1;
+constexpr int kTogether = 4;  // so that four sums do not wait for one another
 
+template <int word>
+INLINE_TARGET void DotWord(Ints* sums, const Ints* w, Ints x) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kTogether; ++j)
+    sums[j] = (Ints)vdotq_laneq_s32((int32x4_t)sums[j], (int8x16_t)x, (int8x16_t)w[j], word);
+}
 template <bool int4>
 INLINE_TARGET void DotStep(Ints* sums, const Ints* w, const Ints* x) {
-  auto sum = (int32x4_t)*sums;
-  const auto words = (int8x16_t)*w;
-  sum = vdotq_laneq_s32(sum, (int8x16_t)x[0], words, 0);
-  sum = vdotq_laneq_s32(sum, (int8x16_t)x[1], words, 1);
-  sum = vdotq_laneq_s32(sum, (int8x16_t)x[2], words, 2);
-  *sums = (Ints)vdotq_laneq_s32(sum, (int8x16_t)x[3], words, 3);
+  DotWord<0>(sums, w, x[0]);
+  DotWord<1>(sums, w, x[1]);
+  DotWord<2>(sums, w, x[2]);
+  DotWord<3>(sums, w, x[3]);
 }
 INLINE_TARGET void OrderSums(Ints*) {}
 INLINE_TARGET void OrderX(Ints* rows) { Transpose(rows); }
