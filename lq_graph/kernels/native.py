@@ -227,7 +227,8 @@ def _quantize(
     sizes: tuple[int, ...] = (m,) if len(shape) == 2 else shape[:-1]
     out = torch.empty(*sizes, last, dtype=stored, device=_CPU)
     if arithmetic != _STATIC:
-        scale = torch.empty(*sizes or ((),), dtype=torch.float32, device=_CPU)  # of one dim: ()
+        # for x of 1 dim there are no sizes, which torch takes as a shape only
+        scale = torch.empty(*sizes or [()], dtype=torch.float32, device=_CPU)
     call = QUANTIZE.pack(
         rows.data_ptr(), factor, offset, out.data_ptr(), 0 if scale is None else scale.data_ptr(),
         m, k, row, factor_stride, dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,
