@@ -224,13 +224,11 @@ def _quantize(
     if not m:
         return None
     stored, scale = torch.int32 if packed else torch.int8, None
-    if len(shape) == 2:
-        out = torch.empty(m, last, dtype=stored, device=_CPU)
-    else:
-        out = torch.empty((*shape[:-1], last), dtype=stored, device=_CPU)
+    sizes: tuple[int, ...] = (m,) if len(shape) == 2 else shape[:-1]
+    out = torch.empty(*sizes, last, dtype=stored, device=_CPU)
     if arithmetic != _STATIC:
-        rows_shape = m if len(shape) == 2 else shape[:-1]
-        scale = torch.empty(rows_shape, dtype=torch.float32, device=_CPU)
+        # for x of 1 dim there are no sizes, which torch takes as a shape only
+        scale = torch.empty(*sizes or [()], dtype=torch.float32, device=_CPU)
     call = QUANTIZE.pack(
         rows.data_ptr(), factor, offset, out.data_ptr(), 0 if scale is None else scale.data_ptr(),
         m, k, row, factor_stride, dtype, arithmetic, 0 if bits == 8 else 1 if packed else 2,

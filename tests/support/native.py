@@ -28,11 +28,9 @@ INSTRUCTION_SETS = [] if _LIBRARY is None else [(n, has) for n, (has, _) in _LIB
 @contextmanager
 def without_kernel() -> Iterator[None]:
     """Inside, torch computes, as on machines without the compiled kernels."""
-    loaded, native.loaded = native.loaded, lambda: None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "loaded", lambda: None)
         yield
-    finally:
-        native.loaded = loaded
 
 
 def values(*shape: int, int4: bool = False, seed: int = 0) -> Tensor:

@@ -16,19 +16,19 @@ namespace {
 enum class Steps { kMultiplied, kDivided, kHalf, kStatic };
 
 template <LqFloat dtype>
-constexpr int64_t kWidth = dtype == kFloat32 ? 4 : 2;  // bytes
+constexpr int64_t kWidth = dtype == LqFloat::kFloat32 ? 4 : 2;  // bytes
 
 template <LqFloat dtype>
 INLINE_TARGET Floats Widen(const void* from) {
-  if constexpr (dtype == kFloat16) return LoadFloat16(from);
-  if constexpr (dtype == kBfloat16) return LoadBfloat16(from);
+  if constexpr (dtype == LqFloat::kFloat16) return LoadFloat16(from);
+  if constexpr (dtype == LqFloat::kBfloat16) return LoadBfloat16(from);
   return LoadFloats(from);
 }
 
 // kBytes values, in the order in which Narrow takes them.
 template <LqFloat dtype>
 INLINE_TARGET void WidenBlock(const uint8_t* from, Floats* to) {
-  if constexpr (dtype == kBfloat16) {  // the even values and the odd ones
+  if constexpr (dtype == LqFloat::kBfloat16) {  // the even values and the odd ones
 #pragma GCC unroll 2
     for (int i = 0; i < 4; i += 2, from += kBytes) {
       const Ints pairs = Load(from);
@@ -44,7 +44,7 @@ INLINE_TARGET void WidenBlock(const uint8_t* from, Floats* to) {
 // Whole numbers of 8 bits to int8.
 template <LqFloat dtype>
 INLINE_TARGET Ints Narrow(const Ints* v) {
-  if constexpr (dtype == kBfloat16)
+  if constexpr (dtype == LqFloat::kBfloat16)
     return ToInt8((v[0] & 0xFFFF) | v[1] << 16, (v[2] & 0xFFFF) | v[3] << 16);
   return ToInt8(v[0], v[1], v[2], v[3]);
 }
@@ -53,9 +53,9 @@ INLINE_TARGET Ints Narrow(const Ints* v) {
 // their values, and NaN is above infinity.
 template <LqFloat dtype>
 INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
-  using Bits = std::conditional_t<dtype == kFloat32, int32_t, int16_t>;
+  using Bits = std::conditional_t<dtype == LqFloat::kFloat32, int32_t, int16_t>;
   typedef Bits Words __attribute__((vector_size(kBytes), may_alias));
-  constexpr Bits kMagnitude = dtype == kFloat32 ? 0x7FFFFFFF : 0x7FFF;
+  constexpr Bits kMagnitude = dtype == LqFloat::kFloat32 ? 0x7FFFFFFF : 0x7FFF;
   constexpr int kSeveral = 4;  // so that the loop does not wait for one register
   Words peaks[kSeveral] = {};
   int64_t left = k * kWidth<dtype>;
@@ -81,7 +81,9 @@ INLINE_TARGET float Peak(const uint8_t* row, int64_t k) {
 }
 
 // The largest quantized value.
-INLINE_TARGET float HighOf(const LqQuantize& call) { return call.values == kInt8 ? 127 : 7; }
+INLINE_TARGET float HighOf(const LqQuantize& call) {
+  return call.values == LqValues::kInt8 ? 127 : 7;
+}
 
 // What a row's values are multiplied or divided by, and its scale.
 struct RowStep {
@@ -92,13 +94,13 @@ INLINE_TARGET RowStep StepOf(const LqQuantize& call, float peak) {
   const float top = HighOf(call);
   const float scale = peak * static_cast<float>(1 / static_cast<double>(top));
   switch (call.arithmetic) {
-    case kDivide:
+    case LqArithmetic::kDivide:
       return {scale, scale};
-    case kStep:
+    case LqArithmetic::kStep:
       return {1 / (peak / top), peak / top};
-    case kReciprocal:
+    case LqArithmetic::kReciprocal:
       return {top / peak, 1 / (top / peak)};
-    case kHalf:
+    case LqArithmetic::kHalf:
       return {peak <= 1e-12f ? 0 : ToFloat16(Set(top / peak))[0], scale};
     default:
       return {top / peak, scale};
@@ -134,7 +136,7 @@ INLINE_TARGET Ints QuantizeBlock(const uint8_t* x, const Columns& columns, Float
     Floats v = steps == Steps::kDivided ? values[i] / factors[i] : values[i] * factors[i];
     if constexpr (steps == Steps::kStatic) v += offsets[i];
     if constexpr (steps == Steps::kHalf)
-      v = ToFloat16((dtype == kFloat16 ? values[i] : ToFloat16(values[i])) * factors[i]);
+      v = ToFloat16((dtype == LqFloat::kFloat16 ? values[i] : ToFloat16(values[i])) * factors[i]);
     whole[i] = ToIntegers<steps, careful>(v, low, high);
   }
   return Narrow<dtype>(whole);
@@ -197,7 +199,7 @@ TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_
       // With an ordinary peak, factor and scale are normal numbers, in float16 too: no step is more
       // than 127 and what rounding adds.
       const bool is_ordinary = steps == Steps::kHalf
-                                   ? dtype == kFloat16 && peak > 0.01f && peak < 65536
+                                   ? dtype == LqFloat::kFloat16 && peak > 0.01f && peak < 65536
                                    : peak > 1e-30f && peak < 1e30f;
       if (is_ordinary)
         QuantizeRow<dtype, steps, packed, false>(call, x, step.factor, out);
@@ -209,18 +211,19 @@ TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_
 
 template <LqFloat dtype, Steps steps>
 TARGET void QuantizeRowsBy(const LqQuantize& call, int64_t from_row, int64_t to_row) {
-  call.values == kPackedInt4 ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
-                             : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
+  call.values == LqValues::kPackedInt4
+      ? QuantizeRowsBy<dtype, steps, true>(call, from_row, to_row)
+      : QuantizeRowsBy<dtype, steps, false>(call, from_row, to_row);
 }
 
 template <LqFloat dtype>
 TARGET void QuantizeRowsOf(const LqQuantize& call, int64_t from_row, int64_t to_row) {
   switch (call.arithmetic) {
-    case kStatic:
+    case LqArithmetic::kStatic:
       return QuantizeRowsBy<dtype, Steps::kStatic>(call, from_row, to_row);
-    case kHalf:
+    case LqArithmetic::kHalf:
       return QuantizeRowsBy<dtype, Steps::kHalf>(call, from_row, to_row);
-    case kDivide:
+    case LqArithmetic::kDivide:
       return QuantizeRowsBy<dtype, Steps::kDivided>(call, from_row, to_row);
     default:
       return QuantizeRowsBy<dtype, Steps::kMultiplied>(call, from_row, to_row);
@@ -230,12 +233,12 @@ TARGET void QuantizeRowsOf(const LqQuantize& call, int64_t from_row, int64_t to_
 // Rows `from_row` to `to_row`, by the thread that calls it.
 TARGET void QuantizeRows(const LqQuantize& call, int64_t from_row, int64_t to_row) {
   switch (call.dtype) {
-    case kFloat16:
-      return QuantizeRowsOf<kFloat16>(call, from_row, to_row);
-    case kBfloat16:
-      return QuantizeRowsOf<kBfloat16>(call, from_row, to_row);
+    case LqFloat::kFloat16:
+      return QuantizeRowsOf<LqFloat::kFloat16>(call, from_row, to_row);
+    case LqFloat::kBfloat16:
+      return QuantizeRowsOf<LqFloat::kBfloat16>(call, from_row, to_row);
     default:
-      return QuantizeRowsOf<kFloat32>(call, from_row, to_row);
+      return QuantizeRowsOf<LqFloat::kFloat32>(call, from_row, to_row);
   }
 }
 

@@ -4,6 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+// Of struct LqQuantize. Scoped, because the kernels have constants of such names.
+enum class LqFloat : int32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
+enum class LqValues : int32_t { kInt8 = 0, kPackedInt4 = 1, kInt4 = 2 };  // int4, one to a byte
+// The first five are Arithmetic's of kernels/activations.py, in its order.
+enum class LqArithmetic : int32_t { kMultiply, kReciprocal, kDivide, kHalf, kStep, kStatic };
+
 extern "C" {
 
 // Strides count bytes for x and w, elements elsewhere. A scale_stride of 0: one scale for all columns.
@@ -38,9 +44,9 @@ struct LqQuantize {
   int64_t m, k;
   int64_t x_stride;       // bytes
   int64_t factor_stride;  // 0: one factor, and one offset, for all columns
-  int32_t dtype;          // LqFloat
-  int32_t arithmetic;     // LqArithmetic
-  int32_t values;         // LqValues
+  LqFloat dtype;
+  LqArithmetic arithmetic;
+  LqValues values;
   int32_t threads;
 };
 
@@ -72,9 +78,5 @@ struct LqTarget {
 // Return codes.
 enum LqAnswer : int { kDone = 0, kNoMemory = 1, kNotFinite = 2, kOtherStruct = 3 };
 enum LqScale : int32_t { kFloat = 0, kFolded = 1, kPacked = 2 };
-enum LqFloat : int32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
-enum LqValues : int32_t { kInt8 = 0, kPackedInt4 = 1, kInt4 = 2 };  // int4, one to a byte
-// The first five are Arithmetic's of kernels/activations.py, in its order.
-enum LqArithmetic : int32_t { kMultiply, kReciprocal, kDivide, kHalf, kStep, kStatic };
 
 #endif  // LQ_GRAPH_CALL_H_

@@ -127,7 +127,7 @@ int Matmul(const LqMatmul& call) {
 int Layer(const LqLayer& layer) {
   LqQuantize quantize = layer.quantize;
   LqMatmul call = layer.matmul;
-  const bool dynamic = quantize.arithmetic != kStatic;
+  const bool dynamic = quantize.arithmetic != LqArithmetic::kStatic;
   const auto values = Allocate<uint8_t>(call.m * call.row_bytes);
   const auto scale = Allocate<float>(dynamic ? call.m : 0);
   if (!values || !scale) return kNoMemory;
