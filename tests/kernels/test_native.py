@@ -22,8 +22,17 @@ pytestmark = pytest.mark.native
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 
 
-@pytest.fixture(params=library.instruction_sets())
+LOADED = library.loaded()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name == LOADED.instruction_set else pytest.mark.slow)
+        for name in (LOADED.can if LOADED else [])
+    ]
+)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each that this processor has; those that are not taken by themselves in slow tests only."""
     with library.using(request.param):
         yield
 
