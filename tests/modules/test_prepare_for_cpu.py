@@ -21,7 +21,7 @@ SETS = library.instruction_sets()
 
 def prepares(name: str, int4: bool) -> bool:
     """Whether an instruction set reads a copy faster than the weight."""
-    return name in ("avx512vnni", "amx") or (name == "avxvnni" and not int4)
+    return name == "avx512vnni" or (name == "avxvnni" and not int4)
 
 
 def layer(k: int = 96, n: int = 80, *, int4: bool = False, seed: int = 0) -> lq_graph.LinearQuant:
