@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from versions import versions
@@ -113,7 +113,46 @@ def products() -> str:
     return markdown([*head, "k at most 65535", "m may be 0"], rows)
 
 
-# heading of a column: how its line begins in benchmarks/cpu_kernel.txt
+class _Results(NamedTuple):
+    """One table of a benchmark of the CPU (benchmarks/rounds.py).
+
+    Attributes:
+        title: the line above it.
+        cells: for each contestant its times, each with the ratios beside it.
+        notes: the lines below it.
+    """
+
+    title: str
+    cells: dict[str, list[str]]
+    notes: list[str]
+
+
+def _results(file: str) -> list[_Results]:
+    """The tables of a file in benchmarks/."""
+    found: list[_Results] = []
+    for part in (ROOT / "benchmarks" / file).read_text().split("\n\n")[1:]:
+        title, _, *lines = part.splitlines()
+        one = _Results(title, {}, [])
+        for line in lines:
+            # two spaces or more end the name; a unit follows each time
+            name, *rest = re.split(r" {2,}", line.strip(), maxsplit=1)
+            if rest:
+                one.cells[name] = re.sub(r" [um]s", "", rest[0]).split()
+            else:
+                one.notes.append(line.strip())
+        found.append(one)
+    return found
+
+
+def _sizes(title: str) -> str:
+    """(m, k, n) of a title."""
+    found = re.search(r"\(([\d, ]+)\)", title)
+    assert found
+    return found[1]
+
+
+_KERNEL = "ours to bfloat16, pertoken"
+# heading of a column: the line in benchmarks/cpu_kernel.txt
 _PEERS = {
     "`_int_mm` and torch": "_int_mm, torch epilogue",
     "Inductor": "_int_mm, Inductor epilogue",
@@ -126,18 +165,102 @@ _PEERS = {
 
 def cpu_kernel() -> str:
     """Times of other ways over those of the CPU kernel, as benchmarks/cpu_kernel.py left them."""
-    text = (ROOT / "benchmarks/cpu_kernel.txt").read_text()
     rows = []
-    for part in re.split(r"^(?=\(\d)", text, flags=re.MULTILINE)[1:]:
-        sizes = re.match(r"\(([\d, ]+)\)", part)
-        assert sizes
-        # name, time, floor/it, it/ours, time again, floor/it, it/ours
-        found = re.findall(r"^   (\S.*?) {2,}\S+ us +\S+ +(\S+) +\S+ us +\S+ +(\S+)$", part, re.M)
-        floors = [line for line in found if line[0].startswith("floor")]
-        cells = [max(line[1] for line in floors), max(line[2] for line in floors)]
-        first = {name: ratio for name, ratio, _ in found}
-        rows.append([sizes[1], *cells, *(first.get(name, "") for name in _PEERS.values())])
-    return markdown(["m, k, n", "floor", "floor, again", *_PEERS], rows)
+    for one in _results("cpu_kernel.txt"):
+        if not any(name in one.cells for name in _PEERS.values()):
+            continue  # a size for float scales only
+        # time, floor/it, it/ours; then the same with one layer repeatedly
+        _, floor, _, _, floor_again, _ = one.cells[_KERNEL]
+        packed = one.cells.get(f"{_KERNEL}, prepared", [""] * 6)
+        peers = (one.cells.get(name, [""] * 6)[2] for name in _PEERS.values())
+        rows.append([_sizes(one.title), floor, floor_again, packed[2], *peers])
+    return markdown(["m, k, n", "floor", "floor, again", "prepared", *_PEERS], rows)
+
+
+def cpu_scales() -> str:
+    """Times with a float32 scale over those with a packed one."""
+    rows = []
+    for one in _results("cpu_kernel.txt"):
+        for note in one.notes:
+            if note.startswith("float scale, over packed"):
+                rows.append([_sizes(one.title), *re.findall(r"\d+\.\d\d", note)])
+    head = ["m, k, n", "to int8", "to int8, again", "to float16", "to float16, again"]
+    return markdown(head, rows)
+
+
+_QUANTIZERS = {
+    "`dynamic_quant`, int8": "dynamic_quant to int8",
+    "int4": "dynamic_quant to int4",
+    "`static_quant`": "static_quant",
+    "with offset": "static_quant, offset",
+}
+
+
+def cpu_activations() -> str:
+    """Times of the operators that quantize activations, and how many copies take as long."""
+    rows = []
+    for one in _results("cpu_layer.txt"):
+        if not one.title.startswith("activations"):
+            continue
+        for dtype in ("bfloat16", "float16"):
+            copied = one.cells[f"copy_ into a ready tensor, {dtype}"][0]
+            cells = (one.cells[f"{name}, {dtype}"] for name in _QUANTIZERS.values())
+            times = [f"{time} us ({ratio})" for time, ratio in cells]
+            rows.append([_sizes(one.title), dtype, f"{copied} us", *times])
+    return markdown(["m, k", "dtype", "copy", *_QUANTIZERS], rows)
+
+
+_LAYER = "ours bfloat16"
+# heading of a column: the line in benchmarks/cpu_layer.txt
+_LAYERS = {
+    "prepared": f"{_LAYER}, prepared",
+    "Inductor": f"{_LAYER}, Inductor",
+    "torchao": "torchao int8 dynamic",
+    "torchao, Inductor": "torchao int8 dynamic, Inductor",
+    "`quantize_dynamic`": "quantize_dynamic, per tensor",
+    "bf16 `nn.Linear`": "bf16 nn.Linear",
+    "fp16 `nn.Linear`": "fp16 nn.Linear",
+    "fp32 `nn.Linear`": "fp32 nn.Linear",
+}
+
+
+def cpu_layer() -> str:
+    """Times of other layers over those of QuantizedLinear."""
+    rows = []
+    for one in _results("cpu_layer.txt"):
+        if one.title.startswith("layer"):
+            ratios = (one.cells.get(name, ["", "", ""])[2] for name in _LAYERS.values())
+            rows.append([_sizes(one.title), one.cells[_LAYER][1], *ratios])
+    return markdown(["m, k, n", "floor", *_LAYERS], rows)
+
+
+def cpu_models() -> str:
+    """Times of whole models: the fastest dtype of each kind."""
+    kinds = {
+        "float": re.compile(r"(\w+)"),
+        "A8W8": re.compile(r"A8W8 (\w+?)(?:, prepared)?"),
+        "A8W8, int8 head": re.compile(r"A8W8 (\w+), int8 head"),
+        "no linears": re.compile(r"(\w+), no linears"),
+    }
+    rows = []
+    for one in _results("cpu_models.txt"):
+        model, attention, mode = one.title.split("; ")[0].split(", ")
+        ways = ["prefill", "decode"] if model.startswith("SmolLM2") else ["forward"]
+        for way, column in enumerate(ways):
+            row = [f"{model}, {column}", attention.removeprefix("attention "), mode]
+            least = math.inf
+            for kind, pattern in kinds.items():
+                found = [
+                    (float(cells[2 * way].replace(",", "")), match[1])
+                    for name, cells in one.cells.items()
+                    if (match := pattern.fullmatch(name))
+                ]
+                time, dtype = min(found, default=(math.nan, ""))
+                least = min(least, time) if kind == "float" else least
+                ratio = "" if kind == "float" else f" ({time / least:.2f})"
+                row.append(f"{time:.1f} ms {dtype}{ratio}" if found else "")
+            rows.append(row)
+    return markdown(["model", "attention", "mode", *kinds], rows)
 
 
 def fusions() -> str:
@@ -212,6 +335,10 @@ _MADE = (
     activations,
     products,
     cpu_kernel,
+    cpu_scales,
+    cpu_activations,
+    cpu_layer,
+    cpu_models,
     versions,
     fusions,
     architectures,

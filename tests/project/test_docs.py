@@ -178,11 +178,55 @@ def test_tables_have_a_line_for_each_row(name: str, rows: int) -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_table_of_the_cpu_kernel_has_every_figure() -> None:
-    _, _, *lines = tables.cpu_kernel().splitlines()
-    shapes = re.findall(r"^\(\d[^)]*\):", (ROOT / "benchmarks/cpu_kernel.txt").read_text(), re.M)
-    assert len(lines) == len(shapes) >= 6
+# the least number of lines, and how often each kind of title is in the benchmark's file
+@pytest.mark.parametrize(
+    ("name", "file", "title", "lines_each", "least"),
+    [
+        ("cpu_kernel", "cpu_kernel", r"\(\d+, \d{3,}, \d+\)", 1, 6),
+        ("cpu_scales", "cpu_kernel", r"\(\d+, \d+, \d+\)", 1, 8),
+        ("cpu_activations", "cpu_layer", "activations", 2, 10),
+        ("cpu_layer", "cpu_layer", "layer", 1, 6),
+        ("cpu_models", "cpu_models", "MiniLM", 1, 8),
+    ],
+)
+def test_tables_of_the_cpu_have_every_figure(
+    name: str, file: str, title: str, lines_each: int, least: int
+) -> None:
+    text = (ROOT / f"benchmarks/{file}.txt").read_text()
+    titles = len(re.findall(f"^{title}", text, re.M))
+    lines = tables.TABLES[name]().splitlines()[2:]
+    if name == "cpu_models":
+        titles += 2 * len(re.findall("^SmolLM2", text, re.M))  # prefill and decode
+    assert len(lines) == titles * lines_each >= least
     for line in lines:
-        sizes, *figures = (cell.strip() for cell in line.strip("|").split("|"))
-        assert re.fullmatch(r"\d+, \d+, \d+", sizes)
-        assert all(0 < float(figure) < 100 for figure in figures)
+        figures = re.findall(r"\d+\.\d+", line)
+        assert len(figures) >= 4
+        assert all(float(figure) > 0 for figure in figures)
+
+
+def test_figures_of_the_cpu_are_those_of_their_lines() -> None:
+    """One figure of each table, found again in the benchmark's file by hand."""
+    lines = {
+        file: (ROOT / f"benchmarks/{file}.txt").read_text().splitlines()
+        for file in ("cpu_kernel", "cpu_layer", "cpu_models")
+    }
+
+    def line(file: str, title: str, name: str) -> list[str]:
+        at = next(i for i, text in enumerate(lines[file]) if text.startswith(title))
+        return next(text.split() for text in lines[file][at:] if text.startswith(f"   {name}  "))
+
+    kernel = tables.cpu_kernel().splitlines()[2]
+    wanted = line("cpu_kernel", "(1, 4096, 4096)", "oneDNN qlinear u8 to bfloat16")
+    assert kernel.split("|")[7].strip() == wanted[8]
+    layer = tables.cpu_layer().splitlines()[2]
+    wanted = line("cpu_layer", "layer (1, 4096, 4096)", "fp32 nn.Linear")
+    assert layer.split("|")[-2].strip() == wanted[-1]
+    activations = tables.cpu_activations().splitlines()[2]
+    wanted = line("cpu_layer", "activations (1, 4096)", "dynamic_quant to int8, bfloat16")
+    assert activations.split("|")[4].strip() == f"{wanted[-3]} us ({wanted[-1]})"
+    models = tables.cpu_models().splitlines()[2]
+    floats = [
+        float(line("cpu_models", "SmolLM2", dtype)[1].replace(",", ""))
+        for dtype in ("float16", "bfloat16", "float32")
+    ]
+    assert f"{min(floats):.1f} ms" in models.split("|")[4]
