@@ -142,8 +142,8 @@ constexpr unsigned long kHasDot = 1 << 20, kHasI8mm = 1 << 13;  // HWCAP_ASIMDDP
 
 // The best one first.
 const Target kTargets[] = {
-    {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & kHasI8mm) != 0; }, I8mm, 12 * 32, Read},
-    {"neon-dot", [] { return (getauxval(AT_HWCAP) & kHasDot) != 0; }, Dot, 12 * 16, Read},
+    {"neon_i8mm", [] { return (getauxval(AT_HWCAP2) & kHasI8mm) != 0; }, I8mm, 12 * 32, Read},
+    {"neon_dot", [] { return (getauxval(AT_HWCAP) & kHasDot) != 0; }, Dot, 12 * 16, Read},
 };
 #endif
 

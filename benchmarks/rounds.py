@@ -63,8 +63,8 @@ LIMITS: dict[str, dict[str, str]] = {
     "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avxvnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", **_AVX2},
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", **_AVX2},
-    "neon-i8mm": {},
-    "neon-dot": {},
+    "neon_i8mm": {},
+    "neon_dot": {},
 }
 PRODUCTS, READING = "floor: int8 products", "floor: reading the weight"
 
