@@ -60,10 +60,10 @@ TARGET void PrepareGroup(const LqMatmul& call, int64_t group, uint8_t* out) {
 // not notice, changes most of them.
 bool IsPrepared(const LqMatmul& call) {
   constexpr int64_t kPlaces = 8;
+  if (call.row_bytes < 4) return true;
   for (int64_t i = 0; i < kPlaces; ++i) {
     const int64_t row = (call.n - 1) * i / (kPlaces - 1);
     const int64_t at = (call.row_bytes / 4 - 1) * (5 * i % kPlaces) / (kPlaces - 1) * 4;
-    if (at < 0) return true;  // fewer than four bytes in a row
     const uint8_t* const w = WeightAt(call, row, at / kBlock * kBlock) +
                              at % kBlock / 32 * call.w_step + at % 32;
     const uint8_t* const word = call.prepared + row / kGroupColumns * GroupStride(call) +
