@@ -40,8 +40,9 @@ TARGET void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* cons
     if (prefetched > 2) Prefetch<nz>(next + 3 * prefetch.stride, step);
 #pragma GCC unroll 4
     for (int64_t in = 0; in < kBlock; in += kBytes) {
-      const Ints v[kColumns] = {LoadWeight<nz>(w0, at + in, step), LoadWeight<nz>(w1, at + in, step),
-                                LoadWeight<nz>(w2, at + in, step), LoadWeight<nz>(w3, at + in, step)};
+      const Ints v[kColumns] = {
+          LoadWeight<nz>(w0, at + in, step), LoadWeight<nz>(w1, at + in, step),
+          LoadWeight<nz>(w2, at + in, step), LoadWeight<nz>(w3, at + in, step)};
       Ints parts[kColumns][kParts<int4>];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) Split<int4>(v[j], parts[j]);
@@ -51,8 +52,7 @@ TARGET void MultiplyBlock(const int8_t* x, int64_t x_stride, const uint8_t* cons
         for (int part = 0; part < kParts<int4>; ++part) {
           const Ints row = Load(x + i * x_stride + at * kParts<int4> + part * kBlock + in);
 #pragma GCC unroll 8
-          for (int j = 0; j < kColumns; ++j)
-            sum[i][j] = Dot<int4>(sum[i][j], parts[j][part], row);
+          for (int j = 0; j < kColumns; ++j) sum[i][j] = Dot<int4>(sum[i][j], parts[j][part], row);
         }
     }
   }
@@ -114,7 +114,7 @@ constexpr auto kMultiplyBlock =
 // Multiplies all rows of x by a slice, into `sums`, and prefetches the next slice meanwhile.
 template <bool int4>
 TARGET void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slice& slice,
-                       const Slice& next, int32_t* sums) {
+                         const Slice& next, int32_t* sums) {
   const Tile& tile = slice.tile;
   const int64_t whole = slice.depth / kBlock * kBlock, tail = slice.depth - whole;
   const int8_t* const x = packed.x + slice.from * kParts<int4>;
@@ -160,7 +160,7 @@ TARGET void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slic
           if (tail > 32) std::memcpy(copies[i] + 32, end + call.w_step, tail - 32);
           w[i] = copies[i];
         }
-        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole * kParts<int4>, packed.stride, w, 32,
+        kMultiplyBlock<int4, false>[rows - 1](x_rows + whole* kParts<int4>, packed.stride, w, 32,
                                               {}, kBlock, slice.depth == tail&& slice.from == 0, c,
                                               kBlockColumns);
       }
@@ -170,7 +170,7 @@ TARGET void MultiplyRows(const LqMatmul& call, const PackedX& packed, const Slic
 
 template <bool int4>
 TARGET void FewRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
-                  int32_t* sums) {
+                    int32_t* sums) {
   Slices<int4> slices(call, tiles, thread);
   for (Slice slice = slices.Next(); slice.tile.right; slice = slices.Next()) {
     MultiplyRows<int4>(call, x, slice, slices.Lookahead(0), sums);

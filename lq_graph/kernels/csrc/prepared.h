@@ -51,8 +51,7 @@ TARGET void PrepareGroup(const LqMatmul& call, int64_t group, uint8_t* out) {
             words[i] = LoadNz(w, left > 32 ? call.w_step : 0);
         }
         Transpose(words);
-        for (int64_t i = 0; i < kLanes; ++i)
-          Store(out + i * kGroupBytes + one * kBytes, words[i]);
+        for (int64_t i = 0; i < kLanes; ++i) Store(out + i * kGroupBytes + one * kBytes, words[i]);
       }
 }
 
@@ -64,8 +63,8 @@ bool IsPrepared(const LqMatmul& call) {
   for (int64_t i = 0; i < kPlaces; ++i) {
     const int64_t row = (call.n - 1) * i / (kPlaces - 1);
     const int64_t at = (call.row_bytes / 4 - 1) * (5 * i % kPlaces) / (kPlaces - 1) * 4;
-    const uint8_t* const w = WeightAt(call, row, at / kBlock * kBlock) +
-                             at % kBlock / 32 * call.w_step + at % 32;
+    const uint8_t* const w =
+        WeightAt(call, row, at / kBlock * kBlock) + at % kBlock / 32 * call.w_step + at % 32;
     const uint8_t* const word = call.prepared + row / kGroupColumns * GroupStride(call) +
                                 at / 4 * kGroupBytes + row % kGroupColumns * 4;
     if (std::memcmp(w, word, 4)) return false;
@@ -82,8 +81,7 @@ struct PrefetchLines {
 // rows x kGroupColumns sums over `blocks` of a group, written to c (`first`) or added to it.
 template <int rows, bool int4>
 TARGET void MultiplyGroup(const int8_t* x, int64_t x_stride, const uint8_t* w, int64_t blocks,
-                          const PrefetchLines& prefetch, bool first, int32_t* c,
-                          int64_t c_stride) {
+                          const PrefetchLines& prefetch, bool first, int32_t* c, int64_t c_stride) {
   const uint8_t* next = prefetch.from;
   const int64_t lines = prefetch.lines;
   Ints sum[rows][kGroup];
@@ -107,8 +105,7 @@ TARGET void MultiplyGroup(const int8_t* x, int64_t x_stride, const uint8_t* w, i
           std::memcpy(&four, x + i * x_stride + part * kBlock + at, 4);
           const Ints word = Set(four);
 #pragma GCC unroll 4
-          for (int j = 0; j < kGroup; ++j)
-            sum[i][j] = Dot<int4>(sum[i][j], parts[j][part], word);
+          for (int j = 0; j < kGroup; ++j) sum[i][j] = Dot<int4>(sum[i][j], parts[j][part], word);
         }
     }
 #pragma GCC unroll 8
@@ -121,8 +118,8 @@ TARGET void MultiplyGroup(const int8_t* x, int64_t x_stride, const uint8_t* w, i
     }
 }
 
-using GroupKernel = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t,
-                             const PrefetchLines&, bool, int32_t*, int64_t);
+using GroupKernel = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const PrefetchLines&,
+                             bool, int32_t*, int64_t);
 template <bool int4, int... i>
 constexpr std::array<GroupKernel, sizeof...(i)> GroupKernels(std::integer_sequence<int, i...>) {
   return {MultiplyGroup<i + 1, int4>...};
@@ -155,10 +152,10 @@ TARGET void Prepared(const LqMatmul& call, const PackedX& x, TileScheduler* tile
           const int64_t row = height * number / blocks, end = height * (number + 1) / blocks;
           if (from + depth == bytes)
             PrefetchOutput(call, {tile.top + row, tile.top + end, part.left, part.right});
-          kMultiplyGroup<int4>[end - row - 1](
-              x.x + (tile.top + row) * x.stride + from * kParts<int4>, x.stride, slice,
-              depth / kBlock, {next + number * lines * depth / 16 * 64, lines}, from == 0,
-              sums + row * kGroupColumns, kGroupColumns);
+          kMultiplyGroup<int4>[end - row - 1](x.x + (tile.top + row)* x.stride + from* kParts<int4>,
+                                              x.stride, slice, depth / kBlock,
+                                              {next + number * lines * depth / 16 * 64, lines},
+                                              from == 0, sums + row* kGroupColumns, kGroupColumns);
         }
         slice = next;
       }

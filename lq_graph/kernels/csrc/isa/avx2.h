@@ -38,7 +38,8 @@ constexpr int kAccumulators = 8;
 template <bool int4>
 constexpr int kRows = 2;
 template <bool int4>
-constexpr bool kPrepares = kParts<int4> == 1;  // otherwise Split takes what the order of memory saves
+constexpr bool kPrepares =
+    kParts<int4> == 1;  // otherwise Split takes what the order of memory saves
 constexpr int kGroup = 2;
 template <bool int4>
 constexpr int kGroupRows = kParts<int4> == 1 ? 6 : 4;
@@ -62,7 +63,8 @@ template <bool int4>
 INLINE_TARGET void Split(Ints v, Ints* parts) {
   const auto bits = (__m256i)v;
   if constexpr (int4) {
-    const __m256i low = _mm256_set1_epi8(0x0F), flipped = _mm256_xor_si256(bits, _mm256_set1_epi8('\x88'));
+    const __m256i low = _mm256_set1_epi8(0x0F),
+                  flipped = _mm256_xor_si256(bits, _mm256_set1_epi8('\x88'));
     parts[0] = (Ints)_mm256_and_si256(flipped, low);
     parts[1] = (Ints)_mm256_and_si256(_mm256_srli_epi16(flipped, 4), low);
   } else {

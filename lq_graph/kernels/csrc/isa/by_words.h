@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int64_t kStepBytes = 4;  // bytes of a row of w in a step
-constexpr int kTogether = 1;  // rows of w whose sums DotStep computes together
+constexpr int kTogether = 1;       // rows of w whose sums DotStep computes together
 
 // Adds a step's products to the sums of kTogether columns by one panel of x.
 template <bool int4>

@@ -5,9 +5,7 @@
 
 namespace {
 
-bool IsSupported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-}
+bool IsSupported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 

@@ -6,9 +6,7 @@
 
 namespace {
 
-bool IsSupported() {
-  return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c");
-}
+bool IsSupported() { return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
