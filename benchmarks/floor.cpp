@@ -20,7 +20,7 @@ struct Target {
   void (*read)(const uint8_t* from, int64_t steps);  // 256 bytes in a step
 };
 
-#define TWELVE(one)                                                                             \
+#define TWELVE(one) \
   one(0) one(1) one(2) one(3) one(4) one(5) one(6) one(7) one(8) one(9) one(10) one(11)
 
 #if defined(__x86_64__)
@@ -29,19 +29,20 @@ struct Target {
 #include <unistd.h>
 namespace {
 
-#define CLOBBERED                                                                                  \
+#define CLOBBERED                                                                                 \
   "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
       "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 
 constexpr int32_t kWord = 0x01020304;
 
-#define PRODUCTS(Name, vector, one)                                                \
-  void Name(int64_t steps) {                                                       \
-    asm volatile("vpbroadcastd %1, %%" vector "14\nvpbroadcastd %1, %%" vector "15\n" \
-                 "1:\n" TWELVE(one) "dec %0\njnz 1b\nvzeroupper"                   \
-                 : "+r"(steps)                                                     \
-                 : "m"(kWord)                                                      \
-                 : CLOBBERED);                                                     \
+#define PRODUCTS(Name, vector, one)                                            \
+  void Name(int64_t steps) {                                                   \
+    asm volatile("vpbroadcastd %1, %%" vector "14\nvpbroadcastd %1, %%" vector \
+                 "15\n"                                                        \
+                 "1:\n" TWELVE(one) "dec %0\njnz 1b\nvzeroupper"               \
+                 : "+r"(steps)                                                 \
+                 : "m"(kWord)                                                  \
+                 : CLOBBERED);                                                 \
   }
 
 #define ONE(i) "vpdpbusd %%zmm14, %%zmm15, %%zmm" #i "\n"
@@ -113,7 +114,7 @@ const Target kTargets[] = {
 #include <sys/auxv.h>
 namespace {
 
-#define CLOBBERED                                                                            \
+#define CLOBBERED \
   "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11"
 
 #define PRODUCTS(Name, one)                                                                  \

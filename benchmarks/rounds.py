@@ -257,7 +257,7 @@ class Results:
         self.say(f"   {'':38s}" + "".join(heads))
         for name in next(iter(measured.ways.values())):
             cells = (
-                f"{seconds[name] * size:11,.{digits}f} {unit}"
+                f" {seconds[name] * size:11,.{digits}f} {unit}"
                 + "".join(f"{c.of(name, seconds):10.2f}" for c in columns)
                 for seconds in measured.ways.values()
             )
