@@ -20,7 +20,7 @@ MATMUL = struct.Struct("17q4i")
 # what a kernel returns: enum LqAnswer of csrc/call.h
 DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 # With fewer products, a second thread costs more than it saves.
-_ONE_THREAD = 1 << 20
+_ONE_THREAD = 1 << 18
 
 
 class StoredWeight(NamedTuple):

@@ -4,6 +4,7 @@ kernels do not compute it: then torch does, to the same numbers."""
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +53,43 @@ def _values(argument: str, values: Tensor) -> Tensor:
     return values if dtype is torch.float32 or dtype in _PACKED_DTYPES else values.float()
 
 
-def _bias(bias: Tensor) -> Tensor:
-    """A bias as the kernels read it: contiguous, int32 or float32."""
-    check_held("bias", bias)
-    return (bias if bias.dtype is torch.int32 else bias.float()).contiguous()
+class _Epilogue(NamedTuple):
+    """What a product is scaled by: fields of struct LqMatmul."""
+
+    kind: int
+    scale: int
+    scale_stride: int
+    offset: int
+    offset_stride: int
+    int_bias: int
+    float_bias: int
+    held: tuple[Tensor | None, ...]  # tensors that must live until the call
+
+
+def _epilogue_of(
+    scale: Tensor, folds: bool, offset: Tensor | None, bias: Tensor | None
+) -> _Epilogue:
+    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
+    scale = _values("scale", scale)
+    offset_stride = int_bias = float_bias = 0
+    if offset is not None:
+        offset = _values("offset", offset)
+        offset_stride = int(offset.shape[0] != 1)
+    if bias is not None:
+        check_held("bias", bias)
+        is_int = bias.dtype is torch.int32
+        bias = (bias if is_int else bias.float()).contiguous()
+        int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
+    return _Epilogue(
+        kind,
+        scale.data_ptr(),
+        int(scale.shape[0] != 1),
+        _address(offset),
+        offset_stride,
+        int_bias,
+        float_bias,
+        (scale, offset, bias),
+    )
 
 
 def matmul(
@@ -93,27 +127,19 @@ def matmul(
         m, row = rows.shape[0], rows.stride(0) * width
     if not m:
         return None
-    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
-    scale = _values("scale", scale)
+    end = _epilogue_of(scale, folds, offset, bias)
     ready = prepared_of(weight, library.instruction_set)
-    offsets = pertoken = int_bias = float_bias = offset_stride = 0
-    if offset is not None:
-        offset = _values("offset", offset)
-        offsets, offset_stride = offset.data_ptr(), int(offset.shape[0] != 1)
+    pertoken = 0
     if pertoken_scale is not None:
         check_held("pertoken_scale", pertoken_scale)
         if len(shape) != 2 or not pertoken_scale.is_contiguous():
             pertoken_scale = pertoken_scale.expand(shape[:-1]).contiguous()
         pertoken = pertoken_scale.data_ptr()
-    if bias is not None:
-        bias = _bias(bias)
-        is_int = bias.dtype is torch.int32
-        int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
     out = torch.empty(m, n, dtype=output_dtype, device=_CPU)
     call = MATMUL.pack(
-        rows.data_ptr(), address, _address(ready), scale.data_ptr(), offsets, pertoken,
-        int_bias, float_bias, out.data_ptr(), m, n, row_bytes, row, stride,
-        scale.shape[0] != 1, offset_stride, step, int4, kind, _OUTPUTS[output_dtype],
+        rows.data_ptr(), address, _address(ready), end.scale, end.offset, pertoken,
+        end.int_bias, end.float_bias, out.data_ptr(), m, n, row_bytes, row, stride,
+        end.scale_stride, end.offset_stride, step, int4, end.kind, _OUTPUTS[output_dtype],
         threads_for(m * n * row_bytes),
     )  # fmt: skip
     answer = library.matmul(call, len(call))
@@ -171,24 +197,15 @@ def layer(
             check_held("offset", factor_offset)
             factor_offset = factor_offset.contiguous()
             factor_offsets = factor_offset.data_ptr()
-    kind = _PACKED if scale.dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
-    scale = _values("scale", scale)
+    end = _epilogue_of(scale, folds, offset, bias)
     ready = prepared_of(weight, library.instruction_set)
-    offsets = int_bias = float_bias = offset_stride = 0
-    if offset is not None:
-        offset = _values("offset", offset)
-        offsets, offset_stride = offset.data_ptr(), int(offset.shape[0] != 1)
-    if bias is not None:
-        bias = _bias(bias)
-        is_int = bias.dtype is torch.int32
-        int_bias, float_bias = (bias.data_ptr(), 0) if is_int else (0, bias.data_ptr())
     out = torch.empty(*x.shape[:-1], n, dtype=output_dtype, device=_CPU)
     call = _LAYER.pack(
         rows.data_ptr(), factors, factor_offsets, 0, 0, m, k, row, factor_stride,
         _FLOATS[x.dtype], _STATIC if arithmetic is None else arithmetic, int4, 1,
-        0, address, _address(ready), scale.data_ptr(), offsets, 0, int_bias, float_bias,
-        out.data_ptr(), m, n, row_bytes, 0, stride, scale.shape[0] != 1, offset_stride,
-        step, int4, kind, _OUTPUTS[output_dtype], threads_for(m * n * row_bytes),
+        0, address, _address(ready), end.scale, end.offset, 0, end.int_bias, end.float_bias,
+        out.data_ptr(), m, n, row_bytes, 0, stride, end.scale_stride, end.offset_stride,
+        step, int4, end.kind, _OUTPUTS[output_dtype], threads_for(m * n * row_bytes),
     )  # fmt: skip
     answer = library.layer(call, len(call))
     if answer != DONE:

@@ -73,7 +73,8 @@ INLINE_TARGET Ints AddProducts(Ints sums, const uint8_t* w, const int8_t* x) {
 }
 
 // MultiplyBlock for one row of x and an ND weight that comes from memory: it reads one row of w after
-// another, which is the fastest order, and prefetches nothing: the processor does this itself.
+// another, which is the fastest order. The processor prefetches by itself, but not beyond a page, and
+// weights of small layers have small pages.
 template <bool int4>
 TARGET void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64_t,
                         const PrefetchRows&, int64_t depth, bool first, int32_t* c, int64_t) {
@@ -83,11 +84,13 @@ TARGET void MultiplyRow(const int8_t* x, int64_t, const uint8_t* const* w, int64
     int64_t at = 0;
     for (; at + 4 * kBlock <= depth; at += 4 * kBlock)
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i)
+      for (int64_t i = 0; i < 4; ++i) {
+        __builtin_prefetch(w[j] + at + kBlock * i + kRowAhead, 0, 3);
 #pragma GCC unroll 4
         for (int64_t in = 0; in < kBlock; in += kBytes)
           some[i] = AddProducts<int4>(some[i], w[j] + at + kBlock * i + in,
                                       x + (at + kBlock * i) * kParts<int4> + in);
+      }
     for (; at < depth; at += kBlock)
 #pragma GCC unroll 4
       for (int64_t in = 0; in < kBlock; in += kBytes)

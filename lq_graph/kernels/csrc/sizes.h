@@ -11,7 +11,8 @@ constexpr int64_t kBlock = 64;  // bytes of a row of w that are multiplied in on
 // end. kRows rows of x are in one block of registers.
 constexpr int kColumns = 4;               // rows of w in a block: columns of the result
 constexpr int64_t kBlockColumns = 64;     // columns of the result in a slice
-constexpr int64_t kCacheBytes = 1 << 20;  // a w of at most this size stays in a cache after its use
+constexpr int64_t kCacheBytes = 1 << 16;  // a w of at most this size stays in a cache after its use
+constexpr int64_t kRowAhead = 2048;       // bytes from what is read of one row of w to what is prefetched
 // Bytes of a row of w in a slice: for one row of x, for one block of rows, for several blocks. x's part
 // of that length stays in L1. w is read fastest in the order of memory, but several blocks read it again.
 constexpr int64_t kDepthOneRow = 16384, kDepthOneBlock = 4096, kDepthManyBlocks = 2048;
