@@ -252,12 +252,12 @@ class Results:
         lost += " - ALL OF THEM: do not trust these" if measured.all_disturbed else ""
         self.say(f"\n{title}{lost}")
         heads = (
-            f"{way:>14s}" + "".join(f"{c.head:>10s}" for c in columns) for way in measured.ways
+            f"{way:>15s}" + "".join(f"{c.head:>10s}" for c in columns) for way in measured.ways
         )
         self.say(f"   {'':38s}" + "".join(heads))
         for name in next(iter(measured.ways.values())):
             cells = (
-                f"{seconds[name] * size:11,.{digits}f} {unit}"
+                f" {seconds[name] * size:11,.{digits}f} {unit}"
                 + "".join(f"{c.of(name, seconds):10.2f}" for c in columns)
                 for seconds in measured.ways.values()
             )
