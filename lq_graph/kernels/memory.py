@@ -23,13 +23,14 @@ def check_held(argument: str, tensor: Tensor) -> None:
     if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
         return  # a subclass may have no memory of its own
     # torch checks this when a storage is set, not when it shrinks.
-    held, before = tensor.untyped_storage().nbytes(), tensor.storage_offset()
+    before = tensor.storage_offset()
     if tensor.is_contiguous():
-        needed = int(before) * tensor.element_size() + tensor.nbytes
+        needed = int(before + tensor.numel()) * tensor.element_size()
     else:
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
         last = before + sum((size - 1) * stride for size, stride in sizes)
         needed = int(last + 1) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
     if held < needed:
         raise ShortStorageError(argument, tuple(tensor.shape), needed, held)
 

@@ -7,6 +7,7 @@ libraries that only carry CANN's names come from the installed package.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import cann_host
 from cann_host import _native
-from lq_graph.kernels import library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -86,18 +86,20 @@ def build(folder: Path) -> None:
     target = libraries / "libcann_host.so"
     subprocess.run([*link, *map(str, made), "-o", str(target), "-ldl", "-lpthread"], check=True)
 
-    kernel = library.loaded()
-    if kernel is not None:  # the CPU kernel reads what the operators hand it
+    machine = platform.machine()
+    if machine in ("x86_64", "aarch64"):  # the CPU kernel reads what the operators hand it
         csrc = ROOT / "lq_graph" / "kernels" / "csrc"
-        flags = ["-fopenmp", "-fwrapv", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
-        flags += [f"-DLQ_HAS_{name}" for name in kernel.sets]
-        sources = [
-            csrc / "dispatch.cpp",
-            *(csrc / "targets" / f"{name}.cpp" for name in kernel.sets),
+        targets = [
+            file
+            for file in csrc.glob("targets/*.cpp")
+            if file.stem.startswith("neon") == (machine == "aarch64")
         ]
+        flags = ["-fopenmp", "-fwrapv", f'-DLQ_SOURCES="{_native.digest_of(csrc)}"']
+        flags += [f"-DLQ_HAS_{file.stem}" for file in targets]
+        sources = [csrc / "dispatch.cpp", *targets]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = list(pool.map(lambda source: _compile(source, objects, flags), sources))
-        target = folder / "lq_graph" / "kernels" / "lib" / library.NAME
+        target = folder / "lq_graph" / "kernels" / "lib" / "liblq_graph_cpu.so"
         # without OpenMP's library: it takes the one torch has loaded
         shared = [COMPILER, *SANITIZE, "-shared", *map(str, made), "-o", str(target)]
         subprocess.run(shared, check=True)
