@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import lq_graph
-from lq_graph.kernels import library, prepared
+from lq_graph.kernels import library
 
 HERE = Path(__file__).parent
 ROUNDS, QUICK = 31, 3
@@ -283,8 +283,7 @@ def prepared_copy(model: nn.Module) -> nn.Module | None:
     """A copy of a quantized model, its weights packed beforehand for the kernel; None if the kernel
     would not be faster with them."""
     model = copy.deepcopy(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, lq_graph.LinearQuant)]
-    return model if sum(prepared.prepare(layer.weight) for layer in layers) else None
+    return model if any(layer.copy for layer in lq_graph.prepare_for_cpu(model)) else None
 
 
 def main(

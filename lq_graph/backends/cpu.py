@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import LinearQuantValueError
-from ..kernels import Arithmetic, OperandError
+from ..kernels import OperandError
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.cann import Target
 from ..rules.plan import Plan, Spec, check_finite, plan, plan_trans_quant_param
@@ -127,8 +127,9 @@ def layer(
 @cached_decision
 def _layer_plan(
     target: Target, output_dtype: torch.dtype | None, *key: Any
-) -> tuple[Plan, Arithmetic | None]:
-    """The Plan of linear_quant, and the arithmetic of dynamic_quant, from dtypes and shapes."""
+) -> tuple[Plan, int | None]:
+    """The Plan of linear_quant, and the number of dynamic_quant's arithmetic, from dtypes and
+    shapes."""
     del target  # get_target() is what the plans read
     x, weight, scale = (Spec(key[at], tuple(key[at + 1])) for at in (0, 2, 4))
     offset, bias, reciprocal, zero = (one and Spec(one[0], tuple(one[1])) for one in key[6:])
@@ -136,7 +137,7 @@ def _layer_plan(
     x = Spec(x.dtype, (m, x.shape[-1]))
     if reciprocal is None:
         quantized = plan_dynamic_quant(x, weight.dtype)
-        arithmetic, pertoken = quantized.arithmetic, Spec(torch.float32, (m,))
+        arithmetic, pertoken = quantized.arithmetic.number, Spec(torch.float32, (m,))
     else:
         quantized = plan_static_quant(x, reciprocal, zero)
         arithmetic, pertoken = None, None

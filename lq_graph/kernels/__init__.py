@@ -30,9 +30,9 @@ from .activations import (
     static_quant,
 )
 from .errors import NotFiniteError, OperandError, PartialGroupError, ShortStorageError
-from .layer import quant_layer
 from .layouts import NZ_ROW_BYTES, NzWeight, nd_to_nz, nz_shape, nz_to_nd
 from .memory import check_held
+from .native import layer as quant_layer
 from .numerics import TensorLike, epilogue, is_cut, matmul_int32, quant_matmul
 from .packing import (
     INT4_PER_INT32,

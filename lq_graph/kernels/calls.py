@@ -16,7 +16,7 @@ from .memory import check_held
 __all__ = ["DONE", "MATMUL", "StoredWeight", "check_bytes", "refuse", "threads_for", "weight_of"]
 
 # struct LqMatmul of csrc/call.h
-MATMUL = struct.Struct("17q4i")
+MATMUL: struct.Struct = struct.Struct("17q4i")
 # what a kernel returns: enum LqAnswer of csrc/call.h
 DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 # With fewer products, a second thread costs more than it saves.

@@ -63,7 +63,8 @@ class Library:
     Attributes:
         sets: the instruction sets that it has, the best one first: whether this processor has it,
             and whether it is taken without being named.
-        matmul, quantize: lq_matmul and lq_quantize of csrc/dispatch.cpp.
+        instruction_set: the one in use.
+        matmul, quantize, layer, prepared_bytes, prepare: lq_matmul and so on of csrc/dispatch.cpp.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -77,7 +78,6 @@ class Library:
         self.layer = self._function(library.lq_layer)
         self.prepared_bytes = self._function(library.lq_prepared_bytes, ctypes.c_int64)
         self.prepare = self._function(library.lq_prepare, ctypes.c_int, ctypes.c_void_p)
-        self.quantize = self._function(library.lq_quantize)
 
     @staticmethod
     def _function(
@@ -160,7 +160,7 @@ def _open(file: str) -> ctypes.CDLL:
 
 
 def _load() -> tuple[Library | None, str]:
-    """The library, or None and why: see `why_not_used`."""
+    """The library and the instruction set to use; or None and why, see `why_not_used`."""
     wanted, file = _setting(), path()
     if wanted in _OFF:
         return None, "off"
@@ -192,14 +192,16 @@ def _load() -> tuple[Library | None, str]:
     usual = [name for name, (_, usual) in library.sets.items() if usual]
     if wanted in _ON and not usual:
         return None, "processor"
-    library.use(usual[0] if wanted in _ON else wanted)
-    return library, ""
+    return library, usual[0] if wanted in _ON else wanted
 
 
 @cache
 def loaded() -> Library | None:
     """The compiled kernels; None if they are not used."""
-    return _load()[0]
+    library, name = _load()
+    if library is not None:
+        library.use(name)
+    return library
 
 
 def path() -> str | None:
@@ -219,7 +221,8 @@ def why_not_used() -> str:
     sources) or "processor" (no instruction set of csrc/targets); "" if they are used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the answer says the same
-        return _load()[1]
+        library, why_not = _load()
+    return why_not if library is None else ""
 
 
 def instruction_sets() -> list[str]:

@@ -37,6 +37,16 @@ def _rows_of(argument: str, x: Tensor, words: int) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
+def _float_rows(x: Tensor, k: int, width: int) -> tuple[Tensor, int, int]:
+    """x as rows of k values of `width` bytes; their number; and the bytes from one to the next."""
+    if x.is_contiguous():
+        m, row = x.numel() // k, k * width
+        check_bytes("x", x, m * row, width)
+        return x, m, row
+    rows = _rows_of("x", x, k)
+    return rows, rows.shape[0], rows.stride(0) * width
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -152,23 +162,28 @@ def layer(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
+    *,
     bias: Tensor | None,
     output_dtype: torch.dtype,
-    arithmetic: int | None,
-    factor: Tensor | None = None,
-    factor_offset: Tensor | None = None,
-    *,
     folds: bool,
-    offset: Tensor | None = None,
+    offset: Tensor | None,
+    arithmetic: int | None,
+    scale_reciprocal: Tensor | None,
+    input_offset: Tensor | None,
 ) -> Tensor | None:
-    """Float values, quantized and multiplied by a weight, in one call; or None.
+    """A whole layer in one call: `activations.dynamic_quant` or `static_quant`, then
+    `numerics.quant_matmul`; or None if the kernel does not compute that.
 
     Args:
         x: float16, bfloat16 or float32, (..., k).
-        weight, scale, bias, output_dtype, folds, offset: as `numerics.quant_matmul` takes them.
+        weight, scale, bias, output_dtype, folds, offset: as `numerics.quant_matmul` takes them; the
+            weight in ND, int8 (n, k) or int32 (n, k/8).
         arithmetic: of dynamic_quant, whose scales are the pertoken_scale, as that takes it; None
-            quantizes statically.
-        factor, factor_offset: what static_quant takes as scale_reciprocal and offset.
+            for static_quant.
+        scale_reciprocal, input_offset: of static_quant, in the dtype of x.
+
+    Raises:
+        NotFiniteError, ShortStorageError: as `numerics.quant_matmul` raises them.
     """
     library = loaded()
     if library is None or (bias is not None and bias.dim() != 1):
@@ -180,28 +195,23 @@ def layer(
     k, width = row_bytes * (2 if int4 else 1), x.element_size()
     if x.shape[-1] != k:
         return None
-    if x.is_contiguous():
-        rows, m, row = x, x.numel() // k, k * width
-        check_bytes("x", x, m * row, width)
-    else:
-        rows = _rows_of("x", x, k)
-        m, row = rows.shape[0], rows.stride(0) * width
+    rows, m, row = _float_rows(x, k, width)
     if not m:
         return None
-    factors = factor_offsets = factor_stride = 0
-    if factor is not None:
-        check_held("scale_reciprocal", factor)
-        factor = factor.contiguous()
-        factors, factor_stride = factor.data_ptr(), int(factor.shape[0] != 1)
-        if factor_offset is not None:
-            check_held("offset", factor_offset)
-            factor_offset = factor_offset.contiguous()
-            factor_offsets = factor_offset.data_ptr()
+    factor_stride = 0
+    if scale_reciprocal is not None:
+        check_held("scale_reciprocal", scale_reciprocal)
+        scale_reciprocal = scale_reciprocal.contiguous()
+        factor_stride = int(scale_reciprocal.shape[0] != 1)
+        if input_offset is not None:
+            check_held("offset", input_offset)
+            input_offset = input_offset.contiguous()
     end = _epilogue_of(scale, folds, offset, bias)
     ready = prepared_of(weight, library.instruction_set)
     out = torch.empty(*x.shape[:-1], n, dtype=output_dtype, device=_CPU)
     call = _LAYER.pack(
-        rows.data_ptr(), factors, factor_offsets, 0, 0, m, k, row, factor_stride,
+        rows.data_ptr(), _address(scale_reciprocal), _address(input_offset), 0, 0, m, k, row,
+        factor_stride,
         _FLOATS[x.dtype], _STATIC if arithmetic is None else arithmetic, int4, 1,
         0, address, _address(ready), end.scale, end.offset, 0, end.int_bias, end.float_bias,
         out.data_ptr(), m, n, row_bytes, 0, stride, end.scale_stride, end.offset_stride,
@@ -232,12 +242,7 @@ def _quantize(
     width, last = 4 if dtype == 2 else 2, k // 8 if packed else k
     if not k or (packed and k % 8):
         return None
-    if x.is_contiguous():
-        rows, m, row = x, x.numel() // k, k * width
-        check_bytes("x", x, m * row, width)
-    else:
-        rows = _rows_of("x", x, k)
-        m, row = rows.shape[0], rows.stride(0) * width
+    rows, m, row = _float_rows(x, k, width)
     if not m:
         return None
     stored, scale = torch.int32 if packed else torch.int8, None

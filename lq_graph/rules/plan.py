@@ -7,7 +7,6 @@ other checks, so all four refuse the same input with the same sentence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from .dtypes import row_of_dtypes
 from .products import get_target
 from .refusal import refused
 from .shapes import check_contiguous, check_shapes
-from .symbolic import check_equal_sizes, known_true
+from .symbolic import cached_decision, check_equal_sizes, known_true
 from .tables import ROUND_MODE_SINCE, Product, Row, dtype_name
 
 __all__ = [
@@ -129,18 +128,14 @@ def plan(
         None if pertoken_scale is None else (pertoken_scale.dtype, pertoken_scale.shape),
         None if bias is None else (bias.dtype, bias.shape),
     )
-    try:
-        found = _cached_decision(*key)
-    except TypeError as error:
-        if isinstance(error, LinearQuantTypeError):
-            raise
-        found = _decide(*key)  # symbolic sizes cannot be a key
+    found = _decide(*key)
     if found.int4:
         check_contiguous("x1", x1)
         check_contiguous("weight", weight)
     return found
 
 
+@cached_decision
 def _decide(target: Target, output: torch.dtype, *key: Any) -> Plan:
     """plan() from dtypes and shapes alone, as its key has them."""
     x1, weight, scale = (Spec(key[at], tuple(key[at + 1])) for at in (0, 2, 4))
@@ -169,10 +164,6 @@ def _decide(target: Target, output: torch.dtype, *key: Any) -> Plan:
         and is_cut(scale, pertoken_scale, bias, output, per_tensor=per_tensor),
         since=since_of(row, target.product, dtypes),
     )
-
-
-# A model makes the same few calls again and again. A refusal is not cached.
-_cached_decision = lru_cache(maxsize=4096)(_decide)
 
 
 def plan_trans_quant_param(

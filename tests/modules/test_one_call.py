@@ -15,8 +15,8 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lq_graph
-from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static
-from lq_graph.kernels import library, native
+from lq_graph import A4W4Dynamic, A8W8Dynamic, A8W8Static, kernels
+from lq_graph.kernels import library
 from support.native import needs_kernel
 
 pytestmark = [pytest.mark.native, needs_kernel]
@@ -61,7 +61,7 @@ def by_operators(layer: lq_graph.QuantizedLinear, x: Tensor) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The outputs of single calls."""
     made: list[Tensor] = []
-    layer = native.layer
+    layer = kernels.quant_layer
 
     def noted(*args: Any, **kwargs: Any) -> Tensor | None:
         out = layer(*args, **kwargs)
@@ -69,7 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             made.append(out)
         return out
 
-    monkeypatch.setattr(native, "layer", noted)
+    monkeypatch.setattr(kernels, "quant_layer", noted)
     return made
 
 

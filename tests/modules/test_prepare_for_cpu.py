@@ -67,6 +67,15 @@ def test_the_same_bits(name: str, int4: bool, m: int, k: int, n: int) -> None:
         assert torch.equal(made(x, pertoken), golden(made, x, pertoken))
 
 
+@needs_kernel
+@pytest.mark.parametrize("name", SETS)
+def test_to_ask_why_the_kernel_is_not_used_does_not_choose_another(name: str) -> None:
+    with library.using(name):
+        assert library.why_not_used() == ""
+        (one,) = lq_graph.prepare_for_cpu(layer())
+        assert bool(one.copy) == prepares(name, int4=False)
+
+
 def replaced(made: lq_graph.LinearQuant) -> None:
     made.weight = nn.Parameter(layer(seed=9).weight.data, False)
 
