@@ -12,7 +12,7 @@ if __name__ != "lq_graph.converters":  # found in the checkout's own folder
         f"lq_graph's converters are imported as {__name__}; what to do: import lq_graph.converters"
     )
 
-from lq_graph.ops import OPERATORS, load
+from lq_graph.ops import OPERATORS, NotNeeded, load
 
 from . import graph, missing, norms
 from ._torchair import register_fx_node_ge_converter
@@ -27,7 +27,8 @@ def register() -> None:
     Source: torchair's register_fx_node_ge_converter.
     """
     for operator in OPERATORS:
-        register_fx_node_ge_converter(operator.overload)(load(operator.converter))
+        if not isinstance(operator.converter, NotNeeded):
+            register_fx_node_ge_converter(operator.overload)(load(operator.converter))
     norms.register_missing()
     missing.register_missing()
 

@@ -4,6 +4,7 @@
     lq_graph::trans_quant_param   scale and offset folded into the packed int64 scale
     lq_graph::dynamic_quant       float activations to int8 or int4, a scale for each token
     lq_graph::static_quant        float activations to int8, with a scale from calibration
+    lq_graph::quantized_linear    a quantizer and linear_quant at once, in Inductor's graphs only
 
 docs/add.md tells how to add an operator: its functions, then its record in OPERATORS. A record
 names functions as "module:function": `import lq_graph` registers the operators and must stay light.
@@ -71,6 +72,7 @@ class Operator:
         autocast: the cast under autocast, for the operators that take float activations.
         converter: lowers a call to GE nodes, for torchair.
         sharding: how DTensor may split a call.
+        public: whether lq_graph has a function of that name, and users may call the operator.
         torch_func: the kernel inside torch.func's transforms.
         for_fusions: the arguments of the schema that lq_graph's function does not take.
     """
@@ -82,8 +84,9 @@ class Operator:
     cpu: str
     npu: str
     autocast: str | NotNeeded
-    converter: str
-    sharding: str
+    converter: str | NotNeeded
+    sharding: str | NotNeeded
+    public: bool = True
     torch_func: str = "backends.derivatives:under_torch_func"
     for_fusions: tuple[str, ...] = ()
 
@@ -144,6 +147,20 @@ OPERATORS = (
         sharding="parallel.sharding:static_quant",
         for_fusions=("scale", "zero_point", "reciprocals", "zero_points"),
     ),
+    Operator(
+        name="quantized_linear",
+        schema="(Tensor x, Tensor weight, Tensor scale, Tensor? offset=None, Tensor? bias=None, "
+        "Tensor? scale_reciprocal=None, Tensor? input_offset=None, *, "
+        "ScalarType? output_dtype=None) -> Tensor",
+        plan="rules.plan:plan",
+        fake="backends.whole_layer:fake",
+        cpu="backends.whole_layer:cpu",
+        npu="backends.whole_layer:npu",
+        autocast=NotNeeded("autocast has done its casts when Inductor gets a graph"),
+        converter=NotNeeded("torchair gets no graph of Inductor's"),
+        sharding=NotNeeded("Inductor's graphs hold the parts of split tensors"),
+        public=False,
+    ),
 )
 
 # ---- registration ----
@@ -196,13 +213,15 @@ class _LazyConverter:
 
 
 def _traced(where: str) -> Callable[..., Any]:
-    """A fake kernel. A program that compiles for the NPU has imported the compiler by the first
-    trace; then the compiler gets to know our fusions."""
+    """A fake kernel. A program that compiles has imported the compiler by the first trace; then
+    the compiler gets to know our passes."""
     kernel = _lazy(where)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         if "torch_npu" in sys.modules:
             load("fusion.torchair:register")()
+        if "torch._inductor.compile_fx" in sys.modules:
+            load("backends.inductor:register")()
         return kernel(*args, **kwargs)
 
     return fake
@@ -227,7 +246,7 @@ def _register(lib: torch.library.Library, operator: Operator) -> None:
     if not isinstance(operator.autocast, NotNeeded):
         for key, device in _AUTOCAST.items():
             lib.impl(name, _lazy(operator.autocast, key, device), key)
-    if not hasattr(op, "_ge_converter"):
+    if not isinstance(operator.converter, NotNeeded) and not hasattr(op, "_ge_converter"):
         op._ge_converter = _LazyConverter(op)  # type: ignore[attr-defined]
 
 

@@ -7,6 +7,7 @@ kernels/symbolic.py. torchair's private names are in converters/_torchair.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "FuncTorchInterpreter",
     "OpOverload",
+    "add_inductor_kernel",
+    "add_inductor_pass",
     "coerce_cinterpreter",
     "detect_fake_mode",
     "excluded",
@@ -66,3 +69,66 @@ def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
         CallFunction(op, KeywordArg(name), *(Ignored() for _ in range(1, count)), _users=MULTIPLE)
         for count in range(least, len(positional) + 1)
     ]
+
+
+def add_inductor_pass(name: str, patterns: list[Any], replace: Callable[..., None]) -> None:
+    """Add a pass over the graphs that Inductor compiles, after its own; nothing if this Inductor
+    has no list of passes.
+
+    Args:
+        name: of the pass.
+        patterns: what it looks for.
+        replace: called with each match, and the pattern's named parts.
+    """
+    from torch._inductor import pattern_matcher
+    from torch._inductor.fx_passes import post_grad
+
+    passes = getattr(post_grad, "pass_patterns", None)
+    if not isinstance(passes, list):
+        return
+    added = pattern_matcher.PatternMatcherPass(pass_name=name)
+    for pattern in patterns:
+        pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(replace)
+    passes.append(added)
+
+
+def add_inductor_kernel(op: OpOverload, kernel: str) -> None:
+    """Let Inductor's programs call a function in place of an operator of matrices (m, k) and (n, k)
+    that returns (m, n): the dispatcher takes as long as a small layer. A program imports the
+    function by itself, because torch keeps programs for other processes.
+
+    Args:
+        op: the operator; its first two arguments are the matrices, and output_dtype one of the
+            others.
+        kernel: "module:function". The function takes the tensors that are given, then for each
+            positional argument whether it is given, then the output's dtype; and the output as
+            `out`.
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    module, _, function = kernel.partition(":")
+    name = f"{op.namespace}_{op._opname}"
+
+    class Call(ir.ExternKernelOut):
+        def codegen(self, wrapper: Any) -> None:
+            wrapper.add_import_once(f"from {module} import {function} as {name}")
+            super().codegen(wrapper)
+
+    by_op = lowering.fallback_handler(op, add_to_fallback_set=False)
+
+    def lower(*args: Any, output_dtype: torch.dtype | None = None) -> Any:
+        if V.graph.cpp_wrapper:  # the program is in C++
+            return by_op(*args, output_dtype=output_dtype)
+        given = [ir.ExternKernel.realize_input(arg) for arg in args if arg is not None]
+        size = [args[0].get_size()[0], args[1].get_size()[0]]
+        dtype = torch.int8 if output_dtype is None else output_dtype
+        call = Call(
+            layout=ir.FixedLayout(args[0].get_device(), dtype, size),
+            inputs=given,
+            constant_args=(tuple(arg is not None for arg in args), dtype),
+            python_kernel_name=name,
+        )
+        return ir.TensorBox.create(call)
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)

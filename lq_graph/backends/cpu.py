@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import LinearQuantValueError
-from ..kernels import OperandError
+from ..kernels import LayerForm, OperandError
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.cann import Target
-from ..rules.plan import Plan, Spec, check_finite, plan, plan_trans_quant_param
+from ..rules.plan import Spec, check_finite, plan, plan_trans_quant_param
 from ..rules.products import get_target
 from ..rules.symbolic import cached_decision
 from .derivatives import check_gradients
@@ -77,6 +77,7 @@ def layer(
     output_dtype: torch.dtype | None,
     scale_reciprocal: Tensor | None = None,
     input_offset: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """dynamic_quant, or static_quant if scale_reciprocal is given, and linear_quant of its result,
     in one call of the compiled kernel; None if it does not compute that.
@@ -85,13 +86,14 @@ def layer(
         x: (..., k), floats.
         weight, scale, offset, bias, output_dtype: of linear_quant.
         scale_reciprocal, input_offset: of static_quant.
+        out: (..., n), contiguous, for the result; None for a new tensor.
 
     Raises:
         LinearQuantTypeError, LinearQuantValueError: what the two operators raise.
     """
     if not x.numel():
         return None
-    p, arithmetic = _layer_plan(
+    form = _form(
         get_target(),
         output_dtype,
         x.dtype,
@@ -105,44 +107,47 @@ def layer(
         None if scale_reciprocal is None else (scale_reciprocal.dtype, scale_reciprocal.shape),
         None if input_offset is None else (input_offset.dtype, input_offset.shape),
     )
-    if p.cut_scale:
+    if form is None:
         return None
+    if not form.folds:
+        offset = None
     try:
         return kernels.quant_layer(
-            x,
-            weight,
-            scale,
-            bias=bias,
-            output_dtype=p.output_dtype,
-            folds=p.fold_scale,
-            offset=offset if p.fold_scale else None,
-            arithmetic=arithmetic,
-            scale_reciprocal=scale_reciprocal,
-            input_offset=input_offset,
+            form, x, weight, scale, offset, bias, scale_reciprocal, input_offset, out
         )
     except OperandError:
         return None  # the operators refuse it, each in its own words
 
 
 @cached_decision
-def _layer_plan(
-    target: Target, output_dtype: torch.dtype | None, *key: Any
-) -> tuple[Plan, int | None]:
-    """The Plan of linear_quant, and the number of dynamic_quant's arithmetic, from dtypes and
-    shapes."""
+def _form(target: Target, output_dtype: torch.dtype | None, *key: Any) -> LayerForm | None:
+    """The form of a legal layer, from dtypes and shapes; None if the two operators must compute
+    it."""
     del target  # get_target() is what the plans read
     x, weight, scale = (Spec(key[at], tuple(key[at + 1])) for at in (0, 2, 4))
     offset, bias, reciprocal, zero = (one and Spec(one[0], tuple(one[1])) for one in key[6:])
-    m = math.prod(x.shape[:-1])
-    x = Spec(x.dtype, (m, x.shape[-1]))
+    rows = Spec(x.dtype, (math.prod(x.shape[:-1]), x.shape[-1]))
     if reciprocal is None:
-        quantized = plan_dynamic_quant(x, weight.dtype)
-        arithmetic, pertoken = quantized.arithmetic.number, Spec(torch.float32, (m,))
+        quantized = plan_dynamic_quant(rows, weight.dtype)
+        arithmetic, pertoken = quantized.arithmetic.number, Spec(torch.float32, rows.shape[:1])
     else:
-        quantized = plan_static_quant(x, reciprocal, zero)
+        quantized = plan_static_quant(rows, reciprocal, zero)
         arithmetic, pertoken = None, None
     x1 = Spec(quantized.row.output_dtype, quantized.output_shape)
-    return plan(x1, weight, scale, offset, pertoken, bias, output_dtype=output_dtype), arithmetic
+    p = plan(x1, weight, scale, offset, pertoken, bias, output_dtype=output_dtype)
+    if p.cut_scale:
+        return None
+    return kernels.form_of_layer(
+        x,
+        weight,
+        scale,
+        offset,
+        bias,
+        reciprocal,
+        output_dtype=p.output_dtype,
+        folds=p.fold_scale,
+        arithmetic=arithmetic,
+    )
 
 
 def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ and on purpose. A kernel raises OperandError for an operand that it cannot read.
 
 The names below are what the rest of lq_graph and cann_host may use:
 
-- `quant_layer`, activations and matmul in one call;
+- `quant_layer`, activations and matmul in one call, of a form that `form_of_layer` gives;
 - `quant_matmul`, its parts `matmul_int32` and `epilogue`, and `is_cut`; `library` tells whether
   the compiled kernels are used;
 - int4 in int32: `storage_k` and `logical_k` for sizes, `pack_int4` and `unpack_int4` for values;
@@ -30,9 +30,9 @@ from .activations import (
     static_quant,
 )
 from .errors import NotFiniteError, OperandError, PartialGroupError, ShortStorageError
+from .layer import LayerForm, form_of_layer, quant_layer
 from .layouts import NZ_ROW_BYTES, NzWeight, nd_to_nz, nz_shape, nz_to_nd
 from .memory import check_held
-from .native import layer as quant_layer
 from .numerics import TensorLike, epilogue, is_cut, matmul_int32, quant_matmul
 from .packing import (
     INT4_PER_INT32,
@@ -57,6 +57,7 @@ __all__ = [
     "NZ_ROW_BYTES",
     "STORAGE_DTYPES",
     "Arithmetic",
+    "LayerForm",
     "NotFiniteError",
     "NzWeight",
     "OperandError",
@@ -69,6 +70,7 @@ __all__ = [
     "dynamic_quant_with_offset",
     "epilogue",
     "for_rows",
+    "form_of_layer",
     "guard_or_false",
     "is_cut",
     "is_exporting",

@@ -1,4 +1,4 @@
-"""What calls of the compiled kernels have in common: structs, fields of a weight, answers."""
+"""What calls of the compiled kernels have in common: structs, fields of tensors, answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,34 @@ from .layouts import NZ_ROW_BYTES
 from .library import is_forked
 from .memory import check_held
 
-__all__ = ["DONE", "MATMUL", "StoredWeight", "check_bytes", "refuse", "threads_for", "weight_of"]
+__all__ = [
+    "DONE",
+    "FLOATS",
+    "MATMUL",
+    "OUTPUTS",
+    "QUANTIZE",
+    "STATIC",
+    "StoredWeight",
+    "address_of",
+    "bias_of",
+    "check_bytes",
+    "float_rows",
+    "kind_of_scale",
+    "refuse",
+    "rows_of",
+    "threads_for",
+    "values_of",
+    "weight_of",
+]
 
-# struct LqMatmul of csrc/call.h
+# structs LqMatmul and LqQuantize of csrc/call.h
 MATMUL: struct.Struct = struct.Struct("17q4i")
+QUANTIZE: struct.Struct = struct.Struct("9q4i")
+OUTPUTS = {torch.int32: 0, torch.int8: 1, torch.float16: 2, torch.bfloat16: 3}
+FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum LqFloat of csrc/call.h
+STATIC = 5  # in enum LqArithmetic of csrc/call.h, after those of dynamic_quant
+_FLOAT, _FOLDED, _PACKED = range(3)  # enum LqScale of csrc/call.h
+_PACKED_DTYPES = (torch.int64, torch.uint64)
 # what a kernel returns: enum LqAnswer of csrc/call.h
 DONE, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 # With fewer products, a second thread costs more than it saves.
@@ -69,6 +93,54 @@ def check_bytes(argument: str, tensor: Tensor, needed: int, width: int) -> None:
     """`check_held` of a contiguous tensor whose bytes are known: a quarter of the time."""
     if tensor.untyped_storage().nbytes() < needed + tensor.storage_offset() * width:
         check_held(argument, tensor)
+
+
+def rows_of(argument: str, x: Tensor, words: int) -> Tensor:
+    """x as (m, words), each row contiguous."""
+    check_held(argument, x)
+    rows = x.reshape(-1, words)
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+
+
+def float_rows(x: Tensor, k: int, width: int) -> tuple[Tensor, int, int]:
+    """x as rows of k values of `width` bytes; their number; and the bytes from one to the next."""
+    if x.is_contiguous():
+        m, row = x.numel() // k, k * width
+        check_bytes("x", x, m * row, width)
+        return x, m, row
+    rows = rows_of("x", x, k)
+    return rows, rows.shape[0], rows.stride(0) * width
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """The address of a tensor's values; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def kind_of_scale(dtype: torch.dtype, folds: bool) -> int:
+    """In enum LqScale of csrc/call.h, the kind of a scale of a dtype."""
+    return _PACKED if dtype in _PACKED_DTYPES else _FOLDED if folds else _FLOAT
+
+
+def values_of(argument: str, values: Tensor) -> Tensor:
+    """A scale or an offset as the kernels read it: contiguous, float32 or packed."""
+    dtype = values.dtype
+    if values.is_contiguous():
+        size = dtype.itemsize
+        check_bytes(argument, values, values.shape[0] * size, size)
+    else:
+        check_held(argument, values)
+        values = values.contiguous()
+    return values if dtype is torch.float32 or dtype in _PACKED_DTYPES else values.float()
+
+
+def bias_of(bias: Tensor) -> tuple[Tensor, int, int]:
+    """A bias as the kernels read it, which must live until the call; and its address as int_bias
+    and as float_bias of struct LqMatmul."""
+    check_held("bias", bias)
+    is_int = bias.dtype is torch.int32
+    bias = (bias if is_int else bias.float()).contiguous()
+    return (bias, bias.data_ptr(), 0) if is_int else (bias, 0, bias.data_ptr())
 
 
 def threads_for(steps: int, one_thread: int = _ONE_THREAD) -> int:

@@ -1,11 +1,24 @@
-"""Conditions on sizes that may be symbols, and whether torch.export traces, with every version of
-torch."""
+"""What differs between torch's versions: conditions on sizes that may be symbols, whether
+torch.export traces, and new tensors."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["guard_or_false", "is_exporting"]
+__all__ = ["empty", "guard_or_false", "is_exporting"]
+
+_CPU = torch.device("cpu")  # whatever the default device is
+# what Inductor's programs call; torch.empty takes 0.7 us longer
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor on the CPU."""
+    if _empty_strided is None:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
+    out: Tensor = _empty_strided(shape, strides, dtype)
+    return out
 
 
 def guard_or_false(condition: bool | torch.SymBool) -> bool:

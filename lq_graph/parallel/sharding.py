@@ -22,7 +22,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..errors import LinearQuantValueError
-from ..ops import OPERATORS, load
+from ..ops import OPERATORS, NotNeeded, load
 
 __all__ = [
     "NO_PARTIAL_BIAS",
@@ -194,4 +194,5 @@ def _refuse(text: str) -> NoReturn:
 
 
 for _operator in OPERATORS:
-    register_sharding(_operator.overload)(load(_operator.sharding))
+    if not isinstance(_operator.sharding, NotNeeded):
+        register_sharding(_operator.overload)(load(_operator.sharding))

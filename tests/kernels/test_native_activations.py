@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lq_graph
 from lq_graph import kernels
-from lq_graph.kernels import Arithmetic, library, native
+from lq_graph.kernels import Arithmetic, calls, library, native
 from support import golden, golden_fused
 from support.activations import as_numpy, make
 from support.native import BF16, F16, F32, I8, I32, needs_kernel, without_kernel
@@ -226,7 +226,7 @@ def test_no_byte_beyond_the_buffers(arithmetic: Arithmetic, dtype: torch.dtype) 
     """Reading or writing behind them ends the process."""
     found = library.loaded()
     assert found is not None
-    number = native._FLOATS[dtype]
+    number = calls.FLOATS[dtype]
     for k in WIDTHS:
         m, width = 2, dtype.itemsize
         x, factor = guarded(m * k * width).view(dtype), guarded(k * width).view(dtype)
@@ -238,8 +238,8 @@ def test_no_byte_beyond_the_buffers(arithmetic: Arithmetic, dtype: torch.dtype) 
                 continue
             out = guarded(m * k // (2 if packed else 1))
             form = 0 if bits == 8 else 1 if packed else 2
-            for arithmetic_number in (arithmetic.number, native._STATIC):
-                call = native.QUANTIZE.pack(
+            for arithmetic_number in (arithmetic.number, calls.STATIC):
+                call = calls.QUANTIZE.pack(
                     x.data_ptr(), factor.data_ptr(), factor.data_ptr(), out.data_ptr(),
                     scale.data_ptr(), m, k, k * width, 1, number, arithmetic_number, form, 1,
                 )  # fmt: skip

@@ -117,14 +117,14 @@ def test_a_library_of_other_sources_is_left_alone(
     assert torch.equal(out, by_torch(x, weight, scale, output_dtype=BF16))
 
 
-STRUCTS = [("LqMatmul", calls.MATMUL), ("LqQuantize", native.QUANTIZE)]
+STRUCTS = [("LqMatmul", calls.MATMUL), ("LqQuantize", calls.QUANTIZE)]
 
 
 @needs_kernel
 def test_a_struct_of_another_size_is_not_read() -> None:
     found = library.loaded()
     assert found is not None
-    for function, call in ((found.matmul, calls.MATMUL), (found.quantize, native.QUANTIZE)):
+    for function, call in ((found.matmul, calls.MATMUL), (found.quantize, calls.QUANTIZE)):
         size = call.size + 8
         assert function(bytes(size), size) == 3
 
