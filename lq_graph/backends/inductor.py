@@ -19,6 +19,7 @@ from .compat import add_inductor_kernel, add_inductor_pass, patterns_of_call
 __all__ = ["register"]
 
 _STRIDES = "eager_input_vals"
+_REPEATED = (torch.ops.aten.view.default, torch.ops.lq_graph.quantized_linear.default)
 _known = False
 
 
@@ -34,7 +35,8 @@ def register() -> None:
 
 
 def _join(match: Any, **_: Any) -> None:
-    """Replace a linear_quant whose x1 a quantizer made. The quantizer goes when nothing reads it."""
+    """Replace a linear_quant whose x1 a quantizer made; what nothing reads then, Inductor removes.
+    Equal calls become one: parts of a merged layer each multiply by the whole weight."""
     node: fx.Node = match.output_node()
     given = _arguments(node)
     quantizer = _quantizer(given["x1"], given.get("pertoken_scale"))
@@ -61,6 +63,28 @@ def _join(match: Any, **_: Any) -> None:
     joined.meta.update((key, value) for key, value in node.meta.items() if key != _STRIDES)
     node.replace_all_uses_with(joined)
     match.graph.erase_node(node)
+    for other in weight.users:
+        if other is not joined and _is_same(other, joined):
+            first, second = sorted((other, joined))
+            second.replace_all_uses_with(first)
+            match.graph.erase_node(second)
+            return
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two nodes, or arguments of nodes, are computed alike: nothing in such a graph is
+    written in place."""
+    if one is other:
+        return True
+    if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        return type(one) is type(other) and bool(one == other)
+    return (
+        one.target is other.target
+        and one.target in _REPEATED
+        and len(one.args) == len(other.args)
+        and one.kwargs == other.kwargs
+        and all(map(_is_same, one.args, other.args))
+    )
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

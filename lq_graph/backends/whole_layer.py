@@ -1,8 +1,13 @@
-"""lq_graph::quantized_linear: dynamic_quant or static_quant, and linear_quant of its result. Only
-Inductor's graphs call it, on the CPU: see `inductor`."""
+"""lq_graph::quantized_linear: dynamic_quant or static_quant, and linear_quant of its result.
+
+Only Inductor's graphs call it, on the CPU: see `inductor`. Its arguments are those of the two
+operators: static_quant's are scale_reciprocal and input_offset, and without a scale_reciprocal it
+is dynamic_quant.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,13 +26,14 @@ def _by_operators(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    scale_reciprocal: Tensor | None,
-    input_offset: Tensor | None,
-    output_dtype: torch.dtype | None,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_reciprocal: Tensor | None = None,
+    input_offset: Tensor | None = None,
+    *,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The two operators, one after the other."""
+    """The kernels of the two operators, one after the other."""
     pertoken_scale = None
     if scale_reciprocal is None:
         x1, pertoken_scale = kernels.dynamic_quant(x, dtype=weight.dtype)
@@ -37,6 +43,10 @@ def _by_operators(
         x1, weight, scale, offset, pertoken_scale, bias, output_dtype=output_dtype
     )
     return out
+
+
+fake = partial(_by_operators, in_graphs)
+npu = partial(_by_operators, on_npu)
 
 
 def cpu(
@@ -50,69 +60,26 @@ def cpu(
     *,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """CPU kernel of lq_graph::quantized_linear: one native call if that can be."""
-    found = on_cpu.layer(
-        x, weight, scale, offset, bias, output_dtype, scale_reciprocal, input_offset
-    )
-    if found is not None:
-        return found
-    return _by_operators(
-        on_cpu, x, weight, scale, offset, bias, scale_reciprocal, input_offset, output_dtype
-    )
-
-
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale_reciprocal: Tensor | None = None,
-    input_offset: Tensor | None = None,
-    *,
-    output_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Fake kernel of lq_graph::quantized_linear."""
-    return _by_operators(
-        in_graphs, x, weight, scale, offset, bias, scale_reciprocal, input_offset, output_dtype
-    )
-
-
-def npu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale_reciprocal: Tensor | None = None,
-    input_offset: Tensor | None = None,
-    *,
-    output_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """NPU kernel of lq_graph::quantized_linear."""
-    return _by_operators(
-        on_npu, x, weight, scale, offset, bias, scale_reciprocal, input_offset, output_dtype
-    )
+    """One native call if that can be."""
+    given = x, weight, scale, offset, bias
+    quantizer = scale_reciprocal, input_offset
+    out = on_cpu.layer(*given, output_dtype, *quantizer)
+    if out is None:
+        out = _by_operators(on_cpu, *given, *quantizer, output_dtype=output_dtype)
+    return out
 
 
 def into(*args: Any, out: Tensor) -> None:
-    """What Inductor's programs call instead: `cpu`, its output written into a tensor.
+    """What Inductor's programs call: `cpu`, its output written into a tensor.
 
     Args:
-        args: the tensors that are given; for each argument of `cpu` whether it is given; and the
-            dtype of the output.
+        args: the tensors that are given; for each positional argument of `cpu` whether it is given;
+            and the dtype of the output.
         out: (m, n), contiguous.
     """
-    *given, present, output_dtype = args
-    x, weight, scale, offset, bias, scale_reciprocal, input_offset = (
-        given.pop(0) if one else None for one in present
-    )
-    found = on_cpu.layer(
-        x, weight, scale, offset, bias, output_dtype, scale_reciprocal, input_offset, out=out
-    )
-    if found is None:
-        out.copy_(
-            _by_operators(
-                on_cpu, x, weight, scale, offset, bias, scale_reciprocal, input_offset, output_dtype
-            )
-        )
+    *tensors, present, output_dtype = args
+    left = iter(tensors)
+    given: list[Any] = [next(left) if one else None for one in present]
+    x, weight, scale, offset, bias, *quantizer = given
+    if on_cpu.layer(x, weight, scale, offset, bias, output_dtype, *quantizer, out=out) is None:
+        out.copy_(_by_operators(on_cpu, *given, output_dtype=output_dtype))

@@ -16,7 +16,7 @@ import torch
 import cann_host
 import lq_graph
 from cann_host import _native, runtime
-from lq_graph.kernels import calls, library, native
+from lq_graph.kernels import calls, library
 from support.native import by_torch, needs_kernel, values
 from support.processes import output_of, python, script
 

@@ -211,6 +211,7 @@ TENSORS = {
         a.name for a in operator.overload._schema.arguments if "Tensor" in str(a.type)
     ]
     for operator in lq_graph.ops.OPERATORS
+    if operator.public
 }
 ARGUMENTS = {op: names for op, names in TENSORS.items() if len(names) > 1}
 MIXED = [(op, name) for op, names in ARGUMENTS.items() for name in names[1:]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lq_graph import kernels
-from lq_graph.kernels import library, native
+from lq_graph.kernels import layer, library, native
 
 I8, I32, F16, BF16, F32 = torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32
 
@@ -29,7 +29,8 @@ INSTRUCTION_SETS = [] if _LIBRARY is None else [(n, has) for n, (has, _) in _LIB
 def without_kernel() -> Iterator[None]:
     """Inside, torch computes, as on machines without the compiled kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "loaded", lambda: None)
+        for module in (native, layer):
+            patch.setattr(module, "loaded", lambda: None)
         yield
 
 
