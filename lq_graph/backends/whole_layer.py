@@ -80,6 +80,7 @@ def into(*args: Any, out: Tensor) -> None:
     *tensors, present, output_dtype = args
     left = iter(tensors)
     given: list[Any] = [next(left) if one else None for one in present]
-    x, weight, scale, offset, bias, *quantizer = given
-    if on_cpu.layer(x, weight, scale, offset, bias, output_dtype, *quantizer, out=out) is None:
+    x, weight, scale, offset, bias, reciprocal, zero = given
+    found = on_cpu.layer(x, weight, scale, offset, bias, output_dtype, reciprocal, zero, out)
+    if found is None:
         out.copy_(_by_operators(on_cpu, *given, output_dtype=output_dtype))
