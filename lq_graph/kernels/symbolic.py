@@ -3,22 +3,23 @@ torch.export traces, and new tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 __all__ = ["empty", "guard_or_false", "is_exporting"]
 
-_CPU = torch.device("cpu")  # whatever the default device is
-# what Inductor's programs call; torch.empty takes 0.7 us longer
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # whatever the default device is
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
-def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor on the CPU."""
-    if _empty_strided is None:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
-    out: Tensor = _empty_strided(shape, strides, dtype)
-    return out
+# A new tensor on the CPU, of a shape, strides and a dtype. What Inductor's programs call takes 0.7 us
+# less than torch.empty.
+empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty)
 
 
 def guard_or_false(condition: bool | torch.SymBool) -> bool:
