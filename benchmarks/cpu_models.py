@@ -12,8 +12,9 @@ read without a cache. Every contestant has its own copy of the weights.
 The lines tell where the time goes:
 
 - "A8W8" is a model after quantize(model, A8W8Dynamic()) in that dtype. Its head stays float, for
-  the embedding has the same weight; "int8 head" is a copy whose head has a weight of its own, which
-  is quantized too.
+  the embedding has the same weight.
+- "merged" is that after merge(), "prepared" after prepare_for_cpu() too. "int8 head" is a merged
+  model whose head has a weight of its own, which is quantized too.
 - "no linears" is the float model without its quantizable layers: each returns zeros. What is left
   is what quantization cannot make faster: attention, norms, the head, Python.
 
@@ -53,7 +54,7 @@ from transformers.utils import logging
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENS = 128
-ATTENTIONS, MODES = ("eager", "sdpa"), ("eager", "Inductor")
+ATTENTIONS, MODES = ("sdpa", "eager"), ("eager", "Inductor")
 Model = Any
 Steps = Callable[[Model], dict[str, Call]]
 
@@ -93,19 +94,22 @@ def without_linears(model: Model) -> Model:
     return model
 
 
-def contestants(model: Model) -> Iterator[tuple[str, Model]]:
-    """The models to compare, one after another, from a float model."""
+def contestants(model: Model, ids: Tensor) -> Iterator[tuple[str, Model]]:
+    """The models to compare, one after another, from a float model; ids is an example."""
     for name, dtype in DTYPES.items():
         in_dtype = copy.deepcopy(model).to(dtype)
         yield name, in_dtype
-        yield f"{name}, no linears", without_linears(in_dtype)
         if dtype == torch.float32:
             continue  # quantize() takes float16 and bfloat16
+        yield f"{name}, no linears", without_linears(in_dtype)
         quantized = copy.deepcopy(in_dtype)
         lq_graph.quantize(quantized, lq_graph.A8W8Dynamic())
         yield f"A8W8 {name}", quantized
-        if (ready := prepared_copy(quantized)) is not None:
-            yield f"A8W8 {name}, prepared", ready
+        merged = copy.deepcopy(quantized)
+        assert lq_graph.merge(merged, ids)
+        yield f"A8W8 {name}, merged", merged
+        if (ready := prepared_copy(merged)) is not None:
+            yield f"A8W8 {name}, merged, prepared", ready
         if (head := getattr(in_dtype, "lm_head", None)) is not None:
             untied = copy.deepcopy(in_dtype)
             untied.lm_head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
@@ -113,6 +117,7 @@ def contestants(model: Model) -> Iterator[tuple[str, Model]]:
             scheme = lq_graph.A8W8Dynamic()
             lq_graph.quantize(untied, {"lm_head": scheme, "*": scheme})
             assert isinstance(untied.lm_head, lq_graph.QuantizedLinear)
+            assert lq_graph.merge(untied, ids)
             yield f"A8W8 {name}, int8 head", untied
 
 
@@ -174,12 +179,12 @@ def check(name: str, want: dict[str, Tensor], calls: dict[str, Call]) -> None:
         assert cosine > 0.98, f"{name}, {way}: cosine {cosine}"
 
 
-def table(results: Results, title: str, model: Model, steps: Steps) -> None:
+def table(results: Results, title: str, model: Model, ids: Tensor, steps: Steps) -> None:
     """Measure a model and everything that is made of it."""
     slots: dict[str, dict[str, Slot]] = {}
     want: dict[str, Tensor] = {}
     start = time.perf_counter()
-    for name, one in contestants(model):
+    for name, one in contestants(model, ids):
         calls = steps(one)
         if "no linears" not in name:
             check(name, want, calls)
@@ -219,14 +224,14 @@ def report(results: Results, options: argparse.Namespace) -> None:
             model.set_attn_implementation(attention)
             title = f"{title}, attention {attention}, {mode}"
             steps = smollm2_steps if name == "smollm2" else minilm_steps
-            table(results, title, model, partial(steps, ids=ids, mode=mode))
+            table(results, title, model, ids, partial(steps, ids=ids, mode=mode))
             torch._dynamo.reset()
             gc.collect()
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS[:1])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
 
 
