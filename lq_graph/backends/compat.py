@@ -7,6 +7,7 @@ kernels/symbolic.py. torchair's private names are in converters/_torchair.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "FuncTorchInterpreter",
     "OpOverload",
+    "add_joint_graph_pass",
     "coerce_cinterpreter",
     "detect_fake_mode",
     "excluded",
@@ -66,3 +68,24 @@ def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
         CallFunction(op, KeywordArg(name), *(Ignored() for _ in range(1, count)), _users=MULTIPLE)
         for count in range(least, len(positional) + 1)
     ]
+
+
+def add_joint_graph_pass(name: str, patterns: list[Any], run: Callable[..., None]) -> None:
+    """Add a pass over the graphs that Inductor compiles, before those of its passes that see
+    forward and backward apart; nothing if this Inductor has no list of passes.
+
+    Args:
+        name: of the pass.
+        patterns: what it looks for.
+        run: called with each match, and the pattern's named parts. It may change the graph.
+    """
+    from torch._inductor import pattern_matcher
+    from torch._inductor.fx_passes import joint_graph
+
+    passes = getattr(joint_graph, "pass_patterns", None)
+    if not isinstance(passes, list):
+        return
+    added = pattern_matcher.PatternMatcherPass(pass_name=name)
+    for pattern in patterns:
+        pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(run)
+    passes.append(added)

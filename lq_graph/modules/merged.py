@@ -6,6 +6,7 @@ lq_graph.modules.merge finds such layers and makes these modules.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from ..backends.compat_npu import why_no_passes
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
+from ..ops import load
 from ..rules.products import get_product
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
@@ -215,7 +218,7 @@ class MergedLinear(LinearQuant):
         counted = not input.is_inference()
         if type(input) is not Tensor or input.is_meta or not (counted or on_cpu):
             return None
-        held = self._parameters  # but pertoken_scale, which a part passes
+        held: dict[str, Any] = self._parameters  # but pertoken_scale, which a part passes
         weight, scale, bias = held["weight"], held["scale"], held["bias"]
         device = "cpu" if on_cpu else input.device.type
         try:
@@ -338,15 +341,20 @@ class MergedPart(nn.Module):
 
         In a graph for the NPU it is the whole product and a split. All parts say the same there, so
         a pass that merges equal nodes leaves one of each. Otherwise it is the product of its own
-        rows, unless the blocks of FRACTAL_NZ keep it from that.
+        rows, unless the blocks of FRACTAL_NZ keep it from that; Inductor gets a pass that joins
+        them.
         """
         merged = self.merged
         pertoken = self.pertoken_scale if pertoken_scale is None else pertoken_scale
         if torch.compiler.is_compiling():
             if x1.device.type != "cpu":
+                if torch.compiler.is_dynamo_compiling():
+                    _warn_of_old_torchair()
                 out: Tensor = merged(x1, pertoken)
                 parts: tuple[Tensor, ...] = torch.split(out, merged.sizes, -1)
                 return parts[self.index]
+            if torch.compiler.is_dynamo_compiling():
+                _tell_inductor()
         elif merged._weight_format != ND:
             return self.own_rows(merged(x1, pertoken))
         own: Tensor = _linear_quant(
@@ -415,6 +423,27 @@ class MergedPart(nn.Module):
     def extra_repr(self) -> str:
         start, end = self.merged.span(self.index)
         return f"{describe(self)}, rows={start}:{end} of {self.merged.out_features}"
+
+
+@torch.compiler.assume_constant_result
+def _tell_inductor() -> int:
+    """While torch.compile traces: let Inductor join the products of the parts."""
+    load("fusion.join_parts:register")()
+    return 0
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_old_torchair() -> int:
+    """While torch.compile traces for the NPU: each part computes the whole product if nothing
+    merges equal nodes. `merge` leaves layers alone then, but these were merged on the CPU."""
+    if why := why_no_passes():
+        warnings.warn(
+            f"merge: {why}, so a graph for the NPU computes the product of merged layers once for "
+            "each layer. What to do: install a newer torch_npu, or do not merge; a state dict of "
+            "this model loads into one that is not merged.",
+            stacklevel=2,
+        )
+    return 0
 
 
 def _fits(name: str, given: Tensor, own: Tensor, float_scale: Tensor | None) -> bool:
