@@ -98,7 +98,7 @@ def _is_rows(node: Any) -> bool:
     if len(node.args) not in (3, 4) or node.kwargs:  # with a step, or without a start
         return False
     dim, start = node.args[1:3]
-    return dim == 0 and isinstance(start, int) and bool(start >= 0)
+    return isinstance(start, int) and start >= 0 and bool(dim == 0)
 
 
 def _join(editor: Editor, parts: list[_Part]) -> None:
