@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "FuncTorchInterpreter",
     "OpOverload",
-    "add_joint_graph_pass",
     "coerce_cinterpreter",
     "detect_fake_mode",
     "excluded",
@@ -30,6 +29,7 @@ __all__ = [
     "functorch",
     "is_followed",
     "is_profiled",
+    "on_joint_graph",
     "patterns_of_call",
     "pytree",
 ]
@@ -57,20 +57,7 @@ def is_followed() -> bool:
 is_profiled = torch._C._autograd._profiler_enabled
 
 
-def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
-    """Patterns of torch's matcher: any call of an operator, its first argument named. A pattern
-    matches calls with one number of positional arguments."""
-    from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, Ignored, KeywordArg
-
-    positional = [arg for arg in op._schema.arguments if not arg.kwarg_only]
-    least = sum(not arg.has_default_value() for arg in positional)
-    return [
-        CallFunction(op, KeywordArg(name), *(Ignored() for _ in range(1, count)), _users=MULTIPLE)
-        for count in range(least, len(positional) + 1)
-    ]
-
-
-def add_joint_graph_pass(name: str, patterns: list[Any], run: Callable[..., None]) -> None:
+def on_joint_graph(name: str, patterns: list[Any], run: Callable[..., None]) -> None:
     """Add a pass over the graphs that Inductor compiles, before those of its passes that see
     forward and backward apart; nothing if this Inductor has no list of passes.
 
@@ -89,3 +76,16 @@ def add_joint_graph_pass(name: str, patterns: list[Any], run: Callable[..., None
     for pattern in patterns:
         pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(run)
     passes.append(added)
+
+
+def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
+    """Patterns of torch's matcher: any call of an operator, its first argument named. A pattern
+    matches calls with one number of positional arguments."""
+    from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, Ignored, KeywordArg
+
+    positional = [arg for arg in op._schema.arguments if not arg.kwarg_only]
+    least = sum(not arg.has_default_value() for arg in positional)
+    return [
+        CallFunction(op, KeywordArg(name), *(Ignored() for _ in range(1, count)), _users=MULTIPLE)
+        for count in range(least, len(positional) + 1)
+    ]

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..backends.compat import OpOverload, add_joint_graph_pass, patterns_of_call
+from ..backends.compat import OpOverload, on_joint_graph, patterns_of_call
 from .editor import Editor, shape_of, value_of
 from .quantizations import equal_quantizations, frozen
 
@@ -25,7 +25,7 @@ _OF_ROWS = ("weight", "scale", "bias")  # arguments with a row, or a value, for 
 def register() -> None:
     """Tell Inductor, once."""
     patterns = [one for product in _PRODUCTS for one in patterns_of_call(product, "x1")]
-    add_joint_graph_pass("lq_graph_join_parts", patterns, _run)
+    on_joint_graph("lq_graph_join_parts", patterns, _run)
 
 
 def _run(match: Any, **_: Any) -> None:
