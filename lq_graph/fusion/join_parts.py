@@ -48,7 +48,7 @@ def join_parts(editor: Editor) -> None:
     groups: dict[Any, list[_Part]] = {}
     for node in editor.calls(*_PRODUCTS):
         if (part := _part_of(node)) is not None:
-            same = map_arg(part.arguments, lambda one: equal.get(one, one))
+            same = map_arg((part.args, part.kwargs), lambda one: equal.get(one, one))
             groups.setdefault((node.target, frozen(same)), []).append(part)
     for parts in groups.values():
         _join(editor, parts)
@@ -60,13 +60,16 @@ class _Part(NamedTuple):
     Attributes:
         node: the call.
         start, end: the rows.
-        arguments: of the call for all rows, by name.
+        n: how many the weight has.
+        args, kwargs: of the call for all rows.
     """
 
     node: Node
     start: int
     end: int
-    arguments: dict[str, Any]
+    n: int
+    args: Any
+    kwargs: Any
 
 
 def _part_of(node: Node) -> _Part | None:
@@ -74,21 +77,17 @@ def _part_of(node: Node) -> _Part | None:
     tensors."""
     assert isinstance(node.target, OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
-    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    spans = set()
-    for name in _OF_ROWS:
-        rows = arguments.get(name)
-        if rows is None:
-            continue
-        if not _is_rows(rows):
-            return None
-        whole = arguments[name] = rows.args[0]
-        start = rows.args[2]
-        spans.add((start, start + shape_of(rows)[0], shape_of(whole)[0]))
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    rows = [one for name in _OF_ROWS if (one := given.get(name)) is not None]
+    if not all(map(_is_rows, rows)):
+        return None
+    whole = {one: one.args[0] for one in rows}
+    spans = {(one.args[2], shape_of(one)[0], shape_of(whole[one])[0]) for one in rows}
     if len(spans) != 1:
         return None
-    start, end, _ = spans.pop()
-    return _Part(node, start, end, arguments)
+    start, size, n = spans.pop()
+    args, kwargs = map_arg((node.args, node.kwargs), lambda one: whole.get(one, one))
+    return _Part(node, start, start + size, n, args, kwargs)
 
 
 def _is_rows(node: Any) -> bool:
@@ -106,11 +105,9 @@ def _join(editor: Editor, parts: list[_Part]) -> None:
     first = parts[0]
     rows = sorted((part.start, part.end) for part in parts)
     ends = [0, *(end for _, end in rows)]
-    whole = shape_of(first.arguments["weight"])[0]
-    if len(parts) < 2 or [start for start, _ in rows] != ends[:-1] or ends[-1] != whole:
+    if len(parts) < 2 or [*(start for start, _ in rows), first.n] != ends:
         return
-    assert isinstance(first.node.target, OpOverload)
-    out = editor.call(first.node.target, before=first.node, **first.arguments)
+    out = editor.call(first.node.target, *first.args, before=first.node, **first.kwargs)
     last = value_of(out).dim() - 1
     for part in parts:
         columns = last, part.start, part.end
