@@ -31,6 +31,7 @@ __all__ = [
     "functorch",
     "is_followed",
     "is_profiled",
+    "on_joint_graph",
     "patterns_of_call",
     "pytree",
 ]
@@ -56,6 +57,27 @@ def is_followed() -> bool:
 
 
 is_profiled = torch._C._autograd._profiler_enabled
+
+
+def on_joint_graph(name: str, patterns: list[Any], run: Callable[..., None]) -> None:
+    """Add a pass over the graphs that Inductor compiles, before those of its passes that see
+    forward and backward apart; nothing if this Inductor has no list of passes.
+
+    Args:
+        name: of the pass.
+        patterns: what it looks for.
+        run: called with each match, and the pattern's named parts. It may change the graph.
+    """
+    from torch._inductor import pattern_matcher
+    from torch._inductor.fx_passes import joint_graph
+
+    passes = getattr(joint_graph, "pass_patterns", None)
+    if not isinstance(passes, list):
+        return
+    added = pattern_matcher.PatternMatcherPass(pass_name=name)
+    for pattern in patterns:
+        pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(run)
+    passes.append(added)
 
 
 def patterns_of_call(op: OpOverload, name: str) -> list[Any]:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..backends.compat import OpOverload
 from .editor import Editor, is_pure, storages_of, value_of
 
-__all__ = ["merge_equal", "merge_equal_quantizations", "name_as_torch_npu", "repeated_products"]
+__all__ = [
+    "equal_quantizations",
+    "frozen",
+    "merge_equal",
+    "merge_equal_quantizations",
+    "name_as_torch_npu",
+    "repeated_products",
+]
 
 _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 
@@ -42,6 +50,19 @@ def merge_equal_quantizations(editor: Editor) -> None:
     _merge(editor, "equal_quantizations", lambda node: node.target in _QUANTIZATIONS)
 
 
+def equal_quantizations(editor: Editor) -> dict[Node, Node]:
+    """For each of these calls, the first that is equal to it: maybe itself. The graph stays."""
+    first: dict[Hashable, Node] = {}
+    equal: dict[Node, Node] = {}
+
+    def arguments(node: Node) -> Hashable:
+        return frozen(map_arg((node.args, node.kwargs), lambda one: equal.get(one, one)))
+
+    for node in _mergeable(editor, lambda node: node.target in _QUANTIZATIONS):
+        equal[node] = first.setdefault((node.target, arguments(node)), node)
+    return equal
+
+
 def repeated_products(editor: Editor) -> int:
     """How many products of merged layers are there more than once: a layer's part is the whole
     product and a split, until equal ones become one."""
@@ -63,18 +84,25 @@ def _merge(editor: Editor, fusion: str, fits: Callable[[Node], bool]) -> None:
     value may differ from place to place, and two tensors that the graph returns, because their
     reader may write into one of them."""
     first: dict[Hashable, Node] = {}
-    for node in list(editor.graph.nodes):
-        if node.op != "call_function" or not is_pure(node) or not fits(node):
-            continue
-        if any(storages_of(value_of(n)) & editor.written for n in (node, *node.all_input_nodes)):
-            continue
-        key = node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("stream_label")
+    for node in _mergeable(editor, fits):
+        key = node.target, frozen(node.args), frozen(node.kwargs), node.meta.get("stream_label")
         known = first.setdefault(key, node)
         if known is not node and not (_is_returned(node) and _is_returned(known)):
             node.replace_all_uses_with(known)
             editor.graph.erase_node(node)
             if node.target not in _VIEWS:
                 editor.did(fusion, node)
+
+
+def _mergeable(editor: Editor, fits: Callable[[Node], bool]) -> Iterator[Node]:
+    """The calls whose value is the same at any place of the graph."""
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function" or not is_pure(node) or not fits(node):
+            continue
+        if not any(
+            storages_of(value_of(n)) & editor.written for n in (node, *node.all_input_nodes)
+        ):
+            yield node
 
 
 def _has_one_result(node: Node) -> bool:
@@ -111,9 +139,10 @@ def name_as_torch_npu(editor: Editor) -> None:
             editor.did("npu_operators", node)
 
 
-def _frozen(value: Any) -> Hashable:
+def frozen(value: Any) -> Hashable:
+    """The arguments of a call, to compare them."""
     if isinstance(value, dict):
-        return tuple(sorted((key, _frozen(one)) for key, one in value.items()))
+        return tuple(sorted((key, frozen(one)) for key, one in value.items()))
     if isinstance(value, list | tuple):
-        return tuple(map(_frozen, value))
+        return tuple(map(frozen, value))
     return (type(value), value)  # 1, 1.0 and True are equal and differ

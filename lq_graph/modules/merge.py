@@ -42,14 +42,15 @@ def one_change_at_a_time() -> Iterator[ExitStack]:
 
 @keeps_grad_mode
 def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
-    """Merge quantized layers that read one tensor, so that a graph quantizes it once and multiplies
+    """Merge quantized layers that read one tensor, so that it is quantized once and multiplied
     once: q, k and v, or gate and up.
 
     The layers are found by a run of the model, not by name. The result of every layer is the same
     as before, bit for bit. Layers for which that is not so are left alone, and the report says why:
     static layers with other scales, one with a bias and one without, other dtypes, layers with
-    hooks, split over devices on k, or with int8 output. All layers are left alone if torchair is
-    too old to run passes of other libraries: a graph would then compute the product for each layer.
+    hooks, split over devices on k, or with int8 output. Layers on the NPU are left alone if
+    torchair is too old to run passes of other libraries: a graph would then compute the product for
+    each layer.
 
     Layers that are split over devices on n are merged on each device. Call it on every rank.
 
@@ -60,12 +61,18 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
 
     `use_internal_format_weight(model, example=...)` merges and prepares in one call. By itself:
     after `quantize` or `load_checkpoint`, and before torch.compile; prepared layers are prepared
-    afterwards too. Without a graph, a product is kept until
-    each layer has taken its part. In inference mode that is not possible: layers in ND compute
-    their own rows, and layers in FRACTAL_NZ compute the whole product each.
+    afterwards too. On the CPU, and in graphs of Inductor, it serves as on the NPU.
+
+    Without a graph, a product is kept until each layer has taken its part. In inference mode torch
+    does not tell whether the input was written in between. On the CPU the input is compared with a
+    copy; on the NPU, layers in ND compute their own rows, and layers in FRACTAL_NZ compute the
+    whole product each. Other backends of torch.compile on the CPU compute each layer's rows.
 
     Idempotent and atomic: if a step fails, the model is unchanged. Ctrl-C waits for the end. It
     needs memory for one merged weight beside the model.
+
+    A model may be merged on the CPU and moved to the NPU. torch.compile warns there if torchair is
+    too old.
 
     Args:
         model: with QuantizedLinear layers, on CPU or NPU. It runs once, in evaluation mode and
@@ -90,11 +97,12 @@ def merge_layers(
     reads = _reads(model, *moved_to_model(model, (args, kwargs)))
     groups, alone = _grouped(model, reads)
     new = [group for group in groups if merged_of(group[0][1].linear) is None]
-    if new and (why := why_no_passes()):
+    apart = [group for group in new if not group[0][1].linear.weight.is_cpu]
+    if apart and (why := why_no_passes()):
         why = f"{why}: each merged layer would compute the whole product"
-        alone += [LeftAlone(name, why) for group in new for name, _ in group]
-        groups = [group for group in groups if group not in new]
-        new = []
+        alone += [LeftAlone(name, why) for group in apart for name, _ in group]
+        groups = [group for group in groups if group not in apart]
+        new = [group for group in new if group not in apart]
     for group in new:
         _merge(group, undo)
     return MergeReport([_reported(group, changed=group in new) for group in groups], alone)

@@ -6,6 +6,7 @@ lq_graph.modules.merge finds such layers and makes these modules.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from ..backends.compat_npu import why_no_passes
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
+from ..ops import load
 from ..rules.products import get_product
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
@@ -41,17 +44,17 @@ class _Remembered(NamedTuple):
 
     Attributes:
         input: the tensor that it was computed from.
+        copy: of the input, if torch counts no versions of it.
         state: all else that it depends on, see `_state`.
         quantizers: the scale and the offset that quantized the input.
-        out: (..., N).
-        waiting: the parts that have not taken their rows.
+        waiting: by its index, (..., n) of each part that has not taken it.
     """
 
     input: weakref.ref[Tensor]
+    copy: Tensor | None
     state: tuple[Any, ...]
     quantizers: tuple[Tensor | None, ...]
-    out: Tensor
-    waiting: set[int]
+    waiting: dict[int, Tensor]
 
 
 class MergedLinear(LinearQuant):
@@ -148,25 +151,26 @@ class MergedLinear(LinearQuant):
         self.note_scale()
         self._remembered = None
 
-    def product(
+    def part(
         self,
         index: int,
         input: Tensor,
         quantizers: tuple[Tensor | None, ...],
-        compute: Callable[[], Tensor],
+        compute: Callable[[Tensor, LinearQuant], Tensor],
     ) -> Tensor | None:
-        """The product (..., N) of an input, eagerly. It is computed for the first layer that asks,
-        and kept until each layer has taken its rows or the input is gone.
+        """A layer's part (..., n) of the product of an input, eagerly. The product is computed for
+        the first layer that asks, and kept until each layer has taken its part or the input is
+        gone.
 
         Args:
             index: of the layer.
             input: a float tensor, or int8.
             quantizers: tensors with which the layer quantizes it.
-            compute: computes the product.
+            compute: computes the product of the input and this layer.
 
         Returns:
-            None if it is unknown whether the input changes between the layers (torch counts no
-            versions of a tensor that was made in inference mode).
+            Contiguous, because a model may call view(). None if it is unknown whether the input or
+            the weight changes between the layers.
         """
         state = self._state(input)
         if state is None:
@@ -177,43 +181,63 @@ class MergedLinear(LinearQuant):
             and known.input() is input
             and known.state == state
             and all(a is b for a, b in zip(known.quantizers, quantizers, strict=True))
+            and (known.copy is None or torch.equal(known.copy, input))
+            # None: a second call needs memory of its own
+            and (rows := known.waiting.pop(index, None)) is not None
         ):
-            try:
-                known.waiting.remove(index)
-            except KeyError:  # a second call needs memory of its own
-                pass
-            else:
-                if not known.waiting:
-                    self._remembered = None
-                return known.out
-        out = compute()
+            if not known.waiting:
+                self._remember(None)
+            return rows.contiguous()
+        copy = input.clone() if input.is_inference() else None
+        # unsafe: for torch the parts are no views, so a write into one is no write into the others
+        parts = torch.unsafe_split_with_sizes(compute(input, self), self.sizes, -1)
+        waiting = dict(enumerate(parts))
+        rows = waiting.pop(index)
         own = weakref.ref(self)
 
         def forget(gone: weakref.ref[Tensor]) -> None:
             merged = own()
             if merged is not None and (held := merged._remembered) and held.input is gone:
-                merged._remembered = None
+                merged._remember(None)
 
-        waiting = {*range(len(self.sizes))} - {index}
         reference = weakref.ref(input, forget)
-        self._remembered = _Remembered(reference, state, quantizers, out, waiting)
-        return out
+        self._remember(_Remembered(reference, copy, state, quantizers, waiting))
+        return rows.contiguous()
+
+    def _remember(self, product: _Remembered | None) -> None:
+        vars(self)["_remembered"] = product  # nn.Module.__setattr__ takes 2 us
 
     def _state(self, input: Tensor) -> tuple[Any, ...] | None:
-        """All that a product depends on beside its input and quantizers; None if it is unknown."""
-        tensors = [input, *(p for p in self._parameters.values() if p is not None)]
-        if type(input) is not Tensor or input.is_meta or any(t.is_inference() for t in tensors):
+        """All that a product depends on beside the values of its input and quantizers; None if it
+        is unknown.
+
+        torch counts no versions of a tensor that was made in inference mode. An input on the CPU is
+        compared with a copy instead, which takes as long as to quantize it once more.
+        """
+        on_cpu = input.is_cpu
+        counted = not input.is_inference()
+        if type(input) is not Tensor or input.is_meta or not (counted or on_cpu):
             return None
-        device = input.device.type
-        # another stream would read the product before it is there
-        stream = None if device == "cpu" else getattr(torch, device).current_stream()
-        return (
-            tuple((t.data_ptr(), t._version) for t in tensors),
-            stream,
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            get_product(),
-        )
+        held: dict[str, Any] = self._parameters  # but pertoken_scale, which a part passes
+        weight, scale, bias = held["weight"], held["scale"], held["bias"]
+        device = "cpu" if on_cpu else input.device.type
+        try:
+            return (
+                input.data_ptr(),
+                counted and input._version,
+                weight.data_ptr(),
+                weight._version,
+                scale.data_ptr(),
+                scale._version,
+                bias is None or (bias.data_ptr(), bias._version),
+                # another stream would read the product before it is there
+                None if on_cpu else getattr(torch, device).current_stream(),
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+                get_product(),
+            )
+        except RuntimeError:  # no versions, or a tensor of torch.func, which has no memory
+            return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_remembered": None}
@@ -317,15 +341,20 @@ class MergedPart(nn.Module):
 
         In a graph for the NPU it is the whole product and a split. All parts say the same there, so
         a pass that merges equal nodes leaves one of each. Otherwise it is the product of its own
-        rows, unless the blocks of FRACTAL_NZ keep it from that.
+        rows, unless the blocks of FRACTAL_NZ keep it from that; Inductor gets a pass that joins
+        them.
         """
         merged = self.merged
         pertoken = self.pertoken_scale if pertoken_scale is None else pertoken_scale
         if torch.compiler.is_compiling():
             if x1.device.type != "cpu":
+                if torch.compiler.is_dynamo_compiling():
+                    _warn_of_old_torchair()
                 out: Tensor = merged(x1, pertoken)
                 parts: tuple[Tensor, ...] = torch.split(out, merged.sizes, -1)
                 return parts[self.index]
+            if torch.compiler.is_dynamo_compiling():
+                _tell_inductor()
         elif merged._weight_format != ND:
             return self.own_rows(merged(x1, pertoken))
         own: Tensor = _linear_quant(
@@ -394,6 +423,27 @@ class MergedPart(nn.Module):
     def extra_repr(self) -> str:
         start, end = self.merged.span(self.index)
         return f"{describe(self)}, rows={start}:{end} of {self.merged.out_features}"
+
+
+@torch.compiler.assume_constant_result
+def _tell_inductor() -> int:
+    """While torch.compile traces: let Inductor join the products of the parts."""
+    load("fusion.join_parts:register")()
+    return 0
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_old_torchair() -> int:
+    """While torch.compile traces for the NPU: each part computes the whole product if nothing
+    merges equal nodes. `merge` leaves layers alone then, but these were merged on the CPU."""
+    if why := why_no_passes():
+        warnings.warn(
+            f"merge: {why}, so a graph for the NPU computes the product of merged layers once for "
+            "each layer. What to do: install a newer torch_npu, or do not merge; a state dict of "
+            "this model loads into one that is not merged.",
+            stacklevel=2,
+        )
+    return 0
 
 
 def _fits(name: str, given: Tensor, own: Tensor, float_scale: Tensor | None) -> bool:

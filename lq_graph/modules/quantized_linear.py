@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -289,13 +288,10 @@ class QuantizedLinear(nn.Module):
         self._derive_again()
         if (merged := merged_of(linear)) is None:
             return self._eagerly(input, linear)
-        quantizers = self._scale_reciprocal, self._offset
-        compute = partial(self._eagerly, input, merged)
-        out = merged.product(linear.index, input, quantizers, compute)
-        if out is None:
-            return self._product(input, linear)
-        own: Tensor = linear.own_rows(out)
-        return own
+        # read the dict, as LinearQuant.forward does
+        quantizers = self._buffers["_scale_reciprocal"], self._buffers["_offset"]
+        part = merged.part(linear.index, input, quantizers, self._eagerly)
+        return self._product(input, linear) if part is None else part
 
     def _eagerly(self, input: Tensor, linear: LinearQuant) -> Tensor:
         """`_product`, on the CPU in one call if that can be."""
@@ -404,10 +400,9 @@ class QuantizedLinear(nn.Module):
 
 
 def merged_of(linear: nn.Module) -> MergedLinear | None:
-    """The merged weight that a layer has a part of. The vendor's LinearQuant, which `convert` may
-    put here, has no such attribute."""
-    found: MergedLinear | None = getattr(linear, "merged", None)
-    return found
+    """The merged weight that a layer has a part of. Read from the dict, because every eager call
+    asks."""
+    return cast("MergedLinear | None", linear._modules.get("merged"))
 
 
 def _version(tensor: Tensor) -> int:
