@@ -221,7 +221,7 @@ def _traced(where: str) -> Callable[..., Any]:
         if "torch_npu" in sys.modules:
             load("fusion.torchair:register")()
         if "torch._inductor.compile_fx" in sys.modules:
-            load("backends.inductor:register")()
+            load("fusion.inductor:register")()
         return kernel(*args, **kwargs)
 
     return fake

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ __all__ = [
     "functorch",
     "is_followed",
     "is_profiled",
-    "on_joint_graph",
     "patterns_of_call",
     "pytree",
 ]
@@ -59,27 +59,6 @@ def is_followed() -> bool:
 is_profiled = torch._C._autograd._profiler_enabled
 
 
-def on_joint_graph(name: str, patterns: list[Any], run: Callable[..., None]) -> None:
-    """Add a pass over the graphs that Inductor compiles, before those of its passes that see
-    forward and backward apart; nothing if this Inductor has no list of passes.
-
-    Args:
-        name: of the pass.
-        patterns: what it looks for.
-        run: called with each match, and the pattern's named parts. It may change the graph.
-    """
-    from torch._inductor import pattern_matcher
-    from torch._inductor.fx_passes import joint_graph
-
-    passes = getattr(joint_graph, "pass_patterns", None)
-    if not isinstance(passes, list):
-        return
-    added = pattern_matcher.PatternMatcherPass(pass_name=name)
-    for pattern in patterns:
-        pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(run)
-    passes.append(added)
-
-
 def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
     """Patterns of torch's matcher: any call of an operator, its first argument named. A pattern
     matches calls with one number of positional arguments."""
@@ -93,24 +72,24 @@ def patterns_of_call(op: OpOverload, name: str) -> list[Any]:
     ]
 
 
-def add_inductor_pass(name: str, patterns: list[Any], replace: Callable[..., None]) -> None:
-    """Add a pass over the graphs that Inductor compiles, after its own; nothing if this Inductor
-    has no list of passes.
+def add_inductor_pass(stage: str, name: str, patterns: list[Any], run: Callable[..., None]) -> None:
+    """Add a pass over the graphs that Inductor compiles; nothing if this Inductor has no list of
+    passes.
 
     Args:
+        stage: "joint_graph", before forward and backward are parted, or "post_grad".
         name: of the pass.
         patterns: what it looks for.
-        replace: called with each match, and the pattern's named parts.
+        run: called with each match, and the pattern's named parts. It may change the graph.
     """
     from torch._inductor import pattern_matcher
-    from torch._inductor.fx_passes import post_grad
 
-    passes = getattr(post_grad, "pass_patterns", None)
+    passes = getattr(import_module(f"torch._inductor.fx_passes.{stage}"), "pass_patterns", None)
     if not isinstance(passes, list):
         return
     added = pattern_matcher.PatternMatcherPass(pass_name=name)
     for pattern in patterns:
-        pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(replace)
+        pattern_matcher.register_graph_pattern(pattern, pass_dict=added)(run)
     passes.append(added)
 
 

@@ -1,8 +1,8 @@
 """lq_graph::quantized_linear: dynamic_quant or static_quant, and linear_quant of its result.
 
-Only Inductor's graphs call it, on the CPU: see `inductor`. Its arguments are those of the two
-operators: static_quant's are scale_reciprocal and input_offset, and without a scale_reciprocal it
-is dynamic_quant.
+Only Inductor's graphs call it, on the CPU: see fusion/inductor.py. Its arguments are those of the
+two operators: static_quant's are scale_reciprocal and input_offset, and without a scale_reciprocal
+it is dynamic_quant.
 """
 
 from __future__ import annotations

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..backends.compat import OpOverload, on_joint_graph, patterns_of_call
+from ..backends.compat import OpOverload
 from .editor import Editor, shape_of, value_of
 from .quantizations import equal_quantizations, frozen
 
-__all__ = ["join_parts", "register"]
+__all__ = ["join_parts_of"]
 
 _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 _DONE = "_lq_graph_joined"  # attribute of a graph module
@@ -21,24 +20,17 @@ _PRODUCTS = (_ours.linear_quant.default,)
 _OF_ROWS = ("weight", "scale", "bias")  # arguments with a row, or a value, for each of n
 
 
-@cache
-def register() -> None:
-    """Tell Inductor, once."""
-    patterns = [one for product in _PRODUCTS for one in patterns_of_call(product, "x1")]
-    on_joint_graph("lq_graph_join_parts", patterns, _run)
-
-
-def _run(match: Any, **_: Any) -> None:
-    """At the first match in a graph, join the parts of the whole graph."""
+def join_parts_of(match: Any, **_: Any) -> None:
+    """At the first match of a product in a graph, join the parts of the whole graph."""
     module = match.ctx.graph.owning_module
     if not getattr(module, _DONE, False):
         setattr(module, _DONE, True)
         editor = Editor(module)
         if editor.unknown() is None:
-            join_parts(editor)
+            _join_parts(editor)
 
 
-def join_parts(editor: Editor) -> None:
+def _join_parts(editor: Editor) -> None:
     """Compute the products of all parts of a merged weight with one input as one product.
 
     In a graph for the CPU each part is the product of its rows (`MergedPart.forward`), so a graph

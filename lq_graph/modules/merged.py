@@ -18,7 +18,6 @@ from torch.nn.parameter import Parameter
 from ..backends.compat_npu import why_no_passes
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
-from ..ops import load
 from ..rules.products import get_product
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
@@ -341,7 +340,7 @@ class MergedPart(nn.Module):
 
         In a graph for the NPU it is the whole product and a split. All parts say the same there, so
         a pass that merges equal nodes leaves one of each. Otherwise it is the product of its own
-        rows, unless the blocks of FRACTAL_NZ keep it from that; Inductor gets a pass that joins
+        rows, unless the blocks of FRACTAL_NZ keep it from that; in Inductor a pass of ours joins
         them.
         """
         merged = self.merged
@@ -353,8 +352,6 @@ class MergedPart(nn.Module):
                 out: Tensor = merged(x1, pertoken)
                 parts: tuple[Tensor, ...] = torch.split(out, merged.sizes, -1)
                 return parts[self.index]
-            if torch.compiler.is_dynamo_compiling():
-                _tell_inductor()
         elif merged._weight_format != ND:
             return self.own_rows(merged(x1, pertoken))
         own: Tensor = _linear_quant(
@@ -423,13 +420,6 @@ class MergedPart(nn.Module):
     def extra_repr(self) -> str:
         start, end = self.merged.span(self.index)
         return f"{describe(self)}, rows={start}:{end} of {self.merged.out_features}"
-
-
-@torch.compiler.assume_constant_result
-def _tell_inductor() -> int:
-    """While torch.compile traces: let Inductor join the products of the parts."""
-    load("fusion.join_parts:register")()
-    return 0
 
 
 @torch.compiler.assume_constant_result

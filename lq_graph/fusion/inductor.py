@@ -1,8 +1,9 @@
-"""A quantized layer in Inductor's graphs on the CPU: one operator instead of two.
+"""Inductor runs two passes of ours over its graphs; the second is for the CPU alone.
 
 A graph of torch.compile holds the two operators of a layer, as every backend wants them. Inductor
-fuses neither, for it does not look into them. So a pass of its own puts lq_graph::quantized_linear
-in their place, which is one call of the compiled kernel.
+fuses neither, for it does not look into them. So a pass puts lq_graph::quantized_linear in their
+place, which is one call of the compiled kernel. Before it, `join_parts` makes one product of those
+of a merged weight.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import add_inductor_kernel, add_inductor_pass, patterns_of_call
+from ..backends.compat import add_inductor_kernel, add_inductor_pass, patterns_of_call
+from .join_parts import join_parts_of
 
 __all__ = ["register"]
 
 _STRIDES = "eager_input_vals"
-_REPEATED = (torch.ops.aten.view.default, torch.ops.lq_graph.quantized_linear.default)
 _known = False
 
 
@@ -28,15 +29,16 @@ def register() -> None:
     global _known
     if not _known and "torch._inductor.compile_fx" in sys.modules:
         _known = True
-        op = torch.ops.lq_graph.linear_quant.default
-        add_inductor_pass("lq_graph", patterns_of_call(op, "x1"), _join)
+        products = patterns_of_call(torch.ops.lq_graph.linear_quant.default, "x1")
+        add_inductor_pass("joint_graph", "lq_graph_join_parts", products, join_parts_of)
+        add_inductor_pass("post_grad", "lq_graph_whole_layers", products, _join)
         whole = torch.ops.lq_graph.quantized_linear.default
         add_inductor_kernel(whole, "lq_graph.backends.whole_layer:into")
 
 
 def _join(match: Any, **_: Any) -> None:
-    """Replace a linear_quant whose x1 a quantizer made; what nothing reads then, Inductor removes.
-    Equal calls become one: parts of a merged layer each multiply by the whole weight."""
+    """Replace a linear_quant whose x1 a quantizer made; what nothing reads then, Inductor
+    removes."""
     node: fx.Node = match.output_node()
     given = _arguments(node)
     quantizer = _quantizer(given["x1"], given.get("pertoken_scale"))
@@ -63,28 +65,6 @@ def _join(match: Any, **_: Any) -> None:
     joined.meta.update((key, value) for key, value in node.meta.items() if key != _STRIDES)
     node.replace_all_uses_with(joined)
     match.graph.erase_node(node)
-    for other in weight.users:
-        if other is not joined and _is_same(other, joined):
-            first, second = sorted((other, joined))
-            second.replace_all_uses_with(first)
-            match.graph.erase_node(second)
-            return
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two nodes, or arguments of nodes, are computed alike: nothing in such a graph is
-    written in place."""
-    if one is other:
-        return True
-    if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
-        return type(one) is type(other) and bool(one == other)
-    return (
-        one.target is other.target
-        and one.target in _REPEATED
-        and len(one.args) == len(other.args)
-        and one.kwargs == other.kwargs
-        and all(map(_is_same, one.args, other.args))
-    )
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
