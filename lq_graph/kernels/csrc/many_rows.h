@@ -58,6 +58,16 @@ TARGET void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& 
       multiply(panels - 1, column, KernelFor<int4, 1>(columns - column));
 }
 
+// Prefetches a byte of each run of a slice: of each row, or in FRACTAL_NZ of each 32 bytes of k. Runs are in
+// pages of their own, and a prefetch waits until the address of its page is found. Together they wait
+// once; one after another, between products, each stops these.
+TARGET void PrefetchPages(const LqMatmul& call, const Slice& slice) {
+  const int64_t runs = IsNz(call) ? slice.depth / 32 : slice.tile.right - slice.tile.left;
+  const int64_t step = IsNz(call) ? call.w_step : call.w_stride;
+  const uint8_t* const from = WeightAt(call, slice.tile.left, slice.from);
+  for (int64_t i = 0; i < runs; ++i) __builtin_prefetch(from + i * step, 0, 3);
+}
+
 // Bytes of two packed slices of w. They are not on a thread's stack: OMP_STACKSIZE may make it small.
 constexpr int64_t kPackedBytes = 2 * kSliceDepth * kSliceColumns;
 
@@ -72,6 +82,7 @@ TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tile
   while (slice.tile.right) {
     const Slice second = slices.Lookahead(0), third = slices.Lookahead(1);
     const Tile& tile = slice.tile;
+    PrefetchPages(call, third);
     if (packed < slice.depth) PackSlice<int4>(call, slice, packed, w);
     OrderW(w, tile.right - tile.left, (slice.depth + kBlock - 1) / kBlock * kValues<int4>);
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);
