@@ -43,11 +43,11 @@ TARGET void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& 
                       slice.complete.left, slice.complete.right});
     ++number;
     pack_ahead.rows = std::min(each, left);
-    kernel(rows + panel * x_panel, x_panel, w + column * kSliceDepth, blocks, pack_ahead,
+    kernel(rows + panel * x_panel, x_panel, w + column * kSliceStride, blocks, pack_ahead,
            slice.from == 0, sums + (column * panels + panel) * kPanel, panels * kPanel);
     left -= pack_ahead.rows;
     pack_ahead.from += pack_ahead.rows * pack_ahead.row_step;
-    pack_ahead.to += pack_ahead.rows * kSliceDepth;
+    pack_ahead.to += pack_ahead.rows * kSliceStride;
   };
   // kNarrow columns of w stay in L1 while x's pairs of panels pass by
   for (int64_t column = 0; column < columns; column += kNarrow)
@@ -69,12 +69,12 @@ TARGET void PrefetchPages(const LqMatmul& call, const Slice& slice) {
 }
 
 // Bytes of two packed slices of w. They are not on a thread's stack: OMP_STACKSIZE may make it small.
-constexpr int64_t kPackedBytes = 2 * kSliceDepth * kSliceColumns;
+constexpr int64_t kPackedBytes = 2 * kSliceStride * kSliceColumns;
 
 template <bool int4>
 TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
                      uint8_t* slices_of_w, int32_t* sums) {
-  uint8_t *w = slices_of_w, *other = slices_of_w + kSliceDepth * kSliceColumns;
+  uint8_t *w = slices_of_w, *other = slices_of_w + kSliceStride * kSliceColumns;
   int64_t packed = 0;  // bytes of each row of the slice that are packed already
   BeginMultiply();
   Slices<int4> slices(call, tiles, thread);
