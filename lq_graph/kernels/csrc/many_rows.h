@@ -43,11 +43,11 @@ TARGET void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& 
                       slice.complete.left, slice.complete.right});
     ++number;
     pack_ahead.rows = std::min(each, left);
-    kernel(rows + panel * x_panel, x_panel, w + column * kSliceDepth, blocks, pack_ahead,
+    kernel(rows + panel * x_panel, x_panel, w + column * kSliceStride, blocks, pack_ahead,
            slice.from == 0, sums + (column * panels + panel) * kPanel, panels * kPanel);
     left -= pack_ahead.rows;
     pack_ahead.from += pack_ahead.rows * pack_ahead.row_step;
-    pack_ahead.to += pack_ahead.rows * kSliceDepth;
+    pack_ahead.to += pack_ahead.rows * kSliceStride;
   };
   // kNarrow columns of w stay in L1 while x's pairs of panels pass by
   for (int64_t column = 0; column < columns; column += kNarrow)
@@ -58,13 +58,23 @@ TARGET void MultiplyPanels(const LqMatmul& call, const PackedX& x, const Slice& 
       multiply(panels - 1, column, KernelFor<int4, 1>(columns - column));
 }
 
+// Prefetches a byte of each run of a slice: of each row, or in FRACTAL_NZ of each 32 bytes of k. Runs are in
+// pages of their own, and a prefetch waits until the address of its page is found. Together they wait
+// once; one after another, between products, each stops these.
+TARGET void PrefetchPages(const LqMatmul& call, const Slice& slice) {
+  const int64_t runs = IsNz(call) ? slice.depth / 32 : slice.tile.right - slice.tile.left;
+  const int64_t step = IsNz(call) ? call.w_step : call.w_stride;
+  const uint8_t* const from = WeightAt(call, slice.tile.left, slice.from);
+  for (int64_t i = 0; i < runs; ++i) __builtin_prefetch(from + i * step, 0, 3);
+}
+
 // Bytes of two packed slices of w. They are not on a thread's stack: OMP_STACKSIZE may make it small.
-constexpr int64_t kPackedBytes = 2 * kSliceDepth * kSliceColumns;
+constexpr int64_t kPackedBytes = 2 * kSliceStride * kSliceColumns;
 
 template <bool int4>
 TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tiles, int64_t thread,
                      uint8_t* slices_of_w, int32_t* sums) {
-  uint8_t *w = slices_of_w, *other = slices_of_w + kSliceDepth * kSliceColumns;
+  uint8_t *w = slices_of_w, *other = slices_of_w + kSliceStride * kSliceColumns;
   int64_t packed = 0;  // bytes of each row of the slice that are packed already
   BeginMultiply();
   Slices<int4> slices(call, tiles, thread);
@@ -72,6 +82,7 @@ TARGET void ManyRows(const LqMatmul& call, const PackedX& x, TileScheduler* tile
   while (slice.tile.right) {
     const Slice second = slices.Lookahead(0), third = slices.Lookahead(1);
     const Tile& tile = slice.tile;
+    PrefetchPages(call, third);
     if (packed < slice.depth) PackSlice<int4>(call, slice, packed, w);
     OrderW(w, tile.right - tile.left, (slice.depth + kBlock - 1) / kBlock * kValues<int4>);
     const uint8_t* const from = WeightAt(call, next.tile.left, next.from);

@@ -24,7 +24,7 @@ INLINE_TARGET Ints LoadStep(const uint8_t* w) {
 
 // panels * kPanel rows by `columns` sums over `blocks` of w. They are written to c (`first`) or added to
 // it; c is stored column by column. A step reads kStepBytes bytes of values of kPanel rows of x, the next
-// panel is `x_panel` bytes further; w has kSliceDepth bytes for each column.
+// panel is `x_panel` bytes further; w has kSliceStride bytes for each column.
 template <bool int4, int panels, int columns>
 TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                           const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
@@ -50,7 +50,7 @@ TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, in
       for (int j = 0; j < kSums; j += kTogether) {
         Ints columns_of_w[kTogether];
 #pragma GCC unroll 4
-        for (int i = 0; i < kTogether; ++i) columns_of_w[i] = LoadStep(w + (j + i) * kSliceDepth);
+        for (int i = 0; i < kTogether; ++i) columns_of_w[i] = LoadStep(w + (j + i) * kSliceStride);
 #pragma GCC unroll 2
         for (int i = 0; i < panels; ++i) DotStep<int4>(&sum[i][j], columns_of_w, rows[i]);
       }

@@ -31,7 +31,7 @@ constexpr int64_t kTileBytes = 64;  // of a row of a tile register
 template <bool int4, int panels, int groups>
 TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, int64_t blocks,
                           const PackAhead& pack_ahead, bool first, int32_t* c, int64_t c_stride) {
-  constexpr int64_t kToGroup = kTileW * kSliceDepth;
+  constexpr int64_t kToGroup = kTileW * kSliceStride;
   int32_t* const c1 = c + kTileW * c_stride;
   const int64_t c_bytes = 4 * c_stride;
   _tile_zero(0);
@@ -48,10 +48,10 @@ TARGET void MultiplySlice(const int8_t* x, int64_t x_panel, const uint8_t* w, in
   for (int64_t block = 0; block < blocks; ++block) {
     packer.PackBlock(block);
     for (int part = 0; part < kParts<int4>; ++part) {
-      _tile_loadd(4, w, kSliceDepth);
+      _tile_loadd(4, w, kSliceStride);
       _tile_loadd(6, x, kTileBytes);
       if constexpr (panels == 2) _tile_loadd(7, x + x_panel, kTileBytes);
-      if constexpr (groups == 2) _tile_loadd(5, w + kToGroup, kSliceDepth);
+      if constexpr (groups == 2) _tile_loadd(5, w + kToGroup, kSliceStride);
       _tile_dpbusd(0, 4, 6);
       if constexpr (panels == 2) _tile_dpbusd(1, 4, 7);
       if constexpr (groups == 2) _tile_dpbusd(2, 5, 6);

@@ -50,9 +50,9 @@ class Packer {
         nz_(ahead.w_step != 32),
         run_(nz_ ? ahead.rows : ahead.blocks),
         step_(nz_ ? 32 : kBlock),
-        to_step_(nz_ ? kSliceDepth : kValues<int4>),
+        to_step_(nz_ ? kSliceStride : kValues<int4>),
         next_run_((nz_ ? 2 * ahead.w_step : ahead.row_step) - run_ * step_),
-        to_next_run_((nz_ ? kValues<int4> : kSliceDepth) - run_ * to_step_),
+        to_next_run_((nz_ ? kValues<int4> : kSliceStride) - run_ * to_step_),
         from_(ahead.from),
         to_(ahead.to),
         left_(run_) {}
@@ -102,7 +102,7 @@ struct PackedX {
 // Packs a slice of w for MultiplySlice, from byte `done` of each row on.
 template <bool int4>
 TARGET void PackSlice(const LqMatmul& call, const Slice& slice, int64_t done, uint8_t* out) {
-  for (int64_t row = slice.tile.left; row < slice.tile.right; ++row, out += kSliceDepth) {
+  for (int64_t row = slice.tile.left; row < slice.tile.right; ++row, out += kSliceStride) {
     const uint8_t* const w = WeightAt(call, row, slice.from);
     for (int64_t at = done; at < slice.depth; at += kBlock)
       for (int64_t in = 0; in < kBlock; in += kBytes) {

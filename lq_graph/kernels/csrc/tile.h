@@ -103,7 +103,10 @@ template <bool int4>
 int64_t SliceBytes(const LqMatmul& call) {
   const bool once = call.m <= kRows<int4>;
   int64_t most = call.m == 1 ? kDepthOneRow : once ? kDepthOneBlock : kDepthManyBlocks;
-  if (HasManyRows(call)) most = kSliceDepth / kParts<int4>;
+  if (HasManyRows(call)) {  // as long as x allows: the more of a row, the fewer changes of pages
+    const int64_t values = std::min(kSliceDepth, kSliceOfX / std::min(call.m, kTileRows));
+    most = values / kParts<int4> / kBlock * kBlock;
+  }
   const int64_t blocks = (call.row_bytes + 63) / 64, slices = (blocks * 64 + most - 1) / most;
   return (blocks + slices - 1) / slices * 64;
 }

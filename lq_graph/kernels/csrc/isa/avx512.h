@@ -49,11 +49,15 @@ constexpr int kGroup = 4;
 template <bool int4>
 constexpr int kGroupRows = int4 ? 5 : 6;
 constexpr int64_t kManyRows = 32;  // from this number of rows on, x is transposed
-// Rows of w in a packed slice, and bytes of each, at most.
+// Rows of w in a packed slice; bytes of each, at most; bytes from one to the next, so that rows, short
+// ones too, spread over all lines of the L1 cache. Bytes of x that are multiplied by a slice, at most: they
+// stay in L2.
 #ifdef LQ_AMX
-constexpr int64_t kSliceColumns = 32, kSliceDepth = 1024;
+constexpr int64_t kSliceColumns = 32, kSliceDepth = 1024, kSliceStride = 1024;
+constexpr int64_t kSliceOfX = 1 << 18;
 #else
-constexpr int64_t kSliceColumns = 16, kSliceDepth = 2048;
+constexpr int64_t kSliceColumns = 16, kSliceDepth = 4096, kSliceStride = kSliceDepth * 3 / 2;
+constexpr int64_t kSliceOfX = 1 << 19;
 constexpr int kAccumulators = 16;  // registers: 16 rows of w by one panel of x, or 8 by two
 #endif
 

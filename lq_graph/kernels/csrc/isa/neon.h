@@ -43,7 +43,8 @@ constexpr int64_t kManyRows = 24;
 #endif
 constexpr int kAccumulators = 16;  // 8 hide SDOT's latency; beside 16, a step's registers of x fit
 constexpr int64_t kSliceColumns = 16;
-constexpr int64_t kSliceDepth = 1024;
+constexpr int64_t kSliceDepth = 1024, kSliceStride = 1024;
+constexpr int64_t kSliceOfX = 1 << 18;
 
 template <bool int4>
 INLINE_TARGET Ints Dot(Ints sum, Ints w, Ints x) {
@@ -125,10 +126,10 @@ INLINE_TARGET void OrderX(Ints* rows) {
   rows[3] = SecondHalves(c, d);
 }
 TARGET void OrderW(uint8_t* w, int64_t columns, int64_t bytes) {
-  for (int64_t j = 0; j < columns; j += 2, w += 2 * kSliceDepth)
+  for (int64_t j = 0; j < columns; j += 2, w += 2 * kSliceStride)
     for (int64_t at = 0; at < bytes; at += kBytes) {
       auto* const a = reinterpret_cast<Ints*>(w + at);
-      auto* const b = reinterpret_cast<Ints*>(w + kSliceDepth + at);
+      auto* const b = reinterpret_cast<Ints*>(w + kSliceStride + at);
       const Ints first = FirstHalves(*a, *b), second = SecondHalves(*a, *b);
       *a = first;
       *b = second;
