@@ -234,6 +234,36 @@ def cpu_layer() -> str:
     return markdown(["m, k, n", "floor", *_LAYERS], rows)
 
 
+def cpu_models() -> str:
+    """Times of whole models: the fastest dtype of each kind."""
+    kinds = {
+        "float": re.compile(r"(\w+)"),
+        "A8W8": re.compile(r"A8W8 (\w+)"),
+        "merged": re.compile(r"A8W8 (\w+), merged(?:, prepared)?"),
+        "int8 head": re.compile(r"A8W8 (\w+), int8 head"),
+        "no linears": re.compile(r"(\w+), no linears"),
+    }
+    rows = []
+    for one in _results("cpu_models.txt"):
+        model, attention, mode = one.title.split("; ")[0].split(", ")
+        ways = ["prefill", "decode"] if model.startswith("SmolLM2") else ["forward"]
+        for way, column in enumerate(ways):
+            row = [f"{model}, {column}", attention.removeprefix("attention "), mode]
+            least = math.inf
+            for kind, pattern in kinds.items():
+                found = [
+                    (float(cells[2 * way].replace(",", "")), match[1])
+                    for name, cells in one.cells.items()
+                    if (match := pattern.fullmatch(name))
+                ]
+                time, dtype = min(found, default=(math.nan, ""))
+                least = min(least, time) if kind == "float" else least
+                ratio = "" if kind == "float" else f" ({time / least:.2f})"
+                row.append(f"{time:.1f} ms {dtype}{ratio}" if found else "")
+            rows.append(row)
+    return markdown(["model", "attention", "mode", *kinds], rows)
+
+
 def fusions() -> str:
     """The fusions in the order in which they run."""
     rows = [
@@ -309,6 +339,7 @@ _MADE = (
     cpu_scales,
     cpu_activations,
     cpu_layer,
+    cpu_models,
     versions,
     fusions,
     architectures,

@@ -144,8 +144,11 @@ def bias_of(bias: Tensor) -> tuple[Tensor, int, int]:
 
 
 def threads_for(steps: int, one_thread: int = _ONE_THREAD) -> int:
-    """How many threads a call of so many steps uses: one if they are fewer than `one_thread`."""
-    return 1 if steps < one_thread or is_forked() else torch.get_num_threads()
+    """How many threads a call of so many steps uses: one if they are fewer than `one_thread`; of
+    many threads, as many as have half of that each."""
+    if steps < one_thread or is_forked():
+        return 1
+    return min(torch.get_num_threads(), 2 * steps // one_thread)
 
 
 def refuse(answer: int) -> NoReturn:

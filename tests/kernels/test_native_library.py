@@ -182,3 +182,24 @@ def test_the_calls_have_the_layout_the_kernels_read(name: str, packed: struct.St
         kind = "q" if "*" in field or field.startswith("int64_t") else "i"
         kinds += kind * (field.count(",") + 1)
     assert kinds == "".join(kind * int(n) for n, kind in re.findall(r"(\d+)(\w)", packed.format))
+
+
+@pytest.mark.parametrize(
+    ("steps", "available", "want"),
+    [
+        (0, 64, 1),
+        ((1 << 18) - 1, 64, 1),
+        (1 << 18, 64, 2),
+        (1 << 18, 1, 1),
+        (576 * 576, 64, 2),
+        (1 << 20, 4, 4),
+        (1 << 20, 64, 8),
+        (1 << 24, 64, 64),
+        (1 << 40, 64, 64),
+    ],
+)
+def test_each_thread_has_enough_to_do(
+    steps: int, available: int, want: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: available)
+    assert calls.threads_for(steps) == want
