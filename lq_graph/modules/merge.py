@@ -60,8 +60,9 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
     into a model, which are not merged.
 
     `use_internal_format_weight(model, example=...)` merges and prepares in one call. By itself:
-    after `quantize` or `load_checkpoint`, and before torch.compile; prepared layers are prepared
-    afterwards too. On the CPU, and in graphs of Inductor, it serves as on the NPU.
+    after `quantize` or `load_checkpoint`, and before `prepare_for_cpu`, whose copies go with the
+    separate weights, and torch.compile. Layers that `use_internal_format_weight` prepared are
+    prepared afterwards too. On the CPU, and in graphs of Inductor, it serves as on the NPU.
 
     Without a graph, a product is kept until each layer has taken its part. In inference mode torch
     does not tell whether the input was written in between. On the CPU the input is compared with a

@@ -54,8 +54,8 @@ def prepare_for_cpu(model: nn.Module) -> CpuReport:
     time: a layer that is prepared stays as it is.
 
     A copy is freed with its weight. It is not used any more when the weight was written in place,
-    replaced or moved; then call this again. The kernel notices a write through `weight.data` only
-    if the write changes one of the eight places that it compares.
+    replaced (as by `merge`) or moved; then call this again. The kernel notices a write through
+    `weight.data` only if the write changes one of the eight places that it compares.
 
     Args:
         model: with LinearQuant layers; others are left alone.
