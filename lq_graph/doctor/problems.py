@@ -380,9 +380,9 @@ _KERNEL = {
     ),
     "variable": (
         "wrong_native",
-        "LQ_GRAPH_NATIVE has a value that lq_graph does not know, so the compiled CPU kernel is "
-        "not used.",
-        "Unset it, or set it to 1 or 0.",
+        "LQ_GRAPH_NATIVE is neither 0 nor 1, and names no instruction set that this processor and "
+        "the compiled CPU kernel have, so the kernel is not used.",
+        "Unset it: then the best instruction set of the processor is taken.",
         (),
     ),
 }
