@@ -131,6 +131,7 @@ def dynamic_quant(
     if out is not None:
         return out
     check_held("x", x)
+    x = x.contiguous()  # as the outputs are
     values, scale = quantize_rows(x, x.to(torch.float32).abs().amax(-1), bits, arithmetic)
     return (pack_int4(values) if packed else values), scale
 
@@ -239,7 +240,7 @@ def static_quant(
             check_held(name, tensor)
     shape = [1] * x.dim()
     shape[axis] = -1
-    value = x.to(torch.float32) * scale_reciprocal.to(torch.float32).reshape(shape)
+    value = x.contiguous().to(torch.float32) * scale_reciprocal.to(torch.float32).reshape(shape)
     if offset is not None:
         value.add_(offset.to(torch.float32).reshape(shape))
     values = _to_integer(value, bits)

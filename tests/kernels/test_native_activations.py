@@ -38,8 +38,10 @@ def each_instruction_set() -> Iterator[str]:
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:
-    """Equal in dtype, shape and value; NaN is equal to NaN."""
+    """Equal in dtype, shape and value, and contiguous, as the fake kernels say; NaN is equal to
+    NaN."""
     assert got.dtype == want.dtype and got.shape == want.shape
+    assert got.is_contiguous() and want.is_contiguous()
     if not torch.equal(got, want):  # of numbers and NaN, only floats
         assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
         assert torch.equal(got.isnan(), want.isnan())
