@@ -45,7 +45,7 @@ template <bool int4>
 constexpr int kGroupRows = kParts<int4> == 1 ? 6 : 4;
 constexpr int64_t kManyRows = 16;
 constexpr int64_t kSliceColumns = 16;
-constexpr int64_t kSliceDepth = 2048, kSliceStride = kSliceDepth * 3 / 2;
+constexpr int64_t kSliceDepth = 1024, kSliceStride = 1024;
 constexpr int64_t kSliceOfX = 1 << 18;
 
 template <bool int4>
