@@ -32,6 +32,7 @@ __all__ = [
     "functorch",
     "is_followed",
     "is_profiled",
+    "is_transformed",
     "patterns_of_call",
     "pytree",
 ]
@@ -54,6 +55,11 @@ def is_followed() -> bool:
     """Whether a mode, a transform of torch.func or torch.jit.trace follows this thread's calls of
     operators."""
     return bool(_modes()) or _transforms() is not None or _tracer() is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active in this thread."""
+    return _transforms() is not None
 
 
 is_profiled = torch._C._autograd._profiler_enabled

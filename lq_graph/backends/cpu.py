@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import LinearQuantValueError
-from ..kernels import LayerForm, OperandError
+from ..kernels import LayerForm, NotFiniteError, OperandError
 from ..rules.activations import plan_dynamic_quant, plan_static_quant
 from ..rules.cann import Target
 from ..rules.plan import Spec, check_finite, plan, plan_trans_quant_param
@@ -63,7 +63,7 @@ def linear_quant(
             offset=offset if p.fold_scale else None,
         )
     except OperandError as error:
-        if p.fold_scale:
+        if p.fold_scale and isinstance(error, NotFiniteError):
             check_finite(scale, offset)  # what trans_quant_param says of them
         raise LinearQuantValueError(f"linear_quant: {error}") from None
 

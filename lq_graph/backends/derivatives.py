@@ -134,13 +134,15 @@ def _functionalize(
     op: OpOverload, interpreter: FuncTorchInterpreter, args: Any, kwargs: Any
 ) -> Any:
     """functionalize: the operators write nothing in place, so they are called as they are."""
-    args, kwargs = pytree.tree_map_only(
-        Tensor,
-        lambda t: (
-            functorch._unwrap_functional_tensor(t, False) if torch._is_functional_tensor(t) else t
-        ),
-        (args, kwargs),
-    )
+
+    def inner(tensor: Tensor) -> Tensor:
+        if not torch._is_functional_tensor(tensor):
+            return tensor
+        torch._sync(tensor)  # type: ignore[attr-defined]  # writes into its views
+        found: Tensor = functorch._unwrap_functional_tensor(tensor, False)
+        return found
+
+    args, kwargs = pytree.tree_map_only(Tensor, inner, (args, kwargs))
     with interpreter.lower():
         out = op(*args, **kwargs)
     return pytree.tree_map(lambda t: functorch._wrap_functional_tensor(t, interpreter.level()), out)

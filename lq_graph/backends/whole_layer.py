@@ -72,6 +72,8 @@ def cpu(
 def into(*args: Any, out: Tensor) -> None:
     """What Inductor's programs call: `cpu`, its output written into a tensor.
 
+    Programs in torch's cache import this by its name: other arguments need another name.
+
     Args:
         args: the tensors that are given; for each positional argument of `cpu` whether it is given;
             and the dtype of the output.

@@ -17,7 +17,8 @@ __all__ = ["join_parts_of"]
 _aten, _ours = torch.ops.aten, torch.ops.lq_graph
 _DONE = "_lq_graph_joined"  # attribute of a graph module
 _PRODUCTS = (_ours.linear_quant.default,)
-_OF_ROWS = ("weight", "scale", "bias")  # arguments with a row, or a value, for each of n
+# Arguments with a row, or a value, for each of n; dims of each. One offset may be for all of n.
+_OF_ROWS = {"weight": 2, "scale": 1, "bias": 1, "offset": 1, "float_scale": 1}
 
 
 def join_parts_of(match: Any, **_: Any) -> None:
@@ -65,31 +66,44 @@ class _Part(NamedTuple):
 
 
 def _part_of(node: Node) -> _Part | None:
-    """A call as a part; None if its weight, scale and bias are not the same rows of other
-    tensors."""
+    """A call as a part; None if what belongs to its rows is not the same rows of other tensors."""
     assert isinstance(node.target, OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    rows = [one for name in _OF_ROWS if (one := given.get(name)) is not None]
-    if not all(map(_is_rows, rows)):
+    rows = {name: given[name] for name in _OF_ROWS if given.get(name) is not None}
+    if "offset" in rows and shape_of(rows["offset"]) == (1,):
+        del rows["offset"]
+    if not all(_is_rows(one, _OF_ROWS[name]) for name, one in rows.items()):
         return None
-    whole = {one: one.args[0] for one in rows}
-    spans = {(one.args[2], shape_of(one)[0], shape_of(whole[one])[0]) for one in rows}
+    whole = {name: one.args[0] for name, one in rows.items()}
+    spans = {
+        (rows[name].args[2], shape_of(rows[name])[0], shape_of(whole[name])[0]) for name in rows
+    }
     if len(spans) != 1:
         return None
     start, size, n = spans.pop()
-    args, kwargs = map_arg((node.args, node.kwargs), lambda one: whole.get(one, one))
+    args = tuple(whole.get(name, arg) for name, arg in zip(names, node.args, strict=False))
+    kwargs = {name: whole.get(name, arg) for name, arg in node.kwargs.items()}
     return _Part(node, start, start + size, n, args, kwargs)
 
 
-def _is_rows(node: Any) -> bool:
-    """Whether a node is tensor[start:end]."""
+def _is_rows(node: Any, dims: int) -> bool:
+    """Whether a node is tensor[start:end] of so many dims, its sizes numbers."""
     if not isinstance(node, Node) or node.target is not _aten.slice.Tensor:
         return False
     if len(node.args) not in (3, 4) or node.kwargs:  # with a step, or without a start
         return False
     dim, start = node.args[1:3]
-    return isinstance(start, int) and start >= 0 and bool(dim == 0)
+    source = node.args[0]
+    assert isinstance(source, Node)
+    sizes = shape_of(node)[0], shape_of(source)[0]
+    return (
+        len(shape_of(node)) == dims
+        and all(isinstance(size, int) for size in sizes)
+        and isinstance(start, int)
+        and start >= 0
+        and bool(dim == 0)
+    )
 
 
 def _join(editor: Editor, parts: list[_Part]) -> None:

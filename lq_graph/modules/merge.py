@@ -72,6 +72,9 @@ def merge(model: nn.Module, *args: Any, **kwargs: Any) -> MergeReport:
     Idempotent and atomic: if a step fails, the model is unchanged. Ctrl-C waits for the end. It
     needs memory for one merged weight beside the model.
 
+    torch.func.functional_call leaves its tensors in a merged model, as in each model that has a
+    module under two names: copy the model for it.
+
     A model may be merged on the CPU and moved to the NPU. torch.compile warns there if torchair is
     too old.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from ..backends.compat import is_transformed
 from ..backends.compat_npu import why_no_passes
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantTypeError
@@ -168,8 +169,9 @@ class MergedLinear(LinearQuant):
             compute: computes the product of the input and this layer.
 
         Returns:
-            Contiguous, because a model may call view(). None if it is unknown whether the input or
-            the weight changes between the layers.
+            Contiguous, because a model may call view(), in memory of its own, because a model may
+            free or write it. None if it is unknown whether the input or the weight changes between
+            the layers.
         """
         state = self._state(input)
         if state is None:
@@ -186,7 +188,7 @@ class MergedLinear(LinearQuant):
         ):
             if not known.waiting:
                 self._remember(None)
-            return rows.contiguous()
+            return rows.clone(memory_format=torch.contiguous_format)
         copy = input.clone() if input.is_inference() else None
         # unsafe: for torch the parts are no views, so a write into one is no write into the others
         parts = torch.unsafe_split_with_sizes(compute(input, self), self.sizes, -1)
@@ -201,7 +203,7 @@ class MergedLinear(LinearQuant):
 
         reference = weakref.ref(input, forget)
         self._remember(_Remembered(reference, copy, state, quantizers, waiting))
-        return rows.contiguous()
+        return rows.clone(memory_format=torch.contiguous_format)
 
     def _remember(self, product: _Remembered | None) -> None:
         vars(self)["_remembered"] = product  # nn.Module.__setattr__ takes 2 us
@@ -213,6 +215,8 @@ class MergedLinear(LinearQuant):
         torch counts no versions of a tensor that was made in inference mode. An input on the CPU is
         compared with a copy instead, which takes as long as to quantize it once more.
         """
+        if is_transformed():  # memory of a tensor of torch.func may be that before a write
+            return None
         on_cpu = input.is_cpu
         counted = not input.is_inference()
         if type(input) is not Tensor or input.is_meta or not (counted or on_cpu):
@@ -223,6 +227,8 @@ class MergedLinear(LinearQuant):
         try:
             return (
                 input.data_ptr(),
+                input.shape,
+                input.stride(),
                 counted and input._version,
                 weight.data_ptr(),
                 weight._version,
@@ -235,7 +241,7 @@ class MergedLinear(LinearQuant):
                 torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
                 get_product(),
             )
-        except RuntimeError:  # no versions, or a tensor of torch.func, which has no memory
+        except RuntimeError:  # no versions
             return None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -184,6 +184,51 @@ def test_graphs_of_a_user_s_own(function: Callable[..., Any], calls: list[str]) 
     assert sorted(called) == calls
 
 
+# ---- slices that look like the parts of a merged weight ----
+
+I8 = torch.int8
+GIVEN = torch.randint(-128, 128, (16, 64), dtype=I8), torch.rand(16) / 100, torch.ones(8)
+LOOKALIKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "x1 is a slice of the weight": lambda x, w, s, o: (
+        lq_graph.linear_quant(w[:8], w[:8], s[:8], output_dtype=F16),
+        lq_graph.linear_quant(w[8:], w[8:], s[8:], output_dtype=F16),
+    ),
+    "the scales of the rows are those of the weight": lambda x, w, s, o: (
+        lq_graph.linear_quant(x, w[:8], s[:8], pertoken_scale=s[:8], output_dtype=F16),
+        lq_graph.linear_quant(x, w[8:], s[8:], pertoken_scale=s[:8], output_dtype=F16),
+    ),
+    "batch dims": lambda x, w, s, o: (
+        lq_graph.linear_quant(x[None], w.view(2, 8, 64)[:1], s[:1], output_dtype=F16),
+        lq_graph.linear_quant(x[None], w.view(2, 8, 64)[1:], s[1:2], output_dtype=F16),
+    ),
+    "one offset for both": lambda x, w, s, o: (
+        lq_graph.linear_quant(x, w[:8], s[:8], o),
+        lq_graph.linear_quant(x, w[8:], s[8:], o),
+    ),
+    "an offset of one value": lambda x, w, s, o: (
+        lq_graph.linear_quant(x, w[:8], s[:8], o[:1]),
+        lq_graph.linear_quant(x, w[8:], s[8:], o[:1]),
+    ),
+    "other scales": lambda x, w, s, o: (
+        lq_graph.linear_quant(x, w[:8], s[8:], output_dtype=F16),
+        lq_graph.linear_quant(x, w[8:], s[:8], output_dtype=F16),
+    ),
+    "rows twice": lambda x, w, s, o: (
+        lq_graph.linear_quant(x, w[:9], s[:9], output_dtype=F16),
+        lq_graph.linear_quant(x, w[8:], s[8:], output_dtype=F16),
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("alike", LOOKALIKES)
+def test_slices_of_a_user_s_own(alike: str, dynamic: bool) -> None:
+    function, x = LOOKALIKES[alike], torch.randint(-128, 128, (8, 64), dtype=I8)
+    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True)
+    for got, want in zip(compiled(x, *GIVEN), function(x, *GIVEN), strict=True):
+        assert got.shape == want.shape and torch.equal(got, want)
+
+
 def test_a_scale_that_is_not_finite_is_refused_in_the_operator_s_words() -> None:
     model, x = quantized("static", F16), torch.randn(3, 72).half()
     compiled = torch.compile(model)

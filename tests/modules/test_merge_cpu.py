@@ -79,6 +79,22 @@ class Graphs:
 # ---- eagerly ----
 
 
+def gated() -> tuple[Any, Any]:
+    """Two equal quantized models, the second one merged."""
+    plain = quantized(Gated(), A8W8Dynamic())
+    merged = copy.deepcopy(plain)
+    assert lq_graph.merge(merged, inputs())
+    return plain, merged
+
+
+def free(x: Tensor) -> None:
+    x.untyped_storage().resize_(0)
+
+
+def resized_wider(x: Tensor) -> None:
+    x.resize_(*x.shape[:-1], 2 * x.shape[-1]).fill_(7)
+
+
 @MODES
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -181,6 +197,48 @@ def test_parts_are_no_views_of_each_other(mode: Any) -> None:
         up = model.up(x)
         assert torch.equal(up, plain.up(x)) and not gate.any()
         assert gate._base is None and up._base is None
+
+
+@pytest.mark.parametrize("write", [lambda t: t.untyped_storage().fill_(1), free, resized_wider])
+def test_a_part_has_memory_of_its_own(write: Callable[[Tensor], object]) -> None:
+    """Also for one row, where a part is contiguous as it is."""
+    plain, merged = gated()
+    x = inputs(1)[:1]
+    with torch.no_grad():
+        gate = merged.gate(x)
+        assert gate.untyped_storage().nbytes() == gate.nbytes
+        write(gate)
+        assert torch.equal(merged.up(x), plain.up(x))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.view(10, -1), lambda t: t.transpose(0, 1)])
+def test_the_shape_of_an_input_may_change(change: Callable[[Tensor], Tensor]) -> None:
+    plain, merged = gated()
+    x = inputs(5)
+    with torch.no_grad():
+        merged.gate(x)
+        x.data = change(x.data)
+        got, want = merged.up(x), plain.up(x)
+    assert got.shape == want.shape and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[0].zero_()])
+def test_functionalize(write: Callable[[Tensor], Tensor]) -> None:
+    def run(model: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.clone()
+            gate = model.gate(x)
+            write(x)
+            return gate, model.up(x)
+
+        return step
+
+    plain, merged = gated()
+    with torch.no_grad():
+        want = run(plain)(inputs(5))
+        for model in (plain, merged):
+            got = torch.func.functionalize(run(model))(inputs(5))
+            assert all(map(torch.equal, got, want))
 
 
 def test_weights_of_inference_mode_have_no_versions() -> None:

@@ -219,9 +219,14 @@ def freed(layer: lq_graph.QuantizedLinear) -> Tensor:
     return x
 
 
+def freed_scale(layer: lq_graph.QuantizedLinear) -> Tensor:
+    layer.linear.scale.untyped_storage().resize_(8)
+    return torch.randn(3, 72).to(layer.input_dtype)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("make", [wrong_k, float32_rows, freed, not_finite])
+@pytest.mark.parametrize("make", [wrong_k, float32_rows, freed, freed_scale, not_finite])
 def test_refused_in_the_operators_words(
     make: Callable[[lq_graph.QuantizedLinear], Tensor], config: str, dtype: torch.dtype
 ) -> None:
@@ -235,4 +240,5 @@ def test_refused_in_the_operators_words(
         want = refusal(lambda: layer(x))
     with torch.no_grad():
         assert refusal(lambda: layer(x)) == want
+    assert (" bytes" in want[1]) is (make in (freed, freed_scale))
     assert issubclass(want[0], (lq_graph.LinearQuantError, ValueError))
