@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..backends.compat import add_inductor_kernel, add_inductor_pass, patterns_of_call
+from .editor import arguments_of, value_of
 from .join_parts import join_parts_of
 
 __all__ = ["register"]
@@ -40,13 +41,13 @@ def _join(match: Any, **_: Any) -> None:
     """Replace a linear_quant whose x1 a quantizer made; what nothing reads then, Inductor
     removes."""
     node: fx.Node = match.output_node()
-    given = _arguments(node)
+    given = arguments_of(node)
     quantizer = _quantizer(given["x1"], given.get("pertoken_scale"))
-    if quantizer is None or node.meta["val"].device.type != "cpu":
+    if quantizer is None or value_of(node).device.type != "cpu":
         return
-    activations = _arguments(quantizer)
+    activations = arguments_of(quantizer)
     x, weight = activations["x"], given["weight"]
-    if not x.meta["val"].dim() == weight.meta["val"].dim() == 2:
+    if not value_of(x).dim() == value_of(weight).dim() == 2:
         return
     arguments = [
         x,
@@ -65,12 +66,6 @@ def _join(match: Any, **_: Any) -> None:
     joined.meta.update((key, value) for key, value in node.meta.items() if key != _STRIDES)
     node.replace_all_uses_with(joined)
     match.graph.erase_node(node)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator's call, by name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def _quantizer(x1: fx.Node, pertoken_scale: fx.Node | None) -> fx.Node | None:

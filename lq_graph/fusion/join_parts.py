@@ -8,8 +8,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..backends.compat import OpOverload
-from .editor import Editor, shape_of, value_of
+from .editor import Editor, arguments_of, shape_of, value_of
 from .quantizations import equal_quantizations, frozen
 
 __all__ = ["join_parts_of"]
@@ -67,9 +66,7 @@ class _Part(NamedTuple):
 
 def _part_of(node: Node) -> _Part | None:
     """A call as a part; None if what belongs to its rows is not the same rows of other tensors."""
-    assert isinstance(node.target, OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = arguments_of(node)
     rows = {name: given[name] for name in _OF_ROWS if given.get(name) is not None}
     if "offset" in rows and shape_of(rows["offset"]) == (1,):
         del rows["offset"]
@@ -82,7 +79,8 @@ def _part_of(node: Node) -> _Part | None:
     if len(spans) != 1:
         return None
     start, size, n = spans.pop()
-    args = tuple(whole.get(name, arg) for name, arg in zip(names, node.args, strict=False))
+    # by position what was by position: the pattern of `inductor` counts these
+    args = tuple(whole.get(name, arg) for name, arg in zip(given, node.args, strict=False))
     kwargs = {name: whole.get(name, arg) for name, arg in node.kwargs.items()}
     return _Part(node, start, start + size, n, args, kwargs)
 
