@@ -222,9 +222,9 @@ class MergedLinear(LinearQuant):
         if type(input) is not Tensor or input.is_meta or not (counted or on_cpu):
             return None
         held: dict[str, Any] = self._parameters  # but pertoken_scale, which a part passes
-        weight, scale, bias = held["weight"], held["scale"], held["bias"]
         device = "cpu" if on_cpu else input.device.type
         try:
+            weight, scale, bias = held["weight"], held["scale"], held["bias"]
             return (
                 input.data_ptr(),
                 input.shape,
@@ -241,7 +241,7 @@ class MergedLinear(LinearQuant):
                 torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
                 get_product(),
             )
-        except RuntimeError:  # no versions
+        except (KeyError, RuntimeError):  # a parametrized tensor, or one without versions
             return None
 
     def __getstate__(self) -> dict[str, Any]:
