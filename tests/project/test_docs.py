@@ -186,6 +186,7 @@ def test_tables_have_a_line_for_each_row(name: str, rows: int) -> None:
         ("cpu_scales", "cpu_kernel", r"\(\d+, \d+, \d+\)", 1, 8),
         ("cpu_activations", "cpu_layer", "activations", 2, 10),
         ("cpu_layer", "cpu_layer", "layer", 1, 6),
+        ("cpu_models", "cpu_models", "MiniLM", 1, 4),
     ],
 )
 def test_tables_of_the_cpu_have_every_figure(
@@ -194,6 +195,8 @@ def test_tables_of_the_cpu_have_every_figure(
     text = (ROOT / f"benchmarks/{file}.txt").read_text()
     titles = len(re.findall(f"^{title}", text, re.M))
     lines = tables.TABLES[name]().splitlines()[2:]
+    if name == "cpu_models":
+        titles += 2 * len(re.findall("^SmolLM2", text, re.M))  # prefill and decode
     assert len(lines) == titles * lines_each >= least
     for line in lines:
         figures = re.findall(r"\d+\.\d+", line)
@@ -205,7 +208,7 @@ def test_figures_of_the_cpu_are_those_of_their_lines() -> None:
     """One figure of each table, found again in the benchmark's file by hand."""
     lines = {
         file: (ROOT / f"benchmarks/{file}.txt").read_text().splitlines()
-        for file in ("cpu_kernel", "cpu_layer")
+        for file in ("cpu_kernel", "cpu_layer", "cpu_models")
     }
 
     def line(file: str, title: str, name: str) -> list[str]:
@@ -221,3 +224,9 @@ def test_figures_of_the_cpu_are_those_of_their_lines() -> None:
     activations = tables.cpu_activations().splitlines()[2]
     wanted = line("cpu_layer", "activations (1, 4096)", "dynamic_quant to int8, bfloat16")
     assert activations.split("|")[4].strip() == f"{wanted[-3]} us ({wanted[-1]})"
+    models = tables.cpu_models().splitlines()[2]
+    floats = [
+        float(line("cpu_models", "SmolLM2", dtype)[1].replace(",", ""))
+        for dtype in ("float16", "bfloat16", "float32")
+    ]
+    assert f"{min(floats):.1f} ms" in models.split("|")[4]
