@@ -19,9 +19,9 @@ from .calls import (
     address_of,
     bias_of,
     check_bytes,
+    float_rows,
     kind_of_scale,
     refuse,
-    rows_of,
     threads_for,
     values_of,
 )
@@ -140,13 +140,8 @@ def quant_layer(
     library = loaded()
     if library is None:
         return None
-    m, k, n, width, row_bytes, weight_width, weight_bytes = form[:7]
-    row = k * width
-    if x.is_contiguous():
-        check_bytes("x", x, m * row, width)
-    else:
-        x = rows_of("x", x, k)
-        row = x.stride(0) * width
+    _, k, n, width, row_bytes, weight_width, weight_bytes = form[:7]
+    x, m, row = float_rows(x, k, width)
     stride = row_bytes
     if weight.is_contiguous():
         check_bytes("weight", weight, weight_bytes, weight_width)
