@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,14 +67,24 @@ class Graphs:
     def __init__(self) -> None:
         self.nodes: list[tuple[Any, Any]] = []
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.nodes += [(node.target, node.meta.get("val")) for node in graph.nodes]
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A block in which they are noted; no graph of an earlier run is taken.
 
-    def watched(self) -> AbstractContextManager[Any]:
-        """A block in which they are noted; no graph of an earlier run is taken."""
-        options = {"post_grad_custom_post_pass": self, "force_disable_caches": True}
-        block: AbstractContextManager[Any] = inductor.patch(options)
-        return block
+        Inductor's option for a last pass does not serve: torch_npu takes it for itself, when the
+        first program is compiled.
+        """
+        from torch._inductor import compile_fx  # some programs never import it
+
+        passes = compile_fx.post_grad_passes
+
+        def noted(module: torch.fx.GraphModule, *rest: Any) -> None:
+            passes(module, *rest)
+            self.nodes += [(node.target, node.meta.get("val")) for node in module.graph.nodes]
+
+        seen = mock.patch.object(compile_fx, "post_grad_passes", noted)
+        with inductor.patch(force_disable_caches=True), seen:
+            yield
 
 
 # ---- eagerly ----
