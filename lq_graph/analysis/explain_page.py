@@ -10,7 +10,7 @@ from ..errors import LinearQuantValueError
 from .explain_layers import VENDOR_KERNELS, VENDOR_SOURCE, Block, groups_of, titled
 
 if TYPE_CHECKING:
-    from .explain import Explanation
+    from .explanation import Explanation
 
 __all__ = ["page"]
 
