@@ -13,7 +13,17 @@ from dataclasses import dataclass, replace
 from ..errors import LinearQuantValueError
 from .decoders import Decoder
 
-__all__ = ["FLOAT", "FUSIONS", "QUANTS", "Kernel", "LayerWriter", "Shape", "step_kernels"]
+__all__ = [
+    "FLOAT",
+    "FUSIONS",
+    "QUANTS",
+    "Kernel",
+    "LayerWriter",
+    "Shape",
+    "embedding",
+    "head",
+    "step_kernels",
+]
 
 Spec = tuple[str, tuple[int, ...]]
 
@@ -154,10 +164,26 @@ class LayerWriter:
         self.pointwise("Mul", role, x)
         self.pointwise("Cast", role, x)
 
-    def rope(self) -> None:
+    def rotated(self) -> tuple[Spec, Spec]:
+        """Query and key."""
         batch, s, head = self.shape.batch, self.shape.queries, self.model.head
-        angle = self.values(batch, s, 1, head)
-        query, key = (self.values(batch, s, n, head) for n in (self.heads, self.kv_heads))
+        return self.values(batch, s, self.heads, head), self.values(batch, s, self.kv_heads, head)
+
+    def head_norms(self) -> None:
+        """The norms of queries and keys, if the model has them."""
+        if not self.model.has_norms:
+            return
+        for role, x in zip(("q_norm", "k_norm"), self.rotated(), strict=True):
+            if self.on("rms_norm"):
+                rstd: Spec = ("float32", (*x[1][:-1], 1))
+                self.add("RmsNorm", role, [x, self.values(self.model.head)], [x, rstd])
+            else:
+                self.norm_pieces(role, x)
+
+    def rope(self) -> None:
+        head = self.model.head
+        angle = self.values(self.shape.batch, self.shape.queries, 1, head)
+        query, key = self.rotated()
         if self.on("rope"):
             if self.is_float:  # query and key are results of two products
                 for role, x in (("q", query), ("k", key)):
@@ -176,18 +202,26 @@ class LayerWriter:
             self.add("ConcatV2", f"rope of {role}", [half, half], [x])
             self.pointwise("Add", f"rope of {role}", x, 2)
 
+    def cached(self) -> tuple[Spec, Spec]:
+        """New keys, and the part of their cache that a step reads; values have the same."""
+        batch, head = self.shape.batch, self.model.head
+        new = self.values(batch, self.shape.queries, self.kv_heads, head)
+        return new, self.values(batch, self.shape.context, self.kv_heads, head)
+
     def attention(self) -> None:
-        batch, s, head = self.shape.batch, self.shape.queries, self.model.head
-        new = self.values(batch, s, self.kv_heads, head)
-        cache = self.values(batch, self.shape.context, self.kv_heads, head)
-        query = self.values(batch, s, self.heads, head)
-        slots: Spec = ("int64", (batch,))
-        if s == 1:  # one kernel writes keys and values
+        new, cache = self.cached()
+        slots: Spec = ("int64", (self.shape.batch,))
+        if self.shape.queries == 1:  # one kernel writes keys and values
             caches = [new, cache, slots, new, cache]
             self.add("ScatterPaKvCache", "cache", caches, [cache, cache])
         else:
             for _ in range(2):
                 self.add("Scatter", "cache", [cache, slots, new], [cache])
+        self.attend()
+
+    def attend(self) -> None:
+        _, cache = self.cached()
+        query, _ = self.rotated()
         self.add("FusedInferAttentionScore", "attention", [query, cache, cache], [query])
 
     def attention_block(self) -> None:
@@ -198,15 +232,7 @@ class LayerWriter:
             m = self.shape.rows
             parts = [self.values(m, n) for n in (q, kv, kv)]
             self.add("SplitV", "q, k, v", [self.values(m, q + 2 * kv)], parts)
-        if self.model.has_norms:
-            batch, s = self.shape.batch, self.shape.queries
-            for role, n in (("q_norm", self.heads), ("k_norm", self.kv_heads)):
-                x = self.values(batch, s, n, head)
-                if self.on("rms_norm"):
-                    rstd: Spec = ("float32", (batch, s, n, 1))
-                    self.add("RmsNorm", role, [x, self.values(head)], [x, rstd])
-                else:
-                    self.norm_pieces(role, x)
+        self.head_norms()
         self.rope()
         self.attention()
         if not self.is_float:
@@ -231,10 +257,7 @@ class LayerWriter:
         x, both = self.values(m, inner), self.values(m, 2 * inner)
         fused = self.merged and self.on("swiglu") and self.on("equal_quantizations")
         if fused and self.dtype == "int8":
-            self.product("gate_up_proj", k, 2 * inner, "int32")
-            read: list[Spec] = [("int32", (m, 2 * inner)), ("float32", (2 * inner,))]
-            out: list[Spec] = [("int8", (m, inner)), ("float32", (m,))]
-            self.add("DequantSwigluQuant", "swiglu", [*read, ("float32", (m,))], out)
+            self.int32_swiglu()
         else:
             self.inputs({"gate_proj": inner, "up_proj": inner}, "gate_up_proj", k)
             if fused:
@@ -249,6 +272,14 @@ class LayerWriter:
                 self.quantize("down_proj", inner)
         self.product("down_proj", inner, k)
         self.all_reduce()
+
+    def int32_swiglu(self) -> None:
+        """gate and up as one product in int32, and what dequantizes and quantizes around SwiGLU."""
+        m, inner = self.shape.rows, self.inner
+        self.product("gate_up_proj", self.model.hidden, 2 * inner, "int32")
+        read: list[Spec] = [("int32", (m, 2 * inner)), ("float32", (2 * inner,)), ("float32", (m,))]
+        out: list[Spec] = [("int8", (m, inner)), ("float32", (m,))]
+        self.add("DequantSwigluQuant", "swiglu", read, out)
 
     def all_reduce(self) -> None:
         if self.shape.tp > 1:
