@@ -64,7 +64,7 @@ class Parameters:
 
     Attributes:
         launches: seconds of a kernel without work, by operator.
-        rates: by family.
+        rates: by family; by operator where a profile gave it.
         errors: relative error of a kernel's time, by operator.
         gap: seconds between two kernels of a graph.
         collective: seconds of a collective without a message.
@@ -162,7 +162,7 @@ def of_work(
     operator: Operator, known: bool, work: Work, chip: Chip, parameters: Parameters
 ) -> KernelCost:
     """The time of a call whose work is known."""
-    rate = parameters.rates[operator.family]
+    rate = parameters.rates.get(operator.name) or parameters.rates[operator.family]
     launch = parameters.launches[operator.name] + parameters.gap
     memory = work.moved / (chip.bytes_per_second * rate.bandwidth)
     compute = work.computed / (chip.peak(work.dtype) * rate.compute) if work.computed else 0.0
@@ -209,14 +209,14 @@ def communication_cost(
     """
     chip = product if isinstance(product, Chip) else chip_of(product)
     at = parameters or fitted()
+    link = chip.link_of(devices) * at.link
     received = float((devices - 1) * message)
     steps = 1
     if collective == "allReduce":
         halves = 2 * (devices - 1) / devices * message
-        link = chip.link * at.link
         if 2 * at.collective + halves / link < at.collective + received / link:
             steps, received = 2, halves
-    memory = received / (chip.link * at.link)
+    memory = received / link
     launch = steps * at.collective + at.gap
     error = at.collective_error if devices in (8, 16) else math.hypot(at.collective_error, ASSUMED)
     if chip.name != MEASURED:

@@ -128,7 +128,9 @@ def fit_parameters(rows: Sequence[Measurement]) -> Parameters:
 
 def _collectives(rows: Sequence[Measurement]) -> tuple[float, float, float]:
     """Seconds without a message, share of the link's peak, and relative error."""
-    features = [[1.0, (row.devices - 1) * row.message / row.chip.link] for row in rows]
+    features = [
+        [1.0, (row.devices - 1) * row.message / row.chip.link_of(row.devices)] for row in rows
+    ]
     measured = [row.value * 1e-6 for row in rows]
     launch, slow = fit(features, measured, [FREE, (1.0, math.inf)])
     forecast = [launch + slow * received for _, received in features]
