@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import LinearQuantValueError
 
-__all__ = ["KINDS", "PUBLIC", "Decoder", "read_decoder"]
+__all__ = ["KINDS", "PUBLIC", "Decoder", "public_models", "read_decoder"]
 
 # model_type of config.json: whether q and k have norms, and q, k and v a bias
 KINDS: dict[str, tuple[bool, bool]] = {
@@ -117,6 +117,11 @@ PUBLIC: dict[str, Decoder] = {one.name: one for one in (
     _public("qwen3-32b", "qwen3", 5120, 25600, 64, 64, 8, 128, 151936, of="Qwen/Qwen3-32B"),
 )}
 # fmt: on
+
+
+def public_models() -> tuple[str, ...]:
+    """The short names."""
+    return tuple(PUBLIC)
 
 
 def read_decoder(model: str | Path | Mapping[str, Any]) -> Decoder:

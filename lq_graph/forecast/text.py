@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ..reports import table
-from .checks import compare
-from .cost import COLLECTIVES
-from .measurements import FIT
+from ..reports import shortened, table, wrapped
+from .checks import Comparison, compare
+from .kernels import FLOAT
+from .measurements import FIT, HELD_OUT, INFORMATION
 from .model import Forecast, ModelForecast, Step, TimedKernel, refusal_of
 
-__all__ = ["as_json", "measurements_text", "text"]
+__all__ = ["as_json", "figures", "measurements_json", "measurements_text", "text"]
 
 GIB = 2**30
+_BOUNDS = {"communication": "links"}
+_ROLE = 16  # characters
 _NAMES = {"bf16": "bf16", "w8a8": "W8A8", "w4a4": "W4A4"}
 _NO_MEASUREMENT = "estimated, no public measurement"
 
@@ -45,7 +47,7 @@ def text(found: ModelForecast) -> str:
         f"fusions {'on' if found.fusions else 'off'}",
     ]
     if found.profile:
-        lines += _wrapped(found.profile)
+        lines += wrapped(found.profile)
     lines += ["", *_summary(found)]
     for forecast in found.forecasts:
         if forecast.decode is not None:
@@ -103,7 +105,7 @@ def _shares(step: Step) -> str:
 
 def _layer(found: ModelForecast, forecast: Forecast, step: Step) -> list[str]:
     """The kernels of one layer of a decode step."""
-    rows: list[list[object]] = [["kernel", "is", "count", "us", "±", "MB", "bound"]]
+    rows: list[list[object]] = [["kernel", "is", "n", "us", "±", "MB", "bound"]]
     inside = [one for one in step.kernels if one.kernel.in_layer]
     groups: dict[tuple[object, ...], list[TimedKernel]] = {}
     for one in inside:
@@ -115,12 +117,12 @@ def _layer(found: ModelForecast, forecast: Forecast, step: Step) -> list[str]:
         rows.append(
             [
                 kernel.op,
-                _short(", ".join(dict.fromkeys(one.kernel.role for one in same)), 24),
+                shortened(", ".join(dict.fromkeys(one.kernel.role for one in same)), _ROLE),
                 len(same),
                 f"{sum(one.cost.seconds for one in same) * 1e6:.1f}",
                 f"{cost.error:.0%}" + (" *" if cost.assumed else ""),
                 f"{sum(one.cost.bytes for one in same) / 1e6:.2f}",
-                cost.bound,
+                _BOUNDS.get(cost.bound, cost.bound),
             ]
         )
     total = sum(one.cost.seconds for one in inside)
@@ -133,14 +135,6 @@ def _layer(found: ModelForecast, forecast: Forecast, step: Step) -> list[str]:
         *table(rows),
         f"and {count} kernels of embedding, positions and head, {rest * 1e3:.2f} ms",
     ]
-
-
-def _short(words: str, width: int) -> str:
-    """Shortened in the middle."""
-    if len(words) <= width:
-        return words
-    half = (width - 3) // 2
-    return f"{words[:half]}...{words[len(words) - half :]}"
 
 
 def _savings(found: ModelForecast, forecast: Forecast) -> list[str]:
@@ -191,28 +185,27 @@ def _caution(found: ModelForecast) -> list[str]:
     """What the figures rest on."""
     lines = []
     if not found.is_measured:
-        lines += _wrapped(
+        lines += wrapped(
             f"{found.chip.name}: {_NO_MEASUREMENT} of its kernels. The figures are those of an A3 "
             "die, carried over by bandwidth and operations."
         )
+    if found.fusions and any(one.quant == FLOAT for one in found.forecasts):
+        lines += wrapped(
+            "bf16: as lq_graph.fuse leaves it in a pass of your own; a graph without a quantized "
+            "layer is not fused by itself. Its layers are not merged."
+        )
     if any(one.quant == "w4a4" and one.decode for one in found.forecasts):
-        lines += _wrapped(f"W4A4: {_NO_MEASUREMENT} of an int4 product.")
+        lines += wrapped(f"W4A4: {_NO_MEASUREMENT} of an int4 product.")
     if found.tp > 1 and found.tp not in (8, 16):
-        lines += _wrapped(
+        lines += wrapped(
             f"Collectives of {found.tp} devices: {_NO_MEASUREMENT}. Those of 8 and 16 A3 dies are "
             "carried over."
         )
-    lines += _wrapped(
-        "±: from the residuals of the fit. Figures marked * and the share that is not in the column "
-        "`measured` rest on assumptions. Sampling, the host, and time between steps are not in it."
+    lines += wrapped(
+        "±: from the residuals of the fit. Kernels marked * rest on assumptions; the share of the "
+        "others is in the column `measured`. Sampling and the host between steps are not in it."
     )
     return lines
-
-
-def _wrapped(words: str, width: int = 80) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(words, width)
 
 
 def as_json(found: ModelForecast) -> dict[str, Any]:
@@ -269,20 +262,25 @@ def _step_json(step: Step) -> dict[str, Any]:
 def measurements_text() -> str:
     """Every measurement beside its forecast."""
     lines = []
-    for title, wanted in (("held out of the fit", "held out"), ("in the fit", FIT),
-                          ("for information", "information")):  # fmt: skip
+    titles = {HELD_OUT: "held out of the fit", FIT: "in the fit", INFORMATION: "for information"}
+    for use, title in titles.items():
         rows: list[list[object]] = [["", "chip", "measured", "forecast", "error"]]
         for one in compare():
             row = one.measurement
-            if row.use != wanted:
-                continue
-            error = "" if one.error is None else f"{one.error:+.1%}"
-            forecast = "" if one.forecast is None else _number(one.forecast)
-            unit = row.unit if len(row.unit) < 6 else ""
-            rows.append([_short(row.id, 36), row.chip.name, f"{_number(row.value)} {unit}".strip(),
-                         forecast, error])  # fmt: skip
+            if row.use == use:
+                rows.append([shortened(row.id, 36), row.chip.name, *figures(one)])
         lines += [title, *table(rows), ""]
     return "\n".join(lines + ["Sources: measurements.json of lq_graph.forecast, or --json."])
+
+
+def figures(one: Comparison) -> list[str]:
+    """Measured, forecast and error, as text."""
+    row = one.measurement
+    return [
+        f"{_number(row.value)} {row.unit}".strip(),
+        "" if one.forecast is None else _number(one.forecast),
+        "" if one.error is None else f"{one.error:+.1%}",
+    ]
 
 
 def measurements_json() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command line of the forecast."""
+"""`python -m lq_graph forecast MODEL`: time and memory of a model on an NPU."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import argparse
 import json
 
 from ..errors import LinearQuantValueError
-from ..rules.tables import PRODUCTS
-from .decoders import PUBLIC
-from .hardware import CHIPS
-from .kernels import QUANTS
-from .model import forecast_model
 
-__all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
+__all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
-HELP = "how long a model will take, and how much memory, from its config.json"
+HELP = "how long a decoder takes on an NPU, and how much memory, from its config.json"
 DESCRIPTION = (
     "Forecast a decoder on an NPU: prefill and decode, kernel by kernel, in float, W8A8 and W4A4, "
     "from its config.json alone. Nothing runs; no NPU, CANN or transformers is needed. The cost of "
     "a kernel is fitted to public measurements, or to your own profile."
 )
-EPILOG = f"Exit status: 0, or 2 for a mistake in the command. Short names: {', '.join(PUBLIC)}."
+EPILOG = "Exit status: 0, or 2 for a mistake in the command."
+NEEDS_TORCH = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    keys = ", ".join(product.key for product in PRODUCTS)
-    chips = ", ".join(chip.name for chip in CHIPS)
     parser.add_argument(
-        "model", nargs="?", help="a folder with a config.json, such a file, or a short name"
+        "model",
+        nargs="?",
+        help="a folder with a config.json, such a file, or a short name, such as qwen3-8b "
+        "(left out: the answer lists them)",
     )
-    parser.add_argument("--product", default="A3", help=f"one of {keys}, or {chips}; default A3")
+    parser.add_argument(
+        "--product",
+        default="A3",
+        help="A2, A3 (one die), 950, 310P, or a chip: A3-560T; default A3",
+    )
     parser.add_argument("--batch", type=int, default=1, help="sequences; default 1")
     parser.add_argument(
         "--context", type=int, default=4096, help="positions a decode step reads; default 4096"
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp", type=int, default=1, help="devices (dies on A3) that share the model; default 1"
     )
     parser.add_argument(
-        "--quant", default=",".join(QUANTS), help=f"of {', '.join(QUANTS)}; default all"
+        "--quant", default="bf16,w8a8,w4a4", help="of bf16, w8a8, w4a4; default all"
     )
     parser.add_argument(
         "--profile",
@@ -62,15 +63,16 @@ def run(asked: argparse.Namespace) -> int:
     Raises:
         LinearQuantValueError: a mistake in the arguments.
     """
-    if asked.measurements:
-        from .text import measurements_json, measurements_text
+    from ..forecast import forecast_model, public_models
+    from ..forecast.text import measurements_json, measurements_text
 
+    if asked.measurements:
         print(json.dumps(measurements_json(), indent=2) if asked.json else measurements_text())
         return 0
     if asked.model is None:
         raise LinearQuantValueError(
-            f"forecast: which model? Write a folder with a config.json, such a file, or one of "
-            f"{', '.join(PUBLIC)}"
+            "forecast: which model? Write a folder with a config.json, such a file, or one of "
+            f"{', '.join(public_models())}"
         )
     found = forecast_model(
         asked.model,
