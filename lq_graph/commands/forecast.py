@@ -32,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="A3",
         help="A2, A3 (one die), 950, 310P, or a chip: A3-560T; default A3",
     )
-    parser.add_argument("--batch", type=int, default=1, help="sequences; default 1")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="sequences of a decode step; default 1"
+    )
     parser.add_argument(
         "--context", type=int, default=4096, help="positions a decode step reads; default 4096"
     )
-    parser.add_argument("--prompt", type=int, help="tokens of a prefill; default the context")
+    parser.add_argument(
+        "--prompt", type=int, help="tokens of a prefill, of one sequence; default the context"
+    )
     parser.add_argument(
         "--tp", type=int, default=1, help="devices (dies on A3) that share the model; default 1"
     )

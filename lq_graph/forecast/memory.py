@@ -25,7 +25,7 @@ class Memory:
         weights: with scales, embedding and head, as they are stored in ND.
         padding: that FRACTAL_NZ adds to quantized weights.
         cache: keys and values of all positions.
-        workspace: the largest activations of the prompt, alive at a time.
+        workspace: the largest activations alive at a time, of a prefill of one prompt or of a step.
         runtime: of CANN and torch_npu, assumed.
         per_sequence: of cache, for one sequence more.
     """
@@ -54,7 +54,7 @@ def memory_of(
 
     Args:
         positions: of the cache, for each sequence.
-        prompt: tokens of a sequence in prefill.
+        prompt: tokens of a prefill, of one sequence.
     """
     bits = {FLOAT: 16, "w8a8": 8, "w4a4": 4}[quant]
     kv_heads = max(model.kv_heads // tp, 1)
@@ -81,7 +81,7 @@ def memory_of(
         total,
         model.layers * padding,
         batch * each,
-        _workspace(model, quant, batch * prompt, q + 2 * kv, inner, vocab * batch),
+        _workspace(model, quant, max(prompt, batch), q + 2 * kv, inner, vocab * batch),
         RUNTIME,
         each,
     )

@@ -12,7 +12,7 @@ from ..errors import LinearQuantValueError
 from .cost import COLLECTIVES, KernelCost, Parameters, communication_cost, fitted, kernel_cost
 from .decoders import Decoder, read_decoder
 from .hardware import MEASURED, Chip, chip_of
-from .kernels import FLOAT, FUSIONS, QUANTS, Kernel, Shape, step_kernels
+from .kernels import FUSIONS, QUANTS, Kernel, Shape, step_kernels
 from .memory import Memory, memory_of
 
 __all__ = [
@@ -122,7 +122,7 @@ class Forecast:
 
     Attributes:
         quant: "bf16" (float16 on 310P), "w8a8" or "w4a4".
-        decode, prefill: the steps; None if `refused`.
+        decode, prefill: the steps, prefill of one prompt; None if `refused`.
         memory: of one device.
         savings: what each fusion saves in a decode step.
         refused: why the chip does not compute it; "".
@@ -219,9 +219,9 @@ def forecast_model(
     Args:
         model: a short name ("qwen3-8b"), a folder with a config.json, such a file, or its content.
         product: "A2", "A3" (one die), "950", "310P", or a chip of `hardware.CHIPS`.
-        batch: sequences.
+        batch: sequences of a decode step.
         context: positions that a decode step reads, with the new one.
-        prompt: tokens of each sequence in prefill; default context.
+        prompt: tokens of a prefill, which is of one sequence; default context.
         tp: devices (dies on A3) that share the model.
         quants: of "bf16", "w8a8" (int8, per token, dynamic) and "w4a4".
         fusions: whether ours are on.
@@ -249,7 +249,7 @@ def forecast_model(
         found = fit_profile(profile, chip, parameters)
         parameters, said = found.parameters, str(found)
     chosen = FUSIONS if fusions else ()
-    decode, fill = Shape(batch, 1, context, tp), Shape(batch, prompt, prompt, tp)
+    decode, fill = Shape(batch, 1, context, tp), Shape(1, prompt, prompt, tp)
     forecasts = []
     for quant in quants:
         memory = memory_of(decoder, quant, batch, max(context, prompt), prompt, tp)
@@ -257,11 +257,11 @@ def forecast_model(
         if why:
             forecasts.append(Forecast(quant, None, None, memory, (), why))
             continue
-        steps = [
+        step, first = (
             step_of(decoder, shape, quant, chip, chosen, parameters) for shape in (decode, fill)
-        ]
+        )
         savings = _savings(decoder, decode, quant, chip, parameters) if fusions else ()
-        forecasts.append(Forecast(quant, *steps, memory, savings))
+        forecasts.append(Forecast(quant, step, first, memory, savings))
     return ModelForecast(
         decoder, chip, batch, context, prompt, tp, tuple(chosen), tuple(forecasts), said
     )
@@ -290,8 +290,3 @@ def _savings(
                 Saving(name, without.launches - whole.launches, without.seconds - whole.seconds)
             )
     return tuple(found)
-
-
-def float_name(chip: Chip) -> str:
-    """What "bf16" is on a chip."""
-    return "fp16" if chip.product == "310P" else FLOAT

@@ -159,7 +159,7 @@ def _attention(inputs: Tensors, outputs: Tensors, attributes: Attributes) -> Wor
     where = 2 if text.startswith("BNSD") else 1
     queries, positions = _known(query)[where], _known(key)[where]
     moved = _traffic(inputs[:3], outputs[:1])
-    operations = 4.0 * math.prod(query) * positions
+    operations = 4.0 * math.prod(_known(query)) * positions
     if queries == 1:  # the bytes of the cache count
         return Work(moved, operations, moved)
     operations *= 1 - (min(queries, positions) - 1) / (2 * positions)

@@ -43,8 +43,8 @@ def text(found: ModelForecast) -> str:
     devices = f"{found.tp} {per}s" if found.tp > 1 else f"one {per}"
     lines = [
         f"{model.name} ({model.parameters / 1e9:.2f} B parameters) on {devices} of {chip.name}",
-        f"batch {found.batch}, context {found.context:,}, prompt {found.prompt:,}; GE graph; "
-        f"fusions {'on' if found.fusions else 'off'}",
+        f"batch {found.batch}, context {found.context:,}; prefill of {found.prompt:,} tokens; "
+        f"GE graph; fusions {'on' if found.fusions else 'off'}",
     ]
     if found.profile:
         lines += wrapped(found.profile)
@@ -172,10 +172,10 @@ def _memory(found: ModelForecast) -> list[str]:
                 if fits
                 else "no sequence fits; share it among more devices (--tp)"
             )
-            lines.append(f"{name} does not fit into {has / GIB:.0f} GiB: {what}")
+            lines += wrapped(f"{name} does not fit into {has / GIB:.0f} GiB: {what}")
         else:
-            lines.append(
-                f"{name} fits into {has / GIB:.0f} GiB, with up to {fits} sequences of "
+            lines += wrapped(
+                f"{name} fits into {has / GIB:.0f} GiB, with up to {fits:,} sequences of "
                 f"{positions:,} positions"
             )
     return [*table(rows), *lines, "* assumed"]
