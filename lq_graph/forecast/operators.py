@@ -40,6 +40,10 @@ ROWS, MANY_ROWS = 16, 128  # what m is rounded up to: up to 128 rows, and above
 # No public measurement has a short context. Two products and a softmax inside one kernel: near the
 # launch of two float products and of a vector kernel.
 ATTENTION_LAUNCH = 12e-6
+# The attention of one token gives each core pairs of a sequence and a kv head. Few pairs of many
+# positions are split further: IsFlashDecode and CheckCoreOkFlag of incre_flash_attention_tiling.cpp
+# (hicann/ops-transformer).
+SPLIT_PAIRS, SPLIT_POSITIONS = 0.5, 2048
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float": "float32"}
 
 
@@ -150,20 +154,26 @@ def _matmul(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
     )
 
 
-def _attention(inputs: Tensors, outputs: Tensors, attributes: Attributes) -> Work:
+def _attention(inputs: Tensors, outputs: Tensors, chip: Chip, attributes: Attributes) -> Work:
     """query (b, s, heads, d), key and value (b, positions, kv heads, d), or with input_layout BNSD
     s and positions in third place. Several queries are causal: the last one reads all positions."""
     (_, query), (_, key), *_ = inputs
     layout = attributes.get("input_layout", "BSND")
     text = layout.decode() if isinstance(layout, bytes) else str(layout)
     where = 2 if text.startswith("BNSD") else 1
-    queries, positions = _known(query)[where], _known(key)[where]
-    moved = _traffic(inputs[:3], outputs[:1])
+    sizes = _known(key)
+    queries, positions = _known(query)[where], sizes[where]
+    traffic = _traffic(inputs[:3], outputs[:1])
     operations = 4.0 * math.prod(_known(query)) * positions
-    if queries == 1:  # the bytes of the cache count
-        return Work(moved, operations, moved)
-    operations *= 1 - (min(queries, positions) - 1) / (2 * positions)
-    return Work(moved, operations, 0.0, operations, "bf16")
+    if queries > 1:
+        operations *= 1 - (min(queries, positions) - 1) / (2 * positions)
+        return Work(traffic, operations, 0.0, operations, "bf16")
+    # the bytes of the cache count, and the cores that have no keys to read
+    pairs = sizes[0] * sizes[3 - where] if len(sizes) == 4 else sizes[0]
+    if not pairs or (pairs <= SPLIT_PAIRS * chip.cores and positions >= SPLIT_POSITIONS):
+        return Work(traffic, operations, traffic)
+    rounds = math.ceil(pairs / chip.cores)
+    return Work(traffic, operations, traffic * rounds * chip.cores / pairs)
 
 
 def _elementwise(inputs: Tensors, outputs: Tensors) -> Work:
@@ -292,7 +302,7 @@ def work_of(
     if operator.kind == "product":
         return _matmul(inputs, outputs, chip)
     if operator.kind == "attention":
-        return _attention(inputs, outputs, attributes)
+        return _attention(inputs, outputs, chip, attributes)
     if operator.kind == "write":
         return _written(inputs, outputs)
     return _gathered(outputs) if operator.kind == "gather" else _elementwise(inputs, outputs)

@@ -131,6 +131,14 @@ def test_attention_by_hand() -> None:
     assert decode.compute_seconds == 0
     bandwidth = HBM * RATES["attention"]["bandwidth"]
     assert decode.memory_seconds == near(decode.bytes / bandwidth)
+    # 8 pairs of a sequence and a kv head on 24 cores: split from 2048 positions on, else 16 wait
+    query, short = ("bf16", (1, 1, heads, d)), ("bf16", (1, 240, kv, d))
+    waits = kernel_cost("FusedInferAttentionScore", [query, short, short], [query])
+    assert waits.memory_seconds == near(waits.bytes * 24 / 8 / bandwidth)
+    # 5 sequences are 40 pairs, 2 rounds
+    query, cache = ("bf16", (5, 1, heads, d)), ("bf16", (5, positions, kv, d))
+    rounds = kernel_cost("FusedInferAttentionScore", [query, cache, cache], [query])
+    assert rounds.memory_seconds == near(rounds.bytes * 48 / 40 / bandwidth)
     prefill = cost(positions)
     # query i reads i + 1 positions
     assert prefill.operations == near(4 * heads * d * positions * (positions + 1) / 2)
