@@ -131,7 +131,9 @@ class LayerWriter:
         """A norm, the sum before it, and the quantization of its result."""
         m, hidden = self.shape.rows, self.model.hidden
         x, weight, rstd = self.values(m, hidden), self.values(hidden), ("float32", (m, 1))
-        quantized = follower and not self.is_float
+        # else each of q, k, v (gate, up) quantizes its own input
+        once = self.merged or self.on("equal_quantizations")
+        quantized = follower and once and not self.is_float
         if not self.on("rms_norm"):
             if residual:
                 self.pointwise("Add", f"residual of {role}", x, 2)
@@ -146,8 +148,7 @@ class LayerWriter:
             if residual:
                 self.pointwise("Add", f"residual of {role}", x, 2)
             self.add("RmsNorm", role, [x, weight], [x, rstd])
-        # each of q, k, v (gate, up) quantizes its own input, until equal ones become one
-        if quantized and self.on("equal_quantizations"):
+        if quantized:
             self.quantize(role, hidden)
 
     def norm_pieces(self, role: str, x: Spec) -> None:
@@ -243,8 +244,6 @@ class LayerWriter:
     def inputs(self, parts: dict[str, int], merged: str, k: int) -> None:
         """Products that read one tensor."""
         if self.merged:
-            if not self.on("equal_quantizations"):
-                self.quantize(merged, k)
             self.product(merged, k, sum(parts.values()))
             return
         for role, n in parts.items():

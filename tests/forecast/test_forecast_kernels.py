@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 import cann_host
 import lq_graph
+from lq_graph.forecast import kernel_cost
 from lq_graph.forecast.decoders import read_decoder
+from lq_graph.forecast.hardware import chip_of
 from lq_graph.forecast.kernels import FUSIONS, Kernel, Shape, step_kernels
+from lq_graph.forecast.model import step_of
 from lq_graph.integrations.transformers import StaticCache
 
 CACHE = 128
@@ -65,6 +68,19 @@ def launches(graphs: tuple[Any, ...]) -> Counter[str]:
     return found
 
 
+def seconds(graphs: tuple[Any, ...]) -> float:
+    """The kernels of GE graphs by their own tensors, as explain's page has them."""
+    found = 0.0
+    for node in (node for graph in graphs for node in graph.launches):
+        if node.op != "Transpose":
+            inputs, outputs = (
+                [(e.dtype, e.shape) for e in es] for es in (node.inputs, node.outputs)
+            )
+            cost = kernel_cost(node.op, inputs, outputs, "A2", attributes=node.attrs)
+            found += cost.seconds
+    return found
+
+
 @pytest.mark.parametrize(
     ("kind", "quant"),
     [
@@ -75,12 +91,15 @@ def launches(graphs: tuple[Any, ...]) -> Counter[str]:
     ],
 )
 def test_a_decode_step_has_the_kernels_that_explain_finds(kind: str, quant: str) -> None:
-    step = Step(kind, quant)
-    config = {**step.model.config.to_dict(), "sliding_window": None}
-    told = lq_graph.explain(step, torch.tensor([[7]]))
+    model = Step(kind, quant)
+    config = {**model.model.config.to_dict(), "sliding_window": None}
+    told = lq_graph.explain(model, torch.tensor([[7]]))
     decoder, shape = read_decoder(config), Shape(1, 1, CACHE)
     assert counted(step_kernels(decoder, shape, quant, FUSIONS)) == launches(told.graphs)
     assert counted(step_kernels(decoder, shape, quant, ())) == launches(told.unfused)
+    for graphs, fusions in ((told.graphs, FUSIONS), (told.unfused, ())):
+        step = step_of(decoder, shape, quant, chip_of("A2"), fusions)
+        assert seconds(graphs) == pytest.approx(step.seconds, rel=0.01)
 
 
 @pytest.mark.slow
