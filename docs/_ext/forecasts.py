@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from lq_graph.forecast.checks import Comparison, compare
 from lq_graph.forecast.cost import fitted
 from lq_graph.forecast.decoders import PUBLIC
-from lq_graph.forecast.hardware import CHIPS
 from lq_graph.forecast.measurements import FIT, HELD_OUT, INFORMATION
 from lq_graph.forecast.operators import OPERATORS
 from lq_graph.forecast.text import figures
+from lq_graph.rules.chips import CHIPS
 
 __all__ = ["TABLES"]
 

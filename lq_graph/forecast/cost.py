@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .hardware import MEASURED, Chip, chip_of
+from ..rules.chips import MEASURED, Chip, chip_of
 from .operators import Operator, Tensors, Work, operator_of, work_of
 
 __all__ = [

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..rules.chips import Chip
 from .cost import ASSUMED, COLLECTIVES, FITTED, Parameters, Rate
-from .hardware import Chip
 from .least_squares import fit, relative_error
 from .measurements import FIT, Measurement, measurements
 from .operators import OPERATORS, Operator, Tensors, Work, operator_of, work_of

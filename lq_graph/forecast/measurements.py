@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .hardware import Chip, chip_of
+from ..rules.chips import Chip, chip_of
 from .operators import Tensors
 
 __all__ = ["FIT", "HELD_OUT", "INFORMATION", "Measurement", "measurements"]
@@ -26,7 +26,7 @@ class Measurement:
         id: a name for it.
         op: an op type of GE, a collective, or what of a whole model was measured: "decode" (ms a
             step), "prefill", "computing" (the kernels of a step without collectives), "ratio".
-        chip: on which; see `hardware`.
+        chip: on which; see `lq_graph.rules.chips`.
         value, unit: as published, or derived from what is; the note says so.
         source: repository@commit:path, or an address.
         use: FIT (the parameters come from it), HELD_OUT (they do not, and the forecast is compared

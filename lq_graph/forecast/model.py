@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LinearQuantValueError
+from ..rules.chips import MEASURED, Chip, chip_of
 from .cost import COLLECTIVES, KernelCost, Parameters, communication_cost, fitted, kernel_cost
 from .decoders import Decoder, read_decoder
-from .hardware import MEASURED, Chip, chip_of
 from .kernels import FUSIONS, QUANTS, Kernel, Shape, step_kernels
 from .memory import Memory, memory_of
 
@@ -218,7 +218,7 @@ def forecast_model(
 
     Args:
         model: a short name ("qwen3-8b"), a folder with a config.json, such a file, or its content.
-        product: "A2", "A3" (one die), "950", "310P", or a chip of `hardware.CHIPS`.
+        product: "A2", "A3" (one die), "950", "310P", or a chip of `lq_graph.rules.chips.CHIPS`.
         batch: sequences of a decode step.
         context: positions that a decode step reads, with the new one.
         prompt: tokens of a prefill, which is of one sequence; default context.

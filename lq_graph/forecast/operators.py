@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import LinearQuantValueError
-from .hardware import Chip
+from ..rules.chips import Chip
 
 __all__ = [
     "OPERATORS",

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import LinearQuantValueError
+from ..rules.chips import Chip
 from .cost import Parameters, Rate, of_work
 from .fit import Point
-from .hardware import Chip
 from .least_squares import fit, relative_error
 from .operators import Tensors, dtype_of, operator_of, work_of
 

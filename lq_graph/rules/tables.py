@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from ..kernels import STORAGE_DTYPES, Arithmetic
+from .chips import chip_of
 
 __all__ = [
     "A2",
@@ -162,14 +163,12 @@ class Peak:
         return f"{self.chip} at {tops:g} TOPS int8 and {gigabytes:g} GB/s ({self.source})"
 
 
-# Rough: chips of one family differ, public figures disagree, and no kernel reaches its peak.
-_ROUGH = "commonly published figures"
-PEAKS: dict[str, Peak] = {
-    "310P": Peak("Atlas 300I Pro", 140e12, 204.8e9, _ROUGH),
-    "A2": Peak("Ascend 910B", 640e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
-    "A3": Peak("one die of Ascend 910C", 800e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
-    "950": Peak("Ascend 950PR", 1000e12, 1600e9, "Huawei Connect 2025, at 8 bits"),
-}
+def _peak(key: str) -> Peak:
+    chip = chip_of(key)
+    return Peak(chip.name, chip.int8_ops, chip.bytes_per_second, chip.source)
+
+
+PEAKS: dict[str, Peak] = {product.key: _peak(product.key) for product in PRODUCTS}
 
 Choice = tuple["torch.dtype | None", ...]
 

@@ -14,7 +14,7 @@ import lq_graph.forecast
 from lq_graph import LinearQuantValueError
 from lq_graph.forecast import kernel_cost
 from lq_graph.forecast.cost import communication_cost
-from lq_graph.forecast.hardware import CHIPS, chip_of
+from lq_graph.rules.chips import CHIPS, chip_of
 from lq_graph.rules.tables import PRODUCTS
 
 FITTED: dict[str, Any] = json.loads(

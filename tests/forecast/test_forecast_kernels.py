@@ -14,10 +14,10 @@ import cann_host
 import lq_graph
 from lq_graph.forecast import kernel_cost
 from lq_graph.forecast.decoders import read_decoder
-from lq_graph.forecast.hardware import chip_of
 from lq_graph.forecast.kernels import FUSIONS, Kernel, Shape, step_kernels
 from lq_graph.forecast.model import step_of
 from lq_graph.integrations.transformers import StaticCache
+from lq_graph.rules.chips import chip_of
 
 CACHE = 128
 SIZES: dict[str, Any] = {

@@ -11,10 +11,10 @@ import pytest
 import lq_graph
 from lq_graph import LinearQuantValueError
 from lq_graph.forecast.decoders import PUBLIC, read_decoder
-from lq_graph.forecast.hardware import chip_of
 from lq_graph.forecast.kernels import FUSIONS, Shape
 from lq_graph.forecast.memory import RUNTIME, memory_of, nz_bytes
 from lq_graph.forecast.model import step_of
+from lq_graph.rules.chips import chip_of
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

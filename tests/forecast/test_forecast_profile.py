@@ -10,8 +10,8 @@ import lq_graph
 from lq_graph import LinearQuantValueError
 from lq_graph.forecast import kernel_cost
 from lq_graph.forecast.cost import fitted
-from lq_graph.forecast.hardware import chip_of
 from lq_graph.forecast.profile import fit_profile, read_profile
+from lq_graph.rules.chips import chip_of
 
 KERNELS = (
     "Device_id,Name,Type,Accelerator Core,Start Time(us),Duration(us),Wait Time(us),Block Num,"

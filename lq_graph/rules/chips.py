@@ -1,11 +1,13 @@
-"""The chips of each product: cores, published peaks, memory and links, each with its source."""
+"""The chips of each product: cores, published peaks, memory and links, each with its source.
+
+Chips of one family differ, public figures disagree, and no kernel reaches its peak.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..errors import LinearQuantValueError
-from ..rules.tables import PRODUCTS
 
 __all__ = ["CHIPS", "MEASURED", "Chip", "chip_of"]
 
@@ -109,7 +111,7 @@ CHIPS: tuple[Chip, ...] = (
 )
 # fmt: on
 MEASURED = "A3-752T"  # on which the kernels of the fit were measured
-_DEFAULTS = {"A2": "A2-376T", "A3": MEASURED, "950": "950PR", "310P": "310P3"}
+_DEFAULTS = {"310P": "310P3", "A2": "A2-376T", "A3": MEASURED, "950": "950PR"}
 
 
 def chip_of(name: str) -> Chip:
@@ -122,7 +124,7 @@ def chip_of(name: str) -> Chip:
     for chip in CHIPS:
         if chip.name.upper() == wanted:
             return chip
-    keys = ", ".join(product.key for product in PRODUCTS)
+    keys = ", ".join(_DEFAULTS)
     names = ", ".join(chip.name for chip in CHIPS)
     raise LinearQuantValueError(
         f"forecast: product {name!r} is not known; allowed are {keys}, and the chips {names}"
