@@ -113,7 +113,7 @@ def _calls(
             return (row.get(columns[what]) or "").strip() if columns[what] else ""
 
         name, kind, duration = cell("name"), cell("type"), cell("duration")
-        if not name and not duration:
+        if duration in ("", "N/A"):
             continue
         try:
             seconds = float(duration) * 1e-6
@@ -121,8 +121,8 @@ def _calls(
             raise LinearQuantValueError(
                 f"forecast: {file}, line {number}: the duration {duration!r} is no number"
             ) from None
-        if "hcom" in name.lower() or "hcom" in kind.lower():
-            # each is there twice, the second time as a kernel of a stream
+        if re.search("hcom|aivkernel", f"{name} {kind}", re.IGNORECASE):
+            # each is there twice, the second time as the kernel of a stream
             key = (cell("start"), seconds)
             if key in seen:
                 continue

@@ -15,8 +15,10 @@ __all__ = ["as_json", "figures", "measurements_json", "measurements_text", "text
 
 GIB = 2**30
 _BOUNDS = {"communication": "links"}
+_LONG = 24  # kernels of a layer, above which those of an operator share a line
 _ROLE = 16  # characters
 _NAMES = {"bf16": "bf16", "w8a8": "W8A8", "w4a4": "W4A4"}
+_WITH_ATTENTION = ("A2", "A3")  # products whose graphs have FusedInferAttentionScore
 _NO_MEASUREMENT = "estimated, no public measurement"
 
 
@@ -110,13 +112,13 @@ def _layer(found: ModelForecast, forecast: Forecast, step: Step) -> list[str]:
     groups: dict[tuple[object, ...], list[TimedKernel]] = {}
     for one in inside:
         kernel = one.kernel
-        key = (kernel.op, one.cost.seconds) if len(inside) > 20 else (kernel.op, kernel.role)
-        groups.setdefault((*key, kernel.inputs), []).append(one)
+        key = (kernel.op,) if len(inside) > _LONG else (kernel.op, kernel.role, kernel.inputs)
+        groups.setdefault(key, []).append(one)
     for same in groups.values():
-        kernel, cost = same[0].kernel, same[0].cost
+        cost = max((one.cost for one in same), key=lambda cost: cost.seconds)
         rows.append(
             [
-                kernel.op,
+                same[0].kernel.op,
                 shortened(", ".join(dict.fromkeys(one.kernel.role for one in same)), _ROLE),
                 len(same),
                 f"{sum(one.cost.seconds for one in same) * 1e6:.1f}",
@@ -189,10 +191,15 @@ def _caution(found: ModelForecast) -> list[str]:
             f"{found.chip.name}: {_NO_MEASUREMENT} of its kernels. The figures are those of an A3 "
             "die, carried over by bandwidth and operations."
         )
+    if found.chip.product not in _WITH_ATTENTION:
+        lines += wrapped(
+            f"The kernels are those of A2 and A3. On {found.chip.product} the attention of our "
+            "graphs is torch's own, in more kernels."
+        )
     if found.fusions and any(one.quant == FLOAT for one in found.forecasts):
         lines += wrapped(
-            "bf16: as lq_graph.fuse leaves it in a pass of your own; a graph without a quantized "
-            "layer is not fused by itself. Its layers are not merged."
+            f"{_name(found, FLOAT)}: as lq_graph.fuse leaves it in a pass of your own; a graph "
+            "without a quantized layer is not fused by itself. Its layers are not merged."
         )
     if any(one.quant == "w4a4" and one.decode for one in found.forecasts):
         lines += wrapped(f"W4A4: {_NO_MEASUREMENT} of an int4 product.")
