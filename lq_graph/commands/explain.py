@@ -8,7 +8,6 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import LinearQuantValueError
-from .extras import need
 from .model_file import model_and_inputs
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
@@ -39,7 +38,6 @@ def run(asked: argparse.Namespace) -> int:
         page = Path(html)
         if page.is_dir() or not page.absolute().parent.is_dir():
             raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
-        need("explain", "--html", "matplotlib")
     from ..analysis.explain import explain
 
     _find_npu()

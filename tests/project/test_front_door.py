@@ -14,7 +14,6 @@ from cann_host import __main__ as launcher
 from cann_host import importing, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import command_line
-from lq_graph.commands import extras
 from support.processes import python, script
 
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
@@ -164,15 +163,6 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert refused(command.split(), capsys).startswith(text)
-
-
-def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    said = refused(["explain", "m_front.py:pair", "--html", "a.html"], capsys)
-    assert said == (
-        "explain: --html needs matplotlib. What to do: leave it out, or pip install matplotlib.\n"
-    )
 
 
 @pytest.mark.slow
