@@ -63,7 +63,7 @@ def folded(
     order of the first of each group; with everything, each item alone."""
     groups: dict[object, list[_T]] = {}
     for number, item in enumerate(items):
-        key = number if everything else (re.sub(r"\d+", "#", name(item)), repr(also(item)))
+        key = number if everything else (re.sub(r"\d+", "#", name(item)), also(item))
         groups.setdefault(key, []).append(item)
     return list(groups.values())
 
