@@ -15,7 +15,7 @@ from ..reports import table
 from .compare_grid import Grid, grid_of
 
 if TYPE_CHECKING:
-    from .comparison import Comparison, LayerComparison
+    from .comparison import Comparison
 
 __all__ = ["Cells", "cells_of", "check_plot", "save"]
 
@@ -154,7 +154,7 @@ def _draw(comparison: Comparison) -> Any:
             fontweight="bold" if not number else "normal",
         )
     below = top + map_height + axis_height
-    _map(axes(left, top, map_width, map_height), grid, labels, cells, figure, column)
+    _map(axes(left, top, map_width, map_height), grid, labels, cells, column)
     _legend(axes, left, below, cells)
     figure.text(
         _MARGIN / width,
@@ -202,9 +202,7 @@ def _title(comparison: Comparison, width: float) -> list[str]:
     ]
 
 
-def _map(
-    axes: Any, grid: Grid, labels: list[str], cells: Cells, figure: Any, column: float
-) -> None:
+def _map(axes: Any, grid: Grid, labels: list[str], cells: Cells, column: float) -> None:
     """The map of the cells that have a finite SQNR, and marks for the others."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle

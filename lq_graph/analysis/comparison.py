@@ -109,6 +109,8 @@ class Comparison(list[LayerComparison]):
             lines = [f"{len(self):,} layers, by kind", *table(self._kinds(), "  ")]
             if worst:
                 lines += ["", f"the {len(worst)} worst", *table(self.rows(worst), "  ")]
+        # styled after it was laid out
+        lines = [styled(line, "worst") if line.endswith("  worst") else line for line in lines]
         for legend in (*_LEGEND, *([_LEGEND_ALONE] if self.has_sensitivity else [])):
             lines += wrapped(legend, "  ")
         lines += wrapped(f"max, cosine, worst: by {self.measure}", "  ")
