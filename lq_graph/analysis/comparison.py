@@ -19,8 +19,8 @@ WORST = 10  # as many are named
 _LEGEND = (
     "dB: signal to quantization noise, more is better: 20 dB is an error of 10 %, 40 dB of 1 %; "
     "exact: no error at all",
-    "own: of the layer's output on the float model's input; in its model: with the errors of the "
-    "layers before it",
+    "own: of the layer's output on the float model's input; in model: in the quantized model, with "
+    "the errors of the layers before it",
 )
 _LEGEND_ALONE = "alone: of the float model's output when only this layer is quantized"
 
