@@ -51,9 +51,8 @@ def grid_of(layers: Iterable[LayerComparison]) -> Grid:
     found = [(layer, *kind_and_depth(layer.name)) for layer in layers]
     stacks = {stack for _, stack, _, depth in found if depth is not None}
     depths = {depth for *_, depth in found}
-    columns: list[int | None] = sorted(depth for depth in depths if depth is not None)
-    if None in depths:
-        columns.insert(0, None)
+    numbers = sorted(depth for depth in depths if depth is not None)
+    columns = [*([None] if None in depths else []), *numbers]
     rows: dict[str, int] = {}
     cells: dict[tuple[int, int], tuple[LayerComparison, ...]] = {}
     for layer, stack, kind, depth in found:
