@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from ..errors import LinearQuantValueError
-from .extras import need
 from .model_file import model_and_inputs
 from .output import add_json, only_the_answer, print_json
 
@@ -42,7 +41,6 @@ def run(asked: argparse.Namespace) -> int:
         page = Path(html)
         if page.is_dir() or not page.absolute().parent.is_dir():
             raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
-        need("explain", "--html", "matplotlib")
     from ..analysis.explain import explain
 
     with only_the_answer(asked.json):

@@ -166,12 +166,12 @@ def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) ->
     assert refused(command.split(), capsys).startswith(text)
 
 
-def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_inspect_without_transformers(folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    said = refused(["explain", "m_front.py:pair", "--html", "a.html"], capsys)
+    said = refused(["inspect", ".", "--model", "."], capsys)
     assert said == (
-        "explain: --html needs matplotlib. What to do: leave it out, or pip install matplotlib.\n"
+        "inspect: --model needs transformers. What to do: leave it out, or pip install "
+        "transformers.\n"
     )
 
 
