@@ -202,8 +202,16 @@ def _shrink(widths: list[int], least: list[int], room: int) -> None:
 def _broken(cell: str, size: int) -> list[str]:
     if len(cell) <= size:
         return [cell]
-    words = " ".join(shortened(word, size) for word in cell.split())
-    return textwrap.wrap(words, size, break_long_words=False, break_on_hyphens=False)
+    lead = cell[: len(cell) - len(cell.lstrip())]
+    words = " ".join(shortened(word, size - len(lead)) for word in cell.split())
+    return textwrap.wrap(
+        words,
+        size,
+        initial_indent=lead,
+        subsequent_indent=f"{lead}  " if lead else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 # ---- colours ----
