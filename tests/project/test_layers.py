@@ -40,6 +40,7 @@ ALL = MODULES | {
     "parallel",
     "analysis",
     "converters",
+    "forecast",
     "fusion",
     "integrations",
 }
@@ -72,6 +73,7 @@ TABLE = {
     "fusion": Allowed(MODULES, {"torch"}, NPU),
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
+    "forecast": Allowed(BASE | {"rules"}, {"torch"}),
     "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
     "integrations": Allowed(ALL, {"torch", "transformers", "peft"}, NPU | {"accelerate"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
