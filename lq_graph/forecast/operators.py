@@ -152,8 +152,11 @@ def _elementwise(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
 
 def _written(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
     """A write in place: the updates are read and written; the cache around them is not touched."""
-    updates = inputs[-1] if len(inputs) > 2 else inputs[0]
-    moved = 2 * bytes_of(*updates)
+    updates = [(dtype_of(dtype), tuple(shape)) for dtype, shape in inputs]
+    for dtype, shape in outputs:  # what is written into: an input and an output
+        if (target := (dtype_of(dtype), tuple(shape))) in updates:
+            updates.remove(target)
+    moved = 2 * _traffic(updates, ())
     return Work(moved, 0.0, moved)
 
 
