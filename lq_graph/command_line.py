@@ -217,10 +217,6 @@ def _explain(asked: argparse.Namespace) -> int:
         page = Path(html)
         if page.is_dir() or not page.absolute().parent.is_dir():
             raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise LinearQuantValueError(
-                "explain: the page is drawn by matplotlib. What to do: pip install matplotlib."
-            )
     _find_npu()
     explanation = explain(*_load(asked.model))
     print(explanation)

@@ -143,14 +143,14 @@ def kernels_of(graph: Any, product: str, modules: Mapping[str, str] | None = Non
 def _cost(
     node: Any, nodes: Mapping[str, Any], read: set[tuple[str, int]], product: str
 ) -> KernelCost | None:
-    inputs = [_tensor(edge, nodes) for edge in node.inputs]
+    inputs = _all_known(_tensor(edge, nodes) for edge in node.inputs)
     # an output that nothing reads and that has no shape is one that was not asked for
-    outputs = [
+    outputs = _all_known(
         _known(edge) or _passed_on(node, nodes)
         for i, edge in enumerate(node.outputs)
         if edge.shape is not None or (node.name, i) in read
-    ]
-    if None in inputs or None in outputs:
+    )
+    if inputs is None or outputs is None:
         return None
     try:
         return kernel_cost(node.op, list(_heads_first(node, inputs)), outputs, product)
@@ -158,7 +158,13 @@ def _cost(
         return None
 
 
-def _heads_first(node: Any, inputs: list[Any]) -> Iterator[_Tensor]:
+def _all_known(tensors: Iterable[_Tensor | None]) -> list[_Tensor] | None:
+    found = list(tensors)
+    known = [tensor for tensor in found if tensor is not None]
+    return known if len(known) == len(found) else None
+
+
+def _heads_first(node: Any, inputs: list[_Tensor]) -> Iterator[_Tensor]:
     """The inputs; those of attention as (batch, heads, positions, head size)."""
     layout = node.attrs.get("input_layout", "")
     layout = layout.decode() if isinstance(layout, bytes) else layout
@@ -186,13 +192,13 @@ def _passed_on(node: Any, nodes: Mapping[str, Any]) -> _Tensor | None:
     """dtype and shape of the output of a node, from its inputs."""
     if node.op == "Const":
         return node.outputs[0].dtype, (1,)
-    inputs = [_tensor(edge, nodes) for edge in node.inputs]
+    inputs = _all_known(_tensor(edge, nodes) for edge in node.inputs)
+    if not inputs:
+        return None
     if node.op in _ELEMENTWISE:
-        shapes = [found[1] for found in inputs if found]
-        if len(shapes) < len(inputs):
-            return None
-        return node.outputs[0].dtype, tuple(torch.broadcast_shapes(*shapes))
-    if not any(node.op.startswith(name) for name in _SAME_BYTES) or inputs[0] is None:
+        shape = torch.broadcast_shapes(*(shape for _, shape in inputs))
+        return node.outputs[0].dtype, tuple(shape)
+    if not any(node.op.startswith(name) for name in _SAME_BYTES):
         return None
     if node.op == "Bitcast":
         dtype = node.outputs[0].dtype

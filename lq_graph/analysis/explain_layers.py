@@ -133,7 +133,12 @@ def blocks_of(
             lines.setdefault(_block_of(line.layer), []).append(line)
     names = sorted({*before, *after, *lines}, key=_order)
     return tuple(
-        Block(name, *(tuple(found.get(name, ())) for found in (before, after, lines)))
+        Block(
+            name,
+            tuple(before.get(name, ())),
+            tuple(after.get(name, ())),
+            tuple(lines.get(name, ())),
+        )
         for name in names
     )
 

@@ -101,7 +101,7 @@ def _name(name: str) -> str:
 
 
 def _forecast(total: Total) -> str:
-    return f"{seconds_text(total.seconds)}&nbsp;&plusmn;&nbsp;{total.error:.0%}"
+    return f"<span class=nowrap>{seconds_text(total.seconds)} &plusmn; {total.error:.0%}</span>"
 
 
 def _legend() -> str:
@@ -119,7 +119,8 @@ def _block(number: int, block: Block, names: Sequence[str], *, is_open: bool) ->
     summary = (
         f"<summary><h3>{_name(title)}</h3>{times}"
         f"<span>{len(block.before)} &rarr; {len(block.after)} kernels</span>"
-        f"<span>{bytes_text(total.bytes)}</span><span>{_forecast(total)}</span></summary>"
+        f"<span>{bytes_text(total.bytes)}</span><span>{_forecast(total)}</span>"
+        f"{_blocked(block)}</summary>"
     )
     strips = _strip("without fusion", [(k.op, k.module) for k in block.before])
     strips += _strip("with fusion", [(k.op, k.module) for k in block.after])
@@ -130,12 +131,15 @@ def _block(number: int, block: Block, names: Sequence[str], *, is_open: bool) ->
     like = ""
     if len(names) > 1:
         items = "".join(f"<li>{escape(name)}</li>" for name in names)
-        like = f"<details><summary>all {len(names)} of them</summary><ul class=names>{items}</ul></details>"
+        like = (
+            f"<details><summary>all {len(names)} of them</summary>"
+            f"<ul class=names>{items}</ul></details>"
+        )
     return (
         f"<section class='card block' id=layer-{number}><details{' open' if is_open else ''}>"
         f"{summary}<div class=strips>{strips}</div>"
         f"<h4>Kernels with fusion, in order</h4>{_kernels(block, title)}"
-        f"<div class=two><div><h4>Fusions</h4>{_fusions(block)}{like}</div><div>"
+        f"<div class=two><div><h4>Fusions</h4>{_fusions(block)}</div><div>{like}"
         f"<details><summary>Kernels by operator</summary>{counts}</details></div></div>"
         "</details></section>"
     )
@@ -201,6 +205,12 @@ def _kernel(i: int, kernel: Kernel, block: Block, most: float, longest: float) -
     )
 
 
+def _blocked(block: Block) -> str:
+    """How many places of a layer did not fuse."""
+    left = sum(bool(line.why_not) for line in block.lines)
+    return f"<span class='badge left'>&times; {left} not fused</span>" if left else ""
+
+
 def _fusions(block: Block) -> str:
     if not block.lines:
         return "<p>no pattern came near</p>"
@@ -228,20 +238,10 @@ def _quantized(e: Explanation, graphs: Sequence[Sequence[LayerGroup]]) -> Iterab
         "placeholder='q_proj, layers.17, memory'></label> <span id=count role=status></span></p>"
     )
     heads = (
-        "#", "layer", "times", "m x k x n", "row", "weight", "GE nodes", "vendor", "MACs", "bytes",
-        "ops/byte", "forecast", "at peak", "bound",
+        "#", "layer", "times", "m x k x n", "row", "GE nodes", "vendor", "MACs", "bytes",
+        "ops/byte", "forecast", "at peak",
     )  # fmt: skip
-    numbers = {
-        "#",
-        "times",
-        "GE nodes",
-        "vendor",
-        "MACs",
-        "bytes",
-        "ops/byte",
-        "forecast",
-        "at peak",
-    }
+    numbers = {*heads} - {"layer", "m x k x n", "row"}
     head = "".join(
         f"<th scope=col{' class=n' if name in numbers else ''}>{name}</th>" for name in heads
     )
@@ -261,13 +261,14 @@ def _row(i: int, group: LayerGroup, graph: int, heads: Sequence[str], numbers: s
     if count > 1:
         items = "".join(f"<li>{escape(layer.name)}</li>" for layer in group.layers)
         names = f"<details><summary class=quiet>all {count}</summary><ul>{items}</ul></details>"
+    nz = ", NZ" if one.weight_format == "FRACTAL_NZ" else ""
     cells: list[tuple[str, object, str]] = [  # what is shown, what it is sorted by, the exact value
         (str(i), i, ""),
         (f"<div><a href=#graph-{graph}>{_name(group.name)}</a>{names}</div>", group.name, ""),
         (f"&times;{count}", count, ""),
         (f"<span class=nowrap>{group.sizes}</span>", one.macs, ""),
-        (f"<span class=nowrap>{escape(group.row)}</span>", group.row, one.plan.row.source),
-        (one.weight_format.removeprefix("FRACTAL_"), one.weight_format, one.weight_format),
+        (f"<span class=nowrap>{escape(group.row)}{nz}</span>", group.row,
+         f"{one.plan.row.source}; weight {one.weight_format}"),
         (str(len(one.ours.compute)), len(one.ours.compute), ", ".join(one.ours.ops())),
         (str(len(one.vendor.compute)), len(one.vendor.compute), ", ".join(one.vendor.ops())),
         (count_text(one.macs, "").rstrip(), one.macs, f"{one.macs:,}"),
@@ -275,8 +276,8 @@ def _row(i: int, group: LayerGroup, graph: int, heads: Sequence[str], numbers: s
         (f"{one.intensity:.1f}", one.intensity, ""),
         (seconds_text(one.forecast.seconds), one.forecast.seconds,
          f"{one.forecast.seconds * 1e6:.3f} us, error {one.forecast.error:.0%}"),
-        (seconds_text(one.seconds), one.seconds, f"{one.seconds * 1e6:.3f} us"),
-        (one.bound, one.bound, ""),
+        (f"{seconds_text(one.seconds)}<br><small>{one.bound}</small>", one.seconds,
+         f"{one.seconds * 1e6:.3f} us"),
     ]  # fmt: skip
     shown = []
     for name, (text, value, title) in zip(heads, cells, strict=True):

@@ -19,8 +19,9 @@ CSS = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0; color: var(--ink);
   background: var(--page); }
-main { max-width: 1240px; margin: 0 auto; padding: 24px 24px 64px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 8px; }
+main { max-width: 1320px; margin: 0 auto; padding: 24px 24px 64px; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; }
+h2 { font-size: 19px; margin: 36px 0 8px; }
 h3 { font-size: 15px; margin: 0; } h4 { font-size: 14px; margin: 16px 0 6px; }
 h1, h2, h3, h4, .name { overflow-wrap: anywhere; } #quantized .name { min-width: 230px; }
 p { margin: 4px 0 12px; max-width: 85ch; } a { color: var(--link); }
@@ -32,14 +33,14 @@ p { margin: 4px 0 12px; max-width: 85ch; } a { color: var(--link); }
 .scroll { overflow-x: auto; }
 .warn { background: var(--warn); border: 2px solid var(--edge); font-weight: 600; }
 .warn p { margin: 0; max-width: none; }
-header { display: flex; flex-wrap: wrap; gap: 4px 12px; justify-content: space-between; align-items: start; }
+header { display: flex; flex-wrap: wrap; gap: 4px 12px; justify-content: space-between; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 16px; }
 button, input { font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--quiet); border-radius: 6px; padding: 3px 10px; }
 input { width: min(340px, 100%); padding: 5px 10px; }
 .facts { display: grid; gap: 14px 28px;
-  grid-template-columns: repeat(auto-fit, minmax(158px, 1fr)); }
-.facts b { display: block; font-size: 22px; line-height: 1.3; }
+  grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.facts b { display: block; font-size: 21px; line-height: 1.3; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; }
 dt { font-weight: 600; } dd { margin: 0; }
 summary { cursor: pointer; } summary h3 { display: inline; }
@@ -57,7 +58,7 @@ thead th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 600; } tr:last-child > * { border-bottom: 0; }
 td.n, th.n { text-align: right; white-space: nowrap; } .nowrap { white-space: nowrap; }
 th button { border: 0; background: none; padding: 0; font-weight: 600; text-align: inherit; }
-th button::after { content: " \\2195"; font-weight: 400; }
+th button { text-decoration: underline dotted; text-underline-offset: 3px; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 .meter { display: flex; height: 9px; width: 100%; min-width: 90px; margin: 4px 0 1px; }
@@ -74,7 +75,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 .strips { display: grid; grid-template-columns: max-content 1fr; gap: 6px 12px; margin: 12px 0; }
 .strip { display: flex; flex-wrap: wrap; gap: 2px; align-items: center; }
 .cell { width: 12px; height: 16px; border-radius: 2px; }
-.two > div > details { margin-top: 14px; }
+.two > div > details { margin-top: 16px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13px; list-style: none;
   padding: 0; margin: 8px 0; } .legend li { display: flex; gap: 6px; align-items: center; }
 .two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 4px 32px; }
@@ -102,10 +103,11 @@ svg .number { font-weight: 700; fill: var(--k0); }
 .pair { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 16px; }
 [hidden] { display: none !important; }
 @media (max-width: 900px) { .pair, .two, .roof { grid-template-columns: minmax(0, 1fr); } }
-@media screen and (max-width: 1080px) {
+@media screen and (max-width: 1160px) {
   #quantized, #quantized thead, #quantized tbody, #quantized tbody th { display: block; }
   #quantized thead tr { display: flex; flex-wrap: wrap; gap: 4px 14px; padding-bottom: 8px; }
-  #quantized thead th { border: 0; padding: 0; } #quantized thead th:not(:has(button)) { display: none; }
+  #quantized thead th { border: 0; padding: 0; }
+  #quantized thead th:not(:has(button)) { display: none; }
   #quantized tbody tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr));
     gap: 4px 14px; border-top: 1px solid var(--line); padding: 10px 0; }
   #quantized tbody tr > * { border: 0; padding: 0; text-align: left; white-space: normal; }
@@ -116,7 +118,8 @@ svg .number { font-weight: 700; fill: var(--k0); }
 @media screen and (max-width: 760px) {
   .flow, .flow thead, .flow tbody, .flow tbody th { display: block; }
   .flow thead tr { display: flex; flex-wrap: wrap; gap: 4px 14px; padding-bottom: 8px; }
-  .flow thead th { border: 0; padding: 0; } .flow thead th:not(:has(button)) { display: none; }
+  .flow thead th { border: 0; padding: 0; }
+  .flow thead th:not(:has(button)) { display: none; }
   .flow tbody tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr));
     gap: 4px 14px; border-top: 1px solid var(--line); padding: 10px 0; }
   .flow tbody tr > * { border: 0; padding: 0; text-align: left; white-space: normal; }
@@ -124,6 +127,8 @@ svg .number { font-weight: 700; fill: var(--k0); }
   .flow td::before { content: attr(data-label); display: block; color: var(--quiet);
     font-size: 12.5px; }
   main { padding: 16px 12px 48px; } .card { padding: 12px; } h1 { font-size: 22px; }
+  .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px 16px; }
+  .facts b { font-size: 17px; }
   .strips { grid-template-columns: 1fr; gap: 2px; }
 }
 @media print {

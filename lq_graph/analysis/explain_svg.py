@@ -154,7 +154,9 @@ def draw_roofline(points: Sequence[Point], peak: Peak) -> str:
         )
     for power in range(y0, math.floor(y1) + 1):
         y = at_y(10.0**power)
-        speed = count_text(10.0**power, "op/s").replace(".00", "")
+        speed = count_text(10.0**power, "op/s")
+        for zeros in (".00", ".0"):
+            speed = speed.replace(f"{zeros} ", " ")
         parts.append(
             f"<path class=grid d='M{_LEFT} {y:.1f}H{_W - _RIGHT}'/>"
             f"<text class=tick x={_LEFT - 6} y={y + 4:.1f} text-anchor=end>{speed}</text>"

@@ -45,17 +45,15 @@ def explanation_text(e: Explanation) -> str:
     ours, theirs = e.nodes()
     whole = sum(len(graph.compute) for graph in e.graphs)
     lines = [
-        *_wrap(
-            f"{e.device}, {e.product}: {len(e.layers)} LinearQuant layers, {ours} GE nodes (the "
-            f"vendor's module: {theirs}); whole model {whole} GE nodes"
-        ),
+        f"{e.device}, {e.product}",
+        f"{len(e.layers)} LinearQuant layers, {ours} GE nodes (the vendor's module: {theirs})",
         *(_wrap(e.machine.warning) if e.machine.stand_in else ()),
         "",
         *_layers(e),
         "",
         *_wrap(f"at least {seconds_text(e.peak_seconds)} in these layers: {e.peak}"),
         "",
-        f"whole model: {before} kernels without fusion, {after} with",
+        f"whole model: {before} kernels without fusion, {after} with ({whole} GE nodes)",
         *_wrap(f"without fusion {forecast_text(e.unfused_total)}", "  "),
         *_wrap(f"with fusion {forecast_text(e.total)}", "  "),
     ]

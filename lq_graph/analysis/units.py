@@ -8,12 +8,10 @@ __all__ = ["bytes_text", "count_text", "seconds_text"]
 
 
 def _scaled(value: float, step: int, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if round(value) < 1000:
-            break
-        value /= step
-    else:
-        unit = units[-1]
+    place = 0
+    while round(value) >= 1000 and place < len(units) - 1:
+        value, place = value / step, place + 1
+    unit = units[place]
     if unit == units[0] and value == int(value):
         return f"{int(value)} {unit}".rstrip()
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0

@@ -165,13 +165,6 @@ def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) ->
     assert refused(command.split(), capsys).startswith(text)
 
 
-def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
-    said = refused(["explain", "m_front.py:pair", "--html", "a.html"], capsys)
-    assert "What to do: pip install matplotlib." in said
-
-
 @pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])

@@ -74,7 +74,7 @@ TABLE = {
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
     "forecast": Allowed(BASE | {"rules"}, {"torch"}),
-    "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
+    "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib"}),
     "integrations": Allowed(ALL, {"torch", "transformers", "peft"}, NPU | {"accelerate"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
