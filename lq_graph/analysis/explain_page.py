@@ -127,21 +127,21 @@ def _block(number: int, block: Block, names: Sequence[str], *, is_open: bool) ->
     if block.has_attention:
         vendor = [(op, "") for op, count in VENDOR_KERNELS.items() for _ in range(count)]
         strips += _strip("the vendor's operators", vendor)
-    counts = _table(block.kernels(), [f"kernels of {title} by operator", "flow"], {1, 2, 3})
+    counts = _table(block.kernels(), [f"kernels of {title} by operator", "small"], {1, 2, 3})
     like = ""
     if len(names) > 1:
         items = "".join(f"<li>{escape(name)}</li>" for name in names)
         like = (
-            f"<details><summary>all {len(names)} of them</summary>"
-            f"<ul class=names>{items}</ul></details>"
+            f"<details class=names><summary>all {len(names)} of them</summary>"
+            f"<ul>{items}</ul></details>"
         )
     return (
         f"<section class='card block' id=layer-{number}><details{' open' if is_open else ''}>"
         f"{summary}<div class=strips>{strips}</div>"
         f"<h4>Kernels with fusion, in order</h4>{_kernels(block, title)}"
         f"<div class=two><div><h4>Fusions</h4>{_fusions(block)}</div><div>{like}"
-        f"<details><summary>Kernels by operator</summary>{counts}</details></div></div>"
-        "</details></section>"
+        f"<details><summary>Kernels by operator</summary><div class=scroll>{counts}</div></details>"
+        "</div></div></details></section>"
     )
 
 
@@ -250,7 +250,7 @@ def _quantized(e: Explanation, graphs: Sequence[Sequence[LayerGroup]]) -> Iterab
         for i, group in enumerate(e.groups, 1)
     )
     yield (
-        "<div class='card scroll long'><table class='flow sorts' id=quantized>"
+        "<div class='card scroll'><table class='flow sorts' id=quantized>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -302,7 +302,7 @@ def _roofline(e: Explanation) -> str:
         items.append(
             f"<li><a href=#row-{i}><b>{i}</b> {_name(group.name)}</a> <span class=quiet>"
             f"{one.intensity:.1f} ops/byte, {count_text(speed, 'op/s')}, "
-            f"{speed / min(e.peak.int8_ops, one.intensity * e.peak.bytes_per_second):.0%} of the "
+            f"{speed / min(e.peak.int8_ops, one.intensity * e.peak.bytes_per_second):.1%} of the "
             "line</span></li>"
         )
     return (
@@ -328,7 +328,7 @@ def _graph_pair(number: int, groups: Sequence[LayerGroup], e: Explanation) -> st
     )
     return (
         f"<section class='card block' id=graph-{number}><details{' open' if number == 1 else ''}>"
-        f"<summary><h3>{_name(name)}</h3><span>{len(one.ours.compute)} GE nodes, "
+        f"<summary><h3>{_name(name)}</h3><span>{_count(one.ours)}, "
         f"the vendor's module {len(one.vendor.compute)}</span></summary>"
         f"<p class=quiet>{back}; {escape(one.plan.row.source)}</p><div class=pair>{drawn}</div>"
         "</details></section>"

@@ -50,6 +50,7 @@ summary { cursor: pointer; } summary h3 { display: inline; }
 .block > details > summary > h3 { flex: 0 1 auto; }
 .badge { border: 1px solid var(--quiet); border-radius: 999px; padding: 0 9px; font-size: 13px;
   font-weight: 600; white-space: nowrap; }
+table.small { font-size: 13px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   font-size: 14px; }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line);
@@ -84,8 +85,8 @@ ul.fusions { list-style: none; padding: 0; margin: 0; } ul.fusions li { padding:
 ul.fusions li::before { content: attr(data-mark); display: inline-block; width: 22px;
   text-indent: 0; font-weight: 700; color: var(--k2); }
 ul.fusions li.left::before { color: var(--k1); }
-ul.names, #quantized ul { columns: 320px; font-size: 13px; padding-left: 18px; margin: 6px 0; }
-ul.names li { overflow-wrap: anywhere; }
+.names ul, #quantized ul { columns: 320px; font-size: 13px; padding-left: 18px; margin: 6px 0; }
+.names li { overflow-wrap: anywhere; }
 .roof { display: grid; grid-template-columns: minmax(0, 620px) minmax(0, 1fr); gap: 8px 28px; }
 .roof ol { list-style: none; padding: 0; margin: 0; font-size: 14px; }
 .roof li { padding: 3px 0; overflow-wrap: anywhere; }
@@ -102,7 +103,7 @@ svg .roofname { font-weight: 600; } .leader { stroke: var(--quiet); }
 svg .number { font-weight: 700; fill: var(--k0); }
 .pair { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 16px; }
 [hidden] { display: none !important; }
-@media (max-width: 900px) { .pair, .two, .roof { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 1080px) { .pair, .two, .roof { grid-template-columns: minmax(0, 1fr); } }
 @media screen and (max-width: 1160px) {
   #quantized, #quantized thead, #quantized tbody, #quantized tbody th { display: block; }
   #quantized thead tr { display: flex; flex-wrap: wrap; gap: 4px 14px; padding-bottom: 8px; }
@@ -127,18 +128,21 @@ svg .number { font-weight: 700; fill: var(--k0); }
   .flow td::before { content: attr(data-label); display: block; color: var(--quiet);
     font-size: 12.5px; }
   main { padding: 16px 12px 48px; } .card { padding: 12px; } h1 { font-size: 22px; }
+  dl { grid-template-columns: minmax(0, 1fr); } dd { margin: 0 0 8px; overflow-wrap: anywhere; }
   .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px 16px; }
   .facts b { font-size: 17px; }
   .strips { grid-template-columns: 1fr; gap: 2px; }
 }
 @media print {
   :root, :root[data-theme] { color-scheme: light; --page: #fff; }
-  body { font-size: 10pt; } main { max-width: none; padding: 0; } nav, .tools { display: none; }
-  .card { break-inside: avoid-page; border-color: #bbb; } details::details-content {
-    content-visibility: visible !important; display: block; block-size: auto; }
-  th button::after { content: ""; } table { font-size: 8.5pt; } th, td { padding-right: 7px; }
-  * { print-color-adjust: exact; } .scroll { overflow: visible; } .long { break-inside: auto; }
-  svg.graph { max-width: 100%; height: auto; }
+  body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; }
+  nav, .tools, #quantized details, .names, p:has(#filter) { display: none; }
+  .card { border-color: #bbb; } .facts, .roof, .pair, tr, li { break-inside: avoid; }
+  h4, summary, .strips { break-after: avoid; } .pair, .two { grid-template-columns: 2fr 3fr; }
+  details::details-content { content-visibility: visible; display: block; block-size: auto; }
+  table { font-size: 8.5pt; } th, td { padding-right: 7px; } .scroll { overflow: visible; }
+  #quantized .name { min-width: 150px; } svg.graph { max-width: 100%; height: auto; }
+  * { print-color-adjust: exact; }
 }
 """
 

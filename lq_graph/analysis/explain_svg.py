@@ -100,6 +100,8 @@ def _lines(node: Any) -> list[str]:
 
 
 def _size(edge: Any) -> str:
+    if edge.shape is None:  # the dtype is not known either
+        return "?"
     return str(edge).partition(" ")[2].replace("FRACTAL_NZ", "NZ")
 
 

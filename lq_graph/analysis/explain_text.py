@@ -68,7 +68,7 @@ def explanation_text(e: Explanation) -> str:
         seen.add(group.key)
         lines += ["", *_wrap(f"{group.name}: {group.first.plan.row.source}")]
         for title, graph in (("ours", group.first.ours), ("vendor", group.first.vendor)):
-            lines.append(f"  {title}, {len(graph.compute)} nodes")
+            lines.append(f"  {title}, {len(graph.compute)} node{'s'[: len(graph.compute) - 1]}")
             lines += _nodes(graph)
     return "\n".join(lines)
 
