@@ -11,7 +11,15 @@ from typing import Any
 from ..fusion.editor import FusionReport, Line
 from .explain_kernels import Kernel, kernels_of
 
-__all__ = ["REST", "VENDOR_KERNELS", "VENDOR_SOURCE", "Block", "blocks_of", "groups_of"]
+__all__ = [
+    "REST",
+    "VENDOR_KERNELS",
+    "VENDOR_SOURCE",
+    "Block",
+    "blocks_of",
+    "groups_of",
+    "without_linear",
+]
 
 REST = "(rest of the model)"  # what belongs to no numbered module
 _NUMBERED = re.compile(r"^.*?(?<![^.])\d+(?![^.])")
@@ -104,7 +112,12 @@ class Block:
     def inner(self, module: str) -> str:
         """The name of a module of this layer, without the layer's."""
         name = module.removeprefix(self.name) if self.name != REST else module
-        return _INNER.sub("", name.strip(".")) or "(itself)"
+        return without_linear(name.strip(".")) or "(itself)"
+
+
+def without_linear(name: str) -> str:
+    """The name of a QuantizedLinear, if it is that of the layer inside; else the name."""
+    return _INNER.sub("", name)
 
 
 def _block_of(module: str) -> str:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..reports import table
+from ..reports import shortened, table, terminal_width, wrapped
 from .explain_fold import LayerGroup, folded_names
 from .explain_kernels import Kernel, Total
-from .explain_layers import REST, VENDOR_KERNELS, VENDOR_SOURCE, Block
+from .explain_layers import REST, VENDOR_KERNELS, VENDOR_SOURCE, Block, without_linear
 from .units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from .explanation import Explanation
 
-__all__ = ["explanation_text", "forecast_text", "shortened"]
+__all__ = ["explanation_text", "forecast_text"]
 
-WIDTH = 80
-
-
-def shortened(text: str, width: int) -> str:
-    """A text of at most `width` characters, with "..." in it if it is longer. More is kept of its
-    end, which tells names of modules apart."""
-    if len(text) <= width:
-        return text
-    tail = 2 * (width - 3) // 3
-    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
+_OUTER = re.compile(r"^.*?(?<![^.])(\d+|\*|\[.*?\])(?![^.])")  # of a folded name, to its number
 
 
 def forecast_text(total: Total) -> str:
@@ -48,10 +39,12 @@ def explanation_text(e: Explanation) -> str:
         f"{e.device}, {e.product}",
         f"{len(e.layers)} LinearQuant layers, {ours} GE nodes (the vendor's module: {theirs})",
         *(_wrap(e.machine.warning) if e.machine.stand_in else ()),
-        "",
         *_layers(e),
         "",
-        *_wrap(f"at least {seconds_text(e.peak_seconds)} in these layers: {e.peak}"),
+        *_wrap(
+            f"us: forecast; least: at the chip's peaks, {seconds_text(e.peak_seconds)} for all of "
+            f"these layers, by {e.peak}"
+        ),
         "",
         f"whole model: {before} kernels without fusion, {after} with ({whole} GE nodes)",
         *_wrap(f"without fusion {forecast_text(e.unfused_total)}", "  "),
@@ -66,7 +59,7 @@ def explanation_text(e: Explanation) -> str:
         if group.key in seen:
             continue
         seen.add(group.key)
-        lines += ["", *_wrap(f"{group.name}: {group.first.plan.row.source}")]
+        lines += ["", *_wrap(f"{_name(group.name, 1)}: {group.first.plan.row.source}")]
         for title, graph in (("ours", group.first.ours), ("vendor", group.first.vendor)):
             lines.append(f"  {title}, {len(graph.compute)} node{'s'[: len(graph.compute) - 1]}")
             lines += _nodes(graph)
@@ -74,40 +67,34 @@ def explanation_text(e: Explanation) -> str:
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=f"{indent}  ",
-        break_on_hyphens=False,
-    )
+    return [indent + line for line in wrapped(text, "  ", terminal_width() - len(indent))]
 
 
-def fitted(rows: Sequence[Sequence[object]], indent: str, column: int) -> list[str]:
-    """A table of at most 80 columns: one column is shortened."""
-    widths = [
-        len(line) for line in table([[*row[:column], "", *row[column + 1 :]] for row in rows])
-    ]
-    room = WIDTH - len(indent) - max(widths, default=0)
-    longest = max(len(str(row[column])) for row in rows)
-    short = [
-        [*row[:column], shortened(str(row[column]), max(8, min(longest, room))), *row[column + 1 :]]
-        for row in rows
-    ]
-    return [line[:WIDTH] for line in table(short, indent)]
+def _name(name: str, count: int) -> str:
+    times = f" x{count}" if count > 1 else ""
+    return f"{shortened(name, terminal_width() - 8 - len(times))}{times}"
 
 
 def _layers(e: Explanation) -> list[str]:
-    rows: list[list[object]] = [["layer", "", "m x k x n", "row", "bytes", "us", ">= us"]]
-    rows += [_layer(group) for group in e.groups]
-    return fitted(rows, "", 0)
+    """The quantized layers: a table for each numbered module that they are in."""
+    inside: dict[tuple[str, int], list[list[object]]] = {}
+    for group in e.groups:
+        found = _OUTER.match(group.name)
+        outer = found[0] if found else ""
+        name = without_linear(group.name[len(outer) :]).strip(".")
+        key = outer, len(group.layers)
+        inside.setdefault(key, []).append([name or "(itself)", *_layer(group)])
+    lines = []
+    for (outer, count), rows in inside.items():
+        lines += ["", f"in {_name(outer, count)}"] if outer else [""]
+        head = ["layer", "m x k x n", "row", "bytes", "us", "least"]
+        lines += table([head, *rows], "  " if outer else "")
+    return lines
 
 
 def _layer(group: LayerGroup) -> list[object]:
     one = group.first
     return [
-        group.name,
-        f"x{len(group.layers)}" if len(group.layers) > 1 else "",
         group.sizes,
         group.row,
         bytes_text(one.bytes),
@@ -118,8 +105,7 @@ def _layer(group: LayerGroup) -> list[object]:
 
 def _block(block: Block, names: Sequence[str]) -> list[str]:
     """One of equal layers of the model: what fused, and the kernels."""
-    title = block.name if block.name == REST else folded_names(names)
-    title += f" (x{len(names)})" if len(names) > 1 else ""
+    title = _name(block.name if block.name == REST else folded_names(names), len(names))
     before, after = len(block.before), len(block.after)
     vendor = f"; {sum(VENDOR_KERNELS.values())} in the vendor's operators"
     head = f"{title}: {before} kernels without fusion, {after} with"
@@ -129,14 +115,14 @@ def _block(block: Block, names: Sequence[str]) -> list[str]:
         lines += _wrap(f"{bytes_text(total.bytes)}, {forecast_text(total)}", "  ")
     if block.lines:
         rows = block.fusions()
-        lines += ["", *fitted([row[:4] for row in rows], "  ", 3)]
+        lines += ["", *table([row[:4] for row in rows], "  ")]
         for row in rows[1:]:
             if row[4]:
                 lines += _wrap(f"{row[0]} in {row[3]} is blocked by: {row[4]}", "  ")
     elif block.before:
         lines.append("  nothing fused, and no pattern came near")
     if block.before:
-        lines += ["", *fitted(_kernels(block), "  ", 0)]
+        lines += ["", *table(_kernels(block), "  ")]
     return lines
 
 

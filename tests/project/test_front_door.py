@@ -125,7 +125,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        ("nosuch", "argument command: invalid choice: 'nosuch'"),
+        ("nosuch", "argument COMMAND: invalid choice: 'nosuch'"),
         ("check --x1 int9", "argument --x1: 'int9' is not a dtype; write int8, int4"),
         ("check --x1 int8[2", "argument --x1: 'int8[2' is not of the form int8 or int8[16,512]"),
         ("check --x1 int8[-1]", "argument --x1: 'int8[-1]' is not of the form"),
@@ -179,7 +179,7 @@ def test_lq_graph_works_without_cann(arguments: str) -> None:
 def test_explain_without_a_device_is_a_sentence() -> None:
     done = python("-W", "ignore", "-mlq_graph", "explain", "m.py:f", without=REAL)
     assert (done.returncode, done.stdout) == (2, "")
-    _, said = done.stderr.split("\npython -m lq_graph: error: ")
+    _, said = done.stderr.split("python -m lq_graph: error: ")
     assert said.startswith(
         "explain: there is no NPU to lower for. What to do: run it with CANN, or"
     )
