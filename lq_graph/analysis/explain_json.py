@@ -85,5 +85,6 @@ def _kernel(kernel: Kernel) -> dict[str, Any]:
         "module": kernel.module,
         "reads": list(kernel.reads),
         "writes": list(kernel.writes),
+        "is_sized": kernel.is_sized,
         "forecast": asdict(kernel.cost) if kernel.cost else None,
     }

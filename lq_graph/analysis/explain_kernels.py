@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 
 from ..errors import LinearQuantValueError
 from ..forecast import KernelCost, kernel_cost
-from ..forecast.operators import bytes_of
 
 __all__ = ["KINDS", "Kernel", "Total", "kernels_of", "kind_of"]
 
@@ -35,18 +35,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "other": ("",),
 }
 
-_Tensor = tuple[str, tuple[int, ...]]  # dtype and shape
-# Nodes whose output holds the bytes of their first input.
-_SAME_BYTES = {
-    "Bitcast",
-    "ExpandDims",
-    "Flatten",
-    "Identity",
-    "Reshape",
-    "Squeeze",
-    "TensorMove",
-    "Unsqueeze",
-}
+_Tensor = tuple[str, tuple[int, ...] | None]  # dtype and shape
+# Nodes whose output has the dtype and the shape of their input.
+_PASSED_ON = {"Identity", "TensorMove"}
 # Nodes whose output has the shape that their inputs broadcast to.
 _ELEMENTWISE = {"Add", "Div", "Mul", "Neg", "Pow", "RealDiv", "Rsqrt", "Sub"}
 
@@ -58,13 +49,15 @@ class Kernel:
     Attributes:
         op: GE operator.
         module: whose forward made it, by its qualified name; "" if the graph does not say.
-        cost: its forecast; None if the graph lacks a size, or if the operator has no forecast.
+        cost: its forecast; None if the operator cannot have one.
+        is_sized: False if the graph lacks the size of a tensor, whose bytes then count as none.
         reads, writes: its tensors, as text.
     """
 
     op: str
     module: str
     cost: KernelCost | None
+    is_sized: bool
     reads: tuple[str, ...]
     writes: tuple[str, ...]
 
@@ -84,7 +77,7 @@ class Total:
         seconds: the sum.
         error: relative, as if all errors went one way.
         assumed: share of the seconds that is of kernels nobody has published a measurement of.
-        unknown: kernels without a forecast, which the sums leave out.
+        unknown: kernels of which a size is not known: the sums have less than all of them.
     """
 
     launches: int
@@ -108,7 +101,7 @@ class Total:
             seconds,
             wrong / seconds if seconds else 0.0,
             assumed / seconds if seconds else 0.0,
-            len(every) - len(costs),
+            sum(not kernel.is_sized or not kernel.cost for kernel in every),
         )
 
 
@@ -129,84 +122,57 @@ def kernels_of(graph: Any, product: str, modules: Mapping[str, str] | None = Non
     read = {(edge.source, edge.output) for node in graph.nodes for edge in node.inputs}
     names = modules or {}
     return [
-        Kernel(
-            node.op,
-            names.get(node.name, ""),
-            _cost(node, nodes, read, product),
-            tuple(map(str, node.inputs)),
-            tuple(str(edge).partition(" ")[2] for edge in node.outputs),
-        )
-        for node in graph.launches
+        _kernel(node, nodes, read, names.get(node.name, ""), product) for node in graph.launches
     ]
 
 
-def _cost(
-    node: Any, nodes: Mapping[str, Any], read: set[tuple[str, int]], product: str
-) -> KernelCost | None:
-    inputs = _all_known(_tensor(edge, nodes) for edge in node.inputs)
+def _kernel(
+    node: Any, nodes: Mapping[str, Any], read: set[tuple[str, int]], module: str, product: str
+) -> Kernel:
+    inputs = [_tensor(edge, nodes) for edge in node.inputs]
     # an output that nothing reads and that has no shape is one that was not asked for
-    outputs = _all_known(
-        _known(edge) or _passed_on(node, nodes)
+    outputs = [
+        _output(node, i, nodes)
         for i, edge in enumerate(node.outputs)
         if edge.shape is not None or (node.name, i) in read
+    ]
+    cost = None
+    with suppress(LinearQuantValueError):  # the operands of a product have no size
+        cost = kernel_cost(node.op, inputs, outputs, product, attributes=node.attrs)
+    return Kernel(
+        node.op,
+        module,
+        cost,
+        all(shape is not None for _, shape in (*inputs, *outputs)),
+        tuple(map(str, node.inputs)),
+        tuple(str(edge).partition(" ")[2] for edge in node.outputs),
     )
-    if inputs is None or outputs is None:
-        return None
-    try:
-        return kernel_cost(node.op, list(_heads_first(node, inputs)), outputs, product)
-    except LinearQuantValueError:  # a dtype or a size that has no forecast
-        return None
 
 
-def _all_known(tensors: Iterable[_Tensor | None]) -> list[_Tensor] | None:
-    found = list(tensors)
-    known = [tensor for tensor in found if tensor is not None]
-    return known if len(known) == len(found) else None
-
-
-def _heads_first(node: Any, inputs: list[_Tensor]) -> Iterator[_Tensor]:
-    """The inputs; those of attention as (batch, heads, positions, head size)."""
-    layout = node.attrs.get("input_layout", "")
-    layout = layout.decode() if isinstance(layout, bytes) else layout
-    heads = node.attrs.get("num_heads", 1)
-    kv_heads = node.attrs.get("num_key_value_heads", 0) or heads
-    for i, (dtype, shape) in enumerate(inputs):
-        if i > 2 or kind_of(node.op) != "attention":
-            yield dtype, shape
-        elif layout.startswith("BSND") and len(shape) == 4:
-            yield dtype, (shape[0], shape[2], shape[1], shape[3])
-        elif layout.startswith("BSH") and len(shape) == 3:
-            count = kv_heads if i else heads
-            yield dtype, (shape[0], count, shape[1], shape[2] // count)
-        else:
-            yield dtype, shape
-
-
-def _tensor(edge: Any, nodes: Mapping[str, Any]) -> _Tensor | None:
+def _tensor(edge: Any, nodes: Mapping[str, Any]) -> _Tensor:
     """dtype and shape of an input. torchair records none for the nodes that its converters add."""
-    source = nodes.get(edge.source)
-    return _known(edge) or (_passed_on(source, nodes) if source is not None else None)
+    if edge.shape is None and (source := nodes.get(edge.source)) is not None:
+        return _output(source, edge.output, nodes)
+    return _own(edge)
 
 
-def _passed_on(node: Any, nodes: Mapping[str, Any]) -> _Tensor | None:
-    """dtype and shape of the output of a node, from its inputs."""
-    if node.op == "Const":
-        return node.outputs[0].dtype, (1,)
-    inputs = _all_known(_tensor(edge, nodes) for edge in node.inputs)
-    if not inputs:
-        return None
-    if node.op in _ELEMENTWISE:
-        shape = torch.broadcast_shapes(*(shape for _, shape in inputs))
-        return node.outputs[0].dtype, tuple(shape)
-    if not any(node.op.startswith(name) for name in _SAME_BYTES):
-        return None
-    if node.op == "Bitcast":
-        dtype = node.outputs[0].dtype
-        return dtype, (int(bytes_of(*inputs[0]) / bytes_of(dtype, (1,))),)
-    return inputs[0]
+def _output(node: Any, number: int, nodes: Mapping[str, Any]) -> _Tensor:
+    """dtype and shape of an output, from the node's inputs if it has none of its own."""
+    edge = node.outputs[number]
+    if edge.shape is not None:
+        return _own(edge)
+    if node.op == "Const":  # a scalar
+        return edge.dtype, ()
+    inputs = [_tensor(source, nodes) for source in node.inputs]
+    if node.op in _PASSED_ON:
+        return inputs[0]
+    shapes = [shape for _, shape in inputs if shape is not None]
+    if node.op in _ELEMENTWISE and len(shapes) == len(inputs):
+        return edge.dtype, tuple(torch.broadcast_shapes(*shapes))
+    return edge.dtype, None
 
 
-def _known(edge: Any) -> _Tensor | None:
+def _own(edge: Any) -> _Tensor:
     if edge.shape is None or any(not isinstance(n, int) or n < 0 for n in edge.shape):
-        return None
+        return edge.dtype, None
     return edge.dtype, tuple(edge.shape)

@@ -184,7 +184,7 @@ def _kernel(i: int, kernel: Kernel, block: Block, most: float, longest: float) -
     )
     cost = kernel.cost
     if cost is None:
-        unknown = "<td data-label={}>a size is not known</td>"
+        unknown = "<td data-label={}>not known</td>"
         return (
             head + unknown.format("moves") + "<td data-label=takes></td>"
             "<td data-label='bound by'></td></tr>"
@@ -194,7 +194,7 @@ def _kernel(i: int, kernel: Kernel, block: Block, most: float, longest: float) -
     assumed = ", assumed" if cost.assumed else ""
     return (
         f"{head}<td data-label=moves title='{cost.bytes:,.0f} bytes'><div>"
-        f"{bytes_text(cost.bytes)}<div class=meter><i class=fill "
+        f"{'' if kernel.is_sized else '&ge; '}{bytes_text(cost.bytes)}<div class=meter><i class=fill "
         f"style='width:{100 * cost.bytes / most:.2f}%'></i></div></div></td>"
         f"<td data-label=takes title='{cost.seconds * 1e6:.3f} us, of it "
         f"{cost.launch_seconds * 1e6:.3f} us launch'><div>{seconds_text(cost.seconds)} "
@@ -358,7 +358,8 @@ def _about(e: Explanation) -> Iterable[str]:
         f"{escape(VENDOR_SOURCE)}.",
     }
     if e.total.unknown:
-        said = {**said, "Not known": f"{e.total.unknown} kernels whose sizes the graph lacks."}
+        unknown = f"of {e.total.unknown} kernels the graph lacks a size, which counts nothing."
+        said = {**said, "Not known": f"{unknown} Their bytes have a &ge;."}
     items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in said.items())
     yield f"<div class=card><dl>{items}</dl></div>"
 

@@ -26,7 +26,7 @@ def forecast_text(total: Total) -> str:
     if total.assumed:
         text += f" ({total.assumed:.0%} of it for kernels nobody has measured)"
     if total.unknown:
-        text += f", without {total.unknown} kernels of unknown size"
+        text += f"; sizes of {total.unknown} kernels are not known and count nothing"
     return text
 
 
@@ -135,7 +135,7 @@ def _kernels(block: Block) -> list[list[object]]:
     full: list[list[object]] = [[*head, "bytes", "us"]]
     for row in rows:
         total = Total.of(by_op.get(row[0], ()))
-        known = total.launches > total.unknown
+        known = total.seconds > 0
         full.append(
             [
                 *row,

@@ -14,24 +14,23 @@
 
 `op_type` is a GE op type, as in a graph or a profile. A tensor is its dtype (torch's, or a name:
 "int8", "bf16", "float16", "int4") and its logical shape, of a FRACTAL_NZ weight too. The order is
-the operator's; absent inputs are left out. An op type without a record of its own costs what an
-elementwise kernel costs, and says `assumed`.
+the operator's; absent inputs are left out. A shape may be None if a graph does not have it: that
+tensor then counts no bytes. Of the operands of a product and of an attention that is refused. An op
+type without a record of its own costs what an elementwise kernel costs, and says `assumed`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .hardware import MEASURED, Chip, chip_of
-from .operators import Operator, Tensors, Work, operator_of
+from .operators import Operator, Tensors, Work, operator_of, work_of
 
 __all__ = [
     "KernelCost",
@@ -65,7 +64,7 @@ class Parameters:
 
     Attributes:
         launches: seconds of a kernel without work, by operator.
-        rates: by family.
+        rates: by family; by operator where a profile gave it.
         errors: relative error of a kernel's time, by operator.
         gap: seconds between two kernels of a graph.
         collective: seconds of a collective without a message.
@@ -134,10 +133,11 @@ def fitted() -> Parameters:
 
 def kernel_cost(
     op_type: str,
-    inputs: Sequence[tuple[torch.dtype | str, Sequence[int]]],
-    outputs: Sequence[tuple[torch.dtype | str, Sequence[int]]],
+    inputs: Tensors,
+    outputs: Tensors,
     product: str | Chip = "A3",
     parameters: Parameters | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> KernelCost:
     """The time of one kernel, from its bytes, its operations and a launch.
 
@@ -146,6 +146,7 @@ def kernel_cost(
         inputs, outputs: (dtype, shape) of each tensor, in the operator's order.
         product: "A2", "A3", "950", "310P", or a chip: "A3-560T".
         parameters: default `fitted()`.
+        attributes: of the node; only `input_layout` of an attention is read, "BSND" by default.
 
     Raises:
         LinearQuantValueError: an unknown product or dtype, a size that is not known, or int4 on a
@@ -153,7 +154,7 @@ def kernel_cost(
     """
     chip = product if isinstance(product, Chip) else chip_of(product)
     operator, known = operator_of(op_type, inputs, outputs)
-    work = operator.work(inputs, outputs, chip)
+    work = work_of(operator, inputs, outputs, chip, attributes or {})
     return of_work(operator, known, work, chip, parameters or fitted())
 
 
@@ -161,7 +162,7 @@ def of_work(
     operator: Operator, known: bool, work: Work, chip: Chip, parameters: Parameters
 ) -> KernelCost:
     """The time of a call whose work is known."""
-    rate = parameters.rates[operator.family]
+    rate = parameters.rates.get(operator.name) or parameters.rates[operator.family]
     launch = parameters.launches[operator.name] + parameters.gap
     memory = work.moved / (chip.bytes_per_second * rate.bandwidth)
     compute = work.computed / (chip.peak(work.dtype) * rate.compute) if work.computed else 0.0
@@ -208,14 +209,14 @@ def communication_cost(
     """
     chip = product if isinstance(product, Chip) else chip_of(product)
     at = parameters or fitted()
+    link = chip.link_of(devices) * at.link
     received = float((devices - 1) * message)
     steps = 1
     if collective == "allReduce":
         halves = 2 * (devices - 1) / devices * message
-        link = chip.link * at.link
         if 2 * at.collective + halves / link < at.collective + received / link:
             steps, received = 2, halves
-    memory = received / (chip.link * at.link)
+    memory = received / link
     launch = steps * at.collective + at.gap
     error = at.collective_error if devices in (8, 16) else math.hypot(at.collective_error, ASSUMED)
     if chip.name != MEASURED:

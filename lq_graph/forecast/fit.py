@@ -15,7 +15,7 @@ from .cost import ASSUMED, COLLECTIVES, FITTED, Parameters, Rate
 from .hardware import Chip
 from .least_squares import fit, relative_error
 from .measurements import FIT, Measurement, measurements
-from .operators import OPERATORS, Operator, Tensors, Work, operator_of
+from .operators import OPERATORS, Operator, Tensors, Work, operator_of, work_of
 
 __all__ = ["Point", "fit_family", "fit_parameters", "points_of"]
 
@@ -38,7 +38,9 @@ def points_of(rows: Iterable[tuple[str, Tensors, Tensors, Chip, float]]) -> list
     for op_type, inputs, outputs, chip, seconds in rows:
         operator, known = operator_of(op_type, inputs, outputs)
         if known:
-            points.append(Point(operator, operator.work(inputs, outputs, chip), chip, seconds))
+            points.append(
+                Point(operator, work_of(operator, inputs, outputs, chip, {}), chip, seconds)
+            )
     return points
 
 
@@ -91,7 +93,7 @@ def fit_family(points: Sequence[Point], bandwidth_limit: float) -> FamilyFit:
         freedom = math.sqrt(len(points) / max(len(points) - unknowns, 1))
         errors[name] = error * freedom if len(own) > 2 else max(error, whole)
         if operators[name].launch is not None:
-            errors[name] = max(errors[name], ASSUMED)
+            errors[name] = max(errors[name], NONE_LEFT)
     return FamilyFit(launches, rate, errors, counts)
 
 
@@ -126,7 +128,9 @@ def fit_parameters(rows: Sequence[Measurement]) -> Parameters:
 
 def _collectives(rows: Sequence[Measurement]) -> tuple[float, float, float]:
     """Seconds without a message, share of the link's peak, and relative error."""
-    features = [[1.0, (row.devices - 1) * row.message / row.chip.link] for row in rows]
+    features = [
+        [1.0, (row.devices - 1) * row.message / row.chip.link_of(row.devices)] for row in rows
+    ]
     measured = [row.value * 1e-6 for row in rows]
     launch, slow = fit(features, measured, [FREE, (1.0, math.inf)])
     forecast = [launch + slow * received for _, received in features]

@@ -8,25 +8,42 @@ fills its pipelines before it overlaps them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..errors import LinearQuantValueError
 from .hardware import Chip
 
-__all__ = ["OPERATORS", "Operator", "Tensors", "Work", "bytes_of", "dtype_of", "operator_of"]
+__all__ = [
+    "OPERATORS",
+    "Attributes",
+    "Operator",
+    "Tensors",
+    "Work",
+    "bytes_of",
+    "dtype_of",
+    "operator_of",
+    "work_of",
+]
 
-Tensors = Sequence[tuple["torch.dtype | str", Sequence[int]]]
+# dtype and shape; None for a shape that a graph does not have, which then counts no bytes
+Tensors = Sequence[tuple["torch.dtype | str", "Sequence[int] | None"]]
+Attributes = Mapping[str, Any]
 
 # A core takes whole blocks of weights this wide across n: 32 columns of bf16, 64 of int8, 128 of
 # int4. A product whose blocks do not fill all cores in its last round moves its bytes more slowly.
 BLOCK_BYTES = 64
 ROWS, MANY_ROWS = 16, 128  # what m is rounded up to: up to 128 rows, and above
-# No public measurement has a short context. Two products and a softmax inside one kernel: the launch
-# of two float products, and of a vector kernel, is near this.
+# No public measurement has a short context. Two products and a softmax inside one kernel: near the
+# launch of two float products and of a vector kernel.
 ATTENTION_LAUNCH = 12e-6
+# The attention of one token gives each core pairs of a sequence and a kv head. Few pairs of many
+# positions are split further: IsFlashDecode and CheckCoreOkFlag of incre_flash_attention_tiling.cpp
+# (hicann/ops-transformer).
+SPLIT_PAIRS, SPLIT_POSITIONS = 0.5, 2048
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float": "float32"}
 
 
@@ -57,7 +74,8 @@ class Operator:
     Attributes:
         name: of its parameters in fitted.json, and in tables.
         types: its op types in GE graphs and in profiles.
-        work: of a call, from inputs, outputs and chip.
+        kind: how the work of a call is counted: "product", "attention", "write", "gather" or
+            "elementwise".
         family: operators of a family share one bandwidth and one rate of the matrix unit.
         dtype: the dtype of the first input (matrix products) or output that the record is for; "":
             any.
@@ -67,7 +85,7 @@ class Operator:
 
     name: str
     types: tuple[str, ...]
-    work: Callable[[Tensors, Tensors, Chip], Work]
+    kind: str
     family: str
     dtype: str = ""
     like: str = ""
@@ -101,68 +119,86 @@ def bytes_of(dtype: torch.dtype | str, shape: Sequence[int]) -> float:
 
 
 def _traffic(inputs: Tensors, outputs: Tensors) -> float:
-    return sum(bytes_of(dtype, shape) for dtype, shape in (*inputs, *outputs))
+    both = (*inputs, *outputs)
+    return sum(bytes_of(dtype, shape) for dtype, shape in both if shape is not None)
+
+
+def _known(shape: Sequence[int] | None) -> Sequence[int]:
+    if shape is None:
+        raise LinearQuantValueError("forecast: the shape of a tensor is not known")
+    return shape
 
 
 def _matmul(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
-    """x1 (..., m, k) and weight, any layout; the output is (..., m, n). The time depends on the
+    """x1 (..., m, k) and weight, any layout; the output has m x n values. The time depends on the
     weight's bytes; x1 and the output move while the matrix unit computes."""
     (dtype, x1), (_, weight), *_ = inputs
     name = dtype_of(dtype)
-    _, out = outputs[0]
-    n = out[-1] if out else 1
-    m = math.prod(out) // n if n else 0
-    k = math.prod(x1) // m if m else 0
-    count = math.prod(weight) // (k * n) if k * n else 0  # a batch of weights is one product each
-    rows = m // count if count else m
+    k = _known(x1)[-1]
+    first, second, out = (math.prod(_known(shape)) for shape in (x1, weight, outputs[0][1]))
+    if not first or not second or not out:
+        return Work(_traffic(inputs, outputs), 0.0, 0.0)
+    count = first * second / (k * k * out)  # products: a weight for each of a batch
+    rows, n = first / k / count, second / k / count
     tile = ROWS if rows <= MANY_ROWS else MANY_ROWS
     padded = count * math.ceil(rows / tile) * tile
     size = bytes_of(dtype, (1,))
-    width = int(BLOCK_BYTES / size)
+    width = BLOCK_BYTES / size
     rounds = math.ceil(count * math.ceil(n / width) / chip.cores)
     return Work(
         bytes=_traffic(inputs, outputs),
-        operations=2.0 * m * k * n,
+        operations=2.0 * count * rows * k * n,
         moved=rounds * chip.cores * width * k * size,
         computed=2.0 * padded * k * n,
         dtype=name if name in ("int8", "int4") else "bf16",
     )
 
 
-def _attention(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
-    """query (b, heads, s, d), key and value (b, kv heads, positions, d). Several queries are taken
-    to be causal over their own positions, so half of the square is computed."""
+def _attention(inputs: Tensors, outputs: Tensors, chip: Chip, attributes: Attributes) -> Work:
+    """query (b, s, heads, d), key and value (b, positions, kv heads, d), or with input_layout BNSD
+    s and positions in third place. Several queries are causal: the last one reads all positions."""
     (_, query), (_, key), *_ = inputs
-    positions = key[-2]
-    queries = query[-2]
-    operations = 4.0 * math.prod(query) * positions
-    if queries > 1:  # positions before the queries are all read
+    layout = attributes.get("input_layout", "BSND")
+    text = layout.decode() if isinstance(layout, bytes) else str(layout)
+    where = 2 if text.startswith("BNSD") else 1
+    sizes = _known(key)
+    queries, positions = _known(query)[where], sizes[where]
+    traffic = _traffic(inputs[:3], outputs[:1])
+    operations = 4.0 * math.prod(_known(query)) * positions
+    if queries > 1:
         operations *= 1 - (min(queries, positions) - 1) / (2 * positions)
+        return Work(traffic, operations, 0.0, operations, "bf16")
+    # the bytes of the cache count, and the cores that have no keys to read
+    pairs = sizes[0] * sizes[3 - where] if len(sizes) == 4 else sizes[0]
+    if not pairs or (pairs <= SPLIT_PAIRS * chip.cores and positions >= SPLIT_POSITIONS):
+        return Work(traffic, operations, traffic)
+    rounds = math.ceil(pairs / chip.cores)
+    return Work(traffic, operations, traffic * rounds * chip.cores / pairs)
+
+
+def _elementwise(inputs: Tensors, outputs: Tensors) -> Work:
     moved = _traffic(inputs, outputs)
-    if queries == 1:  # vector units and small products: the cache's bytes count
-        return Work(moved, operations, moved)
-    return Work(moved, operations, 0.0, operations, "bf16")
+    known = [math.prod(shape) for _, shape in (*inputs, *outputs) if shape is not None]
+    return Work(moved, float(max(known, default=0)), moved)
 
 
-def _elementwise(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
-    moved = _traffic(inputs, outputs)
-    elements = max((math.prod(shape) for _, shape in (*inputs, *outputs)), default=0)
-    return Work(moved, float(elements), moved)
-
-
-def _written(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
-    """A write in place: the updates are read and written; the cache around them is not touched."""
-    updates = [(dtype_of(dtype), tuple(shape)) for dtype, shape in inputs]
-    for dtype, shape in outputs:  # what is written into: an input and an output
-        if (target := (dtype_of(dtype), tuple(shape))) in updates:
-            updates.remove(target)
-    moved = 2 * _traffic(updates, ())
+def _written(inputs: Tensors, outputs: Tensors) -> Work:
+    """A write in place: what is written is read and written. A cache, which has the shape of an
+    output, and the slots, which are integers, count nothing."""
+    caches = {tuple(shape) for _, shape in outputs if shape is not None}
+    moved = 2 * sum(
+        bytes_of(dtype, shape)
+        for dtype, shape in inputs
+        if shape is not None
+        and tuple(shape) not in caches
+        and not dtype_of(dtype).startswith(("int32", "int64"))
+    )
     return Work(moved, 0.0, moved)
 
 
-def _gathered(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
+def _gathered(outputs: Tensors) -> Work:
     """Rows of a table: only those are read."""
-    moved = 2 * sum(bytes_of(*output) for output in outputs)
+    moved = 2 * _traffic((), outputs)
     return Work(moved, 0.0, moved)
 
 
@@ -170,73 +206,71 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(
         "MatMul",
         ("MatMul", "MatMulV2", "MatMulV3", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
-        _matmul,
+        "product",
         "bf16 product",
     ),
     Operator(
         "QuantBatchMatmul int8",
         ("QuantBatchMatmulV3", "QuantBatchMatmulV4"),
-        _matmul,
+        "product",
         "int8 product",
     ),
     Operator(
         "QuantBatchMatmul int4",
         ("QuantBatchMatmulV3", "QuantBatchMatmulV4"),
-        _matmul,
+        "product",
         "int8 product",
         dtype="int4",
         like="QuantBatchMatmul int8",
     ),
-    Operator("AddRmsNorm", ("AddRmsNorm", "AddRmsNormBias"), _elementwise, "norm"),
-    Operator("RmsNorm", ("RmsNorm",), _elementwise, "norm"),
+    Operator("AddRmsNorm", ("AddRmsNorm", "AddRmsNormBias"), "elementwise", "norm"),
+    Operator("RmsNorm", ("RmsNorm",), "elementwise", "norm"),
     Operator(
         "AddRmsNormDynamicQuant",
         ("AddRmsNormDynamicQuant", "AddRmsNormDynamicQuantV2", "AddRmsNormQuant"),
-        _elementwise,
+        "elementwise",
         "norm",
     ),
-    Operator("AddRmsNormCast", ("AddRmsNormCast",), _elementwise, "norm", like="AddRmsNorm"),
-    Operator("DynamicQuant", ("DynamicQuant", "DynamicQuantV2"), _elementwise, "quantization"),
+    Operator("AddRmsNormCast", ("AddRmsNormCast",), "elementwise", "norm", like="AddRmsNorm"),
+    Operator("DynamicQuant", ("DynamicQuant", "DynamicQuantV2"), "elementwise", "quantization"),
     Operator(
         "DynamicQuant int4",
         ("DynamicQuant", "DynamicQuantV2"),
-        _elementwise,
+        "elementwise",
         "quantization to int4",
         dtype="int4",
     ),
     Operator(
         "AscendQuant",
         ("AscendQuant", "AscendQuantV2", "Quantize"),
-        _elementwise,
+        "elementwise",
         "static quantization",
     ),
-    Operator("SwiGlu", ("SwiGlu",), _elementwise, "vector"),
-    Operator("DequantSwigluQuant", ("DequantSwigluQuant",), _elementwise, "vector", like="SwiGlu"),
+    Operator("SwiGlu", ("SwiGlu",), "elementwise", "vector"),
+    Operator("DequantSwigluQuant", ("DequantSwigluQuant",), "elementwise", "vector", like="SwiGlu"),
     Operator(
         "ApplyRotaryPosEmb",
         ("ApplyRotaryPosEmb", "RotaryMul", "RotaryPositionEmbedding"),
-        _elementwise,
+        "elementwise",
         "vector",
         like="SwiGlu",
     ),
     Operator(
         "cache write",
         ("ScatterNdUpdate", "ScatterUpdate", "ScatterPaKvCache", "Scatter"),
-        _written,
+        "write",
         "vector",
         like="SwiGlu",
     ),
-    Operator(
-        "gather", ("GatherV2", "Gather", "Embedding"), _gathered, "vector", like="elementwise"
-    ),
+    Operator("gather", ("GatherV2", "Gather", "Embedding"), "gather", "vector", like="elementwise"),
     Operator(
         "FusedInferAttentionScore",
         ("FusedInferAttentionScore", "IncreFlashAttention", "PromptFlashAttention"),
-        _attention,
+        "attention",
         "attention",
         launch=ATTENTION_LAUNCH,
     ),
-    Operator("elementwise", ("Add", "Cast"), _elementwise, "vector"),
+    Operator("elementwise", ("Add", "Cast"), "elementwise", "vector"),
 )
 _BY_TYPE: dict[str, list[Operator]] = {}
 for _one in OPERATORS:
@@ -255,3 +289,20 @@ def operator_of(op_type: str, inputs: Tensors, outputs: Tensors) -> tuple[Operat
         if one.dtype and one.dtype in dtypes:
             return one, True
     return next(one for one in found if not one.dtype), True
+
+
+def work_of(
+    operator: Operator, inputs: Tensors, outputs: Tensors, chip: Chip, attributes: Attributes
+) -> Work:
+    """What a call of an operator does.
+
+    Raises:
+        LinearQuantValueError: a size or dtype is not known.
+    """
+    if operator.kind == "product":
+        return _matmul(inputs, outputs, chip)
+    if operator.kind == "attention":
+        return _attention(inputs, outputs, chip, attributes)
+    if operator.kind == "write":
+        return _written(inputs, outputs)
+    return _gathered(outputs) if operator.kind == "gather" else _elementwise(inputs, outputs)
