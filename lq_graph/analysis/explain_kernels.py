@@ -18,7 +18,7 @@ __all__ = ["KINDS", "Kernel", "Total", "kernels_of", "kind_of"]
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix product": ("QuantBatchMatmul", "MatMul"),
     "attention": ("FlashAttention", "FusedInferAttention"),
-    "norm, quantize, activate": ("Norm", "Quant", "Swi", "Softmax", "Gelu"),
+    "norm, rope, quantize, activate": ("Norm", "Rotary", "Quant", "Swi", "Softmax", "Gelu"),
     "move": (
         "Broadcast",
         "Cast",

@@ -101,7 +101,8 @@ def _name(name: str) -> str:
 
 
 def _forecast(total: Total) -> str:
-    return f"<span class=nowrap>{seconds_text(total.seconds)} &plusmn; {total.error:.0%}</span>"
+    error = f"{100 * total.error:.0f} %"
+    return f"<span class=nowrap>{seconds_text(total.seconds)} &plusmn; {error}</span>"
 
 
 def _legend() -> str:
@@ -192,13 +193,14 @@ def _kernel(i: int, kernel: Kernel, block: Block, most: float, longest: float) -
     wait = 100 * cost.launch_seconds / longest
     work = 100 * cost.seconds / longest - wait
     assumed = ", assumed" if cost.assumed else ""
+    least = "" if kernel.is_sized else "&ge; "
     return (
         f"{head}<td data-label=moves title='{cost.bytes:,.0f} bytes'><div>"
-        f"{'' if kernel.is_sized else '&ge; '}{bytes_text(cost.bytes)}<div class=meter><i class=fill "
+        f"{least}{bytes_text(cost.bytes)}<div class=meter><i class=fill "
         f"style='width:{100 * cost.bytes / most:.2f}%'></i></div></div></td>"
         f"<td data-label=takes title='{cost.seconds * 1e6:.3f} us, of it "
         f"{cost.launch_seconds * 1e6:.3f} us launch'><div>{seconds_text(cost.seconds)} "
-        f"<small>&plusmn; {cost.error:.0%}{assumed}</small><div class=meter>"
+        f"<small>&plusmn; {100 * cost.error:.0f} %{assumed}</small><div class=meter>"
         f"<i class=wait style='width:{wait:.2f}%'></i>"
         f"<i class=fill style='width:{work:.2f}%'></i></div></div></td>"
         f"<td data-label='bound by'>{cost.bound}</td></tr>"

@@ -21,12 +21,12 @@ _OUTER = re.compile(r"^.*?(?<![^.])(\d+|\*|\[.*?\])(?![^.])")  # of a folded nam
 
 
 def forecast_text(total: Total) -> str:
-    """A forecast with its error: "12.3 us +- 20 % forecast"."""
-    text = f"{seconds_text(total.seconds)} +- {total.error:.0%} forecast"
+    """A forecast with its error: "12.3 us ± 20 %"."""
+    text = f"{seconds_text(total.seconds)} ± {100 * total.error:.0f} %"
     if total.assumed:
-        text += f" ({total.assumed:.0%} of it for kernels nobody has measured)"
+        text += f", {100 * total.assumed:.0f} % of it assumed (*)"
     if total.unknown:
-        text += f"; sizes of {total.unknown} kernels are not known and count nothing"
+        text += f"; of {total.unknown} kernels a size is not known, and counts nothing"
     return text
 
 
@@ -47,11 +47,12 @@ def explanation_text(e: Explanation) -> str:
         ),
         "",
         f"whole model: {before} kernels without fusion, {after} with ({whole} GE nodes)",
-        *_wrap(f"without fusion {forecast_text(e.unfused_total)}", "  "),
-        *_wrap(f"with fusion {forecast_text(e.total)}", "  "),
+        *_wrap(f"forecast without fusion {forecast_text(e.unfused_total)}", "  "),
+        *_wrap(f"forecast with fusion {forecast_text(e.total)}", "  "),
     ]
     for block, names in e.block_groups:
         lines += _block(block, names)
+    lines += ["", "* assumed: nobody has published a measurement of this operator"]
     if any(block.has_attention for block in e.blocks):
         lines += ["", *_wrap(f"vendor: {VENDOR_SOURCE}")]
     seen = set()
@@ -112,7 +113,7 @@ def _block(block: Block, names: Sequence[str]) -> list[str]:
     lines = ["", *_wrap(head + (vendor if block.has_attention else ""))]
     if block.after:
         total = Total.of(block.after)
-        lines += _wrap(f"{bytes_text(total.bytes)}, {forecast_text(total)}", "  ")
+        lines += _wrap(f"{bytes_text(total.bytes)}, forecast {forecast_text(total)}", "  ")
     if block.lines:
         rows = block.fusions()
         lines += ["", *table([row[:4] for row in rows], "  ")]
@@ -132,7 +133,7 @@ def _kernels(block: Block) -> list[list[object]]:
     by_op: dict[object, list[Kernel]] = {"all": list(block.after)}
     for kernel in block.after:
         by_op.setdefault(kernel.op, []).append(kernel)
-    full: list[list[object]] = [[*head, "bytes", "us"]]
+    full: list[list[object]] = [[*head, "bytes", "us", "±"]]
     for row in rows:
         total = Total.of(by_op.get(row[0], ()))
         known = total.seconds > 0
@@ -141,6 +142,7 @@ def _kernels(block: Block) -> list[list[object]]:
                 *row,
                 bytes_text(total.bytes) if known else "",
                 f"{total.seconds * 1e6:.2f}" if known else "",
+                f"{100 * total.error:.0f} %{' *' if total.assumed else ''}" if known else "",
             ]
         )
     return full

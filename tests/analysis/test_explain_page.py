@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -16,8 +18,10 @@ from lq_graph import A8W8Dynamic, explain, quantize
 from lq_graph.analysis.explain_fold import fold, folded_names
 from lq_graph.analysis.explain_page import page
 from lq_graph.analysis.explain_style import CSS
+from lq_graph.analysis.explain_svg import Point, draw_roofline
 from lq_graph.analysis.explanation import Explanation, Machine
 from lq_graph.analysis.units import bytes_text, count_text, seconds_text
+from lq_graph.rules.tables import Peak
 
 VOID = {"br", "input", "meta", "wbr"}
 LAYERS = 64
@@ -253,6 +257,39 @@ def test_json(two: Explanation) -> None:
     assert down["bytes"] == GOLDEN[4][1]
     block = told["blocks"][0]
     assert [kernel["op"] for kernel in block["fused"]] == [op for op, _ in GOLDEN]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(2.0, 4e10)] * 12,  # layers of one size
+        [(2.0 * i, 1e11 * i) for i in range(1, 25)],
+        [(0.1, 1e6), (4000.0, 5e14)],
+    ],
+    ids=["equal", "close", "far"],
+)
+def test_labels_of_the_roofline_are_apart(points: list[tuple[float, float]]) -> None:
+    named = [Point(str(i), f"#row-{i}", "", *point) for i, point in enumerate(points, 1)]
+    drawn = draw_roofline(named, Peak("a chip", 640e12, 1.6e12, "made up"))
+    width, height = map(int, re.search(r"viewBox='0 0 (\d+) (\d+)'", drawn).groups())
+    circle = r"cx=([\d.]+) cy=([\d.]+)"
+    labels = [(float(x), float(y)) for x, y in re.findall(rf"class=label {circle}", drawn)]
+    dots = [(float(x), float(y)) for x, y in re.findall(rf"class=dot {circle}", drawn)]
+    assert len(labels) == len(dots) == len(points)
+    assert all(math.dist(a, b) > 20 for a, b in itertools.combinations(labels, 2))
+    assert all(math.dist(label, dot) > 14 for label in labels for dot in dots)
+    assert all(10 < x < width - 10 and 10 < y < height - 10 for x, y in labels)
+
+
+def test_the_roofline_is_logarithmic() -> None:
+    peak = Peak("a chip", 1e14, 1e12, "made up")
+    points = [(1.0, 1e12), (10.0, 1e13), (100.0, 1e14), (1.0, 1e11)]  # three are on the line
+    drawn = draw_roofline([Point("1", "#", "", *point) for point in points], peak)
+    dots = re.findall(r"class=dot cx=([\d.]+) cy=([\d.]+)", drawn)
+    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = [(float(x), float(y)) for x, y in dots]
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and x4 == x1
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2) == pytest.approx(y4 - y1, abs=0.2)
+    assert f"L{x3} {y3}H" in drawn  # where the two lines meet
 
 
 @pytest.mark.parametrize(
