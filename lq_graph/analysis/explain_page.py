@@ -308,8 +308,9 @@ def _roofline(e: Explanation) -> str:
             "line</span></li>"
         )
     return (
-        "<div class='card roof'><div>"
-        f"{draw_roofline(points, e.peak)}<p class=quiet>Up: operations per second. The line is the "
+        "<div class='card roof'><div><div class=scroll tabindex=0 role=region aria-label=roofline>"
+        f"{draw_roofline(points, e.peak)}</div>"
+        "<p class=quiet>Up: operations per second. The line is the "
         f"peak of {escape(str(e.peak))}; a point is the forecast of a layer.</p></div>"
         f"<ol>{''.join(items)}</ol></div>"
     )

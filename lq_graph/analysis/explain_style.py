@@ -90,7 +90,7 @@ ul.fusions li.left::before { color: var(--k1); }
 .roof { display: grid; grid-template-columns: minmax(0, 620px) minmax(0, 1fr); gap: 8px 28px; }
 .roof ol { list-style: none; padding: 0; margin: 0; font-size: 14px; }
 .roof li { padding: 3px 0; overflow-wrap: anywhere; }
-svg.roofline { width: 100%; height: auto; display: block; }
+svg.roofline { width: 100%; min-width: 470px; height: auto; display: block; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg.graph text { font: 11px ui-monospace, monospace; } svg.graph .op { font-weight: 700;
   fill: var(--k); } svg.graph { display: block; }
@@ -138,7 +138,7 @@ svg .number { font-weight: 700; fill: var(--k0); }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; }
   nav, .tools, #quantized details, .names, p:has(#filter) { display: none; }
   .card { border-color: #bbb; } .facts, .roof, .pair, tr, li { break-inside: avoid; }
-  h4, summary, .strips { break-after: avoid; } .pair, .two { grid-template-columns: 2fr 3fr; }
+  h4, summary, .strips, .block p, h2 + p { break-after: avoid; } .pair, .two { grid-template-columns: 2fr 3fr; }
   details::details-content { content-visibility: visible; display: block; block-size: auto; }
   table { font-size: 8.5pt; } th, td { padding-right: 7px; } .scroll { overflow: visible; }
   #quantized .name { min-width: 150px; } svg.graph { max-width: 100%; height: auto; }
