@@ -100,7 +100,7 @@ def explain(
         tuple(graphs),
         tuple(unfused),
         tuple(fusions),
-        blocks_of(unfused, without, graphs, fusions),
+        blocks_of(unfused, without, graphs, fusions, product.key),
         peak,
     )
 

@@ -40,6 +40,7 @@ ALL = MODULES | {
     "parallel",
     "analysis",
     "converters",
+    "forecast",
     "fusion",
     "integrations",
 }
@@ -72,7 +73,8 @@ TABLE = {
     "fusion": Allowed(MODULES, {"torch"}, NPU),
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
-    "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
+    "forecast": Allowed(BASE | {"rules"}, {"torch"}),
+    "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib"}),
     "integrations": Allowed(ALL, {"torch", "transformers", "peft"}, NPU | {"accelerate"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
