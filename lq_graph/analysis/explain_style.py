@@ -138,7 +138,8 @@ svg .number { font-weight: 700; fill: var(--k0); }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; }
   nav, .tools, #quantized details, .names, p:has(#filter) { display: none; }
   .card { border-color: #bbb; } .facts, .roof, .pair, tr, li { break-inside: avoid; }
-  h4, summary, .strips, .block p, h2 + p { break-after: avoid; } .pair, .two { grid-template-columns: 2fr 3fr; }
+  h4, summary, .strips, .block p, h2 + p { break-after: avoid; }
+  .pair, .two { grid-template-columns: 2fr 3fr; }
   details::details-content { content-visibility: visible; display: block; block-size: auto; }
   table { font-size: 8.5pt; } th, td { padding-right: 7px; } .scroll { overflow: visible; }
   #quantized .name { min-width: 150px; } svg.graph { max-width: 100%; height: auto; }

@@ -49,6 +49,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def long(): return make(True, 30)\n"
         "def swapped(): a, b, x = make(); return b, a, x\n"
         "def one(): return make()[0]\n"
+        "def on_npu(): return make(layers=1)[1].npu(), (torch.ones(2, 64).half().npu(),)\n"
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
     return str(file)
@@ -200,6 +201,14 @@ def test_json_is_one_document(arguments, holds, models: str, capfd, tmp_path) ->
     answer = json.loads(said.out)
     assert answer["structure"] == 1 and holds.items() <= answer.items()
     assert ("said by the model" in said.err) == (arguments[0] == "compare")
+
+
+@on_stand_in
+def test_explain_as_json_is_one_document(models: str, capfd) -> None:
+    assert run("explain", f"{models}:on_npu", "--json") == 0
+    said = capfd.readouterr()
+    (layer,) = json.loads(said.out)["layers"]
+    assert layer["name"].startswith("0") and "said by the model" in said.err
 
 
 def test_check_as_json_says_what_check_found(capsys) -> None:

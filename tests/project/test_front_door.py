@@ -14,6 +14,7 @@ from cann_host import __main__ as launcher
 from cann_host import importing, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import command_line
+from lq_graph.commands import extras
 from support.processes import python, script
 
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
