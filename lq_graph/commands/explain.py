@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from ..errors import LinearQuantValueError
 from .model_file import model_and_inputs
+from .output import add_json, only_the_answer, print_json
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tuple of its inputs",
     )
     parser.add_argument("--html", metavar="FILE", help="also write a page with the graphs drawn")
+    add_json(parser)
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -40,15 +43,19 @@ def run(asked: argparse.Namespace) -> int:
             raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
     from ..analysis.explain import explain
 
-    _find_npu()
-    explanation = explain(*model_and_inputs("explain", asked.model))
-    print(explanation)
+    with only_the_answer(asked.json):
+        _find_npu()
+        explanation = explain(*model_and_inputs("explain", asked.model))
+    if asked.json:
+        print_json(explanation.as_json())
+    else:
+        print(explanation)
     if html is not None:
         try:
             explanation.html(html)
         except OSError as error:
             raise LinearQuantValueError(f"explain: --html: {error}") from None
-        print(f"\nwritten: {html}")
+        print(f"\nwritten: {html}", file=sys.stderr if asked.json else sys.stdout)
     return 0
 
 

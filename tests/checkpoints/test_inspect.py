@@ -110,17 +110,19 @@ compressed-tensors, int-quantized 0.19.0; 1 file, 78,872 bytes
 
 A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32 -> bfloat16
   runs on Atlas A2, Atlas A3, Ascend 950 in float16 and bfloat16
-  not on Atlas inference (310P): linear_quant: pertoken_scale is float32; with int8 x1 and weight,
-    float16 output and scale float32, Atlas inference (310P) takes no pertoken_scale (no output
-    takes one)
+  not on Atlas inference (310P): linear_quant: pertoken_scale is float32; with
+    int8 x1 and weight, float16 output and scale float32, Atlas inference (310P)
+    takes no pertoken_scale (no output takes one)
   layer               count   n    k   bytes
   layers.*.down_proj      2  64  128  16,384
 
-A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32, bias bfloat16 -> bfloat16
+A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32, bias bfloat16
+  -> bfloat16
   runs on Atlas A2, Atlas A3, Ascend 950 in float16 and bfloat16
-  not on Atlas inference (310P): linear_quant: pertoken_scale is float32 and bias is float32; with
-    int8 x1 and weight, float16 output and scale float32, Atlas inference (310P) takes no
-    pertoken_scale and allows bias int32 or absent
+  not on Atlas inference (310P): linear_quant: pertoken_scale is float32 and
+    bias is float32; with int8 x1 and weight, float16 output and scale float32,
+    Atlas inference (310P) takes no pertoken_scale and allows bias int32 or
+    absent
   layer             count    n   k   bytes
   layers.*.up_proj      2  128  64  16,384
 
@@ -129,7 +131,8 @@ lm_head.weight            1  bfloat16  16x64  2,048
 layers.*.norm.bias        2  bfloat16  64       256
 layers.*.norm.weight      2  bfloat16  64       256
 
-Nothing is refused. Not compared with a model; the values of the scales were not read."""
+Nothing is refused. Not compared with a model; the values of the scales were not
+read."""
 
 
 def test_layers_alike_share_a_line(tmp_path) -> None:
@@ -205,7 +208,7 @@ def test_everything_that_is_refused_is_told(spoil, alone, compared, tmp_path, ca
             assert re.search(pattern, text) and " What to do: " in text
         assert bool(found) is not bool(patterns)
         lines = str(found).splitlines()
-        assert all(len(line) <= 100 or " " not in line.strip() for line in lines)
+        assert all(len(line) <= 80 or " " not in line.strip() for line in lines)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(Model(), tmp_path)
     assert str(caught.value) == found.problems[0]
@@ -230,7 +233,7 @@ def test_names_from_files_are_printed_as_text(tmp_path) -> None:
     put("b" * 200, torch.zeros(1))(tmp_path)
     text = str(lq_graph.inspect(tmp_path))
     assert "\x1b" not in text and "a\\x1b[31m\\n.bias" in text
-    assert max(map(len, text.splitlines()[1:])) <= 100
+    assert max(map(len, text.splitlines()[1:])) <= 80
 
 
 def test_no_tensor_is_read(tmp_path) -> None:

@@ -165,6 +165,15 @@ def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) ->
     assert refused(command.split(), capsys).startswith(text)
 
 
+def test_inspect_without_transformers(folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    said = refused(["inspect", ".", "--model", "."], capsys)
+    assert said == (
+        "inspect: --model needs transformers. What to do: leave it out, or pip install "
+        "transformers.\n"
+    )
+
+
 @pytest.mark.slow
 @on_stand_in
 @pytest.mark.parametrize("arguments", ["--help", "explain --help", "explain m.py:f -h", "check"])
