@@ -21,7 +21,11 @@ from ..modules.runs import arguments_of
 from ..modules.vendor import convert
 from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
+from ..quantization.choose import Schemes, schemes_in
+from ..quantization.quantize import quantize
+from ..quantization.schemes import A8W8Static
 from ..rules.tables import PEAKS, Peak, Product
+from .dry_run import dry_run, is_dry, is_on_meta, outside, with_memory, with_values, without_values
 from .explain_layers import blocks_of
 from .explanation import Explanation, LayerExplanation
 
@@ -29,7 +33,11 @@ __all__ = ["explain", "require_npu"]
 
 
 def explain(
-    model: nn.Module, inputs: Tensor | Sequence[Any], *, peak: Peak | None = None
+    model: nn.Module,
+    inputs: Tensor | Sequence[Any],
+    *,
+    scheme: Schemes | None = None,
+    peak: Peak | None = None,
 ) -> Explanation:
     """Lower a model as for deployment, and show the GE nodes of each quantized layer.
 
@@ -39,9 +47,18 @@ def explain(
     other, layers that read one tensor are merged; it is lowered as a whole, with our fusions. Sets
     torch.npu.config.allow_internal_format to True, as a deployment does.
 
+    The model may be on meta, before there are any weights. Then nothing runs but what is small, and
+    no weight takes memory. The answer is the same, except where values decide it: scales count as
+    equal, so static layers that read one tensor are merged, and a model whose forward branches on
+    values, such as experts, takes any branch. On cann_host, whose devices have as much memory as
+    the machine, begin with `python -m cann_host --memory 4TiB`.
+
     Args:
-        model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
-        inputs: the model's positional arguments, or a tensor that is the only one.
+        model: on CPU, NPU or meta, with LinearQuant layers; the vendor's are converted.
+        inputs: the model's positional arguments, or a tensor that is the only one. Tensors on meta,
+            and `lq_graph.rules.plan.Spec`, become zeros.
+        scheme: quantize the copies first, as `quantize` does: a scheme, or a mapping of patterns
+            to schemes. A8W8Static is calibrated with the inputs.
         peak: figures of your chip, for the bounds; default `lq_graph.rules.tables.PEAKS`, rough
             figures for each product.
 
@@ -58,10 +75,27 @@ def explain(
     arguments = _by_position(inputs)
     npu = require_npu()
     npu.config.allow_internal_format = True
-    model = convert(copy.deepcopy(model)).to("npu").eval()
+    if not is_on_meta(model):
+        return _explain(copy.deepcopy(model), arguments, scheme, peak)
+    with dry_run():
+        model = copy.deepcopy(model)
+        with_memory(model)
+        return _explain(model, arguments, scheme, peak)
+
+
+def _explain(
+    model: nn.Module, arguments: list[Any], scheme: Schemes | None, peak: Peak | None
+) -> Explanation:
+    """explain(), of a model of its own, in a block of `dry_run` if it has no weights."""
+    npu: Any = torch.npu
+    arguments = [with_values(one, "npu") for one in arguments]
+    if scheme is not None:
+        model = model.to("npu")
+        static = any(isinstance(one, A8W8Static) for one in schemes_in(scheme))
+        quantize(model, scheme, [tuple(arguments)] if static else None)
+    model = convert(model).to("npu").eval()
     plain = copy.deepcopy(model)
     _prepare(model)
-    arguments = [one.to("npu") if isinstance(one, Tensor) else one for one in arguments]
     calls = _calls(model, arguments)
     if not calls:
         raise LinearQuantValueError(
@@ -228,7 +262,10 @@ def _lower(model: nn.Module, arguments: list[Any]) -> list[Any]:
     torch._dynamo.reset()
     config = torchair.CompilerConfig()
     backend = torchair.get_npu_backend(compiler_config=config)
+    run = not is_dry()
+    if not run:
+        backend = without_values(backend, converters.graph.Lowered)
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    with converters.graph.capture(config) as graphs, torch.no_grad():
+    with converters.graph.capture(config, run=run) as graphs, outside(), torch.no_grad():
         compiled(*arguments)
     return list(graphs)
