@@ -6,7 +6,8 @@
 The operators run eagerly on CPU and NPU, under fake tensors, in torch.compile and through torchair.
 
 `import lq_graph` registers the operators. It loads torch, lq_graph.ops and nothing else: a public
-name is imported when it is first read (PEP 562).
+name is imported when it is first read (PEP 562). `python -m lq_graph` loads them when a command
+needs them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _import_torch  # first: it says why torch cannot be imported
-
-if _import_torch.IS_NEEDED:
-    from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
+from . import _import_torch
 
 if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .analysis.compare import compare
@@ -38,6 +36,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .modules.prepare_cpu import prepare_for_cpu
     from .modules.quantized_linear import QuantizedLinear
     from .modules.vendor import convert
+    from .ops import dynamic_quant, linear_quant, static_quant, trans_quant_param
     from .quantization.quantize import quantize
     from .quantization.schemes import A4W4Dynamic, A8W8Dynamic, A8W8Static
     from .quantization.smooth import smooth
@@ -109,6 +108,7 @@ _HOMES = {
     "modules.prepare_cpu": ("prepare_for_cpu",),
     "modules.quantized_linear": ("QuantizedLinear",),
     "modules.vendor": ("convert",),
+    "ops": ("dynamic_quant", "linear_quant", "static_quant", "trans_quant_param"),
     "quantization.quantize": ("quantize",),
     "quantization.schemes": ("A4W4Dynamic", "A8W8Dynamic", "A8W8Static"),
     "quantization.smooth": ("smooth",),
@@ -133,5 +133,16 @@ if not TYPE_CHECKING:  # with __getattr__, mypy would accept any name
         return value
 
 
+def _start() -> None:
+    """Import torch, and register the operators."""
+    _import_torch.import_torch()  # first: it says why torch cannot be imported
+    ops = import_module(".ops", __name__)
+    globals().update((name, getattr(ops, name)) for name in _HOMES["ops"])
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if _import_torch.AT_ONCE:
+    _start()

@@ -1,5 +1,5 @@
-"""Imports torch, before any other module of this package. torch loads torch_npu, which fails on a
-machine without CANN. Its error does not say what to do; the error raised here does."""
+"""Imports torch, before any other module of this package that needs it. torch loads torch_npu,
+which fails without CANN. Its error does not say what to do; the error raised here does."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def _for_the_command_line() -> bool:
-    """Whether this is `python -m lq_graph`, which must work without a device. A command that needs
-    a device imports torch_npu itself. While -m imports a package, sys.argv is -m and the
-    arguments."""
+    """Whether this is `python -m lq_graph` or the console script `lq-graph`, where --help and some
+    commands must work without torch, and others without a device. A command that needs a device
+    imports torch_npu itself. While -m imports a package, sys.argv is -m and the arguments."""
+    if os.path.basename(sys.argv[0] if sys.argv else "") in ("lq-graph", "lq-graph.exe"):
+        return True
     called = sys.orig_argv[-len(sys.argv) :][:1]
     return sys.argv[:1] == ["-m"] and bool(called and re.fullmatch(r"(-\w*m)?lq_graph", called[0]))
 
 
-# False for `python -m lq_graph doctor`, which must work where torch cannot be imported
-IS_NEEDED = not (_for_the_command_line() and sys.argv[1:2] == ["doctor"])
+# whether the package imports torch at once; on the command line, the commands that need it do
+AT_ONCE = not _for_the_command_line()
 
 
 @contextmanager
@@ -58,20 +60,24 @@ def _why(error: RuntimeError) -> str:
     )
 
 
-try:
-    if not IS_NEEDED:
-        pass
-    elif _for_the_command_line():
-        with _without_autoload():
-            import torch
-    else:
+def import_torch() -> None:
+    """Import torch.
+
+    Raises:
+        ImportError: it cannot be imported; the text says what to do.
+    """
+    try:
+        if not AT_ONCE:
+            with _without_autoload():
+                import torch
+            return
         if "torch" not in sys.modules and os.environ.get(_AUTOLOAD, "1") == "1":
             from ._cuda_build import why_import_would_abort
 
             if why := why_import_would_abort():
                 raise ImportError(why)
         import torch  # noqa: F401
-except RuntimeError as error:
-    if "torch_npu" not in str(error):
-        raise
-    raise ImportError(_why(error)) from None
+    except RuntimeError as error:
+        if "torch_npu" not in str(error):
+            raise
+        raise ImportError(_why(error)) from None

@@ -1,25 +1,223 @@
-"""Tables for the terminal."""
+"""Text for the terminal: tables that fit its width, equal lines folded, and a few colours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
-__all__ = ["table"]
+__all__ = [
+    "colours",
+    "counted",
+    "folded",
+    "pattern_of",
+    "shortened",
+    "styled",
+    "table",
+    "terminal_width",
+    "wrapped",
+]
+
+_PROSE = 100  # longer lines of prose are hard to read, however wide the terminal is
+_WORDS = 20  # cells up to this length stay on one line
+_NAME = 28  # a longer name may be shortened to so many characters
+_SMALLEST = 8  # a shortened name has at least so many characters
+_T = TypeVar("_T")
 
 
-def table(rows: Sequence[Sequence[object]], indent: str = "") -> list[str]:
+def terminal_width() -> int:
+    """Columns of the terminal, or what the variable COLUMNS says; 80 if the output is no
+    terminal."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+# ---- names ----
+
+
+def shortened(name: str, size: int) -> str:
+    """A name of at most `size` characters: its middle is left out if it is longer."""
+    if len(name) <= size:
+        return name
+    dots = "…"
+    try:
+        dots.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        dots = "..."
+    rest = max(size - len(dots), 2)
+    return f"{name[: rest // 2]}{dots}{name[-(rest - rest // 2) :]}"
+
+
+def folded(
+    items: Iterable[_T],
+    name: Callable[[_T], str],
+    also: Callable[[_T], object] = lambda _: None,
+    *,
+    everything: bool = False,
+) -> list[list[_T]]:
+    """Items whose names differ in numbers alone, and that are the same in `also`, together, in the
+    order of the first of each group; with everything, each item alone."""
+    groups: dict[object, list[_T]] = {}
+    for number, item in enumerate(items):
+        key = number if everything else (re.sub(r"\d+", "#", name(item)), repr(also(item)))
+        groups.setdefault(key, []).append(item)
+    return list(groups.values())
+
+
+def pattern_of(names: Sequence[str]) -> str:
+    """The name of a group of `folded`, with * for the numbers that differ."""
+    if len(names) == 1:
+        return names[0]
+    parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    return "".join(same[0] if len(set(same)) == 1 else "*" for same in parts)
+
+
+def counted(names: Sequence[str]) -> str:
+    """The name of a group of `folded`, and how many they are: model.layers.*.mlp.up_proj x32."""
+    return pattern_of(names) + (f" x{len(names):,}" if len(names) > 1 else "")
+
+
+# ---- lines ----
+
+
+def wrapped(text: str, indent: str = "", width: int | None = None) -> list[str]:
+    """Prose as lines, the further ones indented. Long words, such as paths, stay whole."""
+    return textwrap.wrap(
+        text,
+        min(width or terminal_width(), _PROSE),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def table(
+    rows: Sequence[Sequence[object]], indent: str = "", width: int | None = None
+) -> list[str]:
     """Rows as lines with aligned columns. Numbers are right-aligned, with a comma between
-    thousands. The first row is the head."""
-    numbers = [
-        all(isinstance(cell, int) for cell in column[1:]) for column in zip(*rows, strict=True)
-    ]
+    thousands. The first row is the head.
+
+    Args:
+        rows: of equal length; the first cell of each is its name.
+        indent: before each line.
+        width: columns of the lines. If a row is wider, texts of several words are broken into
+            lines; then long names are shortened in the middle; then what stands in the last column
+            goes below the row, and the name above it. Numbers are never touched. Default:
+            `terminal_width()`; 0: as wide as it is.
+    """
+    limit = terminal_width() if width is None else width
+    room = limit - len(indent) if limit else sys.maxsize
+    return [(indent + line).rstrip() for block in _blocks(rows, room) for line in block]
+
+
+def _blocks(
+    rows: Sequence[Sequence[object]], room: int, *, may_split: bool = True
+) -> list[list[str]]:
+    """The lines of each row."""
+    columns = list(zip(*rows, strict=True))
+    numbers = [all(isinstance(cell, int) for cell in column[1:]) for column in columns]
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    texts = list(zip(*cells, strict=True))
+    widths = [max(map(len, text)) for text in texts]
+    space = room - 2 * (len(widths) - 1)
+    _shrink(widths, [max(_words(text)) for text in texts], space)
+    if may_split:
+        least = [min(widths[0], _NAME), *widths[1:]]
+        _shrink(widths, least, space)
+        if sum(widths) > space and len(widths) > 2:
+            return _split(rows, cells, room)
+    small = [
+        size if number else min(size, _SMALLEST)
+        for size, number in zip(widths, numbers, strict=True)
+    ]
+    _shrink(widths, small, space)
     return [
-        indent
-        + "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, numbers, strict=True)
-        ).rstrip()
+        _aligned([_broken(*one) for one in zip(row, widths, strict=True)], widths, numbers)
         for row in cells
     ]
+
+
+def _split(rows: Sequence[Sequence[object]], cells: list[list[str]], room: int) -> list[list[str]]:
+    """The lines of rows that are too wide: the last column below the row if it is prose, else the
+    name above it."""
+    if max(len(row[-1]) for row in cells[1:]) > _WORDS:
+        found = _blocks([row[:-1] for row in rows], room)
+        for block, row in zip(found, cells, strict=True):
+            block += wrapped(f"  {row[-1]}", "  ", room) if row[-1] else []
+        return found
+    found = _blocks([row[1:] for row in rows], room - 2, may_split=False)
+    return [
+        [shortened(row[0], room), *(f"  {line}" for line in block)]
+        for row, block in zip(cells, found, strict=True)
+    ]
+
+
+def _aligned(parts: list[list[str]], widths: list[int], right: list[bool]) -> list[str]:
+    """One row: its cells, each of some lines, beside each other."""
+    lines = []
+    for number in range(max(map(len, parts))):
+        texts = [part[number] if number < len(part) else "" for part in parts]
+        lines.append(
+            "  ".join(
+                text.rjust(size) if to_the_right else text.ljust(size)
+                for text, size, to_the_right in zip(texts, widths, right, strict=True)
+            )
+        )
+    return lines
+
+
+def _words(column: Sequence[str]) -> Iterator[int]:
+    """For each cell, the smallest width that breaks it between words only, and cells below the head
+    into lines that are not too short."""
+    for number, cell in enumerate(column):
+        longest = max(map(len, cell.split()), default=0)
+        yield max(longest, min(len(cell), _WORDS)) if number else longest
+
+
+def _shrink(widths: list[int], least: list[int], room: int) -> None:
+    """Make the widest columns narrower, none below its least width, until they fit."""
+    while sum(widths) > room:
+        wide = [i for i, size in enumerate(widths) if size > least[i]]
+        if not wide:
+            return
+        widths[max(wide, key=lambda i: widths[i])] -= 1
+
+
+def _broken(cell: str, size: int) -> list[str]:
+    if len(cell) <= size:
+        return [cell]
+    words = " ".join(shortened(word, size) for word in cell.split())
+    return textwrap.wrap(words, size, break_long_words=False, break_on_hyphens=False)
+
+
+# ---- colours ----
+
+_CODES = {"good": "32", "bad": "31", "worst": "1"}
+_on = False
+
+
+@contextmanager
+def colours() -> Iterator[None]:
+    """Colours on, if the output is a terminal that shows them. NO_COLOR (https://no-color.org) and
+    TERM=dumb turn them off, FORCE_COLOR on."""
+    global _on
+    before = _on
+    if os.environ.get("NO_COLOR"):
+        _on = False
+    else:
+        terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        _on = terminal or bool(os.environ.get("FORCE_COLOR"))
+    try:
+        yield
+    finally:
+        _on = before
+
+
+def styled(text: str, style: str) -> str:
+    """A text in a colour, after it was laid out: "good" green, "bad" red, "worst" bold. Only the
+    command line has colours on."""
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if _on and text else text

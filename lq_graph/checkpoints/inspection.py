@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from ..reports import table
+from ..reports import folded, pattern_of, table, wrapped
 from ..rules.tables import PRODUCTS, dtype_name
 from .choose import lines_of_left_out
 from .files import shown
 
 __all__ = ["InspectedLayer", "InspectedTensor", "Inspection"]
 
-_WIDTH = 100
-_NAME = 52  # of a name in a table
 _LINES = 12  # of a list, unless everything is asked for
 
 
@@ -105,11 +101,12 @@ class Inspection:
         return self.text()
 
     def text(self, *, everything: bool = False) -> str:
-        """As tables, at most 100 columns wide.
+        """As tables that fit the terminal.
 
         Args:
-            everything: one line for each tensor; otherwise those with the same name but for
-                numbers, and the same sizes, share a line.
+            everything: one line for each tensor, with the whole name; otherwise those with the same
+                name but for numbers, and the same sizes, share a line, and long names are
+                shortened.
         """
         lines = [shown(self.path, 4096), *self._head()]
         groups: dict[object, list[InspectedLayer]] = {}
@@ -123,7 +120,7 @@ class Inspection:
         if self.left_out:
             lines.append("")
             for line in lines_of_left_out(self.left_out, self.bytes_left_out):
-                lines += _wrapped(line, "  ")
+                lines += wrapped(line, "  ")
         return "\n".join([*lines, "", *self._verdict(everything)])
 
     def _head(self) -> list[str]:
@@ -137,27 +134,27 @@ class Inspection:
         lines = []
         folder = f"{shown(self.path, 4096)}/"
         problems = [problem.replace(folder, "") for problem in self.problems]
-        alike = _folded(problems, lambda text: text, everything)
+        alike = folded(problems, lambda text: text, everything=everything)
         if alike:
             lines.append("load_checkpoint refuses this:")
         for number, group in enumerate(alike, 1):
             head = f"{number}. "
             more = f" ({len(group) - 1:,} more like it)" if len(group) > 1 else ""
-            lines += _wrapped(f"{head}{group[0]}{more}", " " * len(head))
+            lines += wrapped(f"{head}{group[0]}{more}", " " * len(head))
         if not alike and self.model:
-            lines += _wrapped(
+            lines += wrapped(
                 f"load_checkpoint loads this into {self.model}, if the values of the scales are "
                 "right, which were not read.",
                 "",
             )
         elif not alike:
-            lines += _wrapped(
+            lines += wrapped(
                 "Nothing is refused. Not compared with a model; the values of the scales were not "
                 "read.",
                 "",
             )
         for note in self.notes:
-            lines += _wrapped(f"note: {note}", "      ")
+            lines += wrapped(f"note: {note}", "      ")
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -205,10 +202,10 @@ def _layers_text(layers: Sequence[InspectedLayer], everything: bool) -> list[str
     first = layers[0]
     lines = [f"{first.scheme}: {first.row}", *_products_text(first.products)]
     rows: list[list[object]] = [["layer", "count", "n", "k", "bytes"]]
-    for group in _folded(layers, lambda layer: layer.name, everything, lambda x: (x.n, x.k)):
+    for group in folded(layers, lambda x: x.name, lambda x: (x.n, x.k), everything=everything):
         name = _pattern([layer.name for layer in group])
         rows.append([name, len(group), group[0].n, group[0].k, sum(x.bytes for x in group)])
-    return [*lines, *table(rows, "  ")]
+    return [*lines, *table(rows, "  ", 0 if everything else None)]
 
 
 def _products_text(products: Mapping[str, str]) -> list[str]:
@@ -221,16 +218,16 @@ def _products_text(products: Mapping[str, str]) -> list[str]:
     for answer, on in sorted(answers.items(), key=lambda item: not item[0].startswith("yes: ")):
         if answer.startswith("yes: "):
             dtypes = answer.removeprefix("yes: ").replace(", ", " and ")
-            lines += _wrapped(f"  runs on {', '.join(on)} in {dtypes}", "    ")
+            lines += wrapped(f"  runs on {', '.join(on)} in {dtypes}", "    ")
         else:
-            lines += _wrapped(f"  not on {', '.join(on)}: {answer}", "    ")
+            lines += wrapped(f"  not on {', '.join(on)}: {answer}", "    ")
     return lines
 
 
 def _tensors_text(tensors: Sequence[InspectedTensor], everything: bool) -> list[str]:
     """The tensors outside the quantized layers."""
     rows: list[list[object]] = [["other tensors", "count", "dtype", "shape", "bytes"]]
-    groups = _folded(tensors, lambda one: one.name, everything, lambda x: (x.dtype, x.shape))
+    groups = folded(tensors, lambda x: x.name, lambda x: (x.dtype, x.shape), everything=everything)
     groups.sort(key=lambda group: -sum(one.bytes for one in group))
     shown = groups if everything or len(groups) <= _LINES else groups[: _LINES - 1]
     for group in shown:
@@ -241,37 +238,9 @@ def _tensors_text(tensors: Sequence[InspectedTensor], everything: bool) -> list[
     rest = [one for group in groups[len(shown) :] for one in group]
     if rest:
         rows.append(["others", len(rest), "", "", sum(one.bytes for one in rest)])
-    return table(rows)
-
-
-_T = TypeVar("_T")
-
-
-def _folded(
-    items: Iterable[_T],
-    text: Callable[[_T], str],
-    everything: bool,
-    also: Callable[[_T], object] = lambda _: None,
-) -> list[list[_T]]:
-    """Items whose texts differ in numbers alone, and that are the same in `also`, together."""
-    groups: dict[object, list[_T]] = {}
-    for number, item in enumerate(items):
-        key = number if everything else (re.sub(r"\d+", "#", text(item)), also(item))
-        groups.setdefault(key, []).append(item)
-    return list(groups.values())
+    return table(rows, width=0 if everything else None)
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """The name of several tensors, with * for the numbers that differ."""
-    first = names[0]
-    if len(names) > 1:
-        parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
-        first = "".join(same[0] if len(set(same)) == 1 else "*" for same in parts)
-    first = shown(first, 10_000)
-    return first if len(first) <= _NAME else f"...{first[3 - _NAME :]}"
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    """The name of several tensors, as it can be printed."""
+    return shown(pattern_of(names), 10_000)

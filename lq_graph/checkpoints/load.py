@@ -19,7 +19,7 @@ from torch import nn
 from ..modules.linear_quant import LinearQuant
 from ..modules.places import places_of, put
 from ..modules.transaction import all_or_nothing, keeps_grad_mode, one_at_a_time
-from ..reports import table
+from ..reports import counted, folded, table
 from ..rules.tables import dtype_name
 from .check_layer import check_values, check_without_effect
 from .choose import NamePattern, lines_of_left_out, patterns_in, some
@@ -89,8 +89,11 @@ class LoadReport(list[Loaded]):
     def __str__(self) -> str:
         lines = ["no quantized layer in these files"]
         if self:
-            head = ["module", "scheme", "n", "k", "output", "bytes"]
-            lines = table([head, *(layer.row() for layer in self)])
+            rows: list[list[object]] = [["module", "scheme", "n", "k", "output", "bytes"]]
+            for group in folded(self, lambda layer: layer.name, lambda layer: layer.row()[1:]):
+                name = counted([layer.name for layer in group])
+                rows.append([name, *group[0].row()[1:-1], sum(layer.bytes for layer in group)])
+            lines = table(rows)
         lines += lines_of_left_out(self.left_out, self.bytes_left_out)
         if self.added:
             lines.append(f"biases that the model had not: {len(self.added):,}, {some(self.added)}")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
-import sys
 
 from . import report
 from .facts import Examination
 from .problems import find_notes, find_problems
 
-__all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "main", "run"]
+__all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
 HELP = "what this machine has, what is wrong, and what to do first"
 DESCRIPTION = (
@@ -22,6 +19,7 @@ DESCRIPTION = (
     "Without an NPU: python -m cann_host -m lq_graph doctor."
 )
 EPILOG = "Exit status: 0 if there is no problem, 1 if there is one, 2 for a mistake in the command."
+NEEDS_TORCH = False  # it must work where torch cannot be imported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,27 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-self-test", action="store_true", help="do not run the self-test")
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lq_graph doctor", description=DESCRIPTION, epilog=EPILOG
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 def run(asked: argparse.Namespace) -> int:
     """Examine, and print; returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder may have any name
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return _run(asked)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-
-
-def _run(asked: argparse.Namespace) -> int:
     examination = Examination(self_test=not asked.no_self_test)
     try:
         facts = examination.look()
@@ -61,9 +40,6 @@ def _run(asked: argparse.Namespace) -> int:
             print(json.dumps(report.as_json(facts, problems, find_notes(facts)), indent=2))
             return 1 if problems else 0
         return _run_as_text(examination)
-    except BrokenPipeError:  # of `| head`: Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     finally:
         examination.close()
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..reports import table
+from ..reports import table, wrapped
 from .environment import AUTOLOAD
 from .facts import Facts
 from .problems import Problem
 
 __all__ = ["as_json", "facts_text", "mode_text", "notes_text", "problems_text", "rows_text"]
 
-_WIDTH = 100
 _LABEL = 12
 # those of csrc/targets
 _INSTRUCTION_SETS = {
@@ -52,15 +50,15 @@ def problems_text(problems: Sequence[Problem]) -> list[str]:
     for number, problem in enumerate(problems, 1):
         head = f"{number}. " if len(problems) > 1 else ""
         indent = " " * len(head)
-        lines += _wrapped(head + problem.what, indent)
-        lines += _wrapped(f"{indent}fix: {problem.fix}", indent + " " * 5)
+        lines += wrapped(head + problem.what, indent)
+        lines += wrapped(f"{indent}fix: {problem.fix}", indent + " " * 5)
         lines += [f"{indent}     {command}" for command in problem.commands]
     return lines
 
 
 def notes_text(notes: Sequence[str]) -> list[str]:
     """One for each line."""
-    return [line for note in notes for line in _wrapped(f"note: {note}", " " * 6)]
+    return [line for note in notes for line in wrapped(f"note: {note}", " " * 6)]
 
 
 def facts_text(facts: Facts) -> list[str]:
@@ -81,10 +79,10 @@ def facts_text(facts: Facts) -> list[str]:
         switch = "on" if facts.allow_internal_format else "off"
         rows.insert(-1, ("weights", f"allow_internal_format is {switch}"))
     for label, text in rows:
-        lines += _wrapped(label.ljust(_LABEL) + text, " " * _LABEL)
+        lines += wrapped(label.ljust(_LABEL) + text, " " * _LABEL)
     label = "variables"
     for name, value in facts.variables.items():
-        lines += _wrapped(f"{label:{_LABEL}}{name}={value}", " " * (_LABEL + 3))
+        lines += wrapped(f"{label:{_LABEL}}{name}={value}", " " * (_LABEL + 3))
         label = ""
     return lines
 
@@ -95,7 +93,7 @@ def mode_text(facts: Facts) -> list[str]:
     for mode in facts.modes:
         answer = "yes  " if not mode["why_not"] else "no   "
         why = f": {mode['why_not']}" if mode["why_not"] else ""
-        lines += _wrapped(f"   {answer}{mode['mode']}{why}", " " * 11)
+        lines += wrapped(f"   {answer}{mode['mode']}{why}", " " * 11)
     return lines
 
 
@@ -232,11 +230,5 @@ def _wrong(tests: Iterable[dict[str, Any]]) -> list[str]:
                 f"{sum(result['count'] for result in results):,} numbers differ, by at most "
                 f"{max(result['largest'] for result in results):g}"
             )
-            lines += _wrapped(f"wrong in {test['mode']}: {first}: {said}", "   ")
+            lines += wrapped(f"wrong in {test['mode']}: {first}: {said}", "   ")
     return lines
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )

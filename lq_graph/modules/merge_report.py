@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..reports import table
+from ..reports import counted, folded, pattern_of, table
 
 __all__ = ["LeftAlone", "MergeReport", "MergedGroup"]
 
@@ -43,7 +43,8 @@ class LeftAlone:
 
 
 class MergeReport(list[MergedGroup]):
-    """What merge did, one line for each group; prints as a table.
+    """What merge did, one line for each group; prints as a table, groups
+    that are equal but for numbers in their names on one line.
 
     Attributes:
         left_alone: the layers that were not merged, each with the reason.
@@ -56,24 +57,33 @@ class MergeReport(list[MergedGroup]):
     def __str__(self) -> str:
         lines = []
         if self:
-            head = ["layers", "", "k", "n", ""]
-            rows = [
-                [
-                    _together(group.names),
-                    group.kind,
-                    group.k,
-                    " + ".join(map(str, group.sizes)),
-                    "" if group.changed else "as it was",
-                ]
-                for group in self
-            ]
-            lines += table([head, *rows])
+            rows: list[list[object]] = [["layers", "", "k", "n", ""]]
+            for group in folded(self, lambda g: _together(g.names), _rest_of):
+                first = group[0]
+                rows.append(
+                    [
+                        counted([_together(g.names) for g in group]),
+                        first.kind,
+                        first.k,
+                        " + ".join(map(str, first.sizes)),
+                        "" if first.changed else "as it was",
+                    ]
+                )
+            lines += table(rows)
         if self.left_alone:
-            alone = [[layer.name, layer.why] for layer in self.left_alone]
-            lines += table([["left alone", "why"], *alone])
+            rows = [["left alone", "why"]]
+            for alike in folded(self.left_alone, lambda layer: f"{layer.name}\n{layer.why}"):
+                name = counted([layer.name for layer in alike])
+                rows.append([name, pattern_of([layer.why for layer in alike])])
+            lines += table(rows)
         before = sum(len(group.names) for group in self)
         merged = f"layers merged: {before} into {len(self)}" if self else "nothing to merge"
         return "\n".join([*lines, f"{merged}; left alone: {len(self.left_alone)}"])
+
+
+def _rest_of(group: MergedGroup) -> tuple[object, ...]:
+    """What groups on one line have in common."""
+    return (group.kind, group.k, group.sizes, group.changed)
 
 
 def _together(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from ..backends.compat_npu import import_torchair, installed, why_no_int4_nz
 from ..backends.npu import cast_format, format_of
 from ..errors import LinearQuantError, LinearQuantValueError
 from ..ops import trans_quant_param
-from ..reports import table
+from ..reports import counted, folded, table
 from ..rules.cann import check_int4_nz
 from ..rules.plan import check_finite
 from ..rules.products import get_product, get_target
@@ -60,7 +60,8 @@ class Prepared:
 
 
 class Report(list[Prepared]):
-    """What use_internal_format_weight did, one line for each layer; prints as a table.
+    """What use_internal_format_weight did, one line for each layer; prints as a table,
+    layers that are equal but for numbers in their names on one line.
 
     Attributes:
         merged: which layers were merged, and why others were not; None without an example.
@@ -75,15 +76,15 @@ class Report(list[Prepared]):
     def _prepared(self) -> str:
         if not self:
             return "no LinearQuant in this model"
-        head = ["module", "before", "after", "bytes", ""]
-        rows = [
-            [r.name or "(model)", r.before, r.after if r.changed else "as it was", r.bytes, r.note]
-            for r in self
-        ]
+        rows: list[list[object]] = [["module", "before", "after", "bytes", ""]]
+        for group in folded(self, lambda r: r.name, lambda r: (r.before, r.after, r.note)):
+            r, name = group[0], counted([r.name for r in group]) or "(model)"
+            after = r.after if r.changed else "as it was"
+            rows.append([name, r.before, after, sum(r.bytes for r in group), r.note])
         changed = sum(r.changed for r in self)
         total = sum(r.bytes for r in self)
         summary = f"{len(self)} layers, {changed} changed, {total:,} bytes of weights"
-        return "\n".join([*table([head, *rows]), summary])
+        return "\n".join([*table(rows), summary])
 
 
 @keeps_grad_mode

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..kernels import library, prepare_weight
-from ..reports import table
+from ..reports import counted, folded, table
 from .linear_quant import LinearQuant
 
 __all__ = ["CpuReport", "PreparedForCpu", "prepare_for_cpu"]
@@ -36,11 +36,13 @@ class CpuReport(list[PreparedForCpu]):
     def __str__(self) -> str:
         if not self:
             return "no LinearQuant in this model"
-        head = ["module", "bytes of the weight", "bytes of its copy", ""]
-        rows = [[r.name or "(model)", r.bytes, r.copy, r.note] for r in self]
+        rows: list[list[object]] = [["module", "bytes of the weight", "bytes of its copy", ""]]
+        for group in folded(self, lambda r: r.name, lambda r: (r.bytes, r.copy, r.note)):
+            r, name = group[0], counted([r.name for r in group]) or "(model)"
+            rows.append([name, r.bytes * len(group), r.copy * len(group), r.note])
         total, copies = sum(r.bytes for r in self), sum(r.copy for r in self)
         return "\n".join(
-            [*table([head, *rows]), f"{total:,} bytes of weights, and {copies:,} bytes of copies"]
+            [*table(rows), f"{total:,} bytes of weights, and {copies:,} bytes of copies"]
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..modules.places import tensors_beside
-from ..reports import table
+from ..reports import counted, folded, table
 from .choose import quantized_kinds
 
 __all__ = ["QuantizeReport", "Quantized", "StaysFloat", "bytes_of", "stays_float"]
@@ -64,7 +64,8 @@ class StaysFloat:
 
 
 class QuantizeReport(list[Quantized]):
-    """What quantize did, one line for each nn.Linear; prints as a table.
+    """What quantize did, one line for each nn.Linear; prints as a table, layers that are
+    equal but for numbers in their names on one line.
 
     Attributes:
         stays_float: the tensors that are float afterwards: nn.Linear layers and everything else
@@ -74,18 +75,29 @@ class QuantizeReport(list[Quantized]):
     stays_float: tuple[StaysFloat, ...] = ()
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, everything: bool = False) -> str:
+        """As tables that fit the terminal.
+
+        Args:
+            everything: one line for each layer, with the whole name; otherwise layers whose names
+                differ in numbers alone share a line, if the rest is equal.
+        """
         lines = ["no nn.Linear to quantize in this model"]
         if self:
             rows: list[list[object]] = [
                 ["module", "scheme", "k", "n", "output", "bytes before", "bytes", ""]
             ]
-            for r in self:
+            for group in folded(self, lambda r: r.name, _rest_of, everything=everything):
+                r, name = group[0], counted([r.name for r in group])
                 scheme, output = r.scheme or "left float", r.output or "-"
-                rows.append([r.name, scheme, r.k, r.n, output, r.bytes_before, r.bytes, r.note])
+                sizes = [sum(r.bytes_before for r in group), sum(r.bytes for r in group)]
+                rows.append([name, scheme, r.k, r.n, output, *sizes, r.note])
             done = [r for r in self if r.changed]
             before, after = sum(r.bytes_before for r in done), sum(r.bytes for r in done)
             summary = f"{len(done)} of {len(self)} layers quantized, {before:,} bytes to {after:,}"
-            lines = [*table(rows), summary]
+            lines = [*table(rows, width=0 if everything else None), summary]
         if self.stays_float:
             share = sum(left.share for left in self.stays_float)
             lines.append(f"{share:.1%} of the model's bytes stay float, most of them in")
@@ -93,8 +105,13 @@ class QuantizeReport(list[Quantized]):
             for left in self.stays_float[:_SHOWN]:
                 shape = " x ".join(map(str, left.shape))
                 rows.append([left.name, left.kind, shape, left.bytes, f"{left.share:.1%}"])
-            lines += table(rows, "  ")
+            lines += table(rows, "  ", 0 if everything else None)
         return "\n".join(lines)
+
+
+def _rest_of(r: Quantized) -> tuple[object, ...]:
+    """What layers on one line have in common."""
+    return (r.scheme, r.k, r.n, r.output, r.note)
 
 
 def bytes_of(model: nn.Module) -> int:

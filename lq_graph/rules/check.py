@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from ..kernels import storage_k
-from ..reports import table
+from ..reports import styled, table, wrapped
 from .advice import nearest_rows
 from .cann import CannVersion, parse_cann_version, since_of, target_of
 from .plan import Plan, Spec, plan
@@ -70,7 +69,8 @@ class Check:
     def __str__(self) -> str:
         given = [f"{name} {spec}" for name, spec in self.arguments.items() if spec]
         given.append(f"output {dtype_name(self.output_dtype)}")
-        lines = [", ".join(given) + (f"; CANN {self.cann}" if self.cann else ""), ""]
+        cann = f"; CANN {self.cann}" if self.cann else ""
+        lines = [*wrapped(", ".join(given) + cann, "  "), ""]
         # products with the same verdict share one line
         answers: dict[str, list[str]] = {}
         for verdict in self.verdicts:
@@ -87,7 +87,9 @@ class Check:
             answers.setdefault(answer, []).append(name)
         for answer, names in answers.items():
             text = answer.replace("{}", ", ".join(names), 1)
-            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 5)
+            first, *more = wrapped(text, " " * 5)
+            style = "good" if first.startswith("yes") else "bad"
+            lines += [styled(first[:5], style) + first[5:], *more]
         found: dict[Row, dict[Product, str]] = {}
         for verdict in self.verdicts:
             if verdict.plan:

@@ -17,7 +17,7 @@ import cann_host
 import lq_graph
 from lq_graph import command_line
 from lq_graph.analysis import integer_reference, self_test
-from lq_graph.doctor import children, command, inside, problems, report
+from lq_graph.doctor import children, inside, problems, report
 from lq_graph.doctor.cann import Cann, Installed, find_cann
 from lq_graph.doctor.facts import Examination, Facts, StandIn
 from lq_graph.doctor.packages import Torch, TorchNpu
@@ -202,7 +202,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Examination, "look", lambda self: stop())
-    assert command.main(["--no-self-test"]) == 130
+    assert command_line.main(["doctor", "--no-self-test"]) == 130
     assert capsys.readouterr().err == "stopped\n"
 
 

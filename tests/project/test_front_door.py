@@ -14,6 +14,7 @@ from cann_host import __main__ as launcher
 from cann_host import importing, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import command_line
+from lq_graph.commands import extras
 from support.processes import python, script
 
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
@@ -125,7 +126,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        ("nosuch", "argument command: invalid choice: 'nosuch'"),
+        ("nosuch", "argument COMMAND: invalid choice: 'nosuch'"),
         ("check --x1 int9", "argument --x1: 'int9' is not a dtype; write int8, int4"),
         ("check --x1 int8[2", "argument --x1: 'int8[2' is not of the form int8 or int8[16,512]"),
         ("check --x1 int8[-1]", "argument --x1: 'int8[-1]' is not of the form"),
@@ -167,9 +168,11 @@ def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) ->
 
 def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     said = refused(["explain", "m_front.py:pair", "--html", "a.html"], capsys)
-    assert "What to do: pip install matplotlib." in said
+    assert said == (
+        "explain: --html needs matplotlib. What to do: leave it out, or pip install matplotlib.\n"
+    )
 
 
 @pytest.mark.slow
@@ -186,7 +189,7 @@ def test_lq_graph_works_without_cann(arguments: str) -> None:
 def test_explain_without_a_device_is_a_sentence() -> None:
     done = python("-W", "ignore", "-mlq_graph", "explain", "m.py:f", without=REAL)
     assert (done.returncode, done.stdout) == (2, "")
-    _, said = done.stderr.split("\npython -m lq_graph: error: ")
+    _, said = done.stderr.split("python -m lq_graph: error: ")
     assert said.startswith(
         "explain: there is no NPU to lower for. What to do: run it with CANN, or"
     )

@@ -76,8 +76,10 @@ TABLE = {
     "integrations": Allowed(ALL, {"torch", "transformers", "peft"}, NPU | {"accelerate"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
-    "command_line": Allowed(ALL | {"doctor"}, {"torch"}, NPU),
-    "__main__": Allowed(set(), set(), frozenset({"command_line", "doctor"})),
+    # --help must work without torch
+    "commands": Allowed({"errors", "doctor"}, set(), frozenset(ALL | {"torch"} | NPU)),
+    "command_line": Allowed({"lq_graph", "errors", "commands"}, set()),
+    "__main__": Allowed({"command_line"}, set()),
     "lq_graph": Allowed(ALL | {"_import_torch"}, set()),
     "cann_host": Allowed({"kernels"}, {"torch"}, NPU),
 }

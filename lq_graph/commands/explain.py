@@ -1,0 +1,74 @@
+"""`python -m lq_graph explain`: the GE nodes of a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+from pathlib import Path
+
+from ..errors import LinearQuantValueError
+from .extras import need
+from .model_file import model_and_inputs
+
+__all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
+
+HELP = "the GE nodes of a model, beside the vendor's lowering"
+DESCRIPTION = (
+    "Lower a model and show the GE nodes of each LinearQuant layer. Without an NPU: python -m "
+    "cann_host -m lq_graph explain ..."
+)
+EPILOG = "Exit status: 0, or 2 for a mistake in the command or a model that cannot be lowered."
+NEEDS_TORCH = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument(
+        "model",
+        help="FILE.py:FUNCTION or package.module:FUNCTION; the function returns the model and a "
+        "tuple of its inputs",
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write a page with the graphs drawn")
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Explain, and print; returns the exit status."""
+    html = asked.html
+    if html is not None:
+        page = Path(html)
+        if page.is_dir() or not page.absolute().parent.is_dir():
+            raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
+        need("explain", "--html", "matplotlib")
+    from ..analysis.explain import explain
+
+    _find_npu()
+    explanation = explain(*model_and_inputs("explain", asked.model))
+    print(explanation)
+    if html is not None:
+        try:
+            explanation.html(html)
+        except OSError as error:
+            raise LinearQuantValueError(f"explain: --html: {error}") from None
+        print(f"\nwritten: {html}")
+    return 0
+
+
+def _find_npu() -> None:
+    """Import torch_npu. torch imports it by itself, except under `python -m lq_graph`.
+
+    Raises:
+        LinearQuantValueError: there is no device.
+    """
+    from ..analysis.explain import require_npu
+
+    why = ""
+    if importlib.util.find_spec("torch_npu") is not None:
+        try:
+            importlib.import_module("torch_npu")
+        except Exception as error:
+            why = f" (torch_npu cannot be imported: {error})"
+    try:
+        require_npu()
+    except LinearQuantValueError as error:
+        raise LinearQuantValueError(f"{error}{why}") from None
