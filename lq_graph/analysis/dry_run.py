@@ -122,16 +122,20 @@ class _DryRun(TorchDispatchMode):
             return func(*args, **kwargs)
         if (written := _written(func, args, kwargs)) is not None:
             return written
+        if func._opname in _CASTS:  # torch_npu has no fake kernel of it
+            return _made(self._fake.from_tensor(args[0]), int(args[1]))
         try:
             with self._fake:
                 fakes = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
                 found = func(*fakes[0], **fakes[1])
         except (NotImplementedError, *_OF_VALUES):  # its result depends on values
             return func(*args, **kwargs)
-        acl_format = _format_of_result(func, args, large)
+        acl_format = format_of(large[0]) if func._opname in _KEEP_FORMAT else ND
         return tree_map(lambda value: _made(value, acl_format), found)
 
 
+_CASTS = ("npu_format_cast", "_npu_format_cast")
+_KEEP_FORMAT = ("clone", "empty_like")
 _OF_VALUES = tuple(
     getattr(torch._subclasses.fake_tensor, name)
     for name in (
@@ -162,14 +166,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not found or not func._schema.returns:
         return None
     return found[0] if len(func._schema.returns) == 1 else tuple(found)
-
-
-def _format_of_result(func: Any, args: tuple[Any, ...], large: list[Tensor]) -> int:
-    """The storage format of a result on the NPU."""
-    if func._opname == "npu_format_cast":
-        return int(args[1])
-    keeps = func._opname in ("clone", "empty_like")
-    return format_of(large[0]) if keeps else ND
 
 
 def _made(value: Any, acl_format: int) -> Any:
