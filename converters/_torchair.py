@@ -23,7 +23,7 @@ __all__ = [
     "Const",
     "DataType",
     "GraphDef",
-    "Lowered",
+    "LoweredError",
     "ProtoDataType",
     "Tensor",
     "TensorSpec",
@@ -68,21 +68,21 @@ def dump_to(config: Any, folder: str) -> Iterator[None]:
         dump.type._value, dump._path._value = before
 
 
-class Lowered(Exception):
+class LoweredError(Exception):
     """A graph is lowered and written, and does not run."""
 
 
 @contextmanager
 def without_runs() -> Iterator[None]:
-    """A block in which a graph that is called writes its dump, and then raises Lowered: GE neither
-    compiles nor runs it."""
+    """A block in which a graph that is called writes its dump, and then raises LoweredError: GE
+    neither compiles nor runs it."""
     from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph
 
     update = GeConcreteGraph.update_graph_with_runtime
 
     def stop(graph: Any, *args: Any) -> None:
         update(graph, *args)
-        raise Lowered
+        raise LoweredError
 
     GeConcreteGraph.update_graph_with_runtime = stop
     try:

@@ -21,9 +21,9 @@ from typing import Any
 
 from google.protobuf import text_format
 
-from ._torchair import GraphDef, Lowered, ProtoDataType, dump_to, without_runs
+from ._torchair import GraphDef, LoweredError, ProtoDataType, dump_to, without_runs
 
-__all__ = ["Edge", "Graph", "Lowered", "Node", "capture", "read"]
+__all__ = ["Edge", "Graph", "LoweredError", "Node", "capture", "read"]
 
 # nodes that hold or pass on tensors and compute nothing
 PASSIVE = frozenset({"Const", "ConstPlaceHolder", "Data", "FileConstant", "NetOutput", "RefData"})
@@ -185,7 +185,7 @@ def capture(config: Any, *, run: bool = True) -> Iterator[list[Graph]]:
     Args:
         config: the torchair.CompilerConfig that get_npu_backend got. Its graph_dump settings are
             restored at the end.
-        run: False: a graph that is called raises `Lowered` once it is lowered.
+        run: False: a graph that is called raises `LoweredError` once it is lowered.
 
     Yields:
         A list, filled when the block ends.

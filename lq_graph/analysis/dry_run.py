@@ -1,7 +1,7 @@
 """A model without weights, as if it had them: its large tensors get memory that nobody writes or
 reads, so that the machine gives it no pages.
 
-The model may be on meta. `with_memory` gives it tensors, and in a block of `dry_run` calls of
+The model may be on meta. `copied` gives it tensors, and in a block of `DryRun` calls of
 operators on large tensors return such tensors again, of the right shape, dtype, device and format.
 What is small is computed: scales, biases, the positions of tokens. So all code for models with
 weights, which merges, folds and casts them, works unchanged.
@@ -9,7 +9,8 @@ weights, which merges, folds and casts them, works unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,15 +25,18 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ..backends.npu import format_of
+from ..modules.linear_quant import LinearQuant
+from ..modules.quantized_linear import QuantizedLinear
 from ..rules.plan import Spec
 from ..rules.tables import ND
 
 __all__ = [
-    "dry_run",
+    "DryRun",
+    "arguments_by_name",
+    "copied",
     "is_dry",
     "is_on_meta",
     "outside",
-    "with_memory",
     "with_values",
     "without_values",
 ]
@@ -45,21 +49,37 @@ def is_on_meta(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def with_memory(model: nn.Module, device: str = "cpu") -> None:
-    """Give the tensors of a model that are on meta memory, in place; tied ones stay tied.
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model on the CPU, to be run in a block of `DryRun`.
 
-    Small ones hold ones: scales that are equal, finite and not 0. The others hold nothing.
+    Large tensors are the model's own, or have memory that holds nothing if those are not on the
+    CPU. Small ones are copied; those on meta become ones: scales that are equal, finite and not 0.
+    Tied tensors stay tied.
     """
-    made: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     for module in model.modules():
-        own = {**module._parameters, **module._buffers}
-        own |= {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        for name, tensor in own.items():
-            if tensor is None or not tensor.is_meta:
-                continue
-            if id(tensor) not in made:
-                made[id(tensor)] = _filled(tensor, device)
-            setattr(module, name, made[id(tensor)])
+        own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in own:
+            if type(tensor) in (Tensor, nn.Parameter) and id(tensor) not in memo:
+                memo[id(tensor)] = _copied(tensor)
+    new = copy.deepcopy(model, memo)
+    for module in new.modules():
+        if isinstance(module, QuantizedLinear):
+            module._derive()
+        if isinstance(module, LinearQuant):
+            module.note_weight_format()
+            module.note_scale()
+    return new
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if _is_large(tensor) and tensor.is_cpu:
+        return tensor
+    if _is_large(tensor) or tensor.is_meta:
+        new = _filled(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
+    else:
+        new = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def with_values(argument: Any, device: str) -> Any:
@@ -71,39 +91,30 @@ def with_values(argument: Any, device: str) -> Any:
     return argument.to(device) if isinstance(argument, Tensor) else argument
 
 
-@contextmanager
-def dry_run() -> Iterator[None]:
-    """A block in which calls on large tensors are not computed."""
-    with _DryRun():
-        yield
-
-
 def is_dry() -> bool:
-    """Whether this is a block of `dry_run`."""
-    return any(isinstance(mode, _DryRun) for mode in _get_current_dispatch_mode_stack())
+    """Whether this is a block of `DryRun`."""
+    return any(isinstance(mode, DryRun) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """A block outside of `dry_run`, for torch.compile, which traces nothing inside."""
+    """A block outside of `DryRun`, for torch.compile, which traces nothing inside."""
     with _disable_current_modes():
         yield
-
-
-def _filled(tensor: Tensor, device: str) -> Tensor:
-    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    if not _is_large(new):
-        new.fill_(1)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(new, requires_grad=tensor.requires_grad)
-    return new
 
 
 def _is_large(tensor: Tensor) -> bool:
     return tensor.dim() > 1 and tensor.numel() * tensor.element_size() > _SMALL
 
 
-class _DryRun(TorchDispatchMode):
+def _filled(tensor: Tensor) -> Tensor:
+    """A tensor of ones if it is small."""
+    return tensor if _is_large(tensor) else tensor.fill_(1)
+
+
+class DryRun(TorchDispatchMode):
+    """A block in which calls on large tensors are not computed."""
+
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -115,7 +126,10 @@ class _DryRun(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call returns."""
         large: list[Tensor] = []
         tree_map_only(Tensor, lambda t: large.append(t) if _is_large(t) else None, (args, kwargs))
         if not large or _is_view(func):
@@ -125,13 +139,21 @@ class _DryRun(TorchDispatchMode):
         if func._opname in _CASTS:  # torch_npu has no fake kernel of it
             return _made(self._fake.from_tensor(args[0]), int(args[1]))
         try:
-            with self._fake:
-                fakes = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
-                found = func(*fakes[0], **fakes[1])
+            return self.not_computed(func, args, kwargs)
         except (NotImplementedError, *_OF_VALUES):  # its result depends on values
             return func(*args, **kwargs)
-        acl_format = format_of(large[0]) if func._opname in _KEEP_FORMAT else ND
-        return tree_map(lambda value: _made(value, acl_format), found)
+
+    def not_computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Results of the shape, dtype, device and format that a call has."""
+        with self._fake:
+            fake_args, fake_kwargs = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
+            found = func(*fake_args, **fake_kwargs)
+        keeps = func._opname in _KEEP_FORMAT
+        return tree_map(lambda value: _made(value, format_of(args[0]) if keeps else ND), found)
+
+    def made(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """A result on the CPU."""
+        return _filled(torch.empty(tuple(shape), dtype=dtype))
 
 
 _CASTS = ("npu_format_cast", "_npu_format_cast")
@@ -155,9 +177,15 @@ def _is_view(func: Any) -> bool:
     )
 
 
+def arguments_by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of its operator's schema; those left out are absent."""
+    names = (argument.name for argument in func._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call that writes into its arguments returns; None if it does not write."""
-    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    given = arguments_by_name(func, args, kwargs)
     found = [
         given[argument.name]
         for argument in func._schema.arguments
@@ -178,10 +206,9 @@ def _made(value: Any, acl_format: int) -> Any:
         return torch_npu.empty_with_format(
             value.shape, dtype=value.dtype, device=value.device, acl_format=acl_format
         )
-    made = torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device=value.device
+    return _filled(
+        torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     )
-    return made if _is_large(made) else made.fill_(1)
 
 
 def without_values(backend: Callable[..., Any], lowered: type[Exception]) -> Callable[..., Any]:

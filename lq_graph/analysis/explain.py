@@ -19,13 +19,13 @@ from ..modules.merged import MergedLinear
 from ..modules.prepare import use_internal_format_weight
 from ..modules.runs import arguments_of
 from ..modules.vendor import convert
-from ..rules.plan import Plan, Spec, plan
-from ..rules.products import get_product
 from ..quantization.choose import Schemes, schemes_in
 from ..quantization.quantize import quantize
 from ..quantization.schemes import A8W8Static
+from ..rules.plan import Plan, Spec, plan
+from ..rules.products import get_product
 from ..rules.tables import PEAKS, Peak, Product
-from .dry_run import dry_run, is_dry, is_on_meta, outside, with_memory, with_values, without_values
+from .dry_run import DryRun, copied, is_dry, is_on_meta, outside, with_values, without_values
 from .explain_layers import blocks_of
 from .explanation import Explanation, LayerExplanation
 
@@ -77,16 +77,14 @@ def explain(
     npu.config.allow_internal_format = True
     if not is_on_meta(model):
         return _explain(copy.deepcopy(model), arguments, scheme, peak)
-    with dry_run():
-        model = copy.deepcopy(model)
-        with_memory(model)
-        return _explain(model, arguments, scheme, peak)
+    with DryRun():
+        return _explain(copied(model), arguments, scheme, peak)
 
 
 def _explain(
     model: nn.Module, arguments: list[Any], scheme: Schemes | None, peak: Peak | None
 ) -> Explanation:
-    """explain(), of a model of its own, in a block of `dry_run` if it has no weights."""
+    """explain(), of a model of its own, in a block of `DryRun` if it has no weights."""
     npu: Any = torch.npu
     arguments = [with_values(one, "npu") for one in arguments]
     if scheme is not None:
@@ -264,7 +262,7 @@ def _lower(model: nn.Module, arguments: list[Any]) -> list[Any]:
     backend = torchair.get_npu_backend(compiler_config=config)
     run = not is_dry()
     if not run:
-        backend = without_values(backend, converters.graph.Lowered)
+        backend = without_values(backend, converters.graph.LoweredError)
     compiled = torch.compile(model, backend=backend, dynamic=False)
     with converters.graph.capture(config, run=run) as graphs, outside(), torch.no_grad():
         compiled(*arguments)
