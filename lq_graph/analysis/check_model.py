@@ -1,4 +1,4 @@
-"""check_model(): every quantizing call of a model, ours or torch_npu's, and the rows that take it."""
+"""check_model(): every quantizing call of a model, and the rows of the tables that take it."""
 
 from __future__ import annotations
 

@@ -77,8 +77,15 @@ def explain(
     npu.config.allow_internal_format = True
     if not is_on_meta(model):
         return _explain(copy.deepcopy(model), arguments, scheme, peak)
-    with DryRun():
-        return _explain(copied(model), arguments, scheme, peak)
+    try:
+        with DryRun():
+            return _explain(copied(model), arguments, scheme, peak)
+    except torch.OutOfMemoryError:
+        raise LinearQuantValueError(
+            "explain: the device has less memory than the model needs. Nothing would be written to "
+            "it, but a device counts it. What to do: python -m cann_host --memory 4TiB ..., which "
+            "takes no memory of the machine."
+        ) from None
 
 
 def _explain(
