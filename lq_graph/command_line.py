@@ -17,6 +17,7 @@ import lq_graph
 
 from .commands import COMMANDS
 from .errors import LinearQuantError
+from .reports import colours
 
 __all__ = ["main"]
 
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command.NEEDS_TORCH:
             _start(parser)
-        status = command.run(asked)
+        with colours():
+            status = command.run(asked)
         sys.stdout.flush()
         return status
     except LinearQuantError as error:

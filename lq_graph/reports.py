@@ -63,7 +63,7 @@ def folded(
     order of the first of each group; with everything, each item alone."""
     groups: dict[object, list[_T]] = {}
     for number, item in enumerate(items):
-        key = number if everything else (re.sub(r"\d+", "#", name(item)), repr(also(item)))
+        key = number if everything else (re.sub(r"\d+", "#", name(item)), also(item))
         groups.setdefault(key, []).append(item)
     return list(groups.values())
 
@@ -124,12 +124,20 @@ def _blocks(
     texts = list(zip(*cells, strict=True))
     widths = [max(map(len, text)) for text in texts]
     space = room - 2 * (len(widths) - 1)
-    _shrink(widths, [max(_words(text)) for text in texts], space)
-    if may_split:
-        least = [min(widths[0], _NAME), *widths[1:]]
-        _shrink(widths, least, space)
-        if sum(widths) > space and len(widths) > 2:
-            return _split(rows, cells, room)
+    words = [[max(map(len, cell.split()), default=0) for cell in text] for text in texts]
+    whole = [  # short cells below the head, and parts of longer ones that are not too short
+        max(longest[0], *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:])))
+        for text, longest in zip(texts, words, strict=True)
+    ]
+    _shrink(widths, whole, space)
+    if may_split and len(widths) > 2:
+        _shrink(widths, [min(widths[0], _NAME), *widths[1:]], space)
+        if sum(widths) > space:
+            if max(map(len, texts[-1][1:])) > _WORDS:
+                return _note_below(rows, cells, room)
+            if widths[0] > _WORDS:
+                return _name_above(rows, cells, room)
+    _shrink(widths, [max(longest) for longest in words], space)
     small = [
         size if number else min(size, _SMALLEST)
         for size, number in zip(widths, numbers, strict=True)
@@ -141,14 +149,20 @@ def _blocks(
     ]
 
 
-def _split(rows: Sequence[Sequence[object]], cells: list[list[str]], room: int) -> list[list[str]]:
-    """The lines of rows that are too wide: the last column below the row if it is prose, else the
-    name above it."""
-    if max(len(row[-1]) for row in cells[1:]) > _WORDS:
-        found = _blocks([row[:-1] for row in rows], room)
-        for block, row in zip(found, cells, strict=True):
-            block += wrapped(f"  {row[-1]}", "  ", room) if row[-1] else []
-        return found
+def _note_below(
+    rows: Sequence[Sequence[object]], cells: list[list[str]], room: int
+) -> list[list[str]]:
+    """The lines of rows that are too wide, the last cell of each below it."""
+    found = _blocks([row[:-1] for row in rows], room)
+    for block, row in zip(found, cells, strict=True):
+        block += wrapped(f"  {row[-1]}", "  ", room) if row[-1] else []
+    return found
+
+
+def _name_above(
+    rows: Sequence[Sequence[object]], cells: list[list[str]], room: int
+) -> list[list[str]]:
+    """The lines of rows that are too wide, the first cell of each above it."""
     found = _blocks([row[1:] for row in rows], room - 2, may_split=False)
     return [
         [shortened(row[0], room), *(f"  {line}" for line in block)]
@@ -168,14 +182,6 @@ def _aligned(parts: list[list[str]], widths: list[int], right: list[bool]) -> li
             )
         )
     return lines
-
-
-def _words(column: Sequence[str]) -> Iterator[int]:
-    """For each cell, the smallest width that breaks it between words only, and cells below the head
-    into lines that are not too short."""
-    for number, cell in enumerate(column):
-        longest = max(map(len, cell.split()), default=0)
-        yield max(longest, min(len(cell), _WORDS)) if number else longest
 
 
 def _shrink(widths: list[int], least: list[int], room: int) -> None:

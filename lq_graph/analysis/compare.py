@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..modules.inputs import copy_of, inputs_for
 from ..modules.runs import call, evaluating
 from ..quantization.calibrate import check_batches
 from .compare_pairs import LayerFilter, layers_with_relu, pairs_of
+from .compare_plot import check_plot
 from .compare_tensors import as_float, check_picked, first_float, tensor_of
 from .comparison import Comparison, LayerComparison
 from .metrics import ErrorMetrics, MetricSums
@@ -30,6 +32,7 @@ def compare(
     layers: LayerFilter | Iterable[str] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     sensitivity: bool = False,
+    plot: str | Path | None = None,
 ) -> Comparison:
     """Compare a quantized model with its float model, layer by layer, and find the worst layer.
 
@@ -53,13 +56,15 @@ def compare(
             first float tensor.
         sensitivity: also measure how each layer alone changes the final output. It runs model_a
             once for each layer.
+        plot: also save a picture, as `Comparison.plot` does. Whether that is possible is checked
+            before the models run.
 
     Returns:
         A Comparison: a list with one `LayerComparison` for each layer, with errors in dB.
 
     Raises:
-        LinearQuantValueError: no layers to compare, no inputs, or module names, shapes or numbers
-            of calls that differ.
+        LinearQuantValueError: no layers to compare, no inputs, the models in the wrong order, a
+            picture that cannot be saved, or module names, shapes or numbers of calls that differ.
         LinearQuantTypeError: inputs or layers of another type, or an output without a float tensor.
 
     Source: the formulas are in `ErrorMetrics`.
@@ -68,6 +73,8 @@ def compare(
         raise LinearQuantValueError(
             "compare: model_a and model_b are one object. What to do: quantize a copy.deepcopy."
         )
+    if plot is not None:
+        check_plot(plot)
     check_batches("compare", "inputs", inputs)
     run = _Run(model_a, model_b, pairs_of(model_a, model_b, layers), output)
     batches: list[Any] = []
@@ -84,7 +91,10 @@ def compare(
                 "compare: inputs is empty. What to do: pass a few batches of what the model sees."
             )
         alone = run.sensitivities(batches, references) if sensitivity else {}
-    return run.comparison(alone)
+    comparison = run.comparison(alone)
+    if plot is not None:
+        comparison.plot(plot)
+    return comparison
 
 
 class _Run:

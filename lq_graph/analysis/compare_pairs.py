@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..modules.merged import MergedPart
 from ..modules.quantized_linear import QuantizedLinear
+from ..quantization.choose import quantized_kinds
 
 __all__ = ["LayerFilter", "layers_with_relu", "pairs_of"]
 
@@ -40,12 +41,45 @@ def pairs_of(
             )
         names = [name for name in all_a if name in wanted]
     if not names:
-        raise LinearQuantValueError(
-            "compare: no layers to compare: no module has another class in model_b than in "
-            "model_a, or `layers` chooses none. What to do: pass the float model and its quantized "
-            "copy, or name layers."
+        raise LinearQuantValueError(_why_none(all_a, all_b, layers is None))
+    pairs = {name: (all_a[name], all_b[name]) for name in names}
+    _check_order(pairs)
+    return pairs
+
+
+def _why_none(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module], by_class: bool) -> str:
+    if not by_class:
+        return (
+            "compare: no layers to compare: `layers` chooses none. What to do: pass names of "
+            "model_a.named_modules(), or leave it out."
         )
-    return {name: (all_a[name], all_b[name]) for name in names}
+    kinds = quantized_kinds()
+    quantized = any(isinstance(module, kinds) for module in [*all_a.values(), *all_b.values()])
+    state = "both are quantized" if quantized else "neither is quantized"
+    return (
+        "compare: no layers to compare: every module has the same class in both models; "
+        f"{state}. What to do: quantize a copy.deepcopy of the float model, and pass the float "
+        "model first; or name layers."
+    )
+
+
+def _check_order(pairs: dict[str, tuple[nn.Module, nn.Module]]) -> None:
+    """Check that the float model is the first.
+
+    Raises:
+        LinearQuantValueError: it is the second.
+    """
+    kinds = quantized_kinds()
+    swapped = [
+        name
+        for name, (a, b) in pairs.items()
+        if isinstance(a, kinds) and isinstance(b, nn.Linear) and not isinstance(b, kinds)
+    ]
+    if swapped and not any(isinstance(b, kinds) for _, b in pairs.values()):
+        raise LinearQuantValueError(
+            f"compare: {swapped[0]} is quantized in model_a and float in model_b, so the models "
+            "are in the wrong order. What to do: compare(float_model, quantized_model, inputs)."
+        )
 
 
 def _differing(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module]) -> list[str]:

@@ -32,9 +32,26 @@ class ErrorMetrics:
         """A number to sort by, larger is worse; it is -sqnr, and infinity for NaN."""
         return math.inf if math.isnan(self.sqnr) else -self.sqnr
 
-    def cells(self) -> list[object]:
-        """The cells of a table."""
-        return [f"{self.sqnr:.1f}", f"{self.max_abs:.2e}", f"{self.cosine:.5f}"]
+    @property
+    def is_exact(self) -> bool:
+        """Whether the tensors are equal."""
+        return self.sqnr == math.inf
+
+    @property
+    def decibels(self) -> str:
+        """`sqnr` as a table shows it."""
+        return "exact" if self.is_exact else f"{self.sqnr:.1f}"
+
+    def __str__(self) -> str:
+        sqnr = self.decibels if self.is_exact else f"{self.decibels} dB"
+        return f"{sqnr}, cosine {self.cosine:.5f}, largest difference {self.max_abs:.2e}"
+
+    def as_json(self) -> dict[str, float | bool | None]:
+        """The attributes, and "exact"; what is not finite is None, because JSON has no word for it:
+        a `sqnr` of None is infinite if "exact", else NaN or minus infinity."""
+        values = {"sqnr": self.sqnr, "max_abs": self.max_abs, "cosine": self.cosine}
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        return {**finite, "exact": self.is_exact}
 
 
 class MetricSums:

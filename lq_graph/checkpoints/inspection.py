@@ -128,7 +128,7 @@ class Inspection:
             return []
         parts = [part for part in (self.format or "not quantized", self.words) if part]
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
-        return [f"{', '.join(parts)}; {files}, {sum(self.files.values()):,} bytes"]
+        return wrapped(f"{', '.join(parts)}; {files}, {sum(self.files.values()):,} bytes", "  ")
 
     def _verdict(self, everything: bool) -> list[str]:
         lines = []
@@ -200,7 +200,7 @@ class Inspection:
 def _layers_text(layers: Sequence[InspectedLayer], everything: bool) -> list[str]:
     """Layers of one row that the same products run."""
     first = layers[0]
-    lines = [f"{first.scheme}: {first.row}", *_products_text(first.products)]
+    lines = [*wrapped(f"{first.scheme}: {first.row}", "  "), *_products_text(first.products)]
     rows: list[list[object]] = [["layer", "count", "n", "k", "bytes"]]
     for group in folded(layers, lambda x: x.name, lambda x: (x.n, x.k), everything=everything):
         name = _pattern([layer.name for layer in group])

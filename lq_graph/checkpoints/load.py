@@ -90,7 +90,9 @@ class LoadReport(list[Loaded]):
         lines = ["no quantized layer in these files"]
         if self:
             rows: list[list[object]] = [["module", "scheme", "n", "k", "output", "bytes"]]
-            for group in folded(self, lambda layer: layer.name, lambda layer: layer.row()[1:]):
+            for group in folded(
+                self, lambda layer: layer.name, lambda layer: tuple(layer.row()[1:])
+            ):
                 name = counted([layer.name for layer in group])
                 rows.append([name, *group[0].row()[1:-1], sum(layer.bytes for layer in group)])
             lines = table(rows)

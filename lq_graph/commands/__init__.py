@@ -10,7 +10,7 @@ import argparse
 from typing import Protocol
 
 from ..doctor import command as doctor
-from . import check, explain, inspect
+from . import check, compare, explain, inspect
 
 __all__ = ["COMMANDS", "Command"]
 
@@ -44,6 +44,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "check": check,
     "explain": explain,
+    "compare": compare,
     "inspect": inspect,
     "doctor": doctor,
 }

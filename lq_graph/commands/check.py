@@ -7,6 +7,7 @@ from typing import Any
 
 from . import model_check
 from .dtypes import dtype_of, tensor_of
+from .output import add_json, print_json
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cann", metavar="VERSION", help="a CANN version, such as 8.2.RC1; default LQ_GRAPH_CANN"
     )
+    add_json(parser)
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -65,5 +67,8 @@ def run(asked: argparse.Namespace) -> int:
         product=asked.product,
         cann=asked.cann,
     )
-    print(answer)
+    if asked.json:
+        print_json(answer.as_json())
+    else:
+        print(answer)
     return 0 if answer else 1

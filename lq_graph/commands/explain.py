@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from ..errors import LinearQuantValueError
 from . import config_model
 from .extras import need
 from .model_file import model_and_inputs
+from .output import add_json, only_the_answer, print_json
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     config_model.add_arguments(parser)
     parser.add_argument("--html", metavar="FILE", help="also write a page with the graphs drawn")
+    add_json(parser)
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -44,19 +47,23 @@ def run(asked: argparse.Namespace) -> int:
         need("explain", "--html", "matplotlib")
     from ..analysis.explain import explain
 
-    _find_npu()
-    if config_model.is_config(asked.model):
-        model, inputs, scheme = config_model.model_and_inputs(asked)
-        explanation = explain(model, inputs, scheme=scheme)
+    with only_the_answer(asked.json):
+        _find_npu()
+        if config_model.is_config(asked.model):
+            model, inputs, scheme = config_model.model_and_inputs(asked)
+            explanation = explain(model, inputs, scheme=scheme)
+        else:
+            explanation = explain(*model_and_inputs("explain", asked.model))
+    if asked.json:
+        print_json(explanation.as_json())
     else:
-        explanation = explain(*model_and_inputs("explain", asked.model))
-    print(explanation)
+        print(explanation)
     if html is not None:
         try:
             explanation.html(html)
         except OSError as error:
             raise LinearQuantValueError(f"explain: --html: {error}") from None
-        print(f"\nwritten: {html}")
+        print(f"\nwritten: {html}", file=sys.stderr if asked.json else sys.stdout)
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 from ..errors import LinearQuantValueError
 from .dtypes import dtype_of
 from .extras import need
+from .output import add_json, only_the_answer, print_json
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefer", choices=("dynamic", "static"), default="dynamic", help="as prefer= of it"
     )
     parser.add_argument("--all", action="store_true", help="one line for each tensor")
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add_json(parser)
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -53,15 +53,17 @@ def run(asked: argparse.Namespace) -> int:
     if not os.path.exists(expanded(asked.folder)):
         raise LinearQuantValueError(f"inspect: there is no {asked.folder}")
     dtype = None if asked.dtype is None else dtype_of("--dtype", asked.dtype)
-    model = None
     if asked.model is not None:
         need("inspect", "--model", "transformers")
-        from ..integrations.empty_model import empty_model
+    with only_the_answer(asked.json):
+        model = None
+        if asked.model is not None:
+            from ..integrations.empty_model import empty_model
 
-        model = empty_model(asked.model)
-    found = inspect(asked.folder, model, dtype=dtype, ignore=asked.ignore, prefer=asked.prefer)
+            model = empty_model(asked.model)
+        found = inspect(asked.folder, model, dtype=dtype, ignore=asked.ignore, prefer=asked.prefer)
     if asked.json:
-        print(json.dumps(found.as_json(), indent=2))
+        print_json(found.as_json())
     else:
         print(found.text(everything=asked.all))
     return 0 if found else 1

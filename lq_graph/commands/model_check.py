@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from ..errors import LinearQuantValueError
 from .model_file import model_and_inputs
+from .output import only_the_answer, print_json
 
 __all__ = ["run"]
 
@@ -26,7 +26,11 @@ def run(asked: argparse.Namespace) -> int:
             f"check: {names} is of one call, and {asked.model} is a model. What to do: leave out "
             "one of the two."
         )
-    model, inputs = model_and_inputs("check", asked.model)
-    answer = check_model(model, tuple(inputs), product=asked.product, cann=asked.cann)
-    print(json.dumps(answer.as_json(), indent=2) if asked.json else answer)
+    with only_the_answer(asked.json):
+        model, inputs = model_and_inputs("check", asked.model)
+        answer = check_model(model, tuple(inputs), product=asked.product, cann=asked.cann)
+    if asked.json:
+        print_json(answer.as_json())
+    else:
+        print(answer)
     return 0 if answer else 1

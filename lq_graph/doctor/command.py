@@ -37,7 +37,8 @@ def run(asked: argparse.Namespace) -> int:
             for _ in examination.self_test():
                 pass
             problems = find_problems(facts)
-            print(json.dumps(report.as_json(facts, problems, find_notes(facts)), indent=2))
+            answer = report.as_json(facts, problems, find_notes(facts))
+            print(json.dumps(answer, indent=2, allow_nan=False))
             return 1 if problems else 0
         return _run_as_text(examination)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,21 @@ class Check:
             lines += ["", "nearest legal rows, * where they differ"]
             lines += _table(releases, self._given)
         return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """The structure that docs/command_line.md describes."""
+        tensors = {
+            name: spec and {"dtype": dtype_name(spec.dtype), "shape": list(spec.shape)}
+            for name, spec in self.arguments.items()
+        }
+        return {
+            "structure": 1,
+            "legal": bool(self),
+            "cann": None if self.cann is None else str(self.cann),
+            "arguments": tensors,
+            "output": dtype_name(self.output_dtype),
+            "products": [_as_json(verdict) for verdict in self.verdicts],
+        }
 
     def nearest(self, count: int = 3) -> list[Row]:
         """The rows with the fewest columns to change, over all checked products."""
@@ -214,6 +230,19 @@ def _n_of(*vectors: Argument | None) -> int:
         if shape and shape[-1] > 1:
             return shape[-1]
     return _N
+
+
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    found: dict[str, Any] = {"product": verdict.product.key, "name": verdict.product.name}
+    if verdict.plan:
+        return {
+            **found,
+            "legal": True,
+            "output_shape": list(verdict.plan.output_shape),
+            "since": verdict.plan.since,
+            "source": verdict.plan.row.source,
+        }
+    return {**found, "legal": False, "why": str(verdict.error)}
 
 
 def _table(

@@ -205,7 +205,7 @@ def test_everything_that_is_refused_is_told(spoil, alone, compared, tmp_path, ca
             assert re.search(pattern, text) and " What to do: " in text
         assert bool(found) is not bool(patterns)
         lines = str(found).splitlines()
-        assert all(len(line) <= 100 or " " not in line.strip() for line in lines)
+        assert all(len(line) <= 80 or " " not in line.strip() for line in lines)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(Model(), tmp_path)
     assert str(caught.value) == found.problems[0]
@@ -230,7 +230,7 @@ def test_names_from_files_are_printed_as_text(tmp_path) -> None:
     put("b" * 200, torch.zeros(1))(tmp_path)
     text = str(lq_graph.inspect(tmp_path))
     assert "\x1b" not in text and "a\\x1b[31m\\n.bias" in text
-    assert max(map(len, text.splitlines()[1:])) <= 100
+    assert max(map(len, text.splitlines()[1:])) <= 80
 
 
 def test_no_tensor_is_read(tmp_path) -> None:

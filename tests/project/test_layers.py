@@ -78,7 +78,7 @@ TABLE = {
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
     # --help must work without torch
     "commands": Allowed({"errors", "doctor"}, set(), frozenset(ALL | {"torch"} | NPU)),
-    "command_line": Allowed({"lq_graph", "errors", "commands"}, set()),
+    "command_line": Allowed({"lq_graph", "errors", "reports", "commands"}, set()),
     "__main__": Allowed({"command_line"}, set()),
     "lq_graph": Allowed(ALL | {"_import_torch"}, set()),
     "cann_host": Allowed({"kernels"}, {"torch"}, NPU),
