@@ -54,6 +54,7 @@ class CallCheck:
         output_dtype: of the result; int32 for packed int4.
         verdicts: one for each checked product; empty if the call is not covered.
         why_not: why no rules of lq_graph are about the call; empty if some are.
+        note: what a graph does with the call that eager torch_npu does not; empty if they agree.
     """
 
     layer: str
@@ -63,6 +64,7 @@ class CallCheck:
     output_dtype: torch.dtype
     verdicts: tuple[CallVerdict, ...]
     why_not: str
+    note: str = ""
 
     @property
     def legal_on(self) -> tuple[Product, ...]:
@@ -102,6 +104,7 @@ class CallCheck:
             },
             "row": self.row,
             "not_covered": self.why_not,
+            "note": self.note,
         }
 
 
@@ -155,7 +158,7 @@ class ModelCheck:
         )
         cann = f"; CANN {self.cann}" if self.cann else ""
         lines = wrapped(f"{len(self.calls)} calls; all of them taken by: {answer}{cann}")
-        lines += ["", *table(self._rows()), *self._refusals()]
+        lines += ["", *table(self._rows()), *self._details()]
         if self.assumed:
             sizes = ", ".join(f"{name} as {size}" for name, size in self.assumed.items())
             lines += ["", *wrapped(f"sizes that the graph leaves open were taken: {sizes}")]
@@ -170,7 +173,7 @@ class ModelCheck:
         return folded(
             self.calls,
             lambda call: call.layer,
-            lambda call: (call.operator, call.tensors, call.output_dtype, call.why_not),
+            lambda call: (call.operator, str(call.tensors), call.output_dtype, call.why_not),
         )
 
     def _rows(self) -> list[list[object]]:
@@ -189,8 +192,8 @@ class ModelCheck:
             )
         return rows
 
-    def _refusals(self) -> Iterator[str]:
-        """The sentences for what is refused or not covered; equal ones once."""
+    def _details(self) -> Iterator[str]:
+        """The sentences about each call; equal ones once."""
         for group in self._groups():
             call = group[0]
             said: dict[str, list[str]] = {}
@@ -200,6 +203,8 @@ class ModelCheck:
                 if verdict.error is not None and verdict.error.refusal is not None:
                     sentence = verdict.error.refusal.sentence("the product")
                     said.setdefault(sentence, []).append(str(verdict.product))
+            if call.note:
+                said[f"note {call.note}"] = []
             if not said:
                 continue
             given = [f"{name} {spec}" for name, spec in call.tensors.items() if spec]
@@ -264,7 +269,8 @@ def check_model(
     if inputs is None:
         args, kwargs = _placeholders(model, assumed), {}
     else:
-        args, kwargs = arguments_of(inputs, "check_model: inputs are")
+        given = [inputs] if isinstance(inputs, Spec) else inputs
+        args, kwargs = arguments_of(given, "check_model: inputs are")
     watch = _Watch()
     stopped = _run(copied(model), args, kwargs, watch)
     if not watch.calls and not stopped:
@@ -309,7 +315,26 @@ def _checked(
         asked.output_dtype,
         tuple(verdicts),
         asked.why_not,
+        _note(operator, asked, verdicts),
     )
+
+
+def _note(operator: str, asked: Asked, verdicts: list[CallVerdict]) -> str:
+    """torch_npu itself packs a float32 scale in an eager call; torchair's converter does not."""
+    scale = asked.tensors.get("scale")
+    rows = [verdict.row for verdict in verdicts if isinstance(verdict.row, Row)]
+    if (
+        operator == "npu.npu_quant_matmul"
+        and scale is not None
+        and scale.dtype == torch.float32
+        and any(row.folds_scale for row in rows)
+    ):
+        return (
+            "in a GE graph CANN refuses the float32 scale (561002). What to do: pack it first, "
+            "with npu_trans_quant_param or use_internal_format_weight, or convert the layer with "
+            "lq_graph.convert."
+        )
+    return ""
 
 
 # ---- the run ----

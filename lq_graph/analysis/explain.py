@@ -145,7 +145,8 @@ def _explain(
 
 
 def _by_position(inputs: Any) -> list[Any]:
-    positional, by_keyword = arguments_of(inputs, "explain: inputs are")
+    given = [inputs] if isinstance(inputs, Spec) else inputs
+    positional, by_keyword = arguments_of(given, "explain: inputs are")
     if by_keyword:
         raise LinearQuantTypeError(
             "explain: inputs are a mapping; allowed are a tensor, and a tuple or list of "

@@ -56,7 +56,6 @@ class Asked:
         decide: the row of a product's table, None if the operator has no table; raises
             LinearQuantError if the product refuses the call.
         why_not: why no rules apply; empty if some do.
-        note: what is to be known although the call is legal.
     """
 
     operator: str
@@ -65,7 +64,6 @@ class Asked:
     results: tuple[Spec, ...]
     decide: Decide
     why_not: str = ""
-    note: str = ""
 
 
 class _NotCoveredError(Exception):
