@@ -23,6 +23,7 @@ __all__ = [
     "Const",
     "DataType",
     "GraphDef",
+    "LoweredError",
     "ProtoDataType",
     "Tensor",
     "TensorSpec",
@@ -33,6 +34,7 @@ __all__ = [
     "ge_op",
     "register_fx_node_ge_converter",
     "torch_type_to_ge_type",
+    "without_runs",
 ]
 
 # no raw operator in the torchairs that know no Ascend 950 (torch_npu 2.7.1, 2.8.0, 2.9.0)
@@ -64,3 +66,26 @@ def dump_to(config: Any, folder: str) -> Iterator[None]:
         yield
     finally:
         dump.type._value, dump._path._value = before
+
+
+class LoweredError(Exception):
+    """A graph is lowered and written, and does not run."""
+
+
+@contextmanager
+def without_runs() -> Iterator[None]:
+    """A block in which a graph that is called writes its dump, and then raises LoweredError: GE
+    neither compiles nor runs it."""
+    from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph
+
+    update = GeConcreteGraph.update_graph_with_runtime
+
+    def stop(graph: Any, *args: Any) -> None:
+        update(graph, *args)
+        raise LoweredError
+
+    GeConcreteGraph.update_graph_with_runtime = stop
+    try:
+        yield
+    finally:
+        GeConcreteGraph.update_graph_with_runtime = update

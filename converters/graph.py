@@ -14,16 +14,16 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
 
-from ._torchair import GraphDef, ProtoDataType, dump_to
+from ._torchair import GraphDef, LoweredError, ProtoDataType, dump_to, without_runs
 
-__all__ = ["Edge", "Graph", "Node", "capture", "read"]
+__all__ = ["Edge", "Graph", "LoweredError", "Node", "capture", "read"]
 
 # nodes that hold or pass on tensors and compute nothing
 PASSIVE = frozenset({"Const", "ConstPlaceHolder", "Data", "FileConstant", "NetOutput", "RefData"})
@@ -179,19 +179,20 @@ def _needed(proto: GraphDef) -> set[str]:
 
 
 @contextmanager
-def capture(config: Any) -> Iterator[list[Graph]]:
+def capture(config: Any, *, run: bool = True) -> Iterator[list[Graph]]:
     """Collect the graphs that torchair lowers inside the block, in order.
 
     Args:
         config: the torchair.CompilerConfig that get_npu_backend got. Its graph_dump settings are
             restored at the end.
+        run: False: a graph that is called raises `LoweredError` once it is lowered.
 
     Yields:
         A list, filled when the block ends.
     """
     graphs: list[Graph] = []
     with tempfile.TemporaryDirectory(prefix="lq_graph_") as folder:
-        with dump_to(config, folder):
+        with dump_to(config, folder), nullcontext() if run else without_runs():
             yield graphs
         files = sorted(
             Path(folder).glob("dynamo_optimized_*.txt"), key=lambda file: file.stat().st_mtime_ns

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import _import_torch
 
 if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
+    from .analysis.check_model import ModelCheck, check_model
     from .analysis.compare import compare
     from .analysis.explain import explain
     from .checkpoints.files import CheckpointError
@@ -56,9 +57,11 @@ __all__ = [
     "LinearQuantError",
     "LinearQuantTypeError",
     "LinearQuantValueError",
+    "ModelCheck",
     "Plan",
     "QuantizedLinear",
     "check",
+    "check_model",
     "compare",
     "convert",
     "dynamic_quant",
@@ -92,6 +95,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "analysis.check_model": ("ModelCheck", "check_model"),
     "analysis.compare": ("compare",),
     "analysis.explain": ("explain",),
     "checkpoints.files": ("CheckpointError",),

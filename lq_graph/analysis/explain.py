@@ -19,9 +19,13 @@ from ..modules.merged import MergedLinear
 from ..modules.prepare import use_internal_format_weight
 from ..modules.runs import arguments_of
 from ..modules.vendor import convert
+from ..quantization.choose import Schemes, schemes_in
+from ..quantization.quantize import quantize
+from ..quantization.schemes import A8W8Static
 from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
 from ..rules.tables import PEAKS, Peak, Product
+from .dry_run import DryRun, copied, is_dry, is_on_meta, outside, with_values, without_values
 from .explain_layers import blocks_of
 from .explanation import Explanation, LayerExplanation
 
@@ -29,7 +33,11 @@ __all__ = ["explain", "require_npu"]
 
 
 def explain(
-    model: nn.Module, inputs: Tensor | Sequence[Any], *, peak: Peak | None = None
+    model: nn.Module,
+    inputs: Tensor | Sequence[Any],
+    *,
+    scheme: Schemes | None = None,
+    peak: Peak | None = None,
 ) -> Explanation:
     """Lower a model as for deployment, and show the GE nodes of each quantized layer.
 
@@ -39,9 +47,18 @@ def explain(
     other, layers that read one tensor are merged; it is lowered as a whole, with our fusions. Sets
     torch.npu.config.allow_internal_format to True, as a deployment does.
 
+    The model may be on meta, before there are any weights. Then nothing runs but what is small, and
+    no weight takes memory. The answer is the same, except where values decide it: scales count as
+    equal, so static layers that read one tensor are merged, and a model whose forward branches on
+    values, such as experts, takes any branch. On cann_host, whose devices have as much memory as
+    the machine, begin with `python -m cann_host --memory 4TiB`.
+
     Args:
-        model: on CPU or NPU, with LinearQuant layers; the vendor's are converted.
-        inputs: the model's positional arguments, or a tensor that is the only one.
+        model: on CPU, NPU or meta, with LinearQuant layers; the vendor's are converted.
+        inputs: the model's positional arguments, or a tensor that is the only one. Tensors on meta,
+            and `lq_graph.rules.plan.Spec`, become zeros.
+        scheme: quantize the copies first, as `quantize` does: a scheme, or a mapping of patterns
+            to schemes. A8W8Static is calibrated with the inputs.
         peak: figures of your chip, for the bounds; default `lq_graph.rules.tables.PEAKS`, rough
             figures for each product.
 
@@ -58,10 +75,32 @@ def explain(
     arguments = _by_position(inputs)
     npu = require_npu()
     npu.config.allow_internal_format = True
-    model = convert(copy.deepcopy(model)).to("npu").eval()
+    if not is_on_meta(model):
+        return _explain(copy.deepcopy(model), arguments, scheme, peak)
+    try:
+        with DryRun():
+            return _explain(copied(model), arguments, scheme, peak)
+    except torch.OutOfMemoryError:
+        raise LinearQuantValueError(
+            "explain: the device has less memory than the model needs. Nothing would be written to "
+            "it, but a device counts it. What to do: python -m cann_host --memory 4TiB ..., which "
+            "takes no memory of the machine."
+        ) from None
+
+
+def _explain(
+    model: nn.Module, arguments: list[Any], scheme: Schemes | None, peak: Peak | None
+) -> Explanation:
+    """explain(), of a model of its own, in a block of `DryRun` if it has no weights."""
+    npu: Any = torch.npu
+    arguments = [with_values(one, "npu") for one in arguments]
+    if scheme is not None:
+        model = model.to("npu")
+        static = any(isinstance(one, A8W8Static) for one in schemes_in(scheme))
+        quantize(model, scheme, [tuple(arguments)] if static else None)
+    model = convert(model).to("npu").eval()
     plain = copy.deepcopy(model)
     _prepare(model)
-    arguments = [one.to("npu") if isinstance(one, Tensor) else one for one in arguments]
     calls = _calls(model, arguments)
     if not calls:
         raise LinearQuantValueError(
@@ -106,7 +145,8 @@ def explain(
 
 
 def _by_position(inputs: Any) -> list[Any]:
-    positional, by_keyword = arguments_of(inputs, "explain: inputs are")
+    given = [inputs] if isinstance(inputs, Spec) else inputs
+    positional, by_keyword = arguments_of(given, "explain: inputs are")
     if by_keyword:
         raise LinearQuantTypeError(
             "explain: inputs are a mapping; allowed are a tensor, and a tuple or list of "
@@ -228,7 +268,10 @@ def _lower(model: nn.Module, arguments: list[Any]) -> list[Any]:
     torch._dynamo.reset()
     config = torchair.CompilerConfig()
     backend = torchair.get_npu_backend(compiler_config=config)
+    run = not is_dry()
+    if not run:
+        backend = without_values(backend, converters.graph.LoweredError)
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    with converters.graph.capture(config) as graphs, torch.no_grad():
+    with converters.graph.capture(config, run=run) as graphs, outside(), torch.no_grad():
         compiled(*arguments)
     return list(graphs)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import LinearQuantValueError
+from . import config_model
 from .model_file import model_and_inputs
 from .output import add_json, only_the_answer, print_json
 
@@ -28,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         help="FILE.py:FUNCTION or package.module:FUNCTION; the function returns the model and a "
-        "tuple of its inputs",
+        "tuple of its inputs. Or a folder with a config.json of transformers, or that file",
     )
+    config_model.add_arguments(parser)
     parser.add_argument("--html", metavar="FILE", help="also write a page with the graphs drawn")
     add_json(parser)
 
@@ -45,7 +47,11 @@ def run(asked: argparse.Namespace) -> int:
 
     with only_the_answer(asked.json):
         _find_npu()
-        explanation = explain(*model_and_inputs("explain", asked.model))
+        if config_model.is_config(asked.model):
+            model, inputs, scheme = config_model.model_and_inputs(asked)
+            explanation = explain(model, inputs, scheme=scheme)
+        else:
+            explanation = explain(*model_and_inputs("explain", asked.model))
     if asked.json:
         print_json(explanation.as_json())
     else:

@@ -12,9 +12,9 @@ import torch
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import Arithmetic, TensorLike, for_rows, logical_k, storage_k
 from .advice import cast, is_exact
-from .cann import Target, quant_rows_in, since_of, target_of, upgrade
+from .cann import CannVersion, Target, quant_rows_in, since_of, upgrade
 from .plan import Spec
-from .products import get_target
+from .products import get_target, target_with
 from .refusal import Fix, list_of, refused
 from .symbolic import cached_decision, check_equal_sizes, known_true
 from .tables import (
@@ -62,7 +62,10 @@ def dynamic_arithmetic(product: Product, k: int) -> Arithmetic:
 
 
 def plan_dynamic_quant(
-    x: TensorLike, dtype: torch.dtype | None, product: Product | None = None
+    x: TensorLike,
+    dtype: torch.dtype | None,
+    product: Product | None = None,
+    cann: CannVersion | None = None,
 ) -> QuantPlan:
     """Check a dynamic_quant call, and return its plan, cached as `plan` does.
 
@@ -70,6 +73,7 @@ def plan_dynamic_quant(
         x: float16, bfloat16 if the product has it; (..., m, k), 2 to 8 dims.
         dtype: torch.int8 (also None), or torch.int32 for int4.
         product: whose table to read; default `get_product()`.
+        cann: the CANN version to ask about; default `get_cann_version()`.
 
     Raises:
         LinearQuantTypeError: a dtype that the product has no row for.
@@ -77,7 +81,9 @@ def plan_dynamic_quant(
 
     Source: aclnnDynamicQuant.md (hicann/ops-nn, quant/dynamic_quant/docs).
     """
-    target = get_target() if product is None else _target(product)
+    target = get_target()
+    if product is not None or cann is not None:
+        target = target_with(product, cann)
     return _decide_dynamic(target, dtype or torch.int8, x.dtype, x.shape)
 
 
@@ -109,6 +115,7 @@ def plan_static_quant(
     scale_reciprocal: TensorLike,
     offset: TensorLike | None,
     product: Product | None = None,
+    cann: CannVersion | None = None,
 ) -> QuantPlan:
     """Check a static_quant call, and return its plan, cached as `plan` does.
 
@@ -117,6 +124,7 @@ def plan_static_quant(
         scale_reciprocal: the dtype of x; (1,) or (k,).
         offset: the dtype and shape of scale_reciprocal.
         product: whose table to read; default `get_product()`.
+        cann: the CANN version to ask about; default `get_cann_version()`.
 
     Raises:
         LinearQuantTypeError: a dtype that the product has no row for, or different dtypes.
@@ -126,7 +134,7 @@ def plan_static_quant(
     definition, which takes one dtype for all three.
     """
     return _decide_static(
-        _target(product),
+        target_with(product, cann),
         x.dtype,
         x.shape,
         scale_reciprocal.dtype,
@@ -173,11 +181,6 @@ def _decide_static(target: Target, *key: Any) -> QuantPlan:
             "expand the shorter",
         )
     return QuantPlan(row, tuple(x.shape), tuple(x.shape[:-1]), False, target.product)
-
-
-def _target(product: Product | None) -> Target:
-    target = get_target()
-    return target if product is None else target_of(product, target.cann)
 
 
 def _refused(

@@ -14,9 +14,9 @@ import torch
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import TensorLike, is_cut
 from .advice import cast
-from .cann import CannVersion, Target, lacks, since_of, target_of, upgrade
+from .cann import CannVersion, Target, lacks, since_of, upgrade
 from .dtypes import row_of_dtypes
-from .products import get_target
+from .products import get_target, target_with
 from .refusal import refused
 from .shapes import check_contiguous, check_shapes
 from .symbolic import cached_decision, check_equal_sizes, known_true
@@ -112,7 +112,7 @@ def plan(
     """
     target = get_target()
     if product is not None or cann is not None:
-        target = target_of(product or target.product, cann or target.cann)
+        target = target_with(product, cann)
     output = torch.int8 if output_dtype is None else output_dtype
     # The key is as short and as flat as it can be: every eager call pays for this look-up.
     key = (
@@ -167,7 +167,11 @@ def _decide(target: Target, output: torch.dtype, *key: Any) -> Plan:
 
 
 def plan_trans_quant_param(
-    scale: TensorLike, offset: TensorLike | None, round_mode: int
+    scale: TensorLike,
+    offset: TensorLike | None,
+    round_mode: int,
+    product: Product | None = None,
+    cann: CannVersion | None = None,
 ) -> tuple[int, ...]:
     """Shape of the packed scale that trans_quant_param returns.
 
@@ -175,6 +179,8 @@ def plan_trans_quant_param(
         scale: float32, (1,), (n,) or (1, n).
         offset: float32, as scale; if both have 1 dim, one of length 1 broadcasts.
         round_mode: 0 or 1.
+        product: default `get_product()`.
+        cann: the CANN version to ask about; default `get_cann_version()`.
 
     Raises:
         LinearQuantTypeError: a dtype other than float32.
@@ -193,7 +199,7 @@ def plan_trans_quant_param(
             "0 (truncate the scale to 19 bits) or 1 (round it half to even)",
             "pass 0, which is what the kernels do with a float32 scale",
         )
-    if round_mode and lacks(target := get_target(), ROUND_MODE_SINCE):
+    if round_mode and lacks(target := target_with(product, cann), ROUND_MODE_SINCE):
         raise _packing_refused(
             "round_mode",
             "round_mode is 1",

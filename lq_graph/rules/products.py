@@ -20,6 +20,7 @@ __all__ = [
     "parse_product",
     "set_cann_version",
     "set_product",
+    "target_with",
 ]
 
 ENV = "LQ_GRAPH_PRODUCT"
@@ -93,6 +94,12 @@ def _in_force(with_npu: bool, times_set: int) -> Target:  # noqa: ARG001 - of th
 def get_target() -> Target:
     """The product and the CANN version in force; see `get_product` and `get_cann_version`."""
     return _in_force(sys.modules.get("torch_npu") is not None, _times_set)
+
+
+def target_with(product: Product | None, cann: CannVersion | None) -> Target:
+    """A product and a CANN version; None: what is in force."""
+    target = get_target()
+    return target_of(product or target.product, cann or target.cann)
 
 
 def get_product() -> Product:

@@ -99,6 +99,11 @@ PRIVATE = {
     "lq_graph/modules/": {"torch.utils._pytree"},
     "lq_graph/quantization/": {"torch.utils._pytree", "torch.utils._python_dispatch"},
     "lq_graph/parallel/": {"torch.distributed._functional_collectives"},
+    "lq_graph/analysis/": {
+        "torch._subclasses",
+        "torch.utils._pytree",
+        "torch.utils._python_dispatch",
+    },
 }
 
 
