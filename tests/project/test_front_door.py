@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import cann_host
-from cann_host import __main__ as launcher
-from cann_host import importing, runtime
+from cann_host import importing, launcher, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import command_line
 from support.processes import python, script
