@@ -133,9 +133,7 @@ def shown(*, stays: bool = False) -> Iterator[None]:
         if not stays:
             _show_later(error, trace)
             raise
-        error.__traceback__ = trace
-        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
-        sys.excepthook(type(error), error, trace)
+        _show_now(error, trace)
 
 
 # the files whose frames are above the program's
@@ -157,6 +155,27 @@ def _show_later(error: BaseException, trace: TracebackType | None) -> None:
             raise
 
     sys.excepthook = show
+
+
+def _show_now(error: BaseException, trace: TracebackType | None) -> None:
+    error.__traceback__ = trace
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
+    sys.excepthook(type(error), error, trace)
+
+
+class _Console(code.InteractiveConsole):
+    """Shows errors from the first line that was typed, through the sys.excepthook that is set."""
+
+    def showtraceback(self) -> None:
+        error = sys.exc_info()[1]
+        if error is not None:
+            trace = error.__traceback__
+            _show_now(error, None if trace is None else trace.tb_next)
+
+    def showsyntaxerror(self, *_: Any, **__: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None:
+            _show_now(error, None)
 
 
 def interact(*, is_new: bool) -> None:
@@ -182,4 +201,4 @@ def interact(*, is_new: bool) -> None:
         if startup and not sys.flags.ignore_environment:
             with open(startup, "rb") as opened:
                 exec(compile(opened.read(), startup, "exec", dont_inherit=True), space)
-    code.InteractiveConsole(space, "<stdin>").interact(banner, exitmsg="")
+    _Console(space, "<stdin>").interact(banner, exitmsg="")

@@ -1,6 +1,6 @@
 """What torch_npu and torchair say if something is missing in the stand-in.
 
-Their texts blame the installation of CANN. The sentences here are put in their place, or after them.
+Their texts blame the installation of CANN. Its own sentences are put in their place, or after them.
 """
 
 from __future__ import annotations
