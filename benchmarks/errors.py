@@ -7,7 +7,7 @@ would call it. Each case runs in a process of its own. A cell tells of its error
 
 + or -      `except LinearQuantError` catches it, or does not
 a number    the lines of Python's traceback above our sentence; "none": it holds no sentence of ours
-L, T        the sentence names the layer "layers.1.mlp.down_proj", and the tensor
+L, T        the sentence names the layer ("layers.1.mlp.down_proj"), and the tensor
 !           the last error that Python prints begins with our sentence
 
 `--show` prints the errors themselves.
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import lq_graph
 
 LAYER = "layers.1.mlp.down_proj"
+FIRST = "layers.0.mlp.up_proj"  # the first layer that a model calls
 HIDDEN, WIDE, ROWS = 64, 128, 4
 F16, F32, I8, I32 = torch.float16, torch.float32, torch.int8, torch.int32
 MODES = ("eager cpu", "inductor cpu", "eager npu", "ge npu", "npugraph_ex npu")
@@ -208,22 +209,24 @@ class Mistake(NamedTuple):
     Attributes:
         make: makes the model and its inputs.
         tensor: what the sentence should name.
+        layer: what the sentence should name.
         npu_only: the mistake needs two devices.
         soc: the chip that the stand-in reports; empty for its default.
     """
 
     make: Callable[[Place], Case]
     tensor: str
+    layer: str = LAYER
     npu_only: bool = False
     soc: str = ""
 
 
 MISTAKES = {
-    "float32 x, static float16 layer": Mistake(wrong_dtype, "x"),
+    "float32 x, static float16 layer": Mistake(wrong_dtype, "x", FIRST),
     "scale is float16": Mistake(scale_dtype, "scale"),
     "weight is transposed": Mistake(transposed, "weight"),
-    "model without .npu()": Mistake(weight_left, "weight", npu_only=True),
-    "x without .npu()": Mistake(input_left, "x", npu_only=True),
+    "model without .npu()": Mistake(weight_left, "weight", FIRST, npu_only=True),
+    "x without .npu()": Mistake(input_left, "x1", FIRST, npu_only=True),
     "bias on the CPU": Mistake(bias_left, "bias", npu_only=True),
     "one layer still on meta": Mistake(on_meta, "weight"),
     "not prepared, 310P": Mistake(not_prepared, "weight", npu_only=True, soc="Ascend310P3"),
@@ -232,8 +235,8 @@ MISTAKES = {
     "int4 not packed": Mistake(unpacked_int4, "x1"),
     "pertoken_scale of another length": Mistake(pertoken_length, "pertoken_scale"),
     "offset with float16 output": Mistake(offset_given, "offset"),
-    "x requires grad": Mistake(training, "an input"),
-    "autocast to bfloat16, static float16": Mistake(autocast, "x"),
+    "x requires grad": Mistake(training, "x", FIRST),
+    "autocast to bfloat16, static float16": Mistake(autocast, "x", FIRST),
 }
 QUICK = ("scale is float16", "model without .npu()")
 
@@ -299,12 +302,13 @@ class Seen(NamedTuple):
         lines = self.text.splitlines()
         return next((i for i, line in enumerate(lines) if SENTENCE.search(line)), None)
 
-    def cell(self, tensor: str) -> str:
+    def cell(self, mistake: Mistake) -> str:
         above = self.above
         if above is None:
-            return f"- none {self.facts['class'] or 'runs'}"
+            return f"- none {self.facts['class']}" if self.facts["class"] else "runs"
         said = self.text.splitlines()[above]
-        marks = ("L" if LAYER in said else "") + ("T" if re.search(rf"\b{tensor}\b", said) else "")
+        marks = "L" if mistake.layer in said else ""
+        marks += "T" if re.search(rf"\b{mistake.tensor}\b", said) else ""
         if not self.facts["class"]:
             return f"warns {above} {marks}"
         caught = "+" if self.facts["ours"] else "-"
@@ -351,10 +355,11 @@ def main() -> None:
                 cells.append("")
                 continue
             seen = see(name, mode)
-            cells.append(seen.cell(mistake.tensor))
+            cells.append(seen.cell(mistake))
             if asked.show:
                 print(f"--- {name}, {mode}\n{seen.text}", flush=True)
-        print(" ".join([f"{name:<{width}}", *(f"{cell:<28}" for cell in cells)]).rstrip(), flush=True)
+        line = [f"{name:<{width}}", *(f"{cell:<28}" for cell in cells)]
+        print(" ".join(line).rstrip(), flush=True)
 
 
 if __name__ == "__main__":

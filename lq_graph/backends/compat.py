@@ -29,6 +29,7 @@ __all__ = [
     "TraceContext",
     "add_inductor_kernel",
     "add_inductor_pass",
+    "backend_of",
     "coerce_cinterpreter",
     "detect_fake_mode",
     "error_of_trace",
@@ -179,6 +180,15 @@ def modules_of(trace: TraceContext) -> list[tuple[str, type]]:
         return []
 
 
+def backend_of(trace: TraceContext) -> Any:
+    """The backend that Dynamo traces for; None if this Dynamo does not say."""
+    try:
+        tracer = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+        return tracer.output.compiler_fn
+    except Exception:
+        return None
+
+
 def error_of_trace(error: E) -> E:
     """The error as one that Dynamo lets through, without its own frames, when it is raised beside
     the graph."""
@@ -187,7 +197,8 @@ def error_of_trace(error: E) -> E:
     passes = getattr(exc, "ShortenTraceback", None)
     if passes is None:
         return error
-    found: E = _traced_class(type(error), passes)(str(error))
+    kind: Any = type(error)
+    found: E = _traced_class(kind, passes)(str(error))
     found.refusal, found.layer = error.refusal, error.layer
     return found
 

@@ -112,8 +112,6 @@ def static_quant(
     zero_points: Tensor | None = None,
 ) -> Tensor:
     """Fake kernel of lq_graph::static_quant; contract in `lq_graph.static_quant`."""
-    p = check_static_quant(
-        x, scale_reciprocal, offset, scale, zero_point, reciprocals, zero_points
-    )
+    p = check_static_quant(x, scale_reciprocal, offset, scale, zero_point, reciprocals, zero_points)
     check_gradients("static_quant", x, scale_reciprocal, offset)
     return x.new_empty(p.output_shape, dtype=p.row.output_dtype)

@@ -59,9 +59,10 @@ def name_of(modules: list[nn.Module]) -> str:
         modules: the innermost first, as from `live_modules`.
     """
     whole = [at for at, module in enumerate(modules) if getattr(module, "is_whole_layer", False)]
-    inner, *outer = modules[whole[-1] if whole else 0 :] or [None]
+    chain = modules[whole[-1] if whole else 0 :]
+    inner = chain[0] if chain else None
     parts: list[str] = []
-    for module in outer:
+    for module in chain[1:]:
         name = next((name for name, one in module.named_modules() if one is inner), "")
         if name:
             parts.insert(0, name)

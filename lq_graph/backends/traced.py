@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from ..errors import LinearQuantError
-from .compat import TraceContext, error_of_trace, fakes_of, modules_of
+from ..rules.formats import check_graph_format
+from .compat import TraceContext, backend_of, error_of_trace, fakes_of, modules_of
+from .compat_npu import lowers_to_ge
 from .layer_names import COMPILED, live_modules, name_of
 
-__all__ = ["check_traced"]
+__all__ = ["check_format_traced", "check_traced"]
 
 
-def check_traced(check: Callable[..., Any], *args: Any) -> None:
+def check_traced(check: Callable[..., Any], *args: Any) -> None:  # noqa: ARG001 - _run reads them
     """Call `check(*args)` while Dynamo traces, with fake tensors; nothing in the graph is left of
     it. Dynamo inlines this function: call it only if `torch.compiler.is_dynamo_compiling()`.
 
@@ -46,10 +48,28 @@ def _run(trace: TraceContext) -> None:
     try:
         check(*args)
     except LinearQuantError as error:
-        name = _name(trace)
-        raise error_of_trace(error.in_layer("", name) if name else error) from None
+        raise _named(trace, error) from None
     except Exception:
         return  # a question about sizes that only the graph can ask
+
+
+def check_format_traced(weight_format: int) -> None:  # noqa: ARG001 - _run_format reads it
+    """Refuse a weight's format that the graph which Dynamo traces for the NPU does not take."""
+    torch._dynamo.comptime.comptime(_run_format)
+
+
+def _run_format(trace: TraceContext) -> None:
+    if not lowers_to_ge(backend_of(trace)):
+        return
+    try:
+        check_graph_format(trace.get_local("weight_format").as_python_constant())
+    except LinearQuantError as error:
+        raise _named(trace, error) from None
+
+
+def _named(trace: TraceContext, error: LinearQuantError) -> LinearQuantError:
+    name = _name(trace)
+    return error_of_trace(error.in_layer("", name) if name else error)
 
 
 def _name(trace: TraceContext) -> str:
@@ -59,7 +79,8 @@ def _name(trace: TraceContext) -> str:
     outer, path = name_of(running), ""
     if any(getattr(module, "is_whole_layer", False) for module in running):
         return outer
-    for path, kind in modules_of(trace):
+    for written, kind in modules_of(trace):
+        path = written
         if getattr(kind, "is_whole_layer", False):
             break
     return ".".join(filter(None, (outer, _qualified(path))))

@@ -15,7 +15,7 @@ from ..backends.compat import is_followed
 from ..backends.fake import check_linear_quant
 from ..backends.layer_names import named
 from ..backends.npu import cast_format, format_of
-from ..backends.traced import check_traced
+from ..backends.traced import check_format_traced, check_traced
 from ..errors import LinearQuantError, LinearQuantValueError
 from ..kernels import (
     INT4_PER_INT32,
@@ -185,6 +185,8 @@ class LinearQuant(nn.Module):
             if traced:
                 operands = x1, weight, scale, offset, pertoken, bias, output_dtype
                 check_traced(check_linear_quant, *operands)
+                if in_graph and x1.device.type == "npu":
+                    check_format_traced(self._weight_format)
             if self.in_features % INT4_PER_INT32:
                 check_whole_words("LinearQuant", self.in_features, weight)
             if self.x1_dtype is not None:

@@ -86,10 +86,12 @@ TABLE = {
 PRIVATE = {
     "lq_graph/backends/compat.py": {
         "torch._C",
+        "torch._dynamo",
         "torch._functorch",
         "torch._guards",
         "torch._inductor",
         "torch._ops",
+        "torch._subclasses",
     },
     "lq_graph/ops.py": {"torch._ops"},  # a type
     "lq_graph/modules/": {"torch.utils._pytree"},
