@@ -16,10 +16,11 @@ from torch import nn
 
 from ..errors import LinearQuantError
 
-__all__ = ["COMPILED", "live_modules", "name_of", "named"]
+__all__ = ["WRAPPERS", "live_modules", "name_of", "named"]
 
 E = TypeVar("E", bound=LinearQuantError)
-COMPILED = "_orig_mod"  # where torch.compile's wrapper holds the model
+# where torch.compile and torch.export hold a model
+WRAPPERS = ("_orig_mod", "_export_root")
 
 
 def named(error: E) -> E:
@@ -67,4 +68,4 @@ def name_of(modules: list[nn.Module]) -> str:
         if name:
             parts.insert(0, name)
             inner = module
-    return ".".join(part for part in ".".join(parts).split(".") if part and part != COMPILED)
+    return ".".join(part for part in ".".join(parts).split(".") if part and part not in WRAPPERS)

@@ -18,7 +18,7 @@ from ..errors import LinearQuantError
 from ..rules.formats import check_graph_format
 from .compat import TraceContext, backend_of, error_of_trace, fakes_of, modules_of
 from .compat_npu import lowers_to_ge
-from .layer_names import COMPILED, live_modules, name_of
+from .layer_names import WRAPPERS, live_modules, name_of
 
 __all__ = ["check_format_traced", "check_traced"]
 
@@ -91,4 +91,4 @@ def _qualified(path: str) -> str:
     is "layers.0.mlp", as "L['self'].layers.0.mlp" and "getattr(L['self'].layers[0], 'mlp')" are."""
     _, _, steps = path.partition("]")
     parts = re.findall(r"[^\s.,()\[\]']+", steps)
-    return ".".join(part for part in parts if part not in ("_modules", COMPILED))
+    return ".".join(part for part in parts if part not in ("_modules", *WRAPPERS))
