@@ -1,7 +1,7 @@
 """One record for each operator: what work a call of it is, and whose figures its time rests on.
 
 A kernel takes launch + moved / bandwidth + computed / operations per second. The sum fits the
-measurements better than the larger of the two terms (bf16 products: 11 % against 16 %): a kernel
+measurements better than the larger of the two terms (bf16 products: 12 % against 16 %): a kernel
 fills its pipelines before it overlaps them.
 """
 

@@ -16,9 +16,6 @@ class _Recipe(LayerWriter):
     one product each, in float too. Float has SiLU and Mul; int8 an int32 product and
     DequantSwigluQuant. AddRmsNorm and DynamicQuant are two kernels."""
 
-    def layer_norm(self, role: str) -> None:
-        self.norm(role)
-
     def qkv(self) -> None:
         shape, head_size = self.shape, self.model.head
         sizes = (self.heads, self.kv_heads, self.kv_heads)
@@ -52,7 +49,7 @@ class _Recipe(LayerWriter):
         self.all_reduce()
 
     def layer(self) -> None:
-        self.layer_norm("input_layernorm")
+        self.norm("input_layernorm")
         self.qkv()
         self.write()
         self.attend()
@@ -60,7 +57,7 @@ class _Recipe(LayerWriter):
             self.quantize("o_proj", self.heads * self.model.head)
         self.product("o_proj", self.heads * self.model.head, self.model.hidden)
         self.all_reduce()
-        self.layer_norm("post_attention_layernorm")
+        self.norm("post_attention_layernorm")
         self.mlp()
 
 
