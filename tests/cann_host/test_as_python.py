@@ -88,7 +88,7 @@ PROGRAMS = {
     "interrupted": "raise KeyboardInterrupt",
     "syntax": "x = 1\nif x:\nprint(x)\n",
     "warns": "import warnings\nwarnings.warn('careful')\nprint('\\d')\n",
-    "future": "from __future__ import annotations\ndef f(x: nothing): pass\nprint(f.__annotations__)",
+    "future": "from __future__ import annotations\ndef f(x: none): pass\nprint(f.__annotations__)",
     "reads": "print(repr(input()))",
     "asserts": "assert False, 'it runs without -O'",
     "missing": "import nothing_of_this_name",

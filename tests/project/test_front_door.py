@@ -12,6 +12,7 @@ import cann_host
 from cann_host import importing, launcher, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import command_line
+from lq_graph.commands import extras
 from support.processes import python, script
 
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
