@@ -266,6 +266,8 @@ def check_model(
     products = PRODUCTS if product is None else (parse_product(product, "check_model"),)
     version = get_cann_version() if cann is None else parse_cann_version(cann, "check_model")
     assumed: dict[str, int] = {}
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
     if inputs is None:
         args, kwargs = _placeholders(model, assumed), {}
     else:

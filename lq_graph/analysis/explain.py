@@ -92,7 +92,7 @@ def _explain(
     model: nn.Module, arguments: list[Any], scheme: Schemes | None, peak: Peak | None
 ) -> Explanation:
     """explain(), of a model of its own, in a block of `DryRun` if it has no weights."""
-    npu: Any = torch.npu
+    npu = require_npu()
     arguments = [with_values(one, "npu") for one in arguments]
     if scheme is not None:
         model = model.to("npu")
