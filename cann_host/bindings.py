@@ -89,7 +89,7 @@ CALLBACKS: dict[str, tuple[Any, ...]] = {
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cann_host_sources": (c_char_p, ()),
     "cann_host_struct_sizes": (c_char_p, ()),
-    "cann_host_configure": (None, (c_char_p, c_char_p, c_int, c_uint64, c_int)),
+    "cann_host_configure": (None, (c_char_p, c_char_p, c_int, c_uint64, c_int, c_int)),
     "cann_host_add_fault": (None, (c_char_p, c_int, c_char_p, c_long)),
     "cann_host_drop_faults": (None, (c_size_t,)),
     "cann_host_entries": (c_char_p, ()),

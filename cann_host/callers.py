@@ -17,6 +17,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from cann_host.missing import name_operator
+
 __all__ = ["ConcurrentCallError", "one_caller", "watch"]
 
 # The classes of graphs by the end of their module's name, which may be in several packages, and the
@@ -86,6 +88,8 @@ class _Torchair(MetaPathFinder):
                 kind, *methods = found
                 if hasattr(module, kind):
                     one_caller(getattr(module, kind), *methods)
+                if name.endswith(".fx2ge_converter"):
+                    name_operator(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -8,11 +8,9 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 from cann_host import _native, allocator_keys
+from cann_host.missing import correct, without_line
 from cann_host.options import CannHostError
 
 __all__ = ["NEEDED", "check_possible", "import_torch_npu"]
@@ -62,12 +60,12 @@ def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
         CannHostError: one of them cannot be imported.
     """
     try:
-        with _without_warning(), allocator_keys.set_aside(library) as both:
+        with without_line(_WARNING), allocator_keys.set_aside(library) as both:
             import torch  # loads torch_npu too, unless autoload is off
             import torch_npu  # noqa: F401
     except Exception as error:
         raise CannHostError(_why_not_imported(error)) from error
-    _name_atb()
+    correct()
     if both and not quiet:
         version, _, build = torch.__version__.partition("+")
         build = f" (a {build} build)" if build else ""
@@ -78,50 +76,6 @@ def import_torch_npu(library: ctypes.CDLL, *, quiet: bool) -> None:
             f"of torch {version}, as the install page of pytorch.org gives it.",
             file=sys.stderr,
         )
-
-
-def _name_atb() -> None:
-    """Name the library that torch_npu's operators of ATB need. torch_npu keeps the error of its own
-    attempt for the first call, without a text."""
-    atb: Any = sys.modules.get("torch_npu.op_plugin.atb._atb_ops")
-    if getattr(atb, "NNAL_EX", None) is not None:
-        atb.NNAL_EX = OSError(
-            "cann_host does not have libatb.so, the library of ATB in NNAL: operators such as "
-            "torch_npu._npu_reshape_and_cache and _npu_paged_attention are not computed"
-        )
-
-
-class _WithoutLine:
-    """A text stream that drops a line that matches exactly; the rest goes to the stream behind
-    it."""
-
-    def __init__(self, stream: Any, line: re.Pattern[str]) -> None:
-        self._stream = stream
-        self._line = line
-        self._dropped = False
-
-    def write(self, text: str) -> int:
-        if self._line.fullmatch(text):
-            self._dropped = True
-        elif self._dropped and text == "\n":  # print() writes the end of the line separately
-            self._dropped = False
-        else:
-            self._stream.write(text)
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def _without_warning() -> Iterator[None]:
-    """A block without torch_npu's warning on stdout that no CANN is installed."""
-    stdout = sys.stdout
-    sys.stdout = _WithoutLine(stdout, _WARNING)
-    try:
-        yield
-    finally:
-        sys.stdout = stdout
 
 
 def _why_not_imported(error: BaseException) -> str:

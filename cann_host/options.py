@@ -45,9 +45,16 @@ VARIABLES = {
         "if CANN's kernel writes past its result without an error: compute what the device reads "
         "afterwards, with a RuntimeWarning, or refuse",
     ),
+    "fill": (
+        "CANN_HOST_FILL",
+        "nan|zero|BYTE",
+        "what each byte of new device memory is: nan (0xFF, a NaN of every floating dtype), zero, "
+        "or a number such as 0xAB; torch_npu then keeps no freed memory for the next tensor",
+    ),
 }
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_FILLS = {"nan": 0xFF, "zero": 0}
 MOST_DEVICES = 64
 MOST_MEMORY = (1 << 63) - 1  # torch keeps sizes as int64
 
@@ -64,6 +71,7 @@ class Options:
         streams: "now" or "late", see `VARIABLES`.
         fail: calls that fail, see `parse_faults`.
         overruns: "warn" or "refuse", see `VARIABLES`.
+        fill: "nan", "zero" or the value of a byte as text; empty leaves new memory as it is.
     """
 
     soc: str = "Ascend910B2"
@@ -73,6 +81,13 @@ class Options:
     streams: str = "now"
     fail: str = ""
     overruns: str = "warn"
+    fill: str = ""
+
+    @property
+    def fill_byte(self) -> int:
+        """The byte of `fill`; -1 for none."""
+        byte = _FILLS.get(self.fill, _byte(self.fill))
+        return -1 if byte is None else byte
 
     @classmethod
     def of(cls, **given: Any) -> Options:
@@ -152,6 +167,22 @@ def _overruns(text: str, source: str) -> str:
     return text
 
 
+def _fill(text: str, source: str) -> str:
+    if text not in _FILLS and _byte(text) is None:
+        raise CannHostError(
+            f"{source} is {text!r}; it must be nan, zero, or a byte, such as 0xAB or 171"
+        )
+    return text
+
+
+def _byte(text: str) -> int | None:
+    """0xAB, or 171."""
+    if not re.fullmatch(r"0[xX][0-9A-Fa-f]{1,2}|\d{1,3}", text):
+        return None
+    value = int(text, 16 if text[1:2] in ("x", "X") else 10)
+    return value if value <= 255 else None
+
+
 def _fail(text: str, source: str) -> str:
     parse_faults(text, source)
     return text
@@ -165,6 +196,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "streams": _streams,
     "fail": _fail,
     "overruns": _overruns,
+    "fill": _fill,
 }
 
 

@@ -152,6 +152,7 @@ def activate(
     streams: str | None = None,
     fail: str | None = None,
     overruns: str | None = None,
+    fill: str | None = None,
 ) -> None:
     """Activate the stand-in in this process instead of CANN, and import torch and torch_npu.
 
@@ -170,6 +171,8 @@ def activate(
         fail: calls that fail, such as "aclnnQuantMatmulV5:161002@3"; CANN_HOST_FAIL. See `faults`.
         overruns: "warn" or "refuse", if CANN's kernel writes past its result without an error;
             CANN_HOST_OVERRUNS, else "warn".
+        fill: "nan", "zero" or a byte such as "0xAB", with which new device memory is filled, so
+            that a read of memory that nothing wrote shows; CANN_HOST_FILL, else left as it is.
 
     Raises:
         CannHostError: the stand-in cannot be activated; the text says why and what to do.
@@ -182,6 +185,7 @@ def activate(
         streams=streams,
         fail=fail,
         overruns=overruns,
+        fill=fill,
     )
     named = [name for name, value in given.items() if value is not None]
     _activate(Options.of(**given), named)
@@ -210,7 +214,11 @@ def _activate(wanted: Options, named: list[str], *, is_worker: bool = False) -> 
         wanted.devices,
         wanted.memory,
         wanted.streams == "late",
+        wanted.fill_byte,
     )
+    if wanted.fill:
+        # torch_npu's allocator would give a freed block to the next tensor with its old values
+        os.environ["PYTORCH_NO_NPU_MEMORY_CACHING"] = "1"
     # With its task queue on, torch_npu reports a failed launch late, at another launch. With the
     # queue off, each launch raises its own error.
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for mypy and IDEs; at run time _HOMES says the same
     from .checkpoints.load import load_checkpoint
     from .checkpoints.save import save_checkpoint
     from .errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
+    from .forecast.model import forecast_model
     from .fusion.options import set_fusion
     from .fusion.passes import fuse
     from .integrations.config import Config
@@ -65,6 +66,7 @@ __all__ = [
     "convert",
     "dynamic_quant",
     "explain",
+    "forecast_model",
     "from_fractal_nz",
     "fuse",
     "get_cann_version",
@@ -101,6 +103,7 @@ _HOMES = {
     "checkpoints.load": ("load_checkpoint",),
     "checkpoints.save": ("save_checkpoint",),
     "errors": ("LinearQuantError", "LinearQuantTypeError", "LinearQuantValueError"),
+    "forecast.model": ("forecast_model",),
     "fusion.options": ("set_fusion",),
     "fusion.passes": ("fuse",),
     "integrations.config": ("Config",),

@@ -22,21 +22,26 @@ class LinearQuantError(Exception):
 
     Attributes:
         refusal: the record behind the text; None for an error that is only a text.
+        layer: the qualified name of the layer, "layers.3.mlp.down_proj"; empty if it is not known.
     """
 
     # No __init__: when torch.compile traces a raise, it would fail on the __init__ instead.
     refusal: Refusal | None = None
+    layer: str = ""
 
     def in_layer(self: E, caller: str, layer: str) -> E:
         """The same error; its text begins with the place in the model.
 
         Args:
-            caller: the function that was called: "quantize".
+            caller: the function that was called: "quantize"; empty for a call of the model.
             layer: the qualified name of the layer.
         """
         if self.refusal is None:
-            return type(self)(f"{caller}: {layer}: {self}")
-        return replace(self.refusal, caller=caller, layer=layer).error(type(self))
+            error = type(self)(": ".join([*filter(None, (caller, layer)), str(self)]))
+        else:
+            error = replace(self.refusal, caller=caller, layer=layer).error(type(self))
+        error.layer = layer
+        return error
 
 
 class LinearQuantTypeError(LinearQuantError, TypeError):

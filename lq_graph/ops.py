@@ -8,7 +8,7 @@
 
 docs/add.md tells how to add an operator: its functions, then its record in OPERATORS. A record
 names functions as "module:function": `import lq_graph` registers the operators and must stay light.
-It loads this module and torch only, and a function's module is imported at the first call.
+It loads this module, errors.py and torch only, and a function's module is imported at the first call.
 
 Some arguments of the operators are for the fusions of a graph alone, and no kernel reads them. The
 operators that replace ours read them, and a graph could compute them only by more kernels. They
@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .errors import LinearQuantError
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -260,6 +262,7 @@ _dynamic_quant = torch.ops.lq_graph.dynamic_quant.default
 _linear_quant = torch.ops.lq_graph.linear_quant.default
 _static_quant = torch.ops.lq_graph.static_quant.default
 _trans_quant_param = torch.ops.lq_graph.trans_quant_param.default
+_NAMED = "backends.layer_names:named"  # adds the layer's name to an error
 
 
 def linear_quant(
@@ -296,15 +299,16 @@ def linear_quant(
 
     Source: torch_npu.contrib.module.LinearQuant; aclnnQuantMatmulV4.md (hicann/ops-nn).
     """
-    out: Tensor = _linear_quant(
-        x1,
-        weight,
-        scale,
-        offset,
-        pertoken_scale,
-        bias,
-        output_dtype=output_dtype,
-    )
+    operands = x1, weight, scale, offset, pertoken_scale, bias
+    try:
+        if torch.compiler.is_dynamo_compiling():
+            from .backends.fake import check_linear_quant
+            from .backends.traced import check_traced
+
+            check_traced(check_linear_quant, *operands, output_dtype)
+        out: Tensor = _linear_quant(*operands, output_dtype=output_dtype)
+    except LinearQuantError as error:
+        raise load(_NAMED)(error) from None
     return out
 
 
@@ -328,7 +332,15 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
 
     Source: aclnnTransQuantParamV2 and V3 (hicann/ops-nn, quant/trans_quant_param_v2).
     """
-    out: Tensor = _trans_quant_param(scale, offset, round_mode)
+    try:
+        if torch.compiler.is_dynamo_compiling():
+            from .backends.fake import check_trans_quant_param
+            from .backends.traced import check_traced
+
+            check_traced(check_trans_quant_param, scale, offset, round_mode)
+        out: Tensor = _trans_quant_param(scale, offset, round_mode)
+    except LinearQuantError as error:
+        raise load(_NAMED)(error) from None
     return out
 
 
@@ -359,10 +371,18 @@ def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
 
     Source: torch_npu.npu_dynamic_quant; aclnnDynamicQuant.md (hicann/ops-nn).
     """
-    # a dtype that is not passed on saves 0.4 us
-    out: tuple[Tensor, Tensor] = (
-        _dynamic_quant(x) if dtype is None else _dynamic_quant(x, dtype=dtype)
-    )
+    try:
+        if torch.compiler.is_dynamo_compiling():
+            from .backends.traced import check_traced
+            from .rules.activations import plan_dynamic_quant
+
+            check_traced(plan_dynamic_quant, x, dtype)
+        # a dtype that is not passed on saves 0.4 us
+        out: tuple[Tensor, Tensor] = (
+            _dynamic_quant(x) if dtype is None else _dynamic_quant(x, dtype=dtype)
+        )
+    except LinearQuantError as error:
+        raise load(_NAMED)(error) from None
     return out
 
 
@@ -391,5 +411,13 @@ def static_quant(x: Tensor, scale_reciprocal: Tensor, offset: Tensor | None = No
 
     Source: torch_npu.npu_quantize with div_mode=False; aclnnAscendQuantV3.md (hicann/ops-nn).
     """
-    out: Tensor = _static_quant(x, scale_reciprocal, offset)
+    try:
+        if torch.compiler.is_dynamo_compiling():
+            from .backends.fake import check_static_quant
+            from .backends.traced import check_traced
+
+            check_traced(check_static_quant, x, scale_reciprocal, offset)
+        out: Tensor = _static_quant(x, scale_reciprocal, offset)
+    except LinearQuantError as error:
+        raise load(_NAMED)(error) from None
     return out

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 __all__ = [
+    "FEW",
     "colours",
     "counted",
     "folded",
@@ -23,6 +24,7 @@ __all__ = [
     "wrapped",
 ]
 
+FEW = 12  # so many lines are read one by one
 _PROSE = 100  # longer lines of prose are hard to read, however wide the terminal is
 _WORDS = 20  # cells up to this length stay on one line
 _NAME = 28  # a longer name may be shortened to so many characters
@@ -58,12 +60,16 @@ def folded(
     also: Callable[[_T], object] = lambda _: None,
     *,
     everything: bool = False,
+    few: int = FEW,
 ) -> list[list[_T]]:
     """Items whose names differ in numbers alone, and that are the same in `also`, together, in the
-    order of the first of each group; with everything, each item alone."""
+    order of the first of each group; with everything, or if there are only a few, each item
+    alone."""
+    items = list(items)
+    alone = everything or len(items) <= few
     groups: dict[object, list[_T]] = {}
     for number, item in enumerate(items):
-        key = number if everything else (re.sub(r"\d+", "#", name(item)), also(item))
+        key = number if alone else (re.sub(r"\d+", "#", name(item)), also(item))
         groups.setdefault(key, []).append(item)
     return list(groups.values())
 
@@ -196,8 +202,16 @@ def _shrink(widths: list[int], least: list[int], room: int) -> None:
 def _broken(cell: str, size: int) -> list[str]:
     if len(cell) <= size:
         return [cell]
-    words = " ".join(shortened(word, size) for word in cell.split())
-    return textwrap.wrap(words, size, break_long_words=False, break_on_hyphens=False)
+    lead = cell[: len(cell) - len(cell.lstrip())]
+    words = " ".join(shortened(word, size - len(lead)) for word in cell.split())
+    return textwrap.wrap(
+        words,
+        size,
+        initial_indent=lead,
+        subsequent_indent=f"{lead}  " if lead else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 # ---- colours ----

@@ -33,7 +33,7 @@ const char* cann_host_struct_sizes();
 
 // core.cpp
 void cann_host_configure(const char* soc, const char* cann_version, int devices, uint64_t memory,
-                         int late_streams);
+                         int late_streams, int fill);
 void cann_host_add_fault(const char* symbol, int code, const char* text, long call);
 void cann_host_drop_faults(size_t keep);
 const char* cann_host_entries();

@@ -183,8 +183,9 @@ extern "C" {
 
 // Called once by Python, before anything reads the options.
 void cann_host_configure(const char* soc, const char* cann_version, int devices, uint64_t memory,
-                         int late_streams) {
-  GetState().options = {soc, cann_version, devices, static_cast<size_t>(memory), late_streams != 0};
+                         int late_streams, int fill) {
+  GetState().options = {soc, cann_version, devices, static_cast<size_t>(memory), late_streams != 0,
+                        fill};
 }
 
 // From now on, call number `call` of the symbol returns this code; every call, if it is 0.

@@ -151,6 +151,7 @@ int aclrtMallocPhysical(void** handle, size_t size, const PhysicalMemoryProperti
     cann_host::GiveBackBytes(size, where, device);
     return Fail(kOutOfMemory, "aclrtMallocPhysical: the host has no %zu bytes left", size);
   }
+  cann_host::Fill(home, size, where);
   Mapped& mapped = GetMapped();
   const cann_host::Lock lock(mapped.mutex);
   // a number, not an address: nothing can be read through it

@@ -61,6 +61,7 @@ int Allocate(const char* symbol, void** out, size_t size, Where where) {
     cann_host::GiveBackBytes(size, where, device);
     return Fail(kOutOfMemory, "%s: the host has no %zu bytes left", symbol, size);
   }
+  cann_host::Fill(bytes, size, where);
   cann_host::AddBlock(bytes, size, where, device, 0);
   *out = bytes;
   return kSuccess;
@@ -266,6 +267,11 @@ void GiveBackBytes(size_t size, Where where, int device) {
   if (where != Where::kDevice) return;
   const Lock lock(GetMemory().mutex);
   GetMemory().used[device] -= size;
+}
+
+void Fill(void* bytes, size_t size, Where where) {
+  const int value = GetOptions().fill;
+  if (value >= 0 && where == Where::kDevice) std::memset(bytes, value, size);
 }
 
 void AddBlock(void* begin, size_t size, Where where, int device, uint64_t reservation) {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forecasts
 import torch
 from versions import versions
 
@@ -345,7 +346,8 @@ _MADE = (
     architectures,
     architectures_fused,
 )
-TABLES = {made.__name__: made for made in _MADE}
+TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in _MADE}
+TABLES |= {made.__name__: lambda made=made: markdown(*made()) for made in forecasts.TABLES}
 
 
 def put_in(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

@@ -113,7 +113,8 @@ class Comparison(list[LayerComparison]):
         lines = [styled(line, "worst") if line.endswith("  worst") else line for line in lines]
         for legend in (*_LEGEND, *([_LEGEND_ALONE] if self.has_sensitivity else [])):
             lines += wrapped(legend, "  ")
-        lines += wrapped(f"max, cosine, worst: by {self.measure}", "  ")
+        if self.ranking():
+            lines += wrapped(f"max, cosine, worst: by {self.measure}", "  ")
         lines += wrapped(f"output: {self.output}", "  ")
         return "\n".join([*lines, *wrapped(self._advice(), "  ")])
 

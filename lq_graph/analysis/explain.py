@@ -139,7 +139,7 @@ def _explain(
         tuple(graphs),
         tuple(unfused),
         tuple(fusions),
-        blocks_of(unfused, without, graphs, fusions),
+        blocks_of(unfused, without, graphs, fusions, product.key),
         peak,
     )
 

@@ -9,9 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..fusion.editor import FusionReport, Line
-from ..reports import table
+from .explain_kernels import Kernel, kernels_of
 
-__all__ = ["REST", "VENDOR_KERNELS", "VENDOR_SOURCE", "Block", "blocks_of", "groups_of"]
+__all__ = [
+    "REST",
+    "VENDOR_KERNELS",
+    "VENDOR_SOURCE",
+    "Block",
+    "blocks_of",
+    "groups_of",
+    "without_linear",
+]
 
 REST = "(rest of the model)"  # what belongs to no numbered module
 _NUMBERED = re.compile(r"^.*?(?<![^.])\d+(?![^.])")
@@ -47,38 +55,51 @@ class Block:
 
     Attributes:
         name: of the module, or REST.
-        unfused, fused: its kernels in the GE graph without fusions and with them, by operator.
+        before, after: its kernels in the GE graph without fusions and with them, in order.
         lines: what fused in it, and what came near and did not, with the reason.
     """
 
     name: str
-    unfused: Counter[str]
-    fused: Counter[str]
+    before: tuple[Kernel, ...]
+    after: tuple[Kernel, ...]
     lines: tuple[Line, ...]
+
+    @property
+    def unfused(self) -> Counter[str]:
+        """Its kernels without fusions, by operator."""
+        return Counter(kernel.op for kernel in self.before)
+
+    @property
+    def fused(self) -> Counter[str]:
+        """Its kernels with fusions, by operator."""
+        return Counter(kernel.op for kernel in self.after)
 
     @property
     def has_attention(self) -> bool:
         """Whether it can be set beside the vendor's decoder layer."""
         return self.name != REST and bool(_ATTENTION & set(self.unfused))
 
+    def ways(self) -> dict[str, Counter[str]]:
+        """Its kernels by operator: unfused, fused, and the vendor's if it has attention."""
+        vendor = {"vendor": Counter(VENDOR_KERNELS)} if self.has_attention else {}
+        return {"unfused": self.unfused, "fused": self.fused, **vendor}
+
     def kernels(self) -> list[list[object]]:
         """The table of kernels, its head first: by operator, without fusion, with it, and the
         vendor's if it is a layer with attention."""
-        ways: dict[str, Any] = {"unfused": self.unfused, "fused": self.fused}
-        if self.has_attention:
-            ways["vendor"] = Counter(VENDOR_KERNELS)
+        ways = self.ways()
         names = {name for counts in ways.values() for name in counts}
-        order = sorted(names, key=lambda name: (-self.fused[name], -self.unfused[name], name))
+        fused, unfused = ways["fused"], ways["unfused"]
+        order = sorted(names, key=lambda name: (-fused[name], -unfused[name], name))
         rows: list[list[object]] = [["kernel", *ways]]
         rows += [[name, *(counts[name] for counts in ways.values())] for name in order]
-        return [*rows, ["all", *(sum(counts.values()) for counts in ways.values())]]
+        return [*rows, ["all", *(counts.total() for counts in ways.values())]]
 
     def fusions(self) -> list[list[object]]:
         """The table of fusions, its head first: how often, where, or what blocked it."""
         found: dict[tuple[str, str], list[str]] = {}
         for line in self.lines:
-            where = _INNER.sub("", line.layer.removeprefix(self.name).strip("."))
-            found.setdefault((line.fusion, line.why_not), []).append(where or "(itself)")
+            found.setdefault((line.fusion, line.why_not), []).append(self.inner(line.layer))
         rows: list[list[object]] = [["fusion", "done", "left", "in", "blocked by"]]
         for (fusion, why), places in sorted(found.items(), key=lambda item: bool(item[0][1])):
             done, left = (0, len(places)) if why else (len(places), 0)
@@ -88,23 +109,15 @@ class Block:
             rows.append([fusion, done, left, ", ".join(names), why])
         return rows
 
-    def text(self, others: int) -> list[str]:
-        """Lines for a terminal; `others` is how many layers are like it."""
-        counts = [sum(way.values()) for way in (self.unfused, self.fused)]
-        head = f"{titled(self.name, others)}: {counts[0]} kernels without fusion, {counts[1]} with"
-        if self.has_attention:
-            head += f"; {sum(VENDOR_KERNELS.values())} in the vendor's operators"
-        lines = ["", head]
-        if self.lines:
-            lines += table(self.fusions(), "  ")
-        elif self.unfused:
-            lines.append("  nothing fused, and no pattern came near")
-        return [*lines, "", *table(self.kernels(), "  ")] if self.unfused else lines
+    def inner(self, module: str) -> str:
+        """The name of a module of this layer, without the layer's."""
+        name = module.removeprefix(self.name) if self.name != REST else module
+        return without_linear(name.strip(".")) or "(itself)"
 
 
-def titled(name: str, others: int) -> str:
-    """The name of a layer, and how many are like it."""
-    return f"{name} and {others} like it" if others else name
+def without_linear(name: str) -> str:
+    """The name of a QuantizedLinear, if it is that of the layer inside; else the name."""
+    return _INNER.sub("", name)
 
 
 def _block_of(module: str) -> str:
@@ -117,22 +130,28 @@ def blocks_of(
     without: Sequence[FusionReport],
     fused: Iterable[Any],
     reports: Sequence[FusionReport],
+    product: str,
 ) -> tuple[Block, ...]:
     """The layers of a model, in the order of its modules, the rest last.
 
     Args:
         unfused, fused: GE graphs (`lq_graph.converters.graph.Graph`) without and with fusions.
         without, reports: of the fusions in these graphs, with their `modules`.
+        product: key of the product that the forecast is for.
     """
-    before, after = _counted(unfused, without), _counted(fused, reports)
+    before, after = _by_block(unfused, without, product), _by_block(fused, reports, product)
     lines: dict[str, list[Line]] = {}
     for report in reports:
         for line in report.lines:
             lines.setdefault(_block_of(line.layer), []).append(line)
     names = sorted({*before, *after, *lines}, key=_order)
-    none: Counter[str] = Counter()
     return tuple(
-        Block(name, before.get(name, none), after.get(name, none), tuple(lines.get(name, ())))
+        Block(
+            name,
+            tuple(before.get(name, ())),
+            tuple(after.get(name, ())),
+            tuple(lines.get(name, ())),
+        )
         for name in names
     )
 
@@ -142,18 +161,20 @@ def _order(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
     return name == REST, parts
 
 
-def _counted(graphs: Iterable[Any], reports: Sequence[FusionReport]) -> dict[str, Counter[str]]:
-    """The kernels of each layer."""
-    found: dict[str, Counter[str]] = {}
+def _by_block(
+    graphs: Iterable[Any], reports: Sequence[FusionReport], product: str
+) -> dict[str, list[Kernel]]:
+    """The kernels of each layer, in order."""
+    found: dict[str, list[Kernel]] = {}
     for graph in graphs:
         calls = _calls(graph)
         known = set(calls.values())
         # a graph without a quantized layer has no report
         modules = sorted((r.modules for r in reports), key=lambda m: -len(known.intersection(m)))
         names = modules[0] if modules else {}
-        for node in graph.launches:
-            block = _block_of(names.get(calls[node.name], ""))
-            found.setdefault(block, Counter())[node.op] += 1
+        module_of = {node: names.get(call, "") for node, call in calls.items()}
+        for kernel in kernels_of(graph, product, module_of):
+            found.setdefault(_block_of(kernel.module), []).append(kernel)
     return found
 
 
@@ -172,12 +193,10 @@ def _calls(graph: Any) -> dict[str, str]:
 
 
 def groups_of(blocks: Sequence[Block]) -> list[tuple[Block, list[str]]]:
-    """Each different layer, and the names of the others that are like it."""
+    """Each different layer, and the names of all that are like it."""
     groups: dict[str, tuple[Block, list[str]]] = {}
     for block in blocks:
-        key = str((block.has_attention, block.kernels(), block.fusions()))
-        if key in groups:
-            groups[key][1].append(block.name)
-        else:
-            groups[key] = block, []
+        shown = [(kernel.op, block.inner(kernel.module), kernel.cost) for kernel in block.after]
+        key = str((block.has_attention, block.kernels(), block.fusions(), shown))
+        groups.setdefault(key, (block, []))[1].append(block.name)
     return list(groups.values())

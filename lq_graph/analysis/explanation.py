@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..fusion.editor import FusionReport
-from ..reports import table
 from ..rules.plan import Plan, Spec
-from ..rules.tables import Peak, Product, dtype_name, storage_name
-from .explain_layers import VENDOR_SOURCE, Block, groups_of
+from ..rules.products import get_cann_version
+from ..rules.tables import Peak, Product
+from .explain_fold import LayerGroup, fold
+from .explain_kernels import Total, kernels_of
+from .explain_layers import Block, groups_of
 
-__all__ = ["Explanation", "LayerExplanation"]
+__all__ = ["Explanation", "LayerExplanation", "Machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """On what the model was lowered.
+
+    Attributes:
+        versions: of the packages that lower, by name, and of CANN.
+        stand_in: whether it is cann_host, and no device.
+    """
+
+    versions: Mapping[str, str]
+    stand_in: bool
+
+    @staticmethod
+    def here() -> Machine:
+        """This process."""
+        versions = {}
+        for name in ("lq_graph", "torch", "torch_npu"):
+            try:
+                versions[name] = version(name)
+            except PackageNotFoundError:  # run from its folder
+                continue
+        if cann := get_cann_version():
+            versions["CANN"] = str(cann)
+        host = sys.modules.get("cann_host")
+        return Machine(versions, host is not None and host.is_active())
+
+    @property
+    def warning(self) -> str:
+        """What a reader has to know about the numbers."""
+        if not self.stand_in:
+            return ""
+        return (
+            "Made on cann_host, a stand-in for CANN, without an NPU: shapes, GE nodes and "
+            "launches are the real ones of torch_npu and torchair; no time is measured."
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +114,11 @@ class LayerExplanation:
         """Seconds for the bytes at the peak bandwidth."""
         return self.bytes / self.peak.bytes_per_second
 
+    @cached_property
+    def forecast(self) -> Total:
+        """The forecast of its kernels (`lq_graph.forecast`)."""
+        return Total.of(kernels_of(self.ours, self.plan.product.key))
+
     @property
     def bound(self) -> str:
         """Which peak limits it, "compute" or "memory"."""
@@ -91,6 +139,7 @@ class Explanation:
             (`lq_graph.fusion.editor.FusionReport`).
         blocks: the same for each layer of the model, such as model.layers.0, with its kernels.
         peak: the figures from which the bounds are estimated.
+        machine: on what the model was lowered.
     """
 
     device: str
@@ -101,6 +150,7 @@ class Explanation:
     fusions: tuple[FusionReport, ...]
     blocks: tuple[Block, ...]
     peak: Peak
+    machine: Machine = field(default_factory=Machine.here)
 
     @property
     def launches(self) -> tuple[int, int]:
@@ -108,76 +158,56 @@ class Explanation:
         unfused, fused = (sum(len(g.launches) for g in w) for w in (self.unfused, self.graphs))
         return unfused, fused
 
-    def rows(self) -> list[list[object]]:
-        """The table of layers, its head first."""
-        words = (
-            "layer, m x k x n, row, weight, nodes, vendor, MACs, bytes, ops/byte, us at peak, bound"
-        )
-        head: list[object] = [*words.split(", ")]
-        rows: list[list[object]] = [head]
-        for layer in self.layers:
-            p = layer.plan
-            batch = "".join(f"{size} x " for size in p.output_shape[:-2])
-            rows.append(
-                [
-                    layer.name or "(model)",
-                    f"{batch}{p.m} x {p.k} x {p.n}",
-                    f"{storage_name(p.row.storage)} to {dtype_name(p.output_dtype)}",
-                    layer.weight_format,
-                    len(layer.ours.compute),
-                    len(layer.vendor.compute),
-                    layer.macs,
-                    layer.bytes,
-                    f"{layer.intensity:.1f}",
-                    f"{layer.seconds * 1e6:.2f}",
-                    layer.bound,
-                ]
-            )
-        return rows
+    @cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layers, equal ones together."""
+        return fold(self.layers)
+
+    @cached_property
+    def block_groups(self) -> list[tuple[Block, list[str]]]:
+        """Each different layer of the model, and the names of all that are like it."""
+        return groups_of(self.blocks)
+
+    @property
+    def peak_seconds(self) -> float:
+        """Seconds of the quantized layers at the chip's published peaks, a lower bound."""
+        return sum(layer.seconds for layer in self.layers)
+
+    @cached_property
+    def total(self) -> Total:
+        """The forecast of the whole model, with fusions."""
+        return Total.of(kernel for block in self.blocks for kernel in block.after)
+
+    @cached_property
+    def unfused_total(self) -> Total:
+        """The forecast of the whole model, without fusions."""
+        return Total.of(kernel for block in self.blocks for kernel in block.before)
+
+    def nodes(self) -> tuple[int, int]:
+        """GE nodes of the quantized layers, and of the vendor's modules in their place."""
+        ours = sum(len(layer.ours.compute) for layer in self.layers)
+        return ours, sum(len(layer.vendor.compute) for layer in self.layers)
 
     def __str__(self) -> str:
-        total = sum(layer.seconds for layer in self.layers)
-        nodes = sum(len(graph.compute) for graph in self.graphs)
-        ours = sum(len(layer.ours.compute) for layer in self.layers)
-        theirs = sum(len(layer.vendor.compute) for layer in self.layers)
-        lines = [
-            f"{self.device}, {self.product}: {len(self.layers)} LinearQuant layers, {ours} GE "
-            f"nodes (the vendor's module: {theirs}); whole model {nodes} GE nodes",
-            "",
-            *table(self.rows()),
-            "",
-            f"at least {total * 1e6:.2f} us in these layers: {self.peak}",
-        ]
-        before, after = self.launches
-        lines += ["", f"whole model: {before} kernels without fusion, {after} with"]
-        for block, others in groups_of(self.blocks):
-            lines += block.text(len(others))
-        if any(block.has_attention for block in self.blocks):
-            lines += ["", f"vendor: {VENDOR_SOURCE}"]
-        seen = set()
-        for layer in self.layers:
-            shown = (str(layer.ours), str(layer.vendor))
-            if shown in seen:
-                continue
-            seen.add(shown)
-            lines += ["", f"{layer.name or '(model)'}: {layer.plan.row.source}"]
-            for title, graph in (("ours", layer.ours), ("vendor", layer.vendor)):
-                lines.append(f"  {title}, {len(graph.compute)} nodes")
-                lines += [f"    {line}" for line in str(graph).splitlines()]
-        return "\n".join(lines)
+        from .explain_text import explanation_text
+
+        return explanation_text(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as dicts, lists, numbers and strings: bytes, seconds, counts, each exact."""
+        from .explain_json import as_json
+
+        return as_json(self)
 
     def html(self, path: str | Path) -> None:
-        """Write one self-contained page, with the graphs drawn.
+        """Write one self-contained page.
 
         Args:
             path: the file to write.
-
-        Raises:
-            LinearQuantValueError: matplotlib is not installed.
         """
         from .explain_page import page
 
-        Path(path).write_text(page(self))
+        Path(path).write_text(page(self), encoding="utf-8")
 
 
 def _bytes(spec: Spec) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C import _functorch as functorch
@@ -20,22 +21,32 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad  # its `_current_level` is private
 from torch.utils import _pytree as pytree
 
+from ..errors import LinearQuantError
+
 __all__ = [
     "FuncTorchInterpreter",
     "OpOverload",
+    "TraceContext",
     "add_inductor_kernel",
     "add_inductor_pass",
+    "backend_of",
     "coerce_cinterpreter",
     "detect_fake_mode",
+    "error_of_trace",
     "excluded",
+    "fakes_of",
     "forward_ad",
     "functorch",
     "is_followed",
     "is_profiled",
     "is_transformed",
+    "modules_of",
     "patterns_of_call",
     "pytree",
 ]
+
+E = TypeVar("E", bound=LinearQuantError)
+TraceContext = Any  # torch._dynamo.comptime.ComptimeContext; importing it takes a second
 
 
 def excluded(key: str) -> AbstractContextManager[None]:
@@ -139,3 +150,72 @@ def add_inductor_kernel(op: OpOverload, kernel: str) -> None:
         return ir.TensorBox.create(call)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def fakes_of(arguments: Any) -> tuple[Any, ...] | None:
+    """The values of a tuple that Dynamo traces, fake tensors among them; None if one of its tensors
+    is something else, as a distributed tensor.
+
+    Args:
+        arguments: a variable, as a TraceContext gives it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def value(proxy: Any) -> Any:
+        return proxy.node.meta["example_value"] if isinstance(proxy, torch.fx.Proxy) else proxy
+
+    found = pytree.tree_map(value, tuple(arguments.as_proxy()))
+    tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+    known: tuple[Any, ...] = found
+    return known if all(isinstance(one, FakeTensor) for one in tensors) else None
+
+
+def modules_of(trace: TraceContext) -> list[tuple[str, type]]:
+    """The modules that Dynamo is in, below the compiled one, the outermost first: how Dynamo writes
+    each, and its class. Empty if this Dynamo does not say."""
+    try:
+        tracer = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+        return [(str(path), kind) for path, kind in tracer.nn_module_stack.values()]
+    except Exception:
+        return []
+
+
+def backend_of(trace: TraceContext) -> Any:
+    """The backend that Dynamo traces for; None if this Dynamo does not say."""
+    try:
+        tracer = trace._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+        return tracer.output.compiler_fn
+    except Exception:
+        return None
+
+
+def error_of_trace(error: E) -> E:
+    """The error as one that Dynamo lets through, without its own frames, when it is raised beside
+    the graph."""
+    from torch._dynamo import exc
+
+    passes = getattr(exc, "ShortenTraceback", None)
+    if passes is None:
+        return error
+    kind: Any = type(error)
+    found: E = _traced_class(kind, passes)(str(error))
+    found.refusal, found.layer = error.refusal, error.layer
+    return found
+
+
+@cache
+def _traced_class(kind: type[LinearQuantError], passes: type[Exception]) -> Any:
+    """A class of errors that is both."""
+
+    def start(self: Any, *args: Any) -> None:
+        Exception.__init__(self, *args)
+        self.first_useful_frame = None
+
+    names = {
+        "__init__": start,
+        "__reduce__": lambda self: (kind, self.args, {"refusal": self.refusal}),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "remove_dynamo_frames": lambda self: self.with_traceback(None),
+    }
+    return type(kind.__name__, (kind, passes), names)

@@ -27,6 +27,7 @@ __all__ = [
     "find_operator",
     "import_torchair",
     "installed",
+    "lowers_to_ge",
     "why_no_int4_nz",
     "why_no_passes",
 ]
@@ -141,3 +142,22 @@ def why_no_int4_nz() -> str:
             raise
         return str(error).partition("\n")[0].rstrip(".")
     return "" if cast.untyped_storage().nbytes() == size else "it makes blocks of 16 words, not 8"
+
+
+def lowers_to_ge(backend: Any) -> bool:
+    """Whether a backend of torch.compile is torchair's for GE graphs; False if it does not say.
+
+    Args:
+        backend: as Dynamo holds it: torchair's partial function, inside wrappers of torch.
+    """
+    for _ in range(_WRAPPERS):
+        config = getattr(backend, "keywords", {}).get("compiler_config")
+        if config is not None:
+            return bool(getattr(config.mode, "value", None) == "max-autotune")
+        inner = (getattr(backend, name, None) for name in _WRAPPED)
+        backend = next((one for one in inner if one is not None), None)
+    return False
+
+
+_WRAPPERS = 8  # more than torch has around each other
+_WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")

@@ -30,6 +30,13 @@ from .compat import (
 __all__ = ["asks_for_gradients", "check_gradients", "under_torch_func"]
 
 _Transform = functorch.TransformType
+# the float inputs of each operator, as the kernels pass them
+_INPUTS = {
+    "linear_quant": ("scale", "offset", "pertoken_scale", "bias"),
+    "trans_quant_param": ("scale", "offset"),
+    "dynamic_quant": ("x",),
+    "static_quant": ("x", "scale_reciprocal", "offset"),
+}
 
 
 def asks_for_gradients(*inputs: Tensor | None) -> bool:
@@ -55,7 +62,7 @@ def check_gradients(op: str, *inputs: Tensor | None) -> bool:
     grad_enabled, forward_mode = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not (grad_enabled or forward_mode):
         return False
-    for tensor in inputs:
+    for at, tensor in enumerate(inputs):
         if tensor is None:
             continue
         if forward_mode and _has_tangent(tensor):
@@ -64,9 +71,10 @@ def check_gradients(op: str, *inputs: Tensor | None) -> bool:
             )
         if grad_enabled and tensor.requires_grad:
             warnings.warn(
-                f"{op}: an input requires grad, and no gradient passes through a quantized layer: "
-                "the layers before it get no gradient. What to do: for inference, call the model "
-                "under torch.no_grad() or torch.inference_mode(); to train, use the float model.",
+                f"{op}: {_INPUTS[op][at]} requires grad, and no gradient passes through a "
+                "quantized layer: the layers before it get no gradient. What to do: for "
+                "inference, call the model under torch.no_grad() or torch.inference_mode(); to "
+                "train, use the float model.",
                 stacklevel=3,
             )
             return True

@@ -97,6 +97,9 @@ def linear_quant(
         given.pop("output_dtype", None)
         check_devices("linear_quant", x1=x1, weight=weight, scale=scale, **given)
         raise
+    if out.is_meta:  # a meta tensor among the operands; torch_npu returned no values
+        given.pop("output_dtype", None)
+        check_devices("linear_quant", x1=x1, weight=weight, scale=scale, **given)
     return out
 
 

@@ -134,7 +134,7 @@ class Inspection:
         lines = []
         folder = f"{shown(self.path, 4096)}/"
         problems = [problem.replace(folder, "") for problem in self.problems]
-        alike = folded(problems, lambda text: text, everything=everything)
+        alike = folded(problems, lambda text: text, everything=everything, few=1)
         if alike:
             lines.append("load_checkpoint refuses this:")
         for number, group in enumerate(alike, 1):
@@ -202,7 +202,9 @@ def _layers_text(layers: Sequence[InspectedLayer], everything: bool) -> list[str
     first = layers[0]
     lines = [*wrapped(f"{first.scheme}: {first.row}", "  "), *_products_text(first.products)]
     rows: list[list[object]] = [["layer", "count", "n", "k", "bytes"]]
-    for group in folded(layers, lambda x: x.name, lambda x: (x.n, x.k), everything=everything):
+    for group in folded(
+        layers, lambda x: x.name, lambda x: (x.n, x.k), everything=everything, few=1
+    ):
         name = _pattern([layer.name for layer in group])
         rows.append([name, len(group), group[0].n, group[0].k, sum(x.bytes for x in group)])
     return [*lines, *table(rows, "  ", 0 if everything else None)]
@@ -227,7 +229,9 @@ def _products_text(products: Mapping[str, str]) -> list[str]:
 def _tensors_text(tensors: Sequence[InspectedTensor], everything: bool) -> list[str]:
     """The tensors outside the quantized layers."""
     rows: list[list[object]] = [["other tensors", "count", "dtype", "shape", "bytes"]]
-    groups = folded(tensors, lambda x: x.name, lambda x: (x.dtype, x.shape), everything=everything)
+    groups = folded(
+        tensors, lambda x: x.name, lambda x: (x.dtype, x.shape), everything=everything, few=1
+    )
     groups.sort(key=lambda group: -sum(one.bytes for one in group))
     shown = groups if everything or len(groups) <= _LINES else groups[: _LINES - 1]
     for group in shown:

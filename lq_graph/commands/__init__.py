@@ -10,7 +10,7 @@ import argparse
 from typing import Protocol
 
 from ..doctor import command as doctor
-from . import check, compare, explain, inspect
+from . import check, compare, explain, forecast, inspect
 
 __all__ = ["COMMANDS", "Command"]
 
@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "check": check,
     "explain": explain,
     "compare": compare,
+    "forecast": forecast,
     "inspect": inspect,
     "doctor": doctor,
 }

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ..errors import LinearQuantValueError
 from . import config_model
-from .extras import need
 from .model_file import model_and_inputs
 from .output import add_json, only_the_answer, print_json
 
@@ -44,7 +43,6 @@ def run(asked: argparse.Namespace) -> int:
         page = Path(html)
         if page.is_dir() or not page.absolute().parent.is_dir():
             raise LinearQuantValueError(f"explain: --html {html}: there is no folder for that file")
-        need("explain", "--html", "matplotlib")
     from ..analysis.explain import explain
 
     with only_the_answer(asked.json):

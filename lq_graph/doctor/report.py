@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..reports import table, wrapped
+from ..reports import styled, table, wrapped
 from .environment import AUTOLOAD
 from .facts import Facts
 from .problems import Problem
@@ -91,9 +91,11 @@ def mode_text(facts: Facts) -> list[str]:
     """What can be used, and why not."""
     lines = []
     for mode in facts.modes:
-        answer = "yes  " if not mode["why_not"] else "no   "
+        answer = "yes" if not mode["why_not"] else "no"
         why = f": {mode['why_not']}" if mode["why_not"] else ""
-        lines += wrapped(f"   {answer}{mode['mode']}{why}", " " * 11)
+        first, *more = wrapped(f"   {answer:5}{mode['mode']}{why}", " " * 11)
+        coloured = styled(answer, "bad" if mode["why_not"] else "good")
+        lines += [first.replace(answer, coloured, 1), *more]
     return lines
 
 

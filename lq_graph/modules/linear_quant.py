@@ -12,7 +12,10 @@ from torch.nn.parameter import Parameter
 
 from ..backends import npu
 from ..backends.compat import is_followed
+from ..backends.fake import check_linear_quant
+from ..backends.layer_names import named
 from ..backends.npu import cast_format, format_of
+from ..backends.traced import check_format_traced, check_traced
 from ..errors import LinearQuantError, LinearQuantValueError
 from ..kernels import (
     INT4_PER_INT32,
@@ -175,29 +178,37 @@ class LinearQuant(nn.Module):
         else:
             weight, scale, offset = self.weight, self.scale, self.offset
             pertoken, bias = self.pertoken_scale, self.bias
-        if self.in_features % INT4_PER_INT32:
-            check_whole_words("LinearQuant", self.in_features, weight)
-        if self.x1_dtype is not None:
-            check_stated("x1", x1, self.x1_dtype)
-        if self.x2_dtype is not None:
-            check_stated("x2", weight, self.x2_dtype)
         if pertoken_scale is not None:
             pertoken = pertoken_scale
         output_dtype = self.output_dtype
-        if not traced and type(x1) is Tensor and _is_npu(x1.device) and not is_followed():
-            # The dispatcher would only call this kernel, and take a tenth of the time of a call.
-            return npu.linear_quant(
-                x1, weight, scale, offset, pertoken, bias, output_dtype=output_dtype
-            )
-        given: dict[str, Any] = {}  # an eager call pays for each argument, None too
-        if output_dtype is not None:
-            given["output_dtype"] = output_dtype
-        if in_graph and x1.device.type == "npu":
-            values: Any = self._buffers["_unpacked_scale"]
-            if values is not None and values.shape == scale.shape:  # not split
-                given["float_scale"] = values
-        out: Tensor = _linear_quant(x1, weight, scale, offset, pertoken, bias, **given)
-        return out
+        try:
+            if traced:
+                operands = x1, weight, scale, offset, pertoken, bias, output_dtype
+                check_traced(check_linear_quant, *operands)
+                if in_graph and x1.device.type == "npu":
+                    check_format_traced(self._weight_format)
+            if self.in_features % INT4_PER_INT32:
+                check_whole_words("LinearQuant", self.in_features, weight)
+            if self.x1_dtype is not None:
+                check_stated("x1", x1, self.x1_dtype)
+            if self.x2_dtype is not None:
+                check_stated("x2", weight, self.x2_dtype)
+            if not traced and type(x1) is Tensor and _is_npu(x1.device) and not is_followed():
+                # The dispatcher would only call this kernel, in a tenth of the time of a call.
+                return npu.linear_quant(
+                    x1, weight, scale, offset, pertoken, bias, output_dtype=output_dtype
+                )
+            given: dict[str, Any] = {}  # an eager call pays for each argument, None too
+            if output_dtype is not None:
+                given["output_dtype"] = output_dtype
+            if in_graph and x1.device.type == "npu":
+                values: Any = self._buffers["_unpacked_scale"]
+                if values is not None and values.shape == scale.shape:  # not split
+                    given["float_scale"] = values
+            out: Tensor = _linear_quant(x1, weight, scale, offset, pertoken, bias, **given)
+            return out
+        except LinearQuantError as error:
+            raise named(error) from None
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..backends.fake import check_static_quant
+from ..backends.layer_names import named
 from ..backends.npu import cast_format, format_of
-from ..errors import LinearQuantTypeError
+from ..backends.traced import check_traced
+from ..errors import LinearQuantError, LinearQuantTypeError
+from ..rules.activations import plan_dynamic_quant
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
 from .linear_quant import LinearQuant, keeping_dtypes
@@ -76,6 +80,7 @@ class QuantizedLinear(nn.Module):
     """
 
     takes_int8 = False
+    is_whole_layer = True  # an error names this module, not its `linear`
 
     input_scale: Tensor | None
     input_offset: Tensor | None
@@ -281,17 +286,20 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         linear: Any = self._modules["linear"]
-        if torch.compiler.is_compiling():
-            if torch.compiler.is_dynamo_compiling():  # before a buffer is read
-                self._derive_for_graph()
-            return self._product(input, linear)
-        self._derive_again()
-        if (merged := merged_of(linear)) is None:
-            return self._eagerly(input, linear)
-        # read the dict, as LinearQuant.forward does
-        quantizers = self._buffers["_scale_reciprocal"], self._buffers["_offset"]
-        part = merged.part(linear.index, input, quantizers, self._eagerly)
-        return self._product(input, linear) if part is None else part
+        try:
+            if torch.compiler.is_compiling():
+                if torch.compiler.is_dynamo_compiling():  # before a buffer is read
+                    self._derive_for_graph()
+                return self._product(input, linear)
+            self._derive_again()
+            if (merged := merged_of(linear)) is None:
+                return self._eagerly(input, linear)
+            # read the dict, as LinearQuant.forward does
+            quantizers = self._buffers["_scale_reciprocal"], self._buffers["_offset"]
+            part = merged.part(linear.index, input, quantizers, self._eagerly)
+            return self._product(input, linear) if part is None else part
+        except LinearQuantError as error:
+            raise named(error) from None
 
     def _eagerly(self, input: Tensor, linear: LinearQuant) -> Tensor:
         """`_product`, on the CPU in one call if that can be."""
@@ -323,28 +331,20 @@ class QuantizedLinear(nn.Module):
     def _rows(self, rows: Tensor, linear: LinearQuant) -> Tensor:
         """(m, k) to (m, n)."""
         out: Tensor
-        if rows.dtype == torch.int8 and not self.takes_int8:
-            raise LinearQuantTypeError(
-                "QuantizedLinear: x is int8, but this layer does not take int8: values that were "
-                "cast to int8 are not quantized. What to do: pass "
-                f"x.to({self.input_dtype}). A model that reads the dtype of a layer must read "
-                "layer.weight.dtype, not next(layer.parameters()).dtype. If the layer before "
-                "returns int8, make this layer with takes_int8=True."
-            )
+        own = self.input_dtype
+        dynamic = self._scale_reciprocal is None
+        if not dynamic and rows.dtype != own and _autocasts(rows, own):
+            rows = rows.to(own)
+        if torch.compiler.is_dynamo_compiling():
+            quantizer = self._scale_reciprocal, self._offset
+            check_traced(_check_rows, rows, self.takes_int8, own, linear.weight_dtype, *quantizer)
+        _check_dtype(rows, self.takes_int8, own, dynamic)
         if self._scale_reciprocal is None:
             quantized, scale = self.quantize_rows(rows, linear.weight_dtype)
             out = linear(quantized, scale)
         elif rows.dtype == torch.int8:
             out = linear(rows)
         else:
-            if rows.dtype != self.input_dtype and _autocasts(rows, self.input_dtype):
-                rows = rows.to(self.input_dtype)
-            if rows.dtype != self.input_dtype:
-                raise LinearQuantTypeError(
-                    f"QuantizedLinear: x is {dtype_name(rows.dtype)}; this static layer was made "
-                    f"for {dtype_name(self.input_dtype)}. What to do: pass "
-                    f"x.to({self.input_dtype}), or quantize the model in the dtype it runs in."
-                )
             forms = self._forms(rows)
             out = linear(_static_quant(rows, self._scale_reciprocal, self._offset, **forms))
         return out
@@ -407,6 +407,40 @@ def merged_of(linear: nn.Module) -> MergedLinear | None:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _check_dtype(x: Tensor, takes_int8: bool, input_dtype: torch.dtype, dynamic: bool) -> None:
+    """Refuse an input of a dtype that the layer was not made for."""
+    if x.dtype == torch.int8 and not takes_int8:
+        raise LinearQuantTypeError(
+            "QuantizedLinear: x is int8, but this layer does not take int8: values that were cast "
+            f"to int8 are not quantized. What to do: pass x.to({input_dtype}). A model that reads "
+            "the dtype of a layer must read layer.weight.dtype, not "
+            "next(layer.parameters()).dtype. If the layer before returns int8, make this layer "
+            "with takes_int8=True."
+        )
+    if not dynamic and x.dtype not in (torch.int8, input_dtype):
+        raise LinearQuantTypeError(
+            f"QuantizedLinear: x is {dtype_name(x.dtype)}; this static layer was made for "
+            f"{dtype_name(input_dtype)}. What to do: pass x.to({input_dtype}), or quantize the "
+            "model in the dtype it runs in."
+        )
+
+
+def _check_rows(
+    x: Tensor,
+    takes_int8: bool,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    scale_reciprocal: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """Refuse rows that a layer does not take: `_check_dtype`, and what its quantizer refuses."""
+    _check_dtype(x, takes_int8, input_dtype, dynamic=scale_reciprocal is None)
+    if scale_reciprocal is None:
+        plan_dynamic_quant(x, weight_dtype)
+    elif x.dtype != torch.int8:
+        check_static_quant(x, scale_reciprocal, offset)
 
 
 def _autocasts(x: Tensor, dtype: torch.dtype) -> bool:

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from ..kernels import STORAGE_DTYPES, Arithmetic
+from .chips import chip_of
 
 __all__ = [
     "A2",
@@ -80,6 +81,7 @@ class Product:
             (`op_host/config/<soc>/quant_batch_matmul_v3_binary.json` in hicann/ops-nn).
         int4_nz_since: the CANN release that brought FRACTAL_NZ kernels for int4 weights; None if no
             public release has them.
+        graphs_take_nz_only: whether the kernels take no ND weight; in an eager call aclnn casts it.
         limits_k: whether k is limited to LAST_DIM_MAX.
         empty_m: whether an x1 without rows is allowed; the output then has no rows either.
         dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
@@ -96,6 +98,7 @@ class Product:
     ge_op: str = "QuantBatchMatmulV3"
     nz_storage: tuple[torch.dtype, ...] = (torch.int8,)
     int4_nz_since: str | None = None
+    graphs_take_nz_only: bool = False
     limits_k: bool = True
     empty_m: bool = False
     dynamic_quant: Arithmetic = Arithmetic.MULTIPLY
@@ -110,12 +113,15 @@ class Product:
 # of 6.0.0 (A3)
 # int4_nz_since: the lists of kernels; v8.5.0 has none, v9.0.0 has them. aclnnQuantMatmulWeightNz.md
 # has the same rows.
+# graphs_take_nz_only: CheckDtypeOnOnlyL0c2ub (quant_batch_matmul_v3_tiling.cpp), and the list of
+# kernels for ascend310p; TransposeAndTransDataForInputs (aclnn_quant_matmul_v5.cpp) for eager calls
 # dynamic_quant: dynamic_quant_tiling_310P.cpp (hicann/ops-nn), CorrectNumCopyRow
 ATLAS_INFERENCE = Product(
     "Atlas inference (310P)",
     "310P",
     ("Ascend310P",),
     since="8.0.RC1",
+    graphs_take_nz_only=True,
     dynamic_quant=Arithmetic.HALF,
     dynamic_quant_k=32,
 )
@@ -162,14 +168,12 @@ class Peak:
         return f"{self.chip} at {tops:g} TOPS int8 and {gigabytes:g} GB/s ({self.source})"
 
 
-# Rough: chips of one family differ, public figures disagree, and no kernel reaches its peak.
-_ROUGH = "commonly published figures"
-PEAKS: dict[str, Peak] = {
-    "310P": Peak("Atlas 300I Pro", 140e12, 204.8e9, _ROUGH),
-    "A2": Peak("Ascend 910B", 640e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
-    "A3": Peak("one die of Ascend 910C", 800e12, 1600e9, f"{_ROUGH}; int8 as twice float16"),
-    "950": Peak("Ascend 950PR", 1000e12, 1600e9, "Huawei Connect 2025, at 8 bits"),
-}
+def _peak(key: str) -> Peak:
+    chip = chip_of(key)
+    return Peak(chip.name, chip.int8_ops, chip.bytes_per_second, chip.source)
+
+
+PEAKS: dict[str, Peak] = {product.key: _peak(product.key) for product in PRODUCTS}
 
 Choice = tuple["torch.dtype | None", ...]
 

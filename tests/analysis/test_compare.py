@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -327,6 +325,7 @@ def test_no_layer_is_blamed_for_nothing() -> None:
     data = [(x, torch.zeros(8)) for x in batches(1, 8)]
     never = compare(shared, other, data, sensitivity=True)
     assert str(never).endswith("none of these layers was called")
+    assert never.as_json()["worst"] is None and exact.as_json()["worst"] is None
     assert never[0].sensitivity is None
 
 
@@ -354,13 +353,14 @@ def test_named_layers_come_in_the_models_order_each_once() -> None:
 def test_the_table() -> None:
     model = make()
     lines = str(compare(model, with_noise(model, {1: 0.05}), batches())).splitlines()
-    assert len(lines) == 8
-    assert lines[0].split("  ")[0] == "layer" and "own dB" in lines[0]
+    assert lines[0].split() == ["layer", "own", "dB", "in", "model", "dB", "max", "cosine"]
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
     assert [line.endswith("worst") for line in lines[1:4]] == [False, True, False]
-    assert lines[4].startswith("dB: signal to quantization noise") and "own: " in lines[5]
-    assert lines[6].startswith("output: ")
-    assert lines[7] == (
+    assert lines[1].split()[1:3] == ["exact", "exact"]
+    assert lines[4].startswith("dB: signal to quantization noise") and lines[6].startswith("own: ")
+    text = " ".join(" ".join(lines[8:]).split())
+    assert text.startswith("max, cosine, worst: by the layer's own error, on the float model's")
+    assert "output: " in text and text.endswith(
         "1 has the largest error of its own; to leave it float: "
         "lq_graph.quantize(..., ignore=['1'])"
     )
@@ -392,25 +392,6 @@ def test_models_are_left_as_they_were() -> None:
     assert not other[1].training
 
 
-@pytest.mark.slow
-def test_picture(tmp_path: Path) -> None:
-    model = make(100)
-    noise = {i: 0.001 * (i % 7) for i in range(100)}
-    found = compare(model, with_noise(model, noise), batches(1), sensitivity=True)
-    for name, head in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
-        found.plot(tmp_path / name)
-        data = (tmp_path / name).read_bytes()
-        assert data.startswith(head) and len(data) > 20_000
-
-
-def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    found = compare(model, with_noise(model, {0: 0.1}), batches())
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(LinearQuantValueError, match="pip install matplotlib"):
-        found.plot(tmp_path / "a.png")
-
-
 class Wrapped(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -435,6 +416,12 @@ class Dict(dict[int, Tensor]):
         super().__init__({0: hidden})
 
 
+def quantized(model: nn.Sequential) -> nn.Sequential:
+    other = copy.deepcopy(model).half()
+    lq_graph.quantize(other, A8W8Dynamic())
+    return other
+
+
 def narrower(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(model[0], model[1], Noisy(nn.Linear(16, 8), 0.0))
 
@@ -447,7 +434,22 @@ def narrower(model: nn.Sequential) -> nn.Sequential:
         (
             lambda m, o: compare(m, copy.deepcopy(m), batches()),
             LinearQuantValueError,
-            "no layers to compare",
+            "no layers to compare: every module has the same class in both models; neither is",
+        ),
+        (
+            lambda m, o: compare(m, o, batches(), layers=lambda module, name: False),
+            LinearQuantValueError,
+            "no layers to compare: `layers` chooses none",
+        ),
+        (
+            lambda m, o: compare(quantized(m), m.half(), batches()),
+            LinearQuantValueError,
+            r"0 is quantized in model_a and float in model_b, .* compare\(float_model, quantized_",
+        ),
+        (
+            lambda m, o: compare(quantized(m), quantized(m), batches()),
+            LinearQuantValueError,
+            "no layers to compare: every module has the same class in both models; both are",
         ),
         (
             lambda m, o: compare(m, o, batches(), layers=["7"]),

@@ -83,23 +83,11 @@ def test_the_figures_are_the_layers(story) -> None:
 
 def test_text(story) -> None:
     text = str(story)
-    first = text.splitlines()[0]
-    assert "4 LinearQuant layers, 8 GE nodes (the vendor's module: 21)" in first
-    assert re.search(r"up +4 x 64 x 64 +int8 to int8 +FRACTAL_NZ +1 +3 +16,384 +5,376", text)
-    assert "a chip at 1 TOPS int8 and 1 GB/s (made up)" in text
+    second = text.splitlines()[1]
+    assert second == "4 LinearQuant layers, 8 GE nodes (the vendor's module: 21)"
+    assert re.search(r"^up +4 x 64 x 64 +int8 > int8 +5\.25 KiB +\d+\.\d\d +5\.38$", text, re.M)
+    assert "a chip at 1 TOPS int8 and 1 GB/s (made up)" in re.sub(r"\s+", " ", text)
     assert "QuantBatchMatmulV3 transpose_x2 -> int8[4, 64]" in text
-
-
-def test_page_needs_nothing_else(story, tmp_path: Path) -> None:
-    story.html(tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 2 * len(story.layers)
-    assert "TransQuantParamV2" in page and "dynamic.linear" in page
-    # names of XML's own vocabularies are all that looks like an address
-    addresses = set(re.findall(r"https?://[^\s\"'<>]+", page))
-    assert all("w3.org" in a or "purl.org" in a or "creativecommons" in a or "matplotlib" in a
-               for a in addresses), addresses  # fmt: skip
-    assert "<script" not in page and "<link" not in page and "src=" not in page
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -238,9 +226,10 @@ def test_each_layer_says_what_fused_and_what_blocked_the_nearest(layered) -> Non
 
 def test_layers_that_are_alike_are_shown_once(layered, tmp_path: Path) -> None:
     layered.html(tmp_path / "page.html")
-    page = re.sub(r"\s+", " ", (tmp_path / "page.html").read_text())
-    for shown in (str(layered), page):
-        assert shown.count("layers.0 and 1 like it") == 1 and "layers.1:" not in shown
+    page = (tmp_path / "page.html").read_text().replace("<wbr>", "")
+    assert str(layered).count("\nlayers.[0-1] x2: ") == 1
+    assert page.count("<h3>layers.[0-1]</h3>") == page.count("<h3>layers.2</h3>") == 1
+    for shown in (re.sub(r"\s+", " ", str(layered)), page):
         assert "aten.add.Tensor reads the norm too" in shown
         assert "DequantSwigluQuant" in shown
 

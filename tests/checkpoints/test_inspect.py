@@ -110,17 +110,19 @@ compressed-tensors, int-quantized 0.19.0; 1 file, 78,872 bytes
 
 A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32 -> bfloat16
   runs on Atlas A2, Atlas A3, Ascend 950 in float16 and bfloat16
-  not on Atlas inference (310P): linear_quant: pertoken_scale is float32; with int8 x1 and weight,
-    float16 output and scale float32, Atlas inference (310P) takes no pertoken_scale (no output
-    takes one)
+  not on Atlas inference (310P): linear_quant: pertoken_scale is float32; with
+    int8 x1 and weight, float16 output and scale float32, Atlas inference (310P)
+    takes no pertoken_scale (no output takes one)
   layer               count   n    k   bytes
   layers.*.down_proj      2  64  128  16,384
 
-A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32, bias bfloat16 -> bfloat16
+A8W8 dynamic: int8 x int8, scale float32, pertoken_scale float32, bias bfloat16
+  -> bfloat16
   runs on Atlas A2, Atlas A3, Ascend 950 in float16 and bfloat16
-  not on Atlas inference (310P): linear_quant: pertoken_scale is float32 and bias is float32; with
-    int8 x1 and weight, float16 output and scale float32, Atlas inference (310P) takes no
-    pertoken_scale and allows bias int32 or absent
+  not on Atlas inference (310P): linear_quant: pertoken_scale is float32 and
+    bias is float32; with int8 x1 and weight, float16 output and scale float32,
+    Atlas inference (310P) takes no pertoken_scale and allows bias int32 or
+    absent
   layer             count    n   k   bytes
   layers.*.up_proj      2  128  64  16,384
 
@@ -129,7 +131,8 @@ lm_head.weight            1  bfloat16  16x64  2,048
 layers.*.norm.bias        2  bfloat16  64       256
 layers.*.norm.weight      2  bfloat16  64       256
 
-Nothing is refused. Not compared with a model; the values of the scales were not read."""
+Nothing is refused. Not compared with a model; the values of the scales were not
+read."""
 
 
 def test_layers_alike_share_a_line(tmp_path) -> None:

@@ -297,9 +297,7 @@ def x(request: pytest.FixtureRequest) -> torch.Tensor:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_an_input_that_requires_grad_gives_a_warning(name: str, x: torch.Tensor) -> None:
     quantize, wanted = QUANTIZERS[name], QUANTIZERS[name](x)
-    with pytest.warns(
-        UserWarning, match=f"quant: an input requires grad, and {NONE}.*torch.no_grad"
-    ):
+    with pytest.warns(UserWarning, match=f"quant: x requires grad, and {NONE}.*torch.no_grad"):
         out = quantize(x.clone().requires_grad_())
     assert not out.requires_grad  # a part of it, through the scale, would be another gradient
     assert torch.equal(out, wanted)
@@ -315,7 +313,7 @@ def test_an_input_that_requires_grad_gives_a_warning(name: str, x: torch.Tensor)
 def test_a_parameter_that_requires_grad_gives_a_warning(named: str) -> None:
     inputs = cases.make(Case(output=BF16, bias=BF16, pertoken=True))
     inputs[named].requires_grad_()
-    with pytest.warns(UserWarning, match=f"linear_quant: an input requires grad, and {NONE}"):
+    with pytest.warns(UserWarning, match=f"linear_quant: {named} requires grad, and {NONE}"):
         out = lq_graph.linear_quant(**inputs)
     assert not out.requires_grad
     cases.assert_equal(out, {**inputs, named: inputs[named].detach()})

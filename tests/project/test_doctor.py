@@ -222,7 +222,7 @@ def test_a_set_up_without_a_problem_runs_the_self_test_in_a_child(tmp_path: Path
         assert re.search(rf"^   {mode} +\d+ calls +\d+\.\d s   all right$", text, re.M), text
     assert re.search(r"^   layers of the examples +3/3 +3/3 +3/3$", text, re.M), text
     assert text.endswith("no problem found\n")
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_mistake_in_the_command() -> None:

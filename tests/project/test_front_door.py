@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import pytest
 import torch
 
 import cann_host
-from cann_host import __main__ as launcher
-from cann_host import importing, runtime
+from cann_host import importing, launcher, runtime
 from cann_host.options import CannHostError, Options
 from lq_graph import command_line
-from lq_graph.commands import extras
 from support.processes import python, script
 
 REAL = ("CANN_", "TORCH_DEVICE")  # variables of the suite that a user has not
@@ -28,8 +25,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "bad.py": "import torch\nx = = 1\n",
         "run.sh": "#!/bin/sh\necho $1\n",
-        "null.py": "x = 1\0\n",
-        "latin.py": "x = '\udce4'\n",
         "needs.py": "import nothing_of_this_name\ndef f(): pass\n",
         "pk_front/__init__.py": "",
         "sub/own.py": "import beside\ndef f(): return beside.model()\n",
@@ -49,7 +44,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
-    os.mkfifo(tmp_path / "pipe.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -61,11 +55,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("nosuch.py", "no such script: nosuch.py"),
         ("sub", "sub is a folder without __main__.py"),
-        ("pipe.py", "pipe.py is not a regular file"),
-        ("bad.py", 'bad.py is not a Python program\n  File "bad.py", line 2'),
-        ("run.sh", 'run.sh is not a Python program\n  File "run.sh", line 2'),
-        ("null.py", "null.py is not a Python program\n"),
-        ("latin.py", "latin.py is not a Python program\n"),
         ("-m nosuch", "no such module: nosuch"),
         ("-m nosuch.part", "no such module: nosuch.part"),
         ("-m pk_front", "no such module: pk_front.__main__"),
@@ -166,12 +155,12 @@ def test_lq_graph(command: str, text: str, folder: Path, capsys, monkeypatch) ->
     assert refused(command.split(), capsys).startswith(text)
 
 
-def test_explain_without_matplotlib(folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_inspect_without_transformers(folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    said = refused(["explain", "m_front.py:pair", "--html", "a.html"], capsys)
+    said = refused(["inspect", ".", "--model", "."], capsys)
     assert said == (
-        "explain: --html needs matplotlib. What to do: leave it out, or pip install matplotlib.\n"
+        "inspect: --model needs transformers. What to do: leave it out, or pip install "
+        "transformers.\n"
     )
 
 

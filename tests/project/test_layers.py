@@ -40,6 +40,7 @@ ALL = MODULES | {
     "parallel",
     "analysis",
     "converters",
+    "forecast",
     "fusion",
     "integrations",
 }
@@ -66,13 +67,14 @@ TABLE = {
     "rules": Allowed(BASE | {"kernels"}, {"torch"}),
     "backends": Allowed(RULES, {"torch"}, NPU),
     # The records name functions of these; what is imported at the first call counts here too.
-    "ops": Allowed({"rules", "backends", "converters", "parallel", "fusion"}, {"torch"}),
+    "ops": Allowed({"errors", "rules", "backends", "converters", "parallel", "fusion"}, {"torch"}),
     "modules": Allowed(OPS, {"torch", "tqdm"}, NPU),
     "quantization": Allowed(MODULES, {"torch", "tqdm"}),
     "fusion": Allowed(MODULES, {"torch"}, NPU),
     "checkpoints": Allowed(MODULES, {"torch"}),
     "parallel": Allowed(MODULES, {"torch"}),
-    "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib", "networkx"}),
+    "forecast": Allowed(BASE | {"rules"}, {"torch"}),
+    "analysis": Allowed(ALL, {"torch", "tqdm"}, NPU | {"matplotlib"}),
     "integrations": Allowed(ALL, {"torch", "transformers", "peft"}, NPU | {"accelerate"}),
     "converters": Allowed(RULES | {"ops"}, {"torch", "torch_npu", "torchair", "google"}),
     "doctor": Allowed(BASE, set(), frozenset(DOCTOR | {"lq_graph"})),
@@ -88,10 +90,12 @@ TABLE = {
 PRIVATE = {
     "lq_graph/backends/compat.py": {
         "torch._C",
+        "torch._dynamo",
         "torch._functorch",
         "torch._guards",
         "torch._inductor",
         "torch._ops",
+        "torch._subclasses",
     },
     "lq_graph/ops.py": {"torch._ops"},  # a type
     "lq_graph/modules/": {"torch.utils._pytree"},
@@ -310,7 +314,7 @@ def test_modules_of_the_user_s_own_hide_none_of_ours(tmp_path: Path) -> None:
 
 # ---- what an import loads ----
 
-OWN = {"lq_graph", "lq_graph._import_torch", "lq_graph.ops"}
+OWN = {"lq_graph", "lq_graph._import_torch", "lq_graph.errors", "lq_graph.ops"}
 
 
 def run(program: str, cwd: Path | None = None) -> str:
@@ -328,7 +332,7 @@ def run(program: str, cwd: Path | None = None) -> str:
 
 
 def test_importing_lq_graph_is_light() -> None:
-    """It loads two of its own modules, in at most a twentieth of the time of torch: 50 ms."""
+    """It loads three of its own modules, in at most a twentieth of the time of torch: 50 ms."""
     torch_took, took, *loaded = run(
         "import sys, time\n"
         "start = time.process_time()\n"

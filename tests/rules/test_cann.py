@@ -317,7 +317,10 @@ def test_check_shows_the_release() -> None:
 
 @pytest.mark.parametrize(
     ("cann", "status", "shown"),
-    [("9.0.0", 1, "allows this from CANN 9.1.0 on"), ("9.1.0-beta.1", 0, "yes Ascend 950: float16")],
+    [
+        ("9.0.0", 1, "allows this from CANN 9.1.0 on"),
+        ("9.1.0-beta.1", 0, "yes Ascend 950: float16"),
+    ],
 )
 def test_check_command(cann: str, status: int, shown: str, capsys) -> None:
     arguments = ["check", "--x1", "int4", "--output", "float16", "--product", "950"]

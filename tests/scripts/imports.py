@@ -76,10 +76,13 @@ def beside(folder: str, imported: str) -> None:
 
 
 def command_line() -> None:
-    """What `python -m lq_graph check` leaves in the environment."""
+    """What `python -m lq_graph check` leaves in the environment, and what the package has then."""
     sys.argv, sys.orig_argv = ["-m", "check"], ["python", "-m", "lq_graph", "check"]
-    import lq_graph  # noqa: F401
+    import lq_graph
 
+    assert "torch" not in sys.modules
+    lq_graph._start()
+    assert vars(lq_graph)["linear_quant"] is sys.modules["lq_graph.ops"].linear_quant
     print(os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"))
 
 
