@@ -2,6 +2,7 @@
 
     python -m cann_host script.py [args]        run a script
     python -m cann_host -m module [args]        run a module, pytest for example
+    python -m cann_host -c code [args]          run code; - reads it from stdin, -i is a console
 
 or, before anything imports torch:
 
@@ -11,6 +12,7 @@ or, before anything imports torch:
 It shows that the wheels' Python and C++ accept a program and that its graphs compute what CANN's
 documents say. It does not show what a chip does.
 
+    launcher        `python -m cann_host`; as_python runs the program as Python does
     runtime         activation, and the one object with the state of this process
     bindings        the native library's functions, declared for ctypes
     graph           GE graphs: compiled, run, and their operators (graph/ops)

@@ -14,8 +14,9 @@ from typing import Any
 
 __all__ = ["correct", "name_operator", "without_line"]
 
-# torch_npu prints it on stdout when a program ends by an error that is not torch_npu's.
-_NOT_MINE = re.compile(r"\[ERROR\] .* ERR99999 UNKNOWN applicaiton exception")
+# torch_npu prints it on stdout when a program ends by an error that is not torch_npu's; after a
+# console, an empty line.
+_NOT_MINE = re.compile(r"(\[ERROR\] .* ERR99999 UNKNOWN applicaiton exception)?")
 
 _NO_ACLNN = re.compile(r"(aclnn\w+) or \1GetWorkspaceSize not in libopapi\.so")
 

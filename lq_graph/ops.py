@@ -7,9 +7,8 @@
     lq_graph::quantized_linear    a quantizer and linear_quant at once, in Inductor's graphs only
 
 docs/add.md tells how to add an operator: its functions, then its record in OPERATORS. A record
-names functions as "module:function": `import lq_graph` registers the operators and must stay
-light. It loads this module, errors.py and torch only, and a function's module is imported at the
-first call.
+names functions as "module:function": `import lq_graph` registers the operators and must stay light.
+It loads this module, errors.py and torch only; a function's module is imported at the first call.
 
 Some arguments of the operators are for the fusions of a graph alone, and no kernel reads them. The
 operators that replace ours read them, and a graph could compute them only by more kernels. They

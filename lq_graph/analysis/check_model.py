@@ -277,10 +277,13 @@ def check_model(
     products = PRODUCTS if product is None else (parse_product(product, "check_model"),)
     version = get_cann_version() if cann is None else parse_cann_version(cann, "check_model")
     assumed: dict[str, int] = {}
-    given: Any = [inputs] if isinstance(inputs, Spec) else inputs
-    if given is None:
-        given = _placeholders(model, assumed)
-    args, kwargs = arguments_of(given, "check_model: inputs are")
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    if inputs is None:
+        args, kwargs = _placeholders(model, assumed), {}
+    else:
+        given = [inputs] if isinstance(inputs, Spec) else inputs
+        args, kwargs = arguments_of(given, "check_model: inputs are")
     watch = _Watch()
     stopped = _run(copied(model), args, kwargs, watch)
     if not watch.calls and not stopped:

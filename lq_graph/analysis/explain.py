@@ -49,9 +49,10 @@ def explain(
 
     The model may be on meta, before there are any weights. Then nothing runs but what is small, and
     no weight takes memory. The answer is the same, except where values decide it: scales count as
-    equal, so static layers that read one tensor are merged, and a model whose forward branches on
-    values, such as experts, takes any branch. On cann_host, whose devices have as much memory as
-    the machine, begin with `python -m cann_host --memory 4TiB`.
+    equal, so static layers that read one tensor are merged; zero points that `scheme` finds are not
+    0, so static layers have an int32 bias, unless they are symmetric; and a model whose forward
+    branches on values, such as experts, takes any branch. On cann_host, whose devices have as much
+    memory as the machine, begin with `python -m cann_host --memory 4TiB`.
 
     Args:
         model: on CPU, NPU or meta, with LinearQuant layers; the vendor's are converted.

@@ -203,6 +203,11 @@ def error_of_trace(error: E) -> E:
     return found
 
 
+def _without_frames(error: BaseException) -> BaseException:
+    """The error without the frames of Dynamo, unless TORCHDYNAMO_VERBOSE asks for them."""
+    return error if torch._dynamo.config.verbose else error.with_traceback(None)
+
+
 @cache
 def _traced_class(kind: type[LinearQuantError], passes: type[Exception]) -> Any:
     """A class of errors that is both."""
@@ -216,6 +221,6 @@ def _traced_class(kind: type[LinearQuantError], passes: type[Exception]) -> Any:
         "__reduce__": lambda self: (kind, self.args, {"refusal": self.refusal}),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "remove_dynamo_frames": lambda self: self.with_traceback(None),
+        "remove_dynamo_frames": _without_frames,
     }
     return type(kind.__name__, (kind, passes), names)

@@ -19,7 +19,6 @@ from ..backends.traced import check_format_traced, check_traced
 from ..errors import LinearQuantError, LinearQuantValueError
 from ..kernels import (
     INT4_PER_INT32,
-    PartialGroupError,
     drop_prepared,
     is_exporting,
     logical_k,
@@ -30,12 +29,11 @@ from ..ops import trans_quant_param
 from ..rules.plan import check_finite
 from ..rules.tables import FRACTAL_NZ, ND, ROWS, STORAGE_DTYPES, dtype_name
 from .fusion_options import FusionOptions, get_fusion
-from .stated_dtypes import check_stated, storage_dtype
+from .stated_dtypes import check_stated, check_whole_words, storage_dtype
 
 __all__ = [
     "PARAMETERS",
     "LinearQuant",
-    "check_whole_words",
     "describe",
     "keeping_dtypes",
     "layer_of",
@@ -457,33 +455,6 @@ def layer_of(
             own = tensor if isinstance(tensor, Parameter) else Parameter(tensor, False)
             setattr(layer, name, own)
     return layer
-
-
-def check_whole_words(what: str, in_features: int, weight: Tensor) -> None:
-    """Refuse an int4 weight if in_features is not a multiple of 8. An in_features that counts the
-    int32 words, as in some models with the vendor's module, is accepted.
-
-    Args:
-        what: the layer, for the message.
-        in_features: of the layer.
-        weight: int8 (..., n, k), or int32 (..., n, k/8).
-
-    Raises:
-        LinearQuantValueError: in_features is neither the number of words nor a multiple of 8.
-    """
-    words = weight.shape[-1]
-    if words == in_features:
-        return
-    try:
-        storage_k(in_features, weight.dtype)
-    except PartialGroupError as error:
-        k = logical_k(words, weight.dtype)
-        raise LinearQuantValueError(
-            f"{what}: in_features is {in_features}, and weight is {dtype_name(weight.dtype)} "
-            f"{tuple(weight.shape)} and holds k = {k} int4 values in a row; with int4, in_features "
-            f"must be a multiple of {error.group}. What to do: make the layer with "
-            f"in_features={k}, or pad k with zeros in x1 and weight alike before packing."
-        ) from None
 
 
 @cache

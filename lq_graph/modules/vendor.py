@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from ..rules.tables import STORAGE_DTYPES, dtype_name
-from .linear_quant import PARAMETERS, LinearQuant, check_whole_words
+from .linear_quant import PARAMETERS, LinearQuant
 from .places import Place, places_of, put
 from .quantized_linear import QuantizedLinear
 from .replaceable import carry_over, why_not_replaceable
+from .stated_dtypes import check_whole_words
 from .supported import plan_of_layer
 from .transaction import all_or_nothing, keeps_grad_mode
 

@@ -36,9 +36,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..backends.npu import format_of
 from ..errors import LinearQuantTypeError, LinearQuantValueError
 from ..kernels import logical_k
-from ..modules.linear_quant import LinearQuant, check_whole_words
+from ..modules.linear_quant import LinearQuant
 from ..modules.quantized_linear import QuantizedLinear, merged_of
 from ..modules.split import SPLIT, Split, SplitStyle
+from ..modules.stated_dtypes import check_whole_words
 from ..modules.supported import plan_of_layer
 from ..modules.transaction import all_or_nothing
 from ..rules.activations import dynamic_arithmetic

@@ -110,7 +110,8 @@ class Step(nn.Module):
     ("name", "scheme", "changes"),
     [
         ("llama", SCHEMES[0], {}),
-        ("llama", SCHEMES[1], {}),
+        # symmetric: values decide whether a zero point is 0, and so whether there is a bias
+        ("llama", A8W8Static(symmetric=True), {}),
         ("qwen3", SCHEMES[0], {"tie_word_embeddings": True}),
         ("qwen3", SCHEMES[2], {}),
     ],

@@ -88,7 +88,7 @@ PROGRAMS = {
     "interrupted": "raise KeyboardInterrupt",
     "syntax": "x = 1\nif x:\nprint(x)\n",
     "warns": "import warnings\nwarnings.warn('careful')\nprint('\\d')\n",
-    "future": "from __future__ import annotations\ndef f(x: none): pass\nprint(f.__annotations__)",
+    "future": "from __future__ import annotations\ndef f(x: no): pass\nprint(f.__annotations__)",
     "reads": "print(repr(input()))",
     "asserts": "assert False, 'it runs without -O'",
     "missing": "import nothing_of_this_name",
@@ -215,6 +215,36 @@ def test_processes_of_a_program(form: str, folder: Path) -> None:
     assert (code, said) == (0, "[('__mp_main__', 2), ('__mp_main__', 4)]\n")
 
 
+@pytest.mark.slow
+def test_a_program_in_a_pipe(folder: Path) -> None:
+    program = "import torch; print((torch.ones(2).npu() + 1).tolist()); 1 / 0\n"
+    code, said, lines = outcome([], folder, program, before=[], under="cann_host")
+    assert (code, said) == (1, "[2.0, 2.0]\n")
+    assert lines[-3:] == [
+        "Traceback (most recent call last):",
+        '  File "<stdin>", line 1, in <module>',
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_its_processes_on_the_stand_in(folder: Path) -> None:
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cann_host",
+        "--devices",
+        "2",
+    ]
+    ranks = [*command, str(SCRIPTS / "all_reduces.py")]
+    code, said, lines = outcome(ranks, folder, before=[], under="cann_host")
+    assert code == 0, lines
+    assert sorted(said.splitlines()) == ["rank 0: [3.0, 3.0]", "rank 1: [3.0, 3.0]"]
+
+
 TYPED = """torch.ones(2).npu().tolist()
 1 / 0
 x = = 1
@@ -242,12 +272,7 @@ def test_console(folder: Path) -> None:
     ("arguments", "typed", "code", "said"),
     [
         (["-i", "p_code.py"], "sys.flags.optimize\n", 0, ">>> 0\n>>> "),  # SystemExit is shown
-        (
-            ["-ic", "x = 5", "a"],
-            "x, sys.argv\nimport sys; sys.argv\n",
-            0,
-            ">>> >>> ['-c', 'a']\n>>> ",
-        ),
+        (["-ic", "import sys; x = 5", "a"], "x, sys.argv\n", 0, ">>> (5, ['-c', 'a'])\n>>> "),
     ],
 )
 def test_console_after_a_program(

@@ -122,7 +122,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("check --x1 int8[-1]", "argument --x1: 'int8[-1]' is not of the form"),
         ("check --output nosuch", "argument --output: 'nosuch' is not a dtype"),
         ("check --product A9", "check: 'A9' is not a product that lq_graph knows"),
-        ("check more", "unrecognized arguments: more"),
+        ("check more", "check: 'more' is not FILE.py:FUNCTION"),
         ("explain", "the following arguments are required: model"),
         ("explain m_front.py", "explain: 'm_front.py' is not FILE.py:FUNCTION"),
         ("explain :f", "explain: ':f' is not FILE.py:FUNCTION"),

@@ -24,7 +24,7 @@ class Model(nn.Module):
 
 torch.npu.config.allow_internal_format = True
 model = Model()
-weight = model.layers[0].weight.data
+weight: torch.Tensor = model.get_parameter("layers.0.weight").data
 weight.copy_(torch.randint(-8, 8, weight.shape, generator=torch.Generator().manual_seed(0)))
 x = torch.randint(-8, 8, (4, K), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
 want = (x.long() @ weight.long().T).to(F16)
