@@ -24,7 +24,8 @@ __all__ = ["main"]
 
 _EPILOG = (
     "Exit status: 0 for yes or done, 1 if the answer is no, 2 for a mistake in the command, "
-    "something that is missing, or an error of the model's own. Without an NPU: python -m cann_host -m lq_graph ..."
+    "something that is missing, or an error of the model's own. Without an NPU: python -m "
+    "cann_host -m lq_graph ..."
 )
 
 
@@ -82,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     0: yes, or done; 1: the answer is no; 2 (raised as SystemExit): a mistake in the command, or
-    something that it needs is missing, or (returned) an error of the model's own; 130: stopped by Ctrl-C; 141: nobody reads the output.
+    something that it needs is missing, or (returned) an error of the model's own; 130: stopped by
+    Ctrl-C; 141: nobody reads the output.
     """
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
