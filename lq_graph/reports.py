@@ -132,7 +132,7 @@ def _blocks(
     space = room - 2 * (len(widths) - 1)
     words = [[max(map(len, _words(cell)), default=0) for cell in text] for text in texts]
     whole = [  # short cells below the head, and parts of longer ones that are not too short
-        max(longest[0], *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:])))
+        max(longest[0], 0, *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:])))
         for text, longest in zip(texts, words, strict=True)
     ]
     _shrink(widths, whole, space)

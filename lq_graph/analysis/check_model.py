@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -132,9 +133,15 @@ class ModelCheck:
 
     @property
     def legal_on(self) -> tuple[Product, ...]:
-        """The products that take every call."""
-        covered = [call for call in self.calls if not call.why_not]
+        """The products that take every call that rules are about; none if there is no such call."""
+        covered = self._covered
+        if not covered:
+            return ()
         return tuple(p for p in self.products if all(p in call.legal_on for call in covered))
+
+    @property
+    def _covered(self) -> list[CallCheck]:
+        return [call for call in self.calls if not call.why_not]
 
     def __bool__(self) -> bool:
         return bool(self.legal_on) and not self.stopped
@@ -157,8 +164,12 @@ class ModelCheck:
             "none of the checked products" if len(self.products) > 1 else "refused"
         )
         cann = f"; CANN {self.cann}" if self.cann else ""
-        lines = wrapped(f"{len(self.calls)} calls; all of them taken by: {answer}{cann}")
-        lines += ["", *table(self._rows()), *self._details()]
+        count, covered = len(self.calls), len(self._covered)
+        which = "all of them" if covered == count else f"the {covered:,} that rules are about"
+        taken = f"{which} taken by: {answer}" if covered else "no rules are about any of them"
+        lines = wrapped(f"{count:,} calls; {taken}{cann}")
+        if self.calls:
+            lines += ["", *table(self._rows()), *self._details()]
         if self.assumed:
             sizes = ", ".join(f"{name} as {size}" for name, size in self.assumed.items())
             lines += ["", *wrapped(f"sizes that the graph leaves open were taken: {sizes}")]
@@ -349,6 +360,7 @@ class _Watch(DryRun):
         calls: layer, operator, node of the graph, and the call as the rules read it.
         layers: names of the modules that are running.
         node: of the graph that is running.
+        failed: the last exception that left a module, and the innermost module that it left.
     """
 
     def __init__(self) -> None:
@@ -356,6 +368,7 @@ class _Watch(DryRun):
         self.calls: list[tuple[str, str, str, Asked]] = []
         self.layers: list[str] = []
         self.node: fx.Node | None = None
+        self.failed: tuple[BaseException | None, str] = None, ""
 
     @property
     def layer(self) -> str:
@@ -392,7 +405,8 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], watch: _
                 model(*args, **kwargs)
     except Exception as error:  # a model may do anything
         text = next(iter(str(error).splitlines()), "")
-        return f"{watch.layer or 'the model'}: {type(error).__name__}: {text}"
+        where = watch.failed[1] if watch.failed[0] is error else watch.layer
+        return f"{where or 'the model'}: {type(error).__name__}: {text}"
     return ""
 
 
@@ -404,12 +418,17 @@ def _named(model: nn.Module, watch: _Watch) -> Iterator[None]:
         return lambda *_: watch.layers.append(name)
 
     def leave(*_: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and error is not watch.failed[0]:
+            watch.failed = error, watch.layer
         watch.layers.pop()
 
     with ExitStack() as undo:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             undo.callback(module.register_forward_pre_hook(enter(name)).remove)
-            undo.callback(module.register_forward_hook(leave).remove)
+            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
 
