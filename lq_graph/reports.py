@@ -132,14 +132,14 @@ def _blocks(
     space = room - 2 * (len(widths) - 1)
     words = [[max(map(len, cell.split()), default=0) for cell in text] for text in texts]
     whole = [  # short cells below the head, and parts of longer ones that are not too short
-        max(longest[0], *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:])))
+        max([longest[0], *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:]))])
         for text, longest in zip(texts, words, strict=True)
     ]
     _shrink(widths, whole, space)
     if may_split and len(widths) > 2:
         _shrink(widths, [min(widths[0], _NAME), *widths[1:]], space)
         if sum(widths) > space:
-            if max(map(len, texts[-1][1:])) > _WORDS:
+            if max(map(len, texts[-1][1:]), default=0) > _WORDS:
                 return _note_below(rows, cells, room)
             if widths[0] > _WORDS:
                 return _name_above(rows, cells, room)

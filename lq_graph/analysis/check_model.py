@@ -153,12 +153,14 @@ class ModelCheck:
         }
 
     def __str__(self) -> str:
-        answer = ", ".join(map(str, self.legal_on)) or (
-            "none of the checked products" if len(self.products) > 1 else "refused"
-        )
+        where = ", ".join(map(str, self.legal_on))
+        one = self.products[0] if len(self.products) == 1 else "any product"
+        answer = f"all legal on {where}" if where else f"not all legal on {one}"
         cann = f"; CANN {self.cann}" if self.cann else ""
-        lines = wrapped(f"{len(self.calls)} calls; all of them taken by: {answer}{cann}")
-        lines += ["", *table(self._rows()), *self._details()]
+        found = f"{len(self.calls)} calls; {answer}" if self.calls else "no quantizing call"
+        lines = wrapped(found + cann)
+        if self.calls:
+            lines += ["", *table(self._rows()), *self._details()]
         if self.assumed:
             sizes = ", ".join(f"{name} as {size}" for name, size in self.assumed.items())
             lines += ["", *wrapped(f"sizes that the graph leaves open were taken: {sizes}")]
