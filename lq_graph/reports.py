@@ -139,7 +139,7 @@ def _blocks(
     if may_split and len(widths) > 2:
         _shrink(widths, [min(widths[0], _NAME), *widths[1:]], space)
         if sum(widths) > space:
-            if max(map(len, texts[-1][1:])) > _WORDS:
+            if max(map(len, texts[-1][1:]), default=0) > _WORDS:
                 return _note_below(rows, cells, room)
             if widths[0] > _WORDS:
                 return _name_above(rows, cells, room)

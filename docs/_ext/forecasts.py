@@ -19,7 +19,8 @@ Rows = Iterator[list[str]]
 
 def forecast_chips() -> tuple[list[str], Rows]:
     """The chips."""
-    head = ["chip", "product", "cores", "bf16", "int8", "int4", "memory", "L2", "link", "source"]
+    head = ["chip", "product", "SoC", "cores", "bf16", "int8", "int4", "memory", "L2", "link"]
+    head.append("source")
 
     def rows() -> Rows:
         for one in CHIPS:
@@ -33,7 +34,7 @@ def forecast_chips() -> tuple[list[str], Rows]:
                 link += f", split among {one.mesh - 1} devices"
             if one.pair:
                 link += f"; {one.pair / 1e9:.0f} between two dies of a card"
-            cells = [f"`{one.name}`", one.product, str(one.cores), *tera, memory]
+            cells = [f"`{one.name}`", one.product, f"`{one.soc}`", str(one.cores), *tera, memory]
             yield [*cells, f"{one.l2 / 2**20:.0f} MiB", link, one.source]
 
     return head, rows()

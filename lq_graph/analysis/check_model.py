@@ -160,14 +160,17 @@ class ModelCheck:
         }
 
     def __str__(self) -> str:
-        answer = ", ".join(map(str, self.legal_on)) or (
-            "none of the checked products" if len(self.products) > 1 else "refused"
-        )
+        where = ", ".join(map(str, self.legal_on))
+        one = self.products[0] if len(self.products) == 1 else "any product"
+        answer = f"all legal on {where}" if where else f"not all legal on {one}"
         cann = f"; CANN {self.cann}" if self.cann else ""
         count, covered = len(self.calls), len(self._covered)
-        which = "all of them" if covered == count else f"the {covered:,} that rules are about"
-        taken = f"{which} taken by: {answer}" if covered else "no rules are about any of them"
-        lines = wrapped(f"{count:,} calls; {taken}{cann}")
+        found = f"{count:,} calls; " if count else "no quantizing call"
+        if count:
+            found += answer if covered else "no rules are about any of them"
+            if 0 < covered < count:
+                found += f", of the {covered:,} that rules are about"
+        lines = wrapped(found + cann)
         if self.calls:
             lines += ["", *table(self._rows()), *self._details()]
         if self.assumed:

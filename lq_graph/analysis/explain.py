@@ -24,7 +24,7 @@ from ..quantization.quantize import quantize
 from ..quantization.schemes import A8W8Static
 from ..rules.plan import Plan, Spec, plan
 from ..rules.products import get_product
-from ..rules.tables import PEAKS, Peak, Product
+from ..rules.tables import PEAKS, Peak, Product, dtype_name
 from .dry_run import DryRun, copied, is_dry, is_on_meta, outside, with_values, without_values
 from .explain_layers import blocks_of
 from .explanation import Explanation, LayerExplanation
@@ -95,6 +95,7 @@ def _explain(
     """explain(), of a model of its own, in a block of `DryRun` if it has no weights."""
     npu = require_npu()
     arguments = [with_values(one, "npu") for one in arguments]
+    called = _call_of(model, arguments)
     if scheme is not None:
         model = model.to("npu")
         static = any(isinstance(one, A8W8Static) for one in schemes_in(scheme))
@@ -142,7 +143,19 @@ def _explain(
         tuple(fusions),
         blocks_of(unfused, without, graphs, fusions, product.key),
         peak,
+        called,
     )
+
+
+def _call_of(model: nn.Module, arguments: Sequence[Any]) -> str:
+    """ "Step of LlamaForCausalLM, called with int64[1, 1]"."""
+    inside = list(model.children())
+    whole = f"{type(model).__name__} of {type(inside[0]).__name__}" if len(inside) == 1 else ""
+    given = [
+        f"{dtype_name(one.dtype)}{list(one.shape)}" if isinstance(one, Tensor) else str(one)
+        for one in arguments
+    ]
+    return f"{whole or type(model).__name__}, called with {', '.join(given)}"
 
 
 def _by_position(inputs: Any) -> list[Any]:

@@ -20,6 +20,7 @@ def as_json(e: Explanation) -> dict[str, Any]:
     """Units: bytes and seconds. Keys are those of the Explanation."""
     before, after = e.launches
     return {
+        "model": e.model,
         "device": e.device,
         "product": e.product.key,
         "stand_in": e.machine.stand_in,

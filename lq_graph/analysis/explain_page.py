@@ -73,6 +73,7 @@ def _top(e: Explanation) -> Iterable[str]:
     place = f"{e.device} ({'cann_host' if e.machine.stand_in else 'NPU'}), {e.product}"
     yield (
         f"<header><div><h1>What this model becomes on {escape(e.product.name)}</h1>"
+        f"<div>{escape(e.model)}</div>"
         f"<div class=quiet>{escape(place)}; {escape(versions)}</div></div>"
         "<div class='tools nowrap' hidden></div></header>"
     )

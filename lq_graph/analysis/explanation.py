@@ -139,6 +139,7 @@ class Explanation:
             (`lq_graph.fusion.editor.FusionReport`).
         blocks: the same for each layer of the model, such as model.layers.0, with its kernels.
         peak: the figures from which the bounds are estimated.
+        model: the class of the model, and its inputs.
         machine: on what the model was lowered.
     """
 
@@ -150,6 +151,7 @@ class Explanation:
     fusions: tuple[FusionReport, ...]
     blocks: tuple[Block, ...]
     peak: Peak
+    model: str
     machine: Machine = field(default_factory=Machine.here)
 
     @property

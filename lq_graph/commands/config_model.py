@@ -22,11 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "with a folder", "its model is made on meta: no weights are read, and none take memory"
     )
-    group.add_argument("--quant", choices=_SCHEMES, default="a8w8", help="default a8w8")
-    group.add_argument("--batch", type=int, default=1, metavar="N", help="sequences; default 1")
-    group.add_argument(
-        "--context", type=int, default=128, metavar="N", help="tokens of the cache; default 128"
-    )
+    group.add_argument("--quant", choices=_SCHEMES, help="default a8w8")
+    group.add_argument("--batch", type=int, metavar="N", help="sequences; default 1")
+    group.add_argument("--context", type=int, metavar="N", help="tokens of the cache; default 128")
     group.add_argument(
         "--prefill", action="store_true", help="a step of so many tokens; default: of one token"
     )
@@ -38,6 +36,24 @@ def is_config(model: str) -> bool:
     return place.is_dir() or place.suffix == ".json"
 
 
+def refuse_options(asked: argparse.Namespace) -> None:
+    """Refuse what is neither a folder nor a function, and a folder's options for a function.
+
+    Raises:
+        LinearQuantValueError: one was given; or asked.model is neither.
+    """
+    for name in ("quant", "batch", "context", "prefill"):
+        if getattr(asked, name) not in (None, False):
+            raise LinearQuantValueError(
+                f"explain: --{name} goes with a folder that has a config.json; {asked.model} "
+                "returns the model and the inputs"
+            )
+    if ":" not in asked.model:
+        raise LinearQuantValueError(
+            f"explain: {asked.model!r} is neither FILE.py:FUNCTION nor a folder with a config.json"
+        )
+
+
 def model_and_inputs(asked: argparse.Namespace) -> tuple[nn.Module, list[Any], Any]:
     """The model on meta, its inputs, and the scheme that quantizes it.
 
@@ -46,13 +62,13 @@ def model_and_inputs(asked: argparse.Namespace) -> tuple[nn.Module, list[Any], A
             below 1.
     """
     need("explain", "a folder", "transformers")
-    for name in ("batch", "context"):
-        if getattr(asked, name) < 1:
-            raise LinearQuantValueError(f"explain: --{name} is {getattr(asked, name)}, below 1")
+    batch = 1 if asked.batch is None else asked.batch
+    context = 128 if asked.context is None else asked.context
+    for name, value in (("batch", batch), ("context", context)):
+        if value < 1:
+            raise LinearQuantValueError(f"explain: --{name} is {value}, below 1")
     from ..integrations.steps import step_of_config
     from ..quantization import schemes
 
-    model, inputs = step_of_config(
-        asked.model, batch=asked.batch, context=asked.context, prefill=asked.prefill
-    )
-    return model, inputs, getattr(schemes, _SCHEMES[asked.quant])()
+    model, inputs = step_of_config(asked.model, batch=batch, context=context, prefill=asked.prefill)
+    return model, inputs, getattr(schemes, _SCHEMES[asked.quant or "a8w8"])()

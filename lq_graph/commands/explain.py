@@ -51,6 +51,7 @@ def run(asked: argparse.Namespace) -> int:
             model, inputs, scheme = config_model.model_and_inputs(asked)
             explanation = explain(model, inputs, scheme=scheme)
         else:
+            config_model.refuse_options(asked)
             explanation = explain(*model_and_inputs("explain", asked.model))
     if asked.json:
         print_json(explanation.as_json())

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--product",
         default="A3",
-        help="A2, A3 (one die), 950, 310P, or a chip: A3-560T; default A3",
+        help="A2, A3 (one die), 950, 310P, a chip: A3-560T, or its SoC name: Ascend910B3; "
+        "default A3",
     )
     parser.add_argument(
         "--batch", type=int, default=1, help="sequences of a decode step; default 1"
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fit to kernel_details.csv of torch_npu.profiler or op_summary csv of msprof",
     )
     parser.add_argument("--no-fusion", action="store_true", help="leave our fusions out")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also print the kernels of a layer, and what each fusion saves",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser.add_argument(
         "--measurements",
@@ -68,7 +74,7 @@ def run(asked: argparse.Namespace) -> int:
         LinearQuantValueError: a mistake in the arguments.
     """
     from ..forecast import forecast_model, public_models
-    from ..forecast.text import measurements_json, measurements_text
+    from ..forecast.text import measurements_json, measurements_text, text
 
     if asked.measurements:
         print(json.dumps(measurements_json(), indent=2) if asked.json else measurements_text())
@@ -89,5 +95,8 @@ def run(asked: argparse.Namespace) -> int:
         fusions=not asked.no_fusion,
         profile=asked.profile,
     )
-    print(json.dumps(found.as_json(), indent=2) if asked.json else found)
+    if asked.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print(text(found, kernels=asked.kernels))
     return 0

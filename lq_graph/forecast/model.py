@@ -218,7 +218,8 @@ def forecast_model(
 
     Args:
         model: a short name ("qwen3-8b"), a folder with a config.json, such a file, or its content.
-        product: "A2", "A3" (one die), "950", "310P", or a chip of `lq_graph.rules.chips.CHIPS`.
+        product: "A2", "A3" (one die), "950", "310P", or the name of a chip or its SoC in
+            `lq_graph.rules.chips.CHIPS`.
         batch: sequences of a decode step.
         context: positions that a decode step reads, with the new one.
         prompt: tokens of a prefill, which is of one sequence; default context.

@@ -38,8 +38,8 @@ def _number(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def text(found: ModelForecast) -> str:
-    """All of it."""
+def text(found: ModelForecast, *, kernels: bool = False) -> str:
+    """Times and memory; with `kernels` also those of a layer, and what each fusion saves."""
     model, chip = found.model, found.chip
     per = "die" if chip.product == "A3" else "chip"
     devices = f"{found.tp} {per}s" if found.tp > 1 else f"one {per}"
@@ -50,15 +50,14 @@ def text(found: ModelForecast) -> str:
     ]
     if found.profile:
         lines += wrapped(found.profile)
-    lines += ["", *_summary(found)]
-    for forecast in found.forecasts:
+    lines += ["", *_summary(found), "", *_memory(found)]
+    for forecast in found.forecasts if kernels else ():
         if forecast.decode is not None:
             lines += ["", *_layer(found, forecast, forecast.decode)]
-    for forecast in found.forecasts:
+    for forecast in found.forecasts if kernels else ():
         if forecast.savings:
             lines += ["", *_savings(found, forecast)]
-    lines += ["", *_memory(found), "", *_caution(found)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_caution(found, kernels)])
 
 
 def _summary(found: ModelForecast) -> list[str]:
@@ -66,7 +65,7 @@ def _summary(found: ModelForecast) -> list[str]:
     head = ["", "decode step", "tokens/s", "prefill", "GiB", "binds", "measured"]
     rows: list[list[object]] = [list(head)]
     refused = []
-    first = next((one.decode for one in found.forecasts if one.decode), None)
+    first = next((one for one in found.forecasts if one.decode), None)
     for one in found.forecasts:
         name = _name(found, one.quant)
         if one.decode is None or one.prefill is None:
@@ -86,10 +85,15 @@ def _summary(found: ModelForecast) -> list[str]:
         )
     lines = table(rows) if len(rows) > 1 else []
     for one in found.forecasts:
-        if one.decode is not None and one.decode is not first and first is not None:
-            ratio = one.decode.seconds / first.seconds
-            base = _name(found, next(f.quant for f in found.forecasts if f.decode is first))
-            lines.append(f"{_name(found, one.quant)} takes {ratio:.2f} of {base}'s decode step")
+        if one is first or not (first and first.decode and first.prefill):
+            continue
+        if one.decode is not None and one.prefill is not None:
+            step = one.decode.seconds / first.decode.seconds
+            fill = one.prefill.seconds / first.prefill.seconds
+            lines.append(
+                f"{_name(found, one.quant)} takes {step:.2f} of {_name(found, first.quant)}'s "
+                f"decode step, {fill:.2f} of its prefill"
+            )
     for one in found.forecasts:
         if one.decode is not None and one.prefill is not None:
             lines.append(f"{_name(found, one.quant)}: decode {_shares(one.decode)}")
@@ -180,10 +184,10 @@ def _memory(found: ModelForecast) -> list[str]:
                 f"{name} fits into {has / GIB:.0f} GiB, with up to {fits:,} sequences of "
                 f"{positions:,} positions"
             )
-    return [*table(rows), *lines, "* assumed"]
+    return [*table(rows), "* assumed", *lines]
 
 
-def _caution(found: ModelForecast) -> list[str]:
+def _caution(found: ModelForecast, kernels: bool) -> list[str]:
     """What the figures rest on."""
     lines = []
     if not found.is_measured:
@@ -208,10 +212,14 @@ def _caution(found: ModelForecast) -> list[str]:
             f"Collectives of {found.tp} devices: {_NO_MEASUREMENT}. Those of 8 and 16 A3 dies are "
             "carried over."
         )
+    marked = "marked * " if kernels else ""
     lines += wrapped(
-        "±: from the residuals of the fit. Kernels marked * rest on assumptions; the share of the "
-        "others is in the column `measured`. Sampling and the host between steps are not in it."
+        f"±: one standard deviation. measured: the share of the time that rests on published "
+        f"measurements; the other kernels {marked}rest on assumptions. Sampling and the host "
+        "between steps are not in it."
     )
+    if not kernels:
+        lines += wrapped("--kernels adds the kernels of a layer, and what each fusion saves.")
     return lines
 
 

@@ -32,6 +32,7 @@ class Chip:
         mesh: how many devices have a link to each other; their bandwidth is split among the links,
             so two devices have one link of them. 0: a switch gives all of it to any number.
         pair: bytes per second between the two dies of a card; 0 if there are none.
+        soc: the name of the SoC that CANN and npu-smi report and the figures are of.
         source: where the figures are published.
     """
 
@@ -45,6 +46,7 @@ class Chip:
     memory: int
     l2: int
     link: float
+    soc: str
     source: str
     mesh: int = 0
     pair: float = 0.0
@@ -92,21 +94,24 @@ _GUIDE = "cross_platform_migration_guide.md of hicann/ops-nn@e5c3fa93"
 # the k of int8. Bandwidth: ops-nn says 1.6 TB/s, msmodeling 1.6 TiB/s; the lower one is taken.
 # fmt: off
 CHIPS: tuple[Chip, ...] = (
-    # name, product, cores, bf16, int8, int4, bandwidth, memory, L2, link
+    # name, product, cores, bf16, int8, int4, bandwidth, memory, L2, link, SoC
     Chip("A2-376T", "A2", 24, 353.9e12, 752e12, 1504e12, 1.6e12, 64 * GIB, 192 * MIB, 196e9,
-         f"Ascend910B1.ini, {_PLATFORM}; {_DEVICE}; {_GUIDE}", mesh=8),
+         "Ascend910B1", f"Ascend910B1.ini, {_PLATFORM}; {_DEVICE}; {_GUIDE}", mesh=8),
     Chip("A2-313T", "A2", 20, 294.9e12, 626e12, 1252e12, 1.6e12, 64 * GIB, 192 * MIB, 196e9,
-         f"Ascend910B3.ini, {_PLATFORM}; {_DEVICE}", mesh=8),
+         "Ascend910B3", f"Ascend910B3.ini, {_PLATFORM}; {_DEVICE}", mesh=8),
     Chip("A2-280T", "A2", 20, 245.8e12, 560e12, 1120e12, 0.8 * TIB, 32 * GIB, 96 * MIB, 196e9,
-         f"Ascend910B4.ini, {_PLATFORM}; {_DEVICE}", mesh=8),
+         "Ascend910B4", f"Ascend910B4.ini, {_PLATFORM}; {_DEVICE}", mesh=8),
     Chip("A3-752T", "A3", 24, 353.9e12, 752e12, 1504e12, 1.6e12, 64 * GIB, 192 * MIB, 196e9,
-         f"Ascend910_9391.ini, {_PLATFORM}; {_DEVICE}", pair=224e9),
+         "Ascend910_9391", f"Ascend910_9391.ini, {_PLATFORM}; {_DEVICE}", pair=224e9),
     Chip("A3-560T", "A3", 20, 245.8e12, 560e12, 1120e12, 1.6e12, 64 * GIB, 168 * MIB, 196e9,
+         "Ascend910_9362",
          f"Ascend910_9362.ini, {_PLATFORM} (says 32 GiB); {_DEVICE} (64 GiB)", pair=224e9),
     Chip("950PR", "950", 32, 426e12, 757e12, None, 1.6e12, 128 * 10**9, 128 * MIB, 159e9,
+         "Ascend910_95",
          f"Ascend910_95.ini, {_PLATFORM}; {_GUIDE} (no int4 in the matrix unit); {_DEVICE}",
          mesh=4),
     Chip("310P3", "310P", 8, 69.5e12, 138.9e12, None, 204e9, 24 * 10**9, 16 * MIB, 64e9,
+         "Ascend310P3",
          f"Ascend310P3.ini, {_PLATFORM}; Atlas 300I Duo has 408 GB/s for two; {_DEVICE} (PCIe)"),
 )
 # fmt: on
@@ -115,17 +120,17 @@ _DEFAULTS = {"310P": "310P3", "A2": "A2-376T", "A3": MEASURED, "950": "950PR"}
 
 
 def chip_of(name: str) -> Chip:
-    """The chip of a product's key ("A3") or of a chip's name ("A3-560T").
+    """The chip of a product's key ("A3"), a chip's name ("A3-560T") or a SoC ("Ascend910B3").
 
     Raises:
         LinearQuantValueError: there is none; the text has the names.
     """
     wanted = _DEFAULTS.get(name.upper(), name).upper()
     for chip in CHIPS:
-        if chip.name.upper() == wanted:
+        if wanted in (chip.name.upper(), chip.soc.upper()):
             return chip
     keys = ", ".join(_DEFAULTS)
-    names = ", ".join(chip.name for chip in CHIPS)
+    names = ", ".join(f"{chip.name} ({chip.soc})" for chip in CHIPS)
     raise LinearQuantValueError(
         f"forecast: product {name!r} is not known; allowed are {keys}, and the chips {names}"
     )

@@ -157,7 +157,7 @@ def _check_same_k(x1: TensorLike, weight: TensorLike, storage: torch.dtype) -> N
         "one k for both, the last dim of each",
         "the weight looks transposed: pass it as (n, k)"
         if transposed
-        else "pass weight as (n, k), untransposed, with the k of x1",
+        else "pass x1 and weight with one k, and weight as (n, k), untransposed",
     )
 
 

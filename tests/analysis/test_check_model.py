@@ -356,6 +356,11 @@ def test_a_run_that_ends_early_is_no_yes() -> None:
     assert not found and len(found.calls) == 2
     assert found.stopped == "1: ValueError: no such thing"
     assert "the run stopped, calls after it are missing: 1: ValueError" in str(found)
+    at_once = check_model(nn.Sequential(Fails(), ByHand()), torch.ones(4, 64).half())
+    assert not at_once and not at_once.calls
+    assert str(at_once).split("\n\n")[1:] == [
+        "the run stopped, calls after it are missing: 0: ValueError: no such thing"
+    ]
 
 
 def test_layers_that_are_not_reached_are_named() -> None:

@@ -122,7 +122,8 @@ def test_command_line(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("graph_mode.py", "is not FILE.py:FUNCTION"),
+        ("graph_mode.py:example --batch 3", "--batch goes with a folder that has a config.json"),
+        ("graph_mode.py", "is neither FILE.py:FUNCTION nor a folder"),
         ("absent.py:make", "there is no file absent.py"),
         ("no_such_module:make", "No module named 'no_such_module'"),
         ("math:pi", "math has no function pi"),
@@ -131,7 +132,7 @@ def test_command_line(tmp_path: Path, capsys) -> None:
 )
 def test_command_line_mistakes(model: str, message: str, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        command_line.main(["explain", model])
+        command_line.main(["explain", *model.split()])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -233,6 +233,11 @@ def test_it_says_where_it_ran(two: Explanation, stand_in: bool) -> None:
     assert told.as_json()["stand_in"] is stand_in
 
 
+def test_it_says_which_model_and_inputs(two: Explanation) -> None:
+    assert two.model.endswith(", called with float16[4, 32]")
+    assert two.model in page(two) and two.as_json()["model"] == two.model
+
+
 def test_text_fits_80_columns(many: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     long = "a_very_long_name_of_a_module." * 4

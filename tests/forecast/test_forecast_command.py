@@ -37,9 +37,10 @@ def test_it_needs_no_npu_and_no_transformers() -> None:
     "arguments",
     [
         ("qwen3-8b",),
-        ("qwen3-32b", "--tp", "2", "--batch", "64", "--context", "32768"),
-        ("llama-3.1-8b", "--no-fusion"),
-        ("qwen3-0.6b", "--product", "950"),
+        ("qwen3-8b", "--kernels"),
+        ("qwen3-32b", "--tp", "2", "--batch", "64", "--context", "32768", "--kernels"),
+        ("llama-3.1-8b", "--no-fusion", "--kernels"),
+        ("qwen3-0.6b", "--product", "950", "--kernels"),
         ("qwen2.5-72b", "--product", "310P"),
         ("--measurements",),
     ],
@@ -53,12 +54,16 @@ def test_lines_fit_80_columns(arguments: tuple[str, ...], capsys, monkeypatch) -
 def test_what_is_told(capsys) -> None:
     out = asked("qwen3-8b", "--batch", "4", "--quant", "bf16,w8a8", capsys=capsys)
     assert re.search(r"^W8A8 +\d+\.\d+ ms ± \d+ % +\d+ +\d+ ms ± \d+ % +\d+\.\d ", out, re.M)
-    assert re.search(r"^W8A8 takes 0\.\d\d of bf16's decode step$", out, re.M)
-    for words in ("decode bandwidth", "W8A8 fits into 64 GiB, with up to", "36 layers of 14 kern"):
-        assert words in out
+    assert re.search(r"^W8A8 takes 0\.\d\d of bf16's decode step, 0\.\d\d of its pre", out, re.M)
+    assert "decode bandwidth" in out and "W8A8 fits into 64 GiB, with up to" in out
+    assert "W4A4" not in out and "36 layers of" not in out and len(out.splitlines()) < 30
+
+
+def test_kernels_and_what_fusions_save(capsys) -> None:
+    out = asked("qwen3-8b", "--quant", "bf16,w8a8", "--kernels", capsys=capsys)
+    assert "36 layers of 14 kernels" in out
     for fusion in FUSIONS[1:]:
         assert re.search(rf"^{fusion} +[\d,]+ +[\d,]+ +\+", out, re.M), fusion
-    assert "W4A4" not in out
 
 
 def test_a_model_that_does_not_fit(capsys) -> None:

@@ -276,6 +276,11 @@ def test_what_a_chip_does_not_compute_is_said(product: str, refused: dict[str, s
     assert "no public measurement" in " ".join(str(found).split())
 
 
+@pytest.mark.parametrize("name", ["A2-313T", "a2-313t", "Ascend910B3", "ascend910b3"])
+def test_a_chip_has_the_name_of_its_soc_too(name: str) -> None:
+    assert chip_of(name).name == "A2-313T"
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -123,8 +123,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("check --output nosuch", "argument --output: 'nosuch' is not a dtype"),
         ("check --product A9", "check: 'A9' is not a product that lq_graph knows"),
         ("check more", "check: 'more' is not FILE.py:FUNCTION"),
+        ("check m_front.py:pair more", "unrecognized arguments: more"),
         ("explain", "the following arguments are required: model"),
-        ("explain m_front.py", "explain: 'm_front.py' is not FILE.py:FUNCTION"),
+        (
+            "explain m_front.py",
+            "explain: 'm_front.py' is neither FILE.py:FUNCTION nor a folder with a",
+        ),
         ("explain :f", "explain: ':f' is not FILE.py:FUNCTION"),
         ("explain no.py:f", "explain: there is no file no.py"),
         ("explain no.such:f", "explain: no.such: No module named 'no'"),
