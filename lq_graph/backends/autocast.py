@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rules.plan import Spec
 from .compat import excluded
 
-__all__ = ["dynamic_quant", "static_quant"]
+__all__ = ["dynamic_quant", "static_quant", "when_cast"]
 
 
 def dynamic_quant(
@@ -52,7 +53,23 @@ def static_quant(
         return out
 
 
+def when_cast(x: Tensor, dtype: torch.dtype | None = None) -> Tensor | Spec:
+    """What an operator gets for x: under autocast, an x of another dtype.
+
+    Args:
+        dtype: that it casts to; None for autocast's own.
+    """
+    device = x.device.type
+    if device not in ("cpu", "npu") or not torch.is_autocast_enabled(device):
+        return x
+    dtype = dtype or torch.get_autocast_dtype(device)
+    return Spec(dtype, tuple(x.shape)) if _casts(x, dtype) else x
+
+
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as autocast does: floats, but not float64."""
-    casts = x.is_floating_point() and x.dtype not in (dtype, torch.float64)
-    return x.to(dtype) if casts else x
+    return x.to(dtype) if _casts(x, dtype) else x
+
+
+def _casts(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast casts x: floats, but not float64."""
+    return x.is_floating_point() and x.dtype not in (dtype, torch.float64)

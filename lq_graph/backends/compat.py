@@ -212,13 +212,18 @@ def _without_frames(error: BaseException) -> BaseException:
 def _traced_class(kind: type[LinearQuantError], passes: type[Exception]) -> Any:
     """A class of errors that is both."""
 
+    start_of_passes: Any = passes.__init__
+
     def start(self: Any, *args: Any) -> None:
-        Exception.__init__(self, *args)
-        self.first_useful_frame = None
+        start_of_passes(self, *args, first_useful_frame=None)  # what Dynamo reads of its errors
 
     names = {
         "__init__": start,
-        "__reduce__": lambda self: (kind, self.args, {"refusal": self.refusal}),
+        "__reduce__": lambda self: (
+            kind,
+            self.args,
+            {"refusal": self.refusal, "layer": self.layer},
+        ),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "remove_dynamo_frames": _without_frames,

@@ -9,9 +9,11 @@ from torch import Tensor
 from ..rules.activations import QuantPlan, plan_dynamic_quant, plan_static_quant
 from ..rules.devices import check_devices
 from ..rules.plan import Plan, plan, plan_trans_quant_param
+from .autocast import when_cast
 from .derivatives import check_gradients
 
 __all__ = [
+    "check_dynamic_quant",
     "check_linear_quant",
     "check_static_quant",
     "check_trans_quant_param",
@@ -80,9 +82,14 @@ def trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: i
     return scale.new_empty(shape, dtype=torch.int64)
 
 
+def check_dynamic_quant(x: Tensor, dtype: torch.dtype | None) -> QuantPlan:
+    """Refuse what lq_graph::dynamic_quant does not take."""
+    return plan_dynamic_quant(when_cast(x), dtype)
+
+
 def dynamic_quant(x: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Fake kernel of lq_graph::dynamic_quant; contract in `lq_graph.dynamic_quant`."""
-    p = plan_dynamic_quant(x, dtype)
+    p = check_dynamic_quant(x, dtype)
     check_gradients("dynamic_quant", x)
     quantized = x.new_empty(p.output_shape, dtype=p.row.output_dtype)
     return quantized, x.new_empty(p.scale_shape, dtype=torch.float32)
@@ -98,7 +105,7 @@ def check_static_quant(
     """
     given = dict(zip(("scale", "zero_point", "reciprocals", "zero_points"), forms, strict=False))
     check_devices("static_quant", x=x, scale_reciprocal=scale_reciprocal, offset=offset, **given)
-    return plan_static_quant(x, scale_reciprocal, offset)
+    return plan_static_quant(when_cast(x, scale_reciprocal.dtype), scale_reciprocal, offset)
 
 
 def static_quant(

@@ -23,20 +23,32 @@ E = TypeVar("E", bound=LinearQuantError)
 WRAPPERS = ("_orig_mod", "_export_root")
 
 
-def named(error: E) -> E:
+def named(error: E, *layer: nn.Module) -> E:
     """The error, its text beginning with the name of the layer whose forward runs. It has no
-    traceback: the sentence says all, and the frames in lq_graph would stand above it."""
-    if not error.layer and (name := name_of(live_modules())):
+    traceback: the sentence says all, and the frames in lq_graph would stand above it.
+
+    Args:
+        layer: the layer itself, if it is one of lq_graph.
+    """
+    if not error.layer and (name := name_of(live_modules(*layer))):
         error = error.in_layer("", name)
     return error.with_traceback(None)
 
 
-def live_modules() -> list[nn.Module]:
-    """The modules that run in this thread, the innermost first; none twice in a row."""
-    found: list[nn.Module] = []
+def live_modules(*found_before: nn.Module) -> list[nn.Module]:
+    """The modules that run in this thread, the innermost first; none twice in a row.
+
+    Frames of lq_graph are not read: until Python 3.13, a frame keeps the locals that were read, the
+    caught error among them, which holds the frame. Such a cycle keeps the tensors of a refused call
+    until the garbage collector runs.
+
+    Args:
+        found_before: the first of them.
+    """
+    found = [*found_before]
     for frame in _frames():
         code = frame.f_code
-        if code.co_argcount:
+        if code.co_argcount and not frame.f_globals.get("__name__", "").startswith("lq_graph."):
             first = frame.f_locals.get(code.co_varnames[0])
             if isinstance(first, nn.Module) and not (found and found[-1] is first):
                 found.append(first)

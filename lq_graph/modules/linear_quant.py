@@ -206,7 +206,7 @@ class LinearQuant(nn.Module):
             out: Tensor = _linear_quant(x1, weight, scale, offset, pertoken, bias, **given)
             return out
         except LinearQuantError as error:
-            raise named(error) from None
+            raise named(error, self) from None
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..backends.fake import check_static_quant
+from ..backends.fake import check_dynamic_quant, check_static_quant
 from ..backends.layer_names import named
 from ..backends.npu import cast_format, format_of
 from ..backends.traced import check_traced
 from ..errors import LinearQuantError, LinearQuantTypeError
-from ..rules.activations import plan_dynamic_quant
 from ..rules.tables import ND, dtype_name
 from .float_view import FloatView
 from .linear_quant import LinearQuant, keeping_dtypes
@@ -299,7 +298,7 @@ class QuantizedLinear(nn.Module):
             part = merged.part(linear.index, input, quantizers, self._eagerly)
             return self._product(input, linear) if part is None else part
         except LinearQuantError as error:
-            raise named(error) from None
+            raise named(error, self) from None
 
     def _eagerly(self, input: Tensor, linear: LinearQuant) -> Tensor:
         """`_product`, on the CPU in one call if that can be."""
@@ -438,7 +437,7 @@ def _check_rows(
     """Refuse rows that a layer does not take: `_check_dtype`, and what its quantizer refuses."""
     _check_dtype(x, takes_int8, input_dtype, dynamic=scale_reciprocal is None)
     if scale_reciprocal is None:
-        plan_dynamic_quant(x, weight_dtype)
+        check_dynamic_quant(x, weight_dtype)
     elif x.dtype != torch.int8:
         check_static_quant(x, scale_reciprocal, offset)
 

@@ -5,10 +5,13 @@ Compiled calls raise while Dynamo traces, so most cases need no backend that com
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import os
 import pickle
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,6 +254,7 @@ def test_every_mode_raises_the_same_sentence(mode: str) -> None:
     assert error.refusal.arguments == ("scale",) and error.refusal.layer == DOWN
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is LinearQuantTypeError and str(again) == str(error)
+    assert again.layer == DOWN
     if mode in IN_DYNAMO:  # the call, and five frames of torch's wrappers at most
         assert above(error) <= 25
 
@@ -265,6 +269,61 @@ def test_a_call_that_is_corrected_compiles() -> None:
     linear = model.get_submodule(DOWN).linear
     linear.scale.data = linear.scale.data.float()
     assert torch.equal(run_compiled(x), model(x)) and counter.frame_count == 1
+
+
+def test_suppressed_errors_of_dynamo_run_the_model_eagerly() -> None:
+    model, (x,) = bad_scale()
+    with torch._dynamo.config.patch(suppress_errors=True):
+        error = refused("compile", model, x)
+    assert type(error) is LinearQuantTypeError and error.layer == DOWN
+
+
+@pytest.mark.parametrize(
+    ("device", "mode"),
+    [("cpu", "compile"), ("cpu", "fullgraph"), ("cpu", "inductor"), ("npu", "fullgraph")],
+)
+@pytest.mark.parametrize("dtype", [F16, torch.bfloat16])
+def test_autocast_makes_a_float32_input_legal(dtype: torch.dtype, device: str, mode: str) -> None:
+    model, x = quantized().to(device), torch.randn(4, K).to(device)
+    wanted = lq_graph.dynamic_quant(x.to(dtype))
+
+    def call(x: Tensor) -> Any:
+        with torch.autocast(device, dtype=dtype):
+            return model(x), *lq_graph.dynamic_quant(x)
+
+    out, *quantized_x = MODES[mode](call, x)
+    assert torch.equal(out, layer_by_layer(model, x, dtype))
+    assert all(map(torch.equal, quantized_x, wanted))
+
+
+def layer_by_layer(model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The model's output, each layer given its input as autocast casts it."""
+    for block in model.layers:
+        rows = torch.relu(block.mlp.up_proj(x.to(dtype)))
+        x = x + block.mlp.down_proj(rows.to(dtype))
+    return x
+
+
+def test_a_refused_call_keeps_no_tensor() -> None:
+    """Without the garbage collector: until it runs, memory of a device would stay taken."""
+
+    def call(model: nn.Module, x: Tensor) -> None:
+        with contextlib.suppress(LinearQuantError):
+            model(x)
+
+    model, (x,) = bad_scale()
+    call(model, x)  # imports
+    for make in (bad_scale, MISTAKES["float into LinearQuant"][0]):
+        model, (x,) = make()
+        gc.collect()
+        gc.disable()
+        try:
+            call(model, x)
+            held = weakref.ref(model), weakref.ref(x)
+            del model, x
+            assert [one() for one in held] == [None, None]
+        finally:
+            gc.enable()
 
 
 # ---- devices ----
