@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from .reports import colours
 __all__ = ["main"]
 
 _EPILOG = (
-    "Exit status: 0 for yes or done, 1 if the answer is no, 2 for a mistake in the command or "
-    "something that is missing. Without an NPU: python -m cann_host -m lq_graph ..."
+    "Exit status: 0 for yes or done, 1 if the answer is no, 2 for a mistake in the command, "
+    "something that is missing, or an error of the model's own. Without an NPU: python -m "
+    "cann_host -m lq_graph ..."
 )
 
 
@@ -81,8 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     0: yes, or done; 1: the answer is no; 2 (raised as SystemExit): a mistake in the command, or
-    something that it needs is missing; 130: stopped by Ctrl-C; 141: nobody reads the output.
+    something that it needs is missing, or (returned) an error of the model's own; 130: stopped by
+    Ctrl-C; 141: nobody reads the output.
     """
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     parser = _parser()
     asked = parser.parse_args(arguments)
     command = COMMANDS[asked.command]
@@ -103,6 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`: Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except Exception:  # of a model of the user's own; Python's 1 would say that the answer is no
+        traceback.print_exc()
+        return 2
 
 
 def _start(parser: argparse.ArgumentParser) -> None:

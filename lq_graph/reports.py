@@ -130,9 +130,9 @@ def _blocks(
     texts = list(zip(*cells, strict=True))
     widths = [max(map(len, text)) for text in texts]
     space = room - 2 * (len(widths) - 1)
-    words = [[max(map(len, cell.split()), default=0) for cell in text] for text in texts]
+    words = [[max(map(len, _words(cell)), default=0) for cell in text] for text in texts]
     whole = [  # short cells below the head, and parts of longer ones that are not too short
-        max([longest[0], *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:]))])
+        max(longest[0], 0, *map(max, longest[1:], (min(len(cell), _WORDS) for cell in text[1:])))
         for text, longest in zip(texts, words, strict=True)
     ]
     _shrink(widths, whole, space)
@@ -203,15 +203,24 @@ def _broken(cell: str, size: int) -> list[str]:
     if len(cell) <= size:
         return [cell]
     lead = cell[: len(cell) - len(cell.lstrip())]
-    words = " ".join(shortened(word, size - len(lead)) for word in cell.split())
-    return textwrap.wrap(
-        words,
+    words = " ".join(shortened(word, size - len(lead)) for word in _words(cell))
+    lines = textwrap.wrap(
+        _COUNT.sub(rf"{_STAYS}\1", words),
         size,
         initial_indent=lead,
         subsequent_indent=f"{lead}  " if lead else "",
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(_STAYS, " ") for line in lines]
+
+
+_COUNT = re.compile(r" (x[\d,]+)$")  # what `counted` adds; it stays beside the name
+_STAYS = "\1"  # for a space at which textwrap must not end a line
+
+
+def _words(cell: str) -> list[str]:
+    return [word.replace(_STAYS, " ") for word in _COUNT.sub(rf"{_STAYS}\1", cell).split()]
 
 
 # ---- colours ----

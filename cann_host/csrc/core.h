@@ -34,7 +34,7 @@ struct Options {
   int devices = 1;
   size_t memory = 0;          // bytes of each device; 0 shares the host's memory among them
   bool late_streams = false;  // work on a stream is done when the program waits for it
-  int fill = -1;              // the bytes of new device memory; -1 leaves them as the host gives them
+  int fill = -1;  // the bytes of new device memory; -1 leaves them as the host gives them
 };
 const Options& GetOptions();
 

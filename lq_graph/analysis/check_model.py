@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -132,9 +133,15 @@ class ModelCheck:
 
     @property
     def legal_on(self) -> tuple[Product, ...]:
-        """The products that take every call."""
-        covered = [call for call in self.calls if not call.why_not]
+        """The products that take every call that rules are about; none if there is no such call."""
+        covered = self._covered
+        if not covered:
+            return ()
         return tuple(p for p in self.products if all(p in call.legal_on for call in covered))
+
+    @property
+    def _covered(self) -> list[CallCheck]:
+        return [call for call in self.calls if not call.why_not]
 
     def __bool__(self) -> bool:
         return bool(self.legal_on) and not self.stopped
@@ -157,7 +164,12 @@ class ModelCheck:
         one = self.products[0] if len(self.products) == 1 else "any product"
         answer = f"all legal on {where}" if where else f"not all legal on {one}"
         cann = f"; CANN {self.cann}" if self.cann else ""
-        found = f"{len(self.calls)} calls; {answer}" if self.calls else "no quantizing call"
+        count, covered = len(self.calls), len(self._covered)
+        found = f"{count:,} calls; " if count else "no quantizing call"
+        if count:
+            found += answer if covered else "no rules are about any of them"
+            if 0 < covered < count:
+                found += f", of the {covered:,} that rules are about"
         lines = wrapped(found + cann)
         if self.calls:
             lines += ["", *table(self._rows()), *self._details()]
@@ -351,6 +363,7 @@ class _Watch(DryRun):
         calls: layer, operator, node of the graph, and the call as the rules read it.
         layers: names of the modules that are running.
         node: of the graph that is running.
+        failed: the last exception that left a module, and the innermost module that it left.
     """
 
     def __init__(self) -> None:
@@ -358,6 +371,7 @@ class _Watch(DryRun):
         self.calls: list[tuple[str, str, str, Asked]] = []
         self.layers: list[str] = []
         self.node: fx.Node | None = None
+        self.failed: tuple[BaseException | None, str] = None, ""
 
     @property
     def layer(self) -> str:
@@ -394,7 +408,8 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], watch: _
                 model(*args, **kwargs)
     except Exception as error:  # a model may do anything
         text = next(iter(str(error).splitlines()), "")
-        return f"{watch.layer or 'the model'}: {type(error).__name__}: {text}"
+        where = watch.failed[1] if watch.failed[0] is error else watch.layer
+        return f"{where or 'the model'}: {type(error).__name__}: {text}"
     return ""
 
 
@@ -406,12 +421,17 @@ def _named(model: nn.Module, watch: _Watch) -> Iterator[None]:
         return lambda *_: watch.layers.append(name)
 
     def leave(*_: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and error is not watch.failed[0]:
+            watch.failed = error, watch.layer
         watch.layers.pop()
 
     with ExitStack() as undo:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             undo.callback(module.register_forward_pre_hook(enter(name)).remove)
-            undo.callback(module.register_forward_hook(leave).remove)
+            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
 

@@ -43,7 +43,7 @@ def pairs_of(
     if not names:
         raise LinearQuantValueError(_why_none(all_a, all_b, layers is None))
     pairs = {name: (all_a[name], all_b[name]) for name in names}
-    _check_order(pairs)
+    _check_order(pairs, all_b)
     return pairs
 
 
@@ -63,7 +63,9 @@ def _why_none(all_a: dict[str, nn.Module], all_b: dict[str, nn.Module], by_class
     )
 
 
-def _check_order(pairs: dict[str, tuple[nn.Module, nn.Module]]) -> None:
+def _check_order(
+    pairs: dict[str, tuple[nn.Module, nn.Module]], all_b: dict[str, nn.Module]
+) -> None:
     """Check that the float model is the first.
 
     Raises:
@@ -75,7 +77,7 @@ def _check_order(pairs: dict[str, tuple[nn.Module, nn.Module]]) -> None:
         for name, (a, b) in pairs.items()
         if isinstance(a, kinds) and isinstance(b, nn.Linear) and not isinstance(b, kinds)
     ]
-    if swapped and not any(isinstance(b, kinds) for _, b in pairs.values()):
+    if swapped and not any(isinstance(b, kinds) for b in all_b.values()):
         raise LinearQuantValueError(
             f"compare: {swapped[0]} is quantized in model_a and float in model_b, so the models "
             "are in the wrong order. What to do: compare(float_model, quantized_model, inputs)."

@@ -12,7 +12,7 @@ from ..rules.tables import dtype_name
 if TYPE_CHECKING:
     from .explanation import LayerExplanation
 
-__all__ = ["LayerGroup", "fold", "folded_names"]
+__all__ = ["LayerGroup", "fold", "folded_names", "pattern_of_name"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name that is a number
 
@@ -64,7 +64,7 @@ def fold(layers: Iterable[LayerExplanation]) -> tuple[LayerGroup, ...]:
     for layer in layers:
         tensors = str([(name, str(spec)) for name, spec in layer.tensors.items()])
         key = (
-            _NUMBER.sub("*", layer.name),
+            pattern_of_name(layer.name),
             layer.plan.row.source,
             layer.plan.output_dtype,
             layer.plan.output_shape,
@@ -75,6 +75,11 @@ def fold(layers: Iterable[LayerExplanation]) -> tuple[LayerGroup, ...]:
         )
         groups.setdefault(key, []).append(layer)
     return tuple(LayerGroup(tuple(group)) for group in groups.values())
+
+
+def pattern_of_name(name: str) -> str:
+    """A name with * for its numbers; only names with one pattern can be folded."""
+    return _NUMBER.sub("*", name)
 
 
 def folded_names(names: Iterable[str]) -> str:

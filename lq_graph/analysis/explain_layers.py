@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..fusion.editor import FusionReport, Line
+from .explain_fold import pattern_of_name
 from .explain_kernels import Kernel, kernels_of
 
 __all__ = [
@@ -197,6 +198,7 @@ def groups_of(blocks: Sequence[Block]) -> list[tuple[Block, list[str]]]:
     groups: dict[str, tuple[Block, list[str]]] = {}
     for block in blocks:
         shown = [(kernel.op, block.inner(kernel.module), kernel.cost) for kernel in block.after]
-        key = str((block.has_attention, block.kernels(), block.fusions(), shown))
+        about = block.has_attention, block.kernels(), block.fusions(), shown
+        key = str((pattern_of_name(block.name), about))
         groups.setdefault(key, (block, []))[1].append(block.name)
     return list(groups.values())

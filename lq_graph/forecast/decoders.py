@@ -26,7 +26,11 @@ _OTHER = {  # keys that only other architectures have, and what they are
     "moe_intermediate_size": "a mixture of experts",
     "kv_lora_rank": "multi-head latent attention",
     "text_config": "a model of text and images",
+    "attention_bias": "a bias in the products of the attention",
+    "mlp_bias": "a bias in the MLP",
 }
+# what transformers takes where a config.json lacks num_key_value_heads; else the heads
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def read_decoder(model: str | Path | Mapping[str, Any]) -> Decoder:
         )
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LinearQuantValueError(f"forecast: {file} is not JSON: {error}") from None
     if not isinstance(config, Mapping):
         raise LinearQuantValueError(f"forecast: {file} is not a config.json: it holds no object")
@@ -160,10 +164,10 @@ def _from_config(config: Mapping[str, Any], name: str, source: str) -> Decoder:
     for key, what in _OTHER.items():
         if config.get(key):
             raise LinearQuantValueError(f"forecast: {source} has {key}: {what}; {allowed}")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise LinearQuantValueError(f"forecast: {source} is of model_type {kind!r}; {allowed}")
     activation = config.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):
         raise LinearQuantValueError(
             f"forecast: {source} has hidden_act {activation!r}; allowed is silu"
         )
@@ -179,10 +183,16 @@ def _from_config(config: Mapping[str, Any], name: str, source: str) -> Decoder:
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     # defaults of transformers, where a config.json leaves a key out
-    kv_heads = size("num_key_value_heads", heads)
+    missing = "num_key_value_heads" not in config
+    kv_heads = size("num_key_value_heads", _KV_HEADS.get(kind, heads) if missing else heads)
     if heads % kv_heads:
         raise LinearQuantValueError(
             f"forecast: {source} has {heads} heads, which {kv_heads} kv heads do not divide"
+        )
+    if kind != "qwen3" and config.get("head_dim") is None and hidden % heads:
+        raise LinearQuantValueError(
+            f"forecast: {source} has hidden_size {hidden}, which {heads} heads do not divide, and "
+            "no head_dim"
         )
     return Decoder(
         name,
@@ -194,6 +204,6 @@ def _from_config(config: Mapping[str, Any], name: str, source: str) -> Decoder:
         kv_heads,
         size("head_dim", 128 if kind == "qwen3" else hidden // heads),
         size("vocab_size"),
-        bool(config.get("tie_word_embeddings", False)),
+        config.get("tie_word_embeddings") is True,
         source,
     )

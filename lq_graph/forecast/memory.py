@@ -81,7 +81,9 @@ def memory_of(
         total,
         model.layers * padding,
         batch * each,
-        _workspace(model, quant, max(prompt, batch), q + 2 * kv, inner, vocab * batch),
+        _workspace(
+            model, quant, max(prompt, batch), q + 2 * kv, inner, vocab * batch, prompt * positions
+        ),
         RUNTIME,
         each,
     )
@@ -93,13 +95,15 @@ def nz_bytes(k: int, n: int, bits: int) -> int:
     return math.ceil(n / FRACTAL) * FRACTAL * math.ceil(k / width) * width * bits // 8
 
 
-def _workspace(model: Decoder, quant: str, rows: int, qkv: int, inner: int, logits: int) -> int:
-    """The most that is alive at a time: the residual, and the widest product's input and output, or
-    the logits in bf16 and float32."""
+def _workspace(
+    model: Decoder, quant: str, rows: int, qkv: int, inner: int, logits: int, mask: int
+) -> int:
+    """The most that is alive at a time: the residual, the mask, and the widest product's input and
+    output; the mask and its inverse; or the logits in bf16 and float32."""
     residual = 2 * rows * model.hidden
     item = 1 if quant != FLOAT else 2
     wide = 4 if quant == "w8a8" else 2  # gate and up in int32
     mlp = item * rows * model.hidden + wide * rows * 2 * inner + item * rows * inner
     attention = item * rows * model.hidden + 2 * rows * 2 * qkv
-    parts = residual + max(mlp, attention), 6 * logits
+    parts = residual + max(mask + max(mlp, attention), 2 * mask), 6 * logits
     return math.ceil(max(parts) / ALIGNED) * ALIGNED

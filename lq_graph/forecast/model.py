@@ -234,9 +234,9 @@ def forecast_model(
     decoder, chip = read_decoder(model), chip_of(product)
     prompt = context if prompt is None else prompt
     for name, value in (("batch", batch), ("context", context), ("prompt", prompt), ("tp", tp)):
-        if value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise LinearQuantValueError(
-                f"forecast: {name} is {value}; it has to be a whole number from 1"
+                f"forecast: {name} is {value!r}; it has to be a whole number from 1"
             )
     for quant in quants:
         if quant not in QUANTS:

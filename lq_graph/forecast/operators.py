@@ -140,6 +140,12 @@ def _matmul(inputs: Tensors, outputs: Tensors, chip: Chip) -> Work:
         return Work(_traffic(inputs, outputs), 0.0, 0.0)
     count = first * second / (k * k * out)  # products: a weight for each of a batch
     rows, n = first / k / count, second / k / count
+    many = math.prod(_known(weight)[:-2])
+    if not all(size.is_integer() for size in (count, rows, n, many / count)):
+        raise LinearQuantValueError(
+            f"forecast: x1 {list(_known(x1))} and weight {list(_known(weight))} do not give "
+            f"{list(_known(outputs[0][1]))}"
+        )
     tile = ROWS if rows <= MANY_ROWS else MANY_ROWS
     padded = count * math.ceil(rows / tile) * tile
     size = bytes_of(dtype, (1,))

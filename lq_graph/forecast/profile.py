@@ -117,6 +117,8 @@ def _calls(
             continue
         try:
             seconds = float(duration) * 1e-6
+            if not 0 <= seconds < math.inf:
+                raise ValueError
         except ValueError:
             raise LinearQuantValueError(
                 f"forecast: {file}, line {number}: the duration {duration!r} is no number"
@@ -209,7 +211,10 @@ def _points(shapes: Mapping[Shape, list[float]], chip: Chip) -> list[tuple[Shape
         operator, _ = operator_of(op_type, inputs, outputs)
         if operator.kind == "product" and len(inputs) < 2:
             continue  # level 0 does not say what it reads
-        work = work_of(operator, inputs, outputs, chip, {})
+        try:
+            work = work_of(operator, inputs, outputs, chip, {})
+        except LinearQuantValueError:  # a transposed x1, or int4 in int32
+            continue
         points.append((shape, Point(operator, work, chip, statistics.median(seconds))))
     return points
 
@@ -222,17 +227,22 @@ def _fit_one(points: Sequence[Point], base: Parameters) -> tuple[float, Rate, fl
     measured = [point.seconds for point in points]
     depends = [part.memory_seconds + part.compute_seconds for part in parts]
     launch, free = base.launches[operator.name], (0.0, math.inf)
+    old = base.rates[operator.family]
+    # no peak is exceeded, whatever small shapes or noise say
+    least = max(
+        old.bandwidth if any(part.memory_seconds for part in parts) else 0.0,
+        old.compute if any(part.compute_seconds for part in parts) else 0.0,
+    )
+    rows, unknowns = [[1.0, one] for one in depends], 2
     if len(points) >= _SHAPES:
-        launch, factor = fit([[1.0, one] for one in depends], measured, [free, free])
-        forecast = [launch + factor * one for one in depends]
-        unknowns = 2
+        launch, factor = fit(rows, measured, [free, (least, math.inf)])
     else:
         (factor,) = fit([[launch + one] for one in depends], measured, [free])
-        forecast = [factor * (launch + one) for one in depends]
-        launch *= factor
-        unknowns = 1
+        launch, unknowns = launch * factor, 1
+        if factor < least:
+            launch, factor = fit(rows, measured, [free, (least, least)])
+    forecast = [launch + factor * one for one in depends]
     error = relative_error(forecast, measured, unknowns)
     error = base.errors[operator.name] if math.isinf(error) else error
-    old = base.rates[operator.family]
-    factor = max(factor, 1e-6)  # all launch: what depends on the shape is below the noise
+    factor = factor if any(depends) else 1.0
     return launch, Rate(old.bandwidth / factor, old.compute / factor), error

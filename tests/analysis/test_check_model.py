@@ -211,6 +211,8 @@ def test_what_has_no_rules_is_said(name: str) -> None:
     found = verdict_of(call, tensors)
     assert why in found.calls[0].why_not and not found.calls[0].verdicts
     assert "not covered" in str(found)
+    assert str(found).startswith("1 calls; no rules are about any of them")
+    assert not found and not found.legal_on
 
 
 # ---- our operators: the answer is the fake kernel's ----
@@ -456,3 +458,51 @@ def test_it_needs_no_torch_npu(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (1, "")
     assert "pertoken_scale is float32" in " ".join(done.stdout.split())
+
+
+# ---- runs that go wrong ----
+
+
+def test_a_run_that_stops_before_any_call_prints() -> None:
+    found = check_model(nn.Linear(4, 4), {})
+    assert not found.calls and not found
+    said = " ".join(str(found).split())
+    assert "calls after it are missing: the model: TypeError: Linear.forward() missing 1" in said
+
+
+class Catches(nn.Module):
+    """Calls that fail in a module inside, and a call of its own afterwards."""
+
+    def __init__(self, *, again: bool) -> None:
+        super().__init__()
+        self.bad = nn.Sequential(Fails())
+        self.again = again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            self.bad(x)
+        except ValueError:
+            lq_graph.ops.dynamic_quant(x)
+        return self.bad(x) if self.again else x
+
+
+def test_a_call_after_a_failure_is_of_the_module_that_makes_it() -> None:
+    found = check_model(nn.Sequential(Catches(again=False)), torch.ones(2, 32).half())
+    assert [call.layer for call in found.calls] == ["0"]
+    assert not found.stopped
+    found = check_model(nn.Sequential(Catches(again=True)), torch.ones(2, 32).half())
+    assert [call.layer for call in found.calls] == ["0"]
+    assert found.stopped == "0.bad.0: ValueError: no such thing"
+
+
+def test_a_scripted_module_inside_does_not_stop_the_run() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scripted = torch.jit.trace(nn.Linear(32, 32), torch.ones(1, 32))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return lq_graph.ops.dynamic_quant(self.scripted(x).half())
+
+    found = check_model(Both(), torch.ones(2, 32))
+    assert not found.stopped and len(found.calls) == 1

@@ -426,6 +426,20 @@ def narrower(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(model[0], model[1], Noisy(nn.Linear(16, 8), 0.0))
 
 
+def test_a_partly_quantized_model_may_be_compared_with_a_quantized_one() -> None:
+    """What it changes to leave one layer float."""
+    model = make().half().requires_grad_(False)
+    all_of_it, part = copy.deepcopy(model), copy.deepcopy(model)
+    lq_graph.quantize(all_of_it, A8W8Dynamic())
+    lq_graph.quantize(part, A8W8Dynamic(), ignore=["0"])
+    found = compare(all_of_it, part, batches())
+    assert [layer.name for layer in found] == ["0"]
+    x = batches()[0].half()
+    own = golden([all_of_it[0](x)], [model[0](x)])
+    one = compare(all_of_it, part, [x])[0].own
+    assert one is not None and one.sqnr == pytest.approx(own[0])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [

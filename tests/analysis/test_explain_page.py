@@ -313,6 +313,47 @@ def test_names_are_folded(names: list[str], one: str) -> None:
     assert folded_names(names) == one
 
 
+class Stacks(nn.Module):
+    """Equal layers at names that cannot be written as one."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            self._place(name)
+        quantize(self.requires_grad_(False), A8W8Dynamic())
+
+    def _place(self, name: str) -> None:
+        *parents, last = name.split(".")
+        at: nn.Module = self
+        for part in parents:
+            if part not in dict(at.named_children()):
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(last, nn.Sequential(nn.Linear(32, 32, bias=False).half()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.modules():
+            if isinstance(module, nn.Sequential):
+                x = module(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (["enc.0", "enc.1", "dec.0", "dec.1"], ["dec.[0-1]", "enc.[0-1]"]),
+        (["encoder.0", "decoder.block.0"], ["decoder.block.0", "encoder.0"]),
+    ],
+)
+def test_equal_layers_of_two_stacks(names: list[str], titles: list[str]) -> None:
+    found = explain(Stacks(names), torch.randn(4, 32).half())
+    groups = [folded_names(group) for _, group in found.block_groups]
+    assert [title for title in groups if "rest" not in title] == titles
+    for title in titles:
+        assert title in str(found)
+        assert title in re.sub("<wbr>", "", page(found))
+
+
 def test_layers_that_differ_are_not_folded(two: Explanation) -> None:
     first = two.layers[0]
     other = dataclasses.replace(first, name="model.layers.7.mlp.gate_proj.linear")

@@ -95,6 +95,10 @@ def test_every_public_model_is_in_the_table_above() -> None:
         ({"hidden_size": "128"}, "hidden_size '128'; it has to be a whole number"),
         ({"vocab_size": None}, "vocab_size None"),
         ({"num_key_value_heads": 3}, "4 heads, which 3 kv heads do not divide"),
+        ({"hidden_size": 130}, "hidden_size 130, which 4 heads do not divide, and no head_dim"),
+        ({"attention_bias": True}, "attention_bias: a bias in the products of the attention"),
+        ({"mlp_bias": True}, "mlp_bias: a bias in the MLP"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
     ],
 )
 def test_configs_that_are_refused(change: dict[str, Any], match: str) -> None:
@@ -115,6 +119,32 @@ def test_files_that_are_no_config(text: str | None, match: str, tmp_path: Path) 
         read_decoder(file)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "kv_heads"),
+    [
+        # defaults of transformers 5; null is as many as heads
+        ("mistral", {}, 8),
+        ("qwen2", {}, 32),
+        ("qwen3", {}, 32),
+        ("llama", {}, 64),
+        ("mistral", {"num_key_value_heads": None}, 64),
+    ],
+)
+def test_kv_heads_that_a_config_leaves_out(kind: str, given: dict[str, Any], kv_heads: int) -> None:
+    config = {**CONFIG, "model_type": kind, "num_attention_heads": 64, "hidden_size": 4096}
+    del config["num_key_value_heads"]
+    assert read_decoder({**config, **given}).kv_heads == kv_heads
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"batch": 1.5}, {"context": True}, {"tp": "2"}, {"tp": 2.0}, {"prompt": -1}]
+)
+def test_sizes_are_whole_numbers(sizes: dict[str, Any]) -> None:
+    (name,) = sizes
+    with pytest.raises(LinearQuantValueError, match=f"{name} is .*whole number from 1"):
+        lq_graph.forecast_model("qwen3-0.6b", **sizes)
+
+
 # ---- memory ----
 
 
@@ -131,11 +161,23 @@ def test_memory_by_hand() -> None:
     assert found.cache == 3 * found.per_sequence
     rows = 500  # of one prompt: residual bf16; x1 int8; gate and up int32; the product's input int8
     workspace = 2 * rows * h + rows * h + 4 * rows * 2 * inner + rows * inner
+    workspace += rows * 1000  # the mask, bool
     assert found.workspace == -(-workspace // 512) * 512
     total = found.weights + found.cache + found.workspace + RUNTIME
     assert found.total == total
     gib64 = 64 * 2**30
     assert found.sequences_that_fit(gib64) == (gib64 - (total - found.cache)) // found.per_sequence
+
+
+def test_the_mask_of_a_long_prompt() -> None:
+    """100,000 tokens, bool: 10 GB beside the layers; while it is inverted, there are two."""
+    model, m, gib = PUBLIC["qwen3-8b"], 100_000, 2**30
+    layers = 2 * m * 4096 + 2 * m * 4096 + 2 * m * 2 * 12288 + 2 * m * 12288  # bf16
+    found = memory_of(model, "bf16", 1, m, m).workspace
+    assert found / gib == pytest.approx((2 * m * 4096 + 2 * m * m) / gib, rel=1e-6)
+    m //= 10
+    found = memory_of(model, "bf16", 1, m, m).workspace
+    assert found / gib == pytest.approx((layers / 10 + m * m) / gib, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,28 @@ def test_one_shape_gives_one_factor(tmp_path: Path) -> None:
     assert found.parameters.profiled == {"SwiGlu"}
 
 
+@pytest.mark.parametrize("times", [[30.0, 30.0, 30.0], [60.0, 30.0, 15.0], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("shapes", [1, 3])
+def test_no_profile_exceeds_a_peak(times: list[float], shapes: int, tmp_path: Path) -> None:
+    """Times that do not grow with the shape say nothing about larger shapes."""
+    sizes = [(1, 4096, 1536), (1, 4096, 3072), (1, 4096, 6144)]
+    rows = [product(*s, us) for s, us in zip(sizes, times, strict=True)][:shapes]
+    found = fit_profile(written(tmp_path, *rows * 5), chip_of("A3"), fitted())
+    rate = found.parameters.rates["QuantBatchMatmul int8"]
+    assert 0 < rate.bandwidth <= 1 + 1e-9
+    assert 0 < rate.compute <= 1 + 1e-9
+    m, k, n = 1, 4096, 151_936
+    cost = kernel_cost("QuantBatchMatmulV3", [("int8", (m, k)), ("int8", (k, n))],
+                       [("bf16", (m, n))], parameters=found.parameters)  # fmt: skip
+    assert cost.seconds > k * n / 1.6e12
+
+
 @pytest.mark.parametrize(
     ("rows", "used"),
     [
+        # a transposed x1, and int4 in int32: rows and columns are not known
+        ([row("MatMulV2", 3, "64,16;64,128", "DT_BF16;DT_BF16", "16,128", "DT_BF16")] * 9, 0),
+        ([row("QuantBatchMatmulV3", 9, "1,4096;4096,64", "INT4;INT32", "1,512", "DT_BF16")] * 9, 0),
         ([product(1, 512, 768, 9.0)] * 4, 0),  # too few
         ([row("Unknown", 9.0, "1,2", "FLOAT", "1,2", "FLOAT")] * 9, 0),
         ([row("N/A", 9.0, "", "", "", "", name="MatMulV2_1")] * 9, 0),  # without shapes
@@ -164,6 +183,8 @@ def test_a_forecast_says_what_it_was_fitted_to(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "neither a kernel_details.csv nor .* no column Name or Op Name, Duration"),
         ("", "no column"),
         (f"{KERNELS}\n0,x,Add,AI_CORE,1,soon,1,1,,,,,,\n", "line 2: the duration 'soon' is no"),
+        (f"{KERNELS}\n0,x,Add,AI_CORE,1,inf,1,1,,,,,,\n", "line 2: the duration 'inf' is no"),
+        (f"{KERNELS}\n0,x,Add,AI_CORE,1,-2,1,1,,,,,,\n", "line 2: the duration '-2' is no"),
     ],
 )
 def test_other_files_are_refused(text: str, match: str, tmp_path: Path) -> None:

@@ -180,6 +180,22 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     assert capsys.readouterr() == ("", "stopped\n")
 
 
+def test_an_error_of_the_users_own_is_not_a_no(tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tmp_path / "fails_of_mine.py"
+    file.write_text("def make(): raise ValueError('of mine')\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert run("check", f"{file}:make") == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.endswith("ValueError: of mine\n")
+    assert f'File "{file}", line 1, in make' in said.err
+
+
+def test_stdout_may_be_closed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(*LEGAL) == 0
+    assert run(*ILLEGAL, "--json") == 1
+
+
 # ---- JSON ----
 
 

@@ -69,8 +69,19 @@ def test_shortened(size: int, encoding: str, expected: str, monkeypatch) -> None
             24,
             ["name                   n", "model.laye…ttn.q_proj  1"],
         ),
+        # a count stays beside its name
+        (
+            [["name", "n"], [f"{NAME} x12", 1]],
+            24,
+            ["name                   n", "model.laye…q_proj x12  1"],
+        ),
+        (
+            [["name", "why"], ["q_proj x12", "it has no row of its own"]],
+            26,
+            ["name        why", "q_proj x12  it has no row", "            of its own"],
+        ),
     ],
-    ids=["fits", "sentence", "head", "note", "name", "short"],
+    ids=["fits", "sentence", "head", "note", "name", "short", "count", "count of words"],
 )  # fmt: skip
 def test_table(rows, width: int, expected, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
