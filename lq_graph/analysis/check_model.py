@@ -409,6 +409,8 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], watch: _
     except Exception as error:  # a model may do anything
         text = next(iter(str(error).splitlines()), "")
         where = watch.failed[1] if watch.failed[0] is error else watch.layer
+        if isinstance(error, ImportError) and "torch_npu" not in sys.modules:
+            text += ". What to do: if torch_npu lacks CANN here, run it under `python -m cann_host`"
         return f"{where or 'the model'}: {type(error).__name__}: {text}"
     return ""
 

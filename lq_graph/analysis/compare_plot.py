@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Cells", "cells_of", "check_plot", "save"]
 
 _COLOURS = "viridis"  # ordered in lightness, also for colour-blind readers; it has no grey
+_SPAN = 6.0  # dB that the colours span at least: a factor of two in the error
 _EXACT, _BLANK = "#d5d5d5", "#ffffff"
 _HATCHES = {"never called": "...", "NaN or only noise": "xxxx"}
 _WORST = "#e8590c"  # the frame of the worst cells
@@ -268,10 +269,12 @@ def _map(axes: Any, grid: Grid, labels: list[str], cells: Cells, column: float) 
 
 
 def _range(cells: Cells) -> tuple[float, float]:
-    """The ends of the colour bar, in dB."""
+    """The ends of the colour bar, in dB: _SPAN apart or more, so that layers that are nearly alike
+    look alike."""
     finite = [value for row in cells.values for value in row if math.isfinite(value)]
-    low, high = min(finite, default=0.0), max(finite, default=1.0)
-    return (low, high) if high - low > 0.1 else (low - 0.5, high + 0.5)
+    low, high = min(finite, default=0.0), max(finite, default=_SPAN)
+    more = max(_SPAN - (high - low), 0.0) / 2
+    return low - more, high + more
 
 
 def _legend(axes: Any, left: float, y: float, cells: Cells) -> None:

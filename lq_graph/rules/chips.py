@@ -33,6 +33,7 @@ class Chip:
             so two devices have one link of them. 0: a switch gives all of it to any number.
         pair: bytes per second between the two dies of a card; 0 if there are none.
         soc: the name of the SoC that CANN and npu-smi report and the figures are of.
+        also: SoCs of the same class, which have no file of their own in the sources.
         source: where the figures are published.
     """
 
@@ -50,6 +51,7 @@ class Chip:
     source: str
     mesh: int = 0
     pair: float = 0.0
+    also: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -96,7 +98,8 @@ _GUIDE = "cross_platform_migration_guide.md of hicann/ops-nn@e5c3fa93"
 CHIPS: tuple[Chip, ...] = (
     # name, product, cores, bf16, int8, int4, bandwidth, memory, L2, link, SoC
     Chip("A2-376T", "A2", 24, 353.9e12, 752e12, 1504e12, 1.6e12, 64 * GIB, 192 * MIB, 196e9,
-         "Ascend910B1", f"Ascend910B1.ini, {_PLATFORM}; {_DEVICE}; {_GUIDE}", mesh=8),
+         "Ascend910B1", f"Ascend910B1.ini, {_PLATFORM}; {_DEVICE}; {_GUIDE}", mesh=8,
+         also=("Ascend910B2",)),
     Chip("A2-313T", "A2", 20, 294.9e12, 626e12, 1252e12, 1.6e12, 64 * GIB, 192 * MIB, 196e9,
          "Ascend910B3", f"Ascend910B3.ini, {_PLATFORM}; {_DEVICE}", mesh=8),
     Chip("A2-280T", "A2", 20, 245.8e12, 560e12, 1120e12, 0.8 * TIB, 32 * GIB, 96 * MIB, 196e9,
@@ -127,7 +130,7 @@ def chip_of(name: str) -> Chip:
     """
     wanted = _DEFAULTS.get(name.upper(), name).upper()
     for chip in CHIPS:
-        if wanted in (chip.name.upper(), chip.soc.upper()):
+        if wanted in map(str.upper, (chip.name, chip.soc, *chip.also)):
             return chip
     keys = ", ".join(_DEFAULTS)
     names = ", ".join(f"{chip.name} ({chip.soc})" for chip in CHIPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,20 @@ def test_the_model_is_left_as_it_was() -> None:
 class Fails(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("no such thing")
+
+
+class NeedsCann(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ImportError("libhccl.so: cannot open shared object file")
+
+
+def test_what_to_do_without_cann(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    found = check_model(nn.Sequential(ByHand(), NeedsCann()), torch.ones(4, 64).half())
+    assert found.stopped == (
+        "1: ImportError: libhccl.so: cannot open shared object file. What to do: if torch_npu "
+        "lacks CANN here, run it under `python -m cann_host`"
+    )
 
 
 def test_a_run_that_ends_early_is_no_yes() -> None:

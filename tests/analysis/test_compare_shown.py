@@ -16,7 +16,7 @@ from torch import nn
 
 from lq_graph import LinearQuantValueError, compare
 from lq_graph.analysis.compare_grid import grid_of, kind_and_depth
-from lq_graph.analysis.compare_plot import _draw, cells_of
+from lq_graph.analysis.compare_plot import _draw, _range, cells_of
 from lq_graph.analysis.comparison import Comparison, LayerComparison
 from lq_graph.analysis.metrics import ErrorMetrics
 
@@ -127,6 +127,21 @@ def test_marks() -> None:
     }
     assert cells.values[0][4] == 30.0 and cells.values[1][5] == 20.0  # the worst of three
     assert cells.worst == {(0, 1): 1, (0, 3): 2, (1, 5): 3, (0, 4): 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((30.0, 30.4), (27.2, 33.2)),  # nearly alike
+        ((20.0, 40.0), (20.0, 40.0)),
+        ((30.0, EXACT, NAN), (27.0, 33.0)),
+        ((EXACT,), (0.0, 6.0)),
+    ],
+)
+def test_colours_of_layers_that_are_nearly_alike_are_alike(values, expected) -> None:
+    layers = [layer(f"m.{i}.q", value) for i, value in enumerate(values)]
+    comparison = Comparison(layers, error(20.0))
+    assert _range(cells_of(comparison, grid_of(comparison))) == pytest.approx(expected)
 
 
 def test_the_worst_are_by_sensitivity_if_it_was_measured() -> None:
