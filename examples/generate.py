@@ -221,7 +221,7 @@ def generate(
         texts["float16 cpu"] = write(Decoder(model, length), prompt, tokens, end, "cpu")
     with stage(f"smooth and quantize, {name}" if smooth else f"quantize, {name}"):
         model, report = quantized(model, name, tokenizer, smooth)
-    print(str(report).splitlines()[len(report) + 1])
+    print(report.summary)
     decoder = Decoder(model, length)
     with stage(f"{name} on the CPU"):
         texts[f"{name} cpu"] = write(copy.deepcopy(decoder), prompt, tokens, end, "cpu")

@@ -74,6 +74,13 @@ class QuantizeReport(list[Quantized]):
 
     stays_float: tuple[StaysFloat, ...] = ()
 
+    @property
+    def summary(self) -> str:
+        """How many layers were quantized, and their bytes, in one line."""
+        done = [r for r in self if r.changed]
+        before, after = sum(r.bytes_before for r in done), sum(r.bytes for r in done)
+        return f"{len(done)} of {len(self)} layers quantized, {before:,} bytes to {after:,}"
+
     def __str__(self) -> str:
         return self.text()
 
@@ -94,10 +101,7 @@ class QuantizeReport(list[Quantized]):
                 scheme, output = r.scheme or "left float", r.output or "-"
                 sizes = [sum(r.bytes_before for r in group), sum(r.bytes for r in group)]
                 rows.append([name, scheme, r.k, r.n, output, *sizes, r.note])
-            done = [r for r in self if r.changed]
-            before, after = sum(r.bytes_before for r in done), sum(r.bytes for r in done)
-            summary = f"{len(done)} of {len(self)} layers quantized, {before:,} bytes to {after:,}"
-            lines = [*table(rows, width=0 if everything else None), summary]
+            lines = [*table(rows, width=0 if everything else None), self.summary]
         if self.stays_float:
             share = sum(left.share for left in self.stays_float)
             lines.append(f"{share:.1%} of the model's bytes stay float, most of them in")
