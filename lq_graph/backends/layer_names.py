@@ -38,20 +38,20 @@ def named(error: E, *layer: nn.Module) -> E:
 def live_modules(*found_before: nn.Module) -> list[nn.Module]:
     """The modules that run in this thread, the innermost first; none twice in a row.
 
-    Frames of lq_graph are not read: until Python 3.13, a frame keeps the locals that were read, the
-    caught error among them, which holds the frame. Such a cycle keeps the tensors of a refused call
-    until the garbage collector runs.
+    Only frames of methods outside lq_graph are read: until Python 3.13, a frame keeps the locals
+    that were read until it ends. A function of the user's that catches the error would keep tensors
+    that it deletes, and a frame of lq_graph holds the error, which holds the frame.
 
     Args:
         found_before: the first of them.
     """
     found = [*found_before]
     for frame in _frames():
-        code = frame.f_code
-        if code.co_argcount and not frame.f_globals.get("__name__", "").startswith("lq_graph."):
-            first = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first, nn.Module) and not (found and found[-1] is first):
-                found.append(first)
+        is_method = frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self"
+        if is_method and not frame.f_globals.get("__name__", "").startswith("lq_graph."):
+            own = frame.f_locals.get("self")
+            if isinstance(own, nn.Module) and not (found and found[-1] is own):
+                found.append(own)
     return found
 
 

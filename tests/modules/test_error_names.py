@@ -326,6 +326,20 @@ def test_a_refused_call_keeps_no_tensor() -> None:
             gc.enable()
 
 
+def test_a_function_that_catches_the_error_can_free_its_tensors() -> None:
+    model, (x,) = bad_scale()
+
+    def main(model: nn.Module, x: Tensor) -> Any:
+        rows = x.clone()
+        held = weakref.ref(rows)
+        with contextlib.suppress(LinearQuantError):
+            model(rows)
+        del rows
+        return held()
+
+    assert main(model, x) is None
+
+
 # ---- devices ----
 
 
