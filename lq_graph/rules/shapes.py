@@ -187,18 +187,7 @@ def _check_limits(
     scale: TensorLike,
     pertoken_scale: TensorLike | None,
 ) -> None:
-    """The limit of k as a last dim, n and k of a weight that must be FRACTAL_NZ, and every dim fits
-    in 32 bits."""
-    if target.product.graphs_take_nz_only:
-        for name, size in (("k", k), ("n", n)):
-            if known_true(size == 1):
-                raise _refused(
-                    "weight",
-                    f"{name} is 1",
-                    f"at least 2 for {name}: its kernels read weights as FRACTAL_NZ alone",
-                    _ONE_MORE[name],
-                    product=target.product,
-                )
+    """The limit of k as a last dim, and every dim fits in 32 bits."""
     if target.product.limits_k and known_true(k > LAST_DIM_MAX):
         exempt = row.storage == torch.int8 and not row.folds_scale and pertoken_scale is not None
         old = lacks(target, LONG_K_SINCE)
@@ -212,12 +201,6 @@ def _check_limits(
                 f"at most {DIM_MAX} for any dim",
                 _split_k(row) if name == "k" else f"split {name} over several calls",
             )
-
-
-_ONE_MORE = {
-    "k": "add a column of zeros to x1 and to weight",
-    "n": "add a row of zeros to weight, and take the first column of the result",
-}
 
 
 def _long_k_refused(

@@ -82,7 +82,6 @@ class Product:
         int4_nz_since: the CANN release that brought FRACTAL_NZ kernels for int4 weights; None if no
             public release has them.
         graphs_take_nz_only: whether the kernels take no ND weight; in an eager call aclnn casts it.
-            Then neither k nor n may be 1.
         limits_k: whether k is limited to LAST_DIM_MAX.
         empty_m: whether an x1 without rows is allowed; the output then has no rows either.
         dynamic_quant: the arithmetic of its DynamicQuant kernels for rows of usual length; see
@@ -115,8 +114,7 @@ class Product:
 # int4_nz_since: the lists of kernels; v8.5.0 has none, v9.0.0 has them. aclnnQuantMatmulWeightNz.md
 # has the same rows.
 # graphs_take_nz_only: CheckDtypeOnOnlyL0c2ub (quant_batch_matmul_v3_tiling.cpp), and the list of
-# kernels for ascend310p; TransposeAndTransDataForInputs (aclnn_quant_matmul_v5.cpp) for eager
-# calls; CheckShape4WeightNz of quant_matmul_v3 for k and n
+# kernels for ascend310p; TransposeAndTransDataForInputs (aclnn_quant_matmul_v5.cpp) for eager calls
 # dynamic_quant: dynamic_quant_tiling_310P.cpp (hicann/ops-nn), CorrectNumCopyRow
 ATLAS_INFERENCE = Product(
     "Atlas inference (310P)",
