@@ -126,7 +126,7 @@ def test_one_quantization_of_a_swiglu(dtype: torch.dtype) -> None:
     """The integers themselves, and a product whose scale is packed."""
     plain, model = model_of(Mlp, dtype)
     model.down.linear = nn.Identity()  # returns what it is given
-    model.down.linear.in_features = H
+    model.down.linear.in_features, model.down.linear.weight_dtype = H, I8
     x, _ = inputs_of(dtype)
     fused = run(model, "GE", x)
     assert model.gate.linear.merged.scale.dtype == (torch.int64 if dtype == F16 else F32)

@@ -55,7 +55,7 @@ def test_the_kernels_load_nothing_else_of_lq_graph(code: str) -> None:
     )  # fmt: skip
     loaded = set(done.stdout.split())
     assert {"lq_graph.kernels.native", "lq_graph.kernels.numerics"} <= loaded
-    allowed = {"lq_graph", "lq_graph._import_torch", "lq_graph.ops"}  # ops: schemas alone
+    allowed = {"lq_graph", "lq_graph._import_torch", "lq_graph.errors", "lq_graph.ops"}
     assert not {m for m in loaded - allowed if not f"{m}.".startswith("lq_graph.kernels.")}
 
 

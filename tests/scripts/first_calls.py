@@ -189,7 +189,7 @@ def in_a_process(situation: Callable[[], None]) -> bool:
 
 def main() -> None:
     loaded = {name for name in sys.modules if name.partition(".")[0] == "lq_graph"}
-    assert loaded == {"lq_graph", "lq_graph._import_torch", "lq_graph.ops"}, loaded
+    assert loaded == {f"lq_graph{m}" for m in ("", "._import_torch", ".errors", ".ops")}, loaded
     failed = [s.__name__ for s in SITUATIONS if not in_a_process(s)]
     assert not failed, failed
     print(len(SITUATIONS), "situations")
