@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ..errors import LinearQuantError
@@ -30,6 +31,8 @@ def named(error: E, *layer: nn.Module) -> E:
     Args:
         layer: the layer itself, if it is one of lq_graph.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return error
     if not error.layer and (name := name_of(live_modules(*layer))):
         error = error.in_layer("", name)
     return error.with_traceback(None)
