@@ -43,6 +43,7 @@ __all__ = [
     "modules_of",
     "patterns_of_call",
     "pytree",
+    "run_as_it_is",
 ]
 
 E = TypeVar("E", bound=LinearQuantError)
@@ -150,6 +151,16 @@ def add_inductor_kernel(op: OpOverload, kernel: str) -> None:
         return ir.TensorBox.create(call)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def run_as_it_is(function: Callable[..., Any]) -> None:
+    """Tell Dynamo not to compile a function that runs between graphs.
+
+    torch.compiler.disable would import Dynamo, which takes a second, and would stop a trace.
+    """
+    frames = torch._C._dynamo.eval_frame
+    both = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, both)
 
 
 def fakes_of(arguments: Any) -> tuple[Any, ...] | None:

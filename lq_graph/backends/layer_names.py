@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import LinearQuantError
+from .compat import run_as_it_is
 
 __all__ = ["WRAPPERS", "live_modules", "name_of", "named"]
 
@@ -31,11 +32,14 @@ def named(error: E, *layer: nn.Module) -> E:
     Args:
         layer: the layer itself, if it is one of lq_graph.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling():  # the call comes again, outside of the graph
         return error
     if not error.layer and (name := name_of(live_modules(*layer))):
         error = error.in_layer("", name)
     return error.with_traceback(None)
+
+
+run_as_it_is(named)
 
 
 def live_modules(*found_before: nn.Module) -> list[nn.Module]:
