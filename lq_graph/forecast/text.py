@@ -228,7 +228,7 @@ def as_json(found: ModelForecast) -> dict[str, Any]:
     return {
         "model": asdict(found.model),
         "parameters": found.model.parameters,
-        "chip": asdict(found.chip),
+        "chip": {**asdict(found.chip), "also": list(found.chip.also)},
         "batch": found.batch,
         "context": found.context,
         "prompt": found.prompt,
