@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from ..errors import LinearQuantValueError
+from .output import add_json, print_json
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "NEEDS_TORCH", "add_arguments", "run"]
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also print the kernels of a layer, and what each fusion saves",
     )
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add_json(parser)
     parser.add_argument(
         "--measurements",
         action="store_true",
@@ -77,7 +77,10 @@ def run(asked: argparse.Namespace) -> int:
     from ..forecast.text import measurements_json, measurements_text, text
 
     if asked.measurements:
-        print(json.dumps(measurements_json(), indent=2) if asked.json else measurements_text())
+        if asked.json:
+            print_json(measurements_json())
+        else:
+            print(measurements_text())
         return 0
     if asked.model is None:
         raise LinearQuantValueError(
@@ -96,7 +99,7 @@ def run(asked: argparse.Namespace) -> int:
         profile=asked.profile,
     )
     if asked.json:
-        print(json.dumps(found.as_json(), indent=2))
+        print_json(found.as_json())
     else:
         print(text(found, kernels=asked.kernels))
     return 0

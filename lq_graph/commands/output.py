@@ -18,7 +18,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
-def print_json(answer: dict[str, Any]) -> None:
+def print_json(answer: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Print one document.
 
     Raises:
