@@ -24,6 +24,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,44 +32,16 @@ from torch import Tensor, nn
 
 import lq_graph
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.two_blocks import Model
+
 LAYER = "layers.1.mlp.down_proj"
 FIRST = "layers.0.mlp.up_proj"  # the first layer that a model calls
 HIDDEN, WIDE, ROWS = 64, 128, 4
 F16, F32, I8, I32 = torch.float16, torch.float32, torch.int8, torch.int32
 MODES = ("eager cpu", "inductor cpu", "eager npu", "ge npu", "npugraph_ex npu")
 SENTENCE = re.compile(r"What to do:")
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(HIDDEN, WIDE, dtype=F16)
-        self.down_proj = nn.Linear(WIDE, HIDDEN, dtype=F16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(torch.relu(self.up_proj(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = Mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(x)
-
-
-class Model(nn.Module):
-    """Float in and out; quantized by lq_graph.quantize."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class Caller(nn.Module):
@@ -88,7 +61,7 @@ class Caller(nn.Module):
 def quantized(config: Any = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A quantized model on the CPU, and its inputs."""
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(ROWS, HIDDEN, dtype=F16)
+    model, x = Model(HIDDEN, WIDE), torch.randn(ROWS, HIDDEN, dtype=F16)
     config = config or lq_graph.A8W8Dynamic()
     lq_graph.quantize(model, config, [x] if isinstance(config, lq_graph.A8W8Static) else None)
     return model, (x,)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import lq_graph
 from lq_graph import LinearQuantError, LinearQuantTypeError, LinearQuantValueError
 from support.processes import run
+from support.two_blocks import Model
 
 F16, I8, I32 = torch.float16, torch.int8, torch.int32
 K, N = 32, 16
@@ -30,39 +31,9 @@ UP, DOWN = "layers.0.mlp.up_proj", "layers.1.mlp.down_proj"
 ON_NPU = os.environ.get("LQ_GRAPH_TEST_NPU") == "1"
 
 
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(K, N, dtype=F16)
-        self.down_proj = nn.Linear(N, K, dtype=F16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(torch.relu(self.up_proj(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = Mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(x)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def quantized(static: bool = False) -> Any:
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(4, K, dtype=F16)
+    model, x = Model(K, N), torch.randn(4, K, dtype=F16)
     if static:
         lq_graph.quantize(model, lq_graph.A8W8Static(), [x])
     else:
